@@ -1,0 +1,46 @@
+"""Compress pretrained transformers by matrix decomposition, in JAX.
+
+The names here are the public API; they are loaded on first use, so that importing the package
+costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "InMemory": "lordjax.compression",
+    "Kernel": "lordjax.kernels",
+    "LowRank": "lordjax.kernels",
+    "METHODS": "lordjax.methods",
+    "ModelConfig": "lordjax.models",
+    "Plan": "lordjax.plan",
+    "Prepared": "lordjax.compression",
+    "Result": "lordjax.compression",
+    "Transformer": "lordjax.models",
+    "allocate": "lordjax.allocation",
+    "compress": "lordjax.compression",
+    "factorize": "lordjax.functional",
+    "load": "lordjax.checkpoint",
+    "materialize": "lordjax.kernels",
+    "matmul": "lordjax.kernels",
+    "nbytes": "lordjax.kernels",
+    "perplexity": "lordjax.evaluate",
+    "prepare": "lordjax.compression",
+    "save": "lordjax.checkpoint",
+}
+
+__all__ = sorted(_WHERE)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'lordjax' has no attribute {name!r}")
+    return getattr(importlib.import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

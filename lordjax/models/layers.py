@@ -1,0 +1,227 @@
+"""Linear, norm, rotary embedding: the parts of a transformer block.
+
+Axis letters: b batch, s position (query), t position (key), h head, g query heads per key head,
+k key/value head, d width of a head, m model width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from lordjax.kernels import Kernel, matmul
+from lordjax.models.config import Rope
+from lordjax.stats import tap
+
+# Keys are Hugging Face's names.
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+class Linear(nn.Module):
+    """``y = x @ kernel + bias`` where ``kernel`` is an array or a `Kernel`.
+
+    The one caller of `kernels.matmul`. Existing parameters are taken as they are: Flax's own
+    ``Dense`` would refuse a factored kernel, and compression may change the width or add a bias.
+    ``features`` and ``use_bias`` matter only when parameters are initialised.
+
+    The product without the bias is tapped as ``"out"``.
+
+    Raises:
+      ValueError: if the kernel's input width is not that of ``x``; names the path.
+    """
+
+    features: int
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
+        """Applies the layer; computes in the dtype of ``x``."""
+        kernel = self._read("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
+        if kernel.shape[-2] != x.shape[-1]:
+            raise ValueError(
+                f"{'/'.join(self.path)}/kernel: input width {kernel.shape[-2]}, "
+                f"but the layer is fed {x.shape[-1]} features"
+            )
+        y = tap(self, "out", matmul(x, kernel))
+        if self.has_variable("params", "bias") or (self.use_bias and self.is_initializing()):
+            bias = self._read("bias", nn.initializers.zeros, (self.features,))
+            y = y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)
+        return y
+
+    def _read(self, name: str, init: Any, shape: tuple[int, ...]) -> Array | Kernel:
+        if self.has_variable("params", name):
+            return self.get_variable("params", name)
+        return self.param(name, init, shape)
+
+
+class RMSNorm(nn.Module):
+    """``x / rms(x) * scale``, the mean square taken in float32."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... m"]) -> Float[Array, "... m"]:
+        """Normalises the last axis."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
+        return wide.astype(x.dtype) * jnp.broadcast_to(scale.astype(x.dtype), x.shape)
+
+
+def rope_frequencies(
+    rope: Rope, head_size: int, max_positions: int, length: int
+) -> tuple[np.ndarray, float]:
+    """Angular frequency of each rotary pair, and the factor on cos and sin.
+
+    Args:
+      rope: base and scaling.
+      head_size: width of a head; even.
+      max_positions: the model's longest sequence.
+      length: longest position in use + 1; only ``dynamic`` looks at it.
+
+    Returns:
+      ``[head_size / 2]`` radians per position (float32), attention factor.
+
+    Raises:
+      ValueError: if the scaling kind is unknown.
+
+    Source: the definitions of ``transformers.modeling_rope_utils``; llama3: Llama 3.1's reference
+    code; yarn: arXiv 2309.00071; dynamic: NTK-aware scaling.
+    """
+    theta, trained = rope.theta, rope.original_max_positions or max_positions
+    if rope.kind == "dynamic":
+        stretch = rope.factor * max(length, trained) / trained - (rope.factor - 1)
+        theta = theta * stretch ** (head_size / (head_size - 2))
+    freq = 1.0 / theta ** (np.arange(0, head_size, 2, dtype=np.float64) / head_size)
+    match rope.kind:
+        case "default" | "dynamic":
+            scale = 1.0
+        case "linear":
+            freq, scale = freq / rope.factor, 1.0
+        case "llama3":
+            turns = trained * freq / (2 * math.pi)
+            ramp = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+            keep = np.clip(ramp, 0.0, 1.0)
+            freq, scale = freq * keep + freq / rope.factor * (1 - keep), 1.0
+        case "yarn":
+            keep = _yarn_keep(rope, head_size, trained)
+            freq, scale = freq * keep + freq / rope.factor * (1 - keep), _yarn_scale(rope)
+        case _:
+            raise ValueError(
+                f"unknown rope scaling {rope.kind!r}; known: default, linear, dynamic, llama3, yarn"
+            )
+    return freq.astype(np.float32), scale
+
+
+def _yarn_keep(rope: Rope, head_size: int, trained: int) -> np.ndarray:
+    """Per frequency: 1 = keep as trained, 0 = stretch by the full factor."""
+
+    def dimension(turns: float) -> float:
+        return head_size * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_size - 1)
+    ramp = (np.arange(head_size // 2) - low) / max(high - low, 1e-3)
+    return 1.0 - np.clip(ramp, 0.0, 1.0)
+
+
+def _yarn_scale(rope: Rope) -> float:
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+
+    def mscale(weight: float) -> float:
+        return 1.0 if rope.factor <= 1 else 0.1 * weight * math.log(rope.factor) + 1.0
+
+    if rope.mscale and rope.mscale_all_dim:
+        return mscale(rope.mscale) / mscale(rope.mscale_all_dim)
+    return mscale(1.0)
+
+
+def rotate(
+    x: Float[Array, "b s h d"],
+    positions: Int[Array, "#b s"],
+    frequencies: Float[Array, "half"],
+    scale: float,
+) -> Float[Array, "b s h d"]:
+    """Applies the rotary embedding in the half-split layout: pair i is (i, i + d/2).
+
+    Angles are an exact float32 product and not a matmul: with reduced precision in this one
+    product the perplexity of SmolLM2-135M goes from 29 to 52.
+    """
+    angles = positions[..., None].astype(jnp.float32) * frequencies[None, None]  # [b, s, half]
+    cos, sin = (scale * f(angles)[:, :, None, :] for f in (jnp.cos, jnp.sin))
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+def attend(
+    q: Float[Array, "b s h d"],
+    k: Float[Array, "b s k d"],
+    v: Float[Array, "b s k e"],
+    *,
+    scale: float,
+    window: int | None = None,
+    mask: Bool[Array, "b s"] | None = None,
+    chunk: int = 256,
+) -> Float[Array, "b s h e"]:
+    """Causal attention of grouped heads, one chunk of queries after the other.
+
+    A chunk multiplies only the keys it can see, which halves the work of a long sequence and keeps
+    its logits in cache: 1.8 times faster at 1024 positions on a 2-core CPU than one product.
+
+    Args:
+      q: queries; head h uses key head ``h // (heads / key heads)``.
+      k: keys. Their width may differ from that of the values.
+      v: values.
+      scale: factor on the logits.
+      window: how many positions a token sees back, itself included; None = all.
+      mask: False at padding, which no token sees. A query that sees nothing gives zeros.
+      chunk: queries per product.
+
+    Returns:
+      Mixed values in the dtype of ``v``; the softmax is taken in float32.
+    """
+    batch, length, heads, width = q.shape
+    groups = k.shape[2]
+    q = (q * scale).reshape(batch, length, groups, -1, width).transpose(0, 2, 3, 1, 4)
+    k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)  # b k d t, b k t e
+    out = []
+    for start in range(0, length, chunk):
+        end = min(start + chunk, length)
+        first = 0 if window is None else max(0, start - window + 1)
+        back = jnp.arange(start, end)[:, None] - jnp.arange(first, end)[None]
+        visible = (back >= 0) if window is None else (back >= 0) & (back < window)
+        visible = visible[None, None, None]
+        if mask is not None:
+            visible = visible & mask[:, None, None, None, first:end]
+        rows = q[:, :, :, start:end].reshape(batch, groups, -1, width)
+        logits = (rows @ k[..., first:end]).astype(jnp.float32)
+        logits = logits.reshape(batch, groups, -1, end - start, end - first)
+        logits = jnp.where(visible, logits, -jnp.inf)
+        peak = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+        weights = jnp.exp(logits - jnp.where(jnp.isfinite(peak), peak, 0.0))
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        mixed = weights.reshape(batch, groups, -1, end - first).astype(v.dtype) @ v[:, :, first:end]
+        mixed = mixed.reshape(batch, groups, -1, end - start, v.shape[-1])
+        # The division comes after the product: fewer elements, the same value.
+        total = jnp.where(total > 0, total, 1.0)
+        out.append((mixed.astype(total.dtype) / total).astype(v.dtype))
+    mixed = jnp.concatenate(out, axis=3)  # b k g s e
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, -1)

@@ -1,0 +1,155 @@
+"""The decoder: attention, gated MLP, block, model. One file for every family.
+
+Parameters (``[in, out]`` kernels; biases where the family has them)::
+
+    embed/embedding                         [vocab, m]
+    layer_0/attention_norm/scale            [m]
+    layer_0/attention/{q,k,v,o}/kernel      [m, h·d] [m, k·d] [m, k·d] [h·d, m]
+    layer_0/mlp_norm/scale                  [m]
+    layer_0/mlp/{gate,up,down}/kernel       [m, f] [m, f] [f, m]
+    final_norm/scale                        [m]
+    head/kernel                             [m, vocab], absent when tied to the embedding
+
+A compressed model is this same module with other leaves: sizes that compression may change are
+read from the arrays. Places where statistics can be taken are marked with `stats.tap`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from lordjax.models.config import ModelConfig
+from lordjax.models.layers import (
+    ACTIVATIONS,
+    Linear,
+    RMSNorm,
+    attend,
+    rope_frequencies,
+    rotate,
+)
+from lordjax.stats import tap
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped key/value heads and rotary positions."""
+
+    config: ModelConfig
+    window: int | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b s m"],
+        positions: Int[Array, "#b s"],
+        mask: Bool[Array, "b s"] | None = None,
+    ) -> Float[Array, "b s m"]:
+        """Attends; ``mask`` is False at padding, which no token sees."""
+        c = self.config
+        x = tap(self, "attention_in", x)
+
+        def project(name: str, heads: int) -> Float[Array, "b s h d"]:
+            y = Linear(heads * c.head_size, c.qkv_bias, name=name)(x)
+            return y.reshape(*y.shape[:2], heads, -1)
+
+        q = project("q", c.num_heads)
+        k, v = project("k", c.num_kv_heads), project("v", c.num_kv_heads)
+        frequencies, factor = rope_frequencies(c.rope, c.head_size, c.max_positions, x.shape[1])
+        q, k = (rotate(z, positions, jnp.asarray(frequencies), factor) for z in (q, k))
+
+        # The softmax scale keeps the original head size: compression approximates q @ k.
+        mixed = attend(q, k, v, scale=c.head_size**-0.5, window=self.window, mask=mask)
+        mixed = tap(self, "attention_out", mixed.reshape(*x.shape[:2], -1))
+        return Linear(c.hidden_size, c.out_bias, name="o")(mixed)
+
+
+class MLP(nn.Module):
+    """``down(act(gate(x)) * up(x))``."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b s m"]) -> Float[Array, "b s m"]:
+        """Applies the MLP."""
+        c = self.config
+        x = tap(self, "mlp_in", x)
+        gate = Linear(c.mlp_size, c.mlp_bias, name="gate")(x)
+        up = Linear(c.mlp_size, c.mlp_bias, name="up")(x)
+        hidden = tap(self, "mlp_hidden", ACTIVATIONS[c.activation](gate) * up)
+        return Linear(c.hidden_size, c.mlp_bias, name="down")(hidden)
+
+
+class Block(nn.Module):
+    """Pre-norm block: ``x + attention(norm(x))``, then ``x + mlp(norm(x))``.
+
+    Works on its own sub-dict of the parameters, which is how statistics are streamed:
+    ``Block(config).apply({"params": params["layer_3"]}, x, positions)``.
+    """
+
+    config: ModelConfig
+    window: int | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b s m"],
+        positions: Int[Array, "#b s"],
+        mask: Bool[Array, "b s"] | None = None,
+    ) -> Float[Array, "b s m"]:
+        """Residual stream in, residual stream out."""
+        c = self.config
+        h = RMSNorm(c.norm_eps, name="attention_norm")(x)
+        x = x + Attention(c, self.window, name="attention")(h, positions, mask)
+        h = RMSNorm(c.norm_eps, name="mlp_norm")(x)
+        return x + MLP(c, name="mlp")(h)
+
+
+class Transformer(nn.Module):
+    """Token ids to logits. Layers are a Python loop, since their ranks may differ."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        """Names the parts; see the module's docstring."""
+        c = self.config
+        self.embed = nn.Embed(c.vocab_size, c.hidden_size)
+        self.blocks = [Block(c, c.window(i), name=f"layer_{i}") for i in range(c.num_layers)]
+        self.final_norm = RMSNorm(c.norm_eps)
+        if not c.tie_embeddings:
+            self.head = Linear(c.vocab_size)
+
+    def __call__(
+        self, tokens: Int[Array, "b s"], mask: Bool[Array, "b s"] | None = None
+    ) -> Float[Array, "b s vocab"]:
+        """Logits of the next token at every position, in float32."""
+        positions = default_positions(tokens, mask)
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x, positions, mask)
+        return self.unembed(x)
+
+    def embed_tokens(self, tokens: Int[Array, "b s"]) -> Float[Array, "b s m"]:
+        """The residual stream before the first block."""
+        return self.embed(tokens)
+
+    def unembed(self, x: Float[Array, "b s m"]) -> Float[Array, "b s vocab"]:
+        """Logits from the residual stream after the last block."""
+        x = self.final_norm(x)
+        logits = self.embed.attend(x) if self.config.tie_embeddings else self.head(x)
+        return logits.astype(jnp.float32)
+
+
+def default_positions(tokens: Any, mask: Any = None) -> Int[Array, "#b s"]:
+    """Positions ``0, 1, …`` of the tokens that the mask keeps (all, if there is none)."""
+    if mask is None:
+        return jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    return jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+
+
+def init(config: ModelConfig, key: Array) -> dict[str, Any]:
+    """Random parameters, for tests and shapes (``jax.eval_shape``)."""
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    return Transformer(config).init(key, tokens)["params"]

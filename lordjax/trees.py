@@ -1,0 +1,104 @@
+"""Parameter trees as flat tables: "/"-paths, selection by pattern, replacement.
+
+A *path* is the keys from the root joined by "/": ``layer_0/attention/q/kernel``. A `Kernel` is one
+entry of the table, so that plans, statistics and parameters share one key space.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+
+from lordjax.kernels import is_kernel
+
+
+def path_str(keys: tuple[Any, ...]) -> str:
+    """A JAX key path as a "/"-path; attribute keys (an NNX variable's value) are left out."""
+    parts = []
+    for key in keys:
+        name = getattr(key, "key", getattr(key, "idx", None))
+        if name is not None:
+            parts.append(str(name))
+    return "/".join(parts)
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """``{path: leaf}`` in the tree's order, stopping at kernels.
+
+    Raises:
+      ValueError: if two leaves have the same path, as in trees of dataclasses.
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_kernel)
+    table: dict[str, Any] = {}
+    for keys, leaf in leaves:
+        path = path_str(keys)
+        if path in table:
+            raise ValueError(f"two leaves at {path!r}; expected nested dicts or an nnx.State")
+        table[path] = leaf
+    return table
+
+
+def unflatten(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Inverse of `flatten` for nested dicts.
+
+    Raises:
+      ValueError: if a path is both a leaf and a branch.
+    """
+    tree: dict[str, Any] = {}
+    for path, leaf in table.items():
+        *branches, name = path.split("/")
+        node = tree
+        for branch in branches:
+            node = node.setdefault(branch, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"{path}: a part of this path is itself a leaf")
+        if name in node:
+            raise ValueError(f"{path}: occurs twice, or is a branch of another path")
+        node[name] = leaf
+    return tree
+
+
+def select(paths: Iterable[str], pattern: str) -> list[str]:
+    """The paths in which the regular expression ``pattern`` is found (``re.search``).
+
+    Raises:
+      KeyError: if there is none; suggests the closest paths.
+    """
+    paths = list(paths)
+    found = [path for path in paths if re.search(pattern, path)]
+    if not found:
+        raise KeyError(f"no parameter matches {pattern!r}; {did_you_mean(pattern, paths)}")
+    return found
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A hint for an error message: the closest of the known words, or the first of them."""
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
+    if close:
+        return "did you mean " + ", ".join(close) + "?"
+    return "known: " + ", ".join(known[:12]) + (", …" if len(known) > 12 else "")
+
+
+def update(tree: Any, new: Mapping[str, Any]) -> Any:
+    """A copy of ``tree`` with the leaves at the paths of ``new`` replaced. The input is untouched.
+
+    Raises:
+      KeyError: if a path of ``new`` is not in the tree.
+    """
+    unknown = set(new) - set(flatten(tree))
+    if unknown:
+        first = min(unknown)
+        raise KeyError(f"no parameter {first!r}; {did_you_mean(first, flatten(tree))}")
+    return map_with_path(lambda path, leaf: new.get(path, leaf), tree)
+
+
+def map_with_path(fn: Callable[[str, Any], Any], tree: Any) -> Any:
+    """``fn(path, leaf)`` on every leaf, kernels being leaves; any pytree, NNX state included."""
+    return jax.tree_util.tree_map_with_path(
+        lambda keys, leaf: fn(path_str(keys), leaf), tree, is_leaf=is_kernel
+    )
