@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints and GGUF files in; the only package that knows them."""

@@ -1,0 +1,141 @@
+"""Tensor files of a checkpoint directory: safetensors, or torch's ``pytorch_model.bin``."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax.numpy as jnp
+import numpy as np
+
+BFLOAT16 = np.dtype(jnp.bfloat16)
+
+
+class TensorFiles(Protocol):
+    """Where tensors are read from; names are those of Hugging Face."""
+
+    def names(self) -> Iterable[str]:
+        """Names of all tensors."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, without reading its values."""
+        ...
+
+    def read(self, name: str) -> np.ndarray:
+        """Values of a tensor, in the stored dtype."""
+        ...
+
+    def where(self, name: str) -> str:
+        """How error messages call a tensor: file and name."""
+        ...
+
+
+class Safetensors:
+    """One or several safetensors files, memory-mapped."""
+
+    def __init__(self, files: list[Path]):
+        from safetensors import SafetensorError, safe_open
+
+        self._file: dict[str, tuple[Path, Any]] = {}
+        for file in files:
+            try:
+                handle = safe_open(file, framework="numpy")
+            except SafetensorError as error:
+                raise ValueError(
+                    f"{file}: not a complete safetensors file ({error}); it has "
+                    f"{file.stat().st_size} bytes: truncated or corrupt, download it again"
+                ) from error
+            self._file |= dict.fromkeys(handle.keys(), (file, handle))
+
+    def names(self) -> Iterable[str]:  # noqa: D102
+        return self._file.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:  # noqa: D102
+        return tuple(self._file[name][1].get_slice(name).get_shape())
+
+    def read(self, name: str) -> np.ndarray:  # noqa: D102
+        return self._file[name][1].get_tensor(name)
+
+    def where(self, name: str) -> str:  # noqa: D102
+        return f"{self._file[name][0]}: tensor {name}"
+
+
+class TorchBin:
+    """One or several ``pytorch_model.bin`` files; needs torch, and runs no pickled code."""
+
+    def __init__(self, files: list[Path]):
+        try:
+            import torch
+        except ImportError as error:
+            raise ImportError(
+                f"{files[0]}: reading a torch file needs torch, which is not installed; "
+                "install torch (pip install torch), or save the model as safetensors"
+            ) from error
+        self._tensor: dict[str, tuple[Path, Any]] = {}
+        for file in files:
+            try:
+                mapped = zipfile.is_zipfile(file)  # files of torch < 1.6 cannot be mapped
+                state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+            except Exception as error:  # torch raises whatever the damage provokes
+                raise ValueError(
+                    f"{file}: torch cannot load it as plain tensors ({str(error).splitlines()[0]});"
+                    " truncated, corrupt, or it holds more than tensors"
+                ) from error
+            self._tensor |= {name: (file, tensor.detach()) for name, tensor in state.items()}
+
+    def names(self) -> Iterable[str]:  # noqa: D102
+        return self._tensor.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:  # noqa: D102
+        return tuple(self._tensor[name][1].shape)
+
+    def read(self, name: str) -> np.ndarray:  # noqa: D102
+        import torch
+
+        tensor = self._tensor[name][1]
+        if tensor.dtype == torch.bfloat16:  # NumPy has no such dtype; same bits
+            return tensor.view(torch.int16).numpy().view(BFLOAT16)
+        return tensor.numpy()
+
+    def where(self, name: str) -> str:  # noqa: D102
+        return f"{self._tensor[name][0]}: tensor {name}"
+
+
+def open_directory(path: Path) -> TensorFiles:
+    """The tensors of a directory, with transformers' order of preference."""
+    for name, reader in (("model.safetensors", Safetensors), ("pytorch_model.bin", TorchBin)):
+        if (path / name).exists():
+            return reader([path / name])
+        if (index := path / f"{name}.index.json").exists():
+            return reader(_shards(index))
+    raise FileNotFoundError(
+        f"{path}: no weights in this directory; expected model.safetensors or pytorch_model.bin, "
+        "or one of these names followed by .index.json"
+    )
+
+
+def _shards(index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: expected a key weight_map: tensor name -> file name")
+    files = [index.parent / name for name in sorted(set(weight_map.values()))]
+    if missing := [file.name for file in files if not file.exists()]:
+        raise FileNotFoundError(
+            f"{index}: {len(missing)} of {len(files)} shards are not there: {', '.join(missing)}"
+        )
+    return files
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; an error names the file."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: expected a JSON object, found a {type(content).__name__}")
+    return content

@@ -1,0 +1,228 @@
+"""Every family against tiny random models of transformers: logits equal to 1e-5."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lordjax.conversions.families import FAMILIES, model_config, tensor_table
+from lordjax.conversions.huggingface import open_checkpoint
+from lordjax.models.transformer import Transformer, init
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+LENGTH = 40
+TINY = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+CASES = {
+    "llama": ("llama", {}),
+    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "llama-linear": ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+    "llama-dynamic": (
+        "llama",
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": 16},
+    ),
+    "llama-dynamic-short": ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}),
+    "llama-llama3": (
+        "llama",
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, **LLAMA3}, "rope_theta": 500.0},
+    ),
+    "llama-yarn": ("llama", {"rope_scaling": YARN}),
+    "llama-yarn-options": (
+        "llama",
+        {
+            "rope_scaling": {**YARN, "attention_factor": 1.3, "beta_fast": 8, "beta_slow": 2}
+            | {"truncate": False},
+            "rope_theta": 50.0,
+        },
+    ),
+    "llama-yarn-mscale": (
+        "llama",
+        {"rope_scaling": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.4}, "rope_theta": 50.0},
+    ),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-head-dim": ("llama", {"head_dim": 12}),
+    "llama-multi-query": ("llama", {"num_key_value_heads": 1}),
+    "llama-all-heads": ("llama", {"num_key_value_heads": 4, "hidden_act": "gelu"}),
+    "mistral-window": ("mistral", {"sliding_window": 7, "head_dim": 16}),
+    "mistral-full": ("mistral", {"sliding_window": None}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen2-window": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    ),
+}
+
+
+def hf_model(kind, options):
+    """A random model whose biases and norms are not at their initial 0 and 1."""
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **{**TINY, **options})
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = 0.15 * torch.randn(parameter.shape)
+            parameter.copy_(1 + noise if parameter.shape == (config.hidden_size,) else noise)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.copy_(0.3 * torch.randn(parameter.shape))
+    return model
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """(HF model, checkpoint) of a case, each made once."""
+
+    @functools.cache
+    def make(case):
+        directory = tmp_path_factory.mktemp(case)
+        model = hf_model(*CASES[case])
+        model.save_pretrained(directory)
+        return model, open_checkpoint(directory)
+
+    return make
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits(config, params, tokens, mask=None):
+    return Transformer(config).apply({"params": params}, tokens, mask)
+
+
+def hf_logits(model, tokens, **kwargs):
+    with torch.no_grad():
+        return model(torch.as_tensor(np.asarray(tokens)).long(), **kwargs).logits.numpy()
+
+
+def some_tokens(batch=2):
+    return np.random.default_rng(0).integers(0, TINY["vocab_size"], (batch, LENGTH), np.int32)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits(saved, case):
+    model, checkpoint = saved(case)
+    tokens = some_tokens()
+    got = logits(checkpoint.config, checkpoint.params(), tokens)
+    np.testing.assert_allclose(got, hf_logits(model, tokens), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_parameters_are_those_of_the_model(saved, case):
+    _, checkpoint = saved(case)
+    ours = jax.eval_shape(lambda: init(checkpoint.config, jax.random.key(0)))
+    theirs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), checkpoint.params())
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("case", ["llama", "mistral-window", "qwen2-window"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding(saved, case, side):
+    model, checkpoint = saved(case)
+    tokens, lengths = some_tokens(3), np.array([LENGTH, 17, 30])
+    index = np.arange(LENGTH)[None]
+    mask = index < lengths[:, None] if side == "right" else index >= LENGTH - lengths[:, None]
+    positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+    expected = hf_logits(
+        model,
+        tokens,
+        attention_mask=torch.as_tensor(mask).long(),
+        position_ids=torch.as_tensor(positions),
+    )
+    got = np.asarray(logits(checkpoint.config, checkpoint.params(), tokens, jnp.asarray(mask)))
+    np.testing.assert_allclose(got[mask], expected[mask], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["llama-llama3", "llama-dynamic", "qwen2-window"])
+def test_config_of_transformers_4(saved, case):
+    """The older spelling of the rotary keys gives the same model."""
+    _, checkpoint = saved(case)
+    config = dict(checkpoint.hf_config)
+    if rope := config.pop("rope_parameters", None):
+        config["rope_theta"] = rope.pop("rope_theta")
+        rope["type"] = rope.pop("rope_type")
+        config["rope_scaling"] = None if rope == {"type": "default"} else rope
+    assert model_config(config) == checkpoint.config
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_defaults_are_those_of_transformers(kind):
+    full = transformers.AutoConfig.for_model(kind).to_dict()
+    assert model_config(json.loads(json.dumps(full, default=str))) == model_config(
+        {"model_type": kind}
+    )
+
+
+def test_every_tensor_is_used_once():
+    for kind in FAMILIES:
+        table = tensor_table({"model_type": kind, **TINY})
+        assert len({source.name for source in table.values()}) == len(table)
+
+
+def bad(**keys):
+    with pytest.raises(ValueError) as error:
+        model_config({"model_type": "llama", **TINY, **keys}, "here/config.json")
+    assert str(error.value).startswith("here/config.json")
+    return str(error.value)
+
+
+def test_all_problems_in_one_error():
+    message = bad(
+        attn_logit_softcapping=50.0,
+        residual_multiplier=0.2,
+        hidden_act="quick",
+        rope_interleaved=True,
+        mlp_bias="yes",
+        rope_scaling={"rope_type": "linear", "short_factor": [1.0]},
+    )
+    for part in (
+        "attn_logit_softcapping = 50.0: unknown key",
+        "residual_multiplier = 0.2: unknown key",
+        "hidden_act = 'quick': supported: silu",
+        "rope_interleaved = True: only False",
+        "mlp_bias = 'yes': expected a bool",
+        "rope type linear: factor is missing",
+        "rope type linear: unknown key short_factor",
+        "7 thing(s)",
+    ):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("keys", "part"),
+    [
+        ({"model_type": "mamba"}, "model_type 'mamba' is not supported; supported: llama, mis"),
+        ({"architectures": ["LlamaForQuestionAnswering"]}, "supported for llama: LlamaForCausalLM"),
+        ({"num_attention_heads": 3}, "hidden_size is no multiple"),
+        ({"num_key_value_heads": 3}, "4 query heads are no multiple of 3"),
+        ({"head_dim": 7}, "head size 7"),
+        ({"vocab_size": 0}, "vocab_size = 0: expected a positive integer"),
+        ({"hidden_size": None}, "hidden_size = None: expected a int"),
+        ({"quantization_config": {"bits": 4}}, "the checkpoint is quantised"),
+        ({"rope_scaling": {"type": "longrope"}}, "rope type 'longrope': supported: default, lin"),
+        ({"rope_scaling": {"type": "linear", "factor": -1}}, "factor = -1: expected a number"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"rope_parameters": {"rope_theta": 5.0}, "rope_theta": 6.0}, "rope_theta = 6.0, but 5.0"),
+        ({"model_type": "mistral", "attention_bias": True}, "attention_bias = True: only False"),
+        ({"model_type": "mistral", "sliding_window": -3}, "sliding_window = -3"),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "layer_types": ["chunked"] * 2},
+            "layer_types = ['chunked', 'chunked']: expected 2 times full_attention",
+        ),
+    ],
+)
+def test_bad_config(keys, part):
+    assert part in bad(**keys)
