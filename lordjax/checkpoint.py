@@ -1,0 +1,327 @@
+"""A compressed model as a directory that describes itself.
+
+::
+
+    model-00001-of-0000N.safetensors …   tensors by "/"-path; LowRank: path/left, path/right
+    model.safetensors.index.json         tensor -> file
+    config.json                          the original Hugging Face config, plus "lordjax": {...}
+    plan.json, report.json               what was decided, what came of it
+    tokenizer files                      if a writer was given
+
+Nothing is pickled. A directory is written beside its destination and renamed when it is complete
+and on disk, so that a crash leaves nothing half-written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from lordjax import trees
+from lordjax.kernels import KINDS, Kernel, check, kind_of, nbytes
+from lordjax.models.config import ModelConfig
+from lordjax.plan import Plan
+
+FORMAT = 1  # of the directory; raised when a reader of the old one would misread the new one
+SHARD_BYTES = 2 * 2**30
+INDEX = "model.safetensors.index.json"
+
+
+def _parts(params: Any) -> Iterator[tuple[str, Any]]:
+    """All kernels and leaf arrays with their names on disk; kernels before their own parts."""
+    todo = list(reversed(trees.flatten(params).items()))
+    while todo:
+        path, leaf = todo.pop()
+        yield path, leaf
+        if isinstance(leaf, Kernel):
+            fields = [(f"{path}/{f.name}", getattr(leaf, f.name)) for f in dataclasses.fields(leaf)]
+            todo += reversed(fields)
+
+
+def check_destination(directory: str | os.PathLike[str]) -> Path:
+    """Where a model is to be written.
+
+    Raises:
+      FileExistsError: if something is there already (an empty directory is fine).
+    """
+    directory = Path(directory)
+    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+        raise FileExistsError(
+            f"{directory}: exists and is not an empty directory; choose another output or remove it"
+        )
+    return directory
+
+
+@contextlib.contextmanager
+def staged(directory: Path) -> Iterator[Path]:
+    """A fresh directory beside ``directory`` that takes its name when the block succeeds.
+
+    Raises:
+      FileExistsError: if the destination is not free.
+    """
+    check_destination(directory)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        yield stage
+        for file in stage.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+        stage.chmod(0o755)  # mkdtemp makes it private
+        if directory.exists():
+            directory.rmdir()
+        stage.rename(directory)
+    except BaseException:
+        shutil.rmtree(stage, ignore_errors=True)
+        raise
+
+
+def _shards(params: Any, limit: int) -> list[dict[str, Any]]:
+    """Tensors in order, cut into groups of at most ``limit`` bytes (or one tensor)."""
+    shards: list[dict[str, Any]] = [{}]
+    size = 0
+    for name, array in _parts(params):
+        if isinstance(array, Kernel):
+            continue
+        if shards[-1] and size + nbytes(array) > limit:
+            shards.append({})
+            size = 0
+        shards[-1][name] = array
+        size += nbytes(array)
+    return shards
+
+
+def save(
+    directory: str | os.PathLike[str],
+    config: ModelConfig,
+    params: Any,
+    *,
+    hf_config: Mapping[str, Any],
+    plan: Plan | None = None,
+    report: Mapping[str, Any] | None = None,
+    write_tokenizer: Callable[[Path], Any] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Writes a model directory; see the module's docstring for its files.
+
+    Args:
+      directory: destination; must be free (see `check_destination`).
+      config: the architecture.
+      params: the parameters; kernels of any kind.
+      hf_config: the original ``config.json``.
+      plan: written as ``plan.json``.
+      report: written as ``report.json``.
+      write_tokenizer: called with the directory to put tokenizer files into.
+      shard_bytes: most tensor bytes per file.
+
+    Returns:
+      The directory.
+
+    Raises:
+      FileExistsError: if the destination is not free.
+      OSError: if there is not enough room; says how much is needed and how much there is.
+    """
+    directory = Path(directory)
+    check_destination(directory)
+    check_room(directory, nbytes(params))
+    from lordjax import __version__
+
+    kinds = {path: kind_of(part) for path, part in _parts(params) if isinstance(part, Kernel)}
+    lordjax = {
+        "format": FORMAT,
+        "version": __version__,
+        "method": None if plan is None else plan.method,
+        "kinds": kinds,
+        "model": config.to_json(),
+        "calibration": (report or {}).get("calibration"),
+        "settings": (report or {}).get("settings"),
+    }
+    with staged(directory) as stage:
+        shards = _shards(params, shard_bytes)
+        index = {}
+        for i, shard in enumerate(shards):
+            name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+            arrays = {k: np.ascontiguousarray(jax.device_get(v)) for k, v in shard.items()}
+            safetensors.numpy.save_file(arrays, stage / name, metadata={"format": "lordjax"})
+            index |= dict.fromkeys(arrays, name)
+        total = {"total_size": nbytes(params)}
+        _write_json(stage / INDEX, {"metadata": total, "weight_map": index})
+        _write_json(stage / "config.json", {**hf_config, "lordjax": lordjax})
+        if plan is not None:
+            plan.write(stage / "plan.json")
+        if report is not None:
+            files = sum(f.stat().st_size for f in stage.glob("*.safetensors"))
+            _write_json(stage / "report.json", {**report, "file_bytes": files})
+        if write_tokenizer is not None:
+            write_tokenizer(stage)
+    return directory
+
+
+def check_room(directory: Path, need: int) -> None:
+    """Raises OSError if the disk of ``directory`` has less than ``need`` bytes and 16 MiB."""
+    there = next(p for p in [directory, *directory.absolute().parents] if p.exists())
+    free = shutil.disk_usage(there).free
+    if free < need + 2**24:
+        raise OSError(
+            f"{directory}: needs about {need / 1e6:.0f} MB of disk, {free / 1e6:.0f} MB are free; "
+            "make room or choose another output"
+        )
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def is_compressed(path: str | os.PathLike[str]) -> bool:
+    """Whether ``path`` is a directory written by `save`."""
+    file = Path(path) / "config.json"
+    try:
+        config = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and "lordjax" in config
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """An opened model directory; tensors are read when they are asked for.
+
+    A `compress.Source`, so that a compressed model can be compressed again.
+    """
+
+    directory: Path
+    config: ModelConfig
+    hf_config: dict[str, Any]
+    meta: dict[str, Any]
+    files: dict[str, str]  # tensor -> file
+
+    def read(self, prefix: str = "") -> dict[str, Any]:
+        """Parameters below a "/"-path (all, if empty) as a nested dict, kernels put together.
+
+        Raises:
+          KeyError: if there are none.
+          ValueError: if a file is damaged or a kernel's parts do not fit; names them.
+        """
+
+        def below(path: str) -> bool:
+            return not prefix or f"{path}/".startswith(f"{prefix}/")
+
+        wanted = [name for name in self.files if below(name)]
+        if not wanted:
+            raise KeyError(f"{self.directory}: no parameter below {prefix!r}")
+        kinds = {path: kind for path, kind in self.meta["kinds"].items() if below(path)}
+        arrays = self._arrays(wanted)
+        tree = trees.unflatten({n: arrays[n] for n in wanted})
+        for path in sorted(kinds, key=len, reverse=True):  # the innermost kernels first
+            *branches, name = path.split("/")
+            node = functools.reduce(lambda at, key: at[key], branches, tree)
+            node[name] = KINDS[kinds[path]](**node[name])
+        for path, leaf in trees.flatten(tree).items():
+            if isinstance(leaf, Kernel):
+                check(leaf, path)
+        return functools.reduce(lambda at, key: at[key], prefix.split("/") if prefix else [], tree)
+
+    def _arrays(self, names: list[str]) -> dict[str, np.ndarray]:
+        """Tensors by name; every file is opened once and closed again."""
+        arrays = {}
+        for file in dict.fromkeys(self.files[name] for name in names):
+            try:
+                with safetensors.safe_open(self.directory / file, framework="numpy") as handle:
+                    for name in names:
+                        if self.files[name] == file:
+                            arrays[name] = handle.get_tensor(name)
+            except (OSError, safetensors.SafetensorError) as error:
+                raise ValueError(
+                    f"{self.directory / file}: not the safetensors file it should be ({error})"
+                ) from error
+        return arrays
+
+    def block(self, i: int) -> dict[str, Any]:
+        """Nested dict of ``layer_i``."""
+        return self.read(f"layer_{i}")
+
+    def rest(self) -> dict[str, Any]:
+        """Nested dict of everything outside the blocks."""
+        tops = dict.fromkeys(name.split("/", 1)[0] for name in self.files)
+        return {top: self.read(top) for top in tops if not top.startswith("layer_")}
+
+    def params(self) -> dict[str, Any]:
+        """The whole tree."""
+        return self.read()
+
+    def report(self) -> dict[str, Any]:
+        """The contents of ``report.json``, empty if there is none."""
+        file = self.directory / "report.json"
+        return json.loads(file.read_text()) if file.exists() else {}
+
+    def plan(self) -> Plan | None:
+        """The plan, if there is one."""
+        file = self.directory / "plan.json"
+        return Plan.read(file) if file.exists() else None
+
+
+def open_saved(directory: str | os.PathLike[str]) -> Saved:
+    """Opens a directory written by `save`, without reading tensors.
+
+    Raises:
+      ValueError: if it is not such a directory, is of a newer format, or is incomplete.
+    """
+    directory = Path(directory)
+    if not is_compressed(directory):
+        raise ValueError(f'{directory}: no config.json with a "lordjax" entry; not written by save')
+    hf_config = json.loads((directory / "config.json").read_text())
+    meta = hf_config.pop("lordjax")
+    try:
+        if meta["format"] > FORMAT:
+            raise ValueError(
+                f"{directory}: format {meta['format']} of lordjax {meta['version']}; this version "
+                f"reads up to {FORMAT}, upgrade lordjax"
+            )
+        unknown = {kind for kind in meta["kinds"].values() if kind not in KINDS}
+        if unknown:
+            raise ValueError(
+                f"{directory}: unknown kernel kinds {sorted(unknown)}; upgrade lordjax"
+            )
+        config = ModelConfig.from_json(meta["model"])
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{directory / 'config.json'}: damaged lordjax entry ({error!r})"
+        ) from error
+    try:
+        files = dict(json.loads((directory / INDEX).read_text())["weight_map"])
+        missing = sorted({f for f in files.values() if not (directory / f).is_file()})
+    except (OSError, TypeError, ValueError, KeyError) as error:
+        raise ValueError(f"{directory / INDEX}: unreadable index ({error!r})") from error
+    if missing:
+        raise ValueError(f"{directory}: files named in the index are missing: {missing}")
+    fields = {
+        f"{p}/{f.name}" for p, k in meta["kinds"].items() for f in dataclasses.fields(KINDS[k])
+    }
+    lacking = sorted(fields - files.keys() - meta["kinds"].keys())
+    if lacking:
+        raise ValueError(f"{directory / INDEX}: lacks parts of kernels: {', '.join(lacking)}")
+    return Saved(directory, config, hf_config, meta, files)
+
+
+def load(directory: str | os.PathLike[str]) -> tuple[ModelConfig, dict[str, Any]]:
+    """Config and parameters of a directory written by `save`; needs nothing else.
+
+    Raises:
+      ValueError: see `open_saved`.
+    """
+    saved = open_saved(directory)
+    return saved.config, saved.params()

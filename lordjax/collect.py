@@ -1,0 +1,217 @@
+"""Statistics of one block: forward for activations, backward for gradients.
+
+Both are jitted steps that fold a batch into donated accumulators; parameters are arguments, so
+all blocks of a model share one compilation. Which statistics are taken is the structure of the
+accumulator: a dict from ``"<tap>:<kind>"`` to a statistic.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from lordjax import trees
+from lordjax.models.config import ModelConfig
+from lordjax.models.transformer import Block, Transformer, default_positions
+from lordjax.sites import LINEAR_SITES, Site
+from lordjax.stats import PERTURBATIONS, STATISTICS, TAPS, Moments
+
+Stats = dict[str, Any]
+
+
+def moment_taps(block: Mapping[str, Any], sites: Iterable[Site] = LINEAR_SITES) -> dict[str, str]:
+    """Site path -> the tap whose second moment gives the site's output moments most cheaply.
+
+    The input's, if it is no wider than the widest layer it feeds (it is shared by the group);
+    else the output's. So no second moment is larger than the smaller side of its kernels.
+    """
+    sites = tuple(sites)
+    shapes = {site.path: trees.flatten(block)[site.path].shape for site in sites}
+    taps = {}
+    for site in sites:
+        group = [shapes[other.path] for other in sites if other.input_tap == site.input_tap]
+        narrow = group[0][0] <= max(out for _, out in group)
+        taps[site.path] = site.input_tap if narrow else site.output_tap
+    return taps
+
+
+def empty(widths: Mapping[str, int]) -> Stats:
+    """Zero accumulators for ``{"<tap>:<kind>": width}``."""
+    return {key: STATISTICS[key.rsplit(":", 1)[1]].zeros(width) for key, width in widths.items()}
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def embed(rest: Any, tokens: Int[Array, "b s"], *, config: ModelConfig) -> Float[Array, "b s m"]:
+    """The residual stream before the first block."""
+    model = Transformer(config)
+    return model.apply({"params": rest}, tokens, method=Transformer.embed_tokens)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("config", "window", "forward"), donate_argnames=("stats",)
+)
+def observe(
+    block: Any,
+    x: Float[Array, "b s m"],
+    mask: Bool[Array, "b s"] | None,
+    stats: Stats,
+    *,
+    config: ModelConfig,
+    window: int | None,
+    forward: bool = True,
+) -> tuple[Float[Array, "b s m"] | None, Stats]:
+    """Runs a block on a batch and adds its taps to ``stats`` (donated).
+
+    With ``forward=False`` the block's output is not returned, and XLA drops the layers behind the
+    last tap that is asked for.
+    """
+    positions = default_positions(x, mask)
+    y, state = Block(config, window).apply(
+        {"params": block}, x, positions, mask, mutable=[TAPS] if stats else []
+    )
+    taps = trees.flatten(state.get(TAPS, {}))
+    new = {key: stat.update(taps[key.rsplit(":", 1)[0]], mask) for key, stat in stats.items()}
+    return (y if forward else None), new
+
+
+@functools.partial(
+    jax.jit, static_argnames=("config", "window"), donate_argnames=("target", "fitted", "cross")
+)
+def observe_pair(
+    blocks: tuple[Any, Any],
+    xs: tuple[Float[Array, "b s m"], Float[Array, "b s m"]],
+    mask: Bool[Array, "b s"] | None,
+    target: dict[str, Moments],
+    fitted: dict[str, Moments],
+    cross: dict[str, Any],
+    *,
+    config: ModelConfig,
+    window: int | None,
+) -> tuple[dict[str, Moments], dict[str, Moments], dict[str, Any]]:
+    """Runs the untouched and the compressed block in lockstep and relates their taps.
+
+    Args:
+      blocks: parameters (untouched, compressed).
+      xs: residual streams (of the untouched prefix, of the compressed prefix).
+      mask: False at padding.
+      target: output tap -> moments of the untouched outputs ``y``.
+      fitted: input tap -> moments of the compressed inputs ``x̂``.
+      cross: ``"<input tap>|<output tap>"`` -> Σ ``x̂ᵀ y``, uncentred.
+      config: the architecture.
+      window: sliding window of this layer.
+    """
+    positions = default_positions(xs[0], mask)
+    taps = []
+    for block, x in zip(blocks, xs, strict=True):
+        _, state = Block(config, window).apply(
+            {"params": block}, x, positions, mask, mutable=[TAPS]
+        )
+        taps.append(trees.flatten(state[TAPS]))
+    weights = None if mask is None else mask[..., None]
+    new_cross = {}
+    for key, total in cross.items():
+        source, goal = key.split("|")
+        x, y = taps[1][source], taps[0][goal]
+        x = x if weights is None else jnp.where(weights, x, 0)
+        x, y = (z.reshape(-1, z.shape[-1]) for z in (x, y))
+        new_cross[key] = total + jnp.matmul(x.T, y, precision="highest")
+    return (
+        {tap: moments.update(taps[0][tap], mask) for tap, moments in target.items()},
+        {tap: moments.update(taps[1][tap], mask) for tap, moments in fitted.items()},
+        new_cross,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def loss_gradient(
+    rest: Any,
+    x: Float[Array, "b s m"],
+    tokens: Int[Array, "b s"],
+    mask: Bool[Array, "b s"] | None,
+    *,
+    config: ModelConfig,
+) -> Float[Array, "b s m"]:
+    """Gradient of the summed next-token loss at the last block's output.
+
+    Positions are independent behind the last block, so a few are done at a time: the logits of a
+    whole batch would be the largest array of the run.
+    """
+    targets = jnp.roll(tokens, -1, axis=1)
+    counts = jnp.ones(tokens.shape, bool) if mask is None else mask
+    counts = (counts & jnp.roll(counts, -1, axis=1)).at[:, -1].set(False)
+
+    def loss(x: Array, target: Array, count: Array) -> Array:
+        model = Transformer(config)
+        logits = model.apply({"params": rest}, x[None, None], method=Transformer.unembed)[0, 0]
+        return jnp.where(count, jax.nn.logsumexp(logits) - logits[target], 0)
+
+    rows = (x.reshape(-1, x.shape[-1]), targets.reshape(-1), counts.reshape(-1))
+    gradients = jax.lax.map(lambda row: jax.grad(loss)(*row), rows, batch_size=256)
+    return gradients.reshape(x.shape)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "window"), donate_argnames=("stats",))
+def observe_gradients(
+    block: Any,
+    x: Float[Array, "b s m"],
+    mask: Bool[Array, "b s"] | None,
+    cotangent: Float[Array, "b s m"],
+    bases: dict[str, Any],
+    stats: dict[str, dict[str, Any]],
+    *,
+    config: ModelConfig,
+    window: int | None,
+) -> tuple[Float[Array, "b s m"], dict[str, dict[str, Any]]]:
+    """Runs a block backwards and adds the gradients at its linear outputs.
+
+    Args:
+      block: parameters.
+      x: block input.
+      mask: False at padding.
+      cotangent: gradient of the loss at the block's output.
+      bases: site path -> ``[out, m]`` coordinates for the gradient (`linalg.row_space`), or None.
+      stats: accumulators (donated). ``gradients``: site path -> moments of the loss gradient at
+        the site's output; ``row_fisher``: site path -> ``[in]``, the sum over windows and
+        outputs of squared weight gradients.
+      config: the architecture.
+      window: sliding window of this layer.
+
+    Returns:
+      Gradient at the block's input, and the accumulators.
+    """
+    positions = default_positions(x, mask)
+    sites = {s.path: s for s in LINEAR_SITES if any(s.path in table for table in stats.values())}
+
+    def run(x: Array, delta: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+        variables = {"params": block, PERTURBATIONS: trees.unflatten(delta)}
+        y, state = Block(config, window).apply(variables, x, positions, mask, mutable=[TAPS])
+        return y, trees.flatten(state[TAPS])
+
+    flat = trees.flatten(block)
+    zero = {
+        s.output_tap: jnp.zeros((*x.shape[:2], flat[path].shape[-1]), x.dtype)
+        for path, s in sites.items()
+    }
+    _, pull, taps = jax.vjp(run, x, zero, has_aux=True)
+    grad_x, grads = pull(cotangent)
+
+    def project(path: str) -> Array:
+        g = grads[sites[path].output_tap]
+        return g if bases[path] is None else g @ bases[path].astype(g.dtype)
+
+    def row_fisher(path: str, total: Array) -> Array:
+        site = sites[path]
+        per_window = jnp.einsum("bsi,bso->bio", taps[site.input_tap], grads[site.output_tap])
+        return total + jnp.sum(per_window**2, axis=(0, 2))
+
+    new: dict[str, dict[str, Any]] = {}
+    if "gradients" in stats:
+        new["gradients"] = {p: m.update(project(p), mask) for p, m in stats["gradients"].items()}
+    if "row_fisher" in stats:
+        new["row_fisher"] = {p: row_fisher(p, t) for p, t in stats["row_fisher"].items()}
+    return grad_x, new

@@ -1,0 +1,76 @@
+"""The functional core on raw trees: any nested dict of arrays or ``nnx.State``, no model needed.
+
+Pure and jittable; callable under ``vmap``, ``jax.pmap`` and on sharded arrays.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from lordjax import trees
+from lordjax.kernels import Kernel, LowRank
+from lordjax.methods.base import break_even
+
+
+def _svd(kernel: Float[Array, "... in out"], rank: int) -> tuple[Array, Array]:
+    # Not through the Gram matrix: in float32 that loses singular values below 3e-4 of the largest.
+    u, values, v = jnp.linalg.svd(kernel, full_matrices=False)
+    return (u * values[..., None, :])[..., :rank], v[..., :rank, :]
+
+
+def factorize(
+    params: Any, *, rank: int | None = None, keep: float | None = None, where: str = "kernel$"
+) -> Any:
+    """Replaces matrices of a parameter tree by their best low-rank approximations.
+
+    Plain truncated SVD: no data. For methods that use activations see `compress`.
+
+    Args:
+      params: any pytree of arrays; matrices ``[..., in, out]``, leading axes are stacks.
+      rank: the rank, everywhere. A matrix for which that is no smaller than dense stays as it is.
+      keep: instead of ``rank``: the share of each matrix' weights to keep, in (0, 1]; 1 changes
+        nothing.
+      where: regular expression searched in the "/"-path of a leaf.
+
+    Returns:
+      A tree of the same structure with `LowRank` leaves; the input is untouched. Factors have
+      the dtype of the matrix and are computed in at least float32.
+
+    Raises:
+      KeyError: if no leaf matches ``where``; suggests paths.
+      ValueError: if a matching leaf is no matrix or too small for ``keep``, or not exactly one of
+        rank and keep is given and in range.
+    """
+    if (rank is None) == (keep is None):
+        raise ValueError(f"give exactly one of rank and keep, got rank={rank}, keep={keep}")
+    if rank is not None and rank < 1:
+        raise ValueError(f"rank must be at least 1, got {rank}")
+    if keep is not None and not 0 < keep <= 1:
+        raise ValueError(f"keep must be in (0, 1], got {keep}")
+    leaves = trees.flatten(params)
+    chosen = set(trees.select(leaves, where))
+    wrong = [f"{p} {leaves[p].shape}" for p in chosen if len(leaves[p].shape) < 2]
+    if wrong:
+        raise ValueError(f"not matrices: {', '.join(sorted(wrong))}; narrow down where={where!r}")
+
+    small: list[str] = []
+
+    def replace(path: str, leaf: Any) -> Any:
+        if path not in chosen or isinstance(leaf, Kernel) or keep == 1:
+            return leaf
+        limit = break_even(*leaf.shape[-2:])
+        wanted = rank if rank is not None else int(keep * limit)
+        if wanted == 0:
+            small.append(f"{path} {leaf.shape}")
+        if wanted == 0 or wanted >= limit:
+            return leaf
+        left, right = _svd(leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), wanted)
+        return LowRank(left.astype(leaf.dtype), right.astype(leaf.dtype))
+
+    new = trees.map_with_path(replace, params)
+    if small:
+        raise ValueError(f"keep={keep} is less than rank 1 of {', '.join(small)}")
+    return new

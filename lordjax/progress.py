@@ -1,0 +1,44 @@
+"""Seconds per stage, progress, and memory."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+Progress = Callable[[str, int, int], None]  # stage, done, total
+
+
+class Clock:
+    """Adds up the seconds of stages and reports how far they are."""
+
+    def __init__(self, progress: Progress | None = None):
+        self.seconds: dict[str, float] = {}
+        self._progress = progress
+
+    def run(self, stage: str, items: range) -> Iterator[int]:
+        """Yields the items of a stage; the time of the loop's body is the stage's."""
+        for done, item in enumerate(items):
+            self._report(stage, done, len(items))
+            with self.part(stage):
+                yield item
+        self._report(stage, len(items), len(items))
+
+    @contextlib.contextmanager
+    def part(self, stage: str) -> Iterator[None]:
+        """Adds the time of a ``with`` body to a stage."""
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+    def _report(self, stage: str, done: int, total: int) -> None:
+        if self._progress is not None:
+            self._progress(stage, done, total)
+
+
+def peak_rss() -> int:
+    """Peak resident memory of this process so far, bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

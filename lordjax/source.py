@@ -1,0 +1,89 @@
+"""What goes into a compression: a model read block by block, and calibration tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from lordjax.models.config import ModelConfig
+
+
+class Source(Protocol):
+    """Where parameters come from, a block at a time."""
+
+    config: ModelConfig
+
+    def block(self, i: int) -> dict[str, Any]:
+        """Nested dict of ``layer_i``."""
+        ...
+
+    def rest(self) -> dict[str, Any]:
+        """Nested dict of everything outside the blocks."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class InMemory:
+    """A `Source` over a parameter tree."""
+
+    config: ModelConfig
+    params: Mapping[str, Any]
+
+    def block(self, i: int) -> dict[str, Any]:
+        """Nested dict of ``layer_i``."""
+        return self.params[f"layer_{i}"]
+
+    def rest(self) -> dict[str, Any]:
+        """Nested dict of everything outside the blocks."""
+        return {k: v for k, v in self.params.items() if not k.startswith("layer_")}
+
+
+@dataclasses.dataclass
+class Calibration:
+    """Tokens and how to run them: ``[n, len]`` in batches, mask False at padding."""
+
+    tokens: np.ndarray
+    mask: np.ndarray | None
+    batch_size: int
+
+    def batches(self) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+        """Tokens and mask of each batch."""
+        for start in range(0, len(self.tokens), self.batch_size):
+            rows = slice(start, start + self.batch_size)
+            yield self.tokens[rows], None if self.mask is None else self.mask[rows]
+
+    def spread(self, windows: int | None) -> Calibration:
+        """A subset of at most that many windows, evenly spread."""
+        if windows is None or windows >= len(self.tokens):
+            return self
+        chosen = np.linspace(0, len(self.tokens) - 1, windows).round().astype(int)
+        mask = None if self.mask is None else self.mask[chosen]
+        return Calibration(self.tokens[chosen], mask, self.batch_size)
+
+    def masks(self) -> list[np.ndarray | None]:
+        """The mask of each batch."""
+        return [mask for _, mask in self.batches()]
+
+
+def check_tokens(config: ModelConfig, tokens: np.ndarray) -> np.ndarray:
+    """Calibration tokens as int32 ``[n, len]``.
+
+    Raises:
+      ValueError: if the array is not 2-D integer, is empty, or holds ids outside the vocabulary.
+    """
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 2 or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
+        raise ValueError(
+            "calibration tokens: expected a non-empty integer array [windows, length], got "
+            f"{tokens.dtype} {tokens.shape}"
+        )
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= config.vocab_size:
+        raise ValueError(
+            f"calibration tokens: ids range over {low}…{high}, but the model's vocabulary has "
+            f"{config.vocab_size} entries; were they made by another tokenizer?"
+        )
+    return tokens.astype(np.int32)

@@ -1,0 +1,274 @@
+"""Whole models: budgets are kept, blocks share compilations, statistics are what they claim."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lordjax import collect, trees
+from lordjax.calibrate import gradient_statistics
+from lordjax.compression import InMemory, compress, prepare, verify
+from lordjax.kernels import LowRank, nbytes
+from lordjax.linalg import row_space
+from lordjax.methods import METHODS
+from lordjax.models import ModelConfig, Transformer, init
+from lordjax.plan import Plan, weights
+from lordjax.progress import Clock
+from lordjax.sites import LINEAR_SITES, site_path
+from lordjax.source import Calibration
+
+CONFIG = ModelConfig(97, 48, 80, 3, 6, 2, 8, 256, tie_embeddings=True)
+TOKENS = np.random.default_rng(0).integers(0, 97, (6, 40)).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def params():
+    tree = init(CONFIG, jax.random.key(0))
+    # Norm scales and biases off their initial values, so that forgetting one shows.
+    return jax.tree.map(lambda a: a + 0.1 * jnp.cos(jnp.arange(a.size)).reshape(a.shape), tree)
+
+
+@pytest.fixture(scope="module")
+def source(params):
+    return InMemory(CONFIG, params)
+
+
+def logits(config, params, tokens=TOKENS, mask=None):
+    return Transformer(config).apply({"params": params}, tokens, mask)
+
+
+def linear_weights(params):
+    paths = [site_path(i, s) for i in range(CONFIG.num_layers) for s in LINEAR_SITES]
+    flat = trees.flatten(params)
+    return sum(nbytes(flat[path]) // 4 for path in paths)
+
+
+@pytest.mark.parametrize("prefix", ["dense", "compressed", "corrective"])
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_keeps_its_budget(source, params, method, prefix):
+    if prefix == "corrective" and "abs_mean" in METHODS[method].needs:
+        with pytest.raises(ValueError, match="no corrective target"):
+            compress(source, TOKENS, method=method, prefix=prefix)
+        return
+    before = jax.tree.map(np.array, params)
+    result = compress(source, TOKENS, method=method, keep=0.6, prefix=prefix)
+    share = linear_weights(result.params) / linear_weights(params)
+    assert 0.4 < share <= 0.6
+    assert result.report["plan"]["kept"] == pytest.approx(share)
+    assert result.report["bytes"] == nbytes(result.params)
+    kinds = {p for p, k in trees.flatten(result.params).items() if isinstance(k, LowRank)}
+    assert kinds == {p for p, rank in result.plan.ranks.items() if rank is not None}
+    assert np.isfinite(logits(CONFIG, result.params)).all()
+    jax.tree.map(np.testing.assert_array_equal, params, before)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_keep_one_changes_nothing(source, params, method):
+    result = compress(source, TOKENS, method=method, keep=1.0)
+    jax.tree.map(np.testing.assert_array_equal, result.params, params)
+
+
+def test_one_preparation_serves_every_budget(source):
+    prepared = prepare(source, TOKENS, method="lord")
+    curves, errors = prepared.curves(), []
+    for keep in (0.9, 0.7, 0.5, 0.3):
+        result = prepared.compress(keep)
+        assert result.report["plan"]["kept"] <= keep
+        assert result.plan.gap is not None
+        ranks = result.plan.ranks.items()
+        errors.append(sum(curves[path].errors[-1 if r is None else r] for path, r in ranks))
+    assert errors == sorted(errors)
+    assert errors[0] < errors[-1]
+
+
+def test_result_does_not_depend_on_the_batch_size(source):
+    a, b = (compress(source, TOKENS, method="lord", batch_size=n) for n in (1, 4))
+    assert a.plan.ranks == b.plan.ranks
+    np.testing.assert_allclose(logits(CONFIG, a.params), logits(CONFIG, b.params), atol=2e-4)
+
+
+def test_padding_changes_nothing(source):
+    mask = np.ones((6, 50), bool)
+    mask[:, 40:] = False
+    garbage = np.full((6, 10), 3, np.int32)
+    padded = np.concatenate([TOKENS, garbage], axis=1)
+    plain = prepare(source, TOKENS, method="lord")
+    masked = prepare(source, padded, method="lord", mask=mask)
+    for path, factors in plain.factors.items():
+        scale = factors.spectrum[0]
+        np.testing.assert_allclose(
+            masked.factors[path].spectrum, factors.spectrum, atol=1e-5 * scale
+        )
+
+
+@pytest.mark.parametrize("method, prefix", [("lord", "dense"), ("rom", "compressed")])
+def test_blocks_share_their_compilations(source, method, prefix):
+    steps = (collect.observe, collect.observe_gradients, collect.loss_gradient)
+
+    def compiled():
+        return [step._cache_size() for step in steps]
+
+    for step in steps:
+        step.clear_cache()
+    options = {"method": method, "prefix": prefix, "allocation": "uniform", "batch_size": 2}
+    compress(source, TOKENS, **options)
+    first = compiled()
+    compress(source, TOKENS, **options)
+    assert compiled() == first
+    groups = len({site.group for site in LINEAR_SITES})
+    assert first[0] <= (groups + 1 if prefix != "dense" else 2)
+    assert first[1] <= 1
+    assert first[2] <= 1
+
+
+def test_gradients_are_those_of_the_loss(source, params):
+    """Σ tokens xᵀg at a linear output is the gradient of the loss at its kernel."""
+
+    def loss(params):
+        out = Transformer(CONFIG).apply({"params": params}, TOKENS[:1])[0, :-1]
+        return -jnp.sum(jax.nn.log_softmax(out)[jnp.arange(39), TOKENS[0, 1:]])
+
+    expected = jax.grad(loss)(params)
+    stats = gradient_statistics(
+        source, Calibration(TOKENS[:1], None, 1), ("row_fisher", "gradients"), Clock()
+    )
+    for i in range(CONFIG.num_layers):
+        flat = trees.flatten(expected[f"layer_{i}"])
+        for site in LINEAR_SITES:
+            # One window: the row Fisher is the squared weight gradient summed over outputs.
+            rows = jnp.sum(flat[site.path] ** 2, axis=1)
+            np.testing.assert_allclose(
+                stats[i]["row_fisher"][site.path], rows, rtol=1e-3, atol=1e-6
+            )
+
+
+def test_gradient_coordinates_keep_the_metric(source, params):
+    """For a widening kernel the gradient is stored in the kernel's row space: K M Kᵀ survives."""
+    stats = gradient_statistics(source, Calibration(TOKENS, None, 3), ("gradients",), Clock())
+    path = "mlp/up/kernel"
+    kernel = params["layer_1"]["mlp"]["up"]["kernel"]
+    narrow = kernel @ row_space(kernel)
+    small = narrow @ stats[1]["gradients"][path].second_moment() @ narrow.T
+    # The gradient at the layer's input through this kernel alone is g Kᵀ: its trace by hand.
+    taps = []
+    for window in TOKENS:
+        taps.append(_output_gradient(params, window, "layer_1/mlp/up/out") @ kernel.T)
+    rows = jnp.concatenate(taps)
+    np.testing.assert_allclose(small, rows.T @ rows / len(rows), rtol=2e-3, atol=1e-4)
+
+
+def _output_gradient(params, window, tap):
+    def loss(delta):
+        variables = {"params": params, "perturbations": trees.unflatten({tap: delta})}
+        out = Transformer(CONFIG).apply(variables, window[None])[0, :-1]
+        return -jnp.sum(jax.nn.log_softmax(out)[jnp.arange(len(window) - 1), window[1:]])
+
+    return jax.grad(loss)(jnp.zeros((1, len(window), CONFIG.mlp_size)))[0]
+
+
+def test_sequential_equals_one_shot_where_the_prefix_is_untouched(source):
+    """Only q, k, v of the first block: their inputs are the untouched model's either way."""
+    prepared = {
+        p: prepare(source, TOKENS, method="lord-linear", prefix=p) for p in ("dense", "compressed")
+    }
+    chosen = [f"layer_0/attention/{n}/kernel" for n in "qkv"]
+    ranks = dict.fromkeys(prepared["dense"].shapes, None) | dict.fromkeys(chosen, 4)
+    plan = Plan("lord-linear", ranks, 0.5, "by hand")
+    a, b = (prepared[p].apply(plan).params for p in ("dense", "compressed"))
+    np.testing.assert_allclose(logits(CONFIG, a), logits(CONFIG, b), atol=1e-4)
+
+
+def test_sequential_sees_the_compressed_prefix(source):
+    """Compressing an early layer changes what a later one is fitted to - unless one-shot."""
+    ranks = dict.fromkeys(prepare(source, TOKENS, method="rom").shapes, None)
+    late = "layer_2/mlp/down/kernel"
+    results = {}
+    for prefix in ("dense", "compressed"):
+        prepared = prepare(source, TOKENS, method="lord-linear", prefix=prefix)
+        for early in (None, 1):
+            planned = ranks | {late: 8, "layer_0/mlp/down/kernel": early}
+            plan = Plan("lord-linear", planned, 0.5, "by hand")
+            kernel = trees.flatten(prepared.apply(plan).params)[late]
+            results[prefix, early] = np.asarray(kernel.materialize())
+    np.testing.assert_array_equal(results["dense", None], results["dense", 1])
+    assert np.abs(results["compressed", None] - results["compressed", 1]).max() > 1e-4
+
+
+def test_corrective_target_lowers_the_error_of_the_model(source):
+    """The residual stream after the last block is closer to the untouched model's."""
+    errors = {}
+    for prefix in ("compressed", "corrective"):
+        result = compress(source, TOKENS, method="lord-linear", keep=0.5, prefix=prefix)
+        gap = logits(CONFIG, result.params) - logits(CONFIG, source.params)
+        errors[prefix] = float(jnp.mean(gap**2))
+    assert errors["corrective"] < errors["compressed"]
+
+
+def test_dtype_of_the_result(source):
+    result = compress(source, TOKENS, method="svd", keep=0.5, dtype=jnp.bfloat16)
+    assert {leaf.dtype for leaf in jax.tree.leaves(result.params)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_bfloat16_model_is_compressed_and_stays_bfloat16(params):
+    half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
+    result = compress(InMemory(CONFIG, half), TOKENS, method="lord", keep=0.5)
+    assert {leaf.dtype for leaf in jax.tree.leaves(result.params)} == {jnp.dtype(jnp.bfloat16)}
+    assert np.isfinite(logits(CONFIG, result.params)).all()
+
+
+def test_report_of_each_layer(source):
+    result = compress(source, TOKENS, method="lord", keep=0.5)
+    assert set(result.report["layers"]) == set(result.plan.ranks)
+    for path, row in result.report["layers"].items():
+        assert row["rank"] == result.plan.ranks[path]
+        assert 0 <= row["relative_error"] <= 1
+        assert row["condition"] >= 1
+        assert list(row["rank_of_energy"].values()) == sorted(row["rank_of_energy"].values())
+
+
+def test_verify_finds_a_kernel_that_was_not_replaced(source, params):
+    result = compress(source, TOKENS, method="svd", keep=0.5)
+    shapes = {p: trees.flatten(params)[p].shape for p in result.plan.ranks}
+    verify(result.params, result.plan, shapes)
+    path = "layer_1/mlp/up/kernel"
+    forgotten = trees.update(result.params, {path: trees.flatten(params)[path]})
+    with pytest.raises(ValueError, match=f"{path} has {weights(shapes[path], None)} weights"):
+        verify(forgotten, result.plan, shapes)
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"method": "lrod"}, KeyError, "did you mean lord"),
+        ({"allocation": "globl"}, KeyError, "did you mean global"),
+        ({"prefix": "sparse"}, ValueError, "dense, compressed, corrective"),
+        ({"keep": 0.0}, ValueError, r"keep must be in \(0, 1\], got 0.0"),
+        ({"keep": 1.2}, ValueError, "got 1.2"),
+    ],
+)
+def test_wrong_arguments(source, options, error, message):
+    with pytest.raises(error, match=message):
+        compress(source, TOKENS, **options)
+
+
+@pytest.mark.parametrize(
+    "tokens, message",
+    [
+        (TOKENS[:0], "non-empty integer array"),
+        (TOKENS[0], "non-empty integer array"),
+        (TOKENS.astype(float), "float64"),
+        (TOKENS + 97, "vocabulary has 97 entries"),
+        (TOKENS - 97, "ids range over -97"),
+    ],
+)
+def test_wrong_tokens(source, tokens, message):
+    with pytest.raises(ValueError, match=message):
+        compress(source, tokens)
+
+
+def test_non_finite_activation_is_named(params):
+    broken = trees.update(
+        params, {"layer_1/mlp/up/kernel": params["layer_1"]["mlp"]["up"]["kernel"] * jnp.inf}
+    )
+    with pytest.raises(ValueError, match=r"layer_1: non-finite activations at .*mlp"):
+        compress(InMemory(CONFIG, broken), TOKENS, method="lord-linear")
