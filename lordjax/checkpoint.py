@@ -47,8 +47,12 @@ def _parts(params: Any) -> Iterator[tuple[str, Any]]:
         path, leaf = todo.pop()
         yield path, leaf
         if isinstance(leaf, Kernel):
-            fields = [(f"{path}/{f.name}", getattr(leaf, f.name)) for f in dataclasses.fields(leaf)]
-            todo += reversed(fields)
+            todo += reversed([(f"{path}/{name}", getattr(leaf, name)) for name in _fields(leaf)])
+
+
+def _fields(kernel: Any) -> list[str]:
+    """Names of the parts of a kernel or of a kind of kernel."""
+    return [field.name for field in dataclasses.fields(kernel)]
 
 
 def check_destination(directory: str | os.PathLike[str]) -> Path:
@@ -79,15 +83,23 @@ def staged(directory: Path) -> Iterator[Path]:
         yield stage
         for file in stage.rglob("*"):
             if file.is_file():
+                file.chmod(0o666 & ~_umask())  # safetensors makes its files private
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
-        stage.chmod(0o755)  # mkdtemp makes it private
+        stage.chmod(0o777 & ~_umask())  # so does mkdtemp
         if directory.exists():
             directory.rmdir()
         stage.rename(directory)
     except BaseException:
         shutil.rmtree(stage, ignore_errors=True)
         raise
+
+
+def _umask() -> int:
+    """The process' umask, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _shards(params: Any, limit: int) -> list[dict[str, Any]]:
@@ -308,9 +320,7 @@ def open_saved(directory: str | os.PathLike[str]) -> Saved:
         raise ValueError(f"{directory / INDEX}: unreadable index ({error!r})") from error
     if missing:
         raise ValueError(f"{directory}: files named in the index are missing: {missing}")
-    fields = {
-        f"{p}/{f.name}" for p, k in meta["kinds"].items() for f in dataclasses.fields(KINDS[k])
-    }
+    fields = {f"{p}/{name}" for p, kind in meta["kinds"].items() for name in _fields(KINDS[kind])}
     lacking = sorted(fields - files.keys() - meta["kinds"].keys())
     if lacking:
         raise ValueError(f"{directory / INDEX}: lacks parts of kernels: {', '.join(lacking)}")

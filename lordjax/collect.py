@@ -49,7 +49,8 @@ def empty(widths: Mapping[str, int]) -> Stats:
 def embed(rest: Any, tokens: Int[Array, "b s"], *, config: ModelConfig) -> Float[Array, "b s m"]:
     """The residual stream before the first block."""
     model = Transformer(config)
-    return model.apply({"params": rest}, tokens, method=Transformer.embed_tokens)
+    x: Any = model.apply({"params": rest}, tokens, method=Transformer.embed_tokens)
+    return x
 
 
 @functools.partial(
@@ -147,7 +148,8 @@ def loss_gradient(
 
     def loss(x: Array, target: Array, count: Array) -> Array:
         model = Transformer(config)
-        logits = model.apply({"params": rest}, x[None, None], method=Transformer.unembed)[0, 0]
+        batch: Any = model.apply({"params": rest}, x[None, None], method=Transformer.unembed)
+        logits = batch[0, 0]
         return jnp.where(count, jax.nn.logsumexp(logits) - logits[target], 0)
 
     rows = (x.reshape(-1, x.shape[-1]), targets.reshape(-1), counts.reshape(-1))

@@ -32,14 +32,16 @@ from lordjax.calibrate import (
     hidden_states,
 )
 from lordjax.kernels import nbytes
-from lordjax.methods import METHODS, Factors, break_even, truncate
+from lordjax.methods import METHODS, Factors, break_even, method_at, truncate
 from lordjax.models.config import ModelConfig
 from lordjax.plan import Plan, summary, weights
 from lordjax.progress import Clock, Progress, peak_rss
 from lordjax.sequential import sequential
-from lordjax.sites import LINEAR_SITES, site_path
-from lordjax.source import Calibration, InMemory, Source, check_tokens
+from lordjax.sites import LINEAR_SITES, layer_type, site_path
+from lordjax.source import Calibration, InMemory, Materialized, Source, check_tokens
 
+# The backward pass costs about four forward passes; more windows than this gain little (CHANGELOG).
+GRADIENT_WINDOWS = 32
 PREFIXES = ("dense", "compressed", "corrective")
 
 __all__ = ["InMemory", "Prepared", "Result", "Source", "compress", "prepare"]
@@ -47,7 +49,10 @@ __all__ = ["InMemory", "Prepared", "Result", "Source", "compress", "prepare"]
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """A compressed model: the same module with other leaves, and how it came about."""
+    """A compressed model: the same module with other leaves, and how it came about.
+
+    The leaves are host arrays; putting them on devices is the caller's choice.
+    """
 
     config: ModelConfig
     params: dict[str, Any]
@@ -60,15 +65,15 @@ def _jitted(method: str) -> Any:
     return jax.jit(METHODS[method].factor)
 
 
-def factor_site(method: str, kernel: Any, stats: Mapping[str, Any]) -> Factors:
-    """A method's factors, computed in float64, as float32 arrays on the host.
+def factor_site(method: str, layer: str, kernel: Any, stats: Mapping[str, Any]) -> Factors:
+    """A method's factors of one layer, computed in float64, as float32 arrays on the host.
 
     Statistics are float32 sums; an eigendecomposition loses half of the digits again, so it runs
     in double precision. Ranks from break-even on are never used, so their columns are dropped.
     """
     with jax.enable_x64(True):
         double = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), (kernel, dict(stats)))
-        factors = _jitted(method)(*double)
+        factors = _jitted(method_at(method, layer))(*double)
         spectrum = np.asarray(factors.spectrum)
     useful = int(np.ceil(break_even(*kernel.shape)))
     small = jax.tree.map(lambda a: np.asarray(a, np.float32), factors)
@@ -120,7 +125,8 @@ class Prepared:
                 errors = _tails(self.factors[path].spectrum)
                 if not absolute:
                     errors = errors / (errors[0] if errors[0] > 0 else 1.0)
-            curves[path] = Curve(shape, errors, shape[1] if METHODS[self.method].bias else 0)
+            bias = METHODS[method_at(self.method, layer_type(path))].bias
+            curves[path] = Curve(shape, errors, shape[1] if bias else 0)
         return curves
 
     def plan(self, keep: float, allocation: str | None = None, tile: int = TILE) -> Plan:
@@ -166,7 +172,7 @@ class Prepared:
                 self.calibration,
                 plan,
                 functools.partial(factor_site, self.method),
-                METHODS[self.method],
+                self.method,
                 self.gradients,
                 corrective=self.prefix == "corrective",
                 clock=clock,
@@ -175,7 +181,7 @@ class Prepared:
         for i in range(self.source.config.num_layers):
             params[f"layer_{i}"] = _truncate_block(self.source.block(i), i, factors, plan)
         if dtype is not None:
-            params = jax.tree.map(lambda a: jnp.asarray(a, dtype), params)
+            params = jax.tree.map(lambda a: np.asarray(a).astype(dtype), params)
         verify(params, plan, self.shapes)
         seconds = {**self.report["seconds"], "apply": time.perf_counter() - start}
         report = {
@@ -228,10 +234,11 @@ def _truncate_block(
             continue
         dtype = flat[site.path].dtype
         kernel, bias = truncate(factors[site_path(i, site)], rank)
-        flat[site.path] = jax.tree.map(lambda a, dtype=dtype: jnp.asarray(a, dtype), kernel)
+        # On the host, and where the dtype allows a view of the factors: no second copy.
+        flat[site.path] = jax.tree.map(lambda a, dtype=dtype: np.asarray(a, dtype), kernel)
         if bias is not None:
-            old = flat.get(f"{site.layer}/bias", 0)
-            flat[f"{site.layer}/bias"] = jnp.asarray(bias + np.asarray(old, np.float32), dtype)
+            old = np.asarray(flat.get(f"{site.layer}/bias", 0), np.float32)
+            flat[f"{site.layer}/bias"] = np.asarray(bias + old, dtype)
     return trees.unflatten(flat)
 
 
@@ -272,13 +279,13 @@ def prepare(
     prefix: str | None = None,
     mask: np.ndarray | None = None,
     batch_size: int = 4,
-    gradient_windows: int | None = None,
+    gradient_windows: int | None = GRADIENT_WINDOWS,
     progress: Progress | None = None,
 ) -> Prepared:
     """Collects statistics of the untouched model and factors every linear layer for all ranks.
 
     Args:
-      source: the model.
+      source: the model. A compressed one is compressed again; its kernels count as dense.
       tokens: calibration ids ``[windows, length]``.
       method: a key of `METHODS`.
       allocation: the policy that will be used, if not the method's own; a sequential method whose
@@ -302,11 +309,14 @@ def prepare(
     if prefix == "corrective" and "abs_mean" in row.needs:
         raise ValueError(f"method {method!r} has no corrective target: it does not fit outputs")
     tokens = check_tokens(config, tokens)
+    source = Materialized(source)
     clock = Clock(progress)
     calibration = Calibration(tokens, mask, batch_size)
     gradients: dict[int, dict[str, dict[str, Any]]] = {}
     if {"gradients", "row_fisher"} & set(row.needs):
         few = calibration.spread(gradient_windows)
+        # A backward pass holds every activation of a block: half the batch, the same memory.
+        few = dataclasses.replace(few, batch_size=max(1, batch_size // 2))
         gradients = gradient_statistics(source, few, row.needs, clock)
     factors: dict[str, Factors] = {}
     if prefix == "dense" or policy not in CURVELESS:
@@ -358,7 +368,7 @@ def _factor_all(
                 inputs = {name: stats[key] for name, key in keys[site.path].items()}
                 inputs |= {n: per_site[site.path] for n, per_site in gradients.get(i, {}).items()}
                 kernel = trees.flatten(block)[site.path]
-                factors[site_path(i, site)] = factor_site(method, kernel, inputs)
+                factors[site_path(i, site)] = factor_site(method, site.layer, kernel, inputs)
         if not keep_gradients:
             gradients.pop(i, None)
     return factors

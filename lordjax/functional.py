@@ -41,8 +41,8 @@ def factorize(
 
     Raises:
       KeyError: if no leaf matches ``where``; suggests paths.
-      ValueError: if a matching leaf is no matrix or too small for ``keep``, or not exactly one of
-        rank and keep is given and in range.
+      ValueError: if a matching leaf is no real matrix or too small for ``keep``, or not exactly
+        one of rank and keep is given and in range.
     """
     if (rank is None) == (keep is None):
         raise ValueError(f"give exactly one of rank and keep, got rank={rank}, keep={keep}")
@@ -52,9 +52,15 @@ def factorize(
         raise ValueError(f"keep must be in (0, 1], got {keep}")
     leaves = trees.flatten(params)
     chosen = set(trees.select(leaves, where))
-    wrong = [f"{p} {leaves[p].shape}" for p in chosen if len(leaves[p].shape) < 2]
+    wrong = [
+        f"{path} {leaves[path].shape} {leaves[path].dtype}"
+        for path in sorted(chosen)
+        if len(leaves[path].shape) < 2 or not jnp.issubdtype(leaves[path].dtype, jnp.floating)
+    ]
     if wrong:
-        raise ValueError(f"not matrices: {', '.join(sorted(wrong))}; narrow down where={where!r}")
+        raise ValueError(
+            f"not matrices of real numbers: {', '.join(wrong)}; narrow down where={where!r}"
+        )
 
     small: list[str] = []
 
@@ -62,12 +68,13 @@ def factorize(
         if path not in chosen or isinstance(leaf, Kernel) or keep == 1:
             return leaf
         limit = break_even(*leaf.shape[-2:])
-        wanted = rank if rank is not None else int(keep * limit)
+        wanted = int(keep * limit) if keep is not None else rank or 0
         if wanted == 0:
             small.append(f"{path} {leaf.shape}")
         if wanted == 0 or wanted >= limit:
             return leaf
-        left, right = _svd(leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), wanted)
+        wide = leaf.astype(jnp.float32) if leaf.dtype.itemsize < 4 else leaf
+        left, right = _svd(wide, wanted)
         return LowRank(left.astype(leaf.dtype), right.astype(leaf.dtype))
 
     new = trees.map_with_path(replace, params)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from lordjax import linalg, trees
 from lordjax.calibrate import activation_keys, block_statistics, hidden_states
 from lordjax.collect import observe_pair
-from lordjax.methods import Factors, Method, truncate
+from lordjax.methods import METHODS, Factors, method_at, truncate
 from lordjax.plan import Plan
 from lordjax.progress import Clock
 from lordjax.sites import LINEAR_SITES, Site, site_path
@@ -30,7 +30,7 @@ from lordjax.source import Calibration, Source
 from lordjax.stats import Moments
 
 RIDGE = 1e-4  # of the regression on the compressed inputs, relative to their mean variance
-Factorise = Callable[[Any, Mapping[str, Any]], Factors]
+Factorise = Callable[[str, Any, Mapping[str, Any]], Factors]
 
 
 def groups() -> list[tuple[Site, ...]]:
@@ -44,7 +44,7 @@ def sequential(
     calibration: Calibration,
     plan: Plan,
     factorise: Factorise,
-    method: Method,
+    method: str,
     gradients: Mapping[int, Mapping[str, Mapping[str, Any]]],
     *,
     corrective: bool,
@@ -56,8 +56,8 @@ def sequential(
       source: the untouched model.
       calibration: tokens.
       plan: ranks; kernels left dense are passed through.
-      factorise: ``(kernel, stats) -> Factors`` of the method.
-      method: for the statistics it needs.
+      factorise: ``(layer, kernel, stats) -> Factors`` of the method.
+      method: its name, for the statistics it needs.
       gradients: gradient statistics by layer, if the method needs any.
       corrective: fit the untouched model's outputs instead of the layer's own.
       clock: for progress.
@@ -81,7 +81,7 @@ def sequential(
                 kernel, stats = inputs[site.path]
                 extra = {n: rows[site.path] for n, rows in gradients.get(i, {}).items()}
                 path = site_path(i, site)
-                factors[path] = factorise(kernel, {**stats, **extra})
+                factors[path] = factorise(site.layer, kernel, {**stats, **extra})
                 current = _replace(current, site, factors[path], plan.ranks[path])
         no_keys: dict[str, dict[str, str]] = {}
         block_statistics(current, i, states, calibration, (), no_keys, config)
@@ -115,11 +115,11 @@ def _own_inputs(
     calibration: Calibration,
     *,
     config: Any,
-    method: Method,
+    method: str,
 ) -> Inputs:
     """ROM's target: the layer's own outputs on the compressed prefix."""
     del dense_states
-    keys = activation_keys(dense, sites, method)
+    keys = activation_keys(dense, sites, METHODS[method])
     stats = block_statistics(current, i, states, calibration, sites, keys, config, forward=False)
     flat = trees.flatten(dense)
     return {
@@ -138,7 +138,7 @@ def _corrective_inputs(
     calibration: Calibration,
     *,
     config: Any,
-    method: Method,
+    method: str,
 ) -> Inputs:
     """The corrective target: the untouched outputs, regressed on the compressed inputs."""
     flat = trees.flatten(dense)
@@ -160,8 +160,9 @@ def _corrective_inputs(
     inputs: Inputs = {}
     for s in sites:
         x, y = fitted[s.input_tap], target[s.output_tap]
-        kernel = _regress(x, y, cross[f"{s.input_tap}|{s.output_tap}"], centred=method.bias)
-        stats = {"input": x} | ({"target_mean": y.mean} if method.bias else {})
+        bias = METHODS[method_at(method, s.layer)].bias
+        kernel = _regress(x, y, cross[f"{s.input_tap}|{s.output_tap}"], centred=bias)
+        stats = {"input": x} | ({"target_mean": y.mean} if bias else {})
         inputs[s.path] = (kernel, stats)
     return inputs
 

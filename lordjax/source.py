@@ -8,13 +8,17 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from lordjax.kernels import materialize
 from lordjax.models.config import ModelConfig
 
 
 class Source(Protocol):
     """Where parameters come from, a block at a time."""
 
-    config: ModelConfig
+    @property
+    def config(self) -> ModelConfig:
+        """The architecture."""
+        ...
 
     def block(self, i: int) -> dict[str, Any]:
         """Nested dict of ``layer_i``."""
@@ -39,6 +43,26 @@ class InMemory:
     def rest(self) -> dict[str, Any]:
         """Nested dict of everything outside the blocks."""
         return {k: v for k, v in self.params.items() if not k.startswith("layer_")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Materialized:
+    """A `Source` whose kernels are multiplied out: a compressed model as one to compress."""
+
+    source: Source
+
+    @property
+    def config(self) -> ModelConfig:
+        """The architecture."""
+        return self.source.config
+
+    def block(self, i: int) -> dict[str, Any]:
+        """Nested dict of ``layer_i``, arrays only."""
+        return materialize(self.source.block(i))
+
+    def rest(self) -> dict[str, Any]:
+        """Nested dict of everything outside the blocks."""
+        return self.source.rest()
 
 
 @dataclasses.dataclass

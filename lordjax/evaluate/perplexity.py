@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from lordjax.data import check_ids, fingerprint
 from lordjax.models.config import ModelConfig
-from lordjax.models.transformer import Transformer, default_positions
+from lordjax.models.transformer import Transformer
 
 # Positions whose logits are held at once: 256 x 49152 float32 are 50 MB.
 _CHUNK = 256
@@ -100,26 +100,17 @@ def perplexity(
     }
 
 
-def _residual_stream(model: Transformer, tokens: Int[Array, "b s"]) -> Float[Array, "b s m"]:
-    """The residual stream after the last block."""
-    positions = default_positions(tokens)
-    x = model.embed_tokens(tokens)
-    for block in model.blocks:
-        x = block(x, positions)
-    return x
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def _token_nll(
     config: ModelConfig, params: Any, tokens: Int[Array, "b s"]
 ) -> Float[Array, "b s-1"]:
     """Negative log-likelihood of tokens 1 … s-1, the logits taken chunk by chunk."""
     model, variables = Transformer(config), {"params": params}
-    x: Any = model.apply(variables, tokens, method=_residual_stream)
+    x: Any = model.apply(variables, tokens, method=Transformer.hidden)
 
     def chunk_nll(chunk: tuple[Array, Array]) -> Float[Array, "b c"]:
         hidden, targets = chunk
-        logits: Any = model.apply(variables, hidden, method="unembed")
+        logits: Any = model.apply(variables, hidden, method=Transformer.unembed)
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return jax.nn.logsumexp(logits, axis=-1) - chosen
 

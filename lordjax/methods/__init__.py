@@ -5,4 +5,10 @@ from lordjax.methods.svd import SVD_METHODS
 
 METHODS: dict[str, Method] = {**SVD_METHODS}
 
-__all__ = ["METHODS", "Factors", "Method", "break_even", "truncate"]
+
+def method_at(name: str, layer: str) -> str:
+    """The method that ``name`` uses for a layer (``attention/v``): itself, or an exception."""
+    return METHODS[name].exceptions.get(layer, name)
+
+
+__all__ = ["METHODS", "Factors", "Method", "break_even", "method_at", "truncate"]

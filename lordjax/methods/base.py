@@ -53,6 +53,8 @@ class Method:
       prefix: ``dense``: statistics from the untouched model, in one pass; ``compressed``: block
         after block from the model compressed so far; ``corrective``: likewise, fitting the
         untouched model's outputs.
+      exceptions: layer in the block (``attention/v``) -> name of the method used there instead;
+        its ``needs`` are among this method's.
     """
 
     summary: str
@@ -61,6 +63,7 @@ class Method:
     bias: bool = False
     allocation: str = "uniform"
     prefix: str = "dense"
+    exceptions: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def truncate(factors: Factors, rank: int) -> tuple[LowRank, Float[Array, "out"] | None]:

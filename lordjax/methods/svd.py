@@ -16,9 +16,15 @@ asvd           diag(mean|x|)^2α        identity            no
 svd-llm        E xᵀx                   identity            no
 lord-linear    E xᵀx                   identity            no
 lord-affine    cov x                   identity            yes
+lord-centred   cov x                   identity            yes, but for the values
 rom            cov x                   identity            no
 lord           E xᵀx                   E gᵀg (gradients)   no
 =============  ======================  ==================  ====
+
+Why values are not centred: an attention head that has nothing to do looks at a sink token, whose
+value is close to zero. The bias that restores the *mean* value is added to the sink's value too,
+and through the sink's attention weight to every output. With all layers centred SmolLM2's
+perplexity at keep 0.8 is 136, with none 86, with all but the values 74 (README, "Measured").
 
 Sources: FWSVD arXiv 2207.00112; ASVD 2312.05821; SVD-LLM 2403.07378; LoRD 2309.14021 and AFM
 (AAAI 2023); ROM 2312.07046. That ASVD's ``svd(S K) S⁻¹`` and SVD-LLM's whitening are this formula
@@ -109,7 +115,7 @@ def _means(kernel: Array, left: Array, right: Array, stats: Mapping[str, Any]) -
 
 
 def _row(summary: str, inputs: str, needs: tuple[str, ...] = ("moments",), **kwargs: Any) -> Method:
-    method = {k: kwargs.pop(k) for k in ("allocation", "prefix") if k in kwargs}
+    method = {k: kwargs.pop(k) for k in ("allocation", "prefix", "exceptions") if k in kwargs}
     return Method(
         summary,
         functools.partial(factor, inputs=inputs, **kwargs),
@@ -137,6 +143,13 @@ SVD_METHODS: dict[str, Method] = {
         "covariance",
         bias=True,
         allocation="uniform",
+    ),
+    "lord-centred": _row(
+        "PCA of centred outputs with a bias, values uncentred",
+        "covariance",
+        bias=True,
+        allocation="global",
+        exceptions={"attention/v": "lord-linear"},
     ),
     "rom": _row(
         "PCA of centred outputs, last blocks, on the compressed prefix: ROM as published",

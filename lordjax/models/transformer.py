@@ -125,11 +125,17 @@ class Transformer(nn.Module):
         self, tokens: Int[Array, "b s"], mask: Bool[Array, "b s"] | None = None
     ) -> Float[Array, "b s vocab"]:
         """Logits of the next token at every position, in float32."""
+        return self.unembed(self.hidden(tokens, mask))
+
+    def hidden(
+        self, tokens: Int[Array, "b s"], mask: Bool[Array, "b s"] | None = None
+    ) -> Float[Array, "b s m"]:
+        """The residual stream after the last block."""
         positions = default_positions(tokens, mask)
         x = self.embed(tokens)
         for block in self.blocks:
             x = block(x, positions, mask)
-        return self.unembed(x)
+        return x
 
     def embed_tokens(self, tokens: Int[Array, "b s"]) -> Float[Array, "b s m"]:
         """The residual stream before the first block."""
@@ -152,4 +158,4 @@ def default_positions(tokens: Any, mask: Any = None) -> Int[Array, "#b s"]:
 def init(config: ModelConfig, key: Array) -> dict[str, Any]:
     """Random parameters, for tests and shapes (``jax.eval_shape``)."""
     tokens = jnp.zeros((1, 2), jnp.int32)
-    return Transformer(config).init(key, tokens)["params"]
+    return dict(Transformer(config).init(key, tokens)["params"])

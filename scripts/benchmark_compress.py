@@ -1,0 +1,211 @@
+"""Perplexity, time and memory of every method at several budgets.
+
+Run::
+
+    python -m lordjax.scripts.benchmark_compress MODEL --data DIR --out results.json
+
+``DIR`` holds ``calib_<domain>.npy`` and ``eval_<domain>.npy``, token ids ``[windows, length]``.
+Every method runs in a process of its own, so that peak memory is its own. Results are appended to
+the JSON file as they come; ``--table results.json`` prints the markdown table again.
+
+Share of peak: operations that calibration and decomposition must cost (`lordjax.scripts.flops`)
+over their time, as a share of the best float32 matmul rate measured in the same process.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+DEFAULT_METHODS = "svd,fwsvd,asvd,svd-llm,lord-affine,lord-linear,lord,rom"
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("model", required=False)
+@click.option("--data", type=click.Path(exists=True, file_okay=False), help="token arrays")
+@click.option("--domains", default="wikitext2,pystdlib", show_default=True)
+@click.option("--methods", default=DEFAULT_METHODS, show_default=True, help="NAME or NAME:POLICY")
+@click.option("--keeps", default="0.9,0.8,0.7,0.6", show_default=True)
+@click.option("--calibration-windows", default=64, show_default=True)
+@click.option("--windows", default=8, show_default=True, help="evaluation windows")
+@click.option("--out", type=click.Path(dir_okay=False), help="JSON file of results")
+@click.option("--table", type=click.Path(exists=True, dir_okay=False), help="print and stop")
+@click.option("--one", hidden=True, type=click.Path(dir_okay=False), help="worker: write here")
+def main(
+    model: str | None,
+    data: str | None,
+    domains: str,
+    methods: str,
+    keeps: str,
+    calibration_windows: int,
+    windows: int,
+    out: str | None,
+    table: str | None,
+    one: str | None,
+) -> None:
+    """Measures every method × keep × domain on MODEL."""
+    if table is not None:
+        click.echo(markdown(json.loads(Path(table).read_text())))
+        return
+    if model is None or data is None:
+        raise click.UsageError("MODEL and --data are needed; see --help")
+    budgets = [float(keep) for keep in keeps.split(",")]
+    if one is not None:
+        row = measure(model, Path(data), domains, methods, budgets, calibration_windows, windows)
+        Path(one).write_text(json.dumps(row))
+        return
+    rows: list[dict[str, Any]] = []
+    for domain in domains.split(","):
+        for method in methods.split(","):
+            rows.append(
+                _in_process(model, data, domain, method, keeps, calibration_windows, windows)
+            )
+            click.echo(json.dumps({k: rows[-1][k] for k in ("domain", "method", "perplexity")}))
+            if out is not None:
+                Path(out).write_text(json.dumps(rows, indent=1) + "\n")
+    click.echo(markdown(rows))
+
+
+def _in_process(
+    model: str, data: str, domain: str, method: str, keeps: str, calibration: int, windows: int
+) -> dict[str, Any]:
+    """One method and domain in a fresh process."""
+    with tempfile.TemporaryDirectory() as directory:
+        result = Path(directory) / "row.json"
+        flags = {
+            "--data": data,
+            "--domains": domain,
+            "--methods": method,
+            "--keeps": keeps,
+            "--calibration-windows": calibration,
+            "--windows": windows,
+            "--one": result,
+        }
+        words = [str(word) for pair in flags.items() for word in pair]
+        command = [sys.executable, "-m", "lordjax.scripts.benchmark_compress", model, *words]
+        subprocess.run(command, check=True)
+        return json.loads(result.read_text())
+
+
+def measure(
+    model: str,
+    data: Path,
+    domain: str,
+    method: str,
+    keeps: list[float],
+    calibration_windows: int,
+    windows: int,
+) -> dict[str, Any]:
+    """Prepares a method once and evaluates every budget."""
+    import jax
+    import numpy as np
+
+    from lordjax.compression import prepare
+    from lordjax.evaluate import perplexity
+    from lordjax.scripts import flops
+    from lordjax.scripts.common import open_model
+
+    opened = open_model(model)
+    tokens = np.load(data / f"calib_{domain}.npy")[:calibration_windows]
+    held_out = np.load(data / f"eval_{domain}.npy")[:windows]
+    name, _, policy = method.partition(":")
+    peak = flops.matmul_peak()
+    start = time.perf_counter()
+    prepared = prepare(opened.source, tokens, method=name, allocation=policy or None)
+    seconds = time.perf_counter() - start
+    cost = _cost(opened.config, prepared, tokens.shape)
+    row: dict[str, Any] = {
+        "domain": domain,
+        "method": method,
+        "perplexity": {},
+        "kept": {},
+        "gap": {},
+        "apply_seconds": {},
+        "prepare_seconds": seconds,
+        "stages": dict(prepared.report["seconds"]),
+        "matmul_peak_flops": peak,
+        "share_of_peak": cost / seconds / peak if cost else None,
+    }
+    for keep in keeps:
+        start = time.perf_counter()
+        result = prepared.compress(keep, policy or None)
+        row["apply_seconds"][str(keep)] = time.perf_counter() - start
+        if keep == keeps[0]:  # later budgets would count the evaluation of the earlier ones
+            row["peak_rss_bytes"] = result.report["peak_rss_bytes"]
+        row["kept"][str(keep)] = result.report["plan"]["kept"]
+        row["gap"][str(keep)] = result.plan.gap
+        jax.clear_caches()  # a compiled model per budget would pile up
+        measured = perplexity(result.config, result.params, held_out)
+        row["perplexity"][str(keep)] = measured["perplexity"]
+        row["protocol"] = measured["protocol"]
+    row["environment"] = {
+        "commit": _commit(),
+        "device": str(jax.devices()[0].device_kind),
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "calibration": list(tokens.shape),
+    }
+    return row
+
+
+def _cost(config: Any, prepared: Any, shape: tuple[int, ...]) -> float | None:
+    """Operations that `prepare` must spend; None if it only collected what it was not asked for."""
+    from lordjax.methods import METHODS
+    from lordjax.scripts import flops
+
+    if not prepared.factors:
+        return None
+    needs, total = METHODS[prepared.method].needs, flops.eigh(config)
+    if {"moments", "abs_mean"} & set(needs):
+        total += flops.forward(config, *shape)
+    if "moments" in needs:
+        total += flops.grams(config, *shape)
+    if {"gradients", "row_fisher"} & set(needs):
+        total += flops.gradients(config, *shape)
+    if "gradients" in needs:
+        total += flops.eigh(config)
+    return total
+
+
+def _commit() -> str:
+    try:
+        here = Path(__file__).resolve().parent
+        command = ["git", "-C", str(here), "rev-parse", "--short", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The table: a line per domain and method."""
+    keeps = list(rows[0]["perplexity"])
+    head = ["domain", "method", *(f"keep {k}" for k in keeps), "prepare s", "peak RSS", "of peak"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in rows:
+        share = row["share_of_peak"]
+        cells = [
+            row["domain"],
+            f"`{row['method']}`",
+            *(_number(row["perplexity"][k]) for k in keeps),
+            f"{row['prepare_seconds']:.0f}",
+            f"{row['peak_rss_bytes'] / 1e9:.2f} GB",
+            "-" if share is None else f"{100 * share:.0f} %",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _number(value: float) -> str:
+    return f"{value:.2f}" if value < 1e4 else f"{value:.1e}"
+
+
+if __name__ == "__main__":
+    main()

