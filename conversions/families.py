@@ -363,7 +363,9 @@ MISTRAL = dataclasses.replace(
 
 QWEN2 = dataclasses.replace(
     LLAMA,
-    **_UNBIASED,
+    fields=_UNBIASED["fields"],
+    # Text-only checkpoints that say they do not use Qwen2-VL's rotary embedding.
+    fixed={**_UNBIASED["fixed"], "use_mrope": (False,)},
     model_type="qwen2",
     architectures=("Qwen2ForCausalLM",),
     constants={"qkv_bias": True},

@@ -82,7 +82,7 @@ def hf_name(name: str) -> str:
 
 
 class Gguf:
-    """An open GGUF file; a `huggingface.TensorFiles` with a config and a tokenizer.
+    """An open GGUF file; a `tensors.TensorFiles` with a config and a tokenizer.
 
     Attributes:
       path: the file.
@@ -211,7 +211,7 @@ class Gguf:
                 config[key.removeprefix("!")] = value
             elif key.startswith("!"):
                 problems.append(f"metadata {full} is missing")
-        if "sliding_window" in config:
+        if "sliding_window" in config and self._architecture == "llama":
             config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
         if "vocab_size" not in config and "model.embed_tokens.weight" in self._tensors:
             config["vocab_size"] = self.shape("model.embed_tokens.weight")[0]

@@ -80,12 +80,13 @@ class TorchBin:
             try:
                 mapped = zipfile.is_zipfile(file)  # files of torch < 1.6 cannot be mapped
                 state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+                tensors = {name: (file, tensor.detach()) for name, tensor in state.items()}
             except Exception as error:  # torch raises whatever the damage provokes
                 raise ValueError(
-                    f"{file}: torch cannot load it as plain tensors ({str(error).splitlines()[0]});"
+                    f"{file}: torch cannot load it as plain tensors ({_first_line(error)});"
                     " truncated, corrupt, or it holds more than tensors"
                 ) from error
-            self._tensor |= {name: (file, tensor.detach()) for name, tensor in state.items()}
+            self._tensor |= tensors
 
     def names(self) -> Iterable[str]:  # noqa: D102
         return self._tensor.keys()
@@ -103,6 +104,11 @@ class TorchBin:
 
     def where(self, name: str) -> str:  # noqa: D102
         return f"{self._tensor[name][0]}: tensor {name}"
+
+
+def _first_line(error: Exception) -> str:
+    """An exception in a line; its kind if it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def open_directory(path: Path) -> TensorFiles:

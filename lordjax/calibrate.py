@@ -25,9 +25,14 @@ from lordjax.source import Calibration, Source
 from lordjax.stats import Moments
 
 
+def on_device(tree: Any) -> Any:
+    """Parameters in float32: statistics do not depend on the dtype a model is stored in."""
+    return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), tree)
+
+
 def hidden_states(source: Source, calibration: Calibration) -> list[Any]:
     """The residual stream before the first block, one array per batch."""
-    rest = {"embed": jax.tree.map(jnp.asarray, source.rest()["embed"])}
+    rest = {"embed": on_device(source.rest()["embed"])}
     return [embed(rest, tokens, config=source.config) for tokens, _ in calibration.batches()]
 
 
@@ -84,8 +89,8 @@ def block_statistics(
     ]
     if bad:
         raise ValueError(
-            f"layer_{i}: non-finite activations at {', '.join(bad)}; the model overflows in this "
-            "dtype, try float32"
+            f"layer_{i}: non-finite activations at {', '.join(bad)}, although computed in float32; "
+            "a weight of this or an earlier block is broken"
         )
     return stats
 
@@ -96,34 +101,47 @@ def gradient_statistics(
     """Loss gradients at every linear output, by a forward and a backward sweep over the blocks.
 
     Returns:
-      layer -> ``{"gradients": {site: Moments}, "row_fisher": {site: [in]}}``, as ``needs`` asks.
+      layer -> ``{"gradients": {site: Moments}, "basis": {site: [out, m] or None},
+      "row_fisher": {site: [in]}}``, as ``needs`` asks.
     """
     config, layers = source.config, range(source.config.num_layers)
-    rest = jax.tree.map(jnp.asarray, source.rest())
+    rest = on_device(source.rest())
     stats: dict[int, dict[str, dict[str, Any]]] = {}
     bases: dict[int, dict[str, Any]] = {}
     batches = list(calibration.batches())
-    for b in clock.run("gradients", range(len(batches))):
-        tokens, mask = batches[b]
-        states = [embed({"embed": rest["embed"]}, tokens, config=config)]
+    # A block is read twice per sweep; two batches at a time halve that and still fit in memory.
+    sweeps = [batches[i : i + 2] for i in range(0, len(batches), 2)]
+    for sweep in clock.run("gradients", range(len(sweeps))):
+        states = [
+            [embed({"embed": rest["embed"]}, tokens, config=config)] for tokens, _ in sweeps[sweep]
+        ]
         for i in layers:
-            block = jax.tree.map(jnp.asarray, source.block(i))
+            block = on_device(source.block(i))
             if i not in stats:
                 stats[i], bases[i] = _empty_gradients(block, needs)
-            y, _ = observe(block, states[-1], mask, {}, config=config, window=config.window(i))
-            states.append(y)
-        cotangent = loss_gradient(rest, states.pop(), tokens, mask, config=config)
+            for (_, mask), seen in zip(sweeps[sweep], states, strict=True):
+                y, _ = observe(block, seen[-1], mask, {}, config=config, window=config.window(i))
+                seen.append(y)
+        cotangents = [
+            loss_gradient(rest, seen.pop(), tokens, mask, config=config)
+            for (tokens, mask), seen in zip(sweeps[sweep], states, strict=True)
+        ]
         for i in reversed(layers):
-            cotangent, stats[i] = observe_gradients(
-                jax.tree.map(jnp.asarray, source.block(i)),
-                states.pop(),
-                mask,
-                cotangent,
-                bases[i],
-                stats[i],
-                config=config,
-                window=config.window(i),
-            )
+            block = on_device(source.block(i))
+            for j, (_, mask) in enumerate(sweeps[sweep]):
+                cotangents[j], stats[i] = observe_gradients(
+                    block,
+                    states[j].pop(),
+                    mask,
+                    cotangents[j],
+                    bases[i],
+                    stats[i],
+                    config=config,
+                    window=config.window(i),
+                )
+    if "gradients" in needs:
+        for i in layers:
+            stats[i]["basis"] = bases[i]
     return stats
 
 
@@ -142,4 +160,5 @@ def _empty_gradients(
         stats["gradients"] = {p: Moments.zeros(min(k.shape)) for p, k in kernels.items()}
     if "row_fisher" in needs:
         stats["row_fisher"] = {p: jnp.zeros(k.shape[0]) for p, k in kernels.items()}
-    return stats, {path: _row_space(kernel) for path, kernel in kernels.items()}
+    bases = {p: _row_space(k) if "gradients" in needs else None for p, k in kernels.items()}
+    return stats, bases

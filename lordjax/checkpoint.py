@@ -61,7 +61,12 @@ def check_destination(directory: str | os.PathLike[str]) -> Path:
     Raises:
       FileExistsError: if something is there already (an empty directory is fine).
     """
-    directory = Path(directory)
+    directory = Path(directory).resolve()
+    if directory.is_mount() or directory == Path.cwd():
+        raise FileExistsError(
+            f"{directory}: is in use as a mount point or working directory and cannot be replaced; "
+            "name a directory inside it"
+        )
     if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
         raise FileExistsError(
             f"{directory}: exists and is not an empty directory; choose another output or remove it"
@@ -76,7 +81,7 @@ def staged(directory: Path) -> Iterator[Path]:
     Raises:
       FileExistsError: if the destination is not free.
     """
-    check_destination(directory)
+    directory = check_destination(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
@@ -147,8 +152,7 @@ def save(
       FileExistsError: if the destination is not free.
       OSError: if there is not enough room; says how much is needed and how much there is.
     """
-    directory = Path(directory)
-    check_destination(directory)
+    directory = check_destination(directory)
     check_room(directory, nbytes(params))
     from lordjax import __version__
 
@@ -168,7 +172,12 @@ def save(
         for i, shard in enumerate(shards):
             name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
             arrays = {k: np.ascontiguousarray(jax.device_get(v)) for k, v in shard.items()}
-            safetensors.numpy.save_file(arrays, stage / name, metadata={"format": "lordjax"})
+            try:
+                safetensors.numpy.save_file(arrays, stage / name, metadata={"format": "lordjax"})
+            except safetensors.SafetensorError as error:
+                raise OSError(
+                    f"{directory}: cannot be written ({error}); is the disk full?"
+                ) from error
             index |= dict.fromkeys(arrays, name)
         total = {"total_size": nbytes(params)}
         _write_json(stage / INDEX, {"metadata": total, "weight_map": index})
@@ -212,7 +221,7 @@ def is_compressed(path: str | os.PathLike[str]) -> bool:
 class Saved:
     """An opened model directory; tensors are read when they are asked for.
 
-    A `compress.Source`, so that a compressed model can be compressed again.
+    A `source.Source`, so that a compressed model can be compressed again.
     """
 
     directory: Path

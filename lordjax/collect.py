@@ -119,7 +119,7 @@ def observe_pair(
         source, goal = key.split("|")
         x, y = taps[1][source], taps[0][goal]
         x = x if weights is None else jnp.where(weights, x, 0)
-        x, y = (z.reshape(-1, z.shape[-1]) for z in (x, y))
+        x, y = (z.reshape(-1, z.shape[-1]).astype(total.dtype) for z in (x, y))
         new_cross[key] = total + jnp.matmul(x.T, y, precision="highest")
     return (
         {tap: moments.update(taps[0][tap], mask) for tap, moments in target.items()},
@@ -204,11 +204,14 @@ def observe_gradients(
 
     def project(path: str) -> Array:
         g = grads[sites[path].output_tap]
-        return g if bases[path] is None else g @ bases[path].astype(g.dtype)
+        if bases[path] is None:
+            return g
+        return jnp.matmul(g, bases[path].astype(g.dtype), precision="highest")
 
     def row_fisher(path: str, total: Array) -> Array:
         site = sites[path]
-        per_window = jnp.einsum("bsi,bso->bio", taps[site.input_tap], grads[site.output_tap])
+        pair = taps[site.input_tap], grads[site.output_tap]
+        per_window = jnp.einsum("bsi,bso->bio", *pair, precision="highest")
         return total + jnp.sum(per_window**2, axis=(0, 2))
 
     new: dict[str, dict[str, Any]] = {}

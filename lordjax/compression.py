@@ -20,24 +20,20 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lordjax import trees
 from lordjax.allocation import CURVELESS, POLICIES, TILE, Curve, allocate
-from lordjax.calibrate import (
-    activation_keys,
-    block_statistics,
-    gradient_statistics,
-    hidden_states,
-)
+from lordjax.calibrate import gradient_statistics
+from lordjax.data import fingerprint
+from lordjax.factoring import factor_all, factor_site, replace_kernels, site_shapes
 from lordjax.kernels import nbytes
-from lordjax.methods import METHODS, Factors, break_even, method_at, truncate
-from lordjax.models.config import ModelConfig
+from lordjax.methods import METHODS, Factors, break_even, method_at
+from lordjax.models import ModelConfig
 from lordjax.plan import Plan, summary, weights
 from lordjax.progress import Clock, Progress, peak_rss
 from lordjax.sequential import sequential
-from lordjax.sites import LINEAR_SITES, layer_type, site_path
+from lordjax.sites import layer_type
 from lordjax.source import Calibration, InMemory, Materialized, Source, check_tokens
 
 # The backward pass costs about four forward passes; more windows than this gain little (CHANGELOG).
@@ -58,32 +54,6 @@ class Result:
     params: dict[str, Any]
     plan: Plan
     report: dict[str, Any]
-
-
-@functools.cache
-def _jitted(method: str) -> Any:
-    return jax.jit(METHODS[method].factor)
-
-
-def factor_site(method: str, layer: str, kernel: Any, stats: Mapping[str, Any]) -> Factors:
-    """A method's factors of one layer, computed in float64, as float32 arrays on the host.
-
-    Statistics are float32 sums; an eigendecomposition loses half of the digits again, so it runs
-    in double precision. Ranks from break-even on are never used, so their columns are dropped.
-    """
-    with jax.enable_x64(True):
-        double = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), (kernel, dict(stats)))
-        factors = _jitted(method_at(method, layer))(*double)
-        spectrum = np.asarray(factors.spectrum)
-    useful = int(np.ceil(break_even(*kernel.shape)))
-    small = jax.tree.map(lambda a: np.asarray(a, np.float32), factors)
-    return dataclasses.replace(
-        small,
-        left=np.ascontiguousarray(small.left[:, :useful]),
-        right=np.ascontiguousarray(small.right[:useful]),
-        spectrum=spectrum,
-        mean_in=None if small.mean_in is None else small.mean_in[:useful],
-    )
 
 
 @dataclasses.dataclass
@@ -111,11 +81,14 @@ class Prepared:
     shapes: dict[str, tuple[int, int]]
     progress: Progress | None = None
 
-    def curves(self) -> dict[str, Curve]:
+    def curves(self, sensitivity: Mapping[str, float] | None = None) -> dict[str, Curve]:
         """Kernel path -> the predicted error at every rank.
 
         Errors in the metric of the loss compare across kernels as they are. Others are taken
         relative to the layer's output: absolute ones are dominated by the layers of large norm.
+
+        Args:
+          sensitivity: kernel path -> factor on its errors; None = 1 for all.
         """
         absolute = "gradients" in METHODS[self.method].needs
         curves = {}
@@ -125,12 +98,20 @@ class Prepared:
                 errors = _tails(self.factors[path].spectrum)
                 if not absolute:
                     errors = errors / (errors[0] if errors[0] > 0 else 1.0)
+                if sensitivity is not None:
+                    errors = errors * sensitivity[path]
             bias = METHODS[method_at(self.method, layer_type(path))].bias
             curves[path] = Curve(shape, errors, shape[1] if bias else 0)
         return curves
 
-    def plan(self, keep: float, allocation: str | None = None, tile: int = TILE) -> Plan:
-        """Allocates ranks.
+    def plan(
+        self,
+        keep: float,
+        allocation: str | None = None,
+        tile: int = TILE,
+        sensitivity: Mapping[str, float] | None = None,
+    ) -> Plan:
+        """Allocates ranks; arguments as for `allocate` and `curves`.
 
         Raises:
           KeyError: if the policy is unknown.
@@ -144,7 +125,7 @@ class Prepared:
                 f"policy {policy!r} needs error curves, but the model was prepared for policies "
                 f"without ({', '.join(CURVELESS)}); name the policy when preparing"
             )
-        ranks, gap = allocate(self.curves(), keep, policy, tile)
+        ranks, gap = allocate(self.curves(sensitivity), keep, policy, tile)
         return Plan(self.method, ranks, keep, policy, gap)
 
     def compress(
@@ -162,9 +143,11 @@ class Prepared:
         """The model of a plan, made by `plan` or edited.
 
         Raises:
-          ValueError: if the result is not of the size that the plan promises.
+          ValueError: if the plan does not fit the model, or the result is not of the size that
+            the plan promises.
         """
         start = time.perf_counter()
+        self._check(plan)
         clock, factors = Clock(self.progress), self.factors
         if self.prefix != "dense":
             factors = sequential(
@@ -179,7 +162,7 @@ class Prepared:
             )
         params = dict(self.source.rest())
         for i in range(self.source.config.num_layers):
-            params[f"layer_{i}"] = _truncate_block(self.source.block(i), i, factors, plan)
+            params[f"layer_{i}"] = replace_kernels(self.source.block(i), i, factors, plan.ranks)
         if dtype is not None:
             params = jax.tree.map(lambda a: np.asarray(a).astype(dtype), params)
         verify(params, plan, self.shapes)
@@ -193,6 +176,17 @@ class Prepared:
             "peak_rss_bytes": peak_rss(),
         }
         return Result(self.source.config, params, plan, report)
+
+    def _check(self, plan: Plan) -> None:
+        """Raises ValueError unless the plan has a usable rank for every kernel and no others."""
+        wrong = [f"{p} is not a kernel of this model" for p in set(plan.ranks) - set(self.shapes)]
+        wrong += [f"{path} is missing" for path in set(self.shapes) - set(plan.ranks)]
+        for path in set(plan.ranks) & set(self.shapes):
+            rank, limit = plan.ranks[path], break_even(*self.shapes[path])
+            if rank is not None and not 1 <= rank < limit:
+                wrong.append(f"{path}: rank {rank} is not in [1, {limit:.0f}); null keeps it dense")
+        if wrong:
+            raise ValueError("the plan does not fit the model: " + "; ".join(sorted(wrong)))
 
 
 def _tails(spectrum: Any) -> np.ndarray:
@@ -223,30 +217,11 @@ def _layer_report(factors: Mapping[str, Factors], plan: Plan) -> dict[str, dict[
     return rows
 
 
-def _truncate_block(
-    block: Mapping[str, Any], i: int, factors: Mapping[str, Factors], plan: Plan
-) -> dict[str, Any]:
-    """A block with the planned kernels replaced; the input is untouched."""
-    flat = dict(trees.flatten(block))
-    for site in LINEAR_SITES:
-        rank = plan.ranks.get(site_path(i, site))
-        if rank is None:
-            continue
-        dtype = flat[site.path].dtype
-        kernel, bias = truncate(factors[site_path(i, site)], rank)
-        # On the host, and where the dtype allows a view of the factors: no second copy.
-        flat[site.path] = jax.tree.map(lambda a, dtype=dtype: np.asarray(a, dtype), kernel)
-        if bias is not None:
-            old = np.asarray(flat.get(f"{site.layer}/bias", 0), np.float32)
-            flat[f"{site.layer}/bias"] = np.asarray(bias + old, dtype)
-    return trees.unflatten(flat)
-
-
 def verify(params: Any, plan: Plan, shapes: Mapping[str, tuple[int, int]]) -> None:
-    """Checks that every planned kernel was replaced and has the planned size.
+    """Checks that every planned kernel was replaced and has the planned size, and all is finite.
 
     Raises:
-      ValueError: names the kernels that do not agree with the plan.
+      ValueError: names the kernels that do not agree with the plan or are not finite.
     """
     flat, wrong = trees.flatten(params), []
     for path, rank in plan.ranks.items():
@@ -254,6 +229,9 @@ def verify(params: Any, plan: Plan, shapes: Mapping[str, tuple[int, int]]) -> No
         want = weights(shapes[path], rank)
         if have != want:
             wrong.append(f"{path} has {have} weights, the plan says {want}")
+    for path, leaf in flat.items():
+        if not all(np.isfinite(np.asarray(a, np.float32)).all() for a in jax.tree.leaves(leaf)):
+            wrong.append(f"{path} is not finite (does it overflow in {leaf.dtype}?)")
     if wrong:
         raise ValueError("the compressed model is not what was planned: " + "; ".join(wrong))
 
@@ -308,7 +286,14 @@ def prepare(
         raise ValueError(f"prefix must be one of {', '.join(PREFIXES)}, got {prefix!r}")
     if prefix == "corrective" and "abs_mean" in row.needs:
         raise ValueError(f"method {method!r} has no corrective target: it does not fit outputs")
+    if batch_size < 1 or (gradient_windows is not None and gradient_windows < 1):
+        raise ValueError(
+            f"batch_size and gradient_windows must be at least 1, got {batch_size} and "
+            f"{gradient_windows}"
+        )
     tokens = check_tokens(config, tokens)
+    if mask is not None and np.shape(mask) != tokens.shape:
+        raise ValueError(f"mask {np.shape(mask)}: expected the shape of the tokens {tokens.shape}")
     source = Materialized(source)
     clock = Clock(progress)
     calibration = Calibration(tokens, mask, batch_size)
@@ -320,58 +305,21 @@ def prepare(
         gradients = gradient_statistics(source, few, row.needs, clock)
     factors: dict[str, Factors] = {}
     if prefix == "dense" or policy not in CURVELESS:
-        factors = _factor_all(source, calibration, method, gradients, prefix != "dense", clock)
-    shapes = _shapes(source)
+        factors = factor_all(source, calibration, method, gradients, prefix != "dense", clock)
+    shapes = site_shapes(source)
     report = {
         "method": method,
         "prefix": prefix,
-        "calibration": {"windows": len(tokens), "length": tokens.shape[1]},
+        "calibration": {
+            "windows": len(tokens),
+            "length": tokens.shape[1],
+            "tokens_sha256": fingerprint(tokens),
+        },
         "seconds": clock.seconds,
     }
     return Prepared(
         source, calibration, method, prefix, factors, gradients, report, shapes, progress
     )
-
-
-def _shapes(source: Source) -> dict[str, tuple[int, int]]:
-    shapes = {}
-    for i in range(source.config.num_layers):
-        flat = trees.flatten(source.block(i))
-        for site in LINEAR_SITES:
-            fan_in, fan_out = flat[site.path].shape
-            shapes[site_path(i, site)] = (fan_in, fan_out)
-    return shapes
-
-
-def _factor_all(
-    source: Source,
-    calibration: Calibration,
-    method: str,
-    gradients: dict[int, dict[str, dict[str, Any]]],
-    keep_gradients: bool,
-    clock: Clock,
-) -> dict[str, Factors]:
-    """One pass over the untouched model: statistics of a block, its factors, the next block."""
-    config, row = source.config, METHODS[method]
-    factors: dict[str, Factors] = {}
-    watches = bool({"moments", "abs_mean"} & set(row.needs))
-    # A method without activation statistics needs no forward pass.
-    states = hidden_states(source, calibration) if watches else []
-    for i in clock.run("statistics and factors", range(config.num_layers)):
-        block = jax.tree.map(jnp.asarray, source.block(i))
-        keys = activation_keys(block, LINEAR_SITES, row)
-        stats = {}
-        if watches:
-            stats = block_statistics(block, i, states, calibration, LINEAR_SITES, keys, config)
-        with clock.part("factors"):
-            for site in LINEAR_SITES:
-                inputs = {name: stats[key] for name, key in keys[site.path].items()}
-                inputs |= {n: per_site[site.path] for n, per_site in gradients.get(i, {}).items()}
-                kernel = trees.flatten(block)[site.path]
-                factors[site_path(i, site)] = factor_site(method, site.layer, kernel, inputs)
-        if not keep_gradients:
-            gradients.pop(i, None)
-    return factors
 
 
 def compress(

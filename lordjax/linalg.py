@@ -102,9 +102,3 @@ def solve_psd(
     values = values + damping * jnp.mean(values)
     inverse = jnp.where(values > 0, 1 / jnp.where(values > 0, values, 1), 0)
     return mm(vectors * inverse[None], mm(vectors.T, b))
-
-
-def tails(spectrum: Float[Array, "m"]) -> Float[Array, "m+1"]:
-    """``tails[r] = sum(spectrum[r:])``, added from small to large."""
-    sums = jnp.cumsum(spectrum[::-1])[::-1]
-    return jnp.concatenate([sums, jnp.zeros(1, spectrum.dtype)])

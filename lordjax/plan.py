@@ -17,7 +17,7 @@ class Plan:
       method: a key of `METHODS`.
       ranks: kernel path -> rank, or None to leave the kernel dense.
       keep: the share of block linear weights that was asked for, in (0, 1].
-      policy: a key of `allocate.POLICIES`.
+      policy: a key of `allocation.POLICIES`.
       gap: relative distance of the plan's predicted error from a lower bound on that of any
         plan within the budget; None for policies that do not optimise.
     """

@@ -20,9 +20,10 @@ import jax
 import jax.numpy as jnp
 
 from lordjax import linalg, trees
-from lordjax.calibrate import activation_keys, block_statistics, hidden_states
+from lordjax.calibrate import activation_keys, block_statistics, hidden_states, on_device
 from lordjax.collect import observe_pair
-from lordjax.methods import METHODS, Factors, method_at, truncate
+from lordjax.factoring import replace_kernels
+from lordjax.methods import METHODS, Factors, method_at
 from lordjax.plan import Plan
 from lordjax.progress import Clock
 from lordjax.sites import LINEAR_SITES, Site, site_path
@@ -56,7 +57,7 @@ def sequential(
       source: the untouched model.
       calibration: tokens.
       plan: ranks; kernels left dense are passed through.
-      factorise: ``(layer, kernel, stats) -> Factors`` of the method.
+      factorise: ``(path, kernel, stats) -> Factors`` of the method.
       method: its name, for the statistics it needs.
       gradients: gradient statistics by layer, if the method needs any.
       corrective: fit the untouched model's outputs instead of the layer's own.
@@ -67,7 +68,7 @@ def sequential(
     dense_states = list(states) if corrective else []
     factors: dict[str, Factors] = {}
     for i in clock.run("sequential", range(config.num_layers)):
-        dense = jax.tree.map(jnp.asarray, source.block(i))
+        dense = on_device(source.block(i))
         current = dense
         for group in groups():
             sites = tuple(s for s in group if plan.ranks.get(site_path(i, s)) is not None)
@@ -81,25 +82,13 @@ def sequential(
                 kernel, stats = inputs[site.path]
                 extra = {n: rows[site.path] for n, rows in gradients.get(i, {}).items()}
                 path = site_path(i, site)
-                factors[path] = factorise(site.layer, kernel, {**stats, **extra})
-                current = _replace(current, site, factors[path], plan.ranks[path])
+                factors[path] = factorise(path, kernel, {**stats, **extra})
+            current = on_device(replace_kernels(dense, i, factors, plan.ranks, multiplied=True))
         no_keys: dict[str, dict[str, str]] = {}
         block_statistics(current, i, states, calibration, (), no_keys, config)
         if corrective:
             block_statistics(dense, i, dense_states, calibration, (), no_keys, config)
     return factors
-
-
-def _replace(block: Any, site: Site, factors: Factors, rank: int | None) -> Any:
-    """A copy of the block with one kernel replaced, multiplied out."""
-    assert rank is not None
-    flat = dict(trees.flatten(block))
-    kernel, bias = truncate(factors, rank)
-    dtype = flat[site.path].dtype
-    flat[site.path] = jnp.asarray(kernel.materialize(), dtype)
-    if bias is not None:
-        flat[f"{site.layer}/bias"] = jnp.asarray(flat.get(f"{site.layer}/bias", 0) + bias, dtype)
-    return trees.unflatten(flat)
 
 
 Inputs = dict[str, tuple[Any, dict[str, Any]]]  # site path -> kernel to factor, statistics
@@ -161,7 +150,10 @@ def _corrective_inputs(
     for s in sites:
         x, y = fitted[s.input_tap], target[s.output_tap]
         bias = METHODS[method_at(method, s.layer)].bias
-        kernel = _regress(x, y, cross[f"{s.input_tap}|{s.output_tap}"], centred=bias)
+        sums = (x, y, cross[f"{s.input_tap}|{s.output_tap}"])
+        with jax.enable_x64(True):
+            sums = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), sums)
+            kernel = _regress(*sums, centred=bias)
         stats = {"input": x} | ({"target_mean": y.mean} if bias else {})
         inputs[s.path] = (kernel, stats)
     return inputs

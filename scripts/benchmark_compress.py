@@ -25,7 +25,7 @@ from typing import Any
 
 import click
 
-DEFAULT_METHODS = "svd,fwsvd,asvd,svd-llm,lord-affine,lord-linear,lord,rom"
+DEFAULT_METHODS = "svd,fwsvd,asvd,svd-llm,lord-affine,lord-centred,lord-linear,lord,rom"
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -158,6 +158,7 @@ def measure(
 
 def _cost(config: Any, prepared: Any, shape: tuple[int, ...]) -> float | None:
     """Operations that `prepare` must spend; None if it only collected what it was not asked for."""
+    from lordjax.compression import GRADIENT_WINDOWS
     from lordjax.methods import METHODS
     from lordjax.scripts import flops
 
@@ -168,10 +169,12 @@ def _cost(config: Any, prepared: Any, shape: tuple[int, ...]) -> float | None:
         total += flops.forward(config, *shape)
     if "moments" in needs:
         total += flops.grams(config, *shape)
-    if {"gradients", "row_fisher"} & set(needs):
-        total += flops.gradients(config, *shape)
-    if "gradients" in needs:
-        total += flops.eigh(config)
+    moments, rows = "gradients" in needs, "row_fisher" in needs
+    if moments or rows:
+        few = min(shape[0], GRADIENT_WINDOWS)
+        total += flops.gradients(config, few, shape[1], moments=moments, rows=rows)
+    if moments:
+        total += flops.eigh(config)  # of the metric, besides that of the outputs
     return total
 
 

@@ -98,7 +98,8 @@ def as_json_option(command: Any) -> Any:
 def cli() -> None:
     """Compress pretrained transformers by matrix decomposition.
 
-    MODEL is a Hugging Face directory or hub id, a GGUF file, or a directory that lordjax wrote.
+    MODEL is a Hugging Face directory or hub id or a GGUF file; evaluate and inspect also take a
+    directory that compress wrote.
     """
 
 
@@ -132,6 +133,12 @@ def cli() -> None:
     help="Tokens per window.  [default: 1024, or the length of the .npy]",
 )
 @click.option("--allocation", help="How ranks are shared out.  [default: the method's own]")
+@click.option(
+    "--prefix",
+    type=click.Choice(["dense", "compressed", "corrective"]),
+    help="Statistics from the untouched model in one pass, or block after block from the model "
+    "compressed so far, fitting its own or the untouched outputs.  [default: the method's own]",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Draws the documents.")
 @click.option(
     "--dtype",

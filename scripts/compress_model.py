@@ -30,6 +30,7 @@ def compress_model(
     samples: int,
     seq_len: int | None,
     allocation: str | None,
+    prefix: str | None,
     seed: int,
     dtype: str | None,
 ) -> dict[str, Any]:
@@ -56,6 +57,7 @@ def compress_model(
         "method": method,
         "keep": keep,
         "allocation": allocation,
+        "prefix": prefix or METHODS[method].prefix,
         "calibration": facts["source"],
         "samples": samples,
         "seq_len": facts["seq_len"],
@@ -69,6 +71,7 @@ def compress_model(
             method=method,
             keep=keep,
             allocation=allocation,
+            prefix=prefix,
             dtype=dtype,
             progress=progress,
         )

@@ -39,23 +39,33 @@ def grams(config: ModelConfig, windows: int, length: int) -> float:
 
 
 def eigh(config: ModelConfig, per_site: int = 1) -> float:
-    """Eigendecompositions of all linear sites at 9 n³ (LAPACK's syevd with vectors)."""
+    """Eigendecompositions of all linear sites at 9 n³ (an upper bound for LAPACK's syevd)."""
     kv = config.num_kv_heads * config.head_size
     narrow = min(config.hidden_size, config.mlp_size)
     sizes = [config.hidden_size, kv, kv, config.hidden_size, narrow, narrow, narrow]
     return config.num_layers * per_site * sum(9.0 * n**3 for n in sizes)
 
 
-def gradients(config: ModelConfig, windows: int, length: int) -> float:
-    """Forward, backward to all linear outputs, head included, and their second moments."""
+def gradients(
+    config: ModelConfig, windows: int, length: int, *, moments: bool, rows: bool
+) -> float:
+    """Forward, backward to all linear outputs, head included.
+
+    With ``moments`` their second moments, in the coordinates of the smaller side; with ``rows``
+    the weight gradients of each window.
+    """
     kv = config.num_kv_heads * config.head_size
     narrow = min(config.hidden_size, config.mlp_size)
     sizes = [config.hidden_size, kv, kv, config.hidden_size, narrow, narrow, narrow]
     tokens = windows * length
-    moments = config.num_layers * sum(2.0 * n * n for n in sizes) * tokens
-    project = config.num_layers * 2 * 2.0 * config.hidden_size * config.mlp_size * tokens
-    head = 2 * 2.0 * config.hidden_size * config.vocab_size * tokens
-    return 3 * forward(config, windows, length) + head + moments + project
+    linear = 2.0 * config.num_layers * block_weights(config) * tokens
+    attention = forward(config, windows, length) - linear
+    # Backward a linear layer costs its forward again, attention twice its own.
+    total = 2 * linear + 3 * attention + 2 * 2.0 * config.hidden_size * config.vocab_size * tokens
+    if moments:
+        total += config.num_layers * sum(2.0 * n * n for n in sizes) * tokens
+        total += config.num_layers * 2 * 2.0 * config.hidden_size * config.mlp_size * tokens
+    return total + linear if rows else total
 
 
 def matmul_peak(size: int = 2048, repeats: int = 5) -> float:

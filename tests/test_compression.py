@@ -242,6 +242,9 @@ def test_verify_finds_a_kernel_that_was_not_replaced(source, params):
         ({"method": "lrod"}, KeyError, "did you mean lord"),
         ({"allocation": "globl"}, KeyError, "did you mean global"),
         ({"prefix": "sparse"}, ValueError, "dense, compressed, corrective"),
+        ({"batch_size": 0}, ValueError, "at least 1, got 0"),
+        ({"gradient_windows": 0}, ValueError, "at least 1"),
+        ({"mask": np.ones((2, 3), bool)}, ValueError, r"mask \(2, 3\): expected .* \(6, 40\)"),
         ({"keep": 0.0}, ValueError, r"keep must be in \(0, 1\], got 0.0"),
         ({"keep": 1.2}, ValueError, "got 1.2"),
     ],
@@ -249,6 +252,37 @@ def test_verify_finds_a_kernel_that_was_not_replaced(source, params):
 def test_wrong_arguments(source, options, error, message):
     with pytest.raises(error, match=message):
         compress(source, TOKENS, **options)
+
+
+@pytest.mark.parametrize("prefix", ["dense", "compressed", "corrective"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_statistics_do_not_depend_on_the_stored_dtype(source, params, dtype, prefix):
+    """Half-precision checkpoints are calibrated in float32; the result keeps their dtype."""
+    half = jax.tree.map(lambda a: a.astype(dtype), params)
+    wide = jax.tree.map(lambda a: a.astype(jnp.float32), half)
+    options = {"method": "lord", "keep": 0.5, "prefix": prefix, "allocation": "uniform"}
+    low, high = (compress(InMemory(CONFIG, p), TOKENS, **options) for p in (half, wide))
+    for path, leaf in trees.flatten(low.params).items():
+        assert leaf.dtype == dtype, path
+    if prefix == "dense":
+        rounded = jax.tree.map(lambda a: np.asarray(a).astype(dtype), high.params)
+        jax.tree.map(np.testing.assert_array_equal, low.params, rounded)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"layer_9/mlp/up/kernel": 4}, "layer_9/mlp/up/kernel is not a kernel of this model"),
+        ({"layer_0/mlp/up/kernel": 47}, r"layer_0/mlp/up/kernel: rank 47 is not in \[1, 30\)"),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_refused(source, change, message):
+    prepared = prepare(source, TOKENS, method="svd")
+    plan = Plan("svd", {**dict.fromkeys(prepared.shapes, None), **change}, 0.5, "by hand")
+    with pytest.raises(ValueError, match=message):
+        prepared.apply(plan)
+    with pytest.raises(ValueError, match="layer_0/attention/q/kernel is missing"):
+        prepared.apply(Plan("svd", {}, 0.5, "by hand"))
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ ORDER = [
     ["lordjax.methods"],
     ["lordjax.functional", "lordjax.source", "lordjax.collect"],
     ["lordjax.calibrate"],
+    ["lordjax.factoring"],
     ["lordjax.sequential"],
     ["lordjax.compression"],
     ["lordjax.checkpoint", "lordjax.evaluate.perplexity"],

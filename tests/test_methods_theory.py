@@ -330,3 +330,31 @@ def test_break_even():
     assert break_even(4096, 4096) == 2048
     assert break_even(4096, 11008) == pytest.approx(2985.2203, abs=1e-3)
     assert break_even(6144, 24576) == pytest.approx(4915.2)
+
+
+def test_corrective_target_in_the_metric_of_the_gradients():
+    """The metric's coordinates are those of the untouched kernel, whatever is factored."""
+    kernel, x = problem((15, 40), tokens=400)
+    rng, r = np.random.default_rng(6), 4
+    x_hat = x + rng.normal(size=x.shape) * x.std(axis=0)
+    y, g = x @ kernel, rng.normal(size=(500, 40)) * np.exp(2 * rng.normal(size=40))
+    basis = linalg.row_space(jnp.asarray(kernel))
+    target = _regress(moments(x_hat), moments(y), jnp.asarray(x_hat.T @ y), centred=False)
+    stats = {"input": moments(x_hat), "gradients": moments(g @ np.asarray(basis)), "basis": basis}
+    new = truncate(METHODS["lord"].factor(target, stats), r)[0].materialize()
+    plain = truncate(METHODS["lord-linear"].factor(target, stats), r)[0].materialize()
+
+    def loss(new):
+        gap = (y - x_hat @ np.asarray(new)) @ np.asarray(basis)
+        return np.einsum(
+            "ni,ij,nj->", gap, np.asarray(basis).T @ (g.T @ g) @ np.asarray(basis), gap
+        )
+
+    assert loss(new) < loss(plain)
+    # Optimum over rank-r corrections of the regressed kernel, in the metric (no damping, no ridge).
+    m = np.asarray(basis).T @ (g.T @ g) @ np.asarray(basis)
+    root = np.linalg.cholesky(m)
+    full = np.linalg.lstsq(x_hat, y, rcond=None)[0]
+    tail = np.linalg.svd(x_hat @ full @ np.asarray(basis) @ root, compute_uv=False)[r:] ** 2
+    assert loss(full) + tail.sum() <= loss(new) * (1 + 1e-9)
+    assert loss(new) <= 1.1 * (loss(full) + tail.sum())

@@ -131,6 +131,6 @@ def _check_finite(nll: np.ndarray, first_window: int) -> None:
     window, position = np.argwhere(~np.isfinite(nll))[0]
     raise ValueError(
         f"window {first_window + window}, token {position + 1}: negative log-likelihood is "
-        f"{nll[window, position]}, expected a finite number; the model's weights or activations "
-        "overflow (try --dtype float32) or hold NaN"
+        f"{nll[window, position]}, expected a finite number; the weights hold NaN, or "
+        "activations overflow in the dtype of the embedding"
     )

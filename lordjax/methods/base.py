@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.struct
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lordjax.kernels import LowRank
@@ -26,7 +25,6 @@ class Factors:
       right: ``[m, out]``.
       spectrum: ``[m]``, non-increasing; the error at rank r is ``sum(spectrum[r:])`` in the
         method's own measure.
-      scale: ``[]``, E‖y‖² of the layer's output, what errors are relative to.
       mean_in: ``[m]`` mean of ``x @ left``, or None if the method keeps the bias as it is.
       mean_out: ``[out]`` mean of the layer's output without its bias, or None.
     """
@@ -34,7 +32,6 @@ class Factors:
     left: Any
     right: Any
     spectrum: Any
-    scale: Any
     mean_in: Any = None
     mean_out: Any = None
 
@@ -78,8 +75,3 @@ def truncate(factors: Factors, rank: int) -> tuple[LowRank, Float[Array, "out"] 
 def break_even(fan_in: int, fan_out: int) -> float:
     """Rank at which a factor pair has as many weights as the dense matrix."""
     return fan_in * fan_out / (fan_in + fan_out)
-
-
-def safe_scale(total: Float[Array, ""]) -> Float[Array, ""]:
-    """A divisor that is 1 for an all-zero layer."""
-    return jnp.where(total > 0, total, 1)

@@ -37,7 +37,6 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lordjax import linalg
@@ -72,13 +71,16 @@ def factor(
     Args:
       kernel: ``[in, out]``, in the dtype to compute in.
       stats: ``input`` or ``output`` `Moments`, ``abs_mean``, ``row_fisher`` ``[in]``,
-        ``gradients`` `Moments` of the loss gradient at the outputs (in `linalg.row_space`
-        coordinates if ``out > in``), as ``inputs`` and ``gradient_metric`` ask.
+        ``gradients`` `Moments` of the loss gradient at the outputs, in the coordinates of
+        ``basis`` ``[out, m]`` (None: as they are), as ``inputs`` and ``gradient_metric`` ask.
+        Without ``basis``, `linalg.row_space` of the kernel.
       inputs: ``identity``, ``row_fisher``, ``abs_mean``, ``moments`` or ``covariance``.
       gradient_metric: weigh output errors by the gradients' second moment.
       bias: correct the mean of the output by a bias.
     """
-    basis = linalg.row_space(kernel)
+    # Gradients come with the coordinates they were taken in: a corrective target is another
+    # kernel with the same row space, and its own basis would be a rotated one.
+    basis = stats["basis"] if "basis" in stats else linalg.row_space(kernel)
     narrow = kernel if basis is None else mm(kernel, basis)
     match inputs:
         case "identity":
@@ -98,7 +100,7 @@ def factor(
     means = {}
     if bias:
         means = _means(kernel, left, right, stats)
-    return Factors(left, right, spectrum, jnp.sum(spectrum), **means)
+    return Factors(left, right, spectrum, **means)
 
 
 def _means(kernel: Array, left: Array, right: Array, stats: Mapping[str, Any]) -> dict[str, Array]:
