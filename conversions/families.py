@@ -27,7 +27,7 @@ Values = Mapping[str, Any]  # the keys of a config.json that a family reads, def
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class TensorSource:
     """Where a parameter lies in a Hugging Face checkpoint.
 
     Attributes:
@@ -158,7 +158,7 @@ def model_config(hf_config: Values, where: str = "config.json") -> ModelConfig:
     return ModelConfig(**fields, rope=rope, windows=windows)
 
 
-def tensor_table(hf_config: Values, where: str = "config.json") -> dict[str, Source]:
+def tensor_table(hf_config: Values, where: str = "config.json") -> dict[str, TensorSource]:
     """Our parameter path -> the tensor of a checkpoint with this ``config.json``."""
     family, config = family_of(hf_config, where), model_config(hf_config, where)
     sizes = _sizes(config)
@@ -169,7 +169,7 @@ def tensor_table(hf_config: Values, where: str = "config.json") -> dict[str, Sou
         shape = tuple(sizes[letter] for letter in row.dims)
         for i in range(config.num_layers if "{i}" in row.path else 1):
             path, name = row.path.format(i=i), row.name.format(i=i)
-            table[path] = Source(name, shape, row.transpose)
+            table[path] = TensorSource(name, shape, row.transpose)
     return table
 
 

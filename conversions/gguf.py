@@ -123,6 +123,11 @@ class Gguf:
     def shape(self, name: str) -> tuple[int, ...]:  # noqa: D102
         return tuple(int(n) for n in reversed(self._tensors[name].shape))
 
+    def dtype(self, name: str) -> np.dtype:
+        """Dtype of `read`, whatever the quantisation."""
+        del name
+        return np.dtype(np.float32)
+
     def where(self, name: str) -> str:  # noqa: D102
         return f"{self.path}: tensor {self._tensors[name].name}"
 

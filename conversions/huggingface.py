@@ -18,10 +18,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Float
 
-from lordjax.conversions.families import Source, family_of, model_config, tensor_table
+from lordjax.conversions.families import TensorSource, family_of, model_config, tensor_table
 from lordjax.conversions.tensors import BFLOAT16, TensorFiles, open_directory, read_json
 from lordjax.models.config import ModelConfig
 from lordjax.trees import unflatten
@@ -48,7 +49,7 @@ class Checkpoint:
         where = str(path / "config.json") if path.is_dir() else str(path)
         self.path, self.hf_config = path, hf_config
         self.config: ModelConfig = model_config(hf_config, where)
-        self.table: dict[str, Source] = tensor_table(hf_config, where)
+        self.table: dict[str, TensorSource] = tensor_table(hf_config, where)
         self._files, self._tokens = files, tokens
         self._check()
 
@@ -96,6 +97,16 @@ class Checkpoint:
     def params(self, dtype: Any = None) -> dict[str, Any]:
         """All parameters as a nested dict, as `lordjax.models.transformer` takes them."""
         return self._tree(lambda path: True, dtype)
+
+    def leaves(self) -> dict[str, Any]:
+        """Parameter path -> ``ShapeDtypeStruct``, without reading values."""
+        return {
+            path: jax.ShapeDtypeStruct(
+                source.shape[::-1] if source.transpose else source.shape,
+                self._files.dtype(source.name),
+            )
+            for path, source in self.table.items()
+        }
 
     def tokenizer(self) -> Any:
         """The tokenizer, as a fast tokenizer of transformers."""

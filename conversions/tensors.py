@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import jax.numpy as jnp
 import numpy as np
 
+from lordjax.checkpoint import header
+
 BFLOAT16 = np.dtype(jnp.bfloat16)
 
 
@@ -23,6 +25,10 @@ class TensorFiles(Protocol):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading its values."""
+        ...
+
+    def dtype(self, name: str) -> np.dtype:
+        """Dtype of a tensor, without reading its values."""
         ...
 
     def read(self, name: str) -> np.ndarray:
@@ -55,7 +61,10 @@ class Safetensors:
         return self._file.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:  # noqa: D102
-        return tuple(self._file[name][1].get_slice(name).get_shape())
+        return header(self._file[name][1], name).shape
+
+    def dtype(self, name: str) -> np.dtype:  # noqa: D102
+        return header(self._file[name][1], name).dtype
 
     def read(self, name: str) -> np.ndarray:  # noqa: D102
         return self._file[name][1].get_tensor(name)
@@ -93,6 +102,9 @@ class TorchBin:
 
     def shape(self, name: str) -> tuple[int, ...]:  # noqa: D102
         return tuple(self._tensor[name][1].shape)
+
+    def dtype(self, name: str) -> np.dtype:  # noqa: D102
+        return np.dtype(jnp.dtype(str(self._tensor[name][1].dtype).removeprefix("torch.")))
 
     def read(self, name: str) -> np.ndarray:  # noqa: D102
         import torch

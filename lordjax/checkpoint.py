@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -37,6 +38,17 @@ from lordjax.plan import Plan
 
 FORMAT = 1  # of the directory; raised when a reader of the old one would misread the new one
 SHARD_BYTES = 2 * 2**30
+# safetensors' names of dtypes.
+DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": jnp.bfloat16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "U8": np.uint8,
+    "I8": np.int8,
+}
 INDEX = "model.safetensors.index.json"
 
 
@@ -217,6 +229,18 @@ def is_compressed(path: str | os.PathLike[str]) -> bool:
     return isinstance(config, dict) and "lordjax" in config
 
 
+def header(file: Any, name: str) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of a tensor of an open safetensors file, without reading its values.
+
+    Raises:
+      ValueError: if NumPy has no such dtype.
+    """
+    part = file.get_slice(name)
+    if part.get_dtype() not in DTYPES:
+        raise ValueError(f"{name}: dtype {part.get_dtype()}; known: {', '.join(DTYPES)}")
+    return jax.ShapeDtypeStruct(tuple(part.get_shape()), np.dtype(DTYPES[part.get_dtype()]))
+
+
 @dataclasses.dataclass(frozen=True)
 class Saved:
     """An opened model directory; tensors are read when they are asked for.
@@ -244,27 +268,41 @@ class Saved:
         wanted = [name for name in self.files if below(name)]
         if not wanted:
             raise KeyError(f"{self.directory}: no parameter below {prefix!r}")
-        kinds = {path: kind for path, kind in self.meta["kinds"].items() if below(path)}
-        arrays = self._arrays(wanted)
-        tree = trees.unflatten({n: arrays[n] for n in wanted})
-        for path in sorted(kinds, key=len, reverse=True):  # the innermost kernels first
+        tree = self._tree(wanted, lambda file, name: file.get_tensor(name))
+        return functools.reduce(lambda at, key: at[key], prefix.split("/") if prefix else [], tree)
+
+    def leaves(self) -> dict[str, Any]:
+        """Parameter path -> ``ShapeDtypeStruct`` or kernel of them, from the files' headers.
+
+        Raises:
+          ValueError: as `read`.
+        """
+        return trees.flatten(self._tree(list(self.files), header))
+
+    def _tree(self, names: list[str], read: Callable[[Any, str], Any]) -> dict[str, Any]:
+        """The named tensors as a nested dict, parts of kernels put together."""
+        arrays = self._arrays(names, read)
+        tree = trees.unflatten({name: arrays[name] for name in names})
+        kinds = self.meta["kinds"]
+        inside = {path for path in kinds if any(name.startswith(f"{path}/") for name in names)}
+        for path in sorted(inside, key=len, reverse=True):  # the innermost kernels first
             *branches, name = path.split("/")
             node = functools.reduce(lambda at, key: at[key], branches, tree)
             node[name] = KINDS[kinds[path]](**node[name])
         for path, leaf in trees.flatten(tree).items():
             if isinstance(leaf, Kernel):
                 check(leaf, path)
-        return functools.reduce(lambda at, key: at[key], prefix.split("/") if prefix else [], tree)
+        return tree
 
-    def _arrays(self, names: list[str]) -> dict[str, np.ndarray]:
-        """Tensors by name; every file is opened once and closed again."""
+    def _arrays(self, names: list[str], read: Callable[[Any, str], Any]) -> dict[str, Any]:
+        """What ``read(file, name)`` gives; every file is opened once and closed again."""
         arrays = {}
         for file in dict.fromkeys(self.files[name] for name in names):
             try:
                 with safetensors.safe_open(self.directory / file, framework="numpy") as handle:
                     for name in names:
                         if self.files[name] == file:
-                            arrays[name] = handle.get_tensor(name)
+                            arrays[name] = read(handle, name)
             except (OSError, safetensors.SafetensorError) as error:
                 raise ValueError(
                     f"{self.directory / file}: not the safetensors file it should be ({error})"

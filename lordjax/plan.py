@@ -29,7 +29,11 @@ class Plan:
     gap: float | None = None
 
     def weights(self, shapes: Mapping[str, tuple[int, int]]) -> int:
-        """Number of linear weights after the plan, factor pairs counted in full."""
+        """Number of linear weights after the plan, factor pairs counted in full.
+
+        Biases are no linear weights and are not counted, before or after; `allocation` does charge
+        a method's new biases to the budget.
+        """
         return sum(weights(shapes[path], rank) for path, rank in self.ranks.items())
 
     def write(self, path: Path) -> None:

@@ -2,7 +2,8 @@
 
 Inside a block the layers are replaced in the order in which they run - q, k, v; o; gate, up;
 down - and every group sees inputs made by the groups before it. Compressed kernels are multiplied
-out while they propagate, so that every block has the same shapes and nothing recompiles.
+out while they propagate, so that blocks have the same shapes and share compilations (but for the
+biases that some methods add to the layers they factor).
 
 ROM fits ``W x̂ ≈ W' x̂`` on the compressed prefix' inputs x̂. The *corrective* target fits
 ``W x ≈ W' x̂`` with x from the untouched model: reduced-rank regression, in which the kernel to be

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from lordjax.data import check_ids
 from lordjax.kernels import materialize
 from lordjax.models.config import ModelConfig
 
@@ -104,10 +105,5 @@ def check_tokens(config: ModelConfig, tokens: np.ndarray) -> np.ndarray:
             "calibration tokens: expected a non-empty integer array [windows, length], got "
             f"{tokens.dtype} {tokens.shape}"
         )
-    low, high = int(tokens.min()), int(tokens.max())
-    if low < 0 or high >= config.vocab_size:
-        raise ValueError(
-            f"calibration tokens: ids range over {low}…{high}, but the model's vocabulary has "
-            f"{config.vocab_size} entries; were they made by another tokenizer?"
-        )
+    check_ids(tokens, config.vocab_size, "calibration tokens")
     return tokens.astype(np.int32)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -83,7 +82,7 @@ def _original(name: str) -> Model:
         params=opened.params,
         tokenizer=opened.tokenizer,
         write_tokenizer=opened.tokenizer_files,
-        leaves=lambda: _dense_leaves(opened),
+        leaves=opened.leaves,
     )
 
 
@@ -103,51 +102,8 @@ def _compressed(name: str, path: Path) -> Model:
         params=saved.params,
         tokenizer=tokens.tokenizer,
         write_tokenizer=tokens.tokenizer_files,
-        leaves=lambda: _saved_leaves(saved),
+        leaves=saved.leaves,
     )
-
-
-def _saved_leaves(saved: Any) -> dict[str, Any]:
-    """Kernels of shapes and dtypes, from the headers of the files."""
-    import jax
-    import safetensors
-
-    from lordjax.kernels import KINDS
-
-    dtypes = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "U8": "uint8", "I8": "int8"}
-    leaves: dict[str, Any] = {}
-    for file in sorted(set(saved.files.values())):
-        try:
-            handle = safetensors.safe_open(saved.directory / file, framework="numpy")
-        except (OSError, safetensors.SafetensorError) as error:
-            raise ValueError(f"{saved.directory / file}: not readable ({error})") from error
-        for tensor in (name for name, place in saved.files.items() if place == file):
-            part = handle.get_slice(tensor)
-            dtype = jax.numpy.dtype(dtypes[part.get_dtype()])
-            leaves[tensor] = jax.ShapeDtypeStruct(part.get_shape(), dtype)
-    # Deepest first: a part of a kernel may itself be a kernel.
-    kinds = sorted(saved.meta["kinds"].items(), key=lambda item: -item[0].count("/"))
-    for path, kind in kinds:
-        fields = [field.name for field in dataclasses.fields(KINDS[kind])]  # type: ignore[arg-type]
-        leaves[path] = KINDS[kind](**{name: leaves.pop(f"{path}/{name}") for name in fields})
-    return leaves
-
-
-def _dense_leaves(opened: Any) -> dict[str, Any]:
-    """Shapes from the headers. Dtypes too, as far as they are cheap: those of block 0 hold for all.
-
-    Checkpoints that mix dtypes do it by kind of layer, not by block.
-    """
-    import jax
-
-    first = {p: opened.read(p).dtype for p in opened.table if not p.startswith("layer_")}
-    first |= {p: opened.read(p).dtype for p in opened.table if p.startswith("layer_0/")}
-    leaves = {}
-    for path, source in opened.table.items():
-        same = path if path in first else re.sub(r"^layer_\d+", "layer_0", path)
-        shape = source.shape[::-1] if source.transpose else source.shape
-        leaves[path] = jax.ShapeDtypeStruct(shape, first[same])
-    return leaves
 
 
 def file_bytes(path: Path) -> int:

@@ -85,18 +85,18 @@ def fails(message, *arguments):
 
 
 def test_help_is_instant():
-    """Best of three against a start of the interpreter, so that a busy machine does not decide."""
+    """The contract is half a second; best of five, so that a busy machine does not decide."""
 
     def seconds(*command):
         best = float("inf")
-        for _ in range(3):
+        for _ in range(5):
             start = time.perf_counter()
             subprocess.run([sys.executable, *command], check=True, capture_output=True)
             best = min(best, time.perf_counter() - start)
         return best
 
     code = "from lordjax.scripts.cli import main; import sys; sys.argv[1:] = ['--help']; main()"
-    assert seconds("-c", code) < 0.5 + 4 * seconds("-c", "pass")
+    assert seconds("-c", code) < 0.5
 
 
 def test_help_imports_nothing_heavy():
