@@ -82,7 +82,8 @@ def metric_pca(
       damping: share of the mean eigenvalue of ``metric`` added to its diagonal.
 
     Returns:
-      left, right, spectrum (non-increasing).
+      left, right, spectrum (non-increasing). Without a metric ``right`` is orthonormal; with one,
+      column j of ``left`` and row j of ``right`` have equal norms.
 
     Source: Eckart-Young in the metric's coordinates; specs of LoRD §3.1.
     """
@@ -91,7 +92,13 @@ def metric_pca(
         return mm(kernel, basis), basis.T, spectrum
     root, inverse = sqrt_pair(metric, damping)
     spectrum, basis = eigh_descending(mm(root, outputs, root))
-    return mm(kernel, root, basis), mm(basis.T, inverse), spectrum
+    left, right = mm(kernel, root, basis), mm(basis.T, inverse)
+    # Any diagonal may move between the factors. Gradients are tiny, so without this one factor
+    # would be subnormal in float16 and the other near overflow.
+    norms = jnp.linalg.norm(left, axis=0), jnp.linalg.norm(right, axis=1)
+    balance = jnp.sqrt(jnp.where(norms[0] > 0, norms[1] / jnp.where(norms[0] > 0, norms[0], 1), 1))
+    balance = jnp.where(balance > 0, balance, 1)
+    return left * balance[None], right / balance[:, None], spectrum
 
 
 def solve_psd(

@@ -266,6 +266,17 @@ def test_lord_is_optimal_in_the_metric_of_the_gradients(shape):
     assert loss(new) <= loss(run("lord-linear", kernel, x, r)[0])
 
 
+def test_factors_in_the_loss_metric_are_balanced():
+    """Gradients of 1e-6 must not push one factor out of half precision's range."""
+    kernel, x = problem((30, 20))
+    g = 1e-6 * np.random.default_rng(2).normal(size=(300, 20))
+    factors = run("lord", kernel, x, 1, gradients=g)[2]
+    norms = np.linalg.norm(factors.left, axis=0), np.linalg.norm(factors.right, axis=1)
+    np.testing.assert_allclose(norms[0], norms[1], rtol=1e-9)
+    half = np.asarray(factors.left, np.float16) @ np.asarray(factors.right, np.float16)
+    assert np.linalg.norm(half - kernel) < 5e-3 * np.linalg.norm(kernel)
+
+
 def test_isotropic_gradients_make_lord_linear():
     kernel, x = problem((30, 20))
     g = 3 * np.eye(20)
