@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from lordjax import linalg, trees
 from lordjax.collect import (
@@ -101,53 +102,59 @@ def gradient_statistics(
     """Loss gradients at every linear output, by a forward and a backward sweep over the blocks.
 
     Returns:
-      layer -> ``{"gradients": {site: Moments}, "basis": {site: [out, m] or None},
-      "row_fisher": {site: [in]}}``, as ``needs`` asks.
+      layer -> ``{"gradients": {site: Moments}, "row_fisher": {site: [in]}}``, as ``needs`` asks;
+      gradients in the coordinates of `gradient_basis`.
     """
     config, layers = source.config, range(source.config.num_layers)
     rest = on_device(source.rest())
     stats: dict[int, dict[str, dict[str, Any]]] = {}
     bases: dict[int, dict[str, Any]] = {}
     batches = list(calibration.batches())
-    # A block is read twice per sweep; two batches at a time halve that and still fit in memory.
-    sweeps = [batches[i : i + 2] for i in range(0, len(batches), 2)]
-    for sweep in clock.run("gradients", range(len(sweeps))):
-        states = [
-            [embed({"embed": rest["embed"]}, tokens, config=config)] for tokens, _ in sweeps[sweep]
-        ]
+    for b in clock.run("gradients", range(len(batches))):
+        tokens, mask = batches[b]
+        states = [embed({"embed": rest["embed"]}, tokens, config=config)]
         for i in layers:
             block = on_device(source.block(i))
             if i not in stats:
                 stats[i], bases[i] = _empty_gradients(block, needs)
-            for (_, mask), seen in zip(sweeps[sweep], states, strict=True):
-                y, _ = observe(block, seen[-1], mask, {}, config=config, window=config.window(i))
-                seen.append(y)
-        cotangents = [
-            loss_gradient(rest, seen.pop(), tokens, mask, config=config)
-            for (tokens, mask), seen in zip(sweeps[sweep], states, strict=True)
-        ]
+            y, _ = observe(block, states[-1], mask, {}, config=config, window=config.window(i))
+            states.append(y)
+        cotangent = loss_gradient(rest, states.pop(), tokens, mask, config=config)
         for i in reversed(layers):
-            block = on_device(source.block(i))
-            for j, (_, mask) in enumerate(sweeps[sweep]):
-                cotangents[j], stats[i] = observe_gradients(
-                    block,
-                    states[j].pop(),
-                    mask,
-                    cotangents[j],
-                    bases[i],
-                    stats[i],
-                    config=config,
-                    window=config.window(i),
-                )
-    if "gradients" in needs:
-        for i in layers:
-            stats[i]["basis"] = bases[i]
+            cotangent, stats[i] = observe_gradients(
+                on_device(source.block(i)),
+                states.pop(),
+                mask,
+                cotangent,
+                bases[i],
+                stats[i],
+                config=config,
+                window=config.window(i),
+            )
     return stats
 
 
 @jax.jit
-def _row_space(kernel: Any) -> Any:
+def gradient_basis(kernel: Float[Array, "in out"]) -> Float[Array, "out m"] | None:
+    """Coordinates that gradients at a kernel's output are taken in; None: as they are.
+
+    Cheap enough to be computed again instead of kept for every kernel of the model.
+    """
     return linalg.row_space(kernel.astype(jnp.float32))
+
+
+def site_gradients(
+    stats: Mapping[str, Mapping[str, Any]], path: str, kernel: Any
+) -> dict[str, Any]:
+    """What `methods` read of one site's gradients, by name; empty if there are none.
+
+    Args:
+      stats: gradient statistics of the block.
+      path: of the site in the block.
+      kernel: the untouched kernel, whose coordinates the gradients are in.
+    """
+    found = {name: sites[path] for name, sites in stats.items()}
+    return found | ({"basis": gradient_basis(kernel)} if "gradients" in found else {})
 
 
 def _empty_gradients(
@@ -160,5 +167,5 @@ def _empty_gradients(
         stats["gradients"] = {p: Moments.zeros(min(k.shape)) for p, k in kernels.items()}
     if "row_fisher" in needs:
         stats["row_fisher"] = {p: jnp.zeros(k.shape[0]) for p, k in kernels.items()}
-    bases = {p: _row_space(k) if "gradients" in needs else None for p, k in kernels.items()}
+    bases = {p: gradient_basis(k) if "gradients" in needs else None for p, k in kernels.items()}
     return stats, bases

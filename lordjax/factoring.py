@@ -12,7 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from lordjax import trees
-from lordjax.calibrate import activation_keys, block_statistics, hidden_states, on_device
+from lordjax.calibrate import (
+    activation_keys,
+    block_statistics,
+    hidden_states,
+    on_device,
+    site_gradients,
+)
 from lordjax.methods import METHODS, Factors, break_even, method_at, truncate
 from lordjax.models import init
 from lordjax.progress import Clock
@@ -77,8 +83,8 @@ def factor_all(
         with clock.part("factors"):
             for site in LINEAR_SITES:
                 inputs = {name: stats[key] for name, key in keys[site.path].items()}
-                inputs |= {n: per_site[site.path] for n, per_site in gradients.get(i, {}).items()}
                 kernel = trees.flatten(block)[site.path]
+                inputs |= site_gradients(gradients.get(i, {}), site.path, kernel)
                 factors[site_path(i, site)] = factor_site(
                     method, site_path(i, site), kernel, inputs
                 )

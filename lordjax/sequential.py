@@ -21,7 +21,13 @@ import jax
 import jax.numpy as jnp
 
 from lordjax import linalg, trees
-from lordjax.calibrate import activation_keys, block_statistics, hidden_states, on_device
+from lordjax.calibrate import (
+    activation_keys,
+    block_statistics,
+    hidden_states,
+    on_device,
+    site_gradients,
+)
 from lordjax.collect import observe_pair
 from lordjax.factoring import replace_kernels
 from lordjax.methods import METHODS, Factors, method_at
@@ -81,7 +87,8 @@ def sequential(
             inputs = run(i, sites, dense, current, dense_states, states, calibration)
             for site in sites:
                 kernel, stats = inputs[site.path]
-                extra = {n: rows[site.path] for n, rows in gradients.get(i, {}).items()}
+                untouched = trees.flatten(dense)[site.path]
+                extra = site_gradients(gradients.get(i, {}), site.path, untouched)
                 path = site_path(i, site)
                 factors[path] = factorise(path, kernel, {**stats, **extra})
             current = on_device(replace_kernels(dense, i, factors, plan.ranks, multiplied=True))
