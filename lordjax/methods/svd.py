@@ -139,18 +139,16 @@ SVD_METHODS: dict[str, Method] = {
         gradient_metric=True,
         allocation="global",
     ),
-    "lord-linear": _row("PCA of outputs, no bias", "moments", allocation="global"),
+    "lord-linear": _row("PCA of outputs, no bias: LoRD's linear variant", "moments"),
     "lord-affine": _row(
         "PCA of centred outputs with a bias: LoRD as published",
         "covariance",
         bias=True,
-        allocation="uniform",
     ),
     "lord-centred": _row(
         "PCA of centred outputs with a bias, values uncentred",
         "covariance",
         bias=True,
-        allocation="global",
         exceptions={"attention/v": "lord-linear"},
     ),
     "rom": _row(
