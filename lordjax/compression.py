@@ -248,6 +248,19 @@ def check_policy(name: str) -> None:
         raise KeyError(f"no allocation policy {name!r}; {trees.did_you_mean(name, POLICIES)}")
 
 
+def _check_options(method: str, prefix: str, batch_size: int, gradient_windows: int | None) -> None:
+    """Raises ValueError for options of `prepare` that are out of range or do not go together."""
+    if prefix not in PREFIXES:
+        raise ValueError(f"prefix must be one of {', '.join(PREFIXES)}, got {prefix!r}")
+    if prefix == "corrective" and "abs_mean" in METHODS[method].needs:
+        raise ValueError(f"method {method!r} has no corrective target: it does not fit outputs")
+    if batch_size < 1 or (gradient_windows is not None and gradient_windows < 1):
+        raise ValueError(
+            f"batch_size and gradient_windows must be at least 1, got {batch_size} and "
+            f"{gradient_windows}"
+        )
+
+
 def prepare(
     source: Source,
     tokens: np.ndarray,
@@ -282,15 +295,7 @@ def prepare(
     row, config = METHODS[method], source.config
     policy, prefix = allocation or row.allocation, prefix or row.prefix
     check_policy(policy)
-    if prefix not in PREFIXES:
-        raise ValueError(f"prefix must be one of {', '.join(PREFIXES)}, got {prefix!r}")
-    if prefix == "corrective" and "abs_mean" in row.needs:
-        raise ValueError(f"method {method!r} has no corrective target: it does not fit outputs")
-    if batch_size < 1 or (gradient_windows is not None and gradient_windows < 1):
-        raise ValueError(
-            f"batch_size and gradient_windows must be at least 1, got {batch_size} and "
-            f"{gradient_windows}"
-        )
+    _check_options(method, prefix, batch_size, gradient_windows)
     tokens = check_tokens(config, tokens)
     if mask is not None and np.shape(mask) != tokens.shape:
         raise ValueError(f"mask {np.shape(mask)}: expected the shape of the tokens {tokens.shape}")
