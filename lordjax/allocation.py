@@ -1,6 +1,6 @@
-"""Which rank for which kernel, under one budget. Sees only numbers; NumPy only.
+"""Which rank for which site, under one budget. Sees only numbers; NumPy only.
 
-Every kernel offers *options*: leave it dense (error 0), or a rank that is a multiple of the tile
+Every site offers *options*: leave it dense (error 0), or a rank that is a multiple of the tile
 and below break-even, with the error that the method predicts. A policy picks one option each so
 that the weights fit the budget.
 
@@ -13,52 +13,60 @@ option of least ``error + μ·cost`` on its own, and the dual value is a lower b
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
+from lordjax.plan import Size
 from lordjax.sites import layer_index, layer_type
 
+INFLUENCE_CAP = 0.95  # most that `block_influence` removes of a block
 TILE = 8  # ranks are multiples of this; what matrix units and vector registers divide well
 
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """What a kernel offers: its shape and the predicted error at every rank.
+    """What a site offers: its size and the predicted error at every rank.
 
     Attributes:
-      shape: ``(in, out)``.
+      size: weights at a rank.
       errors: ``[m + 1]``, non-increasing; ``errors[r]`` is the error at rank r, in a unit that
-        is comparable between kernels if the policy compares them.
-      extra: weights that a factored kernel needs besides its factors (a new bias).
+        is comparable between sites if the policy compares them.
+      extra: weights that a compressed site needs besides (a new bias).
+      influence: of the site's block, for `block_influence`.
     """
 
-    shape: tuple[int, int]
+    size: Size
     errors: np.ndarray
     extra: int = 0
-
-    @property
-    def dense(self) -> int:
-        """Weights when left dense."""
-        return self.shape[0] * self.shape[1]
+    influence: float = 0.0
 
     @property
     def break_even(self) -> float:
-        """Rank at which the factor pair is as large as the dense kernel."""
-        return (self.dense - self.extra) / sum(self.shape)
+        """Rank at which the site is as large as dense, the extra weights included."""
+        return (self.size.dense - self.extra) / self.size.unit
 
-    def cost(self, rank: int) -> int:
-        """Weights at a rank."""
-        return rank * sum(self.shape) + self.extra
+    @property
+    def largest(self) -> int:
+        """Largest rank that saves weights; 0 if there is none."""
+        most = min(int(np.ceil(self.break_even)) - 1, len(self.errors) - 1)
+        return most // self.size.step * self.size.step
+
+    def cost(self, rank: int | None) -> int:
+        """Weights at a rank (None = dense)."""
+        return self.size.weights(rank) + (0 if rank is None else self.extra)
 
     def options(self, tile: int) -> tuple[list[int | None], np.ndarray, np.ndarray]:
         """Ranks (None = dense), costs ``[n]`` and errors ``[n]``, by rising cost."""
-        largest = min(int(np.ceil(self.break_even)) - 1, len(self.errors) - 1)
-        step = tile if largest >= tile else 1
-        ranks: list[int | None] = list(range(step, largest + 1, step))
-        costs = [self.cost(r) for r in ranks if r is not None]
-        errors = [float(self.errors[r]) for r in ranks if r is not None]
-        return [*ranks, None], np.array([*costs, self.dense], float), np.array([*errors, 0.0])
+        step = self.size.step
+        for coarser in (math.lcm(step, tile), math.lcm(step, tile * self.size.tiles)):
+            step = coarser if self.largest >= coarser else step
+        ranks = list(range(step, self.largest + 1, step))
+        costs = [self.cost(r) for r in ranks]
+        errors = [float(self.errors[r]) for r in ranks]
+        return [*ranks, None], np.array([*costs, self.size.dense], float), np.array([*errors, 0.0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,21 +156,28 @@ Curves = Mapping[str, Curve]
 def _by_ratio(curves: Curves, ratio: float) -> Ranks:
     """The largest rank (1 at least) that costs ``ratio · dense``; dense at ratio 1.
 
-    Without extra weights that is ``floor(ratio · break-even)``. Matrices so small that rank 1 is
-    no smaller stay dense.
+    Without extra weights that is ``floor(ratio · break-even)``, and a multiple of the site's step.
+    Sites so small that the least rank is no smaller stay dense.
     """
     if ratio >= 1:
         return dict.fromkeys(curves, None)
     ranks: Ranks = {}
     for path, curve in curves.items():
-        rank = max(1, int((ratio * curve.dense - curve.extra) / sum(curve.shape)))
+        size = curve.size
+        rank = int((ratio * size.dense - curve.extra) / size.unit) // size.step * size.step
+        rank = max(size.step, rank)
         ranks[path] = rank if rank < curve.break_even else None
     return ranks
 
 
 def _spent(curves: Curves, ranks: Ranks) -> int:
-    """Weights of all kernels at their ranks."""
-    return sum(curves[p].dense if r is None else curves[p].cost(r) for p, r in ranks.items())
+    """Weights of all sites at their ranks."""
+    return sum(curves[path].cost(rank) for path, rank in ranks.items())
+
+
+def _dense(curves: Curves) -> int:
+    """Weights of all sites when left dense."""
+    return sum(curve.size.dense for curve in curves.values())
 
 
 def uniform(curves: Curves, keep: float, tile: int) -> tuple[Ranks, float | None]:
@@ -198,7 +213,7 @@ def last_k(curves: Curves, keep: float, tile: int) -> tuple[Ranks, float | None]
     k = max(1, round(share * len(layers)))
     chosen = set(layers[-k:])
     inside = {path: curve for path, curve in curves.items() if layer_index(path) in chosen}
-    total, within = (sum(c.dense for c in some.values()) for some in (curves, inside))
+    total, within = (_dense(some) for some in (curves, inside))
     ratio = np.floor(100 * (1 - (1 - keep) * total / within) + 1e-9) / 100
     if ratio <= 0:
         raise ValueError(f"keep {keep}: the last {k} of {len(layers)} blocks are too few for it")
@@ -217,14 +232,14 @@ def per_type(curves: Curves, keep: float, tile: int) -> tuple[Ranks, float | Non
     options = {name: curve.options(tile) for name, (curve, _) in merged.items()}
     costs = [options[name][1] * count for name, (_, count) in merged.items()]
     errors = [options[name][2] for name in merged]
-    choices = choose(costs, errors, keep * sum(c.dense for c in curves.values()))
+    choices = choose(costs, errors, keep * _dense(curves))
     chosen = {name: options[name][0][i] for name, i in zip(merged, choices.index, strict=True)}
     return {path: chosen[layer_type(path)] for path in curves}, choices.gap
 
 
 def energy(curves: Curves, keep: float, tile: int) -> tuple[Ranks, float | None]:
     """The smallest rank that keeps a share τ of every kernel's energy; τ by bisection."""
-    budget = keep * sum(curve.dense for curve in curves.values())
+    budget = keep * _dense(curves)
     options = {path: curve.options(tile) for path, curve in curves.items()}
 
     def at(tau: float) -> Ranks:
@@ -246,7 +261,7 @@ def energy(curves: Curves, keep: float, tile: int) -> tuple[Ranks, float | None]
 def global_(curves: Curves, keep: float, tile: int) -> tuple[Ranks, float | None]:
     """Least total predicted error within the budget, dense being one of the options."""
     options = [curve.options(tile) for curve in curves.values()]
-    budget = keep * sum(curve.dense for curve in curves.values())
+    budget = keep * _dense(curves)
     choices = choose([o[1] for o in options], [o[2] for o in options], budget)
     ranks = {
         path: ranks[i]
@@ -255,7 +270,72 @@ def global_(curves: Curves, keep: float, tile: int) -> tuple[Ranks, float | None
     return ranks, choices.gap
 
 
-Policy = Callable[[Curves, float, int], tuple[Ranks, float | None]]
+def influence_removal(
+    scores: np.ndarray, removed: float, temperature: float, cap: float = INFLUENCE_CAP
+) -> np.ndarray:
+    """Share to remove from every block, little from those of high influence (MoDeGPT).
+
+    The maximiser of ``Σ s (1 - φ) + ε Σ H(φ)``, ``H(φ) = -φ log φ``, under ``mean φ = removed`` and
+    ``0 ≤ φ ≤ cap``: ``φ = min(cap, c·exp(-s/ε))`` with c fixed by the budget, found by pinning
+    the blocks above the cap and scaling the others until none is above.
+
+    Args:
+      scores: ``[blocks]`` influence; see `stats.Influence`.
+      removed: mean share, in [0, cap].
+      temperature: ε; small removes from few blocks, infinity from all alike.
+      cap: most of a block.
+
+    Raises:
+      ValueError: if ``removed`` is above the cap, or the temperature is not positive.
+
+    Source: MoDeGPT, equations 10 and 11; the cap: specs of MoDeGPT §5.3.
+    """
+    if not 0 <= removed <= cap:
+        raise ValueError(f"share to remove {removed:.3g} is not in [0, {cap}], the cap of a block")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    scores = np.asarray(scores, float)
+    logits = -(scores - scores.min()) / temperature
+    weights, pinned = np.exp(logits), np.zeros(len(scores), bool)
+    while True:
+        free = removed * len(scores) - cap * pinned.sum()
+        total = weights[~pinned].sum()
+        shares = np.where(pinned, cap, weights * (free / total if total > 0 else 0.0))
+        above = ~pinned & (shares > cap)
+        if not above.any():
+            return shares
+        pinned |= above
+
+
+def block_influence(
+    curves: Curves, keep: float, tile: int, *, temperature: float = 0.1
+) -> tuple[Ranks, float | None]:
+    """MoDeGPT's: one share per block from its influence, the same for all sites of the block.
+
+    Ranks are rounded down to the tile; what that leaves of the budget is spent where a step saves
+    most error per weight.
+    """
+    if 1 - keep > INFLUENCE_CAP:
+        raise ValueError(
+            f"keep {keep}: no block may lose more than {INFLUENCE_CAP}; ask for a larger keep"
+        )
+    layers = sorted({layer_index(path) for path in curves})
+    scores = {layer_index(path): curve.influence for path, curve in curves.items()}
+    removed = influence_removal(np.array([scores[i] for i in layers]), 1 - keep, temperature)
+    kept = dict(zip(layers, 1 - removed, strict=True))
+    options = [curve.options(tile) for curve in curves.values()]
+    index = np.array(
+        [
+            max(0, int(np.searchsorted(costs, kept[layer_index(path)] * costs[-1], "right")) - 1)
+            for path, (_, costs, _) in zip(curves, options, strict=True)
+        ]
+    )
+    costs, errors = [o[1] for o in options], [o[2] for o in options]
+    index = _fill(costs, errors, keep * _dense(curves), index)
+    return {path: o[0][i] for path, o, i in zip(curves, options, index, strict=True)}, None
+
+
+Policy = Callable[..., tuple[Ranks, float | None]]  # (curves, keep, tile, **options)
 
 POLICIES: dict[str, Policy] = {
     "uniform": uniform,
@@ -263,23 +343,27 @@ POLICIES: dict[str, Policy] = {
     "last-k": last_k,
     "energy": energy,
     "global": global_,
+    "block-influence": block_influence,
 }
 
 
 # Policies that look at shapes only.
 CURVELESS = ("uniform", "last-k")
+# Policies that look at the influence of blocks.
+INFLUENCED = ("block-influence",)
 
 
 def allocate(
-    curves: Curves, keep: float, policy: str, tile: int = TILE
+    curves: Curves, keep: float, policy: str, tile: int = TILE, **options: Any
 ) -> tuple[Ranks, float | None]:
-    """Ranks for all kernels under ``keep · Σ dense weights``, and the optimality gap if known.
+    """Ranks for all sites under ``keep · Σ dense weights``, and the optimality gap if known.
 
     Args:
       curves: kernel path -> what it offers.
       keep: share of the dense weights that may stay, in (0, 1].
       policy: a key of `POLICIES`.
       tile: ranks are multiples of this, in policies that optimise.
+      **options: of the policy.
 
     Raises:
       KeyError: if there is no such policy.
@@ -294,9 +378,9 @@ def allocate(
         raise ValueError(f"predicted errors are not finite at {', '.join(bad)}")
     if keep == 1:
         return dict.fromkeys(curves, None), None
-    ranks, gap = POLICIES[policy](curves, keep, tile)
+    ranks, gap = POLICIES[policy](curves, keep, tile, **options)
     # Ranks of at least 1 (or the tile), and matrices too small to factor, can be too much.
-    spent, dense = _spent(curves, ranks), sum(curve.dense for curve in curves.values())
+    spent, dense = _spent(curves, ranks), _dense(curves)
     if spent > keep * dense * (1 + 1e-12):
         raise ValueError(
             f"keep {keep} cannot be met by policy {policy!r}: it needs at least "

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from lordjax import linalg, trees
 from lordjax.collect import (
+    BLOCK,
     embed,
     empty,
     loss_gradient,
@@ -21,20 +22,39 @@ from lordjax.collect import (
 from lordjax.methods import Method
 from lordjax.models.config import ModelConfig
 from lordjax.progress import Clock
-from lordjax.sites import LINEAR_SITES, Site
+from lordjax.sites import LAST_LAYER, LINEAR_SITES, Site, sites_for
 from lordjax.source import Calibration, Source
-from lordjax.stats import Moments
+from lordjax.stats import HeadMoments, SecondMoment
+
+# Hidden states that a backward sweep may hold; a few batches already hide the reading of blocks.
+STATE_BYTES = 2**28
+
+
+QUERIES = "attention/queries"
+INFLUENCE = f"{BLOCK}:influence"
 
 
 def on_device(tree: Any) -> Any:
-    """Parameters in float32: statistics do not depend on the dtype a model is stored in."""
-    return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), tree)
+    """Weights in float32: statistics do not depend on the dtype a model is stored in."""
+
+    def put(a: Any) -> Any:
+        return jnp.asarray(a, jnp.float32 if jnp.issubdtype(a.dtype, jnp.floating) else a.dtype)
+
+    return jax.tree.map(put, tree)
 
 
 def hidden_states(source: Source, calibration: Calibration) -> list[Any]:
     """The residual stream before the first block, one array per batch."""
     rest = {"embed": on_device(source.rest()["embed"])}
     return [embed(rest, tokens, config=source.config) for tokens, _ in calibration.batches()]
+
+
+# What a module's ``needs`` mean; ``moments`` are those of its last layer's input.
+MODULE_KEYS = {
+    "queries": f"{QUERIES}:heads",
+    "keys": "attention/keys:heads",
+    "values": "attention/v/out:heads",
+}
 
 
 def activation_keys(
@@ -45,13 +65,28 @@ def activation_keys(
     keys: dict[str, dict[str, str]] = {}
     for site in sites:
         names = {}
-        if "moments" in method.needs:
+        if site.kind != "linear":
+            table = {**MODULE_KEYS, "moments": f"{site.input_tap}:moments"}
+            names = {n: table[n] for n in method.modules[site.kind].needs if n in table}
+        elif "moments" in method.needs:
             side = "input" if taps[site.path] == site.input_tap else "output"
             names[side] = f"{taps[site.path]}:moments"
-        if "abs_mean" in method.needs:
+        if site.kind == "linear" and "abs_mean" in method.needs:
             names["abs_mean"] = f"{site.input_tap}:abs_mean"
         keys[site.path] = names
     return keys
+
+
+def statistic_width(key: str, flat: Mapping[str, Any], config: ModelConfig) -> Any:
+    """How wide the statistic of a key is: see the ``zeros`` of its kind."""
+    tap, kind = key.rsplit(":", 1)
+    inputs = {site.input_tap: site.path for site in LINEAR_SITES if site.path in flat}
+    if tap in inputs:
+        return flat[inputs[tap]].shape[0]
+    layer = {QUERIES: "attention/q", "attention/keys": "attention/k"}.get(tap)
+    width = flat[f"{layer or tap.removesuffix('/out')}/kernel"].shape[1]
+    heads = config.num_heads if layer == "attention/q" else config.num_kv_heads
+    return (heads, width // heads) if kind == "heads" else width
 
 
 def block_statistics(
@@ -64,19 +99,21 @@ def block_statistics(
     config: ModelConfig,
     *,
     forward: bool = True,
+    influence: bool = False,
 ) -> dict[str, Any]:
     """Runs a block on all batches and accumulates what ``keys`` asks for.
 
-    With ``forward`` the entries of ``states`` are replaced by the block's outputs.
+    With ``influence`` the block's own is among them, at `INFLUENCE`. With ``forward`` the entries
+    of ``states`` are replaced by the block's outputs.
 
     Raises:
       ValueError: if an activation is not finite; names the tap.
     """
-    flat, widths = trees.flatten(block), {}
-    for site in sites:
-        for name, key in keys[site.path].items():
-            widths[key] = flat[site.path].shape[1 if name == "output" else 0]
-    stats = empty(widths)
+    flat = trees.flatten(block)
+    wanted = {key for site in sites for key in keys[site.path].values()}
+    stats = empty({key: statistic_width(key, flat, config) for key in sorted(wanted)})
+    if influence:
+        stats |= empty({INFLUENCE: None})
     for j, mask in enumerate(calibration.masks()):
         y, stats = observe(
             block, states[j], mask, stats, config=config, window=config.window(i), forward=forward
@@ -97,40 +134,56 @@ def block_statistics(
 
 
 def gradient_statistics(
-    source: Source, calibration: Calibration, needs: tuple[str, ...], clock: Clock
+    source: Source, calibration: Calibration, method: Method, clock: Clock
 ) -> dict[int, dict[str, dict[str, Any]]]:
-    """Loss gradients at every linear output, by a forward and a backward sweep over the blocks.
+    """Loss gradients inside every block, by forward and backward sweeps over the blocks.
+
+    A sweep takes as many batches as their hidden states fit `STATE_BYTES`: the more, the less
+    often a block is read.
+
+    Args:
+      source: the model.
+      calibration: tokens.
+      method: says which statistics are taken, at which sites.
+      clock: for progress.
 
     Returns:
-      layer -> ``{"gradients": {site: Moments}, "row_fisher": {site: [in]}}``, as ``needs`` asks;
-      gradients in the coordinates of `gradient_basis`.
+      layer -> statistics as in `collect.observe_gradients`.
     """
     config, layers = source.config, range(source.config.num_layers)
     rest = on_device(source.rest())
     stats: dict[int, dict[str, dict[str, Any]]] = {}
     bases: dict[int, dict[str, Any]] = {}
     batches = list(calibration.batches())
-    for b in clock.run("gradients", range(len(batches))):
-        tokens, mask = batches[b]
-        states = [embed({"embed": rest["embed"]}, tokens, config=config)]
+    state = batches[0][0].size * config.hidden_size * 4  # bytes of one batch between two blocks
+    together = max(1, STATE_BYTES // (state * config.num_layers))
+    for start in clock.run("gradients", range(0, len(batches), together)):
+        sweep = batches[start : start + together]
+        states = [[embed({"embed": rest["embed"]}, t, config=config)] for t, _ in sweep]
         for i in layers:
             block = on_device(source.block(i))
             if i not in stats:
-                stats[i], bases[i] = _empty_gradients(block, needs)
-            y, _ = observe(block, states[-1], mask, {}, config=config, window=config.window(i))
-            states.append(y)
-        cotangent = loss_gradient(rest, states.pop(), tokens, mask, config=config)
+                stats[i], bases[i] = _empty_gradients(block, method, config)
+            for (_, mask), xs in zip(sweep, states, strict=True):
+                window = config.window(i)
+                xs.append(observe(block, xs[-1], mask, {}, config=config, window=window)[0])
+        cotangents = [
+            loss_gradient(rest, xs.pop(), tokens, mask, config=config)
+            for (tokens, mask), xs in zip(sweep, states, strict=True)
+        ]
         for i in reversed(layers):
-            cotangent, stats[i] = observe_gradients(
-                on_device(source.block(i)),
-                states.pop(),
-                mask,
-                cotangent,
-                bases[i],
-                stats[i],
-                config=config,
-                window=config.window(i),
-            )
+            block = on_device(source.block(i))
+            for j, (_, mask) in enumerate(sweep):
+                cotangents[j], stats[i] = observe_gradients(
+                    block,
+                    states[j].pop(),
+                    mask,
+                    cotangents[j],
+                    bases[i],
+                    stats[i],
+                    config=config,
+                    window=config.window(i),
+                )
     return stats
 
 
@@ -143,29 +196,58 @@ def gradient_basis(kernel: Float[Array, "in out"]) -> Float[Array, "out m"] | No
     return linalg.row_space(kernel.astype(jnp.float32))
 
 
+def _gradient_keys(method: Method, site: Site) -> dict[str, str]:
+    """Name of a statistic of the backward pass that a site reads -> its key; see `collect`."""
+    needs = method.needs if site.kind == "linear" else method.modules[site.kind].needs
+    path = LAST_LAYER.get(site.kind, site.path)
+    keys = {"gradients": path, "row_fisher": path, "gates": QUERIES}
+    return {name: key for name, key in keys.items() if name in needs}
+
+
+def needs_gradients(method: Method) -> bool:
+    """Whether a method reads anything of a backward pass."""
+    return any(_gradient_keys(method, site) for site in sites_for(method.kinds))
+
+
 def site_gradients(
-    stats: Mapping[str, Mapping[str, Any]], path: str, kernel: Any
+    stats: Mapping[str, Mapping[str, Any]], method: Method, site: Site, kernel: Any
 ) -> dict[str, Any]:
-    """What `methods` read of one site's gradients, by name; empty if there are none.
+    """What ``factor`` reads of one site's gradients, by name; empty if there are none.
 
     Args:
       stats: gradient statistics of the block.
-      path: of the site in the block.
-      kernel: the untouched kernel, whose coordinates the gradients are in.
+      method: says what is read.
+      site: of the block.
+      kernel: of a linear site, the untouched kernel, whose coordinates the gradients are in.
     """
-    found = {name: sites[path] for name, sites in stats.items()}
-    return found | ({"basis": gradient_basis(kernel)} if "gradients" in found else {})
+    keys = _gradient_keys(method, site)
+    found = {name: stats[name][key] for name, key in keys.items() if name in stats}
+    if site.kind == "linear" and "gradients" in found:
+        found["basis"] = gradient_basis(kernel)
+    return found
 
 
 def _empty_gradients(
-    block: Mapping[str, Any], needs: tuple[str, ...]
+    block: Mapping[str, Any], method: Method, config: ModelConfig
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """Zero accumulators of one block, and the coordinates that the gradients are taken in."""
-    kernels = {site.path: trees.flatten(block)[site.path] for site in LINEAR_SITES}
+    """Zero accumulators of one block, and the coordinates that the gradients are taken in.
+
+    Gradients at a module's output are taken as they are.
+    """
+    flat = trees.flatten(block)
     stats: dict[str, dict[str, Any]] = {}
-    if "gradients" in needs:
-        stats["gradients"] = {p: Moments.zeros(min(k.shape)) for p, k in kernels.items()}
-    if "row_fisher" in needs:
-        stats["row_fisher"] = {p: jnp.zeros(k.shape[0]) for p, k in kernels.items()}
-    bases = {p: gradient_basis(k) if "gradients" in needs else None for p, k in kernels.items()}
+    bases: dict[str, Any] = {}
+    for site in sites_for(method.kinds):
+        keys = _gradient_keys(method, site)
+        if "gradients" in keys:
+            path = keys["gradients"]
+            basis = gradient_basis(flat[path]) if site.kind == "linear" else None
+            width = flat[path].shape[1] if basis is None else basis.shape[1]
+            stats.setdefault("gradients", {})[path] = SecondMoment.zeros(width)
+            bases[path] = basis
+        if "row_fisher" in keys:
+            stats.setdefault("row_fisher", {})[site.path] = jnp.zeros(flat[site.path].shape[0])
+        if "gates" in keys:
+            pairs = flat["attention/k/kernel"].shape[1] // config.num_kv_heads // 2
+            stats["gates"] = {QUERIES: HeadMoments.zeros((config.num_kv_heads, pairs))}
     return stats, bases

@@ -19,9 +19,10 @@ from lordjax import trees
 from lordjax.models.config import ModelConfig
 from lordjax.models.transformer import Block, Transformer, default_positions
 from lordjax.sites import LINEAR_SITES, Site
-from lordjax.stats import PERTURBATIONS, STATISTICS, TAPS, Moments
+from lordjax.stats import PERTURBATIONS, STATISTICS, TAPS, HeadMoments, Moments
 
 Stats = dict[str, Any]
+BLOCK = "block"  # stands for the pair of a block's input and output where a tap is named
 
 
 def moment_taps(block: Mapping[str, Any], sites: Iterable[Site] = LINEAR_SITES) -> dict[str, str]:
@@ -40,8 +41,8 @@ def moment_taps(block: Mapping[str, Any], sites: Iterable[Site] = LINEAR_SITES) 
     return taps
 
 
-def empty(widths: Mapping[str, int]) -> Stats:
-    """Zero accumulators for ``{"<tap>:<kind>": width}``."""
+def empty(widths: Mapping[str, Any]) -> Stats:
+    """Zero accumulators for ``{"<tap>:<kind>": width}``, as wide as the kind's ``zeros`` says."""
     return {key: STATISTICS[key.rsplit(":", 1)[1]].zeros(width) for key, width in widths.items()}
 
 
@@ -75,7 +76,7 @@ def observe(
     y, state = Block(config, window).apply(
         {"params": block}, x, positions, mask, mutable=[TAPS] if stats else []
     )
-    taps = trees.flatten(state.get(TAPS, {}))
+    taps = trees.flatten(state.get(TAPS, {})) | {BLOCK: (x, y)}
     new = {key: stat.update(taps[key.rsplit(":", 1)[0]], mask) for key, stat in stats.items()}
     return (y if forward else None), new
 
@@ -177,9 +178,10 @@ def observe_gradients(
       mask: False at padding.
       cotangent: gradient of the loss at the block's output.
       bases: site path -> ``[out, m]`` coordinates for the gradient (`linalg.row_space`), or None.
-      stats: accumulators (donated). ``gradients``: site path -> moments of the loss gradient at
-        the site's output; ``row_fisher``: site path -> ``[in]``, the sum over windows and
-        outputs of squared weight gradients.
+      stats: accumulators (donated). ``gradients``: site path -> second moment of the loss gradient
+        at the site's output; ``row_fisher``: site path -> ``[in]``, the sum over windows and
+        outputs of squared weight gradients; ``gates``: ``"attention/queries"`` -> `HeadMoments` of
+        how the loss falls with the size of each rotary pair of the queries of a key head.
       config: the architecture.
       window: sliding window of this layer.
 
@@ -188,6 +190,7 @@ def observe_gradients(
     """
     positions = default_positions(x, mask)
     sites = {s.path: s for s in LINEAR_SITES if any(s.path in table for table in stats.values())}
+    gates = stats.get("gates", {})
 
     def run(x: Array, delta: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
         variables = {"params": block, PERTURBATIONS: trees.unflatten(delta)}
@@ -199,6 +202,8 @@ def observe_gradients(
         s.output_tap: jnp.zeros((*x.shape[:2], flat[path].shape[-1]), x.dtype)
         for path, s in sites.items()
     }
+    queries = flat["attention/q/kernel"].shape[-1]
+    zero |= {tap: jnp.zeros((*x.shape[:2], queries), x.dtype) for tap in gates}
     _, pull, taps = jax.vjp(run, x, zero, has_aux=True)
     grad_x, grads = pull(cotangent)
 
@@ -214,7 +219,15 @@ def observe_gradients(
         per_window = jnp.einsum("bsi,bso->bio", *pair, precision="highest")
         return total + jnp.sum(per_window**2, axis=(0, 2))
 
+    def gate(tap: str, total: HeadMoments) -> HeadMoments:
+        # The loss changes by g·q when a pair's query is scaled; keys have the same effect, summed.
+        groups, pairs = total.total.shape[:2]
+        effect = (grads[tap] * taps[tap]).reshape(*x.shape[:2], groups, -1, 2, pairs)
+        return total.update(jnp.sum(effect, axis=(3, 4)).reshape(*x.shape[:2], -1), mask)
+
     new: dict[str, dict[str, Any]] = {}
+    if gates:
+        new["gates"] = {tap: gate(tap, total) for tap, total in gates.items()}
     if "gradients" in stats:
         new["gradients"] = {p: m.update(project(p), mask) for p, m in stats["gradients"].items()}
     if "row_fisher" in stats:

@@ -14,7 +14,6 @@ are fixed; for them ``Prepared.compress`` walks the model again (`sequential`).
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -23,21 +22,25 @@ import jax
 import numpy as np
 
 from lordjax import trees
-from lordjax.allocation import CURVELESS, POLICIES, TILE, Curve, allocate
-from lordjax.calibrate import gradient_statistics
+from lordjax.allocation import CURVELESS, INFLUENCED, POLICIES, TILE, Curve, allocate
+from lordjax.calibrate import gradient_statistics, needs_gradients
 from lordjax.data import fingerprint
-from lordjax.factoring import factor_all, factor_site, replace_kernels, site_shapes
+from lordjax.evaluate.perplexity import perplexity
+from lordjax.factoring import AnyFactors, factor_all, replace_kernels, site_sizes
 from lordjax.kernels import nbytes
-from lordjax.methods import METHODS, Factors, break_even, method_at
+from lordjax.methods import METHODS, method_at
 from lordjax.models import ModelConfig
-from lordjax.plan import Plan, summary, weights
+from lordjax.plan import Plan, Size, summary
 from lordjax.progress import Clock, Progress, peak_rss
 from lordjax.sequential import sequential
-from lordjax.sites import layer_type
+from lordjax.sites import layer_index, layer_type, sites_for
 from lordjax.source import Calibration, InMemory, Materialized, Source, check_tokens
 
 # The backward pass costs about four forward passes; more windows than this gain little (CHANGELOG).
 GRADIENT_WINDOWS = 32
+# MoDeGPT's temperatures, and how many calibration windows choose one of them.
+TEMPERATURES = (0.03, 0.045, 0.06, 0.08, 0.1, 0.15, 0.3, float("inf"))
+HELD_OUT = 4
 PREFIXES = ("dense", "compressed", "corrective")
 
 __all__ = ["InMemory", "Prepared", "Result", "Source", "compress", "prepare"]
@@ -63,45 +66,56 @@ class Prepared:
     Attributes:
       source: the untouched model.
       calibration: tokens, for methods that walk the model again.
+      held_out: calibration tokens that no statistic has seen, to choose a temperature with.
       method: a key of `METHODS`.
       prefix: what later statistics are taken from: one of ``dense``, ``compressed``,
         ``corrective``; see `Method`.
-      factors: kernel path -> factors; empty if the policy and the method need none beforehand.
+      factors: site path -> factors; empty if the policy and the method need none beforehand.
+      influences: layer -> block influence; empty unless the policy needs it.
       gradients: layer -> gradient statistics, kept for a sequential pass only.
       report: what is known so far.
+      sizes: site path -> its size.
     """
 
     source: Source
     calibration: Calibration
+    held_out: np.ndarray
     method: str
     prefix: str
-    factors: dict[str, Factors]
+    factors: dict[str, AnyFactors]
+    influences: dict[int, float]
     gradients: dict[int, dict[str, dict[str, Any]]]
     report: dict[str, Any]
-    shapes: dict[str, tuple[int, int]]
+    sizes: dict[str, Size]
     progress: Progress | None = None
 
     def curves(self, sensitivity: Mapping[str, float] | None = None) -> dict[str, Curve]:
-        """Kernel path -> the predicted error at every rank.
+        """Site path -> the predicted error at every rank.
 
-        Errors in the metric of the loss compare across kernels as they are. Others are taken
-        relative to the layer's output: absolute ones are dominated by the layers of large norm.
+        Errors in the metric of the loss compare across sites as they are. Others are taken
+        relative to the site's output: absolute ones are dominated by the layers of large norm.
 
         Args:
-          sensitivity: kernel path -> factor on its errors; None = 1 for all.
+          sensitivity: site path -> factor on its errors; None = 1 for all.
         """
-        absolute = "gradients" in METHODS[self.method].needs
+        row = METHODS[self.method]
+        sites = {site.path: site for site in sites_for(row.kinds)}
         curves = {}
-        for path, shape in self.shapes.items():
-            errors = np.zeros(min(shape) + 1)
+        for path, size in self.sizes.items():
+            site = sites[path.split("/", 1)[1]]
+            errors = np.zeros(int(np.ceil(size.limit)) + 1)
             if path in self.factors:
                 errors = _tails(self.factors[path].spectrum)
-                if not absolute:
+                if not row.in_nats:
                     errors = errors / (errors[0] if errors[0] > 0 else 1.0)
                 if sensitivity is not None:
                     errors = errors * sensitivity[path]
-            bias = METHODS[method_at(self.method, layer_type(path))].bias
-            curves[path] = Curve(shape, errors, shape[1] if bias else 0)
+            if site.kind == "linear":
+                bias = METHODS[method_at(self.method, layer_type(path))].bias
+            else:
+                bias = row.modules[site.kind].bias
+            influence = self.influences.get(layer_index(path), 0.0)
+            curves[path] = Curve(size, errors, size.bias if bias else 0, influence)
         return curves
 
     def plan(
@@ -110,23 +124,60 @@ class Prepared:
         allocation: str | None = None,
         tile: int = TILE,
         sensitivity: Mapping[str, float] | None = None,
+        temperature: float | None = None,
     ) -> Plan:
         """Allocates ranks; arguments as for `allocate` and `curves`.
+
+        Args:
+          keep: share of the block linear weights that stays, in (0, 1].
+          allocation: a key of `POLICIES`; None = the method's own.
+          tile: ranks are multiples of this, in policies that optimise.
+          sensitivity: site path -> factor on its errors.
+          temperature: of ``block-influence``; None = the one of `TEMPERATURES` whose model has the
+            least loss on the held-out calibration windows.
 
         Raises:
           KeyError: if the policy is unknown.
           ValueError: if ``keep`` is outside (0, 1] or cannot be met, or the policy needs error
-            curves and the model was prepared without.
+            curves or influences and the model was prepared without.
         """
         policy = allocation or METHODS[self.method].allocation
         check_policy(policy)
-        if not self.factors and policy not in CURVELESS:
+        lacks = not self.factors and policy not in CURVELESS
+        if lacks or (policy in INFLUENCED and not self.influences):
             raise ValueError(
-                f"policy {policy!r} needs error curves, but the model was prepared for policies "
-                f"without ({', '.join(CURVELESS)}); name the policy when preparing"
+                f"policy {policy!r} needs statistics that this model was prepared without; "
+                "name the policy when preparing"
             )
-        ranks, gap = allocate(self.curves(sensitivity), keep, policy, tile)
-        return Plan(self.method, ranks, keep, policy, gap)
+        curves = self.curves(sensitivity)
+
+        def planned(**options: Any) -> Plan:
+            ranks, gap = allocate(curves, keep, policy, tile, **options)
+            return Plan(self.method, ranks, keep, policy, gap)
+
+        if policy not in INFLUENCED or keep == 1:
+            return planned()
+        if temperature is None:
+            temperature = self._temperature({t: planned(temperature=t) for t in TEMPERATURES})
+        return planned(temperature=temperature)
+
+    def _temperature(self, plans: Mapping[float, Plan]) -> float:
+        """The temperature whose plan has the least loss on the held-out windows."""
+        if self.calibration.mask is not None:
+            raise ValueError("calibration windows are padded; name a temperature")
+        losses: dict[tuple[Any, ...], float] = {}
+        clock, best, config = Clock(self.progress), (np.inf, 0.0), self.source.config
+        temperatures = list(plans)
+        for j in clock.run("temperature", range(len(temperatures))):
+            plan = plans[temperatures[j]]
+            same = tuple(plan.ranks.items())
+            if same not in losses:
+                # Widened, so that all candidates share one compilation.
+                params = self._params(plan, self.factors, widened=True)
+                losses[same] = perplexity(config, params, self.held_out)["nll_per_token"]
+            best = min(best, (losses[same], temperatures[j]))
+        self.report["temperature"] = best[1]
+        return best[1]
 
     def compress(
         self,
@@ -148,45 +199,61 @@ class Prepared:
         """
         start = time.perf_counter()
         self._check(plan)
-        clock, factors = Clock(self.progress), self.factors
+        clock, factors, kernels = Clock(self.progress), self.factors, None
         if self.prefix != "dense":
-            factors = sequential(
+            factors, kernels = sequential(
                 self.source,
                 self.calibration,
                 plan,
-                functools.partial(factor_site, self.method),
                 self.method,
                 self.gradients,
                 corrective=self.prefix == "corrective",
                 clock=clock,
             )
-        params = dict(self.source.rest())
-        for i in range(self.source.config.num_layers):
-            params[f"layer_{i}"] = replace_kernels(self.source.block(i), i, factors, plan.ranks)
+        params = self._params(plan, factors, kernels=kernels)
         if dtype is not None:
-            params = jax.tree.map(lambda a: np.asarray(a).astype(dtype), params)
-        verify(params, plan, self.shapes)
+            params = jax.tree.map(lambda a: _cast(a, dtype), params)
+        verify(params, plan, self.sizes)
         seconds = {**self.report["seconds"], "apply": time.perf_counter() - start}
         report = {
             **self.report,
             "seconds": seconds,
-            "plan": summary(plan, self.shapes) | {"gap": plan.gap, "policy": plan.policy},
+            "plan": summary(plan, self.sizes) | {"gap": plan.gap, "policy": plan.policy},
             "bytes": nbytes(params),
             "layers": _layer_report(factors, plan),
             "peak_rss_bytes": peak_rss(),
         }
         return Result(self.source.config, params, plan, report)
 
+    def _params(self, plan: Plan, factors: dict[str, AnyFactors], **options: Any) -> dict[str, Any]:
+        """The parameters of a plan; options as for `replace_kernels`."""
+        config, params = self.source.config, dict(self.source.rest())
+        for i in range(config.num_layers):
+            params[f"layer_{i}"] = replace_kernels(
+                self.source.block(i), i, factors, plan.ranks, self.method, config, **options
+            )
+        return params
+
     def _check(self, plan: Plan) -> None:
-        """Raises ValueError unless the plan has a usable rank for every kernel and no others."""
-        wrong = [f"{p} is not a kernel of this model" for p in set(plan.ranks) - set(self.shapes)]
-        wrong += [f"{path} is missing" for path in set(self.shapes) - set(plan.ranks)]
-        for path in set(plan.ranks) & set(self.shapes):
-            rank, limit = plan.ranks[path], break_even(*self.shapes[path])
-            if rank is not None and not 1 <= rank < limit:
-                wrong.append(f"{path}: rank {rank} is not in [1, {limit:.0f}); null keeps it dense")
+        """Raises ValueError unless the plan has a usable rank for every site and no others."""
+        wrong = [f"{p} is not a site of this method" for p in set(plan.ranks) - set(self.sizes)]
+        wrong += [f"{path} is missing" for path in set(self.sizes) - set(plan.ranks)]
+        for path in set(plan.ranks) & set(self.sizes):
+            rank, size = plan.ranks[path], self.sizes[path]
+            if rank is not None and (not 1 <= rank < size.limit or rank % size.step):
+                multiple = f" or no multiple of {size.step}" if size.step > 1 else ""
+                wrong.append(
+                    f"{path}: rank {rank} is not in [1, {size.limit:.0f}){multiple}; null keeps it "
+                    "dense"
+                )
         if wrong:
             raise ValueError("the plan does not fit the model: " + "; ".join(sorted(wrong)))
+
+
+def _cast(a: Any, dtype: Any) -> np.ndarray:
+    """In another dtype, unless it is an index."""
+    a = np.asarray(a)
+    return a if np.issubdtype(a.dtype, np.integer) else a.astype(dtype)
 
 
 def _tails(spectrum: Any) -> np.ndarray:
@@ -195,20 +262,21 @@ def _tails(spectrum: Any) -> np.ndarray:
     return np.concatenate([sums, np.zeros(1)])
 
 
-def _layer_report(factors: Mapping[str, Factors], plan: Plan) -> dict[str, dict[str, Any]]:
-    """Per kernel: rank, relative error, condition number, summary of the spectrum."""
+def _layer_report(factors: Mapping[str, AnyFactors], plan: Plan) -> dict[str, dict[str, Any]]:
+    """Per site: rank, relative error, condition number, summary of the spectrum."""
     rows = {}
     tiny, eps = np.finfo(float).tiny, np.finfo(float).eps
     for path, factor in factors.items():
         spectrum, rank = np.asarray(factor.spectrum, float), plan.ranks[path]
         total = max(float(spectrum.sum()), tiny)
         energy = np.cumsum(spectrum) / total
+        largest, least = float(spectrum.max()), float(spectrum.min())
         rows[path] = {
             "rank": rank,
             "relative_error": 0.0 if rank is None else float(spectrum[rank:].sum() / total),
             # Capped at 1/eps: beyond it the spectrum's end is rounding error.
-            "condition": float(spectrum[0] / max(spectrum[-1], spectrum[0] * eps, tiny)),
-            "stable_rank": total / max(float(spectrum[0]), tiny),
+            "condition": largest / max(least, largest * eps, tiny),
+            "stable_rank": total / max(largest, tiny),
             "rank_of_energy": {
                 str(share): min(int(np.searchsorted(energy, share)) + 1, len(spectrum))
                 for share in (0.5, 0.9, 0.99)
@@ -217,16 +285,19 @@ def _layer_report(factors: Mapping[str, Factors], plan: Plan) -> dict[str, dict[
     return rows
 
 
-def verify(params: Any, plan: Plan, shapes: Mapping[str, tuple[int, int]]) -> None:
-    """Checks that every planned kernel was replaced and has the planned size, and all is finite.
+def verify(params: Any, plan: Plan, sizes: Mapping[str, Size]) -> None:
+    """Checks that every planned site was replaced and has the planned size, and all is finite.
 
     Raises:
-      ValueError: names the kernels that do not agree with the plan or are not finite.
+      ValueError: names the sites that do not agree with the plan or are not finite.
     """
     flat, wrong = trees.flatten(params), []
+    sites = {site.path: site for site in sites_for(METHODS[plan.method].kinds)}
     for path, rank in plan.ranks.items():
-        have = sum(leaf.size for leaf in jax.tree.leaves(flat[path]))
-        want = weights(shapes[path], rank)
+        layer, inside = path.split("/", 1)
+        kernels = [flat.get(f"{layer}/{kernel}") for kernel in sites[inside].kernels]
+        have = sum(leaf.size for leaf in jax.tree.leaves(kernels))
+        want = sizes[path].weights(rank)
         if have != want:
             wrong.append(f"{path} has {have} weights, the plan says {want}")
     for path, leaf in flat.items():
@@ -301,17 +372,27 @@ def prepare(
         raise ValueError(f"mask {np.shape(mask)}: expected the shape of the tokens {tokens.shape}")
     source = Materialized(source)
     clock = Clock(progress)
-    calibration = Calibration(tokens, mask, batch_size)
+    calibration, held_out = Calibration(tokens, mask, batch_size), tokens[:0]
+    if policy in INFLUENCED:
+        calibration, held_out = calibration.split(HELD_OUT)
     gradients: dict[int, dict[str, dict[str, Any]]] = {}
-    if {"gradients", "row_fisher"} & set(row.needs):
+    if needs_gradients(row):
         few = calibration.spread(gradient_windows)
         # A backward pass holds every activation of a block: half the batch, the same memory.
         few = dataclasses.replace(few, batch_size=max(1, batch_size // 2))
-        gradients = gradient_statistics(source, few, row.needs, clock)
-    factors: dict[str, Factors] = {}
+        gradients = gradient_statistics(source, few, row, clock)
+    factors: dict[str, AnyFactors] = {}
+    influences: dict[int, float] = {}
     if prefix == "dense" or policy not in CURVELESS:
-        factors = factor_all(source, calibration, method, gradients, prefix != "dense", clock)
-    shapes = site_shapes(source)
+        factors, influences = factor_all(
+            source,
+            calibration,
+            method,
+            gradients,
+            clock,
+            keep_gradients=prefix != "dense",
+            influence=policy in INFLUENCED,
+        )
     report = {
         "method": method,
         "prefix": prefix,
@@ -323,7 +404,17 @@ def prepare(
         "seconds": clock.seconds,
     }
     return Prepared(
-        source, calibration, method, prefix, factors, gradients, report, shapes, progress
+        source=source,
+        calibration=calibration,
+        held_out=held_out,
+        method=method,
+        prefix=prefix,
+        factors=factors,
+        influences=influences,
+        gradients=gradients,
+        report=report,
+        sizes=site_sizes(source, method),
+        progress=progress,
     )
 
 

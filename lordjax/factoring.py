@@ -1,4 +1,4 @@
-"""Factors of every kernel of a model, and putting them back."""
+"""Factors of every site of a model, and putting them back."""
 
 from __future__ import annotations
 
@@ -13,51 +13,81 @@ import numpy as np
 
 from lordjax import trees
 from lordjax.calibrate import (
+    INFLUENCE,
     activation_keys,
     block_statistics,
     hidden_states,
     on_device,
     site_gradients,
 )
-from lordjax.methods import METHODS, Factors, break_even, method_at, truncate
-from lordjax.models import init
+from lordjax.methods import METHODS, Factors, ModuleFactors, method_at, truncate
+from lordjax.modules import gather, scatter, site_size, widen
+from lordjax.plan import Size
 from lordjax.progress import Clock
-from lordjax.sites import LINEAR_SITES, layer_type, site_path
+from lordjax.sites import Site, site_path, sites_for
 from lordjax.source import Calibration, Source
+
+AnyFactors = Factors | ModuleFactors
 
 
 @functools.cache
-def _jitted(method: str) -> Any:
-    return jax.jit(METHODS[method].factor)
+def _jitted(method: str, kind: str) -> Any:
+    row = METHODS[method]
+    factor: Any = row.factor if kind == "linear" else row.modules[kind].factor
+    return jax.jit(factor)
 
 
-def factor_site(method: str, path: str, kernel: Any, stats: Mapping[str, Any]) -> Factors:
-    """A method's factors of one kernel, computed in float64, as float32 arrays on the host.
+def factor_site(method: str, site: Site, path: str, kernels: Any, stats: Any) -> AnyFactors:
+    """A method's factors of one site, computed in float64, as float32 arrays on the host.
 
     Statistics are float32 sums; an eigendecomposition loses half of the digits again, so it runs
     in double precision. Ranks from break-even on are never used, so their columns are dropped.
 
+    Args:
+      method: a key of `METHODS`.
+      site: of the block.
+      path: of the site in the model, for messages.
+      kernels: the kernel, or a module's arrays (`modules.gather`).
+      stats: what the method reads.
+
     Raises:
-      ValueError: if a factor is not finite; names the kernel.
+      ValueError: if a factor is not finite; names the site.
     """
+    name = method_at(method, site.layer) if site.kind == "linear" else method
     with jax.enable_x64(True):
-        double = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), (kernel, dict(stats)))
-        factors = _jitted(method_at(method, layer_type(path)))(*double)
+        double = jax.tree.map(_double, (kernels, dict(stats)))
+        factors = _jitted(name, site.kind)(*double)
         spectrum = np.asarray(factors.spectrum)
-    useful = int(np.ceil(break_even(*kernel.shape)))
-    small = jax.tree.map(lambda a: np.asarray(a, np.float32), factors)
+    small = jax.tree.map(_single, factors)
     if not all(np.isfinite(a).all() for a in jax.tree.leaves(small)):
         raise ValueError(
             f"{path}: the factors of method {method!r} are not finite; its weights or statistics "
-            "are broken, leave the kernel out or choose another method"
+            "are broken, leave the site out or choose another method"
         )
+    small = dataclasses.replace(small, spectrum=spectrum)
+    if isinstance(small, ModuleFactors):
+        return small
+    useful = int(np.ceil(Size.matrix(*kernels.shape).limit))
     return dataclasses.replace(
         small,
         left=np.ascontiguousarray(small.left[:, :useful]),
         right=np.ascontiguousarray(small.right[:useful]),
-        spectrum=spectrum,
         mean_in=None if small.mean_in is None else small.mean_in[:useful],
     )
+
+
+def _double(a: Any) -> Any:
+    return jnp.asarray(a, jnp.float64) if jnp.issubdtype(a.dtype, jnp.floating) else jnp.asarray(a)
+
+
+def _single(a: Any) -> np.ndarray:
+    return np.asarray(a, np.float32) if jnp.issubdtype(a.dtype, jnp.floating) else np.asarray(a)
+
+
+def site_kernels(site: Site, block: Mapping[str, Any], config: Any) -> Any:
+    """The kernel of a linear site, or a module's arrays in head form."""
+    flat = trees.flatten(block)
+    return flat[site.path] if site.kind == "linear" else gather(site.kind, flat, config)
 
 
 def factor_all(
@@ -65,71 +95,110 @@ def factor_all(
     calibration: Calibration,
     method: str,
     gradients: dict[int, dict[str, dict[str, Any]]],
-    keep_gradients: bool,
     clock: Clock,
-) -> dict[str, Factors]:
-    """One pass over the untouched model: statistics of a block, its factors, the next block."""
+    *,
+    keep_gradients: bool,
+    influence: bool,
+) -> tuple[dict[str, AnyFactors], dict[int, float]]:
+    """One pass over the untouched model: statistics of a block, its factors, the next block.
+
+    Returns:
+      site path -> factors; layer -> block influence, if asked for.
+    """
     config, row = source.config, METHODS[method]
-    factors: dict[str, Factors] = {}
-    watches = bool({"moments", "abs_mean"} & set(row.needs))
-    # A method without activation statistics needs no forward pass.
-    states = hidden_states(source, calibration) if watches else []
+    sites = sites_for(row.kinds)
+    factors: dict[str, AnyFactors] = {}
+    influences: dict[int, float] = {}
+    states: list[Any] = []
     for i in clock.run("statistics and factors", range(config.num_layers)):
         block = on_device(source.block(i))
-        keys = activation_keys(block, LINEAR_SITES, row)
+        keys = activation_keys(block, sites, row)
         stats = {}
-        if watches:
-            stats = block_statistics(block, i, states, calibration, LINEAR_SITES, keys, config)
+        # A method without activation statistics needs no forward pass.
+        if influence or any(keys.values()):
+            states = states or hidden_states(source, calibration)
+            stats = block_statistics(
+                block, i, states, calibration, sites, keys, config, influence=influence
+            )
+        if influence:
+            influences[i] = float(stats.pop(INFLUENCE).mean())
         with clock.part("factors"):
-            for site in LINEAR_SITES:
+            for site in sites:
+                kernels = site_kernels(site, block, config)
                 inputs = {name: stats[key] for name, key in keys[site.path].items()}
-                kernel = trees.flatten(block)[site.path]
-                inputs |= site_gradients(gradients.get(i, {}), site.path, kernel)
-                factors[site_path(i, site)] = factor_site(
-                    method, site_path(i, site), kernel, inputs
-                )
+                inputs |= site_gradients(gradients.get(i, {}), row, site, kernels)
+                path = site_path(i, site)
+                factors[path] = factor_site(method, site, path, kernels, inputs)
         if not keep_gradients:
             gradients.pop(i, None)
-    return factors
+    return factors, influences
 
 
 def replace_kernels(
     block: Mapping[str, Any],
     i: int,
-    factors: Mapping[str, Factors],
+    factors: Mapping[str, AnyFactors],
     plan: Mapping[str, int | None],
+    method: str,
+    config: Any,
     *,
-    multiplied: bool = False,
+    widened: bool = False,
+    kernels: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Block ``i`` with the planned kernels replaced, on the host; the input is untouched.
+    """Block ``i`` with the planned sites replaced, on the host; the input is untouched.
 
     Args:
       block: parameters of the block.
       i: its number.
-      factors: kernel path -> factors; planned kernels without factors stay as they are.
-      plan: kernel path -> rank.
-      multiplied: put in the matrix instead of the pair.
+      factors: site path -> factors; planned sites without factors stay as they are.
+      plan: site path -> rank.
+      method: whose factors they are.
+      config: the architecture.
+      widened: put in arrays of the original shapes - products instead of pairs, zeros around what a
+        narrow module keeps - which compute the same and share compilations.
+      kernels: site path -> what was factored, where that is not the block's own.
     """
-    flat = dict(trees.flatten(block))
-    for site in LINEAR_SITES:
+    row = METHODS[method]
+    before = trees.flatten(block)
+    flat = dict(before)
+    for site in sites_for(row.kinds):
         path = site_path(i, site)
         rank = plan.get(path)
         if rank is None or path not in factors:
             continue
-        dtype = flat[site.path].dtype
-        kernel, bias = truncate(factors[path], rank)
-        # Where the dtype allows, views of the factors: no second copy.
-        new = kernel.materialize() if multiplied else kernel
-        flat[site.path] = jax.tree.map(lambda a, dtype=dtype: np.asarray(a, dtype), new)
-        if bias is not None:
-            old = np.asarray(flat.get(f"{site.layer}/bias", 0), np.float32)
-            flat[f"{site.layer}/bias"] = np.asarray(bias + old, dtype)
+        if site.kind == "linear":
+            flat |= _factored(site, flat, factors[path], rank, widened=widened)
+            continue
+        own = gather(site.kind, before, config) if kernels is None else kernels[path]
+        with jax.enable_x64(True):
+            double = jax.tree.map(lambda a: np.asarray(_double(a)), (own, factors[path].parts))
+            cut = ModuleFactors(factors[path].spectrum, double[1])
+            new = row.modules[site.kind].narrow(double[0], cut, rank)
+        new = widen(site.kind, new, own) if widened else new
+        flat = scatter(site.kind, new, flat)
     return trees.unflatten(flat)
 
 
-def site_shapes(source: Source) -> dict[str, tuple[int, int]]:
-    """Kernel path -> ``(in, out)`` of the untouched model, without reading it."""
-    config = source.config
-    model = trees.flatten(jax.eval_shape(functools.partial(init, config), jax.random.key(0)))
-    paths = [site_path(i, site) for i in range(config.num_layers) for site in LINEAR_SITES]
-    return {path: model[path].shape for path in paths}
+def _factored(
+    site: Site, flat: Mapping[str, Any], factors: Any, rank: int, *, widened: bool
+) -> dict[str, Any]:
+    """The new leaves of a linear site."""
+    dtype = flat[site.path].dtype
+    kernel, bias = truncate(factors, rank)
+    # Where the dtype allows, views of the factors: no second copy.
+    new = kernel.materialize() if widened else kernel
+    leaves = {site.path: jax.tree.map(lambda a: np.asarray(a, dtype), new)}
+    if bias is not None:
+        old = np.asarray(flat.get(f"{site.layer}/bias", 0), np.float32)
+        leaves[f"{site.layer}/bias"] = np.asarray(bias + old, dtype)
+    return leaves
+
+
+def site_sizes(source: Source, method: str) -> dict[str, Size]:
+    """Site path -> its size in the untouched model."""
+    sites = sites_for(METHODS[method].kinds)
+    sizes = {}
+    for i in range(source.config.num_layers):
+        block = source.block(i)
+        sizes |= {site_path(i, site): site_size(site, block, source.config) for site in sites}
+    return sizes

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from lordjax import trees
 from lordjax.kernels import Kernel, LowRank
-from lordjax.methods.base import break_even
+from lordjax.plan import Size
 
 
 def _svd(kernel: Float[Array, "... in out"], rank: int) -> tuple[Array, Array]:
@@ -67,7 +67,7 @@ def factorize(
     def replace(path: str, leaf: Any) -> Any:
         if path not in chosen or isinstance(leaf, Kernel) or keep == 1:
             return leaf
-        limit = break_even(*leaf.shape[-2:])
+        limit = Size.matrix(*leaf.shape[-2:]).limit
         wanted = int(keep * limit) if keep is not None else rank or 0
         if wanted == 0:
             small.append(f"{path} {leaf.shape}")

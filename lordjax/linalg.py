@@ -1,18 +1,25 @@
 """Dense linear algebra on matrices: PCA in a metric. Arrays in, arrays out; dtype of the input.
 
 Products run at HIGHEST precision (float32 is otherwise TF32 on GPU and bfloat16 on TPU). Callers
-that want float64 pass float64 arrays under ``jax.enable_x64``. There is no Cholesky factorisation
-and no explicit inverse: both fail on the singular Grams that few calibration tokens give.
+that want float64 pass float64 arrays under ``jax.enable_x64``. The low-rank methods use no Cholesky
+factorisation and no inverse: both fail on the singular Grams that few calibration tokens give.
+Column selection needs them (one triangular factor serves every width) and adds a jitter.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax.scipy.linalg import cho_solve, solve_triangular
+from jaxtyping import Array, Float, Int
 
 # Share of the mean eigenvalue added to a gradient metric: directions in which few calibration
 # tokens saw a gradient must not be free. 0.01 and 0.1 measured the same (CHANGELOG, "Tried").
 GRADIENT_DAMPING = 1e-2
+JITTER = 1e-6  # first share of the mean diagonal added before a Cholesky factorisation
+GRAM_BLOCK = 192  # columns per product of `gram`: wide enough for full speed
 
 
 def mm(*factors: Array) -> Array:
@@ -21,6 +28,24 @@ def mm(*factors: Array) -> Array:
     for factor in factors[1:]:
         out = jnp.matmul(out, factor, precision="highest")
     return out
+
+
+def gram(
+    rows: Float[Array, "t d"], weights: Float[Array, "t"] | None = None
+) -> Float[Array, "d d"]:
+    """``rowsᵀ diag(weights) rows``, of which only the upper blocks are multiplied.
+
+    The lower half is a copy: with n blocks ``(n + 1) / 2n`` of the operations of a full product.
+    """
+    width = rows.shape[1]
+    weighted = rows if weights is None else rows * weights[:, None]
+    # float32 products at the default precision are TF32 on GPU and bfloat16 on TPU.
+    strips = [
+        (start, mm(weighted[:, start : start + GRAM_BLOCK].T, rows[:, start:]))
+        for start in range(0, width, GRAM_BLOCK)
+    ]
+    upper = jnp.concatenate([jnp.pad(strip, ((0, 0), (i, 0))) for i, strip in strips])
+    return jnp.triu(upper) + jnp.triu(upper, 1).T
 
 
 def symmetrize(a: Float[Array, "... n n"]) -> Float[Array, "... n n"]:
@@ -109,3 +134,109 @@ def solve_psd(
     values = values + damping * jnp.mean(values)
     inverse = jnp.where(values > 0, 1 / jnp.where(values > 0, values, 1), 0)
     return mm(vectors * inverse[None], mm(vectors.T, b))
+
+
+def jittered(a: Float[Array, "n n"]) -> tuple[Float[Array, "n n"], Float[Array, "n n"]]:
+    """``a + τI`` and its lower Cholesky factor, τ the least of 1e-6, 1e-5, … mean(diag) that works.
+
+    Fewer tokens than columns, or columns that are always zero, make a Gram singular.
+    """
+    eye = jnp.eye(a.shape[0], dtype=a.dtype)
+    mean = jnp.mean(jnp.diagonal(a))
+    unit = jnp.where(mean > 0, mean, 1)
+
+    def factor(scale: Array) -> Array:
+        return jnp.linalg.cholesky(symmetrize(a) + scale * unit * eye)
+
+    def failed(state: tuple[Array, Array]) -> Array:
+        # Larger than the matrix itself: it holds NaN, and no jitter will help.
+        return ~jnp.isfinite(state[1]).all() & (state[0] < 1)
+
+    def retry(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        return 10 * state[0], factor(10 * state[0])
+
+    first = jnp.asarray(JITTER, a.dtype)
+    scale, lower = jax.lax.while_loop(failed, retry, (first, factor(first)))
+    return symmetrize(a) + scale * unit * eye, lower
+
+
+def inverse_diagonal(lower: Float[Array, "n n"]) -> Float[Array, "n"]:
+    """Diagonal of ``(L Lᵀ)⁻¹``: the squared column norms of ``L⁻¹``."""
+    eye = jnp.eye(lower.shape[0], dtype=lower.dtype)
+    return jnp.sum(solve_triangular(lower, eye, lower=True) ** 2, axis=0)
+
+
+def leverage_complement(gram: Float[Array, "n n"], ridge: float) -> Float[Array, "n"]:
+    """``[(C + λI)⁻¹]_ii`` with ``λ = ridge · mean(diag C)``: small where ridge leverage is large.
+
+    The ridge leverage score is ``s = 1 - λ·h``. It is h that is returned: scores are all close to
+    1 for small λ, and their order would drown in rounding. Columns of zeros get infinity.
+    """
+    diagonal = jnp.diagonal(gram)
+    mean = jnp.mean(diagonal)
+    shift = ridge * jnp.where(mean > 0, mean, 1)
+    h = inverse_diagonal(jnp.linalg.cholesky(gram + shift * jnp.eye(len(gram), dtype=gram.dtype)))
+    return jnp.where(diagonal > 0, h, jnp.inf)
+
+
+def nested_refit(
+    gram: Float[Array, "n n"], kernel: Float[Array, "n m"]
+) -> tuple[Float[Array, "n n"], Float[Array, "n m"]]:
+    """Least-squares refits of ``z @ kernel`` from the first k columns of z, for every k at once.
+
+    With ``C + τI = L Lᵀ`` and ``R = Lᵀ kernel`` the refit is ``L[:k,:k]⁻ᵀ R[:k]`` (`refit`), and
+    ``Σ_{i≥k} ‖R[i]‖²`` its squared error per token.
+
+    Returns:
+      L, R.
+
+    Source: block form of the normal equations; specs of MoDeGPT §2.3.
+    """
+    _, lower = jittered(gram)
+    return lower, mm(lower.T, kernel)
+
+
+@jax.jit
+def refit(lower: Float[Array, "n n"], right: Float[Array, "n m"], k: Any) -> Float[Array, "n m"]:
+    """The refit of `nested_refit` from the first k columns; rows from k on are zero.
+
+    Of the full size, so that k may be traced and all k share one compilation.
+    """
+    inside = jnp.arange(len(lower)) < k
+    block = jnp.where(inside[:, None] & inside[None], lower, jnp.eye(len(lower), dtype=lower.dtype))
+    return solve_triangular(block, jnp.where(inside[:, None], right, 0), trans="T", lower=True)
+
+
+def elimination_order(
+    gram: Float[Array, "n n"], kernel: Float[Array, "n m"], block: int = 32
+) -> Int[Array, "n"]:
+    """Columns by falling importance: backward elimination with exact refits (OBS).
+
+    Without column i the refit error of ``z @ kernel`` grows by ``‖W_i‖² / [C⁻¹]_ii``, W being the
+    refit kernel so far. The cheapest columns go first, up to ``block`` at once, and both are
+    updated exactly, so that the order costs a few products instead of n of them.
+
+    Source: Optimal Brain Surgeon (Hassibi and Stork, 1993), with many outputs.
+    """
+    n = gram.shape[0]
+    block = max(b for b in range(1, min(block, n) + 1) if n % b == 0)
+    dead = jnp.diagonal(gram) <= 0
+    _, lower = jittered(gram)
+    inverse = cho_solve((lower, True), jnp.eye(n, dtype=gram.dtype))
+
+    def step(i: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
+        inverse, kernel, alive, order = state
+        diagonal = jnp.where(alive, jnp.diagonal(inverse), 1)
+        cost = jnp.where(dead, 0, jnp.sum(kernel**2, axis=1) / diagonal)
+        # Stable: ties are broken by the index.
+        drop = jnp.argsort(jnp.where(alive, cost, jnp.inf))[:block]
+        shares = jnp.linalg.solve(inverse[drop][:, drop], inverse[drop])
+        kernel = kernel - mm(shares.T, kernel[drop])
+        inverse = inverse - mm(inverse[:, drop], shares)
+        # The costliest of a block is the last of it to be missed.
+        at = n - (i + 1) * block
+        order = jax.lax.dynamic_update_slice(order, drop[::-1].astype(order.dtype), (at,))
+        return inverse, kernel, alive.at[drop].set(False), order
+
+    start = (inverse, kernel, jnp.ones(n, bool), jnp.zeros(n, jnp.int32))
+    return jax.lax.fori_loop(0, n // block, step, start)[3]

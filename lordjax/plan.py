@@ -1,4 +1,4 @@
-"""A plan: which rank every kernel gets. Data, made by `allocate`, readable and editable as JSON."""
+"""A plan: which rank every site gets. Data, made by `allocate`, readable and editable as JSON."""
 
 from __future__ import annotations
 
@@ -10,12 +10,46 @@ from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
+class Size:
+    """How many linear weights a site has at a rank.
+
+    Attributes:
+      dense: when left as it is.
+      unit: per rank.
+      bias: of the bias that corrects its output, in methods that have one.
+      step: ranks are multiples of this (2 where rotary pairs stay together).
+      tiles: policies that optimise offer multiples of this many tiles: widths of thousands need no
+        finer choice.
+    """
+
+    dense: int
+    unit: int
+    bias: int = 0
+    step: int = 1
+    tiles: int = 1
+
+    @classmethod
+    def matrix(cls, fan_in: int, fan_out: int) -> Size:
+        """Of a factor pair in place of a matrix."""
+        return cls(fan_in * fan_out, fan_in + fan_out, fan_out)
+
+    @property
+    def limit(self) -> float:
+        """Rank at which the site is as large as dense (break-even), or is dense (full width)."""
+        return self.dense / self.unit
+
+    def weights(self, rank: int | None) -> int:
+        """Weights at a rank (None = dense)."""
+        return self.dense if rank is None else rank * self.unit
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
-    """Ranks by kernel path.
+    """Ranks by site path.
 
     Attributes:
       method: a key of `METHODS`.
-      ranks: kernel path -> rank, or None to leave the kernel dense.
+      ranks: site path -> rank (width, for a module), or None to leave the site as it is.
       keep: the share of block linear weights that was asked for, in (0, 1].
       policy: a key of `allocation.POLICIES`.
       gap: relative distance of the plan's predicted error from a lower bound on that of any
@@ -28,13 +62,13 @@ class Plan:
     policy: str
     gap: float | None = None
 
-    def weights(self, shapes: Mapping[str, tuple[int, int]]) -> int:
+    def weights(self, sizes: Mapping[str, Size]) -> int:
         """Number of linear weights after the plan, factor pairs counted in full.
 
         Biases are no linear weights and are not counted, before or after; `allocation` does charge
         a method's new biases to the budget.
         """
-        return sum(weights(shapes[path], rank) for path, rank in self.ranks.items())
+        return sum(sizes[path].weights(rank) for path, rank in self.ranks.items())
 
     def write(self, path: Path) -> None:
         """Writes the plan as JSON."""
@@ -45,7 +79,7 @@ class Plan:
         """Reads a plan.
 
         Raises:
-          ValueError: if the file is not a plan; names the file and, of an edited plan, the kernels
+          ValueError: if the file is not a plan; names the file and, of an edited plan, the sites
             whose rank is neither a whole number from 1 on nor null.
         """
         try:
@@ -62,20 +96,14 @@ def _is_rank(value: Any) -> bool:
     return value is None or (type(value) is int and value >= 1)
 
 
-def weights(shape: tuple[int, int], rank: int | None) -> int:
-    """Weights of a kernel ``[in, out]`` at a rank (None = dense)."""
-    fan_in, fan_out = shape
-    return fan_in * fan_out if rank is None else rank * (fan_in + fan_out)
-
-
-def summary(plan: Plan, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
-    """The figures of a plan: weights before and after, share kept, number of dense kernels."""
-    before = sum(weights(shape, None) for shape in shapes.values())
-    after = plan.weights(shapes)
+def summary(plan: Plan, sizes: Mapping[str, Size]) -> dict[str, Any]:
+    """The figures of a plan: weights before and after, share kept, number of dense sites."""
+    before = sum(size.dense for size in sizes.values())
+    after = plan.weights(sizes)
     return {
         "weights_before": before,
         "weights_after": after,
         "kept": after / before,
         "dense": sum(rank is None for rank in plan.ranks.values()),
-        "factored": sum(rank is not None for rank in plan.ranks.values()),
+        "compressed": sum(rank is not None for rank in plan.ranks.values()),
     }

@@ -1,9 +1,9 @@
 """Block after block on the model compressed so far: ROM, and the corrective target.
 
 Inside a block the layers are replaced in the order in which they run - q, k, v; o; gate, up;
-down - and every group sees inputs made by the groups before it. Compressed kernels are multiplied
-out while they propagate, so that blocks have the same shapes and share compilations (but for the
-biases that some methods add to the layers they factor).
+down - and every group sees inputs made by the groups before it. Compressed kernels are
+multiplied out, and narrow modules filled up with zeros, while they propagate, so that blocks have
+the same shapes and share compilations (but for the biases that some methods add).
 
 ROM fits ``W x̂ ≈ W' x̂`` on the compressed prefix' inputs x̂. The *corrective* target fits
 ``W x ≈ W' x̂`` with x from the untouched model: reduced-rank regression, in which the kernel to be
@@ -13,8 +13,9 @@ factored is first replaced by the least-squares map from x̂ to the untouched ou
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -29,135 +30,178 @@ from lordjax.calibrate import (
     site_gradients,
 )
 from lordjax.collect import observe_pair
-from lordjax.factoring import replace_kernels
-from lordjax.methods import METHODS, Factors, method_at
+from lordjax.factoring import AnyFactors, factor_site, replace_kernels, site_kernels
+from lordjax.methods import METHODS, Method, method_at
+from lordjax.models.config import ModelConfig
+from lordjax.modules import LAST_NAME
 from lordjax.plan import Plan
 from lordjax.progress import Clock
-from lordjax.sites import LINEAR_SITES, Site, site_path
+from lordjax.sites import LAST_LAYER, LINEAR_SITES, Site, site_path, sites_for
 from lordjax.source import Calibration, Source
 from lordjax.stats import Moments
 
 RIDGE = 1e-4  # of the regression on the compressed inputs, relative to their mean variance
-Factorise = Callable[[str, Any, Mapping[str, Any]], Factors]
+
+Inputs = dict[str, tuple[Any, dict[str, Any]]]  # site path -> what to factor, statistics
 
 
-def groups() -> list[tuple[Site, ...]]:
-    """Sites that share an input, in the order in which they run."""
-    numbers = sorted({site.group for site in LINEAR_SITES})
-    return [tuple(s for s in LINEAR_SITES if s.group == n) for n in numbers]
+@dataclasses.dataclass
+class _Walk:
+    """Where a sequential pass stands: the untouched model and the compressed one in lockstep.
+
+    Attributes:
+      config: the architecture.
+      method: a key of `METHODS`.
+      calibration: tokens.
+      states: residual stream before this block in the compressed model, per batch.
+      dense_states: the same in the untouched model; empty unless the target is corrective.
+      dense: this block, untouched.
+      current: this block as far as it is compressed, in arrays of the original shapes.
+    """
+
+    config: ModelConfig
+    method: str
+    calibration: Calibration
+    states: list[Any]
+    dense_states: list[Any]
+    dense: Any = None
+    current: Any = None
+
+    @property
+    def row(self) -> Method:
+        """The method's row."""
+        return METHODS[self.method]
 
 
 def sequential(
     source: Source,
     calibration: Calibration,
     plan: Plan,
-    factorise: Factorise,
     method: str,
     gradients: Mapping[int, Mapping[str, Mapping[str, Any]]],
     *,
     corrective: bool,
     clock: Clock,
-) -> dict[str, Factors]:
-    """Factors of every planned kernel, each from the model compressed before it.
+) -> tuple[dict[str, AnyFactors], dict[str, Any]]:
+    """Factors of every planned site, each from the model compressed before it.
 
     Args:
       source: the untouched model.
       calibration: tokens.
-      plan: ranks; kernels left dense are passed through.
-      factorise: ``(path, kernel, stats) -> Factors`` of the method.
-      method: its name, for the statistics it needs.
+      plan: ranks; sites left dense are passed through.
+      method: a key of `METHODS`.
       gradients: gradient statistics by layer, if the method needs any.
       corrective: fit the untouched model's outputs instead of the layer's own.
       clock: for progress.
+
+    Returns:
+      Site path -> factors; path of a module -> its arrays as they were factored.
     """
-    config = source.config
+    config, row = source.config, METHODS[method]
     states = hidden_states(source, calibration)
-    dense_states = list(states) if corrective else []
-    factors: dict[str, Factors] = {}
+    walk = _Walk(config, method, calibration, states, list(states) if corrective else [])
+    collect = _corrective_inputs if corrective else _own_inputs
+    factors: dict[str, AnyFactors] = {}
+    kernels: dict[str, Any] = {}
     for i in clock.run("sequential", range(config.num_layers)):
-        dense = on_device(source.block(i))
-        current = dense
-        for group in groups():
+        walk.dense = walk.current = on_device(source.block(i))
+        for group in groups(row):
             sites = tuple(s for s in group if plan.ranks.get(site_path(i, s)) is not None)
             if not sites:
                 continue
-            run = functools.partial(
-                _corrective_inputs if corrective else _own_inputs, config=config, method=method
-            )
-            inputs = run(i, sites, dense, current, dense_states, states, calibration)
+            inputs = collect(walk, i, sites)
             for site in sites:
-                kernel, stats = inputs[site.path]
-                untouched = trees.flatten(dense)[site.path]
-                extra = site_gradients(gradients.get(i, {}), site.path, untouched)
-                path = site_path(i, site)
-                factors[path] = factorise(path, kernel, {**stats, **extra})
-            current = on_device(replace_kernels(dense, i, factors, plan.ranks, multiplied=True))
+                path, (own, stats) = site_path(i, site), inputs[site.path]
+                untouched = site_kernels(site, walk.dense, config)
+                stats |= site_gradients(gradients.get(i, {}), row, site, untouched)
+                factors[path] = factor_site(method, site, path, own, stats)
+                if site.kind != "linear":
+                    kernels[path] = own
+            walk.current = on_device(
+                replace_kernels(
+                    walk.dense,
+                    i,
+                    factors,
+                    plan.ranks,
+                    method,
+                    config,
+                    widened=True,
+                    kernels=kernels,
+                )
+            )
         no_keys: dict[str, dict[str, str]] = {}
-        block_statistics(current, i, states, calibration, (), no_keys, config)
+        block_statistics(walk.current, i, walk.states, calibration, (), no_keys, config)
         if corrective:
-            block_statistics(dense, i, dense_states, calibration, (), no_keys, config)
-    return factors
+            block_statistics(walk.dense, i, walk.dense_states, calibration, (), no_keys, config)
+    return factors, kernels
 
 
-Inputs = dict[str, tuple[Any, dict[str, Any]]]  # site path -> kernel to factor, statistics
+def groups(row: Method) -> list[tuple[Site, ...]]:
+    """Sites of a method that do not feed each other, in the order in which they run."""
+    sites = sites_for(row.kinds)
+    return [tuple(s for s in sites if s.group == n) for n in sorted({s.group for s in sites})]
 
 
-def _own_inputs(
-    i: int,
-    sites: tuple[Site, ...],
-    dense: Any,
-    current: Any,
-    dense_states: list[Any],
-    states: list[Any],
-    calibration: Calibration,
-    *,
-    config: Any,
-    method: str,
-) -> Inputs:
+def _own_inputs(walk: _Walk, i: int, sites: tuple[Site, ...]) -> Inputs:
     """ROM's target: the layer's own outputs on the compressed prefix."""
-    del dense_states
-    keys = activation_keys(dense, sites, METHODS[method])
-    stats = block_statistics(current, i, states, calibration, sites, keys, config, forward=False)
-    flat = trees.flatten(dense)
+    keys = activation_keys(walk.dense, sites, walk.row)
+    stats = block_statistics(
+        walk.current, i, walk.states, walk.calibration, sites, keys, walk.config, forward=False
+    )
     return {
-        s.path: (flat[s.path], {name: stats[key] for name, key in keys[s.path].items()})
-        for s in sites
+        site.path: (
+            site_kernels(site, walk.dense, walk.config),
+            {name: stats[key] for name, key in keys[site.path].items()},
+        )
+        for site in sites
     }
 
 
-def _corrective_inputs(
-    i: int,
-    sites: tuple[Site, ...],
-    dense: Any,
-    current: Any,
-    dense_states: list[Any],
-    states: list[Any],
-    calibration: Calibration,
-    *,
-    config: Any,
-    method: str,
-) -> Inputs:
-    """The corrective target: the untouched outputs, regressed on the compressed inputs."""
-    flat = trees.flatten(dense)
-    fan_in = {s.input_tap: flat[s.path].shape[0] for s in sites}
-    target = {s.output_tap: Moments.zeros(flat[s.path].shape[1]) for s in sites}
+def _corrective_inputs(walk: _Walk, i: int, sites: tuple[Site, ...]) -> Inputs:
+    """The corrective target: the untouched outputs, regressed on the compressed inputs.
+
+    Of a module it is the last layer that is regressed; columns that are chosen before a
+    nonlinearity have no such freedom.
+    """
+    modules = tuple(site for site in sites if site.kind != "linear")
+    inputs = _own_inputs(walk, i, modules) if modules else {}
+    last = {LAST_LAYER.get(site.kind, site.path): site for site in sites}
+    fitted = _regressed(walk, i, tuple(layer for layer in LINEAR_SITES if layer.path in last))
+    for path, (kernel, stats) in fitted.items():
+        site = last[path]
+        if site.kind == "linear":
+            inputs[site.path] = (kernel, stats)
+            continue
+        own, statistics = inputs[site.path]
+        name = LAST_NAME[site.kind]
+        inputs[site.path] = (own | {name: kernel.reshape(own[name].shape)}, statistics)
+    return inputs
+
+
+def _regressed(walk: _Walk, i: int, layers: tuple[Site, ...]) -> Inputs:
+    """Layer path -> the best kernel from compressed inputs to untouched outputs, statistics."""
+    flat = trees.flatten(walk.dense)
+    fan_in = {s.input_tap: flat[s.path].shape[0] for s in layers}
+    target = {s.output_tap: Moments.zeros(flat[s.path].shape[1]) for s in layers}
     fitted = {tap: Moments.zeros(width) for tap, width in fan_in.items()}
-    cross = {f"{s.input_tap}|{s.output_tap}": jnp.zeros(flat[s.path].shape) for s in sites}
-    for j, mask in enumerate(calibration.masks()):
+    cross = {f"{s.input_tap}|{s.output_tap}": jnp.zeros(flat[s.path].shape) for s in layers}
+    if not layers:
+        return {}
+    for j, mask in enumerate(walk.calibration.masks()):
         target, fitted, cross = observe_pair(
-            (dense, current),
-            (dense_states[j], states[j]),
+            (walk.dense, walk.current),
+            (walk.dense_states[j], walk.states[j]),
             mask,
             target,
             fitted,
             cross,
-            config=config,
-            window=config.window(i),
+            config=walk.config,
+            window=walk.config.window(i),
         )
     inputs: Inputs = {}
-    for s in sites:
+    for s in layers:
         x, y = fitted[s.input_tap], target[s.output_tap]
-        bias = METHODS[method_at(method, s.layer)].bias
+        bias = METHODS[method_at(walk.method, s.layer)].bias
         sums = (x, y, cross[f"{s.input_tap}|{s.output_tap}"])
         with jax.enable_x64(True):
             sums = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), sums)

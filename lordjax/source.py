@@ -88,6 +88,19 @@ class Calibration:
         mask = None if self.mask is None else self.mask[chosen]
         return Calibration(self.tokens[chosen], mask, self.batch_size)
 
+    def split(self, windows: int) -> tuple[Calibration, np.ndarray]:
+        """The calibration without its last windows, and those: at most an eighth of all.
+
+        Raises:
+          ValueError: if there is only one window, so that nothing can be held out.
+        """
+        if len(self.tokens) < 2:
+            raise ValueError("one calibration window: at least 2 are needed to hold one out")
+        windows = max(1, min(windows, len(self.tokens) // 8))
+        mask = None if self.mask is None else self.mask[:-windows]
+        kept = Calibration(self.tokens[:-windows], mask, self.batch_size)
+        return kept, self.tokens[-windows:]
+
     def masks(self) -> list[np.ndarray | None]:
         """The mask of each batch."""
         return [mask for _, mask in self.batches()]

@@ -25,7 +25,10 @@ from typing import Any
 
 import click
 
-DEFAULT_METHODS = "svd,fwsvd,asvd,svd-llm,lord-affine,lord-centred,lord-linear,lord,rom"
+DEFAULT_METHODS = (
+    "svd,fwsvd,asvd,svd-llm,lord-affine,lord-centred,lord-linear,lord,rom,"
+    "modegpt,modegpt-cr,modegpt-published,modegpt-slice,modegpt-random"
+)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -33,9 +36,10 @@ DEFAULT_METHODS = "svd,fwsvd,asvd,svd-llm,lord-affine,lord-centred,lord-linear,l
 @click.option("--data", type=click.Path(exists=True, file_okay=False), help="token arrays")
 @click.option("--domains", default="wikitext2,pystdlib", show_default=True)
 @click.option("--methods", default=DEFAULT_METHODS, show_default=True, help="NAME or NAME:POLICY")
-@click.option("--keeps", default="0.9,0.8,0.7,0.6", show_default=True)
+@click.option("--keeps", default="0.9,0.8,0.7,0.6,0.5", show_default=True)
 @click.option("--calibration-windows", default=64, show_default=True)
 @click.option("--windows", default=8, show_default=True, help="evaluation windows")
+@click.option("--time-forward", is_flag=True, help="also time the calibration's forward passes")
 @click.option("--out", type=click.Path(dir_okay=False), help="JSON file of results")
 @click.option("--table", type=click.Path(exists=True, dir_okay=False), help="print and stop")
 @click.option("--one", hidden=True, type=click.Path(dir_okay=False), help="worker: write here")
@@ -47,6 +51,7 @@ def main(
     keeps: str,
     calibration_windows: int,
     windows: int,
+    time_forward: bool,
     out: str | None,
     table: str | None,
     one: str | None,
@@ -59,14 +64,18 @@ def main(
         raise click.UsageError("MODEL and --data are needed; see --help")
     budgets = [float(keep) for keep in keeps.split(",")]
     if one is not None:
-        row = measure(model, Path(data), domains, methods, budgets, calibration_windows, windows)
+        row = measure(
+            model, Path(data), domains, methods, budgets, calibration_windows, windows, time_forward
+        )
         Path(one).write_text(json.dumps(row))
         return
     rows: list[dict[str, Any]] = []
     for domain in domains.split(","):
         for method in methods.split(","):
             rows.append(
-                _in_process(model, data, domain, method, keeps, calibration_windows, windows)
+                _in_process(
+                    model, data, domain, method, keeps, calibration_windows, windows, time_forward
+                )
             )
             click.echo(json.dumps({k: rows[-1][k] for k in ("domain", "method", "perplexity")}))
             if out is not None:
@@ -75,7 +84,14 @@ def main(
 
 
 def _in_process(
-    model: str, data: str, domain: str, method: str, keeps: str, calibration: int, windows: int
+    model: str,
+    data: str,
+    domain: str,
+    method: str,
+    keeps: str,
+    calibration: int,
+    windows: int,
+    time_forward: bool,
 ) -> dict[str, Any]:
     """One method and domain in a fresh process."""
     with tempfile.TemporaryDirectory() as directory:
@@ -90,6 +106,7 @@ def _in_process(
             "--one": result,
         }
         words = [str(word) for pair in flags.items() for word in pair]
+        words += ["--time-forward"] if time_forward else []
         command = [sys.executable, "-m", "lordjax.scripts.benchmark_compress", model, *words]
         subprocess.run(command, check=True)
         return json.loads(result.read_text())
@@ -103,6 +120,7 @@ def measure(
     keeps: list[float],
     calibration_windows: int,
     windows: int,
+    time_forward: bool,
 ) -> dict[str, Any]:
     """Prepares a method once and evaluates every budget."""
     import jax
@@ -118,6 +136,7 @@ def measure(
     held_out = np.load(data / f"eval_{domain}.npy")[:windows]
     name, _, policy = method.partition(":")
     peak = flops.matmul_peak()
+    forward = _forward_seconds(opened.source, tokens) if time_forward else None
     start = time.perf_counter()
     prepared = prepare(opened.source, tokens, method=name, allocation=policy or None)
     seconds = time.perf_counter() - start
@@ -130,6 +149,7 @@ def measure(
         "gap": {},
         "apply_seconds": {},
         "prepare_seconds": seconds,
+        "forward_seconds": forward,
         "stages": dict(prepared.report["seconds"]),
         "matmul_peak_flops": peak,
         "share_of_peak": cost / seconds / peak if cost else None,
@@ -156,7 +176,23 @@ def measure(
     return row
 
 
-def _cost(config: Any, prepared: Any, shape: tuple[int, ...]) -> float | None:
+def _forward_seconds(source: Any, tokens: Any) -> float:
+    """Calibration's forward passes without any statistics, compilation included."""
+    import jax
+
+    from lordjax.calibrate import block_statistics, hidden_states, on_device
+    from lordjax.source import Calibration
+
+    calibration, start = Calibration(tokens, None, 4), time.perf_counter()
+    states = hidden_states(source, calibration)
+    for i in range(source.config.num_layers):
+        block = on_device(source.block(i))
+        block_statistics(block, i, states, calibration, (), {}, source.config)
+    jax.block_until_ready(states)
+    return time.perf_counter() - start
+
+
+def _cost(config: Any, prepared: Any, shape: tuple[int, int]) -> float | None:
     """Operations that `prepare` must spend; None if it only collected what it was not asked for."""
     from lordjax.compression import GRADIENT_WINDOWS
     from lordjax.methods import METHODS
@@ -164,18 +200,7 @@ def _cost(config: Any, prepared: Any, shape: tuple[int, ...]) -> float | None:
 
     if not prepared.factors:
         return None
-    needs, total = METHODS[prepared.method].needs, flops.eigh(config)
-    if {"moments", "abs_mean"} & set(needs):
-        total += flops.forward(config, *shape)
-    if "moments" in needs:
-        total += flops.grams(config, *shape)
-    moments, rows = "gradients" in needs, "row_fisher" in needs
-    if moments or rows:
-        few = min(shape[0], GRADIENT_WINDOWS)
-        total += flops.gradients(config, few, shape[1], moments=moments, rows=rows)
-    if moments:
-        total += flops.eigh(config)  # of the metric, besides that of the outputs
-    return total
+    return flops.preparation(config, METHODS[prepared.method], *shape, GRADIENT_WINDOWS)
 
 
 def _commit() -> str:

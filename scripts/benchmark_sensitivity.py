@@ -80,10 +80,11 @@ def _mean_squared_gradients(prepared: Any) -> dict[str, float]:
     import numpy as np
 
     from lordjax.calibrate import gradient_statistics
+    from lordjax.methods import METHODS
     from lordjax.progress import Clock
     from lordjax.sites import LINEAR_SITES, site_path
 
-    stats = gradient_statistics(prepared.source, prepared.calibration, ("gradients",), Clock())
+    stats = gradient_statistics(prepared.source, prepared.calibration, METHODS["lord"], Clock())
     return {
         site_path(i, site): float(
             np.mean(np.diag(stats[i]["gradients"][site.path].second_moment()))
@@ -103,7 +104,7 @@ def _slopes(prepared: Any, tokens: Any) -> dict[str, float]:
 
     from lordjax import trees
     from lordjax.evaluate import perplexity
-    from lordjax.methods import break_even, truncate
+    from lordjax.methods import truncate
 
     config = prepared.source.config
     params = dict(prepared.source.rest())
@@ -112,7 +113,7 @@ def _slopes(prepared: Any, tokens: Any) -> dict[str, float]:
     dense = perplexity(config, params, tokens)["nll_per_token"]
     curves, slopes = prepared.curves(), {}
     for path, factors in prepared.factors.items():
-        rank = max(1, int(break_even(*prepared.shapes[path]) / 2))
+        rank = max(1, int(prepared.sizes[path].limit / 2))
         cut = jnp.asarray(truncate(factors, rank)[0].materialize())
         trial = perplexity(config, trees.update(params, {path: cut}), tokens)["nll_per_token"]
         slopes[path] = max(trial - dense, 1e-6) / float(curves[path].errors[rank])

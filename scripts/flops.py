@@ -6,10 +6,13 @@ to do: recomputed activations are left out, causal attention is counted at half 
 
 from __future__ import annotations
 
+import functools
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lordjax.models.config import ModelConfig
+if TYPE_CHECKING:
+    from lordjax.methods import Method
+    from lordjax.models.config import ModelConfig
 
 
 def block_weights(config: ModelConfig) -> int:
@@ -26,46 +29,94 @@ def forward(config: ModelConfig, windows: int, length: int) -> float:
     return config.num_layers * (2.0 * block_weights(config) * tokens + attention)
 
 
-def grams(config: ModelConfig, windows: int, length: int) -> float:
-    """Second moments of the four places per block, each of the smaller side's width."""
-    heads = config.num_heads * config.head_size
-    widths = [
-        config.hidden_size,
-        heads,
-        config.hidden_size,
-        min(config.hidden_size, config.mlp_size),
-    ]
-    return config.num_layers * sum(2.0 * w * w for w in widths) * windows * length
+def _block(config: ModelConfig) -> dict[str, Any]:
+    """Shapes of one block's parameters by path."""
+    import jax
+
+    from lordjax import trees
+    from lordjax.models import init
+
+    shapes: Any = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
+    return trees.flatten(shapes["layer_0"])
 
 
-def eigh(config: ModelConfig, per_site: int = 1) -> float:
-    """Eigendecompositions of all linear sites at 9 n³ (an upper bound for LAPACK's syevd)."""
-    kv = config.num_kv_heads * config.head_size
-    narrow = min(config.hidden_size, config.mlp_size)
-    sizes = [config.hidden_size, kv, kv, config.hidden_size, narrow, narrow, narrow]
-    return config.num_layers * per_site * sum(9.0 * n**3 for n in sizes)
+def grams(config: ModelConfig, method: Method, windows: int, length: int) -> float:
+    """Second moments that a method takes in a forward pass, each counted as a full product."""
+    from lordjax.calibrate import activation_keys, statistic_width
+    from lordjax.sites import sites_for
+    from lordjax.trees import unflatten
+
+    block, total = _block(config), 0.0
+    keys = activation_keys(unflatten(block), sites_for(method.kinds), method)
+    for key in {key for names in keys.values() for key in names.values()}:
+        width = statistic_width(key, block, config)
+        if key.endswith(":moments"):
+            total += 2.0 * width**2
+        elif key.endswith(":heads"):
+            total += 2.0 * width[0] * width[1] ** 2
+    return config.num_layers * total * windows * length
 
 
-def gradients(
-    config: ModelConfig, windows: int, length: int, *, moments: bool, rows: bool
-) -> float:
-    """Forward, backward to all linear outputs, head included.
+def factors(config: ModelConfig, method: Method) -> float:
+    """Factorisations of all sites: 9 n³ per eigendecomposition (an upper bound for LAPACK's syevd).
 
-    With ``moments`` their second moments, in the coordinates of the smaller side; with ``rows``
-    the weight gradients of each window.
+    A gradient metric doubles them: its own square root comes first. A module's elimination and
+    refits are 10/3 n³ for n columns: a Cholesky factor, an inverse, and updates of it.
     """
-    kv = config.num_kv_heads * config.head_size
-    narrow = min(config.hidden_size, config.mlp_size)
-    sizes = [config.hidden_size, kv, kv, config.hidden_size, narrow, narrow, narrow]
-    tokens = windows * length
+    from lordjax.sites import sites_for
+
+    block, total = _block(config), 0.0
+    for site in sites_for(method.kinds):
+        fan_in, fan_out = block[site.kernels[-1]].shape
+        heads, width = config.num_kv_heads, config.head_size
+        if site.kind == "linear":
+            total += 9.0 * min(fan_in, fan_out) ** 3 * (2 if "gradients" in method.needs else 1)
+            continue
+        if "gradients" in method.modules[site.kind].needs:
+            total += 9.0 * fan_out**3
+        if site.kind == "mlp":
+            total += 10 / 3 * fan_in**3 + 2.0 * fan_in**2 * fan_out
+        else:
+            total += 2 * 9.0 * heads * width**3
+    return config.num_layers * total
+
+
+def gradients(config: ModelConfig, method: Method, windows: int, length: int) -> float:
+    """Forward and backward to all places that a method reads gradients of, head included.
+
+    Second moments are in the coordinates of the smaller side of a kernel, to which wider gradients
+    have to be projected; row Fisher information needs the weight gradients of each window.
+    """
+    from lordjax.sites import sites_for
+
+    block, tokens, extra = _block(config), windows * length, 0.0
+    for site in sites_for(method.kinds):
+        needs = method.needs if site.kind == "linear" else method.modules[site.kind].needs
+        fan_in, fan_out = block[site.kernels[-1]].shape
+        if "gradients" in needs:
+            narrow = min(fan_in, fan_out) if site.kind == "linear" else fan_out
+            extra += 2.0 * narrow**2 + (2.0 * fan_in * fan_out if fan_out > narrow else 0)
+        if "row_fisher" in needs:
+            extra += 2.0 * fan_in * fan_out
     linear = 2.0 * config.num_layers * block_weights(config) * tokens
     attention = forward(config, windows, length) - linear
+    head = 2 * 2.0 * config.hidden_size * config.vocab_size * tokens
     # Backward a linear layer costs its forward again, attention twice its own.
-    total = 2 * linear + 3 * attention + 2 * 2.0 * config.hidden_size * config.vocab_size * tokens
-    if moments:
-        total += config.num_layers * sum(2.0 * n * n for n in sizes) * tokens
-        total += config.num_layers * 2 * 2.0 * config.hidden_size * config.mlp_size * tokens
-    return total + linear if rows else total
+    return 2 * linear + 3 * attention + head + config.num_layers * extra * tokens
+
+
+def preparation(
+    config: ModelConfig, method: Method, windows: int, length: int, gradient_windows: int
+) -> float:
+    """All that `lordjax.prepare` must spend on a method with statistics of the dense model."""
+    from lordjax.calibrate import needs_gradients
+
+    total = factors(config, method)
+    if method.modules or {"moments", "abs_mean"} & set(method.needs):
+        total += forward(config, windows, length) + grams(config, method, windows, length)
+    if needs_gradients(method):
+        total += gradients(config, method, min(windows, gradient_windows), length)
+    return total
 
 
 def matmul_peak(size: int = 2048, repeats: int = 5) -> float:

@@ -17,8 +17,18 @@ def is_block_linear(path: str) -> bool:
 
 def inspect_model(model: str) -> dict[str, Any]:
     """Describes a model: totals, and one entry per parameter path."""
+    import functools
+
+    import jax
+
+    from lordjax import trees
+    from lordjax.models import init
+
     opened = open_model(model)
-    leaves = {path: describe(leaf) for path, leaf in opened.leaves().items()}
+    # Modules may have become narrower: what is left is a share of the original shapes.
+    make = functools.partial(init, opened.config)
+    original = trees.flatten(jax.eval_shape(make, jax.random.key(0)))
+    leaves = {path: describe(leaf, original.get(path)) for path, leaf in opened.leaves().items()}
     linear = [row for path, row in leaves.items() if is_block_linear(path)]
     now, dense = (sum(row[key] for row in linear) for key in ("weights", "dense_weights"))
     return {
@@ -33,15 +43,20 @@ def inspect_model(model: str) -> dict[str, Any]:
     }
 
 
-def describe(leaf: Any) -> dict[str, Any]:
-    """Kind, shape, dtype, rank, weights, bytes and share kept of one parameter."""
+def describe(leaf: Any, original: Any = None) -> dict[str, Any]:
+    """Kind, shape, dtype, rank, weights, bytes and share kept of one parameter.
+
+    Args:
+      leaf: array, kernel, or shapes of them.
+      original: what it was before compression; None if it was not there.
+    """
     import math
 
     import jax
 
     from lordjax.kernels import kind_of, nbytes
 
-    dense = math.prod(leaf.shape)
+    dense = math.prod(leaf.shape if original is None else original.shape)
     weights = sum(part.size for part in jax.tree.leaves(leaf))
     return {
         "kind": kind_of(leaf),

@@ -9,8 +9,15 @@ import scipy.optimize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lordjax.allocation import CURVELESS, POLICIES, Curve, allocate, choose
-from lordjax.plan import weights
+from lordjax.allocation import (
+    CURVELESS,
+    POLICIES,
+    Curve,
+    allocate,
+    choose,
+    influence_removal,
+)
+from lordjax.plan import Size
 
 # --- published numbers: LLaMA-7B (specs §4.3, §7, §9 items 21, 22, 24) ---------------------------
 
@@ -26,11 +33,11 @@ LLAMA = {
 }
 FLAT = np.zeros(WIDTH + 1)  # for policies that look at shapes only
 SHAPES = {f"layer_{i}/{n}/kernel": s for i in range(BLOCKS) for n, s in LLAMA.items()}
-LLAMA_CURVES = {path: Curve(shape, FLAT) for path, shape in SHAPES.items()}
+LLAMA_CURVES = {path: Curve(Size.matrix(*shape), FLAT) for path, shape in SHAPES.items()}
 
 
 def linear_weights(ranks):
-    return sum(weights(SHAPES[path], rank) for path, rank in ranks.items())
+    return sum(Size.matrix(*SHAPES[path]).weights(rank) for path, rank in ranks.items())
 
 
 def parameters(ranks):
@@ -99,7 +106,7 @@ def test_break_even_ranks_of_starcoder():
         ((6144, 6400), 3134.7),
         ((24576, 6144), 4915.2),
     ]:
-        assert abs(Curve(shape, FLAT).break_even - expected) < 0.05
+        assert abs(Curve(Size.matrix(*shape), FLAT).break_even - expected) < 0.05
 
 
 # --- the solver ----------------------------------------------------------------------------------
@@ -218,7 +225,9 @@ def models(draw):
         decay = rng.choice([0.0, 0.1, 2.0])
         spectrum = rng.choice([0.0, 1.0, 1.0, 50.0]) * np.exp(-decay * np.arange(min(shape)))
         errors = np.append(np.cumsum(spectrum[::-1])[::-1], 0.0)
-        curves[f"layer_{i}/{name}/kernel"] = Curve(shape, errors, shape[1] if bias else 0)
+        curves[f"layer_{i}/{name}/kernel"] = Curve(
+            Size.matrix(*shape), errors, shape[1] if bias else 0
+        )
     return curves
 
 
@@ -226,11 +235,8 @@ def spent(curves, ranks):
     """Weights, counted independently of `Curve.cost`."""
     total = 0
     for path, rank in ranks.items():
-        fan_in, fan_out = curves[path].shape
-        if rank is None:
-            total += fan_in * fan_out
-        else:
-            total += fan_in * rank + rank * fan_out + curves[path].extra
+        size = curves[path].size
+        total += size.dense if rank is None else size.unit * rank + curves[path].extra
     return total
 
 
@@ -253,7 +259,7 @@ def test_budget_tiles_and_break_even(curves, keep, policy, tile):
         return
     ranks, gap = found
     assert ranks.keys() == curves.keys()
-    dense = sum(curve.shape[0] * curve.shape[1] for curve in curves.values())
+    dense = sum(curve.size.dense for curve in curves.values())
     assert spent(curves, ranks) <= keep * dense * (1 + 1e-12)
     assert gap is None or 0 <= gap <= 1
     for path, rank in ranks.items():
@@ -275,9 +281,9 @@ def test_a_budget_that_fits_the_smallest_ranks_is_met(curves, keep, policy):
     least = 0
     for curve in curves.values():
         smallest = {"k": 1}
-        pair, dense = spent({"k": curve}, smallest), curve.shape[0] * curve.shape[1]
+        pair, dense = spent({"k": curve}, smallest), curve.size.dense
         least += min(pair, dense)
-    total = sum(curve.shape[0] * curve.shape[1] for curve in curves.values())
+    total = sum(curve.size.dense for curve in curves.values())
     if policy in ("global", "energy", "per-type"):
         assert (try_allocate(curves, keep, policy, 1) is not None) == (least <= keep * total)
 
@@ -287,7 +293,7 @@ def test_a_budget_that_fits_the_smallest_ranks_is_met(curves, keep, policy):
 def test_more_budget_is_never_certified_worse(curves, keep, more):
     options = [curve.options(4) for curve in curves.values()]
     costs, errors = [o[1] for o in options], [o[2] for o in options]
-    dense = sum(curve.shape[0] * curve.shape[1] for curve in curves.values())
+    dense = sum(curve.size.dense for curve in curves.values())
     small, large = keep * dense, (keep + more * (1 - keep)) * dense
     if sum(c[0] for c in costs) > small:
         return
@@ -308,7 +314,7 @@ def test_keeping_everything_changes_nothing(curves, policy):
 
 
 def curve(spectrum, shape=(32, 32), extra=0):
-    return Curve(shape, np.append(np.cumsum(spectrum[::-1])[::-1], 0.0), extra)
+    return Curve(Size.matrix(*shape), np.append(np.cumsum(spectrum[::-1])[::-1], 0.0), extra)
 
 
 def two_layers():
@@ -413,3 +419,88 @@ def test_unknown_policy_and_broken_curve_are_named():
     curves["layer_1/mlp/up/kernel"].errors[3] = np.nan
     with pytest.raises(ValueError, match="not finite at layer_1/mlp/up/kernel"):
         allocate(curves, 0.5, "global")
+
+
+# --- block influence -----------------------------------------------------------------------------
+
+# LLaMA-2-7B's scores (specs of MoDeGPT §5.4), layers 0 to 31.
+LLAMA_INFLUENCE = np.array(
+    [
+        *(0.370, 0.255, 0.152, 0.154, 0.154, 0.154, 0.152, 0.151),
+        *(0.143, 0.134, 0.128, 0.115, 0.111, 0.111, 0.107, 0.108),
+        *(0.107, 0.087, 0.075, 0.064, 0.064, 0.049, 0.048, 0.039),
+        *(0.037, 0.039, 0.036, 0.033, 0.036, 0.038, 0.060, 0.297),
+    ]
+)
+
+
+def test_influence_of_llama():
+    plain = influence_removal(LLAMA_INFLUENCE, 0.3, 0.1, cap=1.0)
+    assert plain.min() == pytest.approx(0.018, abs=1e-3)
+    assert plain.max() == pytest.approx(0.539, abs=1e-3)
+    for cap, capped in ((1.0, 9), (0.85, 12)):
+        pinned = influence_removal(LLAMA_INFLUENCE, 0.5, 0.05, cap=cap)
+        assert np.sum(pinned == cap) == capped
+        assert pinned.mean() == pytest.approx(0.5, abs=1e-9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.floats(0, 2), min_size=1, max_size=20),
+    st.floats(0, 0.95),
+    st.floats(1e-3, 10),
+    st.integers(0, 2**32 - 1),
+)
+def test_influence_is_the_capped_optimum(scores, removed, temperature, seed):
+    scores = np.array(scores)
+    shares = influence_removal(scores, removed, temperature)
+    assert shares.mean() == pytest.approx(removed, abs=1e-9)
+    assert ((shares >= 0) & (shares <= 0.95 + 1e-12)).all()
+    order = np.argsort(scores)
+    assert (np.diff(shares[order]) <= 1e-12).all()  # little from those of high influence
+
+    def value(phi):
+        logs = np.log(np.where(phi > 0, phi, 1))
+        return np.sum(scores * (1 - phi)) - temperature * np.sum(phi * logs)
+
+    rng = np.random.default_rng(seed)
+    for _ in range(20):  # no feasible exchange between two blocks does better
+        i, j = rng.integers(0, len(scores), 2)
+        other = shares.copy()
+        step = rng.uniform(0, min(other[i], 0.95 - other[j]))
+        other[i] -= step
+        other[j] += step
+        assert value(other) <= value(shares) + 1e-9
+
+
+def test_influence_limits():
+    scores = np.array([0.1, 0.5, 0.2])
+    np.testing.assert_allclose(influence_removal(scores, 0.4, float("inf")), 0.4)
+    np.testing.assert_allclose(influence_removal(np.ones(4), 0.4, 0.1), 0.4)
+    np.testing.assert_allclose(influence_removal(scores, 0.0, 0.1), 0.0)
+    with pytest.raises(ValueError, match="cap"):
+        influence_removal(scores, 0.96, 0.1)
+    with pytest.raises(ValueError, match="temperature"):
+        influence_removal(scores, 0.5, 0.0)
+
+
+def test_rounding_by_influence_is_repaired_within_the_budget():
+    """MoDeGPT's modules of LLaMA-2-7B: hardware multiples, and still 0.2 % of the target."""
+    errors = {"attention/qk": 128, "attention/vo": 128, "mlp": 11008}
+    sizes = {
+        "attention/qk": Size(2 * 4096**2, 2 * 4096 * 32, step=2),
+        "attention/vo": Size(2 * 4096**2, 2 * 4096 * 32),
+        "mlp": Size(3 * 4096 * 11008, 3 * 4096, tiles=16),
+    }
+    curves = {
+        f"layer_{i}/{name}": Curve(sizes[name], np.linspace(1, 0, width + 1), 0, score)
+        for i, score in enumerate(LLAMA_INFLUENCE)
+        for name, width in errors.items()
+    }
+    dense = sum(curve.size.dense for curve in curves.values())
+    for keep in (0.9, 0.7, 0.5):
+        ranks, _ = allocate(curves, keep, "block-influence", 8, temperature=0.1)
+        assert keep - 0.002 <= spent(curves, ranks) / dense <= keep
+        assert all(
+            r is None or r % (128 if p.endswith("mlp") else 8) == 0 for p, r in ranks.items()
+        )

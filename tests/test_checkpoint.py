@@ -13,6 +13,7 @@ import safetensors.numpy
 from lordjax import InMemory, LowRank, Plan, compress, factorize, load, nbytes, save, trees
 from lordjax.checkpoint import INDEX, is_compressed, open_saved
 from lordjax.models import ModelConfig, Rope, Transformer, init
+from lordjax.plan import Size
 
 CONFIG = ModelConfig(
     vocab_size=31,
@@ -381,9 +382,9 @@ def test_an_edited_plan_is_read(tmp_path):
     edit(tmp_path / "plan.json", lambda plan: plan["ranks"].update({"layer_0/b/kernel": 3}))
     plan = Plan.read(tmp_path / "plan.json")
     assert plan.ranks == {"layer_0/a/kernel": 8, "layer_0/b/kernel": 3}
-    shapes = {"layer_0/a/kernel": (20, 30), "layer_0/b/kernel": (10, 12)}
-    assert PLAN.weights(shapes) == 8 * 50 + 120
-    assert plan.weights(shapes) == 8 * 50 + 3 * 22
+    sizes = {"layer_0/a/kernel": Size.matrix(20, 30), "layer_0/b/kernel": Size.matrix(10, 12)}
+    assert PLAN.weights(sizes) == 8 * 50 + 120
+    assert plan.weights(sizes) == 8 * 50 + 3 * 22
 
 
 def set_rank(rank):

@@ -1,5 +1,8 @@
 """Whole models: budgets are kept, blocks share compilations, statistics are what they claim."""
 
+import dataclasses
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,9 +15,9 @@ from lordjax.kernels import LowRank, nbytes
 from lordjax.linalg import row_space
 from lordjax.methods import METHODS
 from lordjax.models import ModelConfig, Transformer, init
-from lordjax.plan import Plan, weights
+from lordjax.plan import Plan, Size
 from lordjax.progress import Clock
-from lordjax.sites import LINEAR_SITES, site_path
+from lordjax.sites import LINEAR_SITES, site_path, sites_for
 from lordjax.source import Calibration
 
 CONFIG = ModelConfig(97, 48, 80, 3, 6, 2, 8, 256, tie_embeddings=True)
@@ -56,8 +59,13 @@ def test_every_method_keeps_its_budget(source, params, method, prefix):
     assert 0.4 < share <= 0.6
     assert result.report["plan"]["kept"] == pytest.approx(share)
     assert result.report["bytes"] == nbytes(result.params)
-    kinds = {p for p, k in trees.flatten(result.params).items() if isinstance(k, LowRank)}
-    assert kinds == {p for p, rank in result.plan.ranks.items() if rank is not None}
+    new, old = trees.flatten(result.params), trees.flatten(params)
+    for i, site in itertools.product(range(CONFIG.num_layers), sites_for(METHODS[method].kinds)):
+        rank = result.plan.ranks[site_path(i, site)]
+        for path in (f"layer_{i}/{kernel}" for kernel in site.kernels):
+            assert isinstance(new[path], LowRank) == (rank is not None and site.kind == "linear")
+            if rank is not None and site.kind != "linear":  # nothing padded, nothing masked
+                assert new[path].size < old[path].size
     assert np.isfinite(logits(CONFIG, result.params)).all()
     jax.tree.map(np.testing.assert_array_equal, params, before)
 
@@ -129,9 +137,8 @@ def test_gradients_are_those_of_the_loss(source, params):
         return -jnp.sum(jax.nn.log_softmax(out)[jnp.arange(39), TOKENS[0, 1:]])
 
     expected = jax.grad(loss)(params)
-    stats = gradient_statistics(
-        source, Calibration(TOKENS[:1], None, 1), ("row_fisher", "gradients"), Clock()
-    )
+    both = dataclasses.replace(METHODS["svd"], needs=("row_fisher", "gradients"))
+    stats = gradient_statistics(source, Calibration(TOKENS[:1], None, 1), both, Clock())
     for i in range(CONFIG.num_layers):
         flat = trees.flatten(expected[f"layer_{i}"])
         for site in LINEAR_SITES:
@@ -144,7 +151,7 @@ def test_gradients_are_those_of_the_loss(source, params):
 
 def test_gradient_coordinates_keep_the_metric(source, params):
     """For a widening kernel the gradient is stored in the kernel's row space: K M Kᵀ survives."""
-    stats = gradient_statistics(source, Calibration(TOKENS, None, 3), ("gradients",), Clock())
+    stats = gradient_statistics(source, Calibration(TOKENS, None, 3), METHODS["lord"], Clock())
     path = "mlp/up/kernel"
     kernel = params["layer_1"]["mlp"]["up"]["kernel"]
     narrow = kernel @ row_space(kernel)
@@ -172,7 +179,7 @@ def test_sequential_equals_one_shot_where_the_prefix_is_untouched(source):
         p: prepare(source, TOKENS, method="lord-linear", prefix=p) for p in ("dense", "compressed")
     }
     chosen = [f"layer_0/attention/{n}/kernel" for n in "qkv"]
-    ranks = dict.fromkeys(prepared["dense"].shapes, None) | dict.fromkeys(chosen, 4)
+    ranks = dict.fromkeys(prepared["dense"].sizes, None) | dict.fromkeys(chosen, 4)
     plan = Plan("lord-linear", ranks, 0.5, "by hand")
     a, b = (prepared[p].apply(plan).params for p in ("dense", "compressed"))
     np.testing.assert_allclose(logits(CONFIG, a), logits(CONFIG, b), atol=1e-4)
@@ -180,7 +187,7 @@ def test_sequential_equals_one_shot_where_the_prefix_is_untouched(source):
 
 def test_sequential_sees_the_compressed_prefix(source):
     """Compressing an early layer changes what a later one is fitted to - unless one-shot."""
-    ranks = dict.fromkeys(prepare(source, TOKENS, method="rom").shapes, None)
+    ranks = dict.fromkeys(prepare(source, TOKENS, method="rom").sizes, None)
     late = "layer_2/mlp/down/kernel"
     results = {}
     for prefix in ("dense", "compressed"):
@@ -228,12 +235,12 @@ def test_report_of_each_layer(source):
 
 def test_verify_finds_a_kernel_that_was_not_replaced(source, params):
     result = compress(source, TOKENS, method="svd", keep=0.5)
-    shapes = {p: trees.flatten(params)[p].shape for p in result.plan.ranks}
-    verify(result.params, result.plan, shapes)
+    sizes = {p: Size.matrix(*trees.flatten(params)[p].shape) for p in result.plan.ranks}
+    verify(result.params, result.plan, sizes)
     path = "layer_1/mlp/up/kernel"
     forgotten = trees.update(result.params, {path: trees.flatten(params)[path]})
-    with pytest.raises(ValueError, match=f"{path} has {weights(shapes[path], None)} weights"):
-        verify(forgotten, result.plan, shapes)
+    with pytest.raises(ValueError, match=f"{path} has {sizes[path].dense} weights"):
+        verify(forgotten, result.plan, sizes)
 
 
 @pytest.mark.parametrize(
@@ -272,13 +279,13 @@ def test_statistics_do_not_depend_on_the_stored_dtype(source, params, dtype, pre
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"layer_9/mlp/up/kernel": 4}, "layer_9/mlp/up/kernel is not a kernel of this model"),
+        ({"layer_9/mlp/up/kernel": 4}, "layer_9/mlp/up/kernel is not a site of this method"),
         ({"layer_0/mlp/up/kernel": 47}, r"layer_0/mlp/up/kernel: rank 47 is not in \[1, 30\)"),
     ],
 )
 def test_a_plan_that_does_not_fit_is_refused(source, change, message):
     prepared = prepare(source, TOKENS, method="svd")
-    plan = Plan("svd", {**dict.fromkeys(prepared.shapes, None), **change}, 0.5, "by hand")
+    plan = Plan("svd", {**dict.fromkeys(prepared.sizes, None), **change}, 0.5, "by hand")
     with pytest.raises(ValueError, match=message):
         prepared.apply(plan)
     with pytest.raises(ValueError, match="layer_0/attention/q/kernel is missing"):

@@ -7,7 +7,8 @@ import pytest
 
 from lordjax import linalg
 from lordjax.methods import METHODS, truncate
-from lordjax.methods.base import break_even
+from lordjax.methods.svd import SVD_METHODS
+from lordjax.plan import Size
 from lordjax.sequential import _regress
 from lordjax.stats import AbsMean, Moments
 
@@ -285,7 +286,7 @@ def test_isotropic_gradients_make_lord_linear():
     )
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", sorted(SVD_METHODS))
 @pytest.mark.parametrize("shape", SHAPES)
 def test_full_rank_reproduces(method, shape):
     kernel, x = problem(shape)
@@ -330,7 +331,7 @@ def test_corrective_bias_meets_the_untouched_mean():
 def test_dead_layer_and_singular_metric_are_finite():
     kernel, x = problem((30, 20))
     zero = np.zeros_like(x)
-    for method in METHODS:
+    for method in SVD_METHODS:
         for inputs, gradients in ((zero, None), (x, np.zeros((5, 20))), (zero, np.zeros((5, 20)))):
             new, _, factors = run(method, kernel, inputs, 4, gradients=gradients)
             assert np.isfinite(new).all()
@@ -338,9 +339,9 @@ def test_dead_layer_and_singular_metric_are_finite():
 
 
 def test_break_even():
-    assert break_even(4096, 4096) == 2048
-    assert break_even(4096, 11008) == pytest.approx(2985.2203, abs=1e-3)
-    assert break_even(6144, 24576) == pytest.approx(4915.2)
+    assert Size.matrix(4096, 4096).limit == 2048
+    assert Size.matrix(4096, 11008).limit == pytest.approx(2985.2203, abs=1e-3)
+    assert Size.matrix(6144, 24576).limit == pytest.approx(4915.2)
 
 
 def test_corrective_target_in_the_metric_of_the_gradients():

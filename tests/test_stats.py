@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from lordjax.collect import empty, observe
 from lordjax.models import Block, ModelConfig, Transformer, init
 from lordjax.sites import LINEAR_SITES
-from lordjax.stats import STATISTICS, AbsMean, Moments
+from lordjax.stats import STATISTICS, AbsMean, HeadMoments, Influence, Moments, SecondMoment
 
 ROWS, WIDTH = 60, 7
 # float32 sums of a few dozen terms; the issue asks for 1e-6, relative to the whole matrix.
@@ -40,8 +40,19 @@ def abs_reference(x, weights=None):
     return AbsMean(w.sum(), w @ np.abs(x))
 
 
-REFERENCES = {"moments": reference, "abs_mean": abs_reference}
-every_kind = pytest.mark.parametrize("kind", STATISTICS)
+def second_reference(x, weights=None):
+    x = np.asarray(x, np.float64)
+    w = np.ones(len(x)) if weights is None else np.asarray(weights, np.float64)
+    return SecondMoment(w.sum(), (w[:, None] * x).T @ x)
+
+
+REFERENCES = {
+    "moments": reference,
+    "abs_mean": abs_reference,
+    "second_moment": second_reference,
+}
+VECTORS = {kind: STATISTICS[kind] for kind in REFERENCES}  # those of single vectors
+every_kind = pytest.mark.parametrize("kind", REFERENCES)
 
 
 def assert_close(actual, expected, tolerance):
@@ -105,7 +116,7 @@ def test_moments_of_the_definition():
 
 def test_leading_axes_are_tokens():
     x = data().reshape(3, 4, 5, WIDTH)
-    for kind in STATISTICS:
+    for kind in REFERENCES:
         assert_close(folded(kind, [x]), REFERENCES[kind](x.reshape(-1, WIDTH)), 1e-6)
 
 
@@ -190,7 +201,7 @@ def test_gram_of_many_tokens_in_float32():
 
 def test_bfloat16_activations_are_widened_before_they_are_multiplied():
     x = jnp.asarray(data(), jnp.bfloat16)
-    for kind, statistic in STATISTICS.items():
+    for kind, statistic in VECTORS.items():
         stat = statistic.zeros(WIDTH).update(x)
         assert_close(stat, REFERENCES[kind](np.asarray(x, np.float64)), 1e-6)
 
@@ -254,10 +265,10 @@ IN_WIDTHS = {"o": 16, "down": 24}
 KEYS = {
     f"{site.input_tap}:{kind}": IN_WIDTHS.get(site.layer.split("/")[1], 16)
     for site in LINEAR_SITES
-    for kind in STATISTICS
+    for kind in REFERENCES
 } | {f"{s.output_tap}:moments": OUT_WIDTHS[s.layer.split("/")[1]] for s in LINEAR_SITES}
 
-INPUTS = {f"{site.input_tap}:{kind}" for site in LINEAR_SITES for kind in STATISTICS}
+INPUTS = {f"{site.input_tap}:{kind}" for site in LINEAR_SITES for kind in REFERENCES}
 
 
 @functools.cache
@@ -388,3 +399,29 @@ def test_collecting_adds_no_product_but_the_grams():
     grams = count(one) - plain
     assert 1 <= grams <= 2  # the Gram, and at most one outer product of the merge
     assert count(moments) - plain == grams * len(moments)
+
+
+# --- heads and blocks ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_head_moments_are_the_diagonal_blocks(masked):
+    x = data(width=12)
+    w = np.arange(len(x)) % 3 > 0 if masked else np.ones(len(x), bool)
+    stat = HeadMoments.zeros((3, 4))
+    for part, weights in zip(np.split(x, 4), np.split(w, 4), strict=True):
+        stat = stat.update(jnp.asarray(part, jnp.float32), jnp.asarray(weights))
+    whole = (x[w].T @ x[w] / w.sum()).reshape(3, 4, 3, 4)
+    for head in range(3):
+        np.testing.assert_allclose(stat.second_moment()[head], whole[head, :, head], rtol=1e-5)
+
+
+def test_influence_is_one_minus_the_mean_cosine():
+    x = jnp.asarray(data(), jnp.float32)
+    zeros = Influence.zeros()
+    assert float(zeros.update((x, x)).mean()) == pytest.approx(0, abs=1e-6)
+    assert float(zeros.update((x, -2 * x)).mean()) == pytest.approx(2, abs=1e-6)
+    half = jnp.arange(len(x)) % 2 == 0
+    mixed = jnp.where(half[:, None], x, -x)
+    assert float(zeros.update((x, mixed)).mean()) == pytest.approx(1, abs=1e-6)
+    assert float(zeros.update((x, mixed), half).mean()) == pytest.approx(0, abs=1e-6)

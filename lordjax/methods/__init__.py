@@ -1,9 +1,59 @@
 """Methods by name. A new method is a row here, a theorem test and a number from a script."""
 
-from lordjax.methods.base import Factors, Method, break_even, truncate
+from typing import Any
+
+from lordjax.methods.base import Factors, Method, Module, ModuleFactors, truncate
+from lordjax.methods.modular import mlp_module, query_key_module, value_output_module
 from lordjax.methods.svd import SVD_METHODS
 
-METHODS: dict[str, Method] = {**SVD_METHODS}
+_LOSS_MLP = mlp_module(("moments", "gradients"), score="elimination")
+_LOSS_VALUES = value_output_module(("moments", "gradients"), fit=True)
+
+
+def _published(summary: str, **mlp: Any) -> Method:
+    """MoDeGPT as published, but for how the MLP's neurons are chosen and fitted."""
+    modules = {
+        "mlp": mlp_module(("moments",), **mlp),
+        "vo": value_output_module(("values",), fit=False),
+        "qk": query_key_module(("queries", "keys")),
+    }
+    return Method(summary, None, modules=modules, allocation="block-influence")
+
+
+METHODS: dict[str, Method] = {
+    **SVD_METHODS,
+    "modegpt": Method(
+        "narrower MLPs and values, low-rank queries and keys, in the metric of the loss",
+        SVD_METHODS["lord"].factor,
+        SVD_METHODS["lord"].needs,
+        modules={"mlp": _LOSS_MLP, "vo": _LOSS_VALUES},
+        allocation="global",
+    ),
+    "modegpt-cr": Method(
+        "narrower MLPs, values, queries and keys (smaller cache), in the metric of the loss",
+        None,
+        modules={
+            "mlp": _LOSS_MLP,
+            "vo": _LOSS_VALUES,
+            "qk": query_key_module(("queries", "keys", "gates")),
+        },
+        allocation="global",
+    ),
+    "modegpt-published": _published(
+        "Nystroem MLP, CR queries/keys, SVD values, ranks by block influence: as published",
+        score="leverage",
+    ),
+    "modegpt-slice": _published(
+        "modegpt-published with the MLP's most energetic neurons and no refit: a baseline",
+        score="energy",
+        fit=False,
+    ),
+    "modegpt-random": _published(
+        "modegpt-published with random neurons of the MLP and no refit: a baseline",
+        score="random",
+        fit=False,
+    ),
+}
 
 
 def method_at(name: str, layer: str) -> str:
@@ -11,4 +61,4 @@ def method_at(name: str, layer: str) -> str:
     return METHODS[name].exceptions.get(layer, name)
 
 
-__all__ = ["METHODS", "Factors", "Method", "break_even", "method_at", "truncate"]
+__all__ = ["METHODS", "Factors", "Method", "Module", "ModuleFactors", "method_at", "truncate"]

@@ -36,16 +36,54 @@ class Factors:
     mean_out: Any = None
 
 
+@flax.struct.dataclass
+class ModuleFactors:
+    """What a module needs to be cut to any width.
+
+    Attributes:
+      spectrum: ``[widths]``; the error at width r is ``sum(spectrum[r:])`` in the method's measure.
+      parts: arrays that the module's ``narrow`` reads.
+    """
+
+    spectrum: Any
+    parts: dict[str, Any]
+
+
+Kernels = Mapping[str, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """How a method compresses layers that share an inner width.
+
+    Attributes:
+      factor: ``(kernels in head form, stats) -> ModuleFactors``; pure, jittable.
+      narrow: ``(kernels, factors, width) -> `` the kernels that change, by name; ``out_bias`` is
+        what to add to the last layer's bias.
+      needs: names of the statistics that ``factor`` reads: ``moments`` (of what the last layer is
+        fed), ``queries``, ``keys``, ``values`` (second moments of heads), ``gradients`` (at the
+        module's output), ``gates`` (of rotary pairs).
+      bias: whether the result carries a bias correction.
+    """
+
+    factor: Callable[[Kernels, Mapping[str, Any]], ModuleFactors]
+    narrow: Callable[[Kernels, ModuleFactors, int], dict[str, Any]]
+    needs: tuple[str, ...]
+    bias: bool = False
+
+
 @dataclasses.dataclass(frozen=True)
 class Method:
     """One row of `METHODS`.
 
     Attributes:
       summary: one line for tables and ``--help``.
-      factor: ``(kernel [in, out], stats) -> Factors``; pure, jittable, one compile per shape.
+      factor: ``(kernel [in, out], stats) -> Factors`` for linear layers on their own; pure,
+        jittable, one compile per shape. None: those that no module covers stay as they are.
       needs: names of the statistics that ``factor`` reads: ``moments`` (of inputs or outputs,
         whichever is smaller), ``abs_mean``, ``gradients``, ``row_fisher``.
-      bias: whether the result carries a bias correction.
+      bias: whether ``factor``'s result carries a bias correction.
+      modules: kind of module (``mlp``, ``qk``, ``vo``) -> how it is compressed as one.
       allocation: the default policy of `allocate`.
       prefix: ``dense``: statistics from the untouched model, in one pass; ``compressed``: block
         after block from the model compressed so far; ``corrective``: likewise, fitting the
@@ -55,12 +93,26 @@ class Method:
     """
 
     summary: str
-    factor: Callable[[Array, Mapping[str, Any]], Factors]
+    factor: Callable[[Array, Mapping[str, Any]], Factors] | None
     needs: tuple[str, ...] = ()
     bias: bool = False
+    modules: Mapping[str, Module] = dataclasses.field(default_factory=dict)
     allocation: str = "uniform"
     prefix: str = "dense"
     exceptions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """Kinds of site that it compresses; ``linear`` are those on their own."""
+        alone = () if self.factor is None else ("linear",)
+        return frozenset((*self.modules, *alone))
+
+    @property
+    def in_nats(self) -> bool:
+        """Whether predicted errors are estimates of the loss, which compare across sites."""
+        needs = [module.needs for module in self.modules.values()]
+        needs += [] if self.factor is None else [self.needs]
+        return all({"gradients", "gates"} & set(names) for names in needs)
 
 
 def truncate(factors: Factors, rank: int) -> tuple[LowRank, Float[Array, "out"] | None]:
@@ -70,8 +122,3 @@ def truncate(factors: Factors, rank: int) -> tuple[LowRank, Float[Array, "out"] 
     if factors.mean_out is None:
         return kernel, None
     return kernel, factors.mean_out - mm(factors.mean_in[None, :rank], right)[0]
-
-
-def break_even(fan_in: int, fan_out: int) -> float:
-    """Rank at which a factor pair has as many weights as the dense matrix."""
-    return fan_in * fan_out / (fan_in + fan_out)

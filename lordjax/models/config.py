@@ -50,7 +50,7 @@ class ModelConfig:
     max_positions: int  # longest sequence the model was made for
     norm_eps: float = 1e-6
     activation: str = "silu"  # a key of models.layers.ACTIVATIONS
-    rope: Rope = Rope()
+    rope: Rope | None = Rope()  # None: no rotary positions
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
@@ -73,7 +73,8 @@ class ModelConfig:
           TypeError: if a field is unknown or missing.
         """
         fields = dict(fields)
-        fields["rope"] = Rope(**fields["rope"])
+        if fields["rope"] is not None:
+            fields["rope"] = Rope(**fields["rope"])
         if fields.get("windows") is not None:
             fields["windows"] = tuple(fields["windows"])
         return cls(**fields)

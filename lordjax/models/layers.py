@@ -158,16 +158,20 @@ def _yarn_scale(rope: Rope) -> float:
 def rotate(
     x: Float[Array, "b s h d"],
     positions: Int[Array, "#b s"],
-    frequencies: Float[Array, "half"],
+    frequencies: Float[Array, "#h half"],
     scale: float,
 ) -> Float[Array, "b s h d"]:
     """Applies the rotary embedding in the half-split layout: pair i is (i, i + d/2).
 
+    Heads may turn at frequencies of their own: a head of which pairs were dropped keeps the
+    others' frequencies.
+
     Angles are an exact float32 product and not a matmul: with reduced precision in this one
     product the perplexity of SmolLM2-135M goes from 29 to 52.
     """
-    angles = positions[..., None].astype(jnp.float32) * frequencies[None, None]  # [b, s, half]
-    cos, sin = (scale * f(angles)[:, :, None, :] for f in (jnp.cos, jnp.sin))
+    steps = positions[..., None, None].astype(jnp.float32)
+    angles = steps * frequencies[None, None]  # [b, s, h, half]
+    cos, sin = scale * jnp.cos(angles), scale * jnp.sin(angles)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)

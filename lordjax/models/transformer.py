@@ -4,7 +4,8 @@ Parameters (``[in, out]`` kernels; biases where the family has them)::
 
     embed/embedding                         [vocab, m]
     layer_0/attention_norm/scale            [m]
-    layer_0/attention/{q,k,v,o}/kernel      [m, h·d] [m, k·d] [m, k·d] [h·d, m]
+    layer_0/attention/{q,k,v,o}/kernel      [m, h·d] [m, k·d] [m, k·e] [h·e, m]
+    layer_0/attention/rope_index            [k, d/2], only where rotary pairs were dropped
     layer_0/mlp_norm/scale                  [m]
     layer_0/mlp/{gate,up,down}/kernel       [m, f] [m, f] [f, m]
     final_norm/scale                        [m]
@@ -22,7 +23,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from lordjax.models.config import ModelConfig
+from lordjax.models.config import ModelConfig, Rope
 from lordjax.models.layers import (
     ACTIVATIONS,
     Linear,
@@ -57,13 +58,39 @@ class Attention(nn.Module):
 
         q = project("q", c.num_heads)
         k, v = project("k", c.num_kv_heads), project("v", c.num_kv_heads)
-        frequencies, factor = rope_frequencies(c.rope, c.head_size, c.max_positions, x.shape[1])
-        q, k = (rotate(z, positions, jnp.asarray(frequencies), factor) for z in (q, k))
+        if c.rope is not None:
+            q, k = self._rotate(c.rope, q, k, positions)
+        q, k = (
+            tap(self, name, z.reshape(*x.shape[:2], -1)).reshape(z.shape)
+            for name, z in (("queries", q), ("keys", k))
+        )
 
         # The softmax scale keeps the original head size: compression approximates q @ k.
         mixed = attend(q, k, v, scale=c.head_size**-0.5, window=self.window, mask=mask)
         mixed = tap(self, "attention_out", mixed.reshape(*x.shape[:2], -1))
         return Linear(c.hidden_size, c.out_bias, name="o")(mixed)
+
+    def _rotate(
+        self,
+        rope: Rope,
+        q: Float[Array, "b s h d"],
+        k: Float[Array, "b s k d"],
+        positions: Int[Array, "#b s"],
+    ) -> tuple[Float[Array, "b s h d"], Float[Array, "b s k d"]]:
+        """Queries and keys with rotary positions.
+
+        Where pairs were dropped, ``rope_index`` says which frequencies are left: the one parameter
+        that is not a weight.
+        """
+        c = self.config
+        frequencies, factor = rope_frequencies(rope, c.head_size, c.max_positions, q.shape[1])
+        turns = jnp.asarray(frequencies)[None]  # [1, half]
+        if self.has_variable("params", "rope_index"):
+            turns = turns[0][self.get_variable("params", "rope_index")]  # [k, half]
+        k = rotate(k, positions, turns, factor)
+        if turns.shape[0] > 1:
+            turns = jnp.repeat(turns, c.num_heads // c.num_kv_heads, axis=0)
+        return rotate(q, positions, turns, factor), k
 
 
 class MLP(nn.Module):

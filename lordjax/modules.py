@@ -1,0 +1,148 @@
+"""The modules of a block as arrays with head axes, as `methods.modular` wants them, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from lordjax import trees
+from lordjax.models.config import ModelConfig
+from lordjax.plan import Size
+from lordjax.sites import LAST_LAYER, Site
+
+# Name in head form -> parameter, and which axis is split into heads: ``h`` or ``k``, the last into
+# query or key heads; ``H``, the one before it into query heads.
+_LEAVES: dict[str, dict[str, tuple[str, str]]] = {
+    "qk": {
+        "q": ("attention/q/kernel", "h"),
+        "k": ("attention/k/kernel", "k"),
+        "q_bias": ("attention/q/bias", "h"),
+        "k_bias": ("attention/k/bias", "k"),
+    },
+    "vo": {
+        "v": ("attention/v/kernel", "k"),
+        "o": ("attention/o/kernel", "H"),
+        "v_bias": ("attention/v/bias", "k"),
+    },
+    "mlp": {
+        "gate": ("mlp/gate/kernel", ""),
+        "up": ("mlp/up/kernel", ""),
+        "down": ("mlp/down/kernel", ""),
+        "gate_bias": ("mlp/gate/bias", ""),
+        "up_bias": ("mlp/up/bias", ""),
+    },
+}
+LAST_NAME = {"vo": "o", "mlp": "down"}  # what `sites.LAST_LAYER` is called in head form
+ROPE_INDEX = "attention/rope_index"
+
+
+def gather(kind: str, flat: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """A module's arrays in head form.
+
+    Args:
+      kind: ``qk``, ``vo`` or ``mlp``.
+      flat: parameters of the block by path.
+      config: number of heads.
+
+    Returns:
+      name -> array; absent biases and gates are absent. Rotary queries and keys come with
+      ``rope_index`` ``[k, d/2]``, the frequencies that their pairs turn at.
+    """
+    heads = {"h": config.num_heads, "k": config.num_kv_heads}
+    found = {}
+    for name, (path, axes) in _LEAVES[kind].items():
+        if path not in flat:
+            continue
+        a = flat[path]
+        if axes in heads:
+            a = a.reshape(*a.shape[:-1], heads[axes], -1)
+        elif axes == "H":
+            a = a.reshape(config.num_heads, -1, a.shape[-1])
+        found[name] = a
+    if kind == "qk" and config.rope is not None:
+        all_pairs = np.tile(np.arange(config.head_size // 2), (config.num_kv_heads, 1))
+        found["rope_index"] = flat.get(ROPE_INDEX, all_pairs.astype(np.int32))
+    return found
+
+
+def scatter(kind: str, new: Mapping[str, Any], flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters by path with a module's new arrays in their place, in the old ones' dtypes.
+
+    Args:
+      kind: as for `gather`.
+      new: arrays in head form; ``out_bias`` is added to the last layer's bias.
+      flat: parameters of the block by path; untouched.
+    """
+    table = dict(flat)
+    for name, value in new.items():
+        if name in ("out_bias", "rope_index"):
+            continue
+        path, axes = _LEAVES[kind][name]
+        a = np.asarray(value, flat[path].dtype)
+        if axes == "H":
+            a = a.reshape(-1, a.shape[-1])
+        elif axes:
+            a = a.reshape(*a.shape[:-2], -1)
+        table[path] = a
+    if "rope_index" in new:
+        table[ROPE_INDEX] = np.asarray(new["rope_index"], np.int32)
+    if "out_bias" in new:
+        kernel = LAST_LAYER[kind]
+        bias = kernel.replace("/kernel", "/bias")
+        total = np.asarray(new["out_bias"]) + np.asarray(flat.get(bias, 0))
+        table[bias] = np.asarray(total, flat[kernel].dtype)
+    return table
+
+
+def widen(kind: str, new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
+    """A narrow module in arrays of its former shapes, filled up with zeros: the same function.
+
+    Args:
+      kind: as for `gather`.
+      new: the narrow module's arrays, in head form.
+      old: the arrays it was made of.
+    """
+    wide = {name: new[name] for name in new if name == "out_bias"}
+    for name in set(new) & set(old) - {"rope_index"}:
+        a = np.asarray(new[name])
+        full: Any = np.zeros(old[name].shape, a.dtype)
+        if "rope_index" in new:
+            at = _columns(new["rope_index"], old["rope_index"])  # [k, width]
+            at = np.repeat(at, full.shape[-2] // len(at), axis=0)
+            at = at.reshape((1,) * (full.ndim - 2) + at.shape)
+            np.put_along_axis(full, np.broadcast_to(at, a.shape), a, axis=-1)
+        else:
+            full[tuple(slice(n) for n in a.shape)] = a
+        wide[name] = full
+    return wide
+
+
+def _columns(kept: Any, all_pairs: Any) -> np.ndarray:
+    """Where the columns of kept rotary pairs were, half-split like the columns themselves."""
+    kept, all_pairs = np.asarray(kept), np.asarray(all_pairs)
+    at = np.argmax(kept[:, :, None] == all_pairs[:, None], axis=2)
+    return np.concatenate([at, at + all_pairs.shape[1]], axis=1)
+
+
+def site_size(site: Site, block: Mapping[str, Any], config: ModelConfig) -> Size:
+    """How many weights a site of a block has at a rank."""
+    flat = trees.flatten(block)
+    shapes = [flat[path].shape for path in site.kernels if path in flat]
+    if site.kind == "linear":
+        return Size.matrix(*shapes[0])
+    dense = sum(fan_in * fan_out for fan_in, fan_out in shapes)
+    widths = {
+        "mlp": flat["mlp/down/kernel"].shape[0],
+        "qk": flat["attention/q/kernel"].shape[1] // config.num_heads,
+        "vo": flat["attention/o/kernel"].shape[0] // config.num_heads,
+    }
+    rotary = site.kind == "qk" and config.rope is not None
+    return Size(
+        dense,
+        dense // widths[site.kind],
+        bias=shapes[-1][1],
+        step=2 if rotary else 1,
+        tiles=4 if site.kind == "mlp" else 1,
+    )
