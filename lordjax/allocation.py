@@ -226,6 +226,12 @@ def per_type(curves: Curves, keep: float, tile: int) -> tuple[Ranks, float | Non
     for path in curves:
         types.setdefault(layer_type(path), []).append(path)
     merged = {}
+    uneven = [n for n, paths in types.items() if len({curves[path].size for path in paths}) > 1]
+    if uneven:
+        raise ValueError(
+            f"one rank per type, but sizes differ between blocks at {', '.join(uneven)} "
+            "(compressed before?); use another policy"
+        )
     for name, paths in types.items():
         errors = np.sum([curves[path].errors for path in paths], axis=0)
         merged[name] = (dataclasses.replace(curves[paths[0]], errors=errors), len(paths))
@@ -295,12 +301,13 @@ def influence_removal(
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     scores = np.asarray(scores, float)
-    logits = -(scores - scores.min()) / temperature
-    weights, pinned = np.exp(logits), np.zeros(len(scores), bool)
+    pinned = np.zeros(len(scores), bool)
     while True:
         free = removed * len(scores) - cap * pinned.sum()
-        total = weights[~pinned].sum()
-        shares = np.where(pinned, cap, weights * (free / total if total > 0 else 0.0))
+        # Relative to the least of those that are left: others may be too small to represent.
+        least = scores[~pinned].min() if not pinned.all() else 0.0
+        weights = np.where(pinned, 0.0, np.exp(-np.maximum(scores - least, 0) / temperature))
+        shares = np.where(pinned, cap, weights * (free / max(weights.sum(), 1e-300)))
         above = ~pinned & (shares > cap)
         if not above.any():
             return shares

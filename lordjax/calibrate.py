@@ -248,6 +248,7 @@ def _empty_gradients(
         if "row_fisher" in keys:
             stats.setdefault("row_fisher", {})[site.path] = jnp.zeros(flat[site.path].shape[0])
         if "gates" in keys:
-            pairs = flat["attention/k/kernel"].shape[1] // config.num_kv_heads // 2
+            width = flat["attention/k/kernel"].shape[1] // config.num_kv_heads
+            pairs = 1 if config.rope is None else width // 2
             stats["gates"] = {QUERIES: HeadMoments.zeros((config.num_kv_heads, pairs))}
     return stats, bases

@@ -181,7 +181,8 @@ def observe_gradients(
       stats: accumulators (donated). ``gradients``: site path -> second moment of the loss gradient
         at the site's output; ``row_fisher``: site path -> ``[in]``, the sum over windows and
         outputs of squared weight gradients; ``gates``: ``"attention/queries"`` -> `HeadMoments` of
-        how the loss falls with the size of each rotary pair of the queries of a key head.
+        how the loss changes with the size of each rotary pair of the queries of a key head, or of
+        all of them without rotary positions.
       config: the architecture.
       window: sliding window of this layer.
 
@@ -221,9 +222,10 @@ def observe_gradients(
 
     def gate(tap: str, total: HeadMoments) -> HeadMoments:
         # The loss changes by g·q when a pair's query is scaled; keys have the same effect, summed.
+        # Members of a pair are d/2 apart, so that pairs are the last axis.
         groups, pairs = total.total.shape[:2]
-        effect = (grads[tap] * taps[tap]).reshape(*x.shape[:2], groups, -1, 2, pairs)
-        return total.update(jnp.sum(effect, axis=(3, 4)).reshape(*x.shape[:2], -1), mask)
+        effect = (grads[tap] * taps[tap]).reshape(*x.shape[:2], groups, -1, pairs)
+        return total.update(jnp.sum(effect, axis=3).reshape(*x.shape[:2], -1), mask)
 
     new: dict[str, dict[str, Any]] = {}
     if gates:

@@ -143,7 +143,7 @@ def replace_kernels(
     config: Any,
     *,
     widened: bool = False,
-    kernels: Mapping[str, Any] | None = None,
+    kernels: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Block ``i`` with the planned sites replaced, on the host; the input is untouched.
 
@@ -156,7 +156,7 @@ def replace_kernels(
       config: the architecture.
       widened: put in arrays of the original shapes - products instead of pairs, zeros around what a
         narrow module keeps - which compute the same and share compilations.
-      kernels: site path -> what was factored, where that is not the block's own.
+      kernels: path of a module -> arrays, by name, that were factored instead of the block's own.
     """
     row = METHODS[method]
     before = trees.flatten(block)
@@ -169,7 +169,7 @@ def replace_kernels(
         if site.kind == "linear":
             flat |= _factored(site, flat, factors[path], rank, widened=widened)
             continue
-        own = gather(site.kind, before, config) if kernels is None else kernels[path]
+        own = gather(site.kind, before, config) | dict((kernels or {}).get(path, {}))
         with jax.enable_x64(True):
             double = jax.tree.map(lambda a: np.asarray(_double(a)), (own, factors[path].parts))
             cut = ModuleFactors(factors[path].spectrum, double[1])

@@ -139,8 +139,14 @@ def solve_psd(
 def jittered(a: Float[Array, "n n"]) -> tuple[Float[Array, "n n"], Float[Array, "n n"]]:
     """``a + τI`` and its lower Cholesky factor, τ the least of 1e-6, 1e-5, … mean(diag) that works.
 
-    Fewer tokens than columns, or columns that are always zero, make a Gram singular.
+    Fewer tokens than columns, or columns that are always zero, make a Gram singular. A matrix that
+    is not finite gives a factor that is not finite either.
     """
+    return _cholesky(a, JITTER)
+
+
+def _cholesky(a: Array, first: float) -> tuple[Array, Array]:
+    """`jittered`, the first share to try being an argument."""
     eye = jnp.eye(a.shape[0], dtype=a.dtype)
     mean = jnp.mean(jnp.diagonal(a))
     unit = jnp.where(mean > 0, mean, 1)
@@ -153,10 +159,11 @@ def jittered(a: Float[Array, "n n"]) -> tuple[Float[Array, "n n"], Float[Array, 
         return ~jnp.isfinite(state[1]).all() & (state[0] < 1)
 
     def retry(state: tuple[Array, Array]) -> tuple[Array, Array]:
-        return 10 * state[0], factor(10 * state[0])
+        scale = jnp.maximum(10 * state[0], JITTER)
+        return scale, factor(scale)
 
-    first = jnp.asarray(JITTER, a.dtype)
-    scale, lower = jax.lax.while_loop(failed, retry, (first, factor(first)))
+    share = jnp.asarray(first, a.dtype)
+    scale, lower = jax.lax.while_loop(failed, retry, (share, factor(share)))
     return symmetrize(a) + scale * unit * eye, lower
 
 
@@ -175,7 +182,8 @@ def leverage_complement(gram: Float[Array, "n n"], ridge: float) -> Float[Array,
     diagonal = jnp.diagonal(gram)
     mean = jnp.mean(diagonal)
     shift = ridge * jnp.where(mean > 0, mean, 1)
-    h = inverse_diagonal(jnp.linalg.cholesky(gram + shift * jnp.eye(len(gram), dtype=gram.dtype)))
+    eye = jnp.eye(len(gram), dtype=gram.dtype)
+    h = inverse_diagonal(_cholesky(gram + shift * eye, 0.0)[1])
     return jnp.where(diagonal > 0, h, jnp.inf)
 
 
@@ -213,30 +221,46 @@ def elimination_order(
     """Columns by falling importance: backward elimination with exact refits (OBS).
 
     Without column i the refit error of ``z @ kernel`` grows by ``‖W_i‖² / [C⁻¹]_ii``, W being the
-    refit kernel so far. The cheapest columns go first, up to ``block`` at once, and both are
-    updated exactly, so that the order costs a few products instead of n of them.
+    refit kernel so far. Columns go one after the other; of each ``block`` the choice is among the
+    ``2 · block`` that were cheapest when it began, on whose part of W and ``C⁻¹`` every removal is
+    carried out at once, and on the rest when the block is full. So of two columns that replace each
+    other one stays, and n removals cost a few products instead of n updates of everything.
 
     Source: Optimal Brain Surgeon (Hassibi and Stork, 1993), with many outputs.
     """
-    n = gram.shape[0]
-    block = max(b for b in range(1, min(block, n) + 1) if n % b == 0)
-    dead = jnp.diagonal(gram) <= 0
+    n, pad = gram.shape[0], -gram.shape[0] % block
+    # Columns that fill the last block up; they go first.
+    gram, kernel = jnp.pad(gram, ((0, pad), (0, pad))), jnp.pad(kernel, ((0, pad), (0, 0)))
+    index = jnp.arange(n + pad)
+    floor = jnp.where(index >= n, -2.0, jnp.where(jnp.diagonal(gram) <= 0, -1.0, 0.0))
     _, lower = jittered(gram)
-    inverse = cho_solve((lower, True), jnp.eye(n, dtype=gram.dtype))
+    inverse = cho_solve((lower, True), jnp.eye(n + pad, dtype=gram.dtype))
+
+    def costs(inverse: Array, kernel: Array, floor: Array, alive: Array) -> Array:
+        diagonal = jnp.where(alive, jnp.diagonal(inverse), 1)
+        cost = jnp.where(floor < 0, floor, jnp.sum(kernel**2, axis=1) / diagonal)
+        return jnp.where(alive, cost, jnp.inf)
+
+    def remove(i: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
+        inverse, kernel, floor, alive, dropped = state
+        at = jnp.argmin(costs(inverse, kernel, floor, alive))  # ties: the first
+        share = inverse[:, at] / inverse[at, at]
+        kernel = kernel - jnp.outer(share, kernel[at])
+        inverse = inverse - jnp.outer(share, inverse[at])
+        return inverse, kernel, floor, alive.at[at].set(False), dropped.at[i].set(at)
 
     def step(i: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
         inverse, kernel, alive, order = state
-        diagonal = jnp.where(alive, jnp.diagonal(inverse), 1)
-        cost = jnp.where(dead, 0, jnp.sum(kernel**2, axis=1) / diagonal)
-        # Stable: ties are broken by the index.
-        drop = jnp.argsort(jnp.where(alive, cost, jnp.inf))[:block]
+        near = jnp.argsort(costs(inverse, kernel, floor, alive))[: 2 * block]
+        parts = (inverse[near][:, near], kernel[near], floor[near], alive[near])
+        start = (*parts, jnp.zeros(block, near.dtype))
+        drop = near[jax.lax.fori_loop(0, block, remove, start)[-1]]
         shares = jnp.linalg.solve(inverse[drop][:, drop], inverse[drop])
         kernel = kernel - mm(shares.T, kernel[drop])
         inverse = inverse - mm(inverse[:, drop], shares)
-        # The costliest of a block is the last of it to be missed.
-        at = n - (i + 1) * block
+        at = n + pad - (i + 1) * block
         order = jax.lax.dynamic_update_slice(order, drop[::-1].astype(order.dtype), (at,))
         return inverse, kernel, alive.at[drop].set(False), order
 
-    start = (inverse, kernel, jnp.ones(n, bool), jnp.zeros(n, jnp.int32))
-    return jax.lax.fori_loop(0, n // block, step, start)[3]
+    start = (inverse, kernel, jnp.ones(n + pad, bool), jnp.zeros(n + pad, jnp.int32))
+    return jax.lax.fori_loop(0, (n + pad) // block, step, start)[3][:n]

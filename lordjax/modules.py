@@ -139,10 +139,12 @@ def site_size(site: Site, block: Mapping[str, Any], config: ModelConfig) -> Size
         "vo": flat["attention/o/kernel"].shape[0] // config.num_heads,
     }
     rotary = site.kind == "qk" and config.rope is not None
+    moved = site.kind == "vo" and "attention/v/bias" in flat and "attention/o/bias" not in flat
     return Size(
         dense,
         dense // widths[site.kind],
         bias=shapes[-1][1],
+        moved=shapes[-1][1] if moved else 0,
         step=2 if rotary else 1,
         tiles=4 if site.kind == "mlp" else 1,
     )

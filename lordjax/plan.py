@@ -17,6 +17,7 @@ class Size:
       dense: when left as it is.
       unit: per rank.
       bias: of the bias that corrects its output, in methods that have one.
+      moved: of a bias that appears when it is compressed, whatever the method.
       step: ranks are multiples of this (2 where rotary pairs stay together).
       tiles: policies that optimise offer multiples of this many tiles: widths of thousands need no
         finer choice.
@@ -25,6 +26,7 @@ class Size:
     dense: int
     unit: int
     bias: int = 0
+    moved: int = 0
     step: int = 1
     tiles: int = 1
 
@@ -54,6 +56,7 @@ class Plan:
       policy: a key of `allocation.POLICIES`.
       gap: relative distance of the plan's predicted error from a lower bound on that of any
         plan within the budget; None for policies that do not optimise.
+      temperature: of ``block-influence``.
     """
 
     method: str
@@ -61,6 +64,7 @@ class Plan:
     keep: float
     policy: str
     gap: float | None = None
+    temperature: float | None = None
 
     def weights(self, sizes: Mapping[str, Size]) -> int:
         """Number of linear weights after the plan, factor pairs counted in full.

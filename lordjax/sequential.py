@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lordjax import linalg, trees
 from lordjax.calibrate import (
@@ -82,7 +83,7 @@ def sequential(
     *,
     corrective: bool,
     clock: Clock,
-) -> tuple[dict[str, AnyFactors], dict[str, Any]]:
+) -> tuple[dict[str, AnyFactors], dict[str, dict[str, Any]]]:
     """Factors of every planned site, each from the model compressed before it.
 
     Args:
@@ -95,14 +96,15 @@ def sequential(
       clock: for progress.
 
     Returns:
-      Site path -> factors; path of a module -> its arrays as they were factored.
+      Site path -> factors; path of a module -> its last layer's kernel, by name in head form, where
+      that was fitted to something else.
     """
     config, row = source.config, METHODS[method]
     states = hidden_states(source, calibration)
     walk = _Walk(config, method, calibration, states, list(states) if corrective else [])
     collect = _corrective_inputs if corrective else _own_inputs
     factors: dict[str, AnyFactors] = {}
-    kernels: dict[str, Any] = {}
+    kernels: dict[str, dict[str, Any]] = {}
     for i in clock.run("sequential", range(config.num_layers)):
         walk.dense = walk.current = on_device(source.block(i))
         for group in groups(row):
@@ -115,8 +117,9 @@ def sequential(
                 untouched = site_kernels(site, walk.dense, config)
                 stats |= site_gradients(gradients.get(i, {}), row, site, untouched)
                 factors[path] = factor_site(method, site, path, own, stats)
-                if site.kind != "linear":
-                    kernels[path] = own
+                if corrective and site.kind in LAST_NAME:
+                    name = LAST_NAME[site.kind]
+                    kernels[path] = {name: np.asarray(own[name], np.float32)}
             walk.current = on_device(
                 replace_kernels(
                     walk.dense,

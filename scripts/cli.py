@@ -134,6 +134,12 @@ def cli() -> None:
 )
 @click.option("--allocation", help="How ranks are shared out.  [default: the method's own]")
 @click.option(
+    "--temperature",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Of block-influence: small takes from few blocks.  [default: chosen on held-out "
+    "calibration windows]",
+)
+@click.option(
     "--prefix",
     type=click.Choice(["dense", "compressed", "corrective"]),
     help="Statistics from the untouched model in one pass, or block after block from the model "

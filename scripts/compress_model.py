@@ -30,6 +30,7 @@ def compress_model(
     samples: int,
     seq_len: int | None,
     allocation: str | None,
+    temperature: float | None,
     prefix: str | None,
     seed: int,
     dtype: str | None,
@@ -41,12 +42,13 @@ def compress_model(
     start = time.perf_counter()
     directory = Path(out).expanduser()
     check_output(directory)
-    from lordjax.compression import check_method, check_policy, compress
+    from lordjax.compression import check_method, compress
     from lordjax.methods import METHODS
+    from lordjax.prepared import check_policy
 
     check_method(method)
     allocation = allocation or METHODS[method].allocation
-    check_policy(allocation)
+    check_policy(allocation, temperature)
     opened = _open_original(model, directory, keep, dtype)
     write_tokenizer = tokenizer_writer(opened)
     if calibration is None:
@@ -57,6 +59,7 @@ def compress_model(
         "method": method,
         "keep": keep,
         "allocation": allocation,
+        "temperature": temperature,
         "prefix": prefix or METHODS[method].prefix,
         "calibration": facts["source"],
         "samples": samples,
@@ -71,6 +74,7 @@ def compress_model(
             method=method,
             keep=keep,
             allocation=allocation,
+            temperature=temperature,
             prefix=prefix,
             dtype=dtype,
             progress=progress,

@@ -484,6 +484,20 @@ def test_influence_limits():
         influence_removal(scores, 0.5, 0.0)
 
 
+def test_influence_of_blocks_too_far_apart_to_compare():
+    np.testing.assert_allclose(influence_removal(np.array([0.0, 2.0]), 0.9, 1e-3), [0.95, 0.85])
+
+
+def test_one_rank_per_type_needs_one_size_per_type():
+    errors = np.linspace(1, 0, 9)
+    curves = {
+        "layer_0/mlp/up/kernel": Curve(Size.matrix(8, 8), errors),
+        "layer_1/mlp/up/kernel": Curve(Size.matrix(8, 16), errors),
+    }
+    with pytest.raises(ValueError, match="sizes differ between blocks at mlp/up"):
+        allocate(curves, 0.5, "per-type")
+
+
 def test_rounding_by_influence_is_repaired_within_the_budget():
     """MoDeGPT's modules of LLaMA-2-7B: hardware multiples, and still 0.2 % of the target."""
     errors = {"attention/qk": 128, "attention/vo": 128, "mlp": 11008}

@@ -123,6 +123,29 @@ def test_command_is_installed(tiny):
     assert len(bad.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("method", ["modegpt", "modegpt-published"])
+def test_narrower_modules_are_saved_inspected_and_evaluated(tiny, text, tmp_path, method):
+    out = tmp_path / "model"
+    made = run("compress", tiny, out, *calibration(text), "--keep", "0.6", "--method", method)
+    assert made.exit_code == 0, made.stderr
+    tree = json.loads(run("inspect", out, "--json").stdout)
+    assert 0.4 < tree["block_linear"]["kept"] <= 0.6
+    narrow = [row for path, row in tree["parameters"].items() if "mlp/down/kernel" in path]
+    assert any(row["kind"] == "dense" and row["kept"] < 1 for row in narrow)
+    shown = run("evaluate", out, "--tokens", text, "--windows", 2, "--seq-len", WINDOW, "--json")
+    assert shown.exit_code == 0, shown.stderr
+    assert np.isfinite(json.loads(shown.stdout)["perplexity"])
+
+
+def test_a_temperature_is_of_block_influence_only(tiny, text, tmp_path):
+    options = (*calibration(text), "--keep", "0.6", "--temperature", "0.1")
+    fails("has no temperature", "compress", tiny, tmp_path / "a", *options)
+    made = run("compress", tiny, tmp_path / "b", *options, "--method", "modegpt-published")
+    assert made.exit_code == 0, made.stderr
+    settings = json.loads((tmp_path / "b" / "report.json").read_text())["settings"]
+    assert settings["temperature"] == 0.1
+
+
 def test_compress_writes_a_model_within_budget(compressed):
     out, result = compressed
     summary = json.loads(result.stdout)

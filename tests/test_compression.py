@@ -10,12 +10,13 @@ import pytest
 
 from lordjax import collect, trees
 from lordjax.calibrate import gradient_statistics
-from lordjax.compression import InMemory, compress, prepare, verify
+from lordjax.compression import InMemory, compress, prepare
 from lordjax.kernels import LowRank, nbytes
 from lordjax.linalg import row_space
 from lordjax.methods import METHODS
 from lordjax.models import ModelConfig, Transformer, init
 from lordjax.plan import Plan, Size
+from lordjax.prepared import verify
 from lordjax.progress import Clock
 from lordjax.sites import LINEAR_SITES, site_path, sites_for
 from lordjax.source import Calibration

@@ -27,6 +27,7 @@ ORDER = [
     ["lordjax.modules", "lordjax.evaluate.perplexity"],
     ["lordjax.factoring"],
     ["lordjax.sequential"],
+    ["lordjax.prepared"],
     ["lordjax.compression"],
     ["lordjax.checkpoint"],
     ["lordjax.evaluate"],

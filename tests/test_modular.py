@@ -240,6 +240,14 @@ def test_elimination_removes_what_the_output_misses_least():
         cheapest = min(alive, key=lambda i: error([j for j in alive if j != i]))
         assert dropped == cheapest
         alive.remove(dropped)
+    # In blocks, one of two columns that replace each other stays, whatever they weigh.
+    z, kernels = mlp_problem(inside=70, tokens=900)
+    z[:, 5] = z[:, 3]
+    kernels["down"][[3, 5]] *= 30
+    factors, _ = run_mlp(z, kernels, 35, "elimination")
+    kept = set(np.asarray(factors.parts["order"])[:35].tolist())
+    assert len({3, 5} & kept) == 1
+    assert sorted(np.asarray(factors.parts["order"])) == list(range(70))
     totals = {"leverage": 0.0, "elimination": 0.0}
     for seed, name in itertools.product(range(8), totals):
         z, kernels = mlp_problem(seed=seed, inside=48)

@@ -15,7 +15,7 @@ def _published(summary: str, **mlp: Any) -> Method:
     modules = {
         "mlp": mlp_module(("moments",), **mlp),
         "vo": value_output_module(("values",), fit=False),
-        "qk": query_key_module(("queries", "keys")),
+        "qk": query_key_module(("queries", "keys"), select=True),
     }
     return Method(summary, None, modules=modules, allocation="block-influence")
 

@@ -192,7 +192,7 @@ def _by_score(
     """Order by falling squared CR score in each group, and the error of dropping each place.
 
     With gates the error is half their quadratic form: the loss to second order. Without, the
-    squared score, which bounds the error in the logits.
+    squared score: the error in the logits but for the products of different places.
     """
     order = jnp.argsort(-squares, axis=1)
     if gates is None:

@@ -1,0 +1,328 @@
+"""A model's factors for all ranks: allocation, truncation, and what is known of the result.
+
+Prepared.plan(keep)       -> Plan       numbers only
+Prepared.apply(plan)      -> Result     slicing; verified against the plan
+Prepared.compress(keep)   -> Result     both
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from lordjax import trees
+from lordjax.allocation import CURVELESS, INFLUENCED, POLICIES, TILE, Curve, allocate
+from lordjax.evaluate.perplexity import perplexity
+from lordjax.factoring import AnyFactors, replace_kernels
+from lordjax.kernels import nbytes
+from lordjax.methods import METHODS, ModuleFactors, method_at
+from lordjax.models import ModelConfig
+from lordjax.plan import Plan, Size, summary
+from lordjax.progress import Clock, Progress, peak_rss
+from lordjax.sequential import sequential
+from lordjax.sites import layer_index, layer_type, sites_for
+from lordjax.source import Calibration, Source
+
+# MoDeGPT's temperatures, of which held-out calibration windows choose one.
+TEMPERATURES = (0.03, 0.045, 0.06, 0.08, 0.1, 0.15, 0.3, 1e6)  # the last: all blocks alike
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """A compressed model: the same module with other leaves, and how it came about.
+
+    The leaves are host arrays; putting them on devices is the caller's choice.
+    """
+
+    config: ModelConfig
+    params: dict[str, Any]
+    plan: Plan
+    report: dict[str, Any]
+
+
+@dataclasses.dataclass
+class Prepared:
+    """A model's factors for all ranks, ready to be compressed to any budget.
+
+    Attributes:
+      source: the untouched model.
+      calibration: tokens, for methods that walk the model again.
+      held_out: calibration tokens that no statistic has seen, to choose a temperature with.
+      method: a key of `METHODS`.
+      prefix: what later statistics are taken from: one of ``dense``, ``compressed``,
+        ``corrective``; see `Method`.
+      factors: site path -> factors; empty if the policy and the method need none beforehand.
+      influences: layer -> block influence; empty unless the policy needs it.
+      gradients: layer -> gradient statistics, kept for a sequential pass only.
+      report: what is known so far.
+      sizes: site path -> its size.
+    """
+
+    source: Source
+    calibration: Calibration
+    held_out: np.ndarray
+    method: str
+    prefix: str
+    factors: dict[str, AnyFactors]
+    influences: dict[int, float]
+    gradients: dict[int, dict[str, dict[str, Any]]]
+    report: dict[str, Any]
+    sizes: dict[str, Size]
+    progress: Progress | None = None
+
+    def curves(self, sensitivity: Mapping[str, float] | None = None) -> dict[str, Curve]:
+        """Site path -> the predicted error at every rank.
+
+        Errors in the metric of the loss compare across sites as they are. Others are taken
+        relative to the site's output: absolute ones are dominated by the layers of large norm.
+
+        Args:
+          sensitivity: site path -> factor on its errors; None = 1 for all.
+        """
+        row = METHODS[self.method]
+        sites = {site.path: site for site in sites_for(row.kinds)}
+        curves = {}
+        for path, size in self.sizes.items():
+            site = sites[path.split("/", 1)[1]]
+            errors = np.zeros(int(np.ceil(size.limit)) + 1)
+            if path in self.factors:
+                errors = _tails(self.factors[path].spectrum)
+                if not row.in_nats:
+                    errors = errors / (errors[0] if errors[0] > 0 else 1.0)
+                if sensitivity is not None:
+                    errors = errors * sensitivity[path]
+            if site.kind == "linear":
+                bias = METHODS[method_at(self.method, layer_type(path))].bias
+            else:
+                bias = row.modules[site.kind].bias
+            influence = self.influences.get(layer_index(path), 0.0)
+            curves[path] = Curve(size, errors, max(size.moved, size.bias if bias else 0), influence)
+        return curves
+
+    def plan(
+        self,
+        keep: float,
+        allocation: str | None = None,
+        tile: int = TILE,
+        sensitivity: Mapping[str, float] | None = None,
+        temperature: float | None = None,
+    ) -> Plan:
+        """Allocates ranks; arguments as for `allocate` and `curves`.
+
+        Args:
+          keep: share of the block linear weights that stays, in (0, 1].
+          allocation: a key of `POLICIES`; None = the method's own.
+          tile: ranks are multiples of this, in policies that optimise.
+          sensitivity: site path -> factor on its errors.
+          temperature: of ``block-influence``; None = the one of `TEMPERATURES` whose model has the
+            least loss on the held-out calibration windows.
+
+        Raises:
+          KeyError: if the policy is unknown.
+          ValueError: if ``keep`` is outside (0, 1] or cannot be met, or the policy needs error
+            curves or influences and the model was prepared without.
+        """
+        policy = allocation or METHODS[self.method].allocation
+        check_policy(policy, temperature)
+        lacks = not self.factors and policy not in CURVELESS
+        if lacks or (policy in INFLUENCED and not self.influences):
+            raise ValueError(
+                f"policy {policy!r} needs statistics that this model was prepared without; "
+                "name the policy when preparing"
+            )
+        curves = self.curves(sensitivity)
+
+        if policy not in INFLUENCED:
+            ranks, gap = allocate(curves, keep, policy, tile)
+            return Plan(self.method, ranks, keep, policy, gap)
+
+        def planned(temperature: float) -> Plan:
+            ranks, gap = allocate(curves, keep, policy, tile, temperature=temperature)
+            return Plan(self.method, ranks, keep, policy, gap, temperature)
+
+        if keep == 1:
+            return Plan(self.method, dict.fromkeys(curves, None), keep, policy)
+        return self._best(planned) if temperature is None else planned(temperature)
+
+    def _best(self, planned: Callable[[float], Plan]) -> Plan:
+        """The plan of the temperature with the least loss on the held-out windows.
+
+        Raises:
+          ValueError: if those windows are padded, or no temperature fits the budget.
+        """
+        if self.calibration.mask is not None:
+            raise ValueError("calibration windows are padded; name a temperature")
+        plans, problems = [], []
+        for temperature in TEMPERATURES:
+            try:
+                plans.append(planned(temperature))
+            except ValueError as problem:  # the cap and the tile leave too much at this one
+                problems.append(problem)
+        if not plans:
+            raise problems[-1]
+        clock, config = Clock(self.progress), self.source.config
+        losses: dict[tuple[Any, ...], float] = {}
+        best, least = plans[0], np.inf
+        for j in clock.run("temperature", range(len(plans))):
+            same = tuple(plans[j].ranks.items())
+            if same not in losses:
+                # Widened, so that all candidates share one compilation.
+                params = self._params(plans[j], self.factors, widened=True)
+                losses[same] = perplexity(config, params, self.held_out)["nll_per_token"]
+            if losses[same] < least:
+                best, least = plans[j], losses[same]
+        self.report["seconds"] |= clock.seconds
+        return best
+
+    def compress(
+        self,
+        keep: float,
+        allocation: str | None = None,
+        *,
+        tile: int = TILE,
+        temperature: float | None = None,
+        dtype: Any = None,
+    ) -> Result:
+        """A model of one budget; the source is untouched. Errors: see `plan` and `apply`."""
+        plan = self.plan(keep, allocation, tile, temperature=temperature)
+        return self.apply(plan, dtype=dtype)
+
+    def apply(self, plan: Plan, *, dtype: Any = None) -> Result:
+        """The model of a plan, made by `plan` or edited.
+
+        Raises:
+          ValueError: if the plan does not fit the model, or the result is not of the size that
+            the plan promises.
+        """
+        start = time.perf_counter()
+        self._check(plan)
+        clock, factors, kernels = Clock(self.progress), self.factors, None
+        if self.prefix != "dense":
+            factors, kernels = sequential(
+                self.source,
+                self.calibration,
+                plan,
+                self.method,
+                self.gradients,
+                corrective=self.prefix == "corrective",
+                clock=clock,
+            )
+        params = self._params(plan, factors, kernels=kernels)
+        if dtype is not None:
+            params = jax.tree.map(lambda a: _cast(a, dtype), params)
+        verify(params, plan, self.sizes)
+        seconds = {**self.report["seconds"], "apply": time.perf_counter() - start}
+        report = {
+            **self.report,
+            "seconds": seconds,
+            "plan": summary(plan, self.sizes)
+            | {"gap": plan.gap, "policy": plan.policy, "temperature": plan.temperature},
+            "bytes": nbytes(params),
+            "layers": _layer_report(factors, plan),
+            "peak_rss_bytes": peak_rss(),
+        }
+        return Result(self.source.config, params, plan, report)
+
+    def _params(self, plan: Plan, factors: dict[str, AnyFactors], **options: Any) -> dict[str, Any]:
+        """The parameters of a plan; options as for `replace_kernels`."""
+        config, params = self.source.config, dict(self.source.rest())
+        for i in range(config.num_layers):
+            params[f"layer_{i}"] = replace_kernels(
+                self.source.block(i), i, factors, plan.ranks, self.method, config, **options
+            )
+        return params
+
+    def _check(self, plan: Plan) -> None:
+        """Raises ValueError unless the plan has a usable rank for every site and no others."""
+        wrong = [f"{p} is not a site of this method" for p in set(plan.ranks) - set(self.sizes)]
+        wrong += [f"{path} is missing" for path in set(self.sizes) - set(plan.ranks)]
+        for path in set(plan.ranks) & set(self.sizes):
+            rank, size = plan.ranks[path], self.sizes[path]
+            if rank is not None and (not 1 <= rank < size.limit or rank % size.step):
+                multiple = f" or no multiple of {size.step}" if size.step > 1 else ""
+                wrong.append(
+                    f"{path}: rank {rank} is not in [1, {size.limit:.0f}){multiple}; null keeps it "
+                    "dense"
+                )
+        if wrong:
+            raise ValueError("the plan does not fit the model: " + "; ".join(sorted(wrong)))
+
+
+def _cast(a: Any, dtype: Any) -> np.ndarray:
+    """In another dtype, unless it is an index."""
+    a = np.asarray(a)
+    return a if np.issubdtype(a.dtype, np.integer) else a.astype(dtype)
+
+
+def _tails(spectrum: Any) -> np.ndarray:
+    """``tails[r] = sum(spectrum[r:])`` for r = 0…m, added from small to large."""
+    sums = np.cumsum(np.asarray(spectrum, float)[::-1])[::-1]
+    return np.concatenate([sums, np.zeros(1)])
+
+
+def _layer_report(factors: Mapping[str, AnyFactors], plan: Plan) -> dict[str, dict[str, Any]]:
+    """Per site: rank and relative error; of matrices the condition and the spectrum's shape."""
+    rows = {}
+    tiny, eps = np.finfo(float).tiny, np.finfo(float).eps
+    for path, factor in factors.items():
+        spectrum, rank = np.asarray(factor.spectrum, float), plan.ranks[path]
+        total = max(float(spectrum.sum()), tiny)
+        rows[path] = {
+            "rank": rank,
+            "relative_error": 0.0 if rank is None else float(spectrum[rank:].sum() / total),
+        }
+        if isinstance(factor, ModuleFactors):
+            continue
+        energy = np.cumsum(spectrum) / total
+        rows[path] |= {
+            # Capped at 1/eps: beyond it the spectrum's end is rounding error.
+            "condition": float(spectrum[0] / max(spectrum[-1], spectrum[0] * eps, tiny)),
+            "stable_rank": total / max(float(spectrum[0]), tiny),
+            "rank_of_energy": {
+                str(share): min(int(np.searchsorted(energy, share)) + 1, len(spectrum))
+                for share in (0.5, 0.9, 0.99)
+            },
+        }
+    return rows
+
+
+def verify(params: Any, plan: Plan, sizes: Mapping[str, Size]) -> None:
+    """Checks that every planned site was replaced and has the planned size, and all is finite.
+
+    Raises:
+      ValueError: names the sites that do not agree with the plan or are not finite.
+    """
+    flat, wrong = trees.flatten(params), []
+    sites = {site.path: site for site in sites_for(METHODS[plan.method].kinds)}
+    for path, rank in plan.ranks.items():
+        layer, inside = path.split("/", 1)
+        kernels = [flat.get(f"{layer}/{kernel}") for kernel in sites[inside].kernels]
+        have = sum(leaf.size for leaf in jax.tree.leaves(kernels))
+        want = sizes[path].weights(rank)
+        if have != want:
+            wrong.append(f"{path} has {have} weights, the plan says {want}")
+    for path, leaf in flat.items():
+        if not all(np.isfinite(np.asarray(a, np.float32)).all() for a in jax.tree.leaves(leaf)):
+            wrong.append(f"{path} is not finite (does it overflow in {leaf.dtype}?)")
+    if wrong:
+        raise ValueError("the compressed model is not what was planned: " + "; ".join(wrong))
+
+
+def check_policy(name: str, temperature: float | None = None) -> None:
+    """Checks the name of an allocation policy and its option.
+
+    Raises:
+      KeyError: with a hint if there is no such policy.
+      ValueError: if a temperature is given to a policy that has none.
+    """
+    if name not in POLICIES:
+        raise KeyError(f"no allocation policy {name!r}; {trees.did_you_mean(name, POLICIES)}")
+    if temperature is not None and name not in INFLUENCED:
+        raise ValueError(
+            f"policy {name!r} has no temperature; leave it out or use {', '.join(INFLUENCED)}"
+        )
