@@ -15,7 +15,6 @@ over their time, as a share of the best float32 matmul rate measured in the same
 from __future__ import annotations
 
 import json
-import platform
 import subprocess
 import sys
 import tempfile
@@ -129,7 +128,7 @@ def measure(
     from lordjax.compression import prepare
     from lordjax.evaluate import perplexity
     from lordjax.scripts import flops
-    from lordjax.scripts.common import open_model
+    from lordjax.scripts.common import environment, open_model
 
     opened = open_model(model)
     tokens = np.load(data / f"calib_{domain}.npy")[:calibration_windows]
@@ -166,13 +165,7 @@ def measure(
         measured = perplexity(result.config, result.params, held_out)
         row["perplexity"][str(keep)] = measured["perplexity"]
         row["protocol"] = measured["protocol"]
-    row["environment"] = {
-        "commit": _commit(),
-        "device": str(jax.devices()[0].device_kind),
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-        "calibration": list(tokens.shape),
-    }
+    row["environment"] = {**environment(), "calibration": list(tokens.shape)}
     return row
 
 
@@ -201,15 +194,6 @@ def _cost(config: Any, prepared: Any, shape: tuple[int, int]) -> float | None:
     if not prepared.factors:
         return None
     return flops.preparation(config, METHODS[prepared.method], *shape, GRADIENT_WINDOWS)
-
-
-def _commit() -> str:
-    try:
-        here = Path(__file__).resolve().parent
-        command = ["git", "-C", str(here), "rev-parse", "--short", "HEAD"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

@@ -29,10 +29,14 @@ def main(
     dense: str, compressed: tuple[str, ...], batch: int, length: int, repeats: int, as_json: bool
 ) -> None:
     """Compares COMPRESSED models with the DENSE one."""
+    from lordjax.scripts.common import environment
+
     rows = measure((dense, *compressed), batch, length, repeats)
+    facts = {**environment(), "batch": batch, "length": length, "repeats": repeats}
     if as_json:
-        click.echo(json.dumps(rows, indent=1))
+        click.echo(json.dumps({"models": rows, "environment": facts}, indent=1))
         return
+    click.echo(json.dumps(facts) + "\n")
     click.echo("| model | seconds | of dense | operations of dense | bytes of dense |")
     click.echo("|---|---|---|---|---|")
     for row in rows:

@@ -70,8 +70,10 @@ def main(
     from lordjax import prepare
     from lordjax.evaluate import perplexity
     from lordjax.methods import METHODS
-    from lordjax.scripts.common import open_model
+    from lordjax.scripts.common import environment, open_model
 
+    protocol = {"domain": domain, "calibration": calibration_windows, "windows": windows}
+    click.echo(json.dumps({**environment(), **protocol}) + "\n")
     opened = open_model(model)
     tokens = np.load(Path(data) / f"calib_{domain}.npy")[:calibration_windows]
     held_out = np.load(Path(data) / f"eval_{domain}.npy")[:windows]

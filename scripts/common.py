@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -149,6 +150,28 @@ def read_tokens(
     windows, length = tokens.shape
     facts = {"source": what, "windows": windows, "seq_len": length}
     return tokens, facts | {"tokens_sha256": fingerprint(tokens)}
+
+
+def environment() -> dict[str, str]:
+    """Where a number was measured: commit, device, versions, dtype."""
+    import platform
+
+    import jax
+
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "--short", "HEAD"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True)
+        commit = found.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    return {
+        "commit": commit,
+        "device": str(jax.devices()[0].device_kind),
+        "cores": str(os.cpu_count()),
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "dtype": "float32",
+    }
 
 
 def check_output(directory: Path) -> None:

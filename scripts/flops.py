@@ -60,8 +60,9 @@ def grams(config: ModelConfig, method: Method, windows: int, length: int) -> flo
 def factors(config: ModelConfig, method: Method) -> float:
     """Factorisations of all sites: 9 n³ per eigendecomposition (an upper bound for LAPACK's syevd).
 
-    A gradient metric doubles them: its own square root comes first. A module's elimination and
-    refits are 10/3 n³ for n columns: a Cholesky factor, an inverse, and updates of it.
+    A gradient metric doubles them: its own square root comes first. A refit from n columns is a
+    Cholesky factor and a product, n³/3 + 2 n² m; choosing the columns costs n³ by leverage and 3 n³
+    by elimination, for an inverse and updates of it.
     """
     from lordjax.sites import sites_for
 
@@ -72,12 +73,15 @@ def factors(config: ModelConfig, method: Method) -> float:
         if site.kind == "linear":
             total += 9.0 * min(fan_in, fan_out) ** 3 * (2 if "gradients" in method.needs else 1)
             continue
-        if "gradients" in method.modules[site.kind].needs:
+        module = method.modules[site.kind]
+        options: dict[str, Any] = getattr(module.factor, "keywords", {})
+        if "gradients" in module.needs:
             total += 9.0 * fan_out**3
-        if site.kind == "mlp":
-            total += 10 / 3 * fan_in**3 + 2.0 * fan_in**2 * fan_out
-        else:
+        if site.kind != "qk" and options.get("fit", True):
+            total += fan_in**3 / 3 + 2.0 * fan_in**2 * fan_out
+        if site.kind == "vo":
             total += 2 * 9.0 * heads * width**3
+        total += {"leverage": 1.0, "elimination": 3.0}.get(options.get("score", ""), 0) * fan_in**3
     return config.num_layers * total
 
 

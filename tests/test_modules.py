@@ -77,13 +77,24 @@ def test_round_trip_with_rotary_indices(tmp_path, method):
     assert all(a.dtype == np.int32 and a.shape[0] == CONFIG.num_kv_heads for a in index)
 
 
+@pytest.mark.parametrize("config", [BIASED, STATIC], ids=["biased", "static"])
 @pytest.mark.parametrize("method", ["modegpt-cr", "modegpt"])
-def test_a_compressed_model_is_compressed_again(method):
-    first = compress(InMemory(BIASED, model(BIASED)), TOKENS, method=method, keep=0.8)
-    again = compress(InMemory(BIASED, first.params), TOKENS, method=method, keep=0.8)
+def test_a_compressed_model_is_compressed_again(config, method):
+    first = compress(InMemory(config, model(config)), TOKENS, method=method, keep=0.8)
+    again = compress(InMemory(config, first.params), TOKENS, method=method, keep=0.8)
     assert again.report["plan"]["kept"] <= 0.8
     assert again.report["bytes"] < first.report["bytes"]
-    assert np.isfinite(logits(BIASED, again.params)).all()
+    assert np.isfinite(logits(config, again.params)).all()
+
+
+def test_a_bias_that_appears_is_charged_to_the_budget():
+    """Qwen2: the values have a bias and the output projection none; it is there after."""
+    qwen = dataclasses.replace(CONFIG, qkv_bias=True)
+    prepared = prepare(InMemory(qwen, model(qwen)), TOKENS, method="modegpt-cr")
+    assert prepared.curves()["layer_0/attention/vo"].extra == CONFIG.hidden_size
+    params = prepared.apply(by_hand(prepared, vo=4)).params
+    assert params["layer_0"]["attention"]["o"]["bias"].shape == (48,)
+    assert np.isfinite(logits(qwen, params)).all()
 
 
 def test_another_dtype_leaves_indices_alone():
@@ -249,7 +260,7 @@ def test_widths_of_rotary_heads_are_even():
 
 @pytest.mark.parametrize("prefix", ["compressed", "corrective"])
 def test_sequential_statistics_help_modules(prefix):
-    """On the calibration data a fit to the untouched model's outputs has the least final error."""
+    """Statistics of what the compressed prefix feeds a module do no harm to the final logits."""
     source = InMemory(CONFIG, model(CONFIG))
     expected = logits(CONFIG, model(CONFIG))
 
@@ -260,6 +271,35 @@ def test_sequential_statistics_help_modules(prefix):
         )
 
     assert error(prefix) < 1.05 * error("dense")
+
+
+@pytest.mark.parametrize("prefix", ["compressed", "corrective"])
+@pytest.mark.parametrize("config", [BIASED, STATIC], ids=["biased", "static"])
+def test_sequential_statistics_on_every_kind_of_head(config, prefix):
+    source = InMemory(config, model(config))
+    result = compress(source, TOKENS, method="modegpt-cr", keep=0.7, prefix=prefix)
+    assert result.report["plan"]["kept"] <= 0.7
+    assert np.isfinite(logits(config, result.params)).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_sources_give_half_precision_results(dtype):
+    half = jax.tree.map(lambda a: a.astype(dtype), model(BIASED))
+    result = compress(InMemory(BIASED, half), TOKENS, method="modegpt-cr", keep=0.7)
+    for path, leaf in trees.flatten(result.params).items():
+        assert leaf.dtype == (np.int32 if path.endswith("rope_index") else dtype), path
+
+
+def test_padding_changes_nothing_in_modules():
+    padded = np.concatenate([TOKENS, np.full((8, 10), 3, np.int32)], axis=1)
+    mask = np.ones(padded.shape, bool)
+    mask[:, 40:] = False
+    source = InMemory(CONFIG, model(CONFIG))
+    plain = prepare(source, TOKENS, method="modegpt-cr").factors
+    masked = prepare(source, padded, method="modegpt-cr", mask=mask).factors
+    for path, factors in plain.items():
+        scale = factors.spectrum.sum()
+        np.testing.assert_allclose(masked[path].spectrum, factors.spectrum, atol=1e-3 * scale)
 
 
 def test_decode_order_does_not_matter_to_a_narrow_model():
