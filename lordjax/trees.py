@@ -81,7 +81,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
     if close:
         return "did you mean " + ", ".join(close) + "?"
-    return "known: " + ", ".join(known[:12]) + (", …" if len(known) > 12 else "")
+    return "known: " + ", ".join(known[:16]) + (", …" if len(known) > 16 else "")
 
 
 def update(tree: Any, new: Mapping[str, Any]) -> Any:

@@ -28,21 +28,22 @@ def variants() -> dict[str, Any]:
     def change(**modules: Any) -> Any:
         return dataclasses.replace(base, modules={**base.modules, **modules}, allocation="uniform")
 
+    neurons = {
+        "random neurons, no refit": {"score": "random", "fit": False},
+        "neurons of most energy, no refit": {"score": "energy", "fit": False},
+        "neurons of most energy, refit": {"score": "energy"},
+        "neurons by elimination": {"score": "elimination"},
+        "a bias in the refit": {"score": "leverage", "intercept": True},
+    }
     moments = ("moments",)
+    values = {
+        "values in the context of the attention": {"fit": False},
+        "and the output projection fitted to all heads": {"fit": True},
+    }
     return {
         "as published": change(),
-        "neurons of most energy, no refit": change(
-            mlp=mlp_module(moments, score="energy", fit=False)
-        ),
-        "neurons of most energy, refit": change(mlp=mlp_module(moments, score="energy")),
-        "neurons by elimination": change(mlp=mlp_module(moments, score="elimination")),
-        "intercept in the refit": change(mlp=mlp_module(moments, score="leverage", intercept=True)),
-        "values in the metric of the attention's output": change(
-            vo=value_output_module(moments, fit=False)
-        ),
-        "and the output projection fitted to all heads": change(
-            vo=value_output_module(moments, fit=True)
-        ),
+        **{name: change(mlp=mlp_module(moments, **row)) for name, row in neurons.items()},
+        **{name: change(vo=value_output_module(moments, **row)) for name, row in values.items()},
     }
 
 
