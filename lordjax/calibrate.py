@@ -28,8 +28,6 @@ from lordjax.stats import HeadMoments, SecondMoment
 
 # Hidden states that a backward sweep may hold; a few batches already hide the reading of blocks.
 STATE_BYTES = 2**28
-
-
 QUERIES = "attention/queries"
 INFLUENCE = f"{BLOCK}:influence"
 

@@ -123,16 +123,14 @@ def measure(
 ) -> dict[str, Any]:
     """Prepares a method once and evaluates every budget."""
     import jax
-    import numpy as np
 
     from lordjax.compression import prepare
     from lordjax.evaluate import perplexity
     from lordjax.scripts import flops
-    from lordjax.scripts.common import environment, open_model
+    from lordjax.scripts.common import environment, open_model, protocol_tokens
 
     opened = open_model(model)
-    tokens = np.load(data / f"calib_{domain}.npy")[:calibration_windows]
-    held_out = np.load(data / f"eval_{domain}.npy")[:windows]
+    tokens, held_out = protocol_tokens(data, domain, calibration_windows, windows)
     name, _, policy = method.partition(":")
     peak = flops.matmul_peak()
     forward = _forward_seconds(opened.source, tokens) if time_forward else None

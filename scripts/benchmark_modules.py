@@ -66,18 +66,16 @@ def main(
 ) -> None:
     """Measures every variant on MODEL."""
     import jax
-    import numpy as np
 
     from lordjax import prepare
     from lordjax.evaluate import perplexity
     from lordjax.methods import METHODS
-    from lordjax.scripts.common import environment, open_model
+    from lordjax.scripts.common import environment, open_model, protocol_tokens
 
     protocol = {"domain": domain, "calibration": calibration_windows, "windows": windows}
     click.echo(json.dumps({**environment(), **protocol}) + "\n")
     opened = open_model(model)
-    tokens = np.load(Path(data) / f"calib_{domain}.npy")[:calibration_windows]
-    held_out = np.load(Path(data) / f"eval_{domain}.npy")[:windows]
+    tokens, held_out = protocol_tokens(data, domain, calibration_windows, windows)
     budgets = [float(keep) for keep in keeps.split(",")]
     rows: dict[str, list[float]] = {}
     click.echo("| variant | " + " | ".join(f"keep {keep}" for keep in budgets) + " |")

@@ -43,15 +43,12 @@ def main(
     out: str | None,
 ) -> None:
     """Perplexity of MODEL at one budget under different sensitivity weights."""
-    import numpy as np
-
     from lordjax.compression import prepare
     from lordjax.evaluate import perplexity
-    from lordjax.scripts.common import open_model
+    from lordjax.scripts.common import open_model, protocol_tokens
 
     opened = open_model(model)
-    tokens = np.load(Path(data) / f"calib_{domain}.npy")[:calibration_windows]
-    held_out = np.load(Path(data) / f"eval_{domain}.npy")[:windows]
+    tokens, held_out = protocol_tokens(data, domain, calibration_windows, windows)
     prepared = prepare(opened.source, tokens, method=METHOD)
     energy = {path: float(f.spectrum.sum()) for path, f in prepared.factors.items()}
     plans = {

@@ -152,6 +152,17 @@ def read_tokens(
     return tokens, facts | {"tokens_sha256": fingerprint(tokens)}
 
 
+def protocol_tokens(
+    data: str | Path, domain: str, calibration: int, windows: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The first calibration and evaluation windows of a benchmark's domain, token ids."""
+    import numpy as np
+
+    counts = {"calib": calibration, "eval": windows}
+    first, second = (np.load(Path(data) / f"{n}_{domain}.npy")[:k] for n, k in counts.items())
+    return first, second
+
+
 def environment() -> dict[str, str]:
     """Where a number was measured: commit, device, versions, dtype."""
     import platform
