@@ -30,6 +30,7 @@ from lordjax.models.layers import rope_frequencies
 
 # GGML types by name; each has a parity test.
 TYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+ROW_BYTES = 2**13  # what a few temporaries of 16 rows fit the cache with
 # Architecture -> class on the hub. Mistral's files call themselves llama, too.
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 
@@ -137,7 +138,8 @@ class Gguf:
 
         tensor = self._tensors[name]
         # Plain arrays: every slice of a memmap costs a Python call, which was half of the time.
-        values = np.asarray(dequantize(np.asarray(tensor.data), tensor.tensor_type), np.float32)
+        rows = _longer_rows(np.asarray(tensor.data))
+        values = np.asarray(dequantize(rows, tensor.tensor_type), np.float32)
         values = values.reshape(self.shape(name))
         if self._architecture != "llama" or not (which := re.search(r"self_attn\.([qk])_", name)):
             return values
@@ -279,6 +281,13 @@ class Gguf:
             "beta_fast": get("rope.scaling.yarn_beta_fast", 32.0),
             "beta_slow": get("rope.scaling.yarn_beta_slow", 1.0),
         }
+
+
+def _longer_rows(data: np.ndarray) -> np.ndarray:
+    """Stored rows joined to some of about `ROW_BYTES`: gguf dequantises 16 rows per Python call."""
+    rows, width = data.shape[0], math.prod(data.shape[1:]) * data.itemsize
+    joined = max(n for n in range(1, max(1, ROW_BYTES // width) + 1) if rows % n == 0)
+    return data.reshape(rows // joined, -1)
 
 
 def llama3_scaling(
