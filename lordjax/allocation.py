@@ -24,6 +24,7 @@ from lordjax.sites import layer_index, layer_type
 
 INFLUENCE_CAP = 0.95  # most that `block_influence` removes of a block
 TILE = 8  # ranks are multiples of this; what matrix units and vector registers divide well
+FINE = 16  # options of a site from which steps of several tiles are fine enough
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +62,10 @@ class Curve:
     def options(self, tile: int) -> tuple[list[int | None], np.ndarray, np.ndarray]:
         """Ranks (None = dense), costs ``[n]`` and errors ``[n]``, by rising cost."""
         step = self.size.step
-        for coarser in (math.lcm(step, tile), math.lcm(step, tile * self.size.tiles)):
-            step = coarser if self.largest >= coarser else step
+        # (step, options it must leave): several tiles at a time is for widths of thousands only.
+        tiles = ((math.lcm(step, tile), 1), (math.lcm(step, tile * self.size.tiles), FINE))
+        for coarser, least in tiles:
+            step = coarser if self.largest >= coarser * least else step
         ranks = list(range(step, self.largest + 1, step))
         costs = [self.cost(r) for r in ranks]
         errors = [float(self.errors[r]) for r in ranks]

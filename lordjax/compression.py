@@ -23,10 +23,17 @@ from lordjax.allocation import CURVELESS, INFLUENCED
 from lordjax.calibrate import gradient_statistics, needs_gradients
 from lordjax.data import fingerprint
 from lordjax.factoring import AnyFactors, factor_all, site_sizes
-from lordjax.methods import METHODS
+from lordjax.methods import DEFAULT_METHOD, METHODS
 from lordjax.prepared import Prepared, Result, check_policy
 from lordjax.progress import Clock, Progress
-from lordjax.source import Calibration, InMemory, Materialized, Source, check_tokens
+from lordjax.source import (
+    Calibration,
+    InMemory,
+    Materialized,
+    Source,
+    check_tokens,
+    windows_per_step,
+)
 
 # The backward pass costs about four forward passes; more windows than this gain little (CHANGELOG).
 GRADIENT_WINDOWS = 32
@@ -42,13 +49,15 @@ def check_method(name: str) -> None:
         raise KeyError(f"no method {name!r}; {trees.did_you_mean(name, METHODS)}")
 
 
-def _check_options(method: str, prefix: str, batch_size: int, gradient_windows: int | None) -> None:
+def _check_options(
+    method: str, prefix: str, batch_size: int | None, gradient_windows: int | None
+) -> None:
     """Raises ValueError for options of `prepare` that are out of range or do not go together."""
     if prefix not in PREFIXES:
         raise ValueError(f"prefix must be one of {', '.join(PREFIXES)}, got {prefix!r}")
     if prefix == "corrective" and "abs_mean" in METHODS[method].needs:
         raise ValueError(f"method {method!r} has no corrective target: it does not fit outputs")
-    if batch_size < 1 or (gradient_windows is not None and gradient_windows < 1):
+    if any(given is not None and given < 1 for given in (batch_size, gradient_windows)):
         raise ValueError(
             f"batch_size and gradient_windows must be at least 1, got {batch_size} and "
             f"{gradient_windows}"
@@ -59,11 +68,11 @@ def prepare(
     source: Source,
     tokens: np.ndarray,
     *,
-    method: str = "lord",
+    method: str = DEFAULT_METHOD,
     allocation: str | None = None,
     prefix: str | None = None,
     mask: np.ndarray | None = None,
-    batch_size: int = 4,
+    batch_size: int | None = None,
     gradient_windows: int | None = GRADIENT_WINDOWS,
     progress: Progress | None = None,
 ) -> Prepared:
@@ -77,7 +86,7 @@ def prepare(
         policy needs no error curves (ROM's) skips the pass over the untouched model.
       prefix: where later statistics come from, if not the method's own choice; see `Method`.
       mask: ``[windows, length]``, False at padding.
-      batch_size: windows per step.
+      batch_size: windows per step; None = as many as this backend is fastest with.
       gradient_windows: how many windows, spread evenly, the backward pass sees; None = all.
       progress: called with (stage, done, total).
 
@@ -95,6 +104,7 @@ def prepare(
         raise ValueError(f"mask {np.shape(mask)}: expected the shape of the tokens {tokens.shape}")
     source = Materialized(source)
     clock = Clock(progress)
+    batch_size = batch_size or windows_per_step(tokens.shape[1])
     calibration, held_out = Calibration(tokens, mask, batch_size), tokens[:0]
     if policy in INFLUENCED:
         calibration, held_out = calibration.split(HELD_OUT)

@@ -17,7 +17,7 @@ import numpy as np
 
 from lordjax import trees
 from lordjax.allocation import CURVELESS, INFLUENCED, POLICIES, TILE, Curve, allocate
-from lordjax.evaluate.perplexity import perplexity
+from lordjax.evaluate.perplexity import compare
 from lordjax.factoring import AnyFactors, replace_kernels
 from lordjax.kernels import nbytes
 from lordjax.methods import METHODS, ModuleFactors, method_at
@@ -165,19 +165,19 @@ class Prepared:
                 problems.append(problem)
         if not plans:
             raise problems[-1]
-        clock, config = Clock(self.progress), self.source.config
-        losses: dict[tuple[Any, ...], float] = {}
-        best, least = plans[0], np.inf
-        for j in clock.run("temperature", range(len(plans))):
-            same = tuple(plans[j].ranks.items())
-            if same not in losses:
-                # Widened, so that all candidates share one compilation.
-                params = self._params(plans[j], self.factors, widened=True)
-                losses[same] = perplexity(config, params, self.held_out)["nll_per_token"]
-            if losses[same] < least:
-                best, least = plans[j], losses[same]
+        # Close temperatures may give the same plan.
+        plans = list({tuple(plan.ranks.items()): plan for plan in reversed(plans)}.values())
+        source, clock = self.source, Clock(self.progress)
+
+        def change(block: dict[str, Any], i: int, j: int) -> dict[str, Any]:
+            ranks = plans[j].ranks
+            return replace_kernels(
+                block, i, self.factors, ranks, self.method, source.config, widened=True
+            )
+
+        losses = compare(source, self.held_out, change, len(plans), clock)
         self.report["seconds"] |= clock.seconds
-        return best
+        return plans[int(np.argmin(losses))]
 
     def compress(
         self,
@@ -212,7 +212,7 @@ class Prepared:
                 corrective=self.prefix == "corrective",
                 clock=clock,
             )
-        params = self._params(plan, factors, kernels=kernels)
+        params = self._params(plan, factors, kernels)
         if dtype is not None:
             params = jax.tree.map(lambda a: _cast(a, dtype), params)
         verify(params, plan, self.sizes)
@@ -228,12 +228,17 @@ class Prepared:
         }
         return Result(self.source.config, params, plan, report)
 
-    def _params(self, plan: Plan, factors: dict[str, AnyFactors], **options: Any) -> dict[str, Any]:
-        """The parameters of a plan; options as for `replace_kernels`."""
+    def _params(
+        self,
+        plan: Plan,
+        factors: dict[str, AnyFactors],
+        kernels: Mapping[str, Mapping[str, Any]] | None,
+    ) -> dict[str, Any]:
+        """The parameters of a plan; arguments as for `replace_kernels`."""
         config, params = self.source.config, dict(self.source.rest())
         for i in range(config.num_layers):
             params[f"layer_{i}"] = replace_kernels(
-                self.source.block(i), i, factors, plan.ranks, self.method, config, **options
+                self.source.block(i), i, factors, plan.ranks, self.method, config, kernels=kernels
             )
         return params
 

@@ -106,7 +106,7 @@ def cli() -> None:
 @cli.command()
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=str))
-@click.option("--method", default="lord", show_default=True, help="A wrong name lists them all.")
+@click.option("--method", default="modegpt", show_default=True, help="A wrong name lists them all.")
 @click.option(
     "--keep",
     default=0.8,

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from lordjax.methods import DEFAULT_METHOD
 from lordjax.scripts import demo
 from lordjax.scripts.cli import cli
 
@@ -123,7 +124,7 @@ def test_command_is_installed(tiny):
     assert len(bad.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("method", ["modegpt", "modegpt-published"])
+@pytest.mark.parametrize("method", ["modegpt-cr", "modegpt-published"])
 def test_narrower_modules_are_saved_inspected_and_evaluated(tiny, text, tmp_path, method):
     out = tmp_path / "model"
     made = run("compress", tiny, out, *calibration(text), "--keep", "0.6", "--method", method)
@@ -157,7 +158,7 @@ def test_compress_writes_a_model_within_budget(compressed):
     settings = report["settings"]
     assert settings == summary["settings"]
     assert settings["keep"] == 0.5
-    assert settings["method"] == "lord"
+    assert settings["method"] == DEFAULT_METHOD
     assert settings["allocation"]
     assert report["calibration"]["tokens_sha256"] == summary["calibration"]["tokens_sha256"]
     # Nothing is left beside it, and progress went to stderr.

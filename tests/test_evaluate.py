@@ -9,10 +9,12 @@ import pytest
 
 from lordjax.data import fingerprint
 from lordjax.evaluate import perplexity
-from lordjax.evaluate.perplexity import _token_nll
+from lordjax.evaluate.perplexity import _token_nll, compare
 from lordjax.kernels import LowRank
 from lordjax.models.config import ModelConfig
 from lordjax.models.transformer import Transformer, init
+from lordjax.progress import Clock
+from lordjax.source import InMemory
 
 CONFIG = ModelConfig(
     vocab_size=61,
@@ -65,6 +67,22 @@ def test_uniform_logits_give_the_vocabulary_size(params):
     params = dict(params, head={"kernel": jnp.zeros_like(params["head"]["kernel"])})
     result = perplexity(CONFIG, params, random_tokens(2, 9))
     np.testing.assert_allclose(result["perplexity"], CONFIG.vocab_size, rtol=1e-6)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_variants_in_lockstep_have_the_losses_of_whole_models(tied):
+    config = dataclasses.replace(CONFIG, tie_embeddings=tied)
+    params = init(config, jax.random.key(1))
+    tokens, shares = random_tokens(3, 300), (1.0, 0.5, 0.0)
+
+    def scaled(block, i, j):
+        return jax.tree.map(lambda a: a * (shares[j] if i == 1 else 1.0), block)
+
+    losses = compare(InMemory(config, params), tokens, scaled, len(shares), Clock())
+    for j, loss in enumerate(losses):
+        whole = params | {f"layer_{i}": scaled(params[f"layer_{i}"], i, j) for i in range(2)}
+        expected = perplexity(config, whole, tokens)["nll_per_token"]
+        np.testing.assert_allclose(loss, expected, rtol=1e-6)
 
 
 def test_windows_are_independent(params):
