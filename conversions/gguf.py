@@ -30,7 +30,7 @@ from lordjax.models.layers import rope_frequencies
 
 # GGML types by name; each has a parity test.
 TYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
-ROW_BYTES = 2**13  # what a few temporaries of 16 rows fit the cache with
+ROW_BYTES = 2**13  # of a joined row: temporaries of 16 of them stay in the cache
 # Architecture -> class on the hub. Mistral's files call themselves llama, too.
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 
@@ -285,7 +285,10 @@ class Gguf:
 
 def _longer_rows(data: np.ndarray) -> np.ndarray:
     """Stored rows joined to some of about `ROW_BYTES`: gguf dequantises 16 rows per Python call."""
-    rows, width = data.shape[0], math.prod(data.shape[1:]) * data.itemsize
+    if data.ndim < 2 or not data.size:  # a vector's bytes may not be cut inside a block
+        return data
+    data = data.reshape(-1, data.shape[-1])
+    rows, width = len(data), data.shape[1] * data.itemsize
     joined = max(n for n in range(1, max(1, ROW_BYTES // width) + 1) if rows % n == 0)
     return data.reshape(rows // joined, -1)
 

@@ -62,7 +62,7 @@ class Curve:
     def options(self, tile: int) -> tuple[list[int | None], np.ndarray, np.ndarray]:
         """Ranks (None = dense), costs ``[n]`` and errors ``[n]``, by rising cost."""
         step = self.size.step
-        # (step, options it must leave): several tiles at a time is for widths of thousands only.
+        # (step, options it must leave): steps of several tiles are for wide sites only.
         tiles = ((math.lcm(step, tile), 1), (math.lcm(step, tile * self.size.tiles), FINE))
         for coarser, least in tiles:
             step = coarser if self.largest >= coarser * least else step

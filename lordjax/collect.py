@@ -41,6 +41,18 @@ def moment_taps(block: Mapping[str, Any], sites: Iterable[Site] = LINEAR_SITES) 
     return taps
 
 
+def windows_per_step(windows: int, length: int) -> int:
+    """How many of ``windows`` of this length the default backend does best at a time.
+
+    On CPU the activations of a step should fit the cache: forward passes of 1024 tokens of a model
+    of width 576 take a sixth less time than of 4096. An accelerator wants to be filled. Steps that
+    divide the windows are preferred: a last, shorter one compiles again.
+    """
+    most = max(1, (1024 if jax.default_backend() == "cpu" else 8192) // length)
+    even = [n for n in range(most, most // 2, -1) if windows % n == 0]
+    return even[0] if even else most
+
+
 def empty(widths: Mapping[str, Any]) -> Stats:
     """Zero accumulators for ``{"<tap>:<kind>": width}``, as wide as the kind's ``zeros`` says."""
     return {key: STATISTICS[key.rsplit(":", 1)[1]].zeros(width) for key, width in widths.items()}
@@ -216,9 +228,14 @@ def observe_gradients(
 
     def row_fisher(path: str, total: Array) -> Array:
         site = sites[path]
-        pair = taps[site.input_tap], grads[site.output_tap]
-        per_window = jnp.einsum("bsi,bso->bio", *pair, precision="highest")
-        return total + jnp.sum(per_window**2, axis=(0, 2))
+
+        def window(pair: tuple[Array, Array]) -> Array:
+            gradient = jnp.matmul(pair[0].T, pair[1], precision="highest")
+            return jnp.sum(gradient**2, axis=1)
+
+        # One after the other: weight gradients of a whole batch may not fit.
+        each = jax.lax.map(window, (taps[site.input_tap], grads[site.output_tap]))
+        return total + jnp.sum(each, axis=0)
 
     def gate(tap: str, total: HeadMoments) -> HeadMoments:
         # The loss changes by g·q when a pair's query is scaled; keys have the same effect, summed.

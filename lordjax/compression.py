@@ -21,19 +21,13 @@ import numpy as np
 from lordjax import trees
 from lordjax.allocation import CURVELESS, INFLUENCED
 from lordjax.calibrate import gradient_statistics, needs_gradients
+from lordjax.collect import windows_per_step
 from lordjax.data import fingerprint
 from lordjax.factoring import AnyFactors, factor_all, site_sizes
 from lordjax.methods import DEFAULT_METHOD, METHODS
 from lordjax.prepared import Prepared, Result, check_policy
 from lordjax.progress import Clock, Progress
-from lordjax.source import (
-    Calibration,
-    InMemory,
-    Materialized,
-    Source,
-    check_tokens,
-    windows_per_step,
-)
+from lordjax.source import Calibration, InMemory, Materialized, Source, check_tokens
 
 # The backward pass costs about four forward passes; more windows than this gain little (CHANGELOG).
 GRADIENT_WINDOWS = 32
@@ -76,7 +70,7 @@ def prepare(
     gradient_windows: int | None = GRADIENT_WINDOWS,
     progress: Progress | None = None,
 ) -> Prepared:
-    """Collects statistics of the untouched model and factors every linear layer for all ranks.
+    """Collects statistics of the untouched model and factors every site for all ranks.
 
     Args:
       source: the model. A compressed one is compressed again; its kernels count as dense.
@@ -104,14 +98,14 @@ def prepare(
         raise ValueError(f"mask {np.shape(mask)}: expected the shape of the tokens {tokens.shape}")
     source = Materialized(source)
     clock = Clock(progress)
-    batch_size = batch_size or windows_per_step(tokens.shape[1])
+    batch_size = batch_size or windows_per_step(*tokens.shape)
     calibration, held_out = Calibration(tokens, mask, batch_size), tokens[:0]
     if policy in INFLUENCED:
         calibration, held_out = calibration.split(HELD_OUT)
     gradients: dict[int, dict[str, dict[str, Any]]] = {}
     if needs_gradients(row):
         few = calibration.spread(gradient_windows)
-        # A backward pass holds every activation of a block: half the batch, the same memory.
+        # A backward pass holds every activation of a block: half the batch, about the same memory.
         few = dataclasses.replace(few, batch_size=max(1, batch_size // 2))
         gradients = gradient_statistics(source, few, row, clock)
     factors: dict[str, AnyFactors] = {}

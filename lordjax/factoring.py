@@ -122,8 +122,8 @@ def factor_all(
             )
         if influence:
             influences[i] = float(stats.pop(INFLUENCE).mean())
-        with clock.part("factors"):
-            for site in sites:
+        for site in sites:
+            with clock.part(f"factors of {site.kind} sites"):
                 kernels = site_kernels(site, block, config)
                 inputs = {name: stats[key] for name, key in keys[site.path].items()}
                 inputs |= site_gradients(gradients.get(i, {}), row, site, kernels)

@@ -19,8 +19,8 @@ class Size:
       bias: of the bias that corrects its output, in methods that have one.
       moved: of a bias that appears when it is compressed, whatever the method.
       step: ranks are multiples of this (2 where rotary pairs stay together).
-      tiles: policies that optimise offer multiples of this many tiles: widths of thousands need no
-        finer choice.
+      tiles: policies that optimise offer multiples of this many tiles, where that leaves enough
+        options (`allocation.FINE`): wide sites need no finer choice.
     """
 
     dense: int

@@ -17,7 +17,7 @@ import numpy as np
 
 from lordjax import trees
 from lordjax.allocation import CURVELESS, INFLUENCED, POLICIES, TILE, Curve, allocate
-from lordjax.evaluate.perplexity import compare
+from lordjax.evaluate.comparison import compare
 from lordjax.factoring import AnyFactors, replace_kernels
 from lordjax.kernels import nbytes
 from lordjax.methods import METHODS, ModuleFactors, method_at
@@ -165,8 +165,12 @@ class Prepared:
                 problems.append(problem)
         if not plans:
             raise problems[-1]
-        # Close temperatures may give the same plan.
-        plans = list({tuple(plan.ranks.items()): plan for plan in reversed(plans)}.values())
+        unique: dict[tuple[Any, ...], Plan] = {}
+        for plan in plans:  # close temperatures may give the same one
+            unique.setdefault(tuple(plan.ranks.items()), plan)
+        plans = list(unique.values())
+        if len(plans) == 1:
+            return plans[0]
         source, clock = self.source, Clock(self.progress)
 
         def change(block: dict[str, Any], i: int, j: int) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
-import jax
 import numpy as np
 
 from lordjax.data import check_ids
@@ -105,16 +104,6 @@ class Calibration:
     def masks(self) -> list[np.ndarray | None]:
         """The mask of each batch."""
         return [mask for _, mask in self.batches()]
-
-
-def windows_per_step(length: int) -> int:
-    """How many windows of this many tokens the default backend does best at a time.
-
-    On CPU the activations of a step should fit the cache: steps of 1024 tokens of a model of width
-    576 take a fifth less time than steps of 4096. An accelerator wants to be filled.
-    """
-    tokens = 1024 if jax.default_backend() == "cpu" else 8192
-    return max(1, tokens // length)
 
 
 def check_tokens(config: ModelConfig, tokens: np.ndarray) -> np.ndarray:

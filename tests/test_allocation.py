@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 
+import jax
 import numpy as np
 import pytest
 import scipy.optimize
@@ -17,7 +18,10 @@ from lordjax.allocation import (
     choose,
     influence_removal,
 )
+from lordjax.models import ModelConfig, init
+from lordjax.modules import site_size
 from lordjax.plan import Size
+from lordjax.sites import MODULE_SITES
 
 # --- published numbers: LLaMA-7B (specs §4.3, §7, §9 items 21, 22, 24) ---------------------------
 
@@ -518,3 +522,43 @@ def test_rounding_by_influence_is_repaired_within_the_budget():
         assert all(
             r is None or r % (128 if p.endswith("mlp") else 8) == 0 for p, r in ranks.items()
         )
+
+
+@pytest.mark.parametrize(("width", "step"), [(1536, 32), (520, 32), (512, 8), (48, 8), (7, 1)])
+def test_steps_of_several_tiles_are_for_wide_sites(width, step):
+    """A narrow MLP still has a choice: 4 tiles of 8 only where 16 steps of 32 save weights."""
+    curve = Curve(Size(width * 9, 9, tiles=4), np.linspace(1, 0, width + 1))
+    ranks, costs, _ = curve.options(8)
+    assert ranks == [*range(step, width, step), None]
+    assert list(costs) == [9 * r for r in ranks[:-1]] + [9 * width]
+
+
+@pytest.mark.parametrize(
+    ("removed", "temperature", "cap", "pinned"),
+    [(0.3, 0.1, 1.0, 0), (0.5, 0.05, 1.0, 9), (0.5, 0.05, 0.85, 12)],
+)
+def test_influence_meets_the_kkt_conditions(removed, temperature, cap, pinned):
+    """Of Σ sφ - T·H(φ): one multiplier for all blocks below the cap, a larger slope at it."""
+    phi = influence_removal(LLAMA_INFLUENCE, removed, temperature, cap=cap)
+    slope = -LLAMA_INFLUENCE - temperature * (np.log(phi) + 1)
+    at_cap = phi >= cap - 1e-12
+    assert at_cap.sum() == pinned
+    assert np.ptp(slope[~at_cap]) < 1e-9
+    assert (slope[at_cap] >= slope[~at_cap].max() - 1e-9).all()
+
+
+@pytest.mark.parametrize("policy", ["block-influence", "global"])
+@pytest.mark.parametrize("keep", [0.9, 0.7, 0.5])
+def test_budget_of_llama_is_met_within_a_fifth_of_a_percent(policy, keep):
+    config = ModelConfig(32_000, 4096, 11008, 1, 32, 32, 128, 4096)
+    block = jax.eval_shape(lambda: init(config, jax.random.key(0)))["layer_0"]
+    curves = {}
+    for site in MODULE_SITES:
+        size = site_size(site, block, config)
+        errors = np.exp(-4 * np.linspace(0, 1, int(size.limit) + 1))
+        for i, score in enumerate(LLAMA_INFLUENCE):
+            curves[f"layer_{i}/{site.path}"] = Curve(size, score * errors, 0, score)
+    ranks, _ = allocate(curves, keep, policy, 8)
+    dense = sum(curve.size.dense for curve in curves.values())
+    assert keep - 0.002 <= spent(curves, ranks) / dense <= keep
+    assert all(r is None or r % (32 if p.endswith("mlp") else 8) == 0 for p, r in ranks.items())

@@ -1,6 +1,7 @@
 """Files: safetensors, torch files and GGUF give the same parameters; damage is named."""
 
 import json
+import math
 import os
 import struct
 
@@ -11,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from test_families import TINY, hf_logits, hf_model, logits, some_tokens
 
 from lordjax.conversions import tensors
-from lordjax.conversions.gguf import TYPES, Gguf, llama3_scaling
+from lordjax.conversions.gguf import ROW_BYTES, TYPES, Gguf, _longer_rows, llama3_scaling
 from lordjax.conversions.huggingface import open_checkpoint
 from lordjax.models.config import Rope
 from lordjax.models.layers import rope_frequencies
@@ -336,6 +337,20 @@ def test_gguf_types(tmp_path, kind):
     assert np.abs(expected).max() > 0.1
     got = logits(checkpoint.config, params, tokens)
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * max(1, np.abs(expected).max()))
+
+
+@pytest.mark.parametrize("shape", [(4, 96), (7, 20000), (6000, 34), (5, 6, 64), (9001,), (0, 32)])
+def test_gguf_rows_are_joined_whole(shape):
+    """As few rows as fit `ROW_BYTES`, the values in order, none cut; vectors as they are."""
+    data = np.arange(math.prod(shape), dtype=np.uint32).view(np.uint8).reshape(*shape, 4)
+    data = data.reshape(*shape[:-1], -1)
+    rows = _longer_rows(data)
+    np.testing.assert_array_equal(rows.ravel(), data.ravel())
+    if len(shape) > 1 and data.size:
+        assert rows.shape[1] % data.shape[-1] == 0
+        assert rows.shape[1] <= max(ROW_BYTES, data.shape[-1])
+    else:
+        assert rows.shape == data.shape
 
 
 def test_gguf_qwen2(tmp_path):

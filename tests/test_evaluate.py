@@ -9,7 +9,8 @@ import pytest
 
 from lordjax.data import fingerprint
 from lordjax.evaluate import perplexity
-from lordjax.evaluate.perplexity import _token_nll, compare
+from lordjax.evaluate.comparison import compare
+from lordjax.evaluate.perplexity import _token_nll
 from lordjax.kernels import LowRank
 from lordjax.models.config import ModelConfig
 from lordjax.models.transformer import Transformer, init
@@ -73,7 +74,8 @@ def test_uniform_logits_give_the_vocabulary_size(params):
 def test_variants_in_lockstep_have_the_losses_of_whole_models(tied):
     config = dataclasses.replace(CONFIG, tie_embeddings=tied)
     params = init(config, jax.random.key(1))
-    tokens, shares = random_tokens(3, 300), (1.0, 0.5, 0.0)
+    # 300 tokens: three windows a step, and a shorter last step.
+    tokens, shares = random_tokens(7, 300), (1.0, 0.5, 0.0)
 
     def scaled(block, i, j):
         return jax.tree.map(lambda a: a * (shares[j] if i == 1 else 1.0), block)
@@ -83,6 +85,19 @@ def test_variants_in_lockstep_have_the_losses_of_whole_models(tied):
         whole = params | {f"layer_{i}": scaled(params[f"layer_{i}"], i, j) for i in range(2)}
         expected = perplexity(config, whole, tokens)["nll_per_token"]
         np.testing.assert_allclose(loss, expected, rtol=1e-6)
+
+
+def test_a_broken_variant_is_an_error_and_not_the_best():
+    params = init(CONFIG, jax.random.key(1))
+
+    def broken(block, i, j):
+        return jax.tree.map(lambda a: a * np.nan if j else a, block)
+
+    source, clock = InMemory(CONFIG, params), Clock()
+    with pytest.raises(ValueError, match="expected a finite number"):
+        compare(source, random_tokens(2, 16), broken, 2, clock)
+    with pytest.raises(ValueError, match="length ≥ 2"):
+        compare(source, random_tokens(2, 1), broken, 1, clock)
 
 
 def test_windows_are_independent(params):

@@ -25,7 +25,7 @@ ORDER = [
     ["lordjax.functional", "lordjax.source", "lordjax.collect"],
     ["lordjax.calibrate"],
     ["lordjax.modules", "lordjax.evaluate.perplexity"],
-    ["lordjax.factoring"],
+    ["lordjax.factoring", "lordjax.evaluate.comparison"],
     ["lordjax.sequential"],
     ["lordjax.prepared"],
     ["lordjax.compression"],

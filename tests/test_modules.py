@@ -6,19 +6,23 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from lordjax import InMemory, checkpoint, compress, prepare, trees
 from lordjax.calibrate import gradient_statistics
+from lordjax.evaluate import perplexity
 from lordjax.factoring import replace_kernels
 from lordjax.kernels import LowRank, nbytes
-from lordjax.methods import METHODS
+from lordjax.methods import METHODS, ModuleFactors
+from lordjax.methods.modular import mlp_module, narrow_mlp
 from lordjax.models import ModelConfig, Rope, Transformer, init
-from lordjax.models.transformer import Block
+from lordjax.models.transformer import MLP, Block
 from lordjax.modules import gather, scatter
 from lordjax.plan import Plan
 from lordjax.prepared import TEMPERATURES
 from lordjax.progress import Clock
+from lordjax.sites import layer_index
 from lordjax.source import Calibration
 
 CONFIG = ModelConfig(97, 48, 80, 3, 6, 2, 8, 256, tie_embeddings=True)
@@ -60,6 +64,28 @@ def test_modules_become_narrower_and_work(config, method):
     expected, got = (logits(config, p) for p in (model(config), result.params))
     # Half of an untrained model is missing; unrelated logits would give twice their variance.
     assert 0 < np.mean((got - expected) ** 2) < np.mean(expected**2)
+
+
+@pytest.mark.parametrize("config", [CONFIG, BIASED], ids=["plain", "biased"])
+def test_modegpt_is_a_narrow_mlp_and_low_rank_attention(config):
+    prepared = prepare(InMemory(config, model(config)), TOKENS, method="modegpt")
+    assert {path.split("/", 1)[1] for path in prepared.sizes} == {
+        "mlp",
+        *(f"attention/{name}/kernel" for name in "qkvo"),
+    }
+    plan = by_hand(prepared, mlp=40, kernel=5)
+    block = trees.flatten(prepared.apply(plan).params["layer_1"])
+    assert block["mlp/gate/kernel"].shape == (48, 40)
+    assert all(block[f"attention/{n}/kernel"].rank == 5 for n in "qkvo")
+    wide = replace_kernels(
+        model(config)["layer_1"], 1, prepared.factors, plan.ranks, "modegpt", config, widened=True
+    )
+    x = jnp.cos(jnp.arange(2.0 * 9 * 48)).reshape(2, 9, 48)
+    narrow, widened = (
+        Block(config).apply({"params": p}, x, jnp.arange(9)[None])
+        for p in (trees.unflatten(block), wide)
+    )
+    np.testing.assert_allclose(narrow, widened, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", MODULAR)
@@ -306,3 +332,218 @@ def test_decode_order_does_not_matter_to_a_narrow_model():
     whole = logits(CONFIG, result.params)[:, :11]
     np.testing.assert_allclose(logits(CONFIG, result.params, TOKENS[:, :11]), whole, atol=1e-4)
     assert Rope() == CONFIG.rope
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 5e-2)])
+@pytest.mark.parametrize("config", [CONFIG, BIASED, STATIC], ids=["plain", "biased", "static"])
+@pytest.mark.parametrize("method", ["modegpt-published", "modegpt-cr"])
+def test_all_modules_at_full_width_are_the_same_model(config, method, dtype, tolerance):
+    params = jax.tree.map(lambda a: a.astype(dtype), model(config))
+    prepared = prepare(InMemory(config, params), TOKENS, method=method)
+    full = by_hand(prepared, qk=8, vo=8, mlp=80).ranks  # `apply` refuses full widths
+    blocks = {
+        f"layer_{i}": replace_kernels(
+            params[f"layer_{i}"], i, prepared.factors, full, method, config
+        )
+        for i in range(3)
+    }
+    expected, got = (logits(config, p) for p in (params, {**params, **blocks}))
+    assert np.linalg.norm(got - expected) <= tolerance * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("activation", ["silu", "relu"])
+def test_slicing_commutes_with_the_gate(activation):
+    """Bit for bit: whole numbers, so that no order of summation rounds."""
+    config, rng = dataclasses.replace(BIASED, activation=activation), np.random.default_rng(0)
+    block = trees.flatten(model(config)["layer_0"])
+    flat = {p: np.float32(rng.integers(-3, 4, a.shape)) for p, a in block.items()}
+    kept = np.sort(rng.permutation(80)[:48])
+    new = narrow_mlp(gather("mlp", flat, config), ModuleFactors(None, {"order": kept}), 48)
+    x = jnp.asarray(rng.integers(-3, 4, (2, 16, 48)), jnp.float32)
+
+    def hidden(flat):
+        mlp = {"params": trees.unflatten(flat)["mlp"]}
+        return np.asarray(MLP(config).apply(mlp, x, mutable=["taps"])[1]["taps"]["mlp_hidden"])
+
+    np.testing.assert_array_equal(hidden(scatter("mlp", new, flat)), hidden(flat)[..., kept])
+
+
+SCALED = {"factor": 4.0, "original_max_positions": 16}
+ROPES = [Rope(), Rope(kind="llama3", **SCALED), Rope(kind="yarn", **SCALED)]
+
+
+@pytest.mark.parametrize("rope", ROPES, ids=lambda rope: rope.kind)
+def test_kept_pairs_turn_as_before(rope):
+    config = dataclasses.replace(CONFIG, rope=rope)
+    prepared = prepare(InMemory(config, model(config)), TOKENS, method="modegpt-cr")
+    params = prepared.apply(by_hand(prepared, qk=4)).params
+    index = params["layer_0"]["attention"]["rope_index"]
+    assert index.shape == (2, 2)
+    columns = np.concatenate([index, index + 4], axis=1)
+
+    def tap(p, name, heads):
+        _, state = Transformer(config).apply({"params": p}, TOKENS, mutable=["taps"])
+        return np.asarray(state["taps"]["layer_0"]["attention"][name]).reshape(8, 40, heads, -1)
+
+    for name, heads in (("queries", 6), ("keys", 2)):
+        at = np.repeat(columns, heads // 2, axis=0)[None, None]
+        expected = np.take_along_axis(tap(model(config), name, heads), at, axis=-1)
+        np.testing.assert_allclose(tap(params, name, heads), expected, atol=1e-4)
+
+
+def test_influence_of_the_last_block_is_before_the_final_norm():
+    norm = {"scale": jnp.linspace(-2.0, 5.0, 48)}
+    params = {**model(CONFIG), "final_norm": norm}
+    prepared = prepare(InMemory(CONFIG, params), TOKENS, method="modegpt-published")
+    tokens, positions = prepared.calibration.tokens, jnp.arange(40)[None]
+    x = Transformer(CONFIG).apply({"params": params}, tokens, method=Transformer.embed_tokens)
+    for i in range(3):
+        y = Block(CONFIG).apply({"params": params[f"layer_{i}"]}, x, positions)
+        norms = jnp.linalg.norm(x, axis=-1) * jnp.linalg.norm(y, axis=-1)
+        expected = float(jnp.mean(1 - jnp.sum(x * y, axis=-1) / norms))
+        assert prepared.influences[i] == pytest.approx(expected, rel=1e-4)
+        x = y
+
+
+def test_round_trip_of_different_widths(tmp_path):
+    prepared = prepare(InMemory(CONFIG, model(CONFIG)), TOKENS, method="modegpt-cr")
+    widths = {"mlp": (40, 48, 56), "qk": (4, 2, 6), "vo": (3, 5, None)}
+    ranks = {p: widths[p.rsplit("/", 1)[1]][layer_index(p)] for p in prepared.sizes}
+    result = prepared.apply(Plan("modegpt-cr", ranks, 0.5, "by hand"))
+    checkpoint.save(tmp_path / "m", CONFIG, result.params, hf_config={}, plan=result.plan)
+    _, params = checkpoint.load(tmp_path / "m")
+    jax.tree.map(np.testing.assert_array_equal, params, result.params)
+    blocks = [params[f"layer_{i}"] for i in range(3)]
+    shapes = [b["attention"]["rope_index"].shape for b in blocks]
+    assert shapes == [(2, 2), (2, 1), (2, 3)]
+    assert [b["mlp"]["down"]["kernel"].shape[0] for b in blocks] == [40, 48, 56]
+
+
+@pytest.mark.parametrize("method", ["modegpt-cr", "modegpt-published"])
+def test_modules_do_not_depend_on_the_batch_size(method):
+    source = InMemory(CONFIG, model(CONFIG))
+    one, four = (prepare(source, TOKENS, method=method, batch_size=n) for n in (1, 4))
+    for path, factors in one.factors.items():
+        scale = 1e-3 * factors.spectrum.sum()
+        np.testing.assert_allclose(four.factors[path].spectrum, factors.spectrum, atol=scale)
+
+
+def test_the_temperature_of_least_held_out_loss_is_chosen():
+    params = model(CONFIG)
+    prepared = prepare(InMemory(CONFIG, params), TOKENS, method="modegpt-published")
+    np.testing.assert_array_equal(prepared.held_out, TOKENS[-1:])
+    np.testing.assert_array_equal(prepared.calibration.tokens, TOKENS[:-1])
+    prepared.influences = {0: 0.3, 1: 0.0, 2: 0.15}  # far enough apart for different plans
+    losses = {}
+    for temperature in TEMPERATURES:
+        ranks = prepared.plan(0.6, temperature=temperature).ranks
+        parts = (prepared.factors, ranks, prepared.method, CONFIG)
+        blocks = {
+            f"layer_{i}": replace_kernels(params[f"layer_{i}"], i, *parts, widened=True)
+            for i in range(3)
+        }
+        found = perplexity(CONFIG, {**params, **blocks}, prepared.held_out)
+        losses[tuple(ranks.items())] = found["nll_per_token"]
+    chosen = losses[tuple(prepared.plan(0.6).ranks.items())]
+    assert chosen <= min(losses.values()) + 1e-6
+    assert chosen < max(losses.values())
+
+
+def test_queries_and_keys_have_a_rate_of_their_own():
+    prepared = prepare(InMemory(CONFIG, model(CONFIG)), TOKENS, method="modegpt-cr")
+
+    def kept(factor):
+        sensitivity = {p: factor if p.endswith("qk") else 1.0 for p in prepared.sizes}
+        ranks = prepared.plan(0.6, sensitivity=sensitivity).ranks
+        shares = {"qk": [], "vo": [], "mlp": []}
+        for path, size in prepared.sizes.items():
+            shares[path.rsplit("/", 1)[1]].append(size.weights(ranks[path]) / size.dense)
+        return {kind: np.mean(each) for kind, each in shares.items()}
+
+    low, high = kept(1e-3), kept(1e3)
+    assert low["qk"] < high["qk"]
+    assert low["mlp"] > high["mlp"]
+    assert low["qk"] < low["mlp"]
+    assert high["qk"] > high["mlp"]
+
+
+def test_corrective_prefix_fits_the_untouched_output():
+    """Ẑ_Sᵀ (Z W_D - Ẑ_S W_D') = 0 up to the ridge: least squares with the dense target."""
+    source, angles = InMemory(CONFIG, model(CONFIG)), {}
+
+    def taps(params):
+        _, state = Transformer(CONFIG).apply({"params": params}, TOKENS, mutable=["taps"])
+        mlp = state["taps"]["layer_2"]["mlp"]
+        both = mlp["mlp_hidden"], mlp["down"]["out"]
+        return [np.asarray(a, float).reshape(-1, a.shape[-1]) for a in both]
+
+    for prefix in ("compressed", "corrective"):
+        prepared = prepare(source, TOKENS, method="modegpt-cr", prefix=prefix)
+        kept, out = taps(prepared.apply(by_hand(prepared, mlp=24)).params)
+        target = taps(model(CONFIG))[1]
+        gap = kept.T @ (target - out)
+        angles[prefix] = np.linalg.norm(gap) / np.linalg.norm(kept.T @ target)
+    assert angles["corrective"] < 0.1 * angles["compressed"]
+
+
+def test_an_intercept_becomes_a_bias_of_the_model(monkeypatch):
+    module = mlp_module(("moments",), score="leverage", intercept=True)
+    base = METHODS["modegpt-published"]
+    row = dataclasses.replace(base, modules={"mlp": module}, allocation="uniform")
+    monkeypatch.setitem(METHODS, "intercept", row)
+    prepared = prepare(InMemory(CONFIG, model(CONFIG)), TOKENS, method="intercept")
+    assert prepared.curves()["layer_0/mlp"].extra == 48
+    means = []
+    for params in (model(CONFIG), prepared.apply(by_hand(prepared, mlp=40)).params):
+        _, state = Transformer(CONFIG).apply({"params": params}, TOKENS, mutable=["taps"])
+        out = np.asarray(state["taps"]["layer_0"]["mlp"]["down"]["out"])
+        bias = np.asarray(params["layer_0"]["mlp"]["down"].get("bias", 0))
+        means.append((out + bias).mean((0, 1)))
+    np.testing.assert_allclose(*means, atol=1e-5)  # least squares with a bias keeps the mean
+
+
+@functools.cache
+def trained():
+    """A model that has learnt a language in which a token decides the next, and more of it."""
+    config = ModelConfig(24, 32, 96, 2, 4, 2, 8, 64, tie_embeddings=True)
+    rng = np.random.default_rng(0)
+    follow = rng.dirichlet(np.full(24, 0.1), 24).cumsum(-1)
+    text = rng.integers(0, 24, (300 * 32 + 64, 48)).astype(np.int32)
+    for t in range(1, 48):
+        chances = follow[text[:, t - 1]]
+        text[:, t] = np.minimum((rng.random((len(text), 1)) > chances).sum(1), 23)
+    optimiser = optax.adam(5e-3)
+
+    @jax.jit
+    def step(params, state, tokens):
+        def loss(params):
+            out = Transformer(config).apply({"params": params}, tokens)[:, :-1]
+            return optax.softmax_cross_entropy_with_integer_labels(out, tokens[:, 1:]).mean()
+
+        updates, state = optimiser.update(jax.grad(loss)(params), state)
+        return optax.apply_updates(params, updates), state
+
+    params = init(config, jax.random.key(0))
+    state = optimiser.init(params)
+    with jax.numpy_dtype_promotion("standard"):  # optax counts steps in integers
+        for i in range(300):
+            params, state = step(params, state, jnp.asarray(text[32 * i :][:32]))
+    return config, params, text[-64:]
+
+
+def test_order_of_methods_and_budgets_on_a_trained_model():
+    config, params, text = trained()
+
+    def measure(method, *keeps):
+        source = InMemory(config, params)
+        prepared = prepare(source, text[:32], method=method, allocation="uniform")
+        made = (prepared.compress(keep, "uniform").params for keep in keeps)
+        return [perplexity(config, p, text[32:])["perplexity"] for p in made]
+
+    assert perplexity(config, params, text[32:])["perplexity"] < 5  # chance is 24
+    for method in ("modegpt-published", "modegpt-cr"):
+        found = measure(method, 0.9, 0.7, 0.5)
+        assert found == sorted(found)
+    names = ("modegpt-published", "modegpt-slice", "modegpt-random")
+    order = [measure(name, 0.7)[0] for name in names]  # they differ in the MLP only
+    assert order == sorted(order)

@@ -425,3 +425,35 @@ def test_influence_is_one_minus_the_mean_cosine():
     mixed = jnp.where(half[:, None], x, -x)
     assert float(zeros.update((x, mixed)).mean()) == pytest.approx(1, abs=1e-6)
     assert float(zeros.update((x, mixed), half).mean()) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 7, ROWS])
+def test_heads_and_influence_do_not_depend_on_batches_or_order(size):
+    with jax.enable_x64(True):
+        x, y = (jnp.asarray(data(seed, width=12)) for seed in (0, 1))
+
+        def fold(order, size):
+            heads = HeadMoments.zeros((3, 4), jnp.float64)
+            influence = Influence.zeros(dtype=jnp.float64)
+            for start in range(0, ROWS, size):
+                rows = order[start : start + size]
+                heads, influence = heads.update(x[rows]), influence.update((x[rows], y[rows]))
+            return heads, influence
+
+        expected = fold(np.arange(ROWS), ROWS)
+        for order in (np.arange(ROWS), np.random.default_rng(1).permutation(ROWS)):
+            assert_close(fold(order, size), expected, 1e-10)
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_sharded_heads_and_influence(devices):
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    shape = (devices, -1, 12)
+    pair = [jnp.asarray(data(s, width=12).reshape(shape), jnp.float32) for s in (0, 1)]
+
+    def fold(x, y):
+        return HeadMoments.zeros((3, 4)).update(x), Influence.zeros().update((x, y))
+
+    there = jax.jit(fold)(*(jax.device_put(a, sharding) for a in pair))
+    assert_close(there, fold(*pair), 1e-6)

@@ -19,13 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from lordjax.calibrate import hidden_states, on_device
-from lordjax.collect import observe
 from lordjax.data import check_ids, fingerprint
 from lordjax.models.config import ModelConfig
 from lordjax.models.transformer import Transformer
-from lordjax.progress import Clock
-from lordjax.source import Calibration, Source, windows_per_step
 
 # Positions whose logits are held at once: 256 x 49152 float32 are 50 MB.
 _CHUNK = 256
@@ -60,8 +56,7 @@ def perplexity(
         names the window and the position.
     """
     tokens = np.asarray(tokens)
-    if tokens.ndim != 2 or not tokens.shape[0] or tokens.shape[1] < 2:
-        raise ValueError(f"tokens {list(tokens.shape)}; expected [windows ≥ 1, length ≥ 2]")
+    check_windows(tokens)
     if batch_size < 1:
         raise ValueError(f"batch size {batch_size}; expected 1 or more")
     check_ids(tokens, config.vocab_size)
@@ -77,7 +72,7 @@ def perplexity(
         batch = np.pad(batch, ((0, batch_size - rows), (0, 0)), mode="edge")
         with jax.default_matmul_precision("highest"):
             nll = np.asarray(_token_nll(config, params, batch), np.float64)[:rows]
-        _check_finite(nll, start)
+        check_finite(nll, start)
         total += float(nll.sum())
         if progress:
             progress("evaluate", start + rows, count)
@@ -104,49 +99,6 @@ def perplexity(
     }
 
 
-def compare(
-    source: Source,
-    tokens: np.ndarray,
-    change: Callable[[dict[str, Any], int, int], Any],
-    variants: int,
-    clock: Clock,
-) -> list[float]:
-    """Losses of models that differ inside their blocks, all of them one block at a time.
-
-    A block is read once for all, no variant is ever in memory as a whole, and all share the
-    compilation of one block.
-
-    Args:
-      source: the model they are variants of.
-      tokens: ``[n, L]`` integer ids.
-      change: ``(block, its number, variant) -> block`` in arrays of the same shapes.
-      variants: how many there are.
-      clock: for progress.
-
-    Returns:
-      Nats per token of each variant.
-    """
-    config, count = source.config, len(tokens) * (tokens.shape[1] - 1)
-    steps = Calibration(tokens, None, windows_per_step(tokens.shape[1]))
-    states = [list(hidden_states(source, steps)) for _ in range(variants)]
-    for i in clock.run("comparison", range(config.num_layers)):
-        block = source.block(i)
-        for j, xs in enumerate(states):
-            own = on_device(change(block, i, j))
-            for k, x in enumerate(xs):
-                xs[k] = observe(own, x, None, {}, config=config, window=config.window(i))[0]
-    rest = on_device(source.rest())
-    batches = [batch for batch, _ in steps.batches()]
-    return [
-        sum(
-            float(np.asarray(_nll_behind(config, rest, x, batch), np.float64).sum())
-            for x, batch in zip(xs, batches, strict=True)
-        )
-        / count
-        for xs in states
-    ]
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def _token_nll(
     config: ModelConfig, params: Any, tokens: Int[Array, "b s"]
@@ -154,14 +106,17 @@ def _token_nll(
     """Negative log-likelihood of tokens 1 … s-1."""
     model = Transformer(config)
     x: Any = model.apply({"params": params}, tokens, method=Transformer.hidden)
-    return _nll_behind(config, params, x, tokens)
+    return nll_behind(config, params, x, tokens)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _nll_behind(
+def nll_behind(
     config: ModelConfig, params: Any, x: Float[Array, "b s m"], tokens: Int[Array, "b s"]
 ) -> Float[Array, "b s-1"]:
-    """The same from the residual stream behind the last block, the logits chunk by chunk."""
+    """Negative log-likelihood of tokens 1 … s-1 from the residual stream behind the last block.
+
+    Logits are taken chunk by chunk. Of ``params`` only what is outside the blocks is read.
+    """
     model, variables = Transformer(config), {"params": params}
 
     def chunk_nll(chunk: tuple[Array, Array]) -> Float[Array, "b c"]:
@@ -181,7 +136,14 @@ def _nll_behind(
     return jnp.moveaxis(nll, 0, 1).reshape(batch, -1)[:, : length - 1]
 
 
-def _check_finite(nll: np.ndarray, first_window: int) -> None:
+def check_windows(tokens: np.ndarray) -> None:
+    """Raises ValueError unless there is a window with a target."""
+    if tokens.ndim != 2 or not tokens.shape[0] or tokens.shape[1] < 2:
+        raise ValueError(f"tokens {list(tokens.shape)}; expected [windows ≥ 1, length ≥ 2]")
+
+
+def check_finite(nll: np.ndarray, first_window: int) -> None:
+    """Raises ValueError if a negative log-likelihood is not finite; names window and token."""
     if np.isfinite(nll).all():
         return
     window, position = np.argwhere(~np.isfinite(nll))[0]

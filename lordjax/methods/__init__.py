@@ -7,7 +7,6 @@ from lordjax.methods.modular import mlp_module, query_key_module, value_output_m
 from lordjax.methods.svd import SVD_METHODS
 
 _LOSS_MLP = mlp_module(("moments", "gradients"), score="elimination")
-_LOSS_VALUES = value_output_module(("moments", "gradients"), fit=True)
 
 
 def _published(summary: str, **mlp: Any) -> Method:
@@ -34,7 +33,7 @@ METHODS: dict[str, Method] = {
         None,
         modules={
             "mlp": _LOSS_MLP,
-            "vo": _LOSS_VALUES,
+            "vo": value_output_module(("moments", "gradients"), fit=True),
             "qk": query_key_module(("queries", "keys", "gates")),
         },
         allocation="global",
