@@ -343,7 +343,7 @@ def test_gguf_types(tmp_path, kind):
 def test_gguf_rows_are_joined_whole(shape):
     """As few rows as fit `ROW_BYTES`, the values in order, none cut; vectors as they are."""
     data = np.arange(math.prod(shape), dtype=np.uint32).view(np.uint8).reshape(*shape, 4)
-    data = data.reshape(*shape[:-1], -1)
+    data = data.reshape(*shape[:-1], 4 * shape[-1])
     rows = _longer_rows(data)
     np.testing.assert_array_equal(rows.ravel(), data.ravel())
     if len(shape) > 1 and data.size:
