@@ -31,7 +31,7 @@ Source: MoDeGPT, arXiv 2408.09632; specs of MoDeGPT §2 to §4 for the exact, ch
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -49,11 +49,12 @@ RANK_TOLERANCE = 1e-12  # eigenvalues of a head's second moment below this share
 Arrays = Mapping[str, Array]
 
 
-def _root_metric(stats: Mapping[str, Any], width: int, dtype: Any) -> Float[Array, "m m"]:
-    """``M^½`` of the gradient metric, or the identity without gradients."""
+def _metric(stats: Mapping[str, Any]) -> Callable[[Float[Array, "n m"]], Float[Array, "n m"]]:
+    """Rows times ``M^½`` of the gradient metric; as they are without gradients."""
     if "gradients" not in stats:
-        return jnp.eye(width, dtype=dtype)
-    return linalg.sqrt_pair(stats["gradients"].second_moment(), linalg.GRADIENT_DAMPING)[0]
+        return lambda rows: rows
+    root, _ = linalg.sqrt_pair(stats["gradients"].second_moment(), linalg.GRADIENT_DAMPING)
+    return lambda rows: mm(rows, root)
 
 
 # --- mlp ------------------------------------------------------------------------------------------
@@ -85,12 +86,12 @@ def mlp(
     """
     moments, down = stats["moments"], kernels["down"]
     gram = moments.covariance() if intercept else moments.second_moment()
-    root = _root_metric(stats, down.shape[1], down.dtype)
+    weigh = _metric(stats)
     match score:
         case "leverage":
             order = jnp.argsort(linalg.leverage_complement(gram, RIDGE))
         case "elimination":
-            order = linalg.elimination_order(gram, mm(down, root))
+            order = linalg.elimination_order(gram, weigh(down))
         case "energy":
             order = jnp.argsort(-jnp.diagonal(gram))
         case "random":
@@ -101,9 +102,10 @@ def mlp(
     parts = {"order": order}
     if fit:
         parts["lower"], parts["right"] = linalg.nested_refit(gram, down)
-        spectrum = jnp.sum(mm(parts["right"], root) ** 2, axis=1)
+        spectrum = jnp.sum(weigh(parts["right"]) ** 2, axis=1)
     else:
-        spectrum = _dropped(gram * mm(down, root, root, down.T))
+        rows = weigh(down)
+        spectrum = _dropped(gram * mm(rows, rows.T))
     if intercept:
         parts["mean"] = moments.mean[order]
     return ModuleFactors(spectrum, parts)
@@ -256,9 +258,9 @@ def value_output(kernels: Arrays, stats: Mapping[str, Any], *, fit: bool) -> Mod
     o = kernels["o"]
     heads, width, out = o.shape
     groups = kernels["v"].shape[1]
-    root = _root_metric(stats, out, o.dtype)
+    weigh = _metric(stats)
     whole, context = _contexts(kernels, stats, heads, groups, width)
-    weighted = mm(o.reshape(-1, out), root).reshape(groups, -1, width, out)
+    weighted = weigh(o.reshape(-1, out)).reshape(groups, -1, width, out)
     target = jnp.einsum("gjdm,gjem->gde", weighted, weighted, precision="highest")
     square, pseudo = jax.vmap(_root_and_pseudo_inverse)(context)
     values, directions = jax.vmap(linalg.eigh_descending)(_bmm(square, target, square))
@@ -276,7 +278,7 @@ def value_output(kernels: Arrays, stats: Mapping[str, Any], *, fit: bool) -> Mod
     gram = jnp.einsum("hdr,hdje,jes->rhsj", each, whole, each, precision="highest")
     gram = gram.reshape(heads * width, -1)
     lower, right = linalg.nested_refit(gram, turned.transpose(1, 0, 2).reshape(-1, out))
-    spectrum = jnp.sum(mm(right, root) ** 2, axis=1).reshape(width, heads).sum(axis=1)
+    spectrum = jnp.sum(weigh(right) ** 2, axis=1).reshape(width, heads).sum(axis=1)
     return ModuleFactors(spectrum, {"basis": basis, "lower": lower, "right": right})
 
 
