@@ -219,21 +219,32 @@ def observe_gradients(
     zero |= {tap: jnp.zeros((*x.shape[:2], queries), x.dtype) for tap in gates}
     _, pull, taps = jax.vjp(run, x, zero, has_aux=True)
     grad_x, grads = pull(cotangent)
+    return grad_x, _add_gradients(stats, sites, taps, grads, bases, mask)
 
-    def project(path: str) -> Array:
+
+def _add_gradients(
+    stats: dict[str, dict[str, Any]],
+    sites: Mapping[str, Site],
+    taps: Mapping[str, Array],
+    grads: Mapping[str, Array],
+    bases: Mapping[str, Any],
+    mask: Bool[Array, "b s"] | None,
+) -> dict[str, dict[str, Any]]:
+    """Accumulators of `observe_gradients` with one batch more, from activations and gradients."""
+
+    def second_moment(path: str, moment: Any) -> Any:
         g = grads[sites[path].output_tap]
-        if bases[path] is None:
-            return g
-        return jnp.matmul(g, bases[path].astype(g.dtype), precision="highest")
+        if bases[path] is not None:
+            g = jnp.matmul(g, bases[path].astype(g.dtype), precision="highest")
+        return moment.update(g, mask)
 
     def row_fisher(path: str, total: Array) -> Array:
-        site = sites[path]
-
         def window(pair: tuple[Array, Array]) -> Array:
             gradient = jnp.matmul(pair[0].T, pair[1], precision="highest")
             return jnp.sum(gradient**2, axis=1)
 
         # One after the other: weight gradients of a whole batch may not fit.
+        site = sites[path]
         each = jax.lax.map(window, (taps[site.input_tap], grads[site.output_tap]))
         return total + jnp.sum(each, axis=0)
 
@@ -241,14 +252,11 @@ def observe_gradients(
         # The loss changes by g·q when a pair's query is scaled; keys have the same effect, summed.
         # Members of a pair are d/2 apart, so that pairs are the last axis.
         groups, pairs = total.total.shape[:2]
-        effect = (grads[tap] * taps[tap]).reshape(*x.shape[:2], groups, -1, pairs)
-        return total.update(jnp.sum(effect, axis=3).reshape(*x.shape[:2], -1), mask)
+        effect = (grads[tap] * taps[tap]).reshape(*taps[tap].shape[:2], groups, -1, pairs)
+        return total.update(jnp.sum(effect, axis=3).reshape(*effect.shape[:2], -1), mask)
 
-    new: dict[str, dict[str, Any]] = {}
-    if gates:
-        new["gates"] = {tap: gate(tap, total) for tap, total in gates.items()}
-    if "gradients" in stats:
-        new["gradients"] = {p: m.update(project(p), mask) for p, m in stats["gradients"].items()}
-    if "row_fisher" in stats:
-        new["row_fisher"] = {p: row_fisher(p, t) for p, t in stats["row_fisher"].items()}
-    return grad_x, new
+    add = {"gradients": second_moment, "row_fisher": row_fisher, "gates": gate}
+    return {
+        name: {key: add[name](key, total) for key, total in table.items()}
+        for name, table in stats.items()
+    }

@@ -45,8 +45,12 @@ def test_perplexity_orders_methods_and_budgets(model, corpora, prepared):
     assert dense < by_budget[0] < found["lord"] < by_budget[1]
 
 
-def test_modules_beat_slicing_and_random_and_more_weights_are_better(model, corpora):
-    """MoDeGPT's order at 30 % removed; the loss metric beats the published form."""
+def test_modules_beat_slicing_and_random_and_more_weights_are_better(model):
+    """MoDeGPT's order at 30 % removed; the loss metric beats the published form.
+
+    With 16 windows: 8 are 5 tokens per neuron, and the published refit then loses to slicing.
+    """
+    corpora = demo.corpora(model, 16, 2)
     methods = ("modegpt", "modegpt-published", "modegpt-slice", "modegpt-random")
     made = {}
     for method in methods:
