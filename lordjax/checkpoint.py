@@ -2,7 +2,7 @@
 
 ::
 
-    model-00001-of-0000N.safetensors …   tensors by "/"-path; LowRank: path/left, path/right
+    model-00001-of-0000N.safetensors …   tensors by "/"-path; parts of kernels below it
     model.safetensors.index.json         tensor -> file
     config.json                          the original Hugging Face config, plus "lordjax": {...}
     plan.json, report.json               what was decided, what came of it
@@ -31,7 +31,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from lordjax import trees
+from lordjax import kernels, nf, trees
 from lordjax.kernels import KINDS, Kernel, check, kind_of, nbytes
 from lordjax.models.config import ModelConfig
 from lordjax.plan import Plan
@@ -46,6 +46,7 @@ DTYPES = {
     "BF16": jnp.bfloat16,
     "I64": np.int64,
     "I32": np.int32,
+    "U32": np.uint32,
     "U8": np.uint8,
     "I8": np.int8,
 }
@@ -59,12 +60,21 @@ def _parts(params: Any) -> Iterator[tuple[str, Any]]:
         path, leaf = todo.pop()
         yield path, leaf
         if isinstance(leaf, Kernel):
-            todo += reversed([(f"{path}/{name}", getattr(leaf, name)) for name in _fields(leaf)])
+            inner = kernels.parts(leaf)[0]
+            todo += reversed([(f"{path}/{name}", getattr(leaf, name)) for name in inner])
 
 
-def _fields(kernel: Any) -> list[str]:
-    """Names of the parts of a kernel or of a kind of kernel."""
-    return [field.name for field in dataclasses.fields(kernel)]
+def _constants(kernel: Kernel) -> dict[str, Any]:
+    """The fields of a kernel that are no tensors, as JSON."""
+    values = {name: getattr(kernel, name) for name in kernels.parts(kernel)[1]}
+    return {k: str(v) if isinstance(v, nf.Format) else v for k, v in values.items()}
+
+
+def _kernel(kind: str, tensors: Mapping[str, Any], constants: Mapping[str, Any]) -> Kernel:
+    """A kernel from its tensors and what `_constants` wrote."""
+    if "format" in constants:
+        constants = {**constants, "format": nf.Format.parse(constants["format"])}
+    return KINDS[kind](**tensors, **constants)
 
 
 def check_destination(directory: str | os.PathLike[str]) -> Path:
@@ -168,12 +178,14 @@ def save(
     check_room(directory, nbytes(params))
     from lordjax import __version__
 
-    kinds = {path: kind_of(part) for path, part in _parts(params) if isinstance(part, Kernel)}
+    inside = {path: part for path, part in _parts(params) if isinstance(part, Kernel)}
+    constants = {path: _constants(kernel) for path, kernel in inside.items()}
     lordjax = {
         "format": FORMAT,
         "version": __version__,
         "method": None if plan is None else plan.method,
-        "kinds": kinds,
+        "kinds": {path: kind_of(kernel) for path, kernel in inside.items()},
+        "constants": {path: values for path, values in constants.items() if values},
         "model": config.to_json(),
         "calibration": (report or {}).get("calibration"),
         "settings": (report or {}).get("settings"),
@@ -183,7 +195,8 @@ def save(
         index = {}
         for i, shard in enumerate(shards):
             name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-            arrays = {k: np.ascontiguousarray(jax.device_get(v)) for k, v in shard.items()}
+            # Not ascontiguousarray, which makes vectors of scalars.
+            arrays = {k: np.asarray(jax.device_get(v), order="C") for k, v in shard.items()}
             try:
                 safetensors.numpy.save_file(arrays, stage / name, metadata={"format": "lordjax"})
             except safetensors.SafetensorError as error:
@@ -283,15 +296,20 @@ class Saved:
         """The named tensors as a nested dict, parts of kernels put together."""
         arrays = self._arrays(names, read)
         tree = trees.unflatten({name: arrays[name] for name in names})
-        kinds = self.meta["kinds"]
+        kinds, constants = self.meta["kinds"], self.meta.get("constants", {})
         inside = {path for path in kinds if any(name.startswith(f"{path}/") for name in names)}
         for path in sorted(inside, key=len, reverse=True):  # the innermost kernels first
             *branches, name = path.split("/")
             node = functools.reduce(lambda at, key: at[key], branches, tree)
-            node[name] = KINDS[kinds[path]](**node[name])
+            try:
+                node[name] = _kernel(kinds[path], node[name], constants.get(path, {}))
+            except (AttributeError, TypeError, ValueError) as error:
+                raise ValueError(f"{self.directory}: {path}: {error}") from error
         for path, leaf in trees.flatten(tree).items():
-            if isinstance(leaf, Kernel):
+            try:
                 check(leaf, path)
+            except ValueError as error:
+                raise ValueError(f"{self.directory}: {error}") from error
         return tree
 
     def _arrays(self, names: list[str], read: Callable[[Any, str], Any]) -> dict[str, Any]:
@@ -355,6 +373,8 @@ def open_saved(directory: str | os.PathLike[str]) -> Saved:
             raise ValueError(
                 f"{directory}: unknown kernel kinds {sorted(unknown)}; upgrade lordjax"
             )
+        if not all(isinstance(c, dict) for c in meta.get("constants", {}).values()):
+            raise TypeError("constants of a kernel are no table")
         config = ModelConfig.from_json(meta["model"])
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(
@@ -367,11 +387,20 @@ def open_saved(directory: str | os.PathLike[str]) -> Saved:
         raise ValueError(f"{directory / INDEX}: unreadable index ({error!r})") from error
     if missing:
         raise ValueError(f"{directory}: files named in the index are missing: {missing}")
-    fields = {f"{p}/{name}" for p, kind in meta["kinds"].items() for name in _fields(KINDS[kind])}
-    lacking = sorted(fields - files.keys() - meta["kinds"].keys())
-    if lacking:
-        raise ValueError(f"{directory / INDEX}: lacks parts of kernels: {', '.join(lacking)}")
+    _check_parts(directory, meta, files)
     return Saved(directory, config, hf_config, meta, files)
+
+
+def _check_parts(directory: Path, meta: Mapping[str, Any], files: Mapping[str, str]) -> None:
+    """Raises ValueError if a kernel of the directory lacks a tensor or another field."""
+    lacking, constants = [], meta.get("constants", {})
+    for path, kind in meta["kinds"].items():
+        tensors, others = kernels.parts(KINDS[kind])
+        there = files.keys() | meta["kinds"].keys()
+        lacking += [f"{path}/{name}" for name in tensors if f"{path}/{name}" not in there]
+        lacking += [f"{path}/{name}" for name in others if name not in constants.get(path, {})]
+    if lacking:
+        raise ValueError(f"{directory}: lacks parts of kernels: {', '.join(lacking)}")
 
 
 def load(directory: str | os.PathLike[str]) -> tuple[ModelConfig, dict[str, Any]]:

@@ -16,12 +16,16 @@ A class is abstract or final. Checks live in `check`, not in constructors, becau
 from __future__ import annotations
 
 import abc
+import dataclasses
+import math
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from lordjax import nf
 
 
 class Kernel(abc.ABC):
@@ -82,8 +86,122 @@ class LowRank(Kernel):
         return jnp.matmul(materialize(self.left), materialize(self.right), precision="highest")
 
 
+@flax.struct.dataclass
+class NFQuantized(Kernel):
+    """NormalFloat codes (`nf`), 2 to 8 bits per weight and a little for the scales.
+
+    Inputs run fastest: runs of ``format.block`` weights that share a scale belong to one output,
+    where the block divides ``fan_in``. Constant under differentiation.
+
+    Attributes:
+      codes: ``[..., words]`` uint32, packed.
+      scales: ``[..., words]`` uint32, packed.
+      supers: ``[..., supers]`` in ``format.scale_dtype``.
+      offset: ``[...]`` float32.
+      fan_in: rows of the matrix.
+      fan_out: columns of the matrix.
+      format: bits and blocks.
+    """
+
+    codes: Any
+    scales: Any
+    supers: Any
+    offset: Any
+    fan_in: int = flax.struct.field(pytree_node=False)
+    fan_out: int = flax.struct.field(pytree_node=False)
+    format: nf.Format = flax.struct.field(pytree_node=False)
+
+    @classmethod
+    def encode(cls, kernel: Float[Array, "... in out"], form: nf.Format) -> NFQuantized:
+        """The nearest matrix of a format, computed in float32."""
+        *lead, fan_in, fan_out = kernel.shape
+        rows = kernel.mT.reshape(*lead, fan_in * fan_out)
+        packed = _over(lead, lambda x: nf.encode(x, form))(rows)
+        return cls(*packed, fan_in, fan_out, form)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(..., in, out)``."""
+        return (*self.codes.shape[:-1], self.fan_in, self.fan_out)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """float32, whatever the scales are stored in."""
+        return jnp.dtype(jnp.float32)
+
+    def matmul(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
+        """``x @ W``; W is decoded for this product, and once more when it is differentiated."""
+
+        def product(x: Array, kernel: NFQuantized) -> Array:
+            return jnp.matmul(x, kernel.materialize().astype(x.dtype))
+
+        return jax.checkpoint(product)(x, self)
+
+    def materialize(self) -> Float[Array, "... in out"]:
+        """The decoded matrix."""
+        *lead, fan_in, fan_out = self.shape
+        packed = nf.Packed(self.codes, self.scales, self.supers, self.offset)
+        values = _over(lead, lambda p: nf.decode(p, self.format, fan_in * fan_out))(packed)
+        return jax.lax.stop_gradient(values).reshape(*lead, fan_out, fan_in).mT
+
+
+def _over(lead: Any, fn: Any) -> Any:
+    """``fn`` mapped over leading axes."""
+    for _ in lead:
+        fn = jax.vmap(fn)
+    return fn
+
+
+@flax.struct.dataclass
+class LowRankPlusQuantized(Kernel):
+    """``W = base + low_rank``: what the codes miss is made up for by a thin product (LQ-LoRA).
+
+    Attributes:
+      base: `NFQuantized`.
+      low_rank: `LowRank`, the part that can be trained.
+    """
+
+    base: Any
+    low_rank: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(..., in, out)``."""
+        return self.base.shape
+
+    @property
+    def rank(self) -> int:
+        """Of the low-rank part."""
+        return self.low_rank.rank
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The wider dtype of the two."""
+        return max(self.base.dtype, self.low_rank.dtype, key=lambda dtype: dtype.itemsize)
+
+    def matmul(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
+        """``x @ base + (x @ left) @ right``."""
+        return matmul(x, self.base) + matmul(x, self.low_rank)
+
+    def materialize(self) -> Float[Array, "... in out"]:
+        """The sum."""
+        terms = materialize(self.base), materialize(self.low_rank)
+        return terms[0].astype(self.dtype) + terms[1].astype(self.dtype)
+
+
 # Kernel kinds by the name they have on disk.
-KINDS: dict[str, type[Kernel]] = {"low_rank": LowRank}
+KINDS: dict[str, type[Kernel]] = {
+    "low_rank": LowRank,
+    "nf_quantized": NFQuantized,
+    "low_rank_plus_quantized": LowRankPlusQuantized,
+}
+
+
+def parts(kind: Any) -> tuple[list[str], list[str]]:
+    """Names of the fields of a kernel or a kind that are arrays or kernels, and of the others."""
+    fields = dataclasses.fields(kind)
+    inner = [f.name for f in fields if f.metadata.get("pytree_node", True)]
+    return inner, [f.name for f in fields if f.name not in inner]
 
 
 def is_kernel(leaf: Any) -> bool:
@@ -115,6 +233,15 @@ def nbytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
+def weights(leaf: Any) -> int:
+    """How many numbers a kernel or array holds: of codes, one per code."""
+    if isinstance(leaf, NFQuantized):
+        return math.prod(leaf.shape)
+    if isinstance(leaf, Kernel):
+        return sum(weights(getattr(leaf, name)) for name in parts(leaf)[0])
+    return leaf.size
+
+
 def kind_of(leaf: Any) -> str:
     """The on-disk name of a leaf's kind: ``"dense"`` for an array, else a key of `KINDS`.
 
@@ -129,19 +256,33 @@ def kind_of(leaf: Any) -> str:
     return "dense"
 
 
-def check(kernel: Kernel, path: str) -> None:
+def check(kernel: Any, path: str) -> None:
     """Verifies that the parts of a kernel, however deep, fit each other.
 
     Raises:
       ValueError: if they do not; names ``path``.
     """
-    if not isinstance(kernel, LowRank):
+    if not isinstance(kernel, Kernel):  # an array fits itself
         return
+    for name in parts(kernel)[0]:
+        check(getattr(kernel, name), f"{path}/{name}")
+    match kernel:
+        case LowRank():
+            _check_low_rank(kernel, path)
+        case NFQuantized():
+            _check_quantized(kernel, path)
+        case LowRankPlusQuantized():
+            if kernel.base.shape != kernel.low_rank.shape:
+                raise ValueError(
+                    f"{path}: base {kernel.base.shape} and low_rank {kernel.low_rank.shape} are "
+                    "not of one shape"
+                )
+
+
+def _check_low_rank(kernel: LowRank, path: str) -> None:
     left, right = kernel.left, kernel.right
     for name, factor in (("left", left), ("right", right)):
-        if isinstance(factor, Kernel):
-            check(factor, f"{path}/{name}")
-        elif len(factor.shape) < 2:
+        if len(factor.shape) < 2:
             raise ValueError(f"{path}/{name}: expected a matrix, got shape {factor.shape}")
     if left.shape[-1] != right.shape[-2] or left.shape[:-2] != right.shape[:-2]:
         raise ValueError(
@@ -152,3 +293,25 @@ def check(kernel: Kernel, path: str) -> None:
         raise ValueError(
             f"{path}: left is {left.dtype}, right is {right.dtype}; expected one dtype"
         )
+
+
+def _check_quantized(kernel: NFQuantized, path: str) -> None:
+    sizes = (kernel.fan_in, kernel.fan_out)
+    if not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise ValueError(f"{path}: fan_in and fan_out are {sizes}; expected positive integers")
+    form, count = kernel.format, math.prod(sizes)
+    blocks, supers = form.blocks(count)
+    expected = {
+        "codes": ((nf.words_for(count, form.bits),), "uint32"),
+        "scales": ((nf.words_for(blocks, form.scale_bits),), "uint32"),
+        "supers": ((supers,), form.scale_dtype),
+        "offset": ((), "float32"),
+    }
+    lead = kernel.codes.shape[:-1]
+    for name, (shape, dtype) in expected.items():
+        part = getattr(kernel, name)
+        if tuple(part.shape) != (*lead, *shape) or part.dtype != dtype:
+            raise ValueError(
+                f"{path}/{name}: expected {dtype} {(*lead, *shape)} for a {kernel.fan_in} x "
+                f"{kernel.fan_out} matrix in {form}, got {part.dtype} {tuple(part.shape)}"
+            )

@@ -12,7 +12,9 @@ import safetensors.numpy
 
 from lordjax import InMemory, LowRank, Plan, compress, factorize, load, nbytes, save, trees
 from lordjax.checkpoint import INDEX, is_compressed, open_saved
+from lordjax.kernels import LowRankPlusQuantized, NFQuantized
 from lordjax.models import ModelConfig, Rope, Transformer, init
+from lordjax.nf import Format
 from lordjax.plan import Size
 
 CONFIG = ModelConfig(
@@ -45,6 +47,39 @@ def model():
     inner = factorize({"kernel": down.left}, rank=2)["kernel"]
     flat["layer_1/mlp/down/kernel"] = LowRank(inner, down.right)
     flat["layer_0/attention/q/bias"] = jnp.arange(16.0)
+    return trees.unflatten(flat)
+
+
+encode = jax.jit(NFQuantized.encode, static_argnums=1)
+
+
+@functools.cache
+def quantized():
+    """Kernels of every quantised kind, some inside others; no block divides them."""
+    two, three = Format(2, 2, "float16", 16, 4), Format(3, 4, "bfloat16", 16, 16)
+    flat = trees.flatten(dense())
+    factored = trees.flatten(factorize(dense(), rank=3))
+
+    def of_quantized(path):
+        kernel = factored[path]
+        return LowRank(encode(kernel.left, three), encode(kernel.right, Format(8)))
+
+    for path, kernel in factored.items():
+        match path.split("/"):
+            case ["layer_0", _, "q" | "up", _]:
+                flat[path] = encode(flat[path], two)
+            case ["layer_0", _, "k" | "down", _]:
+                flat[path] = encode(flat[path], three)
+            case [_, _, "v", _]:
+                flat[path] = of_quantized(path)
+            case ["layer_0", _, "o" | "gate", _]:
+                flat[path] = LowRankPlusQuantized(encode(flat[path], Format()), kernel)
+            case ["layer_1", _, "q", _]:
+                narrow = jax.tree.map(lambda a: a.astype(jnp.bfloat16), kernel)
+                flat[path] = LowRankPlusQuantized(encode(flat[path], three), narrow)
+            case ["layer_1", _, "up", _]:
+                flat[path] = LowRankPlusQuantized(encode(flat[path], two), of_quantized(path))
+    flat["stack/kernel"] = encode(jax.random.normal(jax.random.key(1), (2, 3, 8, 6)), two)
     return trees.unflatten(flat)
 
 
@@ -86,6 +121,36 @@ def test_round_trip_is_exact(tmp_path, dtype):
     assert isinstance(trees.flatten(loaded)["layer_1/mlp/down/kernel"].left, LowRank)
     assert_identical(loaded, params)
     assert litter(tmp_path) == ["out"]
+
+
+def test_round_trip_of_quantised_kernels_is_exact(tmp_path):
+    saved = open_saved(write(tmp_path / "out", quantized()))
+    # Sizes and formats are part of the structure.
+    assert_identical(saved.params(), quantized())
+    promised = saved.leaves()
+    for path, leaf in trees.flatten(quantized()).items():
+        assert promised[path] == jax.eval_shape(lambda leaf=leaf: leaf)
+        assert_identical(saved.read(path), leaf)
+    assert {len(path.split("/")) for path in saved.meta["kinds"]} == {2, 4, 5, 6}
+    # Formats can be read by people.
+    formats = {table["format"] for table in saved.meta["constants"].values()}
+    assert formats >= {"nf2-2-float16-16-4", "nf4-8-float32-64-256"}
+
+
+def test_quantised_kernels_take_their_bytes_on_disk(tmp_path):
+    kernels = {
+        "plain": encode(jnp.zeros((512, 600)), Format(3)),
+        "plus": LowRankPlusQuantized(
+            encode(jnp.zeros((512, 600)), Format(2, 2, "bfloat16")),
+            LowRank(jnp.zeros((512, 8)), jnp.zeros((8, 600))),
+        ),
+    }
+    params = {name: {"kernel": kernel} for name, kernel in kernels.items()}
+    codes = 512 * 600 * (3 + 2) // 8
+    assert codes < nbytes(params) - 8 * 1112 * 4 < 1.05 * codes
+    write(tmp_path / "out", params, shard_bytes=2**30)
+    files = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
+    assert nbytes(params) < files < 1.01 * nbytes(params)
 
 
 def test_load_needs_nothing_else(tmp_path):
@@ -358,6 +423,68 @@ def test_damage_is_named(tmp_path, damage):
     with pytest.raises(ValueError, match=message) as caught:
         load(tmp_path / "out")
     assert str(tmp_path / "out") in str(caught.value)
+
+
+QUANTISED = "layer_0/attention/q/kernel"
+INNER = "layer_1/mlp/up/kernel/low_rank/left"
+
+
+def constants(path, **fields):
+    def change(config):
+        config["lordjax"]["constants"][path].update(fields)
+
+    return lambda directory: edit(directory / "config.json", change)
+
+
+def drop_constants(*keys):
+    def change(config):
+        table = config["lordjax"]
+        for key in keys[:-1]:
+            table = table[key]
+        del table[keys[-1]]
+
+    return lambda directory: edit(directory / "config.json", change)
+
+
+def drop_tensor(path):
+    return lambda directory: edit(directory / INDEX, lambda index: index["weight_map"].pop(path))
+
+
+def no_tables(config):
+    config["lordjax"]["constants"][QUANTISED] = [1, 2]
+
+
+CODE_DAMAGES = {
+    "no constants": (drop_constants("constants"), f"lacks .*{QUANTISED}/fan_in"),
+    "a kernel without constants": (drop_constants("constants", INNER), f"lacks .*{INNER}/format"),
+    "no format": (drop_constants("constants", INNER, "format"), f"lacks .* {INNER}/format$"),
+    "constants are a list": (in_config(constants=[1]), "config.json: damaged"),
+    "constants are nothing": (in_config(constants=None), "config.json: damaged"),
+    "constants of a kernel are a list": (
+        lambda d: edit(d / "config.json", no_tables),
+        "config.json: damaged",
+    ),
+    "no such format": (constants(INNER, format="int4"), f"{INNER}: 'int4' is no format"),
+    "format is a number": (constants(QUANTISED, format=4), f"{QUANTISED}: "),
+    "other format": (constants(INNER, format="nf4-4-bfloat16-16-16"), f"{INNER}/codes: expected"),
+    "other blocks": (constants(INNER, format="nf3-4-bfloat16-16-1"), f"{INNER}/supers: expected"),
+    "other size": (constants(QUANTISED, fan_in=400), f"{QUANTISED}/codes: expected"),
+    "size is a text": (constants(QUANTISED, fan_in="16"), f"{QUANTISED}: fan_in"),
+    "size is negative": (constants(QUANTISED, fan_in=-16, fan_out=-16), f"{QUANTISED}: fan_in"),
+    "other shape": (constants("layer_1/mlp/up/kernel/base", fan_in=24, fan_out=16), "not of one"),
+    "unknown constant": (constants(QUANTISED, colour=3), f"{QUANTISED}: .*colour"),
+    "tensor left out": (drop_tensor(f"{INNER}/offset"), f"lacks .* {INNER}/offset$"),
+}
+
+
+@pytest.mark.parametrize("damage", CODE_DAMAGES)
+def test_damage_of_quantised_kernels_is_named(tmp_path, damage):
+    write(tmp_path / "out", quantized(), shard_bytes=2**30)
+    change, message = CODE_DAMAGES[damage]
+    change(tmp_path / "out")
+    with pytest.raises(ValueError, match=message) as caught:
+        load(tmp_path / "out")
+    assert str(tmp_path / "out") in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_factors_that_do_not_fit_are_named(tmp_path):
