@@ -166,14 +166,12 @@ def replace_kernels(
         rank = plan.get(path)
         if rank is None or path not in factors:
             continue
+        found: Any = factors[path]
         if site.kind == "linear":
-            flat |= _factored(site, flat, factors[path], rank, widened=widened)
+            flat |= _factored(site, flat, found, rank, widened=widened)
             continue
         own = gather(site.kind, before, config) | dict((kernels or {}).get(path, {}))
-        with jax.enable_x64(True):
-            double = jax.tree.map(lambda a: np.asarray(_double(a)), (own, factors[path].parts))
-            cut = ModuleFactors(factors[path].spectrum, double[1])
-            new = row.modules[site.kind].narrow(double[0], cut, rank)
+        new = row.modules[site.kind].narrow(own, found, rank)
         new = widen(site.kind, new, own) if widened else new
         flat = scatter(site.kind, new, flat)
     return trees.unflatten(flat)

@@ -12,6 +12,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
 from jax.scipy.linalg import cho_solve, solve_triangular
 from jaxtyping import Array, Float, Int
 
@@ -205,15 +207,13 @@ def nested_refit(
     return lower, mm(lower.T, kernel)
 
 
-@jax.jit
-def refit(lower: Float[Array, "n n"], right: Float[Array, "n m"], k: Any) -> Float[Array, "n m"]:
-    """The refit of `nested_refit` from the first k columns; rows from k on are zero.
+def refit(lower: Any, right: Any, k: int) -> Float[np.ndarray, "k m"]:
+    """The refit of `nested_refit` from the first k columns, in float64 on the host.
 
-    Of the full size, so that k may be traced and all k share one compilation.
+    Compiled, every k would be a program of its own or a solve of the full size.
     """
-    inside = jnp.arange(len(lower)) < k
-    block = jnp.where(inside[:, None] & inside[None], lower, jnp.eye(len(lower), dtype=lower.dtype))
-    return solve_triangular(block, jnp.where(inside[:, None], right, 0), trans="T", lower=True)
+    block, target = (np.asarray(a, np.float64) for a in (lower[:k, :k], right[:k]))
+    return scipy.linalg.solve_triangular(block.T, target, check_finite=False)
 
 
 def elimination_order(

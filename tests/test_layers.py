@@ -48,7 +48,7 @@ MAY_IMPORT = {
     "lordjax.kernels": JAX | {"flax.struct"},
     "lordjax.methods": JAX | ARRAYS | {"flax.struct"},
     "lordjax.stats": JAX | {"flax"},
-    "lordjax.linalg": JAX,
+    "lordjax.linalg": JAX | ARRAYS | {"scipy"},
     "lordjax.checkpoint": JAX | ARRAYS | {"safetensors"},
     "lordjax": JAX | ARRAYS,
 }

@@ -748,13 +748,17 @@ def test_modules_are_jittable_and_read_only_what_they_declare(name):
             np.testing.assert_allclose(have, want, atol=1e-6)
 
 
-def test_every_width_shares_one_compilation_of_the_refit():
+def test_refits_read_only_their_own_triangle_and_solve_it_in_double_precision():
     z, kernels = mlp_problem()
-    linalg.refit.clear_cache()
-    factors, _ = run_mlp(z, kernels, 3)
-    for width in (5, 9, 20):
-        narrow_mlp(kernels, factors, width)
-    assert linalg.refit._cache_size() == 1
+    c, w = z.T @ z / len(z), kernels["down"]
+    lower, right = (np.asarray(a, np.float32) for a in linalg.nested_refit(c, w))
+    for k in (1, 9, 24):
+        behind = lower.copy(), right.copy()
+        behind[0][k:], behind[1][k:] = np.nan, np.nan
+        found = linalg.refit(*behind, k)
+        assert found.shape == (k, 10)
+        residual = lower[:k, :k].astype(float).T @ found - right[:k]
+        assert np.abs(residual).max() < 1e-12 * np.abs(right[:k]).max()
 
 
 @pytest.mark.slow

@@ -19,8 +19,8 @@ Beyond the paper: errors in the metric M of the loss gradient at the module's ou
 compare across modules; one factorisation for all widths; heads of a group decided together;
 the output projection fitted to all heads at once.
 
-``factor`` functions are pure and jittable; ``narrow_*`` are slices of host arrays, which would
-otherwise compile for every width.
+``factor`` functions are pure and jittable; ``narrow_*`` take and give host arrays, since they would
+otherwise compile for every width, and multiply in float64.
 
 Arrays are in head form: q ``[m, h, d]``, k and v ``[m, k, d]``, o ``[h, d, m]``; h query heads, k
 key/value heads, d head width, m model width, f MLP width.
@@ -121,6 +121,10 @@ def _dropped(effects: Float[Array, "n n"]) -> Float[Array, "n"]:
     return jnp.diff(jax.lax.cummax(errors))[::-1]
 
 
+def _double(a: Any) -> np.ndarray:
+    return np.asarray(a, np.float64)
+
+
 def narrow_mlp(kernels: Arrays, factors: ModuleFactors, width: int) -> dict[str, np.ndarray]:
     """The MLP with ``width`` neurons."""
     parts = factors.parts
@@ -133,9 +137,9 @@ def narrow_mlp(kernels: Arrays, factors: ModuleFactors, width: int) -> dict[str,
     down = np.asarray(kernels["down"])
     new["down"] = down[kept]
     if "lower" in parts:
-        new["down"] = np.asarray(linalg.refit(parts["lower"], parts["right"], width))[:width]
+        new["down"] = linalg.refit(parts["lower"], parts["right"], width)
     if "mean" in parts:
-        mean = np.asarray(parts["mean"])
+        mean, down = _double(parts["mean"]), _double(down)
         new["out_bias"] = mean @ down[parts["order"]] - mean[:width] @ new["down"]
     return new
 
@@ -219,8 +223,8 @@ def narrow_query_key(kernels: Arrays, factors: ModuleFactors, width: int) -> dic
         return a.reshape(*a.shape[:-2], groups, -1, head)
 
     if "order" not in parts:
-        maps = {"q": parts["q_map"][..., :width], "k": parts["k_map"][..., :width]}
-        new = {n: np.einsum("...gjd,gdr->...gjr", grouped(n), maps[n[0]]) for n in names}
+        maps = {n: _double(parts[f"{n}_map"][..., :width]) for n in ("q", "k")}
+        new = {n: _double(grouped(n)) @ maps[n[0]] for n in names}
         return {n: a.reshape(*host[n].shape[:-1], width) for n, a in new.items()}
     order, index = np.asarray(parts["order"]), {}
     if "rope_index" in host:
@@ -313,20 +317,18 @@ def narrow_value_output(
     kernels: Arrays, factors: ModuleFactors, width: int
 ) -> dict[str, np.ndarray]:
     """Values and outputs of head width ``width``; the values' bias moves to the output."""
-    parts, o = factors.parts, np.asarray(kernels["o"])
-    heads = len(o)
-    basis = np.asarray(parts["basis"])[..., :width]
-    new = {"v": np.einsum("mgd,gdr->mgr", kernels["v"], basis)}
+    parts, heads = factors.parts, len(kernels["o"])
+    v, basis = _double(kernels["v"]), _double(parts["basis"][..., :width])
+    new = {"v": (v.transpose(1, 0, 2) @ basis).transpose(1, 0, 2)}
     if "lower" in parts:
-        used = width * heads
-        fitted = np.asarray(linalg.refit(parts["lower"], parts["right"], used))[:used]
+        fitted = linalg.refit(parts["lower"], parts["right"], width * heads)
         new["o"] = fitted.reshape(width, heads, -1).transpose(1, 0, 2)
     else:
         new["o"] = np.asarray(parts["out"])[:, :width]
     if "v_bias" in kernels:
-        bias = np.asarray(kernels["v_bias"])
+        bias, o = _double(kernels["v_bias"]), _double(kernels["o"])
         new["out_bias"] = np.einsum("hd,hdm->m", np.repeat(bias, heads // len(bias), axis=0), o)
-        new["v_bias"] = np.zeros((len(bias), width), o.dtype)
+        new["v_bias"] = np.zeros((len(bias), width))
     return new
 
 
