@@ -34,7 +34,14 @@ AnyFactors = Factors | ModuleFactors
 def _jitted(method: str, kind: str) -> Any:
     row = METHODS[method]
     factor: Any = row.factor if kind == "linear" else row.modules[kind].factor
-    return jax.jit(factor)
+
+    def run(kernels: Any, stats: Any) -> AnyFactors:
+        # Converted here, so that what the factor does not read is dropped before.
+        factors = factor(*jax.tree.map(_double, (kernels, stats)))
+        small = jax.tree.map(_single, factors)
+        return dataclasses.replace(small, spectrum=factors.spectrum)
+
+    return jax.jit(run)
 
 
 def factor_site(method: str, site: Site, path: str, kernels: Any, stats: Any) -> AnyFactors:
@@ -55,16 +62,12 @@ def factor_site(method: str, site: Site, path: str, kernels: Any, stats: Any) ->
     """
     name = method_at(method, site.layer) if site.kind == "linear" else method
     with jax.enable_x64(True):
-        double = jax.tree.map(_double, (kernels, dict(stats)))
-        factors = _jitted(name, site.kind)(*double)
-        spectrum = np.asarray(factors.spectrum)
-    small = jax.tree.map(_single, factors)
+        small = jax.tree.map(np.asarray, _jitted(name, site.kind)(kernels, dict(stats)))
     if not all(np.isfinite(a).all() for a in jax.tree.leaves(small)):
         raise ValueError(
             f"{path}: the factors of method {method!r} are not finite; its weights or statistics "
             "are broken, leave the site out or choose another method"
         )
-    small = dataclasses.replace(small, spectrum=spectrum)
     if isinstance(small, ModuleFactors):
         return small
     useful = int(np.ceil(Size.matrix(*kernels.shape).limit))
@@ -76,12 +79,12 @@ def factor_site(method: str, site: Site, path: str, kernels: Any, stats: Any) ->
     )
 
 
-def _double(a: Any) -> Any:
-    return jnp.asarray(a, jnp.float64) if jnp.issubdtype(a.dtype, jnp.floating) else jnp.asarray(a)
+def _double(a: jax.Array) -> jax.Array:
+    return a.astype(jnp.float64) if jnp.issubdtype(a.dtype, jnp.floating) else a
 
 
-def _single(a: Any) -> np.ndarray:
-    return np.asarray(a, np.float32) if jnp.issubdtype(a.dtype, jnp.floating) else np.asarray(a)
+def _single(a: jax.Array) -> jax.Array:
+    return a.astype(jnp.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a
 
 
 def site_kernels(site: Site, block: Mapping[str, Any], config: Any) -> Any:

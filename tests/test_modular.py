@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from lordjax import linalg
+from lordjax.factoring import _jitted
 from lordjax.methods import METHODS
 from lordjax.methods.modular import (
     RIDGE,
@@ -746,6 +747,15 @@ def test_modules_are_jittable_and_read_only_what_they_declare(name):
         np.testing.assert_allclose(jitted.spectrum, eager.spectrum, atol=1e-8)
         for have, want in zip(*map(jax.tree.leaves, (jitted.parts, eager.parts)), strict=True):
             np.testing.assert_allclose(have, want, atol=1e-6)
+
+
+def test_gate_and_up_are_not_moved_to_the_device_to_factor_an_mlp():
+    z, kernels = mlp_problem()
+    single = {n: a.astype(np.float32) for n, a in kernels.items()}
+    lowered = _jitted("modegpt-published", "mlp").lower(single, {"moments": moments(z)})
+    shapes = {name: "x".join(map(str, a.shape)) for name, a in single.items()}
+    assert f"tensor<{shapes['down']}xf32>" in lowered.as_text()
+    assert f"tensor<{shapes['up']}xf32>" not in lowered.as_text()
 
 
 def test_refits_read_only_their_own_triangle_and_solve_it_in_double_precision():
