@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
-from jax.scipy.linalg import cho_solve, solve_triangular
+from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Float, Int
 
 # Share of the mean eigenvalue added to a gradient metric: directions in which few calibration
@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 GRADIENT_DAMPING = 1e-2
 JITTER = 1e-6  # first share of the mean diagonal added before a Cholesky factorisation
 WIDE = 512  # columns from which `gram` saves time
+LEAF = 256  # columns up to which a triangle is inverted by a solve; 48 to 384 are as fast
 
 
 def mm(*factors: Array) -> Array:
@@ -139,55 +140,53 @@ def solve_psd(
     return mm(vectors * inverse[None], mm(vectors.T, b))
 
 
-def jittered(a: Float[Array, "n n"]) -> tuple[Float[Array, "n n"], Float[Array, "n n"]]:
-    """``a + τI`` and its lower Cholesky factor, τ the least of 1e-6, 1e-5, … mean(diag) that works.
+def jittered(a: Float[Array, "n n"], first: float) -> Float[Array, "n n"]:
+    """Lower Cholesky factor of ``a + τI``; only the lower triangle of ``a`` is read.
 
-    Fewer tokens than columns, or columns that are always zero, make a Gram singular. A matrix that
-    is not finite gives a factor that is not finite either.
+    τ is the least of ``first``, 10 ``first``, … times the mean of the diagonal that works: fewer
+    tokens than columns, or columns that are always zero, make a Gram singular. A matrix that is not
+    finite gives a factor that is not finite either.
     """
-    return _cholesky(a, JITTER)
-
-
-def _cholesky(a: Array, first: float) -> tuple[Array, Array]:
-    """`jittered`, the first share to try being an argument."""
-    eye = jnp.eye(a.shape[0], dtype=a.dtype)
-    mean = jnp.mean(jnp.diagonal(a))
+    diagonal = jnp.diagonal(a)
+    mean = jnp.mean(diagonal)
     unit = jnp.where(mean > 0, mean, 1)
 
-    def factor(scale: Array) -> Array:
-        return jnp.linalg.cholesky(symmetrize(a) + scale * unit * eye)
+    def factor(share: Array) -> Array:
+        shifted = jnp.fill_diagonal(a, diagonal + share * unit, inplace=False)
+        return jnp.linalg.cholesky(shifted, symmetrize_input=False)
 
     def failed(state: tuple[Array, Array]) -> Array:
         # Larger than the matrix itself: it holds NaN, and no jitter will help.
         return ~jnp.isfinite(state[1]).all() & (state[0] < 1)
 
     def retry(state: tuple[Array, Array]) -> tuple[Array, Array]:
-        scale = jnp.maximum(10 * state[0], JITTER)
-        return scale, factor(scale)
+        share = 10 * state[0]
+        return share, factor(share)
 
     share = jnp.asarray(first, a.dtype)
-    scale, lower = jax.lax.while_loop(failed, retry, (share, factor(share)))
-    return symmetrize(a) + scale * unit * eye, lower
+    return jax.lax.while_loop(failed, retry, (share, factor(share)))[1]
 
 
-def inverse_diagonal(lower: Float[Array, "n n"]) -> Float[Array, "n"]:
-    """Diagonal of ``(L Lᵀ)⁻¹``: the squared column norms of ``L⁻¹``."""
-    eye = jnp.eye(lower.shape[0], dtype=lower.dtype)
-    return jnp.sum(solve_triangular(lower, eye, lower=True) ** 2, axis=0)
+def lower_inverse(lower: Float[Array, "n n"]) -> Float[Array, "n n"]:
+    """``L⁻¹`` by halves, so that products do the work: a third of a solve against the identity."""
+    n = len(lower)
+    if n <= LEAF:
+        return solve_triangular(lower, jnp.eye(n, dtype=lower.dtype), lower=True)
+    half = n // 2
+    first, last = lower_inverse(lower[:half, :half]), lower_inverse(lower[half:, half:])
+    across = mm(last, lower[half:, :half], first)
+    return jnp.block([[first, jnp.zeros_like(across.T)], [-across, last]])
 
 
 def leverage_complement(gram: Float[Array, "n n"], ridge: float) -> Float[Array, "n"]:
     """``[(C + λI)⁻¹]_ii`` with ``λ = ridge · mean(diag C)``: small where ridge leverage is large.
 
     The ridge leverage score is ``s = 1 - λ·h``. It is h that is returned: scores are all close to
-    1 for small λ, and their order would drown in rounding. Columns of zeros get infinity.
+    1 for small λ, and their order would drown in rounding. Columns of zeros get infinity. With
+    ``C + λI = L Lᵀ`` they are the squared column norms of ``L⁻¹``.
     """
-    diagonal = jnp.diagonal(gram)
-    mean = jnp.mean(diagonal)
-    shift = ridge * jnp.where(mean > 0, mean, 1)
-    eye = jnp.eye(len(gram), dtype=gram.dtype)
-    h = inverse_diagonal(_cholesky(gram + shift * eye, 0.0)[1])
-    return jnp.where(diagonal > 0, h, jnp.inf)
+    h = jnp.sum(lower_inverse(jittered(gram, ridge)) ** 2, axis=0)
+    return jnp.where(jnp.diagonal(gram) > 0, h, jnp.inf)
 
 
 def nested_refit(
@@ -203,7 +202,7 @@ def nested_refit(
 
     Source: block form of the normal equations; specs of MoDeGPT §2.3.
     """
-    _, lower = jittered(gram)
+    lower = jittered(gram, JITTER)
     return lower, mm(lower.T, kernel)
 
 
@@ -234,8 +233,8 @@ def elimination_order(
     gram, kernel = jnp.pad(gram, ((0, pad), (0, pad))), jnp.pad(kernel, ((0, pad), (0, 0)))
     index = jnp.arange(n + pad)
     floor = jnp.where(index >= n, -2.0, jnp.where(jnp.diagonal(gram) <= 0, -1.0, 0.0))
-    _, lower = jittered(gram)
-    inverse = cho_solve((lower, True), jnp.eye(n + pad, dtype=gram.dtype))
+    half = lower_inverse(jittered(gram, JITTER))
+    inverse = mm(half.T, half)
 
     def costs(inverse: Array, kernel: Array, floor: Array, alive: Array) -> Array:
         diagonal = jnp.where(alive, jnp.diagonal(inverse), 1)

@@ -210,6 +210,26 @@ def test_a_duplicate_costs_nothing_and_the_dead_go_first(score):
     assert np.isfinite(narrow_mlp(kernels, factors, 24 - 1)["down"]).all()
 
 
+@pytest.mark.parametrize("n", [1, 256, 257, 700])
+def test_a_triangle_is_inverted_by_halves(n):
+    lower = np.tril(np.random.default_rng(n).normal(size=(n, n))) / np.sqrt(n) + 2 * np.eye(n)
+    inverse = np.asarray(linalg.lower_inverse(jnp.asarray(lower)))
+    assert not np.triu(inverse, 1).any()
+    np.testing.assert_allclose(inverse @ lower, np.eye(n), rtol=0, atol=1e-12)
+
+
+def test_jitter_is_the_least_share_of_the_mean_diagonal_that_works():
+    rng = np.random.default_rng(0)
+    basis = np.linalg.qr(rng.normal(size=(12, 12)))[0]
+    a = (basis * np.append(np.ones(11), -5e-5)) @ basis.T  # 1e-4 of the mean is the first above
+    for first, share in ((1e-6, 1e-4), (1e-3, 1e-3)):
+        lower = np.asarray(linalg.jittered(jnp.asarray(a), first))
+        shift = share * np.trace(a) / 12
+        np.testing.assert_allclose(lower @ lower.T, a + shift * np.eye(12), rtol=0, atol=1e-12)
+    broken = linalg.jittered(jnp.asarray(a).at[3, 3].set(jnp.nan), 1e-6)
+    assert not np.isfinite(broken).all()
+
+
 def test_duplicates_have_equal_scores():
     z, _ = mlp_problem()
     z[:, 5], z[:, 8] = z[:, 3], 0
