@@ -24,7 +24,7 @@ from lordjax.models.config import ModelConfig
 from lordjax.progress import Clock
 from lordjax.sites import LAST_LAYER, LINEAR_SITES, Site, sites_for
 from lordjax.source import Calibration, Source
-from lordjax.stats import HeadMoments, SecondMoment
+from lordjax.stats import HeadMoments, MeanSquare, SecondMoment
 
 # Hidden states that a backward sweep may hold; a few batches already hide the reading of blocks.
 STATE_BYTES = 2**28
@@ -69,6 +69,8 @@ def activation_keys(
         elif "moments" in method.needs:
             side = "input" if taps[site.path] == site.input_tap else "output"
             names[side] = f"{taps[site.path]}:moments"
+        if site.kind == "linear" and "inputs" in method.needs:
+            names["inputs"] = f"{site.input_tap}:moments"
         if site.kind == "linear" and "abs_mean" in method.needs:
             names["abs_mean"] = f"{site.input_tap}:abs_mean"
         keys[site.path] = names
@@ -198,7 +200,8 @@ def _gradient_keys(method: Method, site: Site) -> dict[str, str]:
     """Name of a statistic of the backward pass that a site reads -> its key; see `collect`."""
     needs = method.needs if site.kind == "linear" else method.modules[site.kind].needs
     path = LAST_LAYER.get(site.kind, site.path)
-    keys = {"gradients": path, "row_fisher": path, "gates": QUERIES}
+    names = ("gradients", "row_fisher", "fisher", "weighted_inputs", "weighted_squares")
+    keys = {**dict.fromkeys(names, path), "gates": QUERIES}
     return {name: key for name, key in keys.items() if name in needs}
 
 
@@ -245,6 +248,14 @@ def _empty_gradients(
             bases[path] = basis
         if "row_fisher" in keys:
             stats.setdefault("row_fisher", {})[site.path] = jnp.zeros(flat[site.path].shape[0])
+        if "fisher" in keys:
+            stats.setdefault("fisher", {})[site.path] = jnp.zeros(flat[site.path].shape)
+        if "weighted_inputs" in keys:
+            zeros = SecondMoment.zeros(flat[site.path].shape[0])
+            stats.setdefault("weighted_inputs", {})[site.path] = zeros
+        if "weighted_squares" in keys:
+            zeros = MeanSquare.zeros(flat[site.path].shape[1])
+            stats.setdefault("weighted_squares", {})[site.path] = zeros
         if "gates" in keys:
             width = flat["attention/k/kernel"].shape[1] // config.num_kv_heads
             pairs = 1 if config.rope is None else width // 2

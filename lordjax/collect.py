@@ -19,7 +19,15 @@ from lordjax import trees
 from lordjax.models.config import ModelConfig
 from lordjax.models.transformer import Block, Transformer, default_positions
 from lordjax.sites import LINEAR_SITES, Site
-from lordjax.stats import PERTURBATIONS, STATISTICS, TAPS, HeadMoments, Moments
+from lordjax.stats import (
+    PERTURBATIONS,
+    STATISTICS,
+    TAPS,
+    HeadMoments,
+    MeanSquare,
+    Moments,
+    SecondMoment,
+)
 
 Stats = dict[str, Any]
 BLOCK = "block"  # stands for the pair of a block's input and output where a tap is named
@@ -191,8 +199,12 @@ def observe_gradients(
       cotangent: gradient of the loss at the block's output.
       bases: site path -> ``[out, m]`` coordinates for the gradient (`linalg.row_space`), or None.
       stats: accumulators (donated). ``gradients``: site path -> second moment of the loss gradient
-        at the site's output; ``row_fisher``: site path -> ``[in]``, the sum over windows and
-        outputs of squared weight gradients; ``gates``: ``"attention/queries"`` -> `HeadMoments` of
+        at the site's output; ``fisher``: site path -> ``[in, out]``, the sum over windows of
+        squared weight gradients; ``row_fisher``: ``[in]``, that summed over outputs;
+        ``weighted_inputs``: site path -> `SecondMoment` of its input, every token weighted by the
+        squared norm of the gradient at its output; ``weighted_squares``: site path -> `MeanSquare`
+        of that gradient, every token weighted by the squared norm of its input;
+        ``gates``: ``"attention/queries"`` -> `HeadMoments` of
         how the loss changes with the size of each rotary pair of the queries of a key head, or of
         all of them without rotary positions.
       config: the architecture.
@@ -238,15 +250,24 @@ def _add_gradients(
             g = jnp.matmul(g, bases[path].astype(g.dtype), precision="highest")
         return moment.update(g, mask)
 
-    def row_fisher(path: str, total: Array) -> Array:
-        def window(pair: tuple[Array, Array]) -> Array:
+    def fisher(path: str, total: Array) -> Array:
+        def window(total: Array, pair: tuple[Array, Array]) -> tuple[Array, None]:
             gradient = jnp.matmul(pair[0].T, pair[1], precision="highest")
-            return jnp.sum(gradient**2, axis=1)
+            return total + (gradient**2 if total.ndim == 2 else jnp.sum(gradient**2, axis=1)), None
 
         # One after the other: weight gradients of a whole batch may not fit.
         site = sites[path]
-        each = jax.lax.map(window, (taps[site.input_tap], grads[site.output_tap]))
-        return total + jnp.sum(each, axis=0)
+        return jax.lax.scan(window, total, (taps[site.input_tap], grads[site.output_tap]))[0]
+
+    def weighted_inputs(path: str, total: SecondMoment) -> SecondMoment:
+        return total.update(taps[sites[path].input_tap], energy(grads[sites[path].output_tap]))
+
+    def weighted_squares(path: str, total: MeanSquare) -> MeanSquare:
+        return total.update(grads[sites[path].output_tap], energy(taps[sites[path].input_tap]))
+
+    def energy(a: Array) -> Array:
+        squares = jnp.sum(a**2, axis=-1)
+        return squares if mask is None else jnp.where(mask, squares, 0)
 
     def gate(tap: str, total: HeadMoments) -> HeadMoments:
         # The loss changes by g·q when a pair's query is scaled; keys have the same effect, summed.
@@ -255,7 +276,14 @@ def _add_gradients(
         effect = (grads[tap] * taps[tap]).reshape(*taps[tap].shape[:2], groups, -1, pairs)
         return total.update(jnp.sum(effect, axis=3).reshape(*effect.shape[:2], -1), mask)
 
-    add = {"gradients": second_moment, "row_fisher": row_fisher, "gates": gate}
+    add = {
+        "gradients": second_moment,
+        "row_fisher": fisher,
+        "fisher": fisher,
+        "weighted_inputs": weighted_inputs,
+        "weighted_squares": weighted_squares,
+        "gates": gate,
+    }
     return {
         name: {key: add[name](key, total) for key, total in table.items()}
         for name, table in stats.items()

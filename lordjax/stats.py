@@ -159,6 +159,38 @@ class AbsMean:
 
 
 @flax.struct.dataclass
+class MeanSquare:
+    """Mean square of each feature: the diagonal of a `SecondMoment`.
+
+    Attributes:
+      count: ``[]`` sum of token weights.
+      total: ``[d]``, Σ w x².
+    """
+
+    count: Any
+    total: Any
+
+    @classmethod
+    def zeros(cls, width: int, dtype: Any = jnp.float32) -> MeanSquare:
+        """The statistic of no vectors."""
+        return cls(jnp.zeros((), dtype), jnp.zeros(width, dtype))
+
+    def update(
+        self, x: Float[Array, "... d"], weights: Float[Array, ...] | None = None
+    ) -> MeanSquare:
+        """Adds the rows of ``x``."""
+        rows, w = _rows(x, weights, self.total.dtype)
+        w = jnp.ones(rows.shape[0], rows.dtype) if w is None else w
+        return MeanSquare(
+            self.count + jnp.sum(w), self.total + jnp.sum(w[:, None] * rows**2, axis=0)
+        )
+
+    def mean(self) -> Float[Array, "d"]:
+        """Mean square per token."""
+        return self.total / self.count
+
+
+@flax.struct.dataclass
 class HeadMoments:
     """Uncentred second moments of the heads of vectors ``[heads · d]``.
 

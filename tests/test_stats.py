@@ -13,7 +13,15 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from lordjax.collect import empty, observe
 from lordjax.models import Block, ModelConfig, Transformer, init
 from lordjax.sites import LINEAR_SITES
-from lordjax.stats import STATISTICS, AbsMean, HeadMoments, Influence, Moments, SecondMoment
+from lordjax.stats import (
+    STATISTICS,
+    AbsMean,
+    HeadMoments,
+    Influence,
+    MeanSquare,
+    Moments,
+    SecondMoment,
+)
 
 ROWS, WIDTH = 60, 7
 # float32 sums of a few dozen terms; the issue asks for 1e-6, relative to the whole matrix.
@@ -414,6 +422,21 @@ def test_head_moments_are_the_diagonal_blocks(masked):
     whole = (x[w].T @ x[w] / w.sum()).reshape(3, 4, 3, 4)
     for head in range(3):
         np.testing.assert_allclose(stat.second_moment()[head], whole[head, :, head], rtol=1e-5)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_mean_square_is_the_diagonal_of_the_second_moment(weighted):
+    x = data()
+    w = np.random.default_rng(1).exponential(size=len(x)) * (np.arange(len(x)) % 3 > 0)
+    x[w == 0] = np.nan if weighted else x[w == 0]  # padding may hold anything
+    square, moment = MeanSquare.zeros(WIDTH), SecondMoment.zeros(WIDTH)
+    for part, weights in zip(np.split(x, 4), np.split(w, 4), strict=True):
+        weights = jnp.asarray(weights, jnp.float32) if weighted else None
+        square, moment = (
+            s.update(jnp.asarray(part, jnp.float32), weights) for s in (square, moment)
+        )
+    np.testing.assert_allclose(square.mean(), jnp.diagonal(moment.second_moment()), rtol=1e-5)
+    np.testing.assert_allclose(square.count, w.sum() if weighted else len(x), rtol=1e-6)
 
 
 def test_influence_is_one_minus_the_mean_cosine():

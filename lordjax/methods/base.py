@@ -81,7 +81,9 @@ class Method:
       factor: ``(kernel [in, out], stats) -> Factors`` for linear layers on their own; pure,
         jittable, one compile per shape. None: those that no module covers stay as they are.
       needs: names of the statistics that ``factor`` reads: ``moments`` (of inputs or outputs,
-        whichever is smaller), ``abs_mean``, ``gradients``, ``row_fisher``.
+        whichever is smaller), ``inputs`` (moments of the inputs), ``abs_mean``, and of
+        `collect.observe_gradients` ``gradients``, ``row_fisher``, ``fisher``, ``weighted_inputs``,
+        ``weighted_squares``.
       bias: whether ``factor``'s result carries a bias correction.
       modules: kind of module (``mlp``, ``qk``, ``vo``) -> how it is compressed as one.
       allocation: the default policy of `allocate`.
