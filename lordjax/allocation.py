@@ -1,4 +1,4 @@
-"""Which rank for which site, under one budget. Sees only numbers; NumPy only.
+"""Which rank for which site, under one budget. Sees only numbers; NumPy and SciPy only.
 
 Every site offers *options*: leave it dense (error 0), or a rank that is a multiple of the tile
 and below break-even, with the error that the method predicts. A policy picks one option each so
@@ -18,6 +18,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import scipy.optimize
+import scipy.sparse
 
 from lordjax.plan import Size
 from lordjax.sites import layer_index, layer_type
@@ -128,6 +130,59 @@ def choose(costs: list[np.ndarray], errors: list[np.ndarray], budget: float) -> 
         low, high = (price, high) if spent > budget else (low, price)
     index = _fill(costs, errors, budget, at(high))
     return Choices(index, total(errors, index), bound)
+
+
+def choose_exactly(
+    costs: list[np.ndarray], errors: list[np.ndarray], budget: float, gap: float = 1e-4
+) -> Choices:
+    """`choose` by integer programming (HiGHS): an optimum up to a relative ``gap``, and slower.
+
+    Options that another of the same item beats in cost and error are left out beforehand.
+    Arguments and errors as for `choose`.
+    """
+    start = choose(costs, errors, budget)  # its error scales the problem, its plan is a fallback
+    if start.gap == 0:  # an optimum, perhaps of error 0, which is no scale
+        return start
+    unit = start.error
+    kept = [_undominated(c, e) for c, e in zip(costs, errors, strict=True)]
+    items = np.repeat(np.arange(len(kept)), [len(k) for k in kept])
+    cost = np.concatenate([c[k] for c, k in zip(costs, kept, strict=True)]) / budget
+    error = np.concatenate([e[k] for e, k in zip(errors, kept, strict=True)]) / unit
+    one_each = scipy.sparse.csr_array((np.ones(len(items)), (items, np.arange(len(items)))))
+    found = scipy.optimize.milp(
+        error,
+        integrality=np.ones(len(items)),
+        bounds=scipy.optimize.Bounds(0, 1),
+        constraints=[
+            scipy.optimize.LinearConstraint(one_each, 1, 1),  # pyright: ignore[reportArgumentType]
+            scipy.optimize.LinearConstraint(cost[None], -np.inf, 1),
+        ],
+        options={"mip_rel_gap": gap},
+    )
+    if found.x is None:
+        raise ValueError(f"the integer programme was not solved: {found.message}")
+    # Solutions are integral up to a tolerance only: the largest of each item is the one.
+    index = np.array([k[np.argmax(found.x[items == i])] for i, k in enumerate(kept)])
+    total, spent = (
+        float(sum(v[i] for v, i in zip(values, index, strict=True))) for values in (errors, costs)
+    )
+    bound = max(start.bound, float(found.mip_dual_bound) * unit)
+    if spent > budget or total > start.error:
+        index, total = start.index, start.error
+    return Choices(index, total, min(bound, total))  # HiGHS' bound is exact up to a tolerance only
+
+
+def _undominated(costs: np.ndarray, errors: np.ndarray) -> np.ndarray:
+    """Indices, by rising cost, of options that no other beats in both."""
+    order = np.lexsort((errors, costs))
+    least = np.minimum.accumulate(errors[order])
+    return order[np.concatenate([[True], errors[order][1:] < least[:-1]])]
+
+
+Solver = Callable[[list[np.ndarray], list[np.ndarray], float], Choices]
+
+# How one option per item is chosen: by bisection of a price, or by integer programming.
+SOLVERS: dict[str, Solver] = {"bisection": choose, "milp": choose_exactly}
 
 
 def _fill(

@@ -1,4 +1,4 @@
-"""A plan: which rank every site gets. Data, made by `allocate`, readable and editable as JSON."""
+"""A plan: which rank and which codes every site gets. Data, readable and editable as JSON."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from lordjax import nf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,19 +54,25 @@ class Plan:
     Attributes:
       method: a key of `METHODS`.
       ranks: site path -> rank (width, for a module), or None to leave the site as it is.
-      keep: the share of block linear weights that was asked for, in (0, 1].
+      keep: the share of block linear weights that was asked for, in (0, 1], if one was.
       policy: a key of `allocation.POLICIES`.
       gap: relative distance of the plan's predicted error from a lower bound on that of any
         plan within the budget; None for policies that do not optimise.
       temperature: of ``block-influence``.
+      formats: site path -> `nf.Format` of its codes, as text; sites without codes are absent.
+      factors: format of the codes of all factor pairs; None: they are arrays.
+      bits: the average per block weight that was asked for, in place of ``keep``.
     """
 
     method: str
     ranks: Mapping[str, int | None]
-    keep: float
+    keep: float | None
     policy: str
     gap: float | None = None
     temperature: float | None = None
+    formats: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    factors: str | None = None
+    bits: float | None = None
 
     def weights(self, sizes: Mapping[str, Size]) -> int:
         """Number of linear weights after the plan, factor pairs counted in full.
@@ -89,6 +97,8 @@ class Plan:
         try:
             plan = cls(**json.loads(path.read_text()))
             bad = {p: r for p, r in plan.ranks.items() if not _is_rank(r)}
+            for text in [*plan.formats.values(), *([] if plan.factors is None else [plan.factors])]:
+                nf.Format.parse(text)
         except (TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path}: not a plan ({error})") from error
         if bad:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import time
 
 import jax
 import numpy as np
@@ -13,13 +14,16 @@ from hypothesis import strategies as st
 from lordjax.allocation import (
     CURVELESS,
     POLICIES,
+    SOLVERS,
     Curve,
     allocate,
     choose,
+    choose_exactly,
     influence_removal,
 )
 from lordjax.models import ModelConfig, init
 from lordjax.modules import site_size
+from lordjax.nf import grid
 from lordjax.plan import Size
 from lordjax.sites import MODULE_SITES
 
@@ -208,6 +212,151 @@ def test_budget_below_the_cheapest_options():
     assert choose(costs, errors, 6).error == 2.0
     with pytest.raises(ValueError, match=r"budget 5 .* least possible size 6"):
         choose(costs, errors, 5)
+
+
+# --- one format per matrix (specs of LQ-LoRA §8, 25 to 29) ---------------------------------------
+
+every_solver = pytest.mark.parametrize("solver", SOLVERS)
+
+
+def tables(seed, matrices=4, options=6):
+    """Sizes rise, errors mostly fall: as of formats, some of which others beat in both."""
+    rng = np.random.default_rng(seed)
+    sizes = [
+        np.sort(rng.uniform(2, 8.6, options)) * 100 * rng.integers(1, 4) for _ in range(matrices)
+    ]
+    errors = [
+        np.exp(-s / 100) * rng.lognormal(0, 0.7, options) * 10 ** rng.uniform(-3, 3) for s in sizes
+    ]
+    return sizes, errors
+
+
+def between(costs, share):
+    least, most = (sum(f(c) for c in costs) for f in (min, max))
+    return least + share * (most - least)
+
+
+@every_solver
+@pytest.mark.parametrize("seed", range(5))
+def test_solvers_against_brute_force(solver, seed):
+    costs, errors = tables(seed)
+    for share in (0.0, 0.1, 0.35, 0.6, 0.9, 1.0):
+        budget = between(costs, share)
+        optimum = brute_force(costs, errors, budget)
+        choices = SOLVERS[solver](costs, errors, budget)
+        assert_certified(choices, costs, errors, budget, optimum)
+        if solver == "milp":
+            assert choices.error <= optimum * (1 + 2e-4)
+
+
+@every_solver
+def test_a_larger_budget_is_never_worse(solver):
+    costs, errors = tables(7, matrices=12)
+    found = [
+        SOLVERS[solver](costs, errors, between(costs, share)) for share in np.linspace(0, 1, 15)
+    ]
+    # Up to the gap: HiGHS stops within 1e-4, and the price picks from the convex hull.
+    for small, large in itertools.pairwise(found):
+        assert large.bound <= small.error * (1 + 1e-9)
+        assert large.error <= small.error * (1 + 2e-4)
+
+
+@every_solver
+def test_ample_budget_takes_the_least_errors(solver):
+    costs, errors = tables(8)
+    for factor in (1, 3):
+        choices = SOLVERS[solver](costs, errors, factor * sum(c.max() for c in costs))
+        assert list(choices.index) == [int(np.argmin(e)) for e in errors]
+        assert choices.gap == 0
+    # Dense has no error at all: nothing to scale the problem by.
+    dense = [np.append(e[:-1], 0.0) for e in errors]
+    choices = SOLVERS[solver](costs, dense, sum(c.max() for c in costs))
+    assert choices.error == 0 and set(choices.index) == {5}
+
+
+@every_solver
+def test_solvers_refuse_a_budget_below_the_least(solver):
+    costs, errors = [np.array([3.0, 5.0])] * 2, [np.array([1.0, 0.0])] * 2
+    assert SOLVERS[solver](costs, errors, 6).error == 2.0
+    with pytest.raises(ValueError, match=r"budget 5 .* least possible size 6"):
+        SOLVERS[solver](costs, errors, 5)
+
+
+@every_solver
+def test_the_uniform_choice_is_not_better(solver):
+    """Equal matrices, and a budget that one option for all meets exactly."""
+    costs, errors = tables(9, matrices=1)
+    costs, errors = costs * 10, [np.sort(errors[0])[::-1]] * 10
+    for k in range(6):
+        choices = SOLVERS[solver](costs, errors, 10 * costs[0][k])
+        assert choices.error <= 10 * errors[0][k] * (1 + 1e-4)
+
+
+@every_solver
+def test_options_that_others_beat_do_not_matter(solver):
+    costs, errors = tables(10)
+    for share in (0.2, 0.5):
+        budget = between(costs, share)
+        expected = SOLVERS[solver](costs, errors, budget)
+        worse_costs, worse_errors = [], []
+        for c, e in zip(costs, errors, strict=True):
+            # One that is as large as the second with more error, one larger than all and worst.
+            worse_costs.append(np.concatenate([c[:2], c[1:2], c[2:], c[-1:] + 1]))
+            worse_errors.append(np.concatenate([e[:2], e[1:2] * 2, e[2:], [e.max()]]))
+        found = SOLVERS[solver](worse_costs, worse_errors, budget)
+        assert found.error == pytest.approx(expected.error, rel=2e-4)
+        for c, e, i in zip(worse_costs, worse_errors, found.index, strict=True):
+            assert not np.any((c < c[i]) & (e < e[i]))
+
+
+@every_solver
+@pytest.mark.parametrize("scale", [1e-12, 1e9])
+def test_the_unit_of_errors_does_not_matter(solver, scale):
+    costs, errors = tables(11)
+    budget = between(costs, 0.4)
+    expected = SOLVERS[solver](costs, errors, budget)
+    found = SOLVERS[solver](costs, [scale * e for e in errors], budget)
+    np.testing.assert_array_equal(found.index, expected.index)
+    assert found.error == pytest.approx(scale * expected.error)
+    assert found.bound == pytest.approx(scale * expected.bound)
+
+
+@every_solver
+def test_a_matrix_that_matters_more_gets_more(solver):
+    costs, errors = tables(12, matrices=8)
+    errors = [np.sort(e)[::-1] for e in errors]
+    budget, spent = between(costs, 0.3), []
+    for weight in (1, 30, 1000):
+        weighed = [errors[0] * weight, *errors[1:]]
+        spent.append(costs[0][SOLVERS[solver](costs, weighed, budget).index[0]])
+    assert spent == sorted(spent)
+    assert spent[0] < spent[-1]
+
+
+def test_published_grid_is_solved_fast():
+    """30 blocks of 7 matrices, 432 formats each: certified to 0.2 %, by one price and by HiGHS."""
+    rng, width, hidden = np.random.default_rng(0), 576, 1536
+    counts = [width**2, width**2 // 3, width**2 // 3, width**2] + [width * hidden] * 3
+    forms = grid()
+    # Relative errors of Gaussian data by bits (specs §1.7), and a little for blocks and scales.
+    gaussian = {2: 0.3168, 3: 0.0406, 4: 0.00846, 8: 2.9e-5}
+    relative = np.array(
+        [gaussian[f.bits] * (f.block / 64) ** 0.25 * (1 + 0.3 / 4**f.scale_bits) for f in forms]
+    )
+    costs, errors = [], []
+    for count in counts * 30:
+        costs.append(np.array([f.nbytes(count) for f in forms], float))
+        noise = rng.lognormal(0, 0.02, len(forms))
+        errors.append(count * rng.lognormal(0, 1.0) * relative * noise)
+    budget = 2.75 * sum(counts) * 30 / 8
+    start = time.perf_counter()
+    choices = choose(costs, errors, budget)
+    assert time.perf_counter() - start < 10
+    assert choices.gap <= 2e-3
+    assert sum(c[i] for c, i in zip(costs, choices.index, strict=True)) <= budget
+    exact = choose_exactly(costs, errors, budget, gap=1e-3)
+    assert exact.gap <= 1e-3 + 1e-9
+    assert exact.error <= choices.error
 
 
 # --- properties of every policy ------------------------------------------------------------------
