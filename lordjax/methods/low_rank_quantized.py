@@ -1,0 +1,271 @@
+"""W ≈ Q + L R: NormalFloat codes and a low-rank product that makes up for what they miss.
+
+Alternates between the best product for the codes' error and the codes of what the product leaves::
+
+    L R <- best of rank r for W - Q,    Q <- codes of W - L R
+
+starting from Q = 0 (LQ-LoRA) or L R = 0 (LoftQ), and keeps the best iterate. "Best" is in the
+measure ``Σ_j c_j e_jᵀ H e_j`` over the columns e_j of the error, for which the low-rank step has a
+closed form; H and c are what `Weights` holds (x input, g loss gradient at the output, F sum over
+windows of squared weight gradients):
+
+==========  ==================  ================  =====================================
+weighting   H (inputs)          c (outputs)       measure
+==========  ==================  ================  =====================================
+none        identity            1                 squared error of the weights
+fisher      diag(mean_j F_ij)   mean_i F_ij       Σ F_ij E_ij² (LQ-LoRA)
+input       E xxᵀ               1                 squared error of the output (QERA)
+both        E ‖g‖² xxᵀ          E ‖x‖² g_j²       about the loss, to second order
+==========  ==================  ================  =====================================
+
+With one alternation and ``start="codes"`` it is QERA's closed form, with ``none`` LoftQ's first.
+
+Beyond the paper: the best iterate instead of the one after it; the product is fitted last, so that
+it is optimal for its codes; the quantised start is a candidate, so that no result is worse than
+the codes alone; full H at no inverse; subspaces carried from one alternation to the next, which
+saves most of an SVD; the rank is traced.
+
+Sources: LQ-LoRA, arXiv 2311.12023; LoftQ, 2310.08659; QERA, 2410.06040; specs of LQ-LoRA §2, §7.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from lordjax import nf
+from lordjax.linalg import mm
+
+STEPS = 10  # alternations; the first five gain most, at 2 bits more lose (CHANGELOG)
+OVERSAMPLING = 10  # columns of the subspace beyond the rank
+FIRST_POWERS, POWERS = 3, 1  # power iterations from a random subspace, and from the last one
+FLOOR = 1e-8  # share of their mean that weights are raised by: a weight of 0 has no inverse
+
+
+class Weights(NamedTuple):
+    """What an error of a kernel ``[in, out]`` costs.
+
+    Attributes:
+      inputs: ``[in, in]`` second moment of the inputs, its diagonal ``[in]``, or None.
+      outputs: ``[out]``, or None.
+      elements: ``[in, out]``, or None: measures errors in place of the others' product.
+    """
+
+    inputs: Any = None
+    outputs: Any = None
+    elements: Any = None
+
+    def times_inputs(self, a: Float[Array, "in n"]) -> Float[Array, "in n"]:
+        """``H a``."""
+        if self.inputs is None:
+            return a
+        return mm(self.inputs, a) if self.inputs.ndim == 2 else self.inputs[:, None] * a
+
+    def root_outputs(self) -> Float[Array, "1 out"] | Float[Array, "1 1"]:
+        """``√c``, all above 0."""
+        if self.outputs is None:
+            return jnp.ones((1, 1))
+        mean = jnp.mean(self.outputs)
+        return jnp.sqrt(self.outputs + FLOOR * jnp.where(mean > 0, mean, 1))[None]
+
+    def measure(self, error: Float[Array, "in out"]) -> Float[Array, ""]:
+        """What an error costs."""
+        if self.elements is not None:
+            return jnp.sum(self.elements * error**2)
+        scaled = error * self.root_outputs()
+        return jnp.sum(scaled * self.times_inputs(scaled))
+
+
+class Product(NamedTuple):
+    """``left @ right`` of a rank, the remaining columns zero, and where it was found.
+
+    Attributes:
+      left: ``[in, width]``.
+      right: ``[width, out]``, of the same norms.
+      basis: ``[out, k]`` orthonormal; a start for the next search.
+      energies: ``[k]`` what each direction takes off the measure, falling.
+      total: ``[]`` the measure of the matrix itself.
+    """
+
+    left: Any
+    right: Any
+    basis: Any
+    energies: Any
+    total: Any
+
+
+def start_basis(shape: tuple[int, ...], width: int, seed: int = 0) -> Float[Array, "out k"]:
+    """A random subspace to begin with, wide enough for rank ``width``."""
+    k = min(width + OVERSAMPLING, *shape)
+    return jax.random.normal(jax.random.key(seed), (shape[1], k))
+
+
+def best_product(
+    matrix: Float[Array, "in out"],
+    rank: Int[Array, ""],
+    weights: Weights,
+    basis: Float[Array, "out k"],
+    *,
+    width: int,
+    powers: int,
+) -> Product:
+    """The product of a rank that is closest to ``matrix``, by subspace iteration.
+
+    With ``A = √c·matrixᵀ H matrix·√c`` and V its leading eigenvectors, it is
+    ``matrix·√c V Vᵀ/√c``: no root of H and no inverse is needed (specs §7.3a).
+
+    Args:
+      matrix: what to approximate.
+      rank: at most ``width``; may be traced.
+      weights: the measure; ``elements`` are not used.
+      basis: of the search; near the answer, one power is enough.
+      width: columns of the result; those from ``rank`` on are zero.
+      powers: power iterations.
+    """
+    root = weights.root_outputs()
+    scaled = matrix * root
+    heavy = weights.times_inputs(scaled)
+    for _ in range(powers):
+        basis = jnp.linalg.qr(mm(scaled.T, mm(heavy, basis)))[0]
+    inner = mm(scaled, basis)
+    energies, turn = jnp.linalg.eigh(mm(inner.T, mm(heavy, basis)))
+    energies, turn = jnp.maximum(energies[::-1], 0), turn[:, ::-1]
+    basis, inner = mm(basis, turn), mm(inner, turn)
+    missing = max(0, width - basis.shape[1])
+    left = jnp.pad(inner, ((0, 0), (0, missing)))[:, :width]
+    right = jnp.pad(basis.T / root, ((0, missing), (0, 0)))[:width]
+    kept = jnp.arange(width) < rank
+    norms = jnp.linalg.norm(left, axis=0), jnp.linalg.norm(right, axis=1)
+    kept = kept & (norms[0] > 0) & (norms[1] > 0)
+    balance = jnp.sqrt(jnp.where(kept, norms[1], 1) / jnp.where(kept, norms[0], 1))
+    left = left * jnp.where(kept, balance, 0)[None]
+    right = right * jnp.where(kept, 1 / balance, 0)[:, None]
+    return Product(left, right, basis, energies, jnp.sum(scaled * heavy))
+
+
+class Decomposition(NamedTuple):
+    """A kernel as codes and a product.
+
+    Attributes:
+      codes: `nf.Codes` of the transposed kernel, flattened.
+      left: ``[in, width]``; columns from the rank on are zero.
+      right: ``[width, out]``.
+      error: ``[]`` the measure of what is left.
+      total: ``[]`` the measure of the kernel itself.
+      history: ``[steps]`` error after each alternation from Q = 0.
+    """
+
+    codes: Any
+    left: Any
+    right: Any
+    error: Any
+    total: Any
+    history: Any
+
+
+@functools.partial(jax.jit, static_argnames=("form", "width", "steps"))
+def decompose(
+    kernel: Float[Array, "in out"],
+    rank: Int[Array, ""],
+    weights: Weights,
+    *,
+    form: nf.Format,
+    width: int,
+    steps: int = STEPS,
+) -> Decomposition:
+    """Codes and a product for a kernel; see the module's docstring.
+
+    Args:
+      kernel: the matrix.
+      rank: of the product, at most ``width``; traced, so that all ranks share one compilation.
+      weights: the measure.
+      form: of the codes.
+      width: columns of the product that is returned.
+      steps: alternations.
+    """
+    kernel = kernel.astype(jnp.float32)
+
+    def fit(target: Array, basis: Array, powers: int) -> tuple[Decomposition, Array]:
+        codes = nf.quantize(target.T.reshape(-1), form)
+        matrix = nf.dequantize(codes, form).reshape(target.shape[::-1]).T
+        found = best_product(kernel - matrix, rank, weights, basis, width=width, powers=powers)
+        if weights.elements is None:
+            kept = jnp.arange(len(found.energies)) < rank
+            error = found.total - jnp.sum(jnp.where(kept, found.energies, 0))
+        else:
+            error = weights.measure(kernel - matrix - mm(found.left, found.right))
+        nothing = jnp.zeros(())
+        return Decomposition(codes, found.left, found.right, error, nothing, nothing), found.basis
+
+    def step(state: tuple[Any, Any, Any], _: Any) -> tuple[Any, Array]:
+        target, basis, best = state
+        new, basis = fit(target, basis, POWERS)
+        best = jax.tree.map(lambda a, b: jnp.where(new.error < best.error, a, b), new, best)
+        return (kernel - mm(new.left, new.right), basis, best), new.error
+
+    random = start_basis(kernel.shape, width)
+    # LoftQ's start, as the one to beat: never worse than the codes alone.
+    best, _ = fit(kernel, random, FIRST_POWERS)
+    first = best_product(kernel, rank, weights, random, width=width, powers=FIRST_POWERS)
+    start = (kernel - mm(first.left, first.right), first.basis, best)
+    (_, _, best), history = jax.lax.scan(step, start, None, length=steps)
+    return best._replace(total=weights.measure(kernel), history=history)
+
+
+_stacked = functools.partial(jax.jit, static_argnames=("form", "width", "steps"))(
+    lambda kernels, ranks, weights, **fixed: jax.vmap(functools.partial(decompose, **fixed))(
+        kernels, ranks, weights
+    )
+)
+
+
+def decompose_all(
+    kernels: Sequence[Float[Array, "in out"]],
+    ranks: Sequence[int],
+    weights: Sequence[Weights],
+    *,
+    form: nf.Format,
+    width: int,
+    steps: int = STEPS,
+) -> list[Decomposition]:
+    """`decompose` of kernels of one shape; an accelerator, which wants to be filled, gets a stack.
+
+    A CPU is full, batched factorisations are slow there, and every length would compile again.
+    """
+    fixed: dict[str, Any] = {"form": form, "width": width, "steps": steps}
+    if jax.default_backend() == "cpu" or len(kernels) == 1:
+        rows = zip(kernels, ranks, weights, strict=True)
+        return [decompose(kernel, jnp.asarray(rank), own, **fixed) for kernel, rank, own in rows]
+    stack = jax.tree.map(lambda *a: jnp.stack(a), *weights)
+    found = _stacked(jnp.stack(kernels), jnp.asarray(ranks), stack, **fixed)
+    return [jax.tree.map(lambda a, k=k: a[k], found) for k in range(len(kernels))]
+
+
+@functools.partial(jax.jit, static_argnames=("form", "width"))
+def predict(
+    kernel: Float[Array, "in out"], weights: Weights, *, form: nf.Format | None, width: int
+) -> Float[Array, "width+1"]:
+    """What is left of a kernel after its codes and the best product, for ranks 0 … ``width``.
+
+    Without alternation, so above what `decompose` reaches; ranks that the kernel does not have
+    count as the largest one it has. ``form=None``: without codes.
+    """
+    error = kernel
+    if form is not None:
+        codes = nf.quantize(kernel.T.reshape(-1), form)
+        error = kernel - nf.dequantize(codes, form).reshape(kernel.shape[::-1]).T
+    basis = start_basis(kernel.shape, width)
+    found = best_product(
+        error, jnp.asarray(width), weights, basis, width=width, powers=FIRST_POWERS
+    )
+    left = found.total - jnp.cumsum(found.energies)[:width]
+    left = jnp.concatenate([found.total[None], left])
+    left = jnp.pad(left, (0, width + 1 - len(left)), mode="edge")
+    # Measured on elements, the shares are those of the two-sided approximation.
+    share = weights.measure(error) / jnp.where(found.total > 0, found.total, 1)
+    return jnp.maximum(left, 0) * share
