@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from lordjax import trees
+from lordjax import nf, trees
 from lordjax.allocation import CURVELESS, INFLUENCED
 from lordjax.calibrate import gradient_statistics, needs_gradients
 from lordjax.collect import windows_per_step
@@ -154,6 +154,7 @@ def compress(
     allocation: str | None = None,
     temperature: float | None = None,
     dtype: Any = None,
+    factors: str | None = None,
     **options: Any,
 ) -> Result:
     """Compresses a model: `prepare`, then one budget.
@@ -165,6 +166,7 @@ def compress(
       allocation: a key of `POLICIES`; None = the method's own.
       temperature: see `Prepared.plan`.
       dtype: of the result; None = that of the source.
+      factors: see `Prepared.compress`.
       **options: see `prepare`.
 
     Raises:
@@ -173,5 +175,9 @@ def compress(
     """
     if not 0 < keep <= 1:
         raise ValueError(f"keep must be in (0, 1], got {keep}")
+    if factors is not None:
+        nf.Format.parse(factors)
     prepared = prepare(source, tokens, allocation=allocation, **options)
-    return prepared.compress(keep, allocation, temperature=temperature, dtype=dtype)
+    return prepared.compress(
+        keep, allocation, temperature=temperature, dtype=dtype, factors=factors
+    )

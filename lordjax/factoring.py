@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lordjax import trees
+from lordjax import nf, trees
 from lordjax.calibrate import (
     INFLUENCE,
     activation_keys,
@@ -20,6 +20,7 @@ from lordjax.calibrate import (
     on_device,
     site_gradients,
 )
+from lordjax.kernels import LowRank, NFQuantized, is_kernel
 from lordjax.methods import METHODS, Factors, ModuleFactors, method_at, truncate
 from lordjax.modules import gather, scatter, site_size, widen
 from lordjax.plan import Size
@@ -193,6 +194,35 @@ def _factored(
         old = np.asarray(flat.get(f"{site.layer}/bias", 0), np.float32)
         leaves[f"{site.layer}/bias"] = np.asarray(bias + old, dtype)
     return leaves
+
+
+@functools.partial(jax.jit, static_argnames=("form",))
+def encode(kernel: Any, form: nf.Format) -> NFQuantized:
+    """`NFQuantized.encode`, compiled once per shape and format."""
+    return NFQuantized.encode(kernel, form)
+
+
+def quantize_pair(pair: LowRank, form: nf.Format) -> LowRank:
+    """A factor pair as codes, on the host, of columns and rows of equal lengths.
+
+    The product allows any scaling between the two; equal lengths measured best, before all of it in
+    one factor (specs of LoRD §2.6; CHANGELOG).
+    """
+    left, right = (np.asarray(a, np.float32) for a in (pair.left, pair.right))
+    lengths = np.linalg.norm(left, axis=-2), np.linalg.norm(right, axis=-1)
+    usable = (lengths[0] > 0) & (lengths[1] > 0)
+    root = np.sqrt(np.where(usable, lengths[1], 1) / np.where(usable, lengths[0], 1))
+    codes = (encode(a, form) for a in (left * root[..., None, :], right / root[..., None]))
+    return LowRank(*jax.device_get(tuple(codes)))
+
+
+def quantize_pairs(params: Any, form: nf.Format) -> Any:
+    """Parameters with all factor pairs of arrays as codes: QLoRA's base under LoRD."""
+    return jax.tree.map(
+        lambda leaf: quantize_pair(leaf, form) if isinstance(leaf, LowRank) else leaf,
+        params,
+        is_leaf=is_kernel,
+    )
 
 
 def site_sizes(source: Source, method: str) -> dict[str, Size]:

@@ -5,13 +5,15 @@ Pure and jittable; callable under ``vmap``, ``jax.pmap`` and on sharded arrays.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lordjax import trees
-from lordjax.kernels import Kernel, LowRank
+from lordjax import nf, trees
+from lordjax.kernels import Kernel, LowRank, NFQuantized
 from lordjax.plan import Size
 
 
@@ -19,6 +21,22 @@ def _svd(kernel: Float[Array, "... in out"], rank: int) -> tuple[Array, Array]:
     # Not through the Gram matrix: in float32 that loses singular values below 3e-4 of the largest.
     u, values, v = jnp.linalg.svd(kernel, full_matrices=False)
     return (u * values[..., None, :])[..., :rank], v[..., :rank, :]
+
+
+def _matrices(params: Any, where: str) -> set[str]:
+    """Paths of the matrices that match; raises KeyError if there are none, ValueError otherwise."""
+    leaves = trees.flatten(params)
+    chosen = set(trees.select(leaves, where))
+    wrong = [
+        f"{path} {leaves[path].shape} {leaves[path].dtype}"
+        for path in sorted(chosen)
+        if len(leaves[path].shape) < 2 or not jnp.issubdtype(leaves[path].dtype, jnp.floating)
+    ]
+    if wrong:
+        raise ValueError(
+            f"not matrices of real numbers: {', '.join(wrong)}; narrow down where={where!r}"
+        )
+    return chosen
 
 
 def factorize(
@@ -50,18 +68,7 @@ def factorize(
         raise ValueError(f"rank must be at least 1, got {rank}")
     if keep is not None and not 0 < keep <= 1:
         raise ValueError(f"keep must be in (0, 1], got {keep}")
-    leaves = trees.flatten(params)
-    chosen = set(trees.select(leaves, where))
-    wrong = [
-        f"{path} {leaves[path].shape} {leaves[path].dtype}"
-        for path in sorted(chosen)
-        if len(leaves[path].shape) < 2 or not jnp.issubdtype(leaves[path].dtype, jnp.floating)
-    ]
-    if wrong:
-        raise ValueError(
-            f"not matrices of real numbers: {', '.join(wrong)}; narrow down where={where!r}"
-        )
-
+    chosen = _matrices(params, where)
     small: list[str] = []
 
     def replace(path: str, leaf: Any) -> Any:
@@ -81,3 +88,32 @@ def factorize(
     if small:
         raise ValueError(f"keep={keep} is less than rank 1 of {', '.join(small)}")
     return new
+
+
+def encode(params: Any, form: str = "nf4", *, where: str = "kernel$") -> Any:
+    """Replaces matrices of a parameter tree by NormalFloat codes, all in one jitted pass.
+
+    No data. `materialize` decodes; for codes with a product on top and for budgets see `quantize`.
+
+    Args:
+      params: any pytree of arrays; matrices ``[..., in, out]``, leading axes are stacks.
+      form: name of the format: ``nf2``, ``nf3``, ``nf4``, ``nf8``, or with blocks, see
+        `nf.Format.parse`.
+      where: regular expression searched in the "/"-path of a leaf.
+
+    Returns:
+      A tree of the same structure with `NFQuantized` leaves; the input is untouched.
+
+    Raises:
+      KeyError: if no leaf matches ``where``; suggests paths.
+      ValueError: if a matching leaf is no real matrix, or there is no such format.
+    """
+    chosen, parsed = _matrices(params, where), nf.Format.parse(form)
+    leaves = {p: leaf for p, leaf in trees.flatten(params).items() if p in chosen}
+    arrays = {path: leaf for path, leaf in leaves.items() if not isinstance(leaf, Kernel)}
+    return trees.update(params, _encode(arrays, parsed))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _encode(arrays: dict[str, Any], form: nf.Format) -> dict[str, NFQuantized]:
+    return {path: NFQuantized.encode(array, form) for path, array in arrays.items()}

@@ -117,7 +117,20 @@ class NFQuantized(Kernel):
         *lead, fan_in, fan_out = kernel.shape
         rows = kernel.mT.reshape(*lead, fan_in * fan_out)
         packed = _over(lead, lambda x: nf.encode(x, form))(rows)
-        return cls(*packed, fan_in, fan_out, form)
+        return cls.of(packed, (fan_in, fan_out), form)
+
+    @classmethod
+    def of(cls, packed: nf.Packed, shape: tuple[int, ...], form: nf.Format) -> NFQuantized:
+        """The kernel ``[in, out]`` whose transpose, flattened, was packed."""
+        return cls(
+            codes=packed.codes,
+            scales=packed.scales,
+            supers=packed.supers,
+            offset=packed.offset,
+            fan_in=shape[0],
+            fan_out=shape[1],
+            format=form,
+        )
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, UInt
-from scipy.stats import norm
+from scipy.special import ndtri
 
 WORD = 32  # bits of a word of packed codes, and codes that are packed together
 BITS = (2, 3, 4, 8)
@@ -80,7 +80,8 @@ class Format:
         try:
             if not text.startswith("nf") or len(parts) > len(kinds):
                 raise ValueError(text)
-            return cls(*(kind(part) for kind, part in zip(kinds, parts, strict=False)))
+            values: list[Any] = [kind(p) for kind, p in zip(kinds, parts, strict=False)]
+            return cls(*values)
         except ValueError as error:
             raise ValueError(
                 f"{text!r} is no format; expected nf<bits>[-<bits of scales>-<dtype>-<values per "
@@ -145,7 +146,7 @@ def levels(bits: int) -> np.ndarray:
     half = 2 ** (bits - 1)
     left = np.linspace(1 - _TAIL, 0.5, half)
     right = np.linspace(0.5, _TAIL, half + 1)[1:]
-    table = norm.ppf(np.concatenate([left, right])) / norm.ppf(_TAIL)
+    table = ndtri(np.concatenate([left, right])) / ndtri(_TAIL)
     table[[0, half - 1, -1]] = -1, 0, 1  # which rounding misses by a few ulp
     table = table.astype(np.float32)
     table.setflags(write=False)

@@ -15,11 +15,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from lordjax import trees
+from lordjax import nf, trees
 from lordjax.allocation import CURVELESS, INFLUENCED, POLICIES, TILE, Curve, allocate
 from lordjax.evaluate.comparison import compare
-from lordjax.factoring import AnyFactors, replace_kernels
-from lordjax.kernels import nbytes
+from lordjax.factoring import AnyFactors, quantize_pairs, replace_kernels
+from lordjax.kernels import nbytes, weights
 from lordjax.methods import METHODS, ModuleFactors, method_at
 from lordjax.models import ModelConfig
 from lordjax.plan import Plan, Size, summary
@@ -192,10 +192,14 @@ class Prepared:
         tile: int = TILE,
         temperature: float | None = None,
         dtype: Any = None,
+        factors: str | None = None,
     ) -> Result:
-        """A model of one budget; the source is untouched. Errors: see `plan` and `apply`."""
+        """A model of one budget; the source is untouched. Errors: see `plan` and `apply`.
+
+        With ``factors`` (`nf.Format.parse`) factor pairs are stored as codes.
+        """
         plan = self.plan(keep, allocation, tile, temperature=temperature)
-        return self.apply(plan, dtype=dtype)
+        return self.apply(dataclasses.replace(plan, factors=factors), dtype=dtype)
 
     def apply(self, plan: Plan, *, dtype: Any = None) -> Result:
         """The model of a plan, made by `plan` or edited.
@@ -220,6 +224,8 @@ class Prepared:
         params = self._params(plan, factors, kernels)
         if dtype is not None:
             params = jax.tree.map(lambda a: _cast(a, dtype), params)
+        if plan.factors is not None:
+            params = quantize_pairs(params, nf.Format.parse(plan.factors))
         verify(params, plan, self.sizes)
         seconds = {**self.report["seconds"], "apply": time.perf_counter() - start}
         report = {
@@ -312,7 +318,7 @@ def verify(params: Any, plan: Plan, sizes: Mapping[str, Size]) -> None:
     for path, rank in plan.ranks.items():
         layer, inside = path.split("/", 1)
         kernels = [flat.get(f"{layer}/{kernel}") for kernel in sites[inside].kernels]
-        have = sum(leaf.size for leaf in jax.tree.leaves(kernels))
+        have = sum(weights(kernel) for kernel in kernels if kernel is not None)
         want = sizes[path].weights(rank)
         if have != want:
             wrong.append(f"{path} has {have} weights, the plan says {want}")

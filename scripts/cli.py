@@ -59,10 +59,10 @@ def one_line(error: BaseException) -> str:
     return "; ".join(lines).replace(":; ", ": ") or type(error).__name__
 
 
-def share(context: click.Context, parameter: click.Parameter, value: float) -> float:
-    """Checks that a share is in (0, 1]."""
+def share(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
+    """Checks that a share, if one is given, is in (0, 1]."""
     del context
-    if not 0 < value <= 1:
+    if value is not None and not 0 < value <= 1:
         raise click.BadParameter(f"{value} is not in (0, 1]", param=parameter)
     return value
 
@@ -75,7 +75,9 @@ def shares(context: click.Context, parameter: click.Parameter, value: str) -> tu
         raise click.BadParameter(
             f"{value!r} is not a list of numbers like 0.9,0.8", param=parameter
         ) from error
-    return tuple(share(context, parameter, number) for number in numbers)
+    for number in numbers:
+        share(context, parameter, number)
+    return tuple(numbers)
 
 
 def output(result: dict[str, Any], as_json: bool, show: Callable[[dict[str, Any]], None]) -> None:
@@ -109,10 +111,41 @@ def cli() -> None:
 @click.option("--method", default="modegpt", show_default=True, help="A wrong name lists them all.")
 @click.option(
     "--keep",
-    default=0.8,
-    show_default=True,
+    type=float,
     callback=share,
-    help="Share of the block linear weights that stays, in (0, 1]; factor pairs count in full.",
+    help="Share of the block linear weights that stays, in (0, 1]; factor pairs count in full.  "
+    "[default: 0.8]",
+)
+@click.option(
+    "--bits",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Of nf and lq: average bits per block weight of the codes. Of auto: of all that is stored "
+    "for the blocks' matrices.",
+)
+@click.option(
+    "--budget-bytes",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Instead of --bits: bytes of the blocks' matrices.",
+)
+@click.option(
+    "--format",
+    "form",
+    metavar="NAME",
+    help="Instead of --bits: the codes of all matrices, such as nf4 or nf3-4-bfloat16-64-256 "
+    "(bits, bits of scales, dtype of their scales, weights per scale, scales per scale).",
+)
+@click.option("--rank", type=click.IntRange(min=1), help="Of lq's products.  [default: 32]")
+@click.option(
+    "--weighting",
+    type=click.Choice(["none", "fisher", "input", "both"]),
+    help="What errors of a matrix cost: see the README.  [default: none; auto: both]",
+)
+@click.option(
+    "--factors",
+    metavar="NAME",
+    help="Format of factor pairs, such as nf8; 'dense' for lq and auto: --dtype.  [default: "
+    "--dtype; auto: nf8]",
 )
 @click.option(
     "--calibration",
@@ -132,7 +165,11 @@ def cli() -> None:
     type=click.IntRange(min=2),
     help="Tokens per window.  [default: 1024, or the length of the .npy]",
 )
-@click.option("--allocation", help="How ranks are shared out.  [default: the method's own]")
+@click.option(
+    "--allocation",
+    help="How a budget is shared out; of nf, lq and auto: bisection or milp.  [default: the "
+    "method's own]",
+)
 @click.option(
     "--temperature",
     type=click.FloatRange(min=0, min_open=True),
@@ -149,7 +186,8 @@ def cli() -> None:
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="Of the stored weights.  [default: as in MODEL]",
+    help="Of the stored weights; with codes, of the other matrices.  [default: as in MODEL; with "
+    "codes float16]",
 )
 @as_json_option
 def compress(as_json: bool, **settings: Any) -> None:

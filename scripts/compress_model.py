@@ -19,21 +19,25 @@ from lordjax.scripts.common import (
 )
 from lordjax.scripts.inspect_model import is_block_linear
 
+KEEP = 0.8  # what `--keep` is where it is not given
+
+
+# What goes with quantisation only, and what it has no use for.
+QUANTIZED = ("bits", "budget_bytes", "form", "rank", "weighting")
+UNQUANTIZED = ("keep", "temperature", "prefix")
+FLAGS = {"form": "--format"}
+
 
 def compress_model(
     model: str,
     out: str,
     *,
     method: str,
-    keep: float,
     calibration: str | None,
     samples: int,
     seq_len: int | None,
-    allocation: str | None,
-    temperature: float | None,
-    prefix: str | None,
     seed: int,
-    dtype: str | None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Compresses a model into a directory; arguments are the flags. Returns the summary.
 
@@ -42,52 +46,105 @@ def compress_model(
     start = time.perf_counter()
     directory = Path(out).expanduser()
     check_output(directory)
-    from lordjax.compression import check_method, compress
-    from lordjax.methods import METHODS
-    from lordjax.prepared import check_policy
-
-    check_method(method)
-    allocation = allocation or METHODS[method].allocation
-    check_policy(allocation, temperature)
-    opened = _open_original(model, directory, keep, dtype)
+    run, settings, needs_tokens, share = _job(method, options)
+    opened = _open_original(model, directory, share, options["dtype"])
     write_tokenizer = tokenizer_writer(opened)
-    if calibration is None:
-        say("calibrating on the sources of Python's standard library (--calibration to change)")
-    tokens, facts = read_tokens(opened, calibration, seq_len=seq_len, samples=samples, seed=seed)
+    tokens, facts = None, None
+    if needs_tokens:
+        if calibration is None:
+            say("calibrating on the sources of Python's standard library (--calibration to change)")
+        tokens, facts = read_tokens(
+            opened, calibration, seq_len=seq_len, samples=samples, seed=seed
+        )
+    elif calibration is not None:
+        say(f"note: method {method!r} as asked for needs no calibration; {calibration} is not read")
     settings = {
         "model": model,
         "method": method,
-        "keep": keep,
-        "allocation": allocation,
-        "temperature": temperature,
-        "prefix": prefix or METHODS[method].prefix,
-        "calibration": facts["source"],
+        **settings,
+        "calibration": None if facts is None else facts["source"],
         "samples": samples,
-        "seq_len": facts["seq_len"],
+        "seq_len": None if facts is None else facts["seq_len"],
         "seed": seed,
-        "dtype": dtype,
     }
     with progress_report() as progress:
-        result = compress(
-            opened.source,
-            tokens,
-            method=method,
-            keep=keep,
-            allocation=allocation,
-            temperature=temperature,
-            prefix=prefix,
-            dtype=dtype,
-            progress=progress,
-        )
+        result = run(opened.source, tokens, progress)
     save_result(directory, opened, result, facts, settings, write_tokenizer)
     return {
         "output": str(directory),
-        "kept": result.report["plan"]["kept"],
+        **{k: v for k, v in result.report["plan"].items() if k in ("kept", "bits_per_weight")},
         "bytes": result.report["bytes"],
         "seconds": time.perf_counter() - start,
         "calibration": facts,
         "settings": settings,
     }
+
+
+Run = Callable[[Any, Any, Any], Any]  # (source, tokens, progress) -> Result
+
+
+def _job(method: str, options: dict[str, Any]) -> tuple[Run, dict[str, Any], bool, float]:
+    """What to run, its settings, whether it needs tokens, and about the share that stays.
+
+    Raises:
+      KeyError: if the method, the policy or the weighting is unknown.
+      ValueError: if options do not go together.
+    """
+    from lordjax import trees
+    from lordjax.methods import METHODS
+    from lordjax.quantization import QUANTIZERS
+
+    if method not in METHODS and method not in QUANTIZERS:
+        hint = trees.did_you_mean(method, [*METHODS, *QUANTIZERS])
+        raise KeyError(f"no method {method!r}; {hint}")
+    quantized = method in QUANTIZERS
+    for name in UNQUANTIZED if quantized else QUANTIZED:
+        if options[name] is not None:
+            flag = FLAGS.get(name, f"--{name.replace('_', '-')}")
+            raise ValueError(f"method {method!r} has no use for {flag}; leave it out")
+    return _quantized_job(method, options) if quantized else _low_rank_job(method, options)
+
+
+def _low_rank_job(method: str, options: dict[str, Any]) -> tuple[Run, dict[str, Any], bool, float]:
+    from lordjax import nf
+    from lordjax.compression import compress
+    from lordjax.methods import METHODS
+    from lordjax.prepared import check_policy
+
+    row = METHODS[method]
+    settings = {
+        "keep": KEEP if options["keep"] is None else options["keep"],
+        "allocation": options["allocation"] or row.allocation,
+        "temperature": options["temperature"],
+        "prefix": options["prefix"] or row.prefix,
+        "factors": options["factors"],
+        "dtype": options["dtype"],
+    }
+    check_policy(settings["allocation"], settings["temperature"])
+    if settings["factors"] is not None:
+        nf.Format.parse(settings["factors"])
+
+    def run(source: Any, tokens: Any, progress: Any) -> Any:
+        return compress(source, tokens, method=method, progress=progress, **settings)
+
+    return run, settings, True, settings["keep"]
+
+
+def _quantized_job(method: str, options: dict[str, Any]) -> tuple[Run, dict[str, Any], bool, float]:
+    from lordjax import quantization
+
+    settings = {
+        "solver": options["allocation"] or "bisection",
+        "factors": options["factors"],
+        "dtype": options["dtype"],
+        **{name: options[name] for name in QUANTIZED},
+    }
+    needs_tokens = quantization.check_settings(method, **settings)
+
+    def run(source: Any, tokens: Any, progress: Any) -> Any:
+        return quantization.quantize(source, tokens, method=method, progress=progress, **settings)
+
+    return run, settings, needs_tokens, 0.5
 
 
 def _open_original(name: str, directory: Path, keep: float, dtype: str | None) -> Model:
@@ -119,7 +176,7 @@ def save_result(
     directory: Path,
     model: Model,
     result: Any,
-    facts: dict[str, Any],
+    facts: dict[str, Any] | None,
     settings: dict[str, Any],
     write_tokenizer: Callable[[Path], None] | None,
 ) -> None:
@@ -151,14 +208,20 @@ def estimated_bytes(model: Model, keep: float, dtype: str | None) -> int:
 
 def show(result: dict[str, Any]) -> None:
     """Prints the summary for people."""
-    settings, calibration = result["settings"], result["calibration"]
-    print(
-        f"{result['output']}: {settings['method']}, {result['kept']:.3f} of the block linear "
-        f"weights kept, {size(result['bytes'])}, {result['seconds']:.0f} s"
+    calibration = result["calibration"]
+    what = (
+        f"{result['kept']:.3f} of the block linear weights kept"
+        if "kept" in result
+        else f"{result['bits_per_weight']:.3f} bits per block linear weight"
     )
     print(
-        f"calibrated on {calibration['windows']} windows of {calibration['seq_len']} tokens: "
-        f"{calibration['source']}"
+        f"{result['output']}: {result['settings']['method']}, {what}, {size(result['bytes'])}, "
+        f"{result['seconds']:.0f} s"
     )
+    if calibration is not None:
+        print(
+            f"calibrated on {calibration['windows']} windows of {calibration['seq_len']} tokens: "
+            f"{calibration['source']}"
+        )
     print(f"next: lordjax inspect {result['output']}")
     print(f"      lordjax evaluate {result['output']} --tokens PATH")

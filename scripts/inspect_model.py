@@ -31,6 +31,7 @@ def inspect_model(model: str) -> dict[str, Any]:
     leaves = {path: describe(leaf, original.get(path)) for path, leaf in opened.leaves().items()}
     linear = [row for path, row in leaves.items() if is_block_linear(path)]
     now, dense = (sum(row[key] for row in linear) for key in ("weights", "dense_weights"))
+    linear_bytes = sum(row["bytes"] for row in linear)
     return {
         "model": model,
         "kind": opened.kind,
@@ -38,7 +39,12 @@ def inspect_model(model: str) -> dict[str, Any]:
         "weights": sum(row["weights"] for row in leaves.values()),
         "bytes": sum(row["bytes"] for row in leaves.values()),
         "file_bytes": file_bytes(opened.path),
-        "block_linear": {"weights": now, "dense_weights": dense, "kept": now / dense},
+        "block_linear": {
+            "weights": now,
+            "dense_weights": dense,
+            "kept": now / dense,
+            "bits_per_weight": 8 * linear_bytes / dense,
+        },
         "parameters": leaves,
     }
 
@@ -52,21 +58,20 @@ def describe(leaf: Any, original: Any = None) -> dict[str, Any]:
     """
     import math
 
-    import jax
-
-    from lordjax.kernels import kind_of, nbytes
+    from lordjax.kernels import kind_of, nbytes, weights
 
     dense = math.prod(leaf.shape if original is None else original.shape)
-    weights = sum(part.size for part in jax.tree.leaves(leaf))
+    count = weights(leaf)
     return {
         "kind": kind_of(leaf),
         "shape": list(leaf.shape),
         "dtype": str(leaf.dtype),
         "rank": getattr(leaf, "rank", None),
-        "weights": weights,
+        "weights": count,
         "dense_weights": dense,
         "bytes": nbytes(leaf),
-        "kept": weights / dense,
+        "kept": count / dense,
+        "bits": 8 * nbytes(leaf) / dense,
     }
 
 
@@ -76,8 +81,9 @@ def show(result: dict[str, Any]) -> None:
     print(f"{result['model']}: {result['kind']}, {result['config']['num_layers']} blocks")
     print(f"{result['weights']:,} weights, {size(result['bytes'])} in memory, {files} on disk")
     counts = f"{linear['weights']:,} of {linear['dense_weights']:,}"
-    print(f"kept {linear['kept']:.4f} of the block linear weights: {counts}\n")
-    print(_line("parameter", "kind", "rank", "shape", "dtype", "bytes", "kept"))
+    print(f"kept {linear['kept']:.4f} of the block linear weights: {counts}")
+    print(f"{linear['bits_per_weight']:.3f} bits per block linear weight of the original\n")
+    print(_line("parameter", "kind", "rank", "shape", "dtype", "bytes", "kept", "bits"))
     shown: list[str] = []
     for path, row in sorted(result["parameters"].items(), key=lambda item: natural(item[0])):
         *branches, layer, name = path.split("/")
@@ -88,6 +94,7 @@ def show(result: dict[str, Any]) -> None:
         rank = "" if row["rank"] is None else str(row["rank"])
         shape = " x ".join(map(str, row["shape"]))
         facts = (row["kind"], rank, shape, row["dtype"], size(row["bytes"]), f"{row['kept']:.3f}")
+        facts = (*facts, f"{row['bits']:.2f}")
         print(_line("  " * len(branches) + f"{layer}/{name}", *facts))
 
 
@@ -96,5 +103,7 @@ def natural(path: str) -> list[Any]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path)]
 
 
-def _line(name: str, kind: str, rank: str, shape: str, dtype: str, nbytes: str, kept: str) -> str:
-    return f"{name:26}{kind:10}{rank:>6}{shape:>16}{dtype:>10}{nbytes:>11}{kept:>7}"
+def _line(
+    name: str, kind: str, rank: str, shape: str, dtype: str, nbytes: str, kept: str, bits: str
+) -> str:
+    return f"{name:26}{kind:25}{rank:>5}{shape:>13}{dtype:>10}{nbytes:>11}{kept:>7}{bits:>7}"

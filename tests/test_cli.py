@@ -1,5 +1,6 @@
 """The command line, through its public face: arguments in; stdout, stderr, exit code, files out."""
 
+import functools
 import hashlib
 import json
 import os
@@ -172,7 +173,8 @@ def test_inspect_counts_what_is_there(tiny, compressed):
     small = json.loads(run("inspect", out, "--json").stdout)
     assert (dense["kind"], small["kind"]) == ("huggingface", "compressed")
     linear = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)
-    assert dense["block_linear"] == {"weights": linear, "dense_weights": linear, "kept": 1.0}
+    counts = {"weights": linear, "dense_weights": linear, "kept": 1.0, "bits_per_weight": 32.0}
+    assert dense["block_linear"] == counts
     assert dense["bytes"] == 4 * dense["weights"]
     summary = json.loads(result.stdout)
     assert small["block_linear"]["dense_weights"] == linear
@@ -269,6 +271,106 @@ def test_existing_empty_directory_is_used(tiny, text, tmp_path):
     result = run("compress", tiny, tmp_path, *calibration(text), "--method", "svd")
     assert result.exit_code == 0, result.stderr
     assert (tmp_path / "config.json").exists()
+
+
+# --- quantisation --------------------------------------------------------------------------------
+
+LINEAR = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)  # block weights of the tiny model
+
+
+@pytest.fixture
+def few_formats(monkeypatch):
+    """Two formats in place of ten: every one is a compilation per shape."""
+    from lordjax import nf, quantization
+
+    forms = tuple(nf.Format(bits, 4, "bfloat16", 32, 256) for bits in (2, 4))
+    small = functools.partial(quantization.prepare_quantized, formats=forms, steps=1)
+    monkeypatch.setattr(quantization, "prepare_quantized", small)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "kinds", "bits"),
+    [
+        ("nf", ("--format", "nf4"), {"nf_quantized"}, (4.1, 4.3)),
+        ("lq", ("--bits", "4.6", "--rank", "4"), {"low_rank_plus_quantized"}, (6, 9)),
+        ("auto", ("--bits", "5"), {"nf_quantized", "low_rank_plus_quantized"}, (4, 5)),
+        (
+            "auto",
+            ("--budget-bytes", LINEAR // 2, "--factors", "dense"),
+            {"nf_quantized"},
+            (3, 4),
+        ),
+        ("lord", ("--keep", "0.6", "--factors", "nf8"), {"low_rank"}, (8, 16)),
+    ],
+)
+def test_quantised_models(few_formats, tiny, text, tmp_path, method, options, kinds, bits):
+    """Compressed, inspected and evaluated; everyone reports the same bits."""
+    out = tmp_path / "model"
+    result = run("compress", tiny, out, *calibration(text), "--method", method, *options, "--json")
+    assert result.exit_code == 0, result.stderr
+    summary = json.loads(result.stdout)
+    tree = json.loads(run("inspect", out, "--json").stdout)
+    linear = [row for path, row in tree["parameters"].items() if path.startswith("layer_")]
+    linear = [row for row in linear if len(row["shape"]) == 2]
+    found = tree["block_linear"]["bits_per_weight"]
+    assert found == pytest.approx(8 * sum(row["bytes"] for row in linear) / LINEAR)
+    assert bits[0] < found <= bits[1]
+    assert kinds <= {row["kind"] for row in linear}
+    assert tree["bytes"] == summary["bytes"]
+    if method == "lord":
+        assert "bits_per_weight" not in summary
+    else:
+        assert summary["bits_per_weight"] == pytest.approx(found)
+    plan = json.loads((out / "plan.json").read_text())
+    assert (plan["method"], plan["keep"] is None) == (method, method != "lord")
+    assert summary["settings"]["factors"] == (options[-1] if "--factors" in options else None)
+    shown = run("evaluate", out, "--tokens", text, "--windows", 2, "--seq-len", WINDOW, "--json")
+    assert np.isfinite(json.loads(shown.stdout)["perplexity"])
+
+
+def test_codes_need_no_calibration_and_are_shown(tiny, text, tmp_path):
+    plain, noted = (
+        run("compress", tiny, tmp_path / name, *options, "--method", "nf", "--format", "nf4")
+        for name, options in {"a": (), "b": calibration(text)}.items()
+    )
+    assert plain.exit_code == noted.exit_code == 0, plain.stderr + noted.stderr
+    assert "standard library" not in plain.stderr
+    assert f"{text} is not read" in noted.stderr
+    assert "bits per block linear weight" in plain.stdout
+    lines = run("inspect", tmp_path / "a").stdout.splitlines()
+    assert any("bits per block linear weight" in line for line in lines)
+    header = next(line for line in lines if line.startswith("parameter"))
+    assert header.endswith("bits")
+    row = next(line for line in lines if "down/kernel" in line)
+    assert "nf_quantized" in row and 4 < float(row.split()[-1]) < 4.4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nf", "--keep", "0.5"), "method 'nf' has no use for --keep; leave it out"),
+        (("lord", "--bits", "3"), "method 'lord' has no use for --bits; leave it out"),
+        (("lord", "--format", "nf4"), "method 'lord' has no use for --format; leave it out"),
+        (("nf",), "give exactly one of bits, budget_bytes and format"),
+        (("nf", "--bits", "4", "--format", "nf4"), "give exactly one of bits"),
+        (("nf", "--format", "nf5"), "'nf5' is no format; expected nf<bits>"),
+        (("nf", "--bits", "nan"), "bits must be positive"),
+        (("nf", "--bits", "0"), "--bits"),
+        (("nf", "--bits", "1"), "needs at least 2."),
+        (("nf", "--budget-bytes", "10"), "ask for more"),
+        (("nf", "--bits", "4", "--rank", "8"), "has no low-rank part; leave out the rank"),
+        (("nf", "--bits", "4", "--factors", "nf8"), "has no low-rank part; leave out factors"),
+        (("auto", "--bits", "4", "--rank", "8"), "chooses ranks itself; leave out the rank"),
+        (("lq", "--bits", "3"), "rank 32 is not below the smaller side of layer_0"),
+        (("lq", "--bits", "3", "--allocation", "global"), "no solver 'global'; known: bisection"),
+        (("lord", "--factors", "int8"), "'int8' is no format"),
+        (("lqq", "--bits", "3"), "did you mean lq"),
+    ],
+)
+def test_bad_quantisation(few_formats, tiny, text, tmp_path, arguments, message):
+    options = (*calibration(text), "--method", *arguments)
+    fails(message, "compress", tiny, tmp_path / "out", *options)
+    assert not list(tmp_path.iterdir())
 
 
 def edit_config(model, **keys):

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from lordjax import LowRank, factorize, materialize, nbytes, trees
+from lordjax import LowRank, NFQuantized, encode, factorize, materialize, nbytes, trees
 
 IN, OUT, RANK = 12, 20, 4  # break-even rank 7.5
 
@@ -308,3 +308,35 @@ def test_no_match_suggests_paths():
 def test_leaves_that_would_share_a_path_are_refused():
     with pytest.raises(ValueError, match="two leaves at 'a/b'"):
         factorize({"a": {"b": normal(0, 4, 4)}, "a/b": normal(1, 4, 4)}, rank=1, where="b")
+
+
+def test_encode_replaces_what_matches_in_one_pass():
+    tree = {
+        "a": {"kernel": jnp.linspace(-1, 1, 32 * 48).reshape(32, 48), "bias": jnp.ones(48)},
+        "stack": {"kernel": jax.random.normal(jax.random.key(0), (2, 32, 48))},
+    }
+    new = encode(tree, "nf8")
+    assert isinstance(new["a"]["kernel"], NFQuantized)
+    assert new["stack"]["kernel"].shape == (2, 32, 48)
+    assert new["a"]["bias"] is tree["a"]["bias"]
+    back = materialize(new)
+    for name in tree:
+        # Half of the widest gap of NF8, relative to a block's largest magnitude.
+        np.testing.assert_allclose(back[name]["kernel"], tree[name]["kernel"], atol=0.014 * 4)
+    assert nbytes(new["a"]["kernel"]) < 0.3 * nbytes(tree["a"]["kernel"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (("nf5",), ValueError, "bits"),
+        (("int4",), ValueError, "is no format"),
+        (("nf4", "kernal$"), KeyError, "no parameter matches"),
+        (("nf4", "bias$"), ValueError, "not matrices"),
+    ],
+)
+def test_encode_rejects_what_it_cannot_do(arguments, error, message):
+    tree = {"a": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}}
+    form, *where = arguments
+    with pytest.raises(error, match=message):
+        encode(tree, form, **({"where": where[0]} if where else {}))
