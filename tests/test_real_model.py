@@ -9,6 +9,7 @@ from lordjax import checkpoint
 from lordjax.compression import prepare
 from lordjax.evaluate import perplexity
 from lordjax.kernels import nbytes
+from lordjax.quantization import quantize
 from lordjax.scripts import demo
 from lordjax.scripts.common import open_model
 
@@ -88,3 +89,19 @@ def test_size_on_disk_is_the_size_reported(model, prepared, tmp_path):
     reopened = open_model(str(out))
     text = "def parse(line):\n    return line.split(',')\n"
     assert reopened.tokenizer().encode(text) == model.tokenizer().encode(text)
+
+
+def test_quantised_models_keep_their_order(model, corpora):
+    """More bits are better, a product makes up for codes, and one budget beats uniform codes."""
+
+    def measure(result):
+        return perplexity(result.config, result.params, corpora[1])["perplexity"]
+
+    dense = perplexity(model.config, model.params(), corpora[1])["perplexity"]
+    nf4, nf3 = (measure(quantize(model.source, method="nf", form=f)) for f in ("nf4", "nf3"))
+    product = measure(quantize(model.source, method="lq", form="nf3"))
+    assert dense < nf4 < product < nf3
+    budget = quantize(model.source, corpora[0], method="auto", bits=4.127)
+    assert budget.report["plan"]["bits_per_weight"] <= 4.127
+    # The goal at equal size: half of the nats that plain NF4 loses.
+    assert np.log(measure(budget) / dense) < 0.5 * np.log(nf4 / dense)
