@@ -2,499 +2,46 @@
 
 ::
 
-    prepare_quantized(source, tokens, ...) -> Quantizer   what every choice would cost, per matrix
+    prepare_quantized(source, tokens, ...) -> Quantizer   gradients, once
     Quantizer.compress(bits=...)           -> Result      choose within a budget, then decompose
     quantize(source, tokens, ...)          -> Result      both
 
-The choice for one matrix is an `Option`: a format of codes or none, and a rank or none; so dense,
-low rank, codes, and codes with a product are one problem. What an option loses is predicted from
-its own codes and the best product for what they miss; the chosen one is then found by alternation
-(`methods.low_rank_quantized`). Statistics of one block are in memory at a time; with Fisher
-weights, one number per block weight besides.
+Statistics of one block are in memory at a time; with weights from gradients, those of all blocks,
+about as many numbers as the blocks have weights.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lordjax import nf, trees
 from lordjax.allocation import SOLVERS
 from lordjax.calibrate import (
-    activation_keys,
-    block_statistics,
     gradient_statistics,
-    hidden_states,
     needs_gradients,
-    on_device,
-    site_gradients,
 )
 from lordjax.collect import windows_per_step
 from lordjax.compression import GRADIENT_WINDOWS
 from lordjax.data import fingerprint
-from lordjax.factoring import encode, quantize_pair
-from lordjax.kernels import LowRank, LowRankPlusQuantized, NFQuantized, materialize, nbytes
-from lordjax.methods.base import Method
 from lordjax.methods.low_rank_quantized import (
-    FIRST_POWERS,
     STEPS,
-    Weights,
-    best_product,
-    decompose_all,
-    predict,
-    start_basis,
 )
-from lordjax.plan import Plan
 from lordjax.prepared import Result
-from lordjax.progress import Clock, Progress, peak_rss
-from lordjax.sites import LINEAR_SITES, Site, site_path
-from lordjax.source import Calibration, Materialized, Source, check_tokens
-
-# Share of the mean added to the inputs' second moment. GPTQ's 0.01 of a mean that a few huge
-# activations make is more than all the others have, and misleads the choice of formats.
-DAMPING = 1e-3
-
-# Weighting -> statistics it reads; see `methods.low_rank_quantized`.
-WEIGHTINGS: dict[str, tuple[str, ...]] = {
-    "none": (),
-    "fisher": ("fisher",),
-    "input": ("inputs",),
-    "both": ("weighted_inputs", "weighted_squares"),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Kind:
-    """One row of `QUANTIZERS`.
-
-    Attributes:
-      summary: one line for tables and ``--help``.
-      weighting: the default key of `WEIGHTINGS`.
-      rank: the default rank of the products; None: there are none.
-      all_in: a budget counts products too, and the solver chooses ranks.
-      factors: default format of the products' factors; None: 16 bits.
-    """
-
-    summary: str
-    weighting: str
-    rank: int | None = None
-    all_in: bool = False
-    factors: str | None = None
-
-
-QUANTIZERS: dict[str, Kind] = {
-    "nf": Kind("NormalFloat codes, format chosen per matrix", "none"),
-    "lq": Kind("LQ-LoRA: codes and a product of one rank on top", "none", rank=32),
-    "auto": Kind(
-        "dense, low rank, codes or both, chosen per matrix under one budget",
-        "both",
-        all_in=True,
-        factors="nf8-8-bfloat16-64-256",
-    ),
-}
-
-# Formats that a budget may mix: what the published grid offers, without near duplicates.
-FORMATS = (
-    *(nf.Format(b, 4, "bfloat16", block, 256) for b in (2, 3, 4) for block in (64, 32, 16)),
-    nf.Format(8, 8, "bfloat16", 64, 256),
+from lordjax.progress import Clock, Progress
+from lordjax.quantizer import (
+    FORMATS,
+    QUANTIZERS,
+    WEIGHTINGS,
+    Quantizer,
+    statistics_of,
 )
-RANKS = (4, 8, 16, 24, 32, 48, 64)  # on top of codes, where the solver chooses
-ALONE = (64, 128, 192, 256)  # without codes
-
-
-@dataclasses.dataclass(frozen=True)
-class Option:
-    """What one matrix may become.
-
-    Attributes:
-      form: of its codes; None: it has none.
-      rank: of its product; None: it has none. Neither: it stays dense.
-    """
-
-    form: nf.Format | None
-    rank: int | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """What one matrix may become, by rising size.
-
-    Attributes:
-      options: of the matrix.
-      sizes: ``[n]`` bytes that a budget counts.
-      errors: ``[n]`` predicted.
-    """
-
-    options: list[Option]
-    sizes: np.ndarray
-    errors: np.ndarray
-
-
-@dataclasses.dataclass
-class Quantizer:
-    """A model, and what every choice for its matrices would cost.
-
-    Attributes:
-      source: the untouched model.
-      calibration: tokens; None for ``weighting="none"``.
-      method: a key of `QUANTIZERS`.
-      weighting: a key of `WEIGHTINGS`.
-      formats: of codes that a budget may choose from.
-      rank: of all products, where the solver does not choose it.
-      factors: format of the products' factors; None: ``dtype``.
-      dtype: of everything that is no code; None: float16 for the blocks' matrices, the rest as
-        it is.
-      steps: alternations.
-      gradients: layer -> gradient statistics.
-      shapes: site path -> ``(in, out)``.
-      report: what is known so far.
-    """
-
-    source: Source
-    calibration: Calibration | None
-    method: str
-    weighting: str
-    formats: Sequence[nf.Format]
-    rank: int | None
-    factors: nf.Format | None
-    dtype: Any | None
-    steps: int
-    gradients: dict[int, dict[str, dict[str, Any]]]
-    shapes: dict[str, tuple[int, int]]
-    report: dict[str, Any]
-    progress: Progress | None = None
-
-    @property
-    def _dense(self) -> Any:
-        """The dtype of blocks' matrices and factors that are no codes."""
-        return jnp.dtype(self.dtype or "float16")
-
-    @functools.cached_property
-    def count(self) -> int:
-        """Block weights of the untouched model."""
-        return sum(fan_in * fan_out for fan_in, fan_out in self.shapes.values())
-
-    @functools.cached_property
-    def tables(self) -> dict[str, Table]:
-        """Site path -> its options; walks the model when first asked for."""
-        clock, found = Clock(self.progress), {}
-        for i, block, weights in self.walk(clock, "predictions"):
-            flat = trees.flatten(block)
-            for site, weight in weights.items():
-                found[site_path(i, site)] = self._table(flat[site.path], weight)
-        self.report["seconds"] |= clock.seconds
-        return found
-
-    def plan(
-        self,
-        *,
-        bits: float | None = None,
-        budget_bytes: int | None = None,
-        solver: str = "bisection",
-    ) -> Plan:
-        """Chooses an option for every matrix: least predicted error within the budget.
-
-        Args:
-          bits: average per block weight that the options may take; see `Kind.all_in`.
-          budget_bytes: the same as bytes of all block kernels together.
-          solver: a key of `allocation.SOLVERS`.
-
-        Raises:
-          KeyError: if the solver is unknown.
-          ValueError: if not exactly one budget is given, or it cannot be met.
-        """
-        if bits is not None and budget_bytes is None:
-            budget = bits * self.count / 8
-        elif budget_bytes is not None and bits is None:
-            budget = float(budget_bytes)
-        else:
-            raise ValueError(
-                f"give exactly one of bits and budget_bytes, got {bits} and {budget_bytes}"
-            )
-        if solver not in SOLVERS:
-            raise KeyError(f"no solver {solver!r}; {trees.did_you_mean(solver, SOLVERS)}")
-        tables = self.tables.values()
-        bad = [path for path, table in self.tables.items() if not np.isfinite(table.errors).all()]
-        if bad:
-            raise ValueError(f"predicted errors are not finite at {', '.join(bad)}")
-        least = sum(table.sizes[0] for table in tables)
-        if least > budget:
-            raise ValueError(
-                f"{8 * budget / self.count:.4g} bits per weight cannot be met: method "
-                f"{self.method!r} needs at least {8 * least / self.count:.4g}; ask for more"
-            )
-        found = SOLVERS[solver]([t.sizes for t in tables], [t.errors for t in tables], budget)
-        index = zip(self.tables.items(), found.index, strict=True)
-        chosen = {path: table.options[i] for (path, table), i in index}
-        return self._plan(chosen, solver, found.gap, 8 * budget / self.count)
-
-    def uniform(self, form: nf.Format | None, rank: int | None = None) -> Plan:
-        """The plan that gives all matrices the same option."""
-        return self._plan(dict.fromkeys(self.shapes, Option(form, rank)), "uniform", None, None)
-
-    def compress(self, **budget: Any) -> Result:
-        """A model of one budget; arguments and errors as for `plan`."""
-        return self.apply(self.plan(**budget))
-
-    def apply(self, plan: Plan) -> Result:
-        """The model of a plan.
-
-        Raises:
-          ValueError: if the plan does not fit the model.
-        """
-        start = time.perf_counter()
-        options = self._options(plan)
-        factors = None if plan.factors is None else nf.Format.parse(plan.factors)
-        if factors != self.factors:  # an edited plan
-            return dataclasses.replace(self, factors=factors).apply(plan)
-        width = max((o.rank for o in options.values() if o.rank is not None), default=1)
-        clock, params = Clock(self.progress), self._stored(self.source.rest())
-        layers, size = {}, 0
-        for i, block, weights in self.walk(clock, "decomposition"):
-            flat = dict(trees.flatten(self._stored(self.source.block(i))))
-            dense = trees.flatten(block)
-            chosen = {site: options[site_path(i, site)] for site in weights}
-            for site, new in self._kernels(dense, chosen, weights, width).items():
-                path = site_path(i, site)
-                layers[path] = _layer(dense[site.path], new, weights[site], options[path])
-                flat[site.path] = new
-                size += nbytes(new)
-            params[f"layer_{i}"] = trees.unflatten(flat)
-        _check_finite(params, layers)
-        seconds = {**self.report["seconds"], **clock.seconds, "apply": time.perf_counter() - start}
-        report = {
-            **self.report,
-            "seconds": seconds,
-            "plan": {
-                "bits_per_weight": 8 * size / self.count,
-                "gap": plan.gap,
-                "policy": plan.policy,
-            },
-            "bytes": nbytes(params),
-            "layers": layers,
-            "peak_rss_bytes": peak_rss(),
-        }
-        return Result(self.source.config, params, plan, report)
-
-    def walk(
-        self, clock: Clock, stage: str
-    ) -> Iterator[tuple[int, dict[str, Any], dict[Site, Weights]]]:
-        """Number, parameters on the device, and what errors cost, block after block."""
-        config = self.source.config
-        row = _statistics(self.weighting)
-        states = [] if self.calibration is None else hidden_states(self.source, self.calibration)
-        for i in clock.run(stage, range(config.num_layers)):
-            block = on_device(self.source.block(i))
-            flat = trees.flatten(block)
-            sites = tuple(site for site in LINEAR_SITES if site.path in flat)
-            stats: dict[str, Any] = {}
-            keys = activation_keys(block, sites, row)
-            if any(keys.values()) and self.calibration is not None:
-                stats = block_statistics(block, i, states, self.calibration, sites, keys, config)
-            gradients = self.gradients.get(i, {})
-            costs = {}
-            for site in sites:
-                own = {name: stats[key] for name, key in keys[site.path].items()}
-                own |= site_gradients(gradients, row, site, flat[site.path])
-                costs[site] = _cost(flat[site.path], own)
-            yield i, block, costs
-
-    def _table(self, kernel: Any, weights: Weights) -> Table:
-        """What a matrix may become; options that another one beats in both are left out."""
-        row, shape = QUANTIZERS[self.method], tuple(kernel.shape)
-        ranks = (0, *RANKS) if row.all_in else (self.rank or 0,)
-        width, rows = max(ranks), []
-        for form in self.formats:
-            # Under 8 bits nothing is left to make up for.
-            errors = np.asarray(predict(kernel, weights, form=form, width=width))
-            for rank in ranks if form.bits < 8 else ranks[:1]:
-                if rank < min(shape):
-                    rows.append((Option(form, rank or None), float(errors[min(rank, width)])))
-        if row.all_in:
-            errors = np.asarray(predict(kernel, weights, form=None, width=max(ALONE)))
-            rows += [(Option(None, r), float(errors[r])) for r in ALONE if r < min(shape)]
-            rows.append((Option(None, None), 0.0))
-        sized = [(self._size(option, shape), error, option) for option, error in rows]
-        best: list[tuple[int, float, Option]] = []
-        for size, error, option in sorted(sized, key=lambda each: each[:2]):
-            if not best or error < best[-1][1]:
-                best.append((size, error, option))
-        sizes, errors = (np.array([each[k] for each in best], float) for k in range(2))
-        return Table([option for _, _, option in best], sizes, errors)
-
-    def _size(self, option: Option, shape: tuple[int, ...]) -> int:
-        """Bytes that a budget counts."""
-        fan_in, fan_out = shape
-        item = self._dense.itemsize
-        if option == Option(None, None):
-            return fan_in * fan_out * item
-        codes = 0 if option.form is None else option.form.nbytes(fan_in * fan_out)
-        if option.rank is None or not QUANTIZERS[self.method].all_in:
-            return codes
-        counts = (fan_in * option.rank, option.rank * fan_out)
-        return codes + sum(
-            n * item if self.factors is None else self.factors.nbytes(n) for n in counts
-        )
-
-    def _kernels(
-        self,
-        dense: Mapping[str, Any],
-        options: Mapping[Site, Option],
-        weights: Mapping[Site, Weights],
-        width: int,
-    ) -> dict[Site, Any]:
-        """A block's matrices as their options say, on the host; like ones in one go."""
-        new, groups = {}, {}
-        for site, option in options.items():
-            if option.form is None or option.rank is None:
-                new[site] = self._simple(dense[site.path], option, weights[site], width)
-                continue
-            groups.setdefault((dense[site.path].shape, option.form), []).append(site)
-        for (shape, form), sites in groups.items():
-            ranks = [options[site].rank or 0 for site in sites]
-            kernels = [dense[site.path] for site in sites]
-            costs = [weights[site] for site in sites]
-            found = decompose_all(kernels, ranks, costs, form=form, width=width, steps=self.steps)
-            for site, rank, each in zip(sites, ranks, found, strict=True):
-                packed = jax.device_get(_pack(each.codes, form=form))
-                pair = self._pair(np.asarray(each.left)[:, :rank], np.asarray(each.right)[:rank])
-                new[site] = LowRankPlusQuantized(NFQuantized.of(packed, shape, form), pair)
-        return new
-
-    def _simple(self, kernel: Any, option: Option, weights: Weights, width: int) -> Any:
-        """A matrix that needs no alternation."""
-        if option.form is not None:
-            return jax.device_get(encode(kernel, form=option.form))
-        if option.rank is None:
-            return _cast(kernel, self._dense)
-        basis, rank = start_basis(kernel.shape, width), jnp.asarray(option.rank)
-        found = _best(kernel, rank, weights, basis, width=width, powers=FIRST_POWERS)
-        left, right = np.asarray(found.left), np.asarray(found.right)
-        return self._pair(left[:, : option.rank], right[: option.rank])
-
-    def _stored(self, tree: Any) -> dict[str, Any]:
-        """Parameters that are no matrices of blocks, as they are stored."""
-        if self.dtype is None:
-            return dict(tree)
-        return jax.tree.map(lambda a: _cast(a, self.dtype), dict(tree))
-
-    def _pair(self, left: Any, right: Any) -> LowRank:
-        """A product as it is stored."""
-        if self.factors is None:
-            return LowRank(*(_cast(a, self._dense) for a in (left, right)))
-        return quantize_pair(LowRank(left, right), self.factors)
-
-    def _plan(
-        self,
-        chosen: Mapping[str, Option],
-        policy: str,
-        gap: float | None,
-        bits: float | None,
-    ) -> Plan:
-        return Plan(
-            method=self.method,
-            ranks={path: option.rank for path, option in chosen.items()},
-            keep=None,
-            policy=policy,
-            gap=gap,
-            formats={path: str(o.form) for path, o in chosen.items() if o.form is not None},
-            factors=None if self.factors is None else str(self.factors),
-            bits=bits,
-        )
-
-    def _options(self, plan: Plan) -> dict[str, Option]:
-        """What a plan chose; raises ValueError if it does not fit the model."""
-        named = {*plan.ranks, *plan.formats}
-        wrong = [f"{path} is no matrix of the blocks" for path in named - self.shapes.keys()]
-        wrong += [f"{path} is missing" for path in self.shapes.keys() - plan.ranks]
-        for path, rank in plan.ranks.items():
-            if path in self.shapes and rank is not None and not 1 <= rank < min(self.shapes[path]):
-                wrong.append(f"{path}: rank {rank} is not in [1, {min(self.shapes[path])})")
-        if wrong:
-            raise ValueError("the plan does not fit the model: " + "; ".join(sorted(wrong)))
-        forms = {path: nf.Format.parse(text) for path, text in plan.formats.items()}
-        return {path: Option(forms.get(path), rank) for path, rank in plan.ranks.items()}
-
-
-_best = jax.jit(best_product, static_argnames=("width", "powers"))
-_pack = jax.jit(nf.pack_codes, static_argnames="form")
-
-
-def _cost(kernel: Any, stats: Mapping[str, Any]) -> Weights:
-    """What errors of a kernel cost, from the statistics that its weighting reads."""
-    del kernel
-    if "fisher" in stats:
-        fisher = stats["fisher"]
-        return Weights(jnp.mean(fisher, axis=1), jnp.mean(fisher, axis=0), fisher)
-    if not stats:
-        return Weights()
-    inputs, outputs = stats.get("inputs"), None
-    if inputs is None:
-        # Of all tokens' products of x xᵀ and g gᵀ the closest Kronecker product: each weighted by
-        # the other's energy, and the trace that of the sum. Attention sinks have huge activations
-        # and next to no gradient.
-        inputs, squares = stats["weighted_inputs"], stats["weighted_squares"].total
-        total = jnp.trace(inputs.total)
-        outputs = squares * (inputs.count / jnp.where(total > 0, total, 1))
-    moment = inputs.second_moment()
-    mean = jnp.mean(jnp.diagonal(moment))
-    return Weights(moment + DAMPING * mean * jnp.eye(len(moment)), outputs)
-
-
-def _statistics(weighting: str) -> Method:
-    """A weighting as what the calibration passes know: statistics, and a function of them."""
-    cost: Any = _cost
-    return Method(weighting, cost, WEIGHTINGS[weighting])
-
-
-@jax.jit
-def _measures(kernel: Any, new: Any, weights: Weights) -> tuple[Any, Any]:
-    """Shares of the weights' energy, and of the measure, that a replacement loses."""
-    error = kernel - new.astype(kernel.dtype)
-    lost, whole = (jnp.stack([jnp.sum(a**2), weights.measure(a)]) for a in (error, kernel))
-    shares = lost / jnp.where(whole > 0, whole, 1)
-    return shares[0], shares[1]
-
-
-def _cast(a: Any, dtype: Any) -> np.ndarray:
-    """In another dtype, unless it is an index. What overflows is found by `_check_finite`."""
-    a = np.asarray(a)
-    with np.errstate(over="ignore"):
-        return a if np.issubdtype(a.dtype, np.integer) else a.astype(dtype)
-
-
-def _check_finite(params: Any, layers: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raises ValueError if a number that was read or is stored is not finite; names all of them."""
-    # Codes hide what is broken: minima and maxima may pass over NaN.
-    broken = [path for path, row in layers.items() if not np.isfinite(row["relative_error"])]
-    wrong = [f"{path} is not finite (broken in the model?)" for path in broken]
-    wrong += [
-        f"{path} is not finite (broken in the model, or does it overflow in {leaf.dtype}?)"
-        for path, leaf in trees.flatten(params).items()
-        if path not in broken
-        and not all(np.isfinite(np.asarray(a, np.float32)).all() for a in jax.tree.leaves(leaf))
-    ]
-    if wrong:
-        raise ValueError("the quantised model is broken: " + "; ".join(wrong))
-
-
-def _layer(kernel: Any, new: Any, weights: Weights, option: Option) -> dict[str, Any]:
-    """What became of a matrix, for the report."""
-    plain, weighted = _measures(kernel, materialize(new), weights)
-    return {
-        "format": None if option.form is None else str(option.form),
-        "rank": option.rank,
-        "bytes": nbytes(new),
-        "relative_error": float(plain),
-        "weighted_error": float(weighted),
-    }
+from lordjax.sites import LINEAR_SITES, site_path
+from lordjax.source import Calibration, Materialized, Source, check_tokens
 
 
 def prepare_quantized(
@@ -577,7 +124,7 @@ def prepare_quantized(
             "length": tokens.shape[1],
             "tokens_sha256": fingerprint(tokens),
         }
-        statistics = _statistics(weighting)
+        statistics = statistics_of(weighting)
         if needs_gradients(statistics):
             few = calibration.spread(gradient_windows)
             few = dataclasses.replace(few, batch_size=max(1, batch_size // 2))

@@ -92,7 +92,7 @@ def _job(method: str, options: dict[str, Any]) -> tuple[Run, dict[str, Any], boo
     """
     from lordjax import trees
     from lordjax.methods import METHODS
-    from lordjax.quantization import QUANTIZERS
+    from lordjax.quantizer import QUANTIZERS
 
     if method not in METHODS and method not in QUANTIZERS:
         hint = trees.did_you_mean(method, [*METHODS, *QUANTIZERS])

@@ -18,7 +18,7 @@ from lordjax.methods.low_rank_quantized import (
     predict,
     start_basis,
 )
-from lordjax.quantization import _cost
+from lordjax.quantizer import cost_of
 
 SHAPE = (48, 40)
 WIDTH = 8
@@ -43,7 +43,7 @@ def positive(n, seed):
 
 
 def fisher_weights(fisher):
-    return _cost(None, {"fisher": fisher})
+    return cost_of(None, {"fisher": fisher})
 
 
 def product(target, rank, weights, width=WIDTH):
