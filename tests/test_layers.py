@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 # other in the order given here. New modules get a place or the test fails.
 ORDER = [
     ["lordjax"],  # lazy: resolves public names when they are used
+    ["lordjax.nf"],
     ["lordjax.progress", "lordjax.sites", "lordjax.plan", "lordjax.linalg", "lordjax.data"],
     ["lordjax.kernels"],
     ["lordjax.stats", "lordjax.trees", "lordjax.allocation"],
@@ -20,7 +21,7 @@ ORDER = [
     ["lordjax.models.transformer"],
     ["lordjax.models"],
     ["lordjax.methods.base"],
-    ["lordjax.methods.svd", "lordjax.methods.modular"],
+    ["lordjax.methods.svd", "lordjax.methods.modular", "lordjax.methods.low_rank_quantized"],
     ["lordjax.methods"],
     ["lordjax.functional", "lordjax.source", "lordjax.collect"],
     ["lordjax.calibrate"],
@@ -28,7 +29,8 @@ ORDER = [
     ["lordjax.factoring", "lordjax.evaluate.comparison"],
     ["lordjax.sequential"],
     ["lordjax.prepared"],
-    ["lordjax.compression"],
+    ["lordjax.compression", "lordjax.quantizer"],
+    ["lordjax.quantization"],
     ["lordjax.checkpoint"],
     ["lordjax.evaluate"],
 ]
@@ -48,6 +50,7 @@ MAY_IMPORT = {
     "lordjax.kernels": JAX | {"flax.struct"},
     "lordjax.methods": JAX | ARRAYS | {"flax.struct"},
     "lordjax.stats": JAX | {"flax"},
+    "lordjax.nf": JAX | ARRAYS | {"scipy"},
     "lordjax.linalg": JAX | ARRAYS | {"scipy"},
     "lordjax.checkpoint": JAX | ARRAYS | {"safetensors"},
     "lordjax": JAX | ARRAYS,
