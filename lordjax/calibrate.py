@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from lordjax import linalg, trees
@@ -18,12 +20,13 @@ from lordjax.collect import (
     moment_taps,
     observe,
     observe_gradients,
+    windows_per_step,
 )
 from lordjax.methods import Method
 from lordjax.models.config import ModelConfig
 from lordjax.progress import Clock
 from lordjax.sites import LAST_LAYER, LINEAR_SITES, Site, sites_for
-from lordjax.source import Calibration, Source
+from lordjax.source import Calibration, Source, check_tokens
 from lordjax.stats import HeadMoments, MeanSquare, SecondMoment
 
 # Hidden states that a backward sweep may hold; a few batches already hide the reading of blocks.
@@ -131,6 +134,32 @@ def block_statistics(
             "a weight of this or an earlier block is broken"
         )
     return stats
+
+
+def checked(
+    config: ModelConfig, tokens: Any, mask: Any | None, batch_size: int | None
+) -> Calibration:
+    """Calibration tokens ready to run; ``batch_size=None``: as many as this backend does best.
+
+    Raises:
+      ValueError: if tokens do not fit the model, or the mask does not fit the tokens.
+    """
+    tokens = check_tokens(config, tokens)
+    if mask is not None and np.shape(mask) != tokens.shape:
+        raise ValueError(f"mask {np.shape(mask)}: expected the shape of the tokens {tokens.shape}")
+    return Calibration(tokens, mask, batch_size or windows_per_step(*tokens.shape))
+
+
+def few_gradients(
+    source: Source, calibration: Calibration, method: Method, windows: int | None, clock: Clock
+) -> dict[int, dict[str, dict[str, Any]]]:
+    """`gradient_statistics` of ``windows`` of the calibration; empty if the method reads none."""
+    if not needs_gradients(method):
+        return {}
+    few = calibration.spread(windows)
+    # A backward pass holds every activation of a block: half the batch, about the same memory.
+    few = dataclasses.replace(few, batch_size=max(1, few.batch_size // 2))
+    return gradient_statistics(source, few, method, clock)
 
 
 def gradient_statistics(

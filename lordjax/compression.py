@@ -13,21 +13,19 @@ are fixed; for them ``Prepared.compress`` walks the model again (`sequential`).
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import numpy as np
 
 from lordjax import nf, trees
 from lordjax.allocation import CURVELESS, INFLUENCED
-from lordjax.calibrate import gradient_statistics, needs_gradients
-from lordjax.collect import windows_per_step
+from lordjax.calibrate import checked, few_gradients
 from lordjax.data import fingerprint
 from lordjax.factoring import AnyFactors, factor_all, site_sizes
 from lordjax.methods import DEFAULT_METHOD, METHODS
 from lordjax.prepared import Prepared, Result, check_policy
 from lordjax.progress import Clock, Progress
-from lordjax.source import Calibration, InMemory, Materialized, Source, check_tokens
+from lordjax.source import InMemory, Materialized, Source
 
 # The backward pass costs about four forward passes; more windows than this gain little (CHANGELOG).
 GRADIENT_WINDOWS = 32
@@ -93,21 +91,13 @@ def prepare(
     policy, prefix = allocation or row.allocation, prefix or row.prefix
     check_policy(policy)
     _check_options(method, prefix, batch_size, gradient_windows)
-    tokens = check_tokens(config, tokens)
-    if mask is not None and np.shape(mask) != tokens.shape:
-        raise ValueError(f"mask {np.shape(mask)}: expected the shape of the tokens {tokens.shape}")
+    calibration = checked(config, tokens, mask, batch_size)
+    tokens, held_out = calibration.tokens, calibration.tokens[:0]
     source = Materialized(source)
     clock = Clock(progress)
-    batch_size = batch_size or windows_per_step(*tokens.shape)
-    calibration, held_out = Calibration(tokens, mask, batch_size), tokens[:0]
     if policy in INFLUENCED:
         calibration, held_out = calibration.split(HELD_OUT)
-    gradients: dict[int, dict[str, dict[str, Any]]] = {}
-    if needs_gradients(row):
-        few = calibration.spread(gradient_windows)
-        # A backward pass holds every activation of a block: half the batch, about the same memory.
-        few = dataclasses.replace(few, batch_size=max(1, batch_size // 2))
-        gradients = gradient_statistics(source, few, row, clock)
+    gradients = few_gradients(source, calibration, row, gradient_windows, clock)
     factors: dict[str, AnyFactors] = {}
     influences: dict[int, float] = {}
     if prefix == "dense" or policy not in CURVELESS:

@@ -196,6 +196,13 @@ def _factored(
     return leaves
 
 
+def cast(a: Any, dtype: Any) -> np.ndarray:
+    """In another dtype, on the host, unless it is an index; what overflows the caller must find."""
+    a = np.asarray(a)
+    with np.errstate(over="ignore"):
+        return a if np.issubdtype(a.dtype, np.integer) else a.astype(dtype)
+
+
 @functools.partial(jax.jit, static_argnames=("form",))
 def encode(kernel: Any, form: nf.Format) -> NFQuantized:
     """`NFQuantized.encode`, compiled once per shape and format."""

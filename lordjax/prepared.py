@@ -18,7 +18,7 @@ import numpy as np
 from lordjax import nf, trees
 from lordjax.allocation import CURVELESS, INFLUENCED, POLICIES, TILE, Curve, allocate
 from lordjax.evaluate.comparison import compare
-from lordjax.factoring import AnyFactors, quantize_pairs, replace_kernels
+from lordjax.factoring import AnyFactors, cast, quantize_pairs, replace_kernels
 from lordjax.kernels import nbytes, weights
 from lordjax.methods import METHODS, ModuleFactors, method_at
 from lordjax.models import ModelConfig
@@ -223,7 +223,7 @@ class Prepared:
             )
         params = self._params(plan, factors, kernels)
         if dtype is not None:
-            params = jax.tree.map(lambda a: _cast(a, dtype), params)
+            params = jax.tree.map(lambda a: cast(a, dtype), params)
         if plan.factors is not None:
             params = quantize_pairs(params, nf.Format.parse(plan.factors))
         verify(params, plan, self.sizes)
@@ -267,12 +267,6 @@ class Prepared:
                 )
         if wrong:
             raise ValueError("the plan does not fit the model: " + "; ".join(sorted(wrong)))
-
-
-def _cast(a: Any, dtype: Any) -> np.ndarray:
-    """In another dtype, unless it is an index."""
-    a = np.asarray(a)
-    return a if np.issubdtype(a.dtype, np.integer) else a.astype(dtype)
 
 
 def _tails(spectrum: Any) -> np.ndarray:

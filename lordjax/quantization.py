@@ -12,7 +12,6 @@ about as many numbers as the blocks have weights.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,27 +20,15 @@ import numpy as np
 
 from lordjax import nf, trees
 from lordjax.allocation import SOLVERS
-from lordjax.calibrate import (
-    gradient_statistics,
-    needs_gradients,
-)
-from lordjax.collect import windows_per_step
+from lordjax.calibrate import checked, few_gradients
 from lordjax.compression import GRADIENT_WINDOWS
 from lordjax.data import fingerprint
-from lordjax.methods.low_rank_quantized import (
-    STEPS,
-)
+from lordjax.methods.low_rank_quantized import STEPS
 from lordjax.prepared import Result
 from lordjax.progress import Clock, Progress
-from lordjax.quantizer import (
-    FORMATS,
-    QUANTIZERS,
-    WEIGHTINGS,
-    Quantizer,
-    statistics_of,
-)
+from lordjax.quantizer import FORMATS, QUANTIZERS, WEIGHTINGS, Quantizer, statistics_of
 from lordjax.sites import LINEAR_SITES, site_path
-from lordjax.source import Calibration, Materialized, Source, check_tokens
+from lordjax.source import Materialized, Source
 
 
 def prepare_quantized(
@@ -112,23 +99,15 @@ def prepare_quantized(
     if WEIGHTINGS[weighting]:
         if tokens is None:
             raise ValueError(f"weighting {weighting!r} needs calibration tokens; give some")
-        tokens = check_tokens(source.config, tokens)
-        if mask is not None and np.shape(mask) != tokens.shape:
-            raise ValueError(
-                f"mask {np.shape(mask)}: expected the shape of the tokens {tokens.shape}"
-            )
-        batch_size = batch_size or windows_per_step(*tokens.shape)
-        calibration = Calibration(tokens, mask, batch_size)
+        calibration = checked(source.config, tokens, mask, batch_size)
+        tokens = calibration.tokens
         report["calibration"] = {
             "windows": len(tokens),
             "length": tokens.shape[1],
             "tokens_sha256": fingerprint(tokens),
         }
         statistics = statistics_of(weighting)
-        if needs_gradients(statistics):
-            few = calibration.spread(gradient_windows)
-            few = dataclasses.replace(few, batch_size=max(1, batch_size // 2))
-            gradients = gradient_statistics(source, few, statistics, clock)
+        gradients = few_gradients(source, calibration, statistics, gradient_windows, clock)
     return Quantizer(
         source=source,
         calibration=calibration,

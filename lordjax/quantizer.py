@@ -27,7 +27,7 @@ from lordjax.calibrate import (
     on_device,
     site_gradients,
 )
-from lordjax.factoring import encode, quantize_pair
+from lordjax.factoring import cast, encode, quantize_pair
 from lordjax.kernels import LowRank, LowRankPlusQuantized, NFQuantized, materialize, nbytes
 from lordjax.methods.base import Method
 from lordjax.methods.low_rank_quantized import (
@@ -276,7 +276,7 @@ class Quantizer:
         """Number, parameters on the device, and what errors cost, block after block."""
         config = self.source.config
         row = statistics_of(self.weighting)
-        states = [] if self.calibration is None else hidden_states(self.source, self.calibration)
+        states: list[Any] = []
         for i in clock.run(stage, range(config.num_layers)):
             block = on_device(self.source.block(i))
             flat = trees.flatten(block)
@@ -284,6 +284,7 @@ class Quantizer:
             stats: dict[str, Any] = {}
             keys = activation_keys(block, sites, row)
             if any(keys.values()) and self.calibration is not None:
+                states = states or hidden_states(self.source, self.calibration)
                 stats = block_statistics(block, i, states, self.calibration, sites, keys, config)
             gradients = self.gradients.get(i, {})
             costs = {}
@@ -360,7 +361,7 @@ class Quantizer:
         if option.form is not None:
             return jax.device_get(encode(kernel, form=option.form))
         if option.rank is None:
-            return _cast(kernel, self._dense)
+            return cast(kernel, self._dense)
         basis, rank = start_basis(kernel.shape, width), jnp.asarray(option.rank)
         found = _best(kernel, rank, weights, basis, width=width, powers=FIRST_POWERS)
         left, right = np.asarray(found.left), np.asarray(found.right)
@@ -370,12 +371,12 @@ class Quantizer:
         """Parameters that are no matrices of blocks, as they are stored."""
         if self.dtype is None:
             return dict(tree)
-        return jax.tree.map(lambda a: _cast(a, self.dtype), dict(tree))
+        return jax.tree.map(lambda a: cast(a, self.dtype), dict(tree))
 
     def _pair(self, left: Any, right: Any) -> LowRank:
         """A product as it is stored."""
         if self.factors is None:
-            return LowRank(*(_cast(a, self._dense) for a in (left, right)))
+            return LowRank(*(cast(a, self._dense) for a in (left, right)))
         return quantize_pair(LowRank(left, right), self.factors)
 
     def _plan(
@@ -448,13 +449,6 @@ def _measures(kernel: Any, new: Any, weights: Weights) -> tuple[Any, Any]:
     lost, whole = (jnp.stack([jnp.sum(a**2), weights.measure(a)]) for a in (error, kernel))
     shares = lost / jnp.where(whole > 0, whole, 1)
     return shares[0], shares[1]
-
-
-def _cast(a: Any, dtype: Any) -> np.ndarray:
-    """In another dtype, unless it is an index. What overflows is found by `_check_finite`."""
-    a = np.asarray(a)
-    with np.errstate(over="ignore"):
-        return a if np.issubdtype(a.dtype, np.integer) else a.astype(dtype)
 
 
 def _check_finite(params: Any, layers: Mapping[str, Mapping[str, Any]]) -> None:
