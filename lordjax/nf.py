@@ -167,6 +167,20 @@ def nearest(x: Float[Array, "..."], bits: int) -> UInt[Array, "..."]:
     )
 
 
+def lookup(codes: UInt[Array, "..."], bits: int) -> Float[Array, "..."]:
+    """``levels(bits)[codes]``."""
+    table = levels(bits)
+    if bits == 8:
+        return jnp.asarray(table)[codes]
+    # Bit by bit, from the lowest: a gather that is fused with the search for codes is slow.
+    values = [jnp.asarray(value) for value in table]
+    for bit in range(bits):
+        high = (codes >> bit & 1) > 0
+        pairs = zip(values[::2], values[1::2], strict=True)
+        values = [jnp.where(high, upper, lower) for lower, upper in pairs]
+    return values[0]
+
+
 def block_scales(x: Float[Array, "n"], block: int) -> Float[Array, "blocks"]:
     """Largest magnitude of each run of ``block`` values."""
     return jnp.max(_runs(jnp.abs(x), block), axis=1)
@@ -225,7 +239,7 @@ def round_to(x: Float[Array, "n"], scaled: Codes, form: Format) -> Codes:
 def dequantize(quantized: Codes, form: Format) -> Float[Array, "n"]:
     """The values ``[n]``, float32."""
     scales = dequantize_scales(quantized.scales, quantized.supers, quantized.offset, form)
-    values = jnp.asarray(levels(form.bits))[quantized.codes]
+    values = lookup(quantized.codes, form.bits)
     return (_runs(values, form.block) * scales[:, None]).reshape(-1)[: len(values)]
 
 
@@ -261,6 +275,31 @@ def unpack(words: UInt[Array, "words"], bits: int, count: int) -> UInt[Array, "n
         shifts = bits * jnp.arange(WORD // bits, dtype=jnp.uint32)[None]
         codes = (words[:, None] >> shifts) & (2**bits - 1)
     return codes.reshape(-1)[:count].astype(jnp.uint8)
+
+
+def unpack_legacy(data: UInt[np.ndarray, "bytes"], bits: int, padding: int) -> np.ndarray:
+    """Codes, as uint8, of the layout in which the authors of LQ-LoRA save checkpoints.
+
+    Codes follow each other bit by bit, each with its highest bit first; a byte is filled from its
+    lowest bit on.
+
+    Args:
+      data: ``[bytes]`` uint8, on the host.
+      bits: of a code.
+      padding: unused bits at the end of ``data``.
+
+    Raises:
+      ValueError: if what is left after the padding is no whole number of codes.
+    """
+    stream = np.unpackbits(np.asarray(data, np.uint8), bitorder="little")
+    count, rest = divmod(len(stream) - padding, bits)
+    if not 0 <= padding < 8 or rest or count < 0:
+        raise ValueError(
+            f"{len(stream)} bits less a padding of {padding} are no whole number of {bits}-bit "
+            "codes; were both saved with this matrix?"
+        )
+    places = stream[: count * bits].reshape(count, bits) << np.arange(bits)[::-1].astype(np.uint8)
+    return places.sum(axis=1, dtype=np.uint8)
 
 
 def pack_codes(quantized: Codes, form: Format) -> Packed:

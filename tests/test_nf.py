@@ -428,6 +428,27 @@ def test_words_of_the_authors(bits, codes, words):
     assert_same_bits(pack(np.asarray(codes, np.uint8), bits), words)
 
 
+@pytest.mark.parametrize(
+    ("bits", "codes", "data", "padding"),
+    [
+        (4, [1, 2, 3, 4, 5], [72, 44, 10], 4),
+        (3, [1, 2, 3, 4, 5, 6, 7, 0], [148, 211, 29], 0),
+        (2, [0, 1, 2, 3], [216], 0),
+    ],
+)
+def test_legacy_layout_of_the_authors(bits, codes, data, padding):
+    found = nf.unpack_legacy(np.array(data, np.uint8), bits, padding)
+    assert_same_bits(found, np.array(codes, np.uint8))
+    words = pack(found, bits)  # and on to the layout of now
+    assert_same_bits(unpack(words, bits, len(codes)), found)
+
+
+@pytest.mark.parametrize("padding", [-1, 1, 8])
+def test_legacy_layout_with_wrong_padding(padding):
+    with pytest.raises(ValueError, match="padding"):
+        nf.unpack_legacy(np.array([72, 44, 10], np.uint8), 4, padding)
+
+
 @every_bits
 def test_packing_does_not_depend_on_the_width_of_integers(bits):
     with jax.enable_x64(True):

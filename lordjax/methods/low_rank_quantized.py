@@ -4,7 +4,7 @@ Alternates between the best product for the codes' error and the codes of what t
 
     L R <- best of rank r for W - Q,    Q <- codes of W - L R
 
-starting from Q = 0 (LQ-LoRA) or L R = 0 (LoftQ), and keeps the best iterate. "Best" is in the
+starting from Q = 0 (LQ-LoRA), and keeps the best iterate. "Best" is in the
 measure ``Σ_j c_j e_jᵀ H e_j`` over the columns e_j of the error, for which the low-rank step has a
 closed form; H and c are what `Weights` holds (x input, g loss gradient at the output, F sum over
 windows of squared weight gradients):
@@ -17,8 +17,6 @@ fisher      diag(mean_j F_ij)   mean_i F_ij       Σ F_ij E_ij² (LQ-LoRA)
 input       E xxᵀ               1                 squared error of the output (QERA)
 both        E ‖g‖² xxᵀ          E ‖x‖² g_j²       about the loss, to second order
 ==========  ==================  ================  =====================================
-
-With one alternation and ``start="codes"`` it is QERA's closed form, with ``none`` LoftQ's first.
 
 Beyond the paper: the best iterate instead of the one after it; the product is fitted last, so that
 it is optimal for its codes; the quantised start is a candidate, so that no result is worse than
@@ -36,10 +34,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from lordjax import nf
-from lordjax.linalg import mm
+from lordjax.linalg import mm, orthonormal_rows
 
 STEPS = 10  # alternations; the first five gain most, at 2 bits more lose (CHANGELOG)
 OVERSAMPLING = 10  # columns of the subspace beyond the rank
@@ -60,24 +59,24 @@ class Weights(NamedTuple):
     outputs: Any = None
     elements: Any = None
 
-    def times_inputs(self, a: Float[Array, "in n"]) -> Float[Array, "in n"]:
-        """``H a``."""
+    def times_inputs(self, a: Float[Array, "n in"]) -> Float[Array, "n in"]:
+        """``a H``."""
         if self.inputs is None:
             return a
-        return mm(self.inputs, a) if self.inputs.ndim == 2 else self.inputs[:, None] * a
+        return mm(a, self.inputs) if self.inputs.ndim == 2 else a * self.inputs[None]
 
-    def root_outputs(self) -> Float[Array, "1 out"] | Float[Array, "1 1"]:
+    def root_outputs(self) -> Float[Array, "out 1"] | Float[Array, "1 1"]:
         """``√c``, all above 0."""
         if self.outputs is None:
             return jnp.ones((1, 1))
         mean = jnp.mean(self.outputs)
-        return jnp.sqrt(self.outputs + FLOOR * jnp.where(mean > 0, mean, 1))[None]
+        return jnp.sqrt(self.outputs + FLOOR * jnp.where(mean > 0, mean, 1))[:, None]
 
     def measure(self, error: Float[Array, "in out"]) -> Float[Array, ""]:
         """What an error costs."""
         if self.elements is not None:
             return jnp.sum(self.elements * error**2)
-        scaled = error * self.root_outputs()
+        scaled = error.T * self.root_outputs()
         return jnp.sum(scaled * self.times_inputs(scaled))
 
 
@@ -87,7 +86,7 @@ class Product(NamedTuple):
     Attributes:
       left: ``[in, width]``.
       right: ``[width, out]``, of the same norms.
-      basis: ``[out, k]`` orthonormal; a start for the next search.
+      basis: ``[k, out]`` orthonormal rows; a start for the next search.
       energies: ``[k]`` what each direction takes off the measure, falling.
       total: ``[]`` the measure of the matrix itself.
     """
@@ -98,18 +97,22 @@ class Product(NamedTuple):
     energies: Any
     total: Any
 
+    def transposed(self) -> Float[Array, "out in"]:
+        """The product, outputs along rows."""
+        return mm(self.right.T, self.left.T)
 
-def start_basis(shape: tuple[int, ...], width: int, seed: int = 0) -> Float[Array, "out k"]:
+
+def start_basis(shape: tuple[int, ...], width: int, seed: int = 0) -> Float[Array, "k out"]:
     """A random subspace to begin with, wide enough for rank ``width``."""
     k = min(width + OVERSAMPLING, *shape)
-    return jax.random.normal(jax.random.key(seed), (shape[1], k))
+    return jax.random.normal(jax.random.key(seed), (k, shape[1]))
 
 
 def best_product(
     matrix: Float[Array, "in out"],
     rank: Int[Array, ""],
     weights: Weights,
-    basis: Float[Array, "out k"],
+    basis: Float[Array, "k out"],
     *,
     width: int,
     powers: int,
@@ -127,18 +130,20 @@ def best_product(
       width: columns of the result; those from ``rank`` on are zero.
       powers: power iterations.
     """
+    # Outputs run along rows, as codes are stored, and subspaces are rows too: a product with the
+    # transpose of a large matrix then reads it in order.
     root = weights.root_outputs()
-    scaled = matrix * root
+    scaled = matrix.T * root
     heavy = weights.times_inputs(scaled)
     for _ in range(powers):
-        basis = jnp.linalg.qr(mm(scaled.T, mm(heavy, basis)))[0]
-    inner = mm(scaled, basis)
-    energies, turn = jnp.linalg.eigh(mm(inner.T, mm(heavy, basis)))
-    energies, turn = jnp.maximum(energies[::-1], 0), turn[:, ::-1]
-    basis, inner = mm(basis, turn), mm(inner, turn)
-    missing = max(0, width - basis.shape[1])
-    left = jnp.pad(inner, ((0, 0), (0, missing)))[:, :width]
-    right = jnp.pad(basis.T / root, ((0, missing), (0, 0)))[:width]
+        basis = orthonormal_rows(mm(mm(basis, heavy), scaled.T))
+    inner = mm(basis, scaled)
+    energies, turn = jnp.linalg.eigh(mm(mm(basis, heavy), inner.T))
+    energies, turn = jnp.maximum(energies[::-1], 0), turn[:, ::-1].T
+    basis, inner = mm(turn, basis), mm(turn, inner)
+    missing = ((0, max(0, width - len(basis))), (0, 0))
+    left = jnp.pad(inner, missing)[:width].T
+    right = jnp.pad(basis / root.T, missing)[:width]
     kept = jnp.arange(width) < rank
     norms = jnp.linalg.norm(left, axis=0), jnp.linalg.norm(right, axis=1)
     kept = kept & (norms[0] > 0) & (norms[1] > 0)
@@ -188,33 +193,43 @@ def decompose(
       width: columns of the product that is returned.
       steps: alternations.
     """
-    kernel = kernel.astype(jnp.float32)
+    # Outputs along rows, as codes are stored.
+    rows = lax.optimization_barrier(kernel.astype(jnp.float32).T)
 
-    def fit(target: Array, basis: Array, powers: int) -> tuple[Decomposition, Array]:
-        codes = nf.quantize(target.T.reshape(-1), form)
-        matrix = nf.dequantize(codes, form).reshape(target.shape[::-1]).T
-        found = best_product(kernel - matrix, rank, weights, basis, width=width, powers=powers)
-        if weights.elements is None:
-            kept = jnp.arange(len(found.energies)) < rank
-            error = found.total - jnp.sum(jnp.where(kept, found.energies, 0))
-        else:
-            error = weights.measure(kernel - matrix - mm(found.left, found.right))
-        nothing = jnp.zeros(())
-        return Decomposition(codes, found.left, found.right, error, nothing, nothing), found.basis
+    def codes_of(product: Product) -> nf.Codes:
+        return nf.quantize((rows - product.transposed()).reshape(-1), form)
 
-    def step(state: tuple[Any, Any, Any], _: Any) -> tuple[Any, Array]:
-        target, basis, best = state
-        new, basis = fit(target, basis, POWERS)
-        best = jax.tree.map(lambda a, b: jnp.where(new.error < best.error, a, b), new, best)
-        return (kernel - mm(new.left, new.right), basis, best), new.error
+    def missed_by(codes: nf.Codes) -> Array:
+        return rows - nf.dequantize(codes, form).reshape(rows.shape)
+
+    def fit(missed: Array, basis: Array, powers: int) -> tuple[Product, Array]:
+        found = best_product(missed.T, rank, weights, basis, width=width, powers=powers)
+        if weights.elements is not None:
+            return found, weights.measure((missed - found.transposed()).T)
+        kept = jnp.arange(len(found.energies)) < rank
+        return found, found.total - jnp.sum(jnp.where(kept, found.energies, 0))
+
+    def step(state: tuple[Any, Any], _: Any) -> tuple[Any, Array]:
+        before, best = state
+        after, error = fit(missed_by(codes_of(before)), before.basis, POWERS)
+        new = (before, after, error)  # codes are cheaper to find again than to keep
+        best = jax.tree.map(lambda a, b: jnp.where(error < best[2], a, b), new, best)
+        return (after, best), error
 
     random = start_basis(kernel.shape, width)
-    # LoftQ's start, as the one to beat: never worse than the codes alone.
-    best, _ = fit(kernel, random, FIRST_POWERS)
-    first = best_product(kernel, rank, weights, random, width=width, powers=FIRST_POWERS)
-    start = (kernel - mm(first.left, first.right), first.basis, best)
-    (_, _, best), history = jax.lax.scan(step, start, None, length=steps)
-    return best._replace(total=weights.measure(kernel), history=history)
+    first = best_product(rows.T, rank, weights, random, width=width, powers=FIRST_POWERS)
+    (_, best), history = lax.scan(step, (first, (first, first, jnp.inf)), None, length=steps)
+
+    # Never worse than the codes alone: else their own product, which is LoftQ's start.
+    missed = missed_by(nf.quantize(rows.reshape(-1), form))
+    nothing = jax.tree.map(jnp.zeros_like, first)
+    before, after, error = lax.cond(
+        best[2] < weights.measure(missed.T),
+        lambda: best,
+        lambda: (nothing, *fit(missed, random, FIRST_POWERS)),
+    )
+    total = weights.measure(rows.T)
+    return Decomposition(codes_of(before), after.left, after.right, error, total, history)
 
 
 _stacked = functools.partial(jax.jit, static_argnames=("form", "width", "steps"))(
