@@ -26,7 +26,7 @@ from lordjax.data import fingerprint
 from lordjax.methods.low_rank_quantized import STEPS
 from lordjax.prepared import Result
 from lordjax.progress import Clock, Progress
-from lordjax.quantizer import FORMATS, QUANTIZERS, WEIGHTINGS, Quantizer, statistics_of
+from lordjax.quantizer import FORMATS, MOMENTS, QUANTIZERS, WEIGHTINGS, Quantizer, statistics_of
 from lordjax.sites import LINEAR_SITES, site_path
 from lordjax.source import Materialized, Source
 
@@ -42,6 +42,7 @@ def prepare_quantized(
     factors: str | None = None,
     dtype: Any | None = None,
     steps: int = STEPS,
+    feedback: bool | None = None,
     mask: np.ndarray | None = None,
     batch_size: int | None = None,
     gradient_windows: int | None = GRADIENT_WINDOWS,
@@ -61,6 +62,8 @@ def prepare_quantized(
       dtype: of everything that is no code; None: float16 for the blocks' matrices, the rest as
         it is.
       steps: alternations.
+      feedback: whether codes make up for each other's errors (`methods.feedback`), which needs a
+        second moment of inputs; None = where the weighting has one.
       mask: ``[windows, length]``, False at padding.
       batch_size: windows per step; None = as many as this backend is fastest with.
       gradient_windows: how many windows, spread evenly, the backward pass sees; None = all.
@@ -70,7 +73,7 @@ def prepare_quantized(
       KeyError: if the method or the weighting is unknown.
       ValueError: if tokens are missing or do not fit the model, or an option is out of range.
     """
-    _check_names(method, weighting, rank, factors)
+    _check_names(method, weighting, rank, factors, feedback)
     row = QUANTIZERS[method]
     weighting = weighting or row.weighting
     for name, value in {
@@ -118,6 +121,7 @@ def prepare_quantized(
         factors=None if form is None else nf.Format.parse(form),
         dtype=dtype,
         steps=steps,
+        feedback=weighting in MOMENTS if feedback is None else feedback,
         gradients=gradients,
         shapes=shapes,
         report=report,
@@ -125,7 +129,13 @@ def prepare_quantized(
     )
 
 
-def _check_names(method: str, weighting: str | None, rank: int | None, factors: str | None) -> None:
+def _check_names(
+    method: str,
+    weighting: str | None,
+    rank: int | None,
+    factors: str | None,
+    feedback: bool | None,
+) -> None:
     """Raises KeyError or ValueError for what `prepare_quantized` cannot make sense of."""
     for what, name, table in (
         ("method", method, QUANTIZERS),
@@ -143,6 +153,12 @@ def _check_names(method: str, weighting: str | None, rank: int | None, factors: 
         raise ValueError(f"method {method!r} has no low-rank part; leave out factors")
     if factors not in (None, "dense"):
         nf.Format.parse(factors)
+    weighting = weighting or row.weighting
+    if feedback and weighting not in MOMENTS:
+        raise ValueError(
+            f"feedback needs a second moment of inputs, which weighting {weighting!r} does not "
+            f"take; use {' or '.join(MOMENTS)}"
+        )
 
 
 def check_settings(
@@ -155,6 +171,7 @@ def check_settings(
     weighting: str | None = None,
     rank: int | None = None,
     factors: str | None = None,
+    feedback: bool | None = None,
     dtype: Any | None = None,
 ) -> bool:
     """Checks the options of `quantize` before the work begins.
@@ -166,7 +183,7 @@ def check_settings(
       KeyError: if the method, the weighting or the solver is unknown.
       ValueError: if options are out of range or do not go together.
     """
-    _check_names(method, weighting, rank, factors)
+    _check_names(method, weighting, rank, factors, feedback)
     row = QUANTIZERS[method]
     if bits is not None and not 0 < bits < np.inf:
         raise ValueError(f"bits must be positive, got {bits}")
@@ -215,7 +232,8 @@ def quantize(
         budget_bytes and form is given.
     """
     budget: dict[str, Any] = {"bits": bits, "budget_bytes": budget_bytes}
-    shared = {k: v for k, v in options.items() if k in ("weighting", "rank", "factors", "dtype")}
+    names = ("weighting", "rank", "factors", "feedback", "dtype")
+    shared = {name: options[name] for name in names if name in options}
     check_settings(method, form=form, solver=solver, **budget, **shared)
     prepared = prepare_quantized(source, tokens, method=method, **options)
     if form is not None:

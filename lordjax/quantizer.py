@@ -27,9 +27,11 @@ from lordjax.calibrate import (
     on_device,
     site_gradients,
 )
-from lordjax.factoring import cast, encode, quantize_pair
+from lordjax.factoring import cast, quantize_pair
 from lordjax.kernels import LowRank, LowRankPlusQuantized, NFQuantized, materialize, nbytes
 from lordjax.methods.base import Method
+from lordjax.methods.feedback import feedback_of
+from lordjax.methods.feedback import quantize as codes_of
 from lordjax.methods.low_rank_quantized import (
     FIRST_POWERS,
     Weights,
@@ -55,6 +57,7 @@ WEIGHTINGS: dict[str, tuple[str, ...]] = {
     "input": ("inputs",),
     "both": ("weighted_inputs", "weighted_squares"),
 }
+MOMENTS = ("input", "both")  # weightings with a second moment of inputs, which feedback needs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +142,7 @@ class Quantizer:
       dtype: of everything that is no code; None: float16 for the blocks' matrices, the rest as
         it is.
       steps: alternations.
+      feedback: whether codes make up for each other's errors.
       gradients: layer -> gradient statistics.
       shapes: site path -> ``(in, out)``.
       report: what is known so far.
@@ -153,6 +157,7 @@ class Quantizer:
     factors: nf.Format | None
     dtype: Any | None
     steps: int
+    feedback: bool
     gradients: dict[int, dict[str, dict[str, Any]]]
     shapes: dict[str, tuple[int, int]]
     report: dict[str, Any]
@@ -291,23 +296,27 @@ class Quantizer:
             for site in sites:
                 own = {name: stats[key] for name, key in keys[site.path].items()}
                 own |= site_gradients(gradients, row, site, flat[site.path])
-                costs[site] = cost_of(flat[site.path], own)
+                cost = cost_of(flat[site.path], own)
+                costs[site] = (
+                    cost._replace(feedback=_feedback(cost.inputs)) if self.feedback else cost
+                )
             yield i, block, costs
 
     def _table(self, kernel: Any, weights: Weights) -> Table:
         """What a matrix may become; options that another one beats in both are left out."""
         row, shape = QUANTIZERS[self.method], tuple(kernel.shape)
         ranks = (0, *RANKS) if row.all_in else (self.rank or 0,)
-        width, rows = max(ranks), []
+        rows = []
         for form in self.formats:
             # Under 8 bits nothing is left to make up for.
-            errors = np.asarray(predict(kernel, weights, form=form, width=width))
-            for rank in ranks if form.bits < 8 else ranks[:1]:
-                if rank < min(shape):
-                    rows.append((Option(form, rank or None), float(errors[min(rank, width)])))
+            own = tuple(r for r in ranks if r < min(shape) and (form.bits < 8 or r == ranks[0]))
+            errors = np.asarray(predict(kernel, weights, form=form, ranks=own), float)
+            rows += [(Option(form, r or None), e) for r, e in zip(own, errors, strict=True)]
+        own = tuple(r for r in ALONE if r < min(shape)) if row.all_in else ()
+        if own:
+            errors = np.asarray(predict(kernel, weights, form=None, ranks=own), float)
+            rows += [(Option(None, r), e) for r, e in zip(own, errors, strict=True)]
         if row.all_in:
-            errors = np.asarray(predict(kernel, weights, form=None, width=max(ALONE)))
-            rows += [(Option(None, r), float(errors[r])) for r in ALONE if r < min(shape)]
             rows.append((Option(None, None), 0.0))
         sized = [(self._size(option, shape), error, option) for option, error in rows]
         best: list[tuple[int, float, Option]] = []
@@ -359,7 +368,8 @@ class Quantizer:
     def _simple(self, kernel: Any, option: Option, weights: Weights, width: int) -> Any:
         """A matrix that needs no alternation."""
         if option.form is not None:
-            return jax.device_get(encode(kernel, form=option.form))
+            packed = jax.device_get(_encode(kernel, weights.feedback, form=option.form))
+            return NFQuantized.of(packed, kernel.shape, option.form)
         if option.rank is None:
             return cast(kernel, self._dense)
         basis, rank = start_basis(kernel.shape, width), jnp.asarray(option.rank)
@@ -413,6 +423,13 @@ class Quantizer:
 
 _best = jax.jit(best_product, static_argnames=("width", "powers"))
 _pack = jax.jit(nf.pack_codes, static_argnames="form")
+_feedback = jax.jit(feedback_of)
+
+
+@functools.partial(jax.jit, static_argnames="form")
+def _encode(kernel: Any, feedback: Any, *, form: nf.Format) -> nf.Packed:
+    """A kernel's codes, as they are stored."""
+    return nf.pack_codes(codes_of(kernel.T, form, feedback), form)
 
 
 def cost_of(kernel: Any, stats: Mapping[str, Any]) -> Weights:
@@ -454,7 +471,10 @@ def _measures(kernel: Any, new: Any, weights: Weights) -> tuple[Any, Any]:
 def _check_finite(params: Any, layers: Mapping[str, Mapping[str, Any]]) -> None:
     """Raises ValueError if a number that was read or is stored is not finite; names all of them."""
     # Codes hide what is broken: minima and maxima may pass over NaN.
-    broken = [path for path, row in layers.items() if not np.isfinite(row["relative_error"])]
+    errors = ("relative_error", "weighted_error")
+    broken = [
+        path for path, row in layers.items() if not np.isfinite([row[e] for e in errors]).all()
+    ]
     wrong = [f"{path} is not finite (broken in the model?)" for path in broken]
     wrong += [
         f"{path} is not finite (broken in the model, or does it overflow in {leaf.dtype}?)"

@@ -4,12 +4,12 @@ Run::
 
     python -m lordjax.scripts.benchmark_quantize MODEL --data DIR --out results.json
 
-``DIR`` is as for `benchmark_compress`. A *case* is ``METHOD[:RANK][:WEIGHTING][:FACTORS]@BUDGET``,
-factors being a format, the budget bits per weight or a format: ``nf@nf4``, ``lq:32:both@3.5``,
-``lq:8:both:nf8@3.4``, ``auto@4.13``. Printed and written per
-case and domain: bits per block weight of codes, scales and factors together, errors relative to
-the weights and to the layers' outputs on calibration data (root of squared sums over all
-matrices), perplexity, and seconds for the choice and for the decomposition.
+``DIR`` is as for `benchmark_compress`. A *case* is
+``METHOD[:RANK][:WEIGHTING][:FACTORS][:no-feedback]@BUDGET``, factors being a format, the budget
+bits per weight or a format: ``nf@nf4``, ``lq:32:both@3.5``, ``lq:8:both:nf8@3.4``, ``auto@4.13``.
+Printed and written per case and domain: bits per block weight of codes, scales and factors
+together, errors relative to the weights and to the layers' outputs on calibration data (root of
+squared sums over all matrices), perplexity, and seconds for the choice and for the decomposition.
 """
 
 from __future__ import annotations
@@ -108,7 +108,9 @@ def _quantizer(gradients: Any, what: str) -> tuple[Any, float]:
     rank = next((int(option) for option in options if option.isdigit()), row.rank)
     prepared, seconds = gradients(weighting)
     form = None if factors is None else nf.Format.parse(factors)
-    return dataclasses.replace(prepared, method=method, rank=rank, factors=form), seconds
+    feedback = prepared.feedback and "no-feedback" not in options
+    new = {"method": method, "rank": rank, "factors": form, "feedback": feedback}
+    return dataclasses.replace(prepared, **new), seconds
 
 
 def measure(quantizers: Any, judge: dict[str, Any], held_out: Any, case: str) -> dict[str, Any]:

@@ -142,6 +142,12 @@ def cli() -> None:
     help="What errors of a matrix cost: see the README.  [default: none; auto: both]",
 )
 @click.option(
+    "--feedback/--no-feedback",
+    default=None,
+    help="Codes make up for each other's errors (GPTQ).  [default: where --weighting is input or "
+    "both]",
+)
+@click.option(
     "--factors",
     metavar="NAME",
     help="Format of factor pairs, such as nf8; 'dense' for lq and auto: --dtype.  [default: "

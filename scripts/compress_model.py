@@ -23,7 +23,7 @@ KEEP = 0.8  # what `--keep` is where it is not given
 
 
 # What goes with quantisation only, and what it has no use for.
-QUANTIZED = ("bits", "budget_bytes", "form", "rank", "weighting")
+QUANTIZED = ("bits", "budget_bytes", "form", "rank", "weighting", "feedback")
 UNQUANTIZED = ("keep", "temperature", "prefix")
 FLAGS = {"form": "--format"}
 

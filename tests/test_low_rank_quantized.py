@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lordjax import nf
+from lordjax.methods.feedback import feedback_of
 from lordjax.methods.low_rank_quantized import (
     FIRST_POWERS,
     OVERSAMPLING,
@@ -86,6 +87,7 @@ WEIGHTINGS = {
     "none": Weights,
     "fisher": lambda: fisher_weights(positive(SHAPE, 3)),
     "both": lambda: Weights(moment(), positive(SHAPE[1], 2)),
+    "feedback": lambda: Weights(moment(), positive(SHAPE[1], 2), None, feedback_of(moment())),
 }
 every_weighting = pytest.mark.parametrize("weighting", WEIGHTINGS)
 
@@ -283,7 +285,7 @@ def test_a_stack_is_decomposed_like_its_members(batched, monkeypatch):
 @pytest.mark.parametrize("weighting", ["fisher", "both"])
 def test_predictions_bound_what_is_reached(weighting):
     kernel, weights = matrix(), WEIGHTINGS[weighting]()
-    predicted = np.asarray(predict(kernel, weights, form=FORM, width=WIDTH))
+    predicted = np.asarray(predict(kernel, weights, form=FORM, ranks=tuple(range(WIDTH + 1))))
     assert predicted.shape == (WIDTH + 1,)
     codes = float(weights.measure(kernel - quantized(kernel)))
     assert predicted[0] == pytest.approx(codes, rel=1e-5)
@@ -295,10 +297,21 @@ def test_predictions_bound_what_is_reached(weighting):
 
 def test_predictions_without_codes_are_tails():
     kernel = matrix()
-    width = min(SHAPE) + 3
-    predicted = np.asarray(predict(kernel, Weights(), form=None, width=width))
-    tails = [tail(kernel, min(rank, min(SHAPE))) for rank in range(width + 1)]
+    ranks = tuple(range(min(SHAPE) + 4))  # more than there are
+    predicted = np.asarray(predict(kernel, Weights(), form=None, ranks=ranks))
+    tails = [tail(kernel, min(rank, min(SHAPE))) for rank in ranks]
     np.testing.assert_allclose(predicted, tails, atol=1e-4 * tails[0])
-    nothing = functools.partial(predict, jnp.zeros(SHAPE), Weights(), width=width)
+    nothing = functools.partial(predict, jnp.zeros(SHAPE), Weights(), ranks=ranks)
     for form in (None, FORM):
-        np.testing.assert_array_equal(nothing(form=form), np.zeros(width + 1))
+        np.testing.assert_array_equal(nothing(form=form), np.zeros(len(ranks)))
+
+
+def test_predictions_with_feedback_are_near_what_is_reached():
+    kernel, ranks = matrix(shape=(192, 160)), (0, 4, 8)
+    # Each input close to the one before: the price of most errors is a fifth of their own.
+    h = jnp.asarray(0.9 ** np.abs(np.subtract.outer(np.arange(192), np.arange(192))), jnp.float32)
+    weights = Weights(h, positive(160, 2), None, feedback_of(h))
+    predicted = np.asarray(predict(kernel, weights, form=FORM, ranks=ranks))
+    reached = [float(run(kernel, rank, weights).error) for rank in ranks]
+    assert predicted[0] == pytest.approx(reached[0], rel=0.05)  # no product, no alternation
+    assert (reached <= 1.1 * predicted).all() and (np.diff(predicted) < 0).all()

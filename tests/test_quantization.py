@@ -224,6 +224,19 @@ def test_one_format_for_all(source):
     assert "calibration" not in result.report
 
 
+@pytest.mark.parametrize("method", ["nf", "lq"])
+def test_feedback_loses_less_of_the_outputs(source, method):
+    options = {"method": method, "form": "nf3", "weighting": "input", "steps": 2}
+    options |= {"rank": 4} if method == "lq" else {}
+    alone, together = (
+        quantize(source, TOKENS, feedback=feedback, **options) for feedback in (False, None)
+    )
+    assert alone.report["bytes"] == together.report["bytes"]
+    rows = [result.report["layers"] for result in (alone, together)]
+    total = [sum(row["weighted_error"] for row in each.values()) for each in rows]
+    assert total[1] < 0.8 * total[0]
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_dtype_is_of_all_that_is_no_code(prepared, dtype):
     quantizer = dataclasses.replace(prepared["lq"], dtype=dtype)
@@ -401,6 +414,7 @@ def test_factor_pairs_as_codes(lord, source, factors, tolerance):
         ({"factors": "int8"}, ValueError, "'int8' is no format; expected nf<bits>"),
         ({"weighting": "fisher"}, ValueError, "'fisher' needs calibration tokens; give some"),
         ({"method": "auto"}, ValueError, "'both' needs calibration tokens; give some"),
+        ({"feedback": True}, ValueError, "feedback needs a second moment .* 'none' .*input or both"),
         ({"weighting": "input", "tokens": TOKENS + 97}, ValueError, "expected 0 to 96"),
         (
             {"weighting": "input", "tokens": TOKENS, "mask": np.ones((2, 3), bool)},

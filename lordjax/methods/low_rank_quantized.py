@@ -39,6 +39,7 @@ from jaxtyping import Array, Float, Int
 
 from lordjax import nf
 from lordjax.linalg import mm, orthonormal_rows
+from lordjax.methods.feedback import quantize
 
 STEPS = 10  # alternations; the first five gain most, at 2 bits more lose (CHANGELOG)
 OVERSAMPLING = 10  # columns of the subspace beyond the rank
@@ -53,11 +54,13 @@ class Weights(NamedTuple):
       inputs: ``[in, in]`` second moment of the inputs, its diagonal ``[in]``, or None.
       outputs: ``[out]``, or None.
       elements: ``[in, out]``, or None: measures errors in place of the others' product.
+      feedback: `feedback.Feedback` of ``inputs``: how codes are found; None: each by itself.
     """
 
     inputs: Any = None
     outputs: Any = None
     elements: Any = None
+    feedback: Any = None
 
     def times_inputs(self, a: Float[Array, "n in"]) -> Float[Array, "n in"]:
         """``a H``."""
@@ -197,7 +200,7 @@ def decompose(
     rows = lax.optimization_barrier(kernel.astype(jnp.float32).T)
 
     def codes_of(product: Product) -> nf.Codes:
-        return nf.quantize((rows - product.transposed()).reshape(-1), form)
+        return quantize(rows - product.transposed(), form, weights.feedback)
 
     def missed_by(codes: nf.Codes) -> Array:
         return rows - nf.dequantize(codes, form).reshape(rows.shape)
@@ -221,7 +224,7 @@ def decompose(
     (_, best), history = lax.scan(step, (first, (first, first, jnp.inf)), None, length=steps)
 
     # Never worse than the codes alone: else their own product, which is LoftQ's start.
-    missed = missed_by(nf.quantize(rows.reshape(-1), form))
+    missed = missed_by(quantize(rows, form, weights.feedback))
     nothing = jax.tree.map(jnp.zeros_like, first)
     before, after, error = lax.cond(
         best[2] < weights.measure(missed.T),
@@ -261,26 +264,48 @@ def decompose_all(
     return [jax.tree.map(lambda a, k=k: a[k], found) for k in range(len(kernels))]
 
 
-@functools.partial(jax.jit, static_argnames=("form", "width"))
+@functools.partial(jax.jit, static_argnames=("form", "ranks"))
 def predict(
-    kernel: Float[Array, "in out"], weights: Weights, *, form: nf.Format | None, width: int
-) -> Float[Array, "width+1"]:
-    """What is left of a kernel after its codes and the best product, for ranks 0 … ``width``.
+    kernel: Float[Array, "in out"],
+    weights: Weights,
+    *,
+    form: nf.Format | None,
+    ranks: tuple[int, ...],
+) -> Float[Array, "n"]:
+    """What will be left of a kernel, without alternation: about what `decompose` reaches, or above.
 
-    Without alternation, so above what `decompose` reaches; ranks that the kernel does not have
-    count as the largest one it has. ``form=None``: without codes.
+    Without feedback: the codes, then the best product for what they miss. With: the best product,
+    then the codes of what it leaves, each rounding error at its own price, which needs neither
+    the codes with feedback nor a second product.
+
+    Args:
+      kernel: the matrix.
+      weights: the measure.
+      form: of the codes; None: there are none.
+      ranks: of products; those that the kernel does not have count as the largest one it has.
     """
-    error = kernel
-    if form is not None:
-        codes = nf.quantize(kernel.T.reshape(-1), form)
-        error = kernel - nf.dequantize(codes, form).reshape(kernel.shape[::-1]).T
-    basis = start_basis(kernel.shape, width)
-    found = best_product(
-        error, jnp.asarray(width), weights, basis, width=width, powers=FIRST_POWERS
-    )
+    width, rows = max(ranks), kernel.T
+
+    def missed(target: Array) -> Array:
+        if form is None:
+            return target.T
+        codes = nf.quantize(target.reshape(-1), form)
+        return (target - nf.dequantize(codes, form).reshape(rows.shape)).T
+
+    error = kernel if weights.feedback is not None else missed(rows)
+    basis, most = start_basis(kernel.shape, width), jnp.asarray(width)
+    found = best_product(error, most, weights, basis, width=width, powers=FIRST_POWERS)
+    if form is not None and weights.feedback is not None:
+        priced = Weights(weights.feedback.prices, weights.outputs)
+
+        def left_at(rank: Array) -> Array:
+            right = jnp.where(jnp.arange(width)[:, None] < rank, found.right, 0)
+            return priced.measure(missed(rows - mm(right.T, found.left.T)))
+
+        return lax.map(left_at, jnp.asarray(ranks))
     left = found.total - jnp.cumsum(found.energies)[:width]
     left = jnp.concatenate([found.total[None], left])
     left = jnp.pad(left, (0, width + 1 - len(left)), mode="edge")
     # Measured on elements, the shares are those of the two-sided approximation.
     share = weights.measure(error) / jnp.where(found.total > 0, found.total, 1)
-    return jnp.maximum(left, 0) * share
+    return (jnp.maximum(left, 0) * share)[jnp.asarray(ranks)]
