@@ -183,10 +183,10 @@ def lookup(codes: UInt[Array, "..."], bits: int) -> Float[Array, "..."]:
 
 def block_scales(x: Float[Array, "n"], block: int) -> Float[Array, "blocks"]:
     """Largest magnitude of each run of ``block`` values."""
-    return jnp.max(_runs(jnp.abs(x), block), axis=1)
+    return jnp.max(runs(jnp.abs(x), block), axis=1)
 
 
-def _runs(x: Array, length: int, fill: Any = 0) -> Array:
+def runs(x: Array, length: int, fill: Any = 0) -> Array:
     """``[n]`` as ``[⌈n/length⌉, length]``, the last run filled up."""
     return jnp.pad(x, (0, -len(x) % length), constant_values=fill).reshape(-1, length)
 
@@ -196,7 +196,7 @@ def quantize_scales(
 ) -> tuple[UInt[Array, "blocks"], Float[Array, "supers"], Float[Array, ""]]:
     """u, m and o of the module's docstring."""
     offset = jnp.min(scales)
-    above = _runs(scales - offset, form.scale_block)
+    above = runs(scales - offset, form.scale_block)
     supers = jnp.max(above, axis=1).astype(form.scale_dtype)
     steps = 2**form.scale_bits - 1
     wide = supers.astype(jnp.float32)[:, None]
@@ -217,8 +217,8 @@ def dequantize_scales(
     step = supers.astype(jnp.float32)[:, None] * np.float32(1 / (2**form.scale_bits - 1))
     step = lax.reduce_precision(step, exponent_bits=8, mantissa_bits=22)
     high = lax.reduce_precision(step, exponent_bits=8, mantissa_bits=15)
-    runs = _runs(codes.astype(jnp.float32), form.scale_block)
-    scales = offset + runs * high + runs * (step - high)
+    wide = runs(codes.astype(jnp.float32), form.scale_block)
+    scales = offset + wide * high + wide * (step - high)
     return scales.reshape(-1)[: len(codes)]
 
 
@@ -232,15 +232,15 @@ def quantize(x: Float[Array, "n"], form: Format) -> Codes:
 def round_to(x: Float[Array, "n"], scaled: Codes, form: Format) -> Codes:
     """`Codes` of a vector for scales that are given; those of ``scaled`` are not read."""
     scales = dequantize_scales(scaled.scales, scaled.supers, scaled.offset, form)
-    runs = _runs(x, form.block) / jnp.where(scales > 0, scales, 1)[:, None]
-    return scaled._replace(codes=nearest(runs, form.bits).reshape(-1)[: len(x)])
+    shares = runs(x, form.block) / jnp.where(scales > 0, scales, 1)[:, None]
+    return scaled._replace(codes=nearest(shares, form.bits).reshape(-1)[: len(x)])
 
 
 def dequantize(quantized: Codes, form: Format) -> Float[Array, "n"]:
     """The values ``[n]``, float32."""
     scales = dequantize_scales(quantized.scales, quantized.supers, quantized.offset, form)
     values = lookup(quantized.codes, form.bits)
-    return (_runs(values, form.block) * scales[:, None]).reshape(-1)[: len(values)]
+    return (runs(values, form.block) * scales[:, None]).reshape(-1)[: len(values)]
 
 
 def words_for(count: int, bits: int) -> int:
@@ -254,7 +254,7 @@ def pack(codes: Int[Array, "n"], bits: int) -> UInt[Array, "words"]:
     2, 4 and 8 bits: the first code in the lowest bits of a word. 3 bits: of 32 codes, bit i of
     the three words are the three bits of code i, the lowest first. The authors' second layout.
     """
-    groups = _runs(codes.astype(jnp.uint32), WORD)
+    groups = runs(codes.astype(jnp.uint32), WORD)
     if bits == 3:
         places = jnp.arange(WORD, dtype=jnp.uint32)[None]
         planes = [(groups >> plane & 1) << places for plane in range(3)]

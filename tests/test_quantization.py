@@ -414,7 +414,11 @@ def test_factor_pairs_as_codes(lord, source, factors, tolerance):
         ({"factors": "int8"}, ValueError, "'int8' is no format; expected nf<bits>"),
         ({"weighting": "fisher"}, ValueError, "'fisher' needs calibration tokens; give some"),
         ({"method": "auto"}, ValueError, "'both' needs calibration tokens; give some"),
-        ({"feedback": True}, ValueError, "feedback needs a second moment .* 'none' .*input or both"),
+        (
+            {"feedback": True},
+            ValueError,
+            "feedback needs a second moment .* 'none' .*input or both",
+        ),
         ({"weighting": "input", "tokens": TOKENS + 97}, ValueError, "expected 0 to 96"),
         (
             {"weighting": "input", "tokens": TOKENS, "mask": np.ones((2, 3), bool)},

@@ -6,7 +6,9 @@ second moment of the inputs. With ``H = U D Uᵀ``, U unit upper triangular::
     z_k = W_k + Σ_{i<k} U_ik E_i      Q_k = nearest codes of z_k      k = 1 … in
 
 which makes the measure ``Σ_k D_k |z_k - Q_k|²``: rounding errors that know nothing of each other,
-each at the price D_k ≤ H_kk. The scales are those of W, known before the first code.
+each at the price D_k ≤ H_kk. The scales are known before the first code: of each block of W that
+share of its largest magnitude which loses least at those prices. Without prices and feedback such
+shares are worse than none (specs §9): what is cut off are outliers, which matter most.
 
 Inputs are taken by falling H_kk, the dearest while most others can still make up for them. As the
 scales are fixed this costs nothing in storage, unlike GPTQ's, which follow the order.
@@ -27,6 +29,7 @@ from lordjax.linalg import mm
 
 DAMPING = 1e-2  # share of the mean second moment added to all, as GPTQ's
 BLOCK = 64  # inputs between two large products
+SHARES = tuple(round(1 - 0.05 * k, 2) for k in range(13))  # of the largest magnitude of a block
 
 
 class Feedback(NamedTuple):
@@ -56,6 +59,31 @@ def feedback_of(moment: Float[Array, "in in"]) -> Feedback:
     return Feedback(order, upper / roots[None], prices)
 
 
+def best_shares(
+    rows: Float[Array, "out in"], form: nf.Format, feedback: Feedback
+) -> Float[Array, "blocks"]:
+    """Of each block the share of `SHARES` with which its codes lose least at their prices."""
+    flat = rows.reshape(-1)
+    prices = nf.runs(jnp.tile(feedback.prices, len(rows)), form.block)
+    values, largest = nf.runs(flat, form.block), nf.block_scales(flat, form.block)
+    largest = jnp.where(largest > 0, largest, 1)
+
+    def step(best: tuple[Array, Array], share: Array) -> tuple[tuple[Array, Array], None]:
+        scales = (largest * share)[:, None]
+        error = values - nf.lookup(nf.nearest(values / scales, form.bits), form.bits) * scales
+        loss = jnp.sum(prices * error**2, axis=1)
+        better = loss < best[0]
+        return (jnp.where(better, loss, best[0]), jnp.where(better, share, best[1])), None
+
+    start = (jnp.full(largest.shape, jnp.inf), jnp.ones(largest.shape))
+    return lax.scan(step, start, jnp.asarray(SHARES))[0][1]
+
+
+def scaled_by(flat: Float[Array, "n"], shares: Float[Array, "blocks"], form: nf.Format) -> nf.Codes:
+    """Scales that are shares of the blocks' largest magnitudes; no codes yet."""
+    return nf.Codes(None, *nf.quantize_scales(nf.block_scales(flat, form.block) * shares, form))
+
+
 def quantize(
     rows: Float[Array, "out in"], form: nf.Format, feedback: Feedback | None = None
 ) -> nf.Codes:
@@ -64,7 +92,7 @@ def quantize(
     if feedback is None:
         return nf.quantize(flat, form)
     fan_out, fan_in = rows.shape
-    scaled = nf.Codes(None, *nf.quantize_scales(nf.block_scales(flat, form.block), form))
+    scaled = scaled_by(flat, best_shares(flat.reshape(rows.shape), form, feedback), form)
     decoded = nf.dequantize_scales(scaled.scales, scaled.supers, scaled.offset, form)
     scales = jnp.repeat(decoded, form.block)[: flat.size].reshape(rows.shape)
     # Inputs along rows, in their order, filled up to whole blocks.

@@ -39,7 +39,7 @@ from jaxtyping import Array, Float, Int
 
 from lordjax import nf
 from lordjax.linalg import mm, orthonormal_rows
-from lordjax.methods.feedback import quantize
+from lordjax.methods.feedback import best_shares, quantize, scaled_by
 
 STEPS = 10  # alternations; the first five gain most, at 2 bits more lose (CHANGELOG)
 OVERSAMPLING = 10  # columns of the subspace beyond the rank
@@ -202,19 +202,16 @@ def decompose(
     def codes_of(product: Product) -> nf.Codes:
         return quantize(rows - product.transposed(), form, weights.feedback)
 
-    def missed_by(codes: nf.Codes) -> Array:
-        return rows - nf.dequantize(codes, form).reshape(rows.shape)
-
-    def fit(missed: Array, basis: Array, powers: int) -> tuple[Product, Array]:
-        found = best_product(missed.T, rank, weights, basis, width=width, powers=powers)
+    def fit(left: Array, basis: Array, powers: int) -> tuple[Product, Array]:
+        found = best_product(left.T, rank, weights, basis, width=width, powers=powers)
         if weights.elements is not None:
-            return found, weights.measure((missed - found.transposed()).T)
+            return found, weights.measure((left - found.transposed()).T)
         kept = jnp.arange(len(found.energies)) < rank
         return found, found.total - jnp.sum(jnp.where(kept, found.energies, 0))
 
     def step(state: tuple[Any, Any], _: Any) -> tuple[Any, Array]:
         before, best = state
-        after, error = fit(missed_by(codes_of(before)), before.basis, POWERS)
+        after, error = fit(missed(rows, codes_of(before), form), before.basis, POWERS)
         new = (before, after, error)  # codes are cheaper to find again than to keep
         best = jax.tree.map(lambda a, b: jnp.where(error < best[2], a, b), new, best)
         return (after, best), error
@@ -224,12 +221,12 @@ def decompose(
     (_, best), history = lax.scan(step, (first, (first, first, jnp.inf)), None, length=steps)
 
     # Never worse than the codes alone: else their own product, which is LoftQ's start.
-    missed = missed_by(quantize(rows, form, weights.feedback))
+    left = missed(rows, quantize(rows, form, weights.feedback), form)
     nothing = jax.tree.map(jnp.zeros_like, first)
     before, after, error = lax.cond(
-        best[2] < weights.measure(missed.T),
+        best[2] < weights.measure(left.T),
         lambda: best,
-        lambda: (nothing, *fit(missed, random, FIRST_POWERS)),
+        lambda: (nothing, *fit(left, random, FIRST_POWERS)),
     )
     total = weights.measure(rows.T)
     return Decomposition(codes_of(before), after.left, after.right, error, total, history)
@@ -285,22 +282,21 @@ def predict(
       ranks: of products; those that the kernel does not have count as the largest one it has.
     """
     width, rows = max(ranks), kernel.T
-
-    def missed(target: Array) -> Array:
-        if form is None:
-            return target.T
-        codes = nf.quantize(target.reshape(-1), form)
-        return (target - nf.dequantize(codes, form).reshape(rows.shape)).T
-
-    error = kernel if weights.feedback is not None else missed(rows)
+    error = kernel
+    if form is not None and weights.feedback is None:
+        error = missed(rows, nf.quantize(rows.reshape(-1), form), form).T
     basis, most = start_basis(kernel.shape, width), jnp.asarray(width)
     found = best_product(error, most, weights, basis, width=width, powers=FIRST_POWERS)
     if form is not None and weights.feedback is not None:
         priced = Weights(weights.feedback.prices, weights.outputs)
+        shares = best_shares(rows, form, weights.feedback)
 
         def left_at(rank: Array) -> Array:
-            right = jnp.where(jnp.arange(width)[:, None] < rank, found.right, 0)
-            return priced.measure(missed(rows - mm(right.T, found.left.T)))
+            kept = jnp.where(jnp.arange(width)[:, None] < rank, found.right, 0)
+            target = rows - mm(kept.T, found.left.T)
+            flat = target.reshape(-1)
+            codes = nf.round_to(flat, scaled_by(flat, shares, form), form)
+            return priced.measure(missed(target, codes, form).T)
 
         return lax.map(left_at, jnp.asarray(ranks))
     left = found.total - jnp.cumsum(found.energies)[:width]
@@ -309,3 +305,10 @@ def predict(
     # Measured on elements, the shares are those of the two-sided approximation.
     share = weights.measure(error) / jnp.where(found.total > 0, found.total, 1)
     return (jnp.maximum(left, 0) * share)[jnp.asarray(ranks)]
+
+
+def missed(
+    rows: Float[Array, "out in"], codes: nf.Codes, form: nf.Format
+) -> Float[Array, "out in"]:
+    """What codes of a transposed kernel miss."""
+    return rows - nf.dequantize(codes, form).reshape(rows.shape)
