@@ -306,16 +306,18 @@ class Quantizer:
         """What a matrix may become; options that another one beats in both are left out."""
         row, shape = QUANTIZERS[self.method], tuple(kernel.shape)
         ranks = (0, *RANKS) if row.all_in else (self.rank or 0,)
-        rows = []
-        for form in self.formats:
-            # Under 8 bits nothing is left to make up for.
-            own = tuple(r for r in ranks if r < min(shape) and (form.bits < 8 or r == ranks[0]))
-            errors = np.asarray(predict(kernel, weights, form=form, ranks=own), float)
-            rows += [(Option(form, r or None), e) for r, e in zip(own, errors, strict=True)]
-        own = tuple(r for r in ALONE if r < min(shape)) if row.all_in else ()
-        if own:
-            errors = np.asarray(predict(kernel, weights, form=None, ranks=own), float)
-            rows += [(Option(None, r), e) for r, e in zip(own, errors, strict=True)]
+        ranks = tuple(rank for rank in ranks if rank < min(shape))
+        errors = np.asarray(predict(kernel, weights, forms=tuple(self.formats), ranks=ranks), float)
+        rows = [
+            (Option(form, rank or None), errors[i, j])
+            for i, form in enumerate(self.formats)
+            for j, rank in enumerate(ranks)
+            if form.bits < 8 or j == 0  # of 8 bits nothing is left to make up for
+        ]
+        alone = tuple(rank for rank in ALONE if rank < min(shape)) if row.all_in else ()
+        if alone:
+            errors = np.asarray(predict(kernel, weights, forms=(None,), ranks=alone), float)[0]
+            rows += [(Option(None, r), e) for r, e in zip(alone, errors, strict=True)]
         if row.all_in:
             rows.append((Option(None, None), 0.0))
         sized = [(self._size(option, shape), error, option) for option, error in rows]

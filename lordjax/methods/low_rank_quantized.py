@@ -261,49 +261,80 @@ def decompose_all(
     return [jax.tree.map(lambda a, k=k: a[k], found) for k in range(len(kernels))]
 
 
-@functools.partial(jax.jit, static_argnames=("form", "ranks"))
+@functools.partial(jax.jit, static_argnames=("forms", "ranks"))
 def predict(
     kernel: Float[Array, "in out"],
     weights: Weights,
     *,
-    form: nf.Format | None,
+    forms: tuple[nf.Format | None, ...],
     ranks: tuple[int, ...],
-) -> Float[Array, "n"]:
+) -> Float[Array, "forms ranks"]:
     """What will be left of a kernel, without alternation: about what `decompose` reaches, or above.
 
-    Without feedback: the codes, then the best product for what they miss. With: the best product,
-    then the codes of what it leaves, each rounding error at its own price, which needs neither
-    the codes with feedback nor a second product.
+    Without feedback: the codes, then the best product for what they miss. With: rounding errors at
+    their own prices, which takes no codes with feedback; and what a product saves of them, from
+    the middle format for all.
 
     Args:
       kernel: the matrix.
       weights: the measure.
-      form: of the codes; None: there are none.
+      forms: of the codes; None: there are none.
       ranks: of products; those that the kernel does not have count as the largest one it has.
     """
-    width, rows = max(ranks), kernel.T
-    error = kernel
-    if form is not None and weights.feedback is None:
-        error = missed(rows, nf.quantize(rows.reshape(-1), form), form).T
-    basis, most = start_basis(kernel.shape, width), jnp.asarray(width)
-    found = best_product(error, most, weights, basis, width=width, powers=FIRST_POWERS)
-    if form is not None and weights.feedback is not None:
-        priced = Weights(weights.feedback.prices, weights.outputs)
-        shares = best_shares(rows, form, weights.feedback)
+    rows = kernel.T
+    if weights.feedback is None:
+        left = [_after_product(rows, weights, form, ranks) for form in forms]
+        return jnp.stack(left)
+    coded = tuple(form for form in forms if form is not None)
+    priced = Weights(weights.feedback.prices, weights.outputs)
+    middle = coded[len(coded) // 2] if coded else None
+    shares = {form: best_shares(rows, form, weights.feedback) for form in coded}
+
+    def left_by(form: nf.Format, target: Array) -> Array:
+        flat = target.reshape(-1)
+        codes = nf.round_to(flat, scaled_by(flat, shares[form], form), form)
+        return priced.measure(missed(target, codes, form).T)
+
+    left = {form: left_by(form, rows) for form in coded}
+    saved = jnp.ones(len(ranks))
+    if middle is not None and max(ranks) > 0:
+        width = max(ranks)
+        found = _widest_product(rows, weights, width)
 
         def left_at(rank: Array) -> Array:
-            kept = jnp.where(jnp.arange(width)[:, None] < rank, found.right, 0)
-            target = rows - mm(kept.T, found.left.T)
-            flat = target.reshape(-1)
-            codes = nf.round_to(flat, scaled_by(flat, shares, form), form)
-            return priced.measure(missed(target, codes, form).T)
+            kept = jnp.where(jnp.arange(width, dtype=jnp.float32)[:, None] < rank, found.right, 0)
+            # A product that is fitted to what codes miss takes its own share of a white error.
+            free = jnp.prod(1 - rank / jnp.asarray(kernel.shape, jnp.float32))
+            return free * left_by(middle, rows - mm(kept.T, found.left.T))
 
-        return lax.map(left_at, jnp.asarray(ranks))
+        most = jnp.where(left[middle] > 0, left[middle], 1)
+        saved = lax.map(left_at, jnp.asarray(ranks, jnp.float32)) / most
+    return jnp.stack(
+        [
+            _after_product(rows, weights, None, ranks) if form is None else left[form] * saved
+            for form in forms
+        ]
+    )
+
+
+def _widest_product(rows: Float[Array, "out in"], weights: Weights, width: int) -> Product:
+    """The best product of a rank, from a random start."""
+    basis, most = start_basis(rows.shape[::-1], width), jnp.asarray(width)
+    return best_product(rows.T, most, weights, basis, width=width, powers=FIRST_POWERS)
+
+
+def _after_product(
+    rows: Float[Array, "out in"], weights: Weights, form: nf.Format | None, ranks: tuple[int, ...]
+) -> Float[Array, "ranks"]:
+    """What the best product leaves of a kernel, or of what codes miss of it."""
+    width = max(*ranks, 1)
+    error = rows if form is None else missed(rows, nf.quantize(rows.reshape(-1), form), form)
+    found = _widest_product(error, weights, width)
     left = found.total - jnp.cumsum(found.energies)[:width]
     left = jnp.concatenate([found.total[None], left])
     left = jnp.pad(left, (0, width + 1 - len(left)), mode="edge")
     # Measured on elements, the shares are those of the two-sided approximation.
-    share = weights.measure(error) / jnp.where(found.total > 0, found.total, 1)
+    share = weights.measure(error.T) / jnp.where(found.total > 0, found.total, 1)
     return (jnp.maximum(left, 0) * share)[jnp.asarray(ranks)]
 
 
