@@ -29,7 +29,7 @@ FORMATS = (
     nf.Format(4, 4, "bfloat16", 64, 256),
 )
 SITES = [site_path(i, site) for i in range(CONFIG.num_layers) for site in LINEAR_SITES]
-BITS = {"nf": 3.3, "lq": 3.3, "auto": 4.0}
+BITS = {"nf": 3.3, "lq": 3.3, "auto": 5.0}
 SMALL = {"formats": FORMATS, "steps": 2}
 FIRST = "layer_0/attention/q/kernel"
 

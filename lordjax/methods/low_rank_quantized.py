@@ -18,10 +18,12 @@ input       E xxᵀ               1                 squared error of the output 
 both        E ‖g‖² xxᵀ          E ‖x‖² g_j²       about the loss, to second order
 ==========  ==================  ================  =====================================
 
-Beyond the paper: the best iterate instead of the one after it; the product is fitted last, so that
-it is optimal for its codes; the quantised start is a candidate, so that no result is worse than
-the codes alone; full H at no inverse; subspaces carried from one alternation to the next, which
-saves most of an SVD; the rank is traced.
+With `Weights.feedback` codes make up for each other (`feedback`); without, each is the nearest.
+
+Beyond the paper: that; the best iterate instead of the one after it; the product is fitted last,
+so that it is optimal for its codes; the quantised start is a candidate, so that no result is worse
+than the codes alone; full H at no inverse; subspaces carried from one alternation to the next,
+which saves most of an SVD; the rank is traced.
 
 Sources: LQ-LoRA, arXiv 2311.12023; LoftQ, 2310.08659; QERA, 2410.06040; specs of LQ-LoRA §2, §7.
 """
@@ -199,9 +201,6 @@ def decompose(
     # Outputs along rows, as codes are stored.
     rows = lax.optimization_barrier(kernel.astype(jnp.float32).T)
 
-    def codes_of(product: Product) -> nf.Codes:
-        return quantize(rows - product.transposed(), form, weights.feedback)
-
     def fit(left: Array, basis: Array, powers: int) -> tuple[Product, Array]:
         found = best_product(left.T, rank, weights, basis, width=width, powers=powers)
         if weights.elements is not None:
@@ -209,27 +208,30 @@ def decompose(
         kept = jnp.arange(len(found.energies)) < rank
         return found, found.total - jnp.sum(jnp.where(kept, found.energies, 0))
 
+    def codes_of(target: Array) -> tuple[nf.Codes, Array]:
+        codes = quantize(target, form, weights.feedback)
+        return codes, missed(rows, codes, form)
+
     def step(state: tuple[Any, Any], _: Any) -> tuple[Any, Array]:
-        before, best = state
-        after, error = fit(missed(rows, codes_of(before), form), before.basis, POWERS)
-        new = (before, after, error)  # codes are cheaper to find again than to keep
+        product, best = state
+        codes, left = codes_of(rows - product.transposed())
+        product, error = fit(left, product.basis, POWERS)
+        new = (codes, product, error)
         best = jax.tree.map(lambda a, b: jnp.where(error < best[2], a, b), new, best)
-        return (after, best), error
+        return (product, best), error
 
     random = start_basis(kernel.shape, width)
     first = best_product(rows.T, rank, weights, random, width=width, powers=FIRST_POWERS)
-    (_, best), history = lax.scan(step, (first, (first, first, jnp.inf)), None, length=steps)
-
+    alone, left = codes_of(rows)
+    (_, best), history = lax.scan(step, (first, (alone, first, jnp.inf)), None, length=steps)
     # Never worse than the codes alone: else their own product, which is LoftQ's start.
-    left = missed(rows, quantize(rows, form, weights.feedback), form)
-    nothing = jax.tree.map(jnp.zeros_like, first)
-    before, after, error = lax.cond(
+    codes, product, error = lax.cond(
         best[2] < weights.measure(left.T),
         lambda: best,
-        lambda: (nothing, *fit(left, random, FIRST_POWERS)),
+        lambda: (alone, *fit(left, random, FIRST_POWERS)),
     )
     total = weights.measure(rows.T)
-    return Decomposition(codes_of(before), after.left, after.right, error, total, history)
+    return Decomposition(codes, product.left, product.right, error, total, history)
 
 
 _stacked = functools.partial(jax.jit, static_argnames=("form", "width", "steps"))(
