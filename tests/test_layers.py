@@ -20,7 +20,7 @@ ORDER = [
     ["lordjax.models.layers"],
     ["lordjax.models.transformer"],
     ["lordjax.models"],
-    ["lordjax.methods.base"],
+    ["lordjax.methods.base", "lordjax.methods.feedback"],
     ["lordjax.methods.svd", "lordjax.methods.modular", "lordjax.methods.low_rank_quantized"],
     ["lordjax.methods"],
     ["lordjax.functional", "lordjax.source", "lordjax.collect"],
@@ -155,9 +155,10 @@ def test_parts_that_must_not_know_each_other(part):
 
 
 def test_torch_is_imported_in_conversions_only_and_lazily():
+    peers = {"lordjax.scripts.benchmark_decompose"}  # times what others wrote in torch
     for module in sources():
         everything = {name.split(".")[0] for name in imports(module)}
-        if not inside(module, "lordjax.conversions"):
+        if not inside(module, "lordjax.conversions") and module not in peers:
             assert "torch" not in everything, module
         at_import = {name.split(".")[0] for name in imports(module, everywhere=False)}
         assert "torch" not in at_import, module
