@@ -2,8 +2,9 @@
 
 Products run at HIGHEST precision (float32 is otherwise TF32 on GPU and bfloat16 on TPU). Callers
 that want float64 pass float64 arrays under ``jax.enable_x64``. The low-rank methods use no Cholesky
-factorisation and no inverse: both fail on the singular Grams that few calibration tokens give.
-Column selection needs them (one triangular factor serves every width) and adds a jitter.
+factorisation of a second moment and no inverse: both fail on the singular ones that few
+calibration tokens give. Column selection needs them (one triangular factor serves every width) and
+adds a jitter.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from jaxtyping import Array, Float, Int
 GRADIENT_DAMPING = 1e-2
 JITTER = 1e-6  # first share of the mean diagonal added before a Cholesky factorisation
 WIDE = 512  # columns from which `gram` saves time
+ROWS_SHIFT = 1e-5  # of Gram-Schmidt, above the rounding of products of unit rows in float32
 LEAF = 256  # columns up to which a triangle is inverted by a solve; 48 to 384 are as fast
 
 
@@ -77,18 +79,27 @@ def sqrt_pair(
 
 
 def orthonormal_rows(a: Float[Array, "k n"]) -> Float[Array, "k n"]:
-    """An orthonormal basis of the span of k ≪ n rows; rows of zeros where there are fewer.
+    """An orthonormal basis of the span of k ≪ n rows, the first ones of the first; zeros stay zero.
 
-    From eigenvectors of the rows' products, twice because that squares the condition: two large
-    products instead of a QR, whose threads on CPU get in the way of those of the products.
+    Gram-Schmidt by Cholesky factors of the rows' products, twice because that squares the
+    condition (of the rows at unit length; up to 1e4 in float32), and shifted, so that rows which
+    depend on others become some directions instead of NaN. All of it products: on CPU the threads
+    of a QR or of a solve get in their way.
     """
     for _ in range(2):
-        norms = jnp.linalg.norm(a, axis=1, keepdims=True)
-        a = a / jnp.where(norms > 0, norms, 1)
-        values, vectors = jnp.linalg.eigh(mm(a, a.T))
-        least = len(a) * jnp.finfo(a.dtype).eps
-        a = mm((vectors / jnp.sqrt(jnp.maximum(values, least))[None]).T, a)
-    return a
+        a = _unit_rows(a)
+        lower = jnp.linalg.cholesky(mm(a, a.T) + ROWS_SHIFT * jnp.eye(len(a), dtype=a.dtype))
+        # Newton's iteration for its inverse; of a triangle it ends exactly after log2 k steps.
+        inverse = jnp.diag(1 / jnp.diagonal(lower))
+        for _ in range((len(a) - 1).bit_length()):
+            inverse = 2 * inverse - mm(inverse, lower, inverse)
+        a = mm(inverse, a)
+    return _unit_rows(a)
+
+
+def _unit_rows(a: Float[Array, "k n"]) -> Float[Array, "k n"]:
+    norms = jnp.linalg.norm(a, axis=1, keepdims=True)
+    return a / jnp.where(norms > 0, norms, 1)
 
 
 def row_space(kernel: Float[Array, "in out"]) -> Float[Array, "out m"] | None:

@@ -159,12 +159,16 @@ def nearest(x: Float[Array, "..."], bits: int) -> UInt[Array, "..."]:
     middles = ((table[1:] + table[:-1]) / 2).astype(np.float32)
     if bits == 8:  # too many to compare with all of them
         return jnp.searchsorted(middles, x, method="scan_unrolled").astype(jnp.uint8)
-    # One fused pass over x.
-    return functools.reduce(
-        lambda code, middle: code + (x > middle).astype(jnp.uint8),
-        middles,
-        jnp.zeros(x.shape, jnp.uint8),
-    )
+    # Bisection, bit by bit from the highest, in one fused pass over x. Gathering the middles would
+    # be slow, so each bit selects among those that are left.
+    left, code = [jnp.asarray(middle) for middle in middles], jnp.zeros(x.shape, jnp.uint8)
+    while left:
+        half = len(left) // 2
+        high = x > left[half]
+        code = code << 1 | high.astype(jnp.uint8)
+        pairs = zip(left[:half], left[half + 1 :], strict=True)
+        left = [jnp.where(high, upper, lower) for lower, upper in pairs]
+    return code
 
 
 def lookup(codes: UInt[Array, "..."], bits: int) -> Float[Array, "..."]:
@@ -219,7 +223,10 @@ def dequantize_scales(
     high = lax.reduce_precision(step, exponent_bits=8, mantissa_bits=15)
     wide = runs(codes.astype(jnp.float32), form.scale_block)
     scales = offset + wide * high + wide * (step - high)
-    return scales.reshape(-1)[: len(codes)]
+    scales = scales.reshape(-1)[: len(codes)]
+    # Divided by 1, exactly: XLA on CPU, which fuses across barriers, would find a scale again for
+    # each of its values; a division it does not repeat.
+    return scales / jnp.maximum(codes.astype(jnp.float32) / 256, 1)
 
 
 def quantize(x: Float[Array, "n"], form: Format) -> Codes:

@@ -136,8 +136,10 @@ def measure(
     clocks: dict[str, list[tuple[float, float]]] = {"published": [], "ours": []}
     for _ in range(repeats):  # in turn, so that both see the same machine
         for name in clocks:
+            run = ours if name == "ours" else lambda: published(weight, form, rank, steps[1])
+            run()  # the other's threads wait actively for a while
             wall, cpu = time.perf_counter(), time.process_time()
-            error = published(weight, form, rank, steps[1]) if name == "published" else ours()
+            error = run()
             clocks[name].append((time.perf_counter() - wall, time.process_time() - cpu))
             row[f"{name}_error"] = error / norm
     for name, pairs in clocks.items():

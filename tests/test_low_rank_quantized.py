@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from lordjax import nf
+from lordjax.linalg import orthonormal_rows
 from lordjax.methods.feedback import feedback_of
 from lordjax.methods.low_rank_quantized import (
     FIRST_POWERS,
     OVERSAMPLING,
     Weights,
+    _decompose,
     best_product,
     decompose,
     decompose_all,
@@ -24,7 +26,7 @@ from lordjax.quantizer import cost_of
 SHAPE = (48, 40)
 WIDTH = 8
 FORM = nf.Format(3, 8, "float32", 16, 16)
-best = jax.jit(best_product, static_argnames=("width", "powers"))
+best = jax.jit(best_product, static_argnames=("width", "powers", "sort"))
 
 
 def matrix(seed=0, shape=SHAPE):
@@ -52,6 +54,29 @@ def product(target, rank, weights, width=WIDTH):
     start = start_basis(target.shape, width)
     found = best(target, jnp.asarray(rank), weights, start, width=width, powers=FIRST_POWERS)
     return np.asarray(found.left @ found.right, np.float64), found
+
+
+@pytest.mark.parametrize("condition", [1, 1e2, 1e4])
+def test_orthonormal_rows_span_the_rows_in_their_order(condition):
+    rng = np.random.default_rng(0)
+    left, right = (np.linalg.qr(rng.normal(size=(n, 12)))[0] for n in (12, 200))
+    rows = (left * np.geomspace(1, 1 / condition, 12)) @ right.T
+    found = np.asarray(orthonormal_rows(jnp.asarray(rows, jnp.float32)), np.float64)
+    np.testing.assert_allclose(found @ found.T, np.eye(12), atol=1e-4)
+    first = np.linalg.qr(rows.T)[0]
+    for k in (1, 6, 12):  # rounding is as large as what the condition leaves of a direction
+        outside = rows[:k] - rows[:k] @ found[:k].T @ found[:k]
+        assert np.linalg.norm(outside) < 1e-5
+    assert condition > 1 or np.linalg.norm(first @ first.T - found.T @ found) < 1e-5
+
+
+def test_rows_that_depend_on_others_or_are_zero_stay_finite():
+    rows = jax.random.normal(jax.random.key(0), (3, 50))
+    rows = jnp.concatenate([rows, rows[:1] + rows[1:2], jnp.zeros((1, 50))])
+    found = orthonormal_rows(rows)
+    np.testing.assert_allclose(found[:3] @ found[:3].T, np.eye(3), atol=1e-5)
+    assert np.isfinite(found).all()
+    assert not found[4].any()
 
 
 def tail(a, rank):
@@ -246,11 +271,26 @@ def test_planted_product_is_found():
     assert np.sqrt(measured(kernel, found, Weights())) < 0.05 * alone
 
 
+def test_a_search_from_a_sorted_basis_stays_sorted():
+    """Orthogonal iteration: the best product for a nearby matrix needs no rotation."""
+    target, weights = moment(3) @ matrix(), Weights(moment(), positive(SHAPE[1], 2))
+    start = product(target, WIDTH, weights)[1].basis
+    fixed = {"width": WIDTH, "powers": 3}
+    near = target + 1e-3 * jnp.linalg.norm(target) / 40 * matrix(5)
+    lefts = []
+    for sort in (True, False):
+        found = best(near, jnp.asarray(4), weights, start, sort=sort, **fixed)
+        lefts.append(float(weights.measure(near - found.left @ found.right)))
+        rest = float(found.total - found.energies[:4].sum())
+        assert lefts[-1] == pytest.approx(rest, rel=1e-3)
+    assert lefts[1] == pytest.approx(lefts[0], rel=1e-2)
+
+
 def test_rank_is_traced():
-    decompose.clear_cache()
     kernel = matrix()
+    _decompose.clear_cache()
     errors = [float(run(kernel, rank).error) for rank in (2, 5, WIDTH)]
-    assert decompose._cache_size() == 1
+    assert _decompose._cache_size() == 1
     assert errors == sorted(errors, reverse=True)
 
 

@@ -92,7 +92,7 @@ class Product(NamedTuple):
       left: ``[in, width]``.
       right: ``[width, out]``, of the same norms.
       basis: ``[k, out]`` orthonormal rows; a start for the next search.
-      energies: ``[k]`` what each direction takes off the measure, falling.
+      energies: ``[k]`` what each direction takes off the measure, falling if they were sorted.
       total: ``[]`` the measure of the matrix itself.
     """
 
@@ -121,6 +121,7 @@ def best_product(
     *,
     width: int,
     powers: int,
+    sort: bool = True,
 ) -> Product:
     """The product of a rank that is closest to ``matrix``, by subspace iteration.
 
@@ -134,6 +135,8 @@ def best_product(
       basis: of the search; near the answer, one power is enough.
       width: columns of the result; those from ``rank`` on are zero.
       powers: power iterations.
+      sort: turn the subspace so that its best directions come first; those of a sorted ``basis``
+        stay in order by themselves.
     """
     # Outputs run along rows, as codes are stored, and subspaces are rows too: a product with the
     # transpose of a large matrix then reads it in order.
@@ -143,9 +146,13 @@ def best_product(
     for _ in range(powers):
         basis = orthonormal_rows(mm(mm(basis, heavy), scaled.T))
     inner = mm(basis, scaled)
-    energies, turn = jnp.linalg.eigh(mm(mm(basis, heavy), inner.T))
-    energies, turn = jnp.maximum(energies[::-1], 0), turn[:, ::-1].T
-    basis, inner = mm(turn, basis), mm(turn, inner)
+    within = mm(mm(basis, heavy), inner.T)
+    energies = jnp.diagonal(within)
+    if sort:
+        energies, turn = jnp.linalg.eigh(within)
+        energies, turn = energies[::-1], turn[:, ::-1].T
+        basis, inner = mm(turn, basis), mm(turn, inner)
+    energies = jnp.maximum(energies, 0)
     missing = ((0, max(0, width - len(basis))), (0, 0))
     left = jnp.pad(inner, missing)[:width].T
     right = jnp.pad(basis / root.T, missing)[:width]
@@ -178,7 +185,6 @@ class Decomposition(NamedTuple):
     history: Any
 
 
-@functools.partial(jax.jit, static_argnames=("form", "width", "steps"))
 def decompose(
     kernel: Float[Array, "in out"],
     rank: Int[Array, ""],
@@ -198,11 +204,29 @@ def decompose(
       width: columns of the product that is returned.
       steps: alternations.
     """
-    # Outputs along rows, as codes are stored.
-    rows = lax.optimization_barrier(kernel.astype(jnp.float32).T)
+    return _decompose(_as_rows(kernel), rank, weights, form=form, width=width, steps=steps)
 
-    def fit(left: Array, basis: Array, powers: int) -> tuple[Product, Array]:
-        found = best_product(left.T, rank, weights, basis, width=width, powers=powers)
+
+@jax.jit
+def _as_rows(kernel: Float[Array, "in out"]) -> Float[Array, "out in"]:
+    """Outputs along rows, as codes are stored; a call of its own, lest all readers transpose."""
+    return kernel.astype(jnp.float32).T
+
+
+@functools.partial(jax.jit, static_argnames=("form", "width", "steps"))
+def _decompose(
+    rows: Float[Array, "out in"],
+    rank: Int[Array, ""],
+    weights: Weights,
+    *,
+    form: nf.Format,
+    width: int,
+    steps: int,
+) -> Decomposition:
+    """`decompose` of a transposed kernel."""
+
+    def fit(left: Array, basis: Array, powers: int, sort: bool) -> tuple[Product, Array]:
+        found = best_product(left.T, rank, weights, basis, width=width, powers=powers, sort=sort)
         if weights.elements is not None:
             return found, weights.measure((left - found.transposed()).T)
         kept = jnp.arange(len(found.energies)) < rank
@@ -215,12 +239,12 @@ def decompose(
     def step(state: tuple[Any, Any], _: Any) -> tuple[Any, Array]:
         product, best = state
         codes, left = codes_of(rows - product.transposed())
-        product, error = fit(left, product.basis, POWERS)
+        product, error = fit(left, product.basis, POWERS, sort=False)
         new = (codes, product, error)
         best = jax.tree.map(lambda a, b: jnp.where(error < best[2], a, b), new, best)
         return (product, best), error
 
-    random = start_basis(kernel.shape, width)
+    random = start_basis(rows.shape[::-1], width)
     first = best_product(rows.T, rank, weights, random, width=width, powers=FIRST_POWERS)
     alone, left = codes_of(rows)
     (_, best), history = lax.scan(step, (first, (alone, first, jnp.inf)), None, length=steps)
@@ -228,7 +252,7 @@ def decompose(
     codes, product, error = lax.cond(
         best[2] < weights.measure(left.T),
         lambda: best,
-        lambda: (alone, *fit(left, random, FIRST_POWERS)),
+        lambda: (alone, *fit(left, random, FIRST_POWERS, sort=True)),
     )
     total = weights.measure(rows.T)
     return Decomposition(codes, product.left, product.right, error, total, history)
