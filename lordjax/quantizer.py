@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -125,6 +125,16 @@ class Table:
     options: list[Option]
     sizes: np.ndarray
     errors: np.ndarray
+
+    @classmethod
+    def of(cls, rows: Iterable[tuple[int, float, Option]]) -> Table:
+        """Of (size, error, option), without options that another one beats in both."""
+        best: list[tuple[int, float, Option]] = []
+        for size, error, option in sorted(rows, key=lambda each: each[:2]):
+            if not best or error < best[-1][1]:
+                best.append((size, error, option))
+        sizes, errors = (np.array([each[k] for each in best], float) for k in range(2))
+        return cls([option for _, _, option in best], sizes, errors)
 
 
 @dataclasses.dataclass
@@ -303,7 +313,7 @@ class Quantizer:
             yield i, block, costs
 
     def _table(self, kernel: Any, weights: Weights) -> Table:
-        """What a matrix may become; options that another one beats in both are left out."""
+        """What a matrix may become."""
         row, shape = QUANTIZERS[self.method], tuple(kernel.shape)
         ranks = (0, *RANKS) if row.all_in else (self.rank or 0,)
         ranks = tuple(rank for rank in ranks if rank < min(shape))
@@ -320,13 +330,7 @@ class Quantizer:
             rows += [(Option(None, r), e) for r, e in zip(alone, errors, strict=True)]
         if row.all_in:
             rows.append((Option(None, None), 0.0))
-        sized = [(self._size(option, shape), error, option) for option, error in rows]
-        best: list[tuple[int, float, Option]] = []
-        for size, error, option in sorted(sized, key=lambda each: each[:2]):
-            if not best or error < best[-1][1]:
-                best.append((size, error, option))
-        sizes, errors = (np.array([each[k] for each in best], float) for k in range(2))
-        return Table([option for _, _, option in best], sizes, errors)
+        return Table.of((self._size(option, shape), error, option) for option, error in rows)
 
     def _size(self, option: Option, shape: tuple[int, ...]) -> int:
         """Bytes that a budget counts."""

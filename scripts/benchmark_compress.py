@@ -5,8 +5,10 @@ Run::
     python -m lordjax.scripts.benchmark_compress MODEL --data DIR --out results.json
 
 ``DIR`` holds ``calib_<domain>.npy`` and ``eval_<domain>.npy``, token ids ``[windows, length]``.
-Every method runs in a process of its own, so that peak memory is its own. Results are appended to
-the JSON file as they come; ``--table results.json`` prints the markdown table again.
+A budget is the share of the block weights that stays, ``0.8``, or that and the format of the
+factors' codes, ``0.8:nf8``. Every method runs in a process of its own, so that peak memory is its
+own. Results are appended to the JSON file as they come; ``--table results.json`` prints the
+markdown table again.
 
 Share of peak: operations that calibration and decomposition must cost (`lordjax.scripts.flops`)
 over their time, as a share of the best float32 matmul rate measured in the same process.
@@ -35,7 +37,7 @@ DEFAULT_METHODS = (
 @click.option("--data", type=click.Path(exists=True, file_okay=False), help="token arrays")
 @click.option("--domains", default="wikitext2,pystdlib", show_default=True)
 @click.option("--methods", default=DEFAULT_METHODS, show_default=True, help="NAME or NAME:POLICY")
-@click.option("--keeps", default="0.9,0.8,0.7,0.6,0.5", show_default=True)
+@click.option("--keeps", default="0.9,0.8,0.7,0.6,0.5", show_default=True, help="X or X:FACTORS")
 @click.option("--calibration-windows", default=64, show_default=True)
 @click.option("--windows", default=8, show_default=True, help="evaluation windows")
 @click.option("--time-forward", is_flag=True, help="also time the calibration's forward passes")
@@ -61,7 +63,7 @@ def main(
         return
     if model is None or data is None:
         raise click.UsageError("MODEL and --data are needed; see --help")
-    budgets = [float(keep) for keep in keeps.split(",")]
+    budgets = keeps.split(",")
     if one is not None:
         row = measure(
             model, Path(data), domains, methods, budgets, calibration_windows, windows, time_forward
@@ -116,7 +118,7 @@ def measure(
     data: Path,
     domain: str,
     method: str,
-    keeps: list[float],
+    keeps: list[str],
     calibration_windows: int,
     windows: int,
     time_forward: bool,
@@ -144,6 +146,7 @@ def measure(
         "method": method,
         "perplexity": {},
         "kept": {},
+        "bytes": {},
         "gap": {},
         "apply_seconds": {},
         "prepare_seconds": seconds,
@@ -154,15 +157,17 @@ def measure(
     }
     for keep in keeps:
         start = time.perf_counter()
-        result = prepared.compress(keep, policy or None)
-        row["apply_seconds"][str(keep)] = time.perf_counter() - start
+        share, _, factors = keep.partition(":")
+        result = prepared.compress(float(share), policy or None, factors=factors or None)
+        row["apply_seconds"][keep] = time.perf_counter() - start
         if keep == keeps[0]:  # later budgets would count the evaluation of the earlier ones
             row["peak_rss_bytes"] = result.report["peak_rss_bytes"]
-        row["kept"][str(keep)] = result.report["plan"]["kept"]
-        row["gap"][str(keep)] = result.plan.gap
+        row["kept"][keep] = result.report["plan"]["kept"]
+        row["bytes"][keep] = result.report["bytes"]
+        row["gap"][keep] = result.plan.gap
         jax.clear_caches()  # a compiled model per budget would pile up
         measured = perplexity(result.config, result.params, held_out)
-        row["perplexity"][str(keep)] = measured["perplexity"]
+        row["perplexity"][keep] = measured["perplexity"]
         row["protocol"] = measured["protocol"]
     row["environment"] = {**environment(), "calibration": list(tokens.shape)}
     return row

@@ -353,8 +353,10 @@ def _after_product(
     rows: Float[Array, "out in"], weights: Weights, form: nf.Format | None, ranks: tuple[int, ...]
 ) -> Float[Array, "ranks"]:
     """What the best product leaves of a kernel, or of what codes miss of it."""
-    width = max(*ranks, 1)
+    width = max(ranks)
     error = rows if form is None else missed(rows, nf.quantize(rows.reshape(-1), form), form)
+    if width == 0:
+        return jnp.full(len(ranks), weights.measure(error.T))
     found = _widest_product(error, weights, width)
     left = found.total - jnp.cumsum(found.energies)[:width]
     left = jnp.concatenate([found.total[None], left])
