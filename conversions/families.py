@@ -1,111 +1,29 @@
 """Families of Hugging Face models: the one place that knows how they differ.
 
 A family is a row of `FAMILIES`: how its ``config.json`` becomes a `ModelConfig`, and which tensor
-of its checkpoints is which of our parameters. A new family is a new row.
-
-``config.json`` is read as it lies on disk, not through ``AutoConfig``, which accepts every key.
-Each key must be *read* (`Family.defaults`), understood at *one value only* (`Family.fixed`), or
-known not to change the forward pass (`IGNORED`); any other key is an error, since it may be the
-one that makes the model another model. What is missing takes the default of the family's config
-class in transformers.
+of its checkpoints is which of our parameters. A new family is a new row; see `family.Family`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any
 
-import numpy as np
-
-from lordjax.conversions.rope import ROPE_KEYS, read_rope
+from lordjax.conversions.family import (
+    Family,
+    TensorRow,
+    TensorSource,
+    Values,
+    fill_and_check_sizes,
+    mixed_windows,
+    no_windows,
+    one_window,
+    read_keys,
+    sizes_of,
+)
+from lordjax.conversions.rope import read_rope
 from lordjax.models.config import ModelConfig
-from lordjax.models.layers import ACTIVATIONS
-
-Values = Mapping[str, Any]  # the keys of a config.json that a family reads, defaults filled in
-
-
-@dataclasses.dataclass(frozen=True)
-class TensorSource:
-    """Where a parameter lies in a Hugging Face checkpoint.
-
-    Attributes:
-      name: the tensor's name there.
-      shape: its shape there.
-      transpose: whether it is ``[out, in]`` there; ours are ``[in, out]``.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    transpose: bool = False
-
-    def load(self, tensor: np.ndarray) -> np.ndarray:
-        """Our parameter from their tensor, contiguous."""
-        return np.ascontiguousarray(tensor.T) if self.transpose else tensor
-
-
-class TensorRow(NamedTuple):
-    """A line of a family's tensor table; ``{i}`` stands for the number of the block."""
-
-    path: str  # ours
-    name: str  # theirs
-    dims: str  # their shape, in letters of `_sizes`
-    transpose: bool = False
-    when: str | None = None  # field of `ModelConfig` that must be true; "not x": false
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """One row: a ``model_type`` of Hugging Face.
-
-    Attributes:
-      model_type: the key ``model_type`` of its ``config.json``.
-      architectures: accepted values of the key ``architectures``.
-      fields: field of `ModelConfig` -> key that holds it.
-      constants: fields of `ModelConfig` that are the same in the whole family.
-      defaults: keys that are read -> default of the family's config class.
-      fixed: keys understood at these values only.
-      windows: per-layer sliding windows from the values and a list that takes problems.
-      tensors: the tensor table.
-      ignored_tensors: patterns of tensors that carry nothing.
-    """
-
-    model_type: str
-    architectures: tuple[str, ...]
-    fields: Mapping[str, str]
-    constants: Mapping[str, Any]
-    defaults: Mapping[str, Any]
-    fixed: Mapping[str, tuple[Any, ...]]
-    windows: Callable[[Values, list[str]], tuple[int | None, ...] | None]
-    tensors: tuple[TensorRow, ...]
-    ignored_tensors: tuple[str, ...]
-
-    def ignores(self, name: str) -> bool:
-        """Whether a tensor of this name may be left over."""
-        return any(re.fullmatch(pattern, name) for pattern in self.ignored_tensors)
-
-
-# Keys that do not change the forward pass: bookkeeping, token ids, training and generation.
-_BOOKKEEPING = """
-    model_type architectures transformers_version torch_dtype dtype _name_or_path name_or_path
-    _commit_hash _attn_implementation attn_implementation _attn_implementation_autoset
-    tokenizer_class bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id
-    decoder_start_token_id use_cache output_attentions output_hidden_states return_dict
-    return_dict_in_generate output_scores torchscript use_bfloat16 tf_legacy_loss
-    initializer_range attention_dropout pretraining_tp chunk_size_feed_forward
-    tie_encoder_decoder cross_attention_hidden_size is_decoder problem_type id2label label2id
-    num_labels finetuning_task task_specific_params prefix max_length min_length do_sample
-    early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p
-    repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
-    bad_words_ids num_return_sequences forced_bos_token_id forced_eos_token_id
-    remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
-    is_llama_config transformers.js_config max_sequence_length unsloth_fixed unsloth_version
-"""
-IGNORED = frozenset(_BOOKKEEPING.split())
-
-# Keys whose null has a meaning: derive it from the other sizes, or no sliding window.
-_NULLABLE = frozenset(("num_key_value_heads", "head_dim", "sliding_window", "layer_types"))
 
 
 def family_of(hf_config: Values, where: str = "config.json") -> Family:
@@ -145,133 +63,76 @@ def model_config(hf_config: Values, where: str = "config.json") -> ModelConfig:
     """
     family = family_of(hf_config, where)
     problems: list[str] = []
-    values = _read_keys(family, hf_config, problems)
-    rope = read_rope(hf_config, values, problems)
+    values = read_keys(family, hf_config, problems)
+    rope = read_rope(hf_config, values, problems) if family.rotary else None
     windows = family.windows(values, problems)
     fields = dict(family.constants) | {f: values[key] for f, key in family.fields.items()}
-    _fill_and_check_sizes(fields, problems)
+    fill_and_check_sizes(fields, family.rotary, problems)
+    if family.check is not None:
+        family.check(values, problems)
     if problems:
         raise ValueError(
             f"{where}: {len(problems)} thing(s) in it are not understood, so the converted model "
             f"would be another one (family {family.model_type}):\n  " + "\n  ".join(problems)
         )
+    if family.position_offset is not None:
+        fields["position_offset"] = family.position_offset
+        fields["position_rows"] = fields["max_positions"] + family.position_offset
     return ModelConfig(**fields, rope=rope, windows=windows)
 
 
 def tensor_table(hf_config: Values, where: str = "config.json") -> dict[str, TensorSource]:
     """Our parameter path -> the tensor of a checkpoint with this ``config.json``."""
     family, config = family_of(hf_config, where), model_config(hf_config, where)
-    sizes = _sizes(config)
+    sizes = sizes_of(config)
     table = {}
     for row in family.tensors:
         if row.when and getattr(config, row.when.removeprefix("not ")) == ("not " in row.when):
             continue
-        shape = tuple(sizes[letter] for letter in row.dims)
+        shape, part = tuple(sizes[letter] for letter in row.dims), None
+        if row.part is not None:
+            before, own = (sum(sizes[letter] for letter in letters) for letters in row.part)
+            part = (before, before + own)
         for i in range(config.num_layers if "{i}" in row.path else 1):
             path, name = row.path.format(i=i), row.name.format(i=i)
-            table[path] = TensorSource(name, shape, row.transpose)
+            table[path] = TensorSource(name, shape, row.transpose, part)
     return table
 
 
-def _sizes(config: ModelConfig) -> dict[str, int]:
-    """The letters of `TensorRow.dims`."""
-    return {
-        "v": config.vocab_size,
-        "m": config.hidden_size,
-        "f": config.mlp_size,
-        "h": config.num_heads * config.head_size,
-        "k": config.num_kv_heads * config.head_size,
-    }
+def _linear(
+    path: str, name: str, dims: str, bias: str, *, conv1d: bool = False
+) -> tuple[TensorRow, TensorRow]:
+    """A linear layer's two rows, of which the second holds where the model has biases.
 
-
-def _read_keys(family: Family, hf_config: Values, problems: list[str]) -> dict[str, Any]:
-    """Values of the keys that the family reads; a value of the wrong type becomes the default."""
-    for key, value in hf_config.items():
-        accepted = family.fixed.get(key)
-        if accepted is not None and value not in accepted:
-            problems.append(f"{key} = {value!r}: only {accepted[0]!r} is supported")
-        elif key == "quantization_config":
-            problems.append(f"{key}: the checkpoint is quantised; convert the original instead")
-        elif accepted is None and key not in family.defaults and key not in IGNORED | ROPE_KEYS:
-            problems.append(f"{key} = {value!r}: unknown key")
-    values = dict(family.defaults)
-    for key, default in family.defaults.items():
-        value = hf_config.get(key, default)
-        kinds = (int, float) if isinstance(default, float) else (type(default),)
-        if type(value) in kinds or default is None or (value is None and key in _NULLABLE):
-            values[key] = value
-        else:
-            problems.append(f"{key} = {value!r}: expected a {type(default).__name__}")
-    if values["hidden_act"] not in ACTIVATIONS:
-        known = ", ".join(ACTIVATIONS)
-        problems.append(f"hidden_act = {values['hidden_act']!r}: supported: {known}")
-    return values
-
-
-def _fill_and_check_sizes(fields: dict[str, Any], problems: list[str]) -> None:
-    """Derives the head sizes that are left to derive, and checks that all sizes fit."""
-    optional = ("num_kv_heads", "head_size")
-    sizes = ("vocab_size", "hidden_size", "mlp_size", "num_layers", "num_heads", "max_positions")
-    bad = [f for f in sizes if not _is_size(fields[f])]
-    bad += [f for f in optional if fields[f] is not None and not _is_size(fields[f])]
-    problems += [f"{f} = {fields[f]!r}: expected a positive integer" for f in bad]
-    if bad:
-        return
-    if fields["num_kv_heads"] is None:
-        fields["num_kv_heads"] = fields["num_heads"]
-    if fields["head_size"] is None:
-        fields["head_size"] = fields["hidden_size"] // fields["num_heads"]
-        if fields["hidden_size"] % fields["num_heads"]:
-            problems.append("hidden_size is no multiple of the number of heads, and no head_dim")
-    if fields["num_heads"] % fields["num_kv_heads"]:
-        problems.append(
-            f"{fields['num_heads']} query heads are no multiple of "
-            f"{fields['num_kv_heads']} key/value heads"
-        )
-    if fields["head_size"] % 2:
-        problems.append(f"head size {fields['head_size']}: rotary positions need an even one")
-
-
-def _is_size(value: Any) -> bool:
-    return type(value) is int and value > 0
-
-
-def _no_windows(values: Values, problems: list[str]) -> None:
-    del values, problems
-
-
-def _one_window(values: Values, problems: list[str]) -> tuple[int | None, ...] | None:
-    """The same sliding window in every layer."""
-    window = values["sliding_window"]
-    if window is None:
-        return None
-    if not _is_size(window):
-        problems.append(f"sliding_window = {window!r}: expected a positive integer or null")
-        return None
-    return (window,) * values["num_hidden_layers"]
-
-
-def _mixed_windows(values: Values, problems: list[str]) -> tuple[int | None, ...] | None:
-    """A window in the layers that ``layer_types`` names, else from ``max_window_layers`` on."""
-    if not values["use_sliding_window"]:
-        return None
-    window = _one_window(values, problems)
-    if window is None:
-        return None
-    first, count = values["max_window_layers"], values["num_hidden_layers"]
-    full, sliding = "full_attention", "sliding_attention"
-    kinds = values["layer_types"] or [sliding if i >= first else full for i in range(count)]
-    if not isinstance(kinds, list) or len(kinds) != count or set(kinds) - {full, sliding}:
-        problems.append(f"layer_types = {kinds}: expected {count} times {full} or {sliding}")
-        return None
-    return tuple(w if kind == sliding else None for w, kind in zip(window, kinds, strict=True))
-
-
-def _linear(path: str, name: str, dims: str, bias: str) -> tuple[TensorRow, TensorRow]:
-    """The two rows of an ``nn.Linear``, of which the second holds where the model has biases."""
+    ``nn.Linear`` is ``[out, in]``, the ``Conv1D`` of GPT-2 ``[in, out]``.
+    """
+    out = dims[1] if conv1d else dims[0]
     return (
-        TensorRow(f"{path}/kernel", f"{name}.weight", dims, transpose=True),
-        TensorRow(f"{path}/bias", f"{name}.bias", dims[0], when=bias),
+        TensorRow(f"{path}/kernel", f"{name}.weight", dims, transpose=not conv1d),
+        TensorRow(f"{path}/bias", f"{name}.bias", out, when=bias),
+    )
+
+
+# Layers that are stored as one -> the outputs of each, in letters of `sizes_of`.
+_PARTS = {"q": "h", "k": "k", "v": "k", "gate": "f", "up": "f"}
+
+
+def _fused(
+    path: str, layers: Iterable[str], name: str, dims: str, bias: str
+) -> Iterator[TensorRow]:
+    """Rows of layers whose outputs are stored one after the other in one; ``m`` is the input."""
+    before = ""
+    for layer in layers:
+        for row in _linear(f"{path}/{layer}", name, dims, bias, conv1d=dims[0] == "m"):
+            yield row._replace(part=(before, _PARTS[layer]))
+        before += _PARTS[layer]
+
+
+def _norm(path: str, name: str) -> tuple[TensorRow, TensorRow]:
+    """A norm with a bias."""
+    return (
+        TensorRow(f"{path}/scale", f"{name}.weight", "m"),
+        TensorRow(f"{path}/bias", f"{name}.bias", "m"),
     )
 
 
@@ -319,7 +180,7 @@ LLAMA = Family(
         "pruned_heads": ({}, None),
         "per_layer_config": (None, {}),
     },
-    windows=_no_windows,
+    windows=no_windows,
     tensors=(
         TensorRow("embed/embedding", "model.embed_tokens.weight", "vm"),
         TensorRow(f"{_BLOCK}/attention_norm/scale", f"{_LAYER}.input_layernorm.weight", "m"),
@@ -358,7 +219,7 @@ MISTRAL = dataclasses.replace(
         "max_position_embeddings": 4096 * 32,
         "sliding_window": 4096,
     },
-    windows=_one_window,
+    windows=one_window,
 )
 
 QWEN2 = dataclasses.replace(
@@ -380,7 +241,223 @@ QWEN2 = dataclasses.replace(
         "max_window_layers": 28,
         "layer_types": None,
     },
-    windows=_mixed_windows,
+    windows=mixed_windows,
 )
 
-FAMILIES: dict[str, Family] = {row.model_type: row for row in (LLAMA, MISTRAL, QWEN2)}
+PHI3 = dataclasses.replace(
+    MISTRAL,
+    model_type="phi3",
+    architectures=("Phi3ForCausalLM",),
+    fields={f: key for f, key in MISTRAL.fields.items() if f != "head_size"},
+    defaults={
+        **{k: v for k, v in _READ.items() if k != "head_dim"},
+        "vocab_size": 32064,
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "sliding_window": None,
+    },
+    ignored=frozenset(("resid_pdrop", "embd_pdrop")),
+    tensors=(
+        *(
+            row
+            for row in LLAMA.tensors
+            if ".self_attn." not in row.name and ".mlp." not in row.name
+        ),
+        *_fused(f"{_BLOCK}/attention", "qkv", f"{_LAYER}.self_attn.qkv_proj", "am", "qkv_bias"),
+        *_linear(f"{_BLOCK}/attention/o", f"{_LAYER}.self_attn.o_proj", "mh", "out_bias"),
+        *_fused(f"{_BLOCK}/mlp", ("gate", "up"), f"{_LAYER}.mlp.gate_up_proj", "gm", "mlp_bias"),
+        *_linear(f"{_BLOCK}/mlp/down", f"{_LAYER}.mlp.down_proj", "mf", "mlp_bias"),
+    ),
+)
+
+_ALL_BIASES = {"qkv_bias": True, "out_bias": True, "mlp_bias": True}
+STARCODER2 = dataclasses.replace(
+    LLAMA,
+    model_type="starcoder2",
+    architectures=("Starcoder2ForCausalLM",),
+    fields={
+        **{f: key for f, key in LLAMA.fields.items() if f != "head_size"},
+        "norm_eps": "norm_epsilon",
+        **dict.fromkeys(_BIAS_FIELDS, "use_bias"),
+    },
+    constants={"norm": "layer", "gated": False},
+    defaults={
+        **{k: v for k, v in _READ.items() if k not in ("head_dim", "rms_norm_eps")},
+        "vocab_size": 49152,
+        "hidden_size": 3072,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 2,
+        "hidden_act": "gelu_pytorch_tanh",
+        "max_position_embeddings": 4096,
+        "norm_epsilon": 1e-5,
+        "use_bias": True,
+        "sliding_window": None,
+        "tie_word_embeddings": True,
+    },
+    fixed={**LLAMA.fixed, "norm_type": ("layer_norm",), "mlp_type": ("default",)},
+    ignored=frozenset(("residual_dropout", "embedding_dropout")),
+    windows=one_window,
+    tensors=(
+        *(row for row in LLAMA.tensors if "_norm/" not in row.path and "/mlp/" not in row.path),
+        *_norm(f"{_BLOCK}/attention_norm", f"{_LAYER}.input_layernorm"),
+        *_norm(f"{_BLOCK}/mlp_norm", f"{_LAYER}.post_attention_layernorm"),
+        *_linear(f"{_BLOCK}/mlp/up", f"{_LAYER}.mlp.c_fc", "fm", "mlp_bias"),
+        *_linear(f"{_BLOCK}/mlp/down", f"{_LAYER}.mlp.c_proj", "mf", "mlp_bias"),
+        *_norm("final_norm", "model.norm"),
+    ),
+)
+
+# Dropout, heads for other tasks, the precision of the attention.
+_GPT2_IGNORED = """
+    n_ctx resid_pdrop embd_pdrop attn_pdrop reorder_and_upcast_attn summary_type summary_use_proj
+    summary_activation summary_proj_to_labels summary_first_dropout
+"""
+# The precision of the softmax, and how an old inference server allotted memory.
+_BIGCODE_IGNORED = """
+    attention_softmax_in_fp32 scale_attention_softmax_in_fp32 inference_runner max_batch_size
+    validate_runner_input pre_allocate_kv_cache pad_key_length
+"""
+_HEAD = TensorRow("head/kernel", "lm_head.weight", "vm", True, when="not tie_embeddings")
+_H = "transformer.h.{i}"
+GPT2 = Family(
+    model_type="gpt2",
+    architectures=("GPT2LMHeadModel",),
+    fields={
+        "vocab_size": "vocab_size",
+        "hidden_size": "n_embd",
+        "mlp_size": "n_inner",
+        "num_layers": "n_layer",
+        "num_heads": "n_head",
+        "max_positions": "n_positions",
+        "norm_eps": "layer_norm_epsilon",
+        "activation": "activation_function",
+        "tie_embeddings": "tie_word_embeddings",
+    },
+    constants={"norm": "layer", "gated": False, **_ALL_BIASES},
+    defaults={
+        "vocab_size": 50257,
+        "n_embd": 768,
+        "n_inner": None,
+        "n_layer": 12,
+        "n_head": 12,
+        "n_positions": 1024,
+        "layer_norm_epsilon": 1e-5,
+        "activation_function": "gelu_new",
+        "tie_word_embeddings": True,
+    },
+    fixed={
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "is_encoder_decoder": (False,),
+        "add_cross_attention": (False,),
+        "pruned_heads": ({}, None),
+    },
+    windows=no_windows,
+    ignored=frozenset(_GPT2_IGNORED.split()),
+    rotary=False,
+    position_offset=0,
+    prefix="transformer.",
+    tensors=(
+        TensorRow("embed/embedding", "transformer.wte.weight", "vm"),
+        TensorRow("positions/embedding", "transformer.wpe.weight", "pm"),
+        *_norm(f"{_BLOCK}/attention_norm", f"{_H}.ln_1"),
+        *_fused(f"{_BLOCK}/attention", "qkv", f"{_H}.attn.c_attn", "ma", "qkv_bias"),
+        *_linear(f"{_BLOCK}/attention/o", f"{_H}.attn.c_proj", "hm", "out_bias", conv1d=True),
+        *_norm(f"{_BLOCK}/mlp_norm", f"{_H}.ln_2"),
+        *_linear(f"{_BLOCK}/mlp/up", f"{_H}.mlp.c_fc", "mf", "mlp_bias", conv1d=True),
+        *_linear(f"{_BLOCK}/mlp/down", f"{_H}.mlp.c_proj", "fm", "mlp_bias", conv1d=True),
+        *_norm("final_norm", "transformer.ln_f"),
+        _HEAD,
+    ),
+    # The causal mask and its constant, saved by old versions.
+    ignored_tensors=(r"transformer\.h\.\d+\.attn\.(masked_)?bias",),
+)
+
+GPT_BIGCODE = dataclasses.replace(
+    GPT2,
+    model_type="gpt_bigcode",
+    architectures=("GPTBigCodeForCausalLM",),
+    constants={**GPT2.constants, "num_kv_heads": 1},
+    defaults={**GPT2.defaults, "activation_function": "gelu_pytorch_tanh"},
+    fixed={**GPT2.fixed, "multi_query": (True,), "num_key_value_heads": (1,)},
+    ignored=frozenset((_GPT2_IGNORED + _BIGCODE_IGNORED).split()),
+    tensors=(
+        *(row for row in GPT2.tensors if ".attn." not in row.name and ".mlp." not in row.name),
+        *_fused(f"{_BLOCK}/attention", "qkv", f"{_H}.attn.c_attn", "am", "qkv_bias"),
+        *_linear(f"{_BLOCK}/attention/o", f"{_H}.attn.c_proj", "mh", "out_bias"),
+        *_linear(f"{_BLOCK}/mlp/up", f"{_H}.mlp.c_fc", "fm", "mlp_bias"),
+        *_linear(f"{_BLOCK}/mlp/down", f"{_H}.mlp.c_proj", "mf", "mlp_bias"),
+    ),
+)
+
+
+def _same_width(values: Values, problems: list[str]) -> None:
+    """OPT-350m projects its embeddings, and normalises behind its layers."""
+    inner, outer = values["hidden_size"], values["word_embed_proj_dim"]
+    if inner != outer:
+        problems.append(f"word_embed_proj_dim = {outer!r}: only {inner!r}, the hidden size")
+
+
+_D = "model.decoder.layers.{i}"
+OPT = Family(
+    model_type="opt",
+    architectures=("OPTForCausalLM",),
+    fields={
+        "vocab_size": "vocab_size",
+        "hidden_size": "hidden_size",
+        "mlp_size": "ffn_dim",
+        "num_layers": "num_hidden_layers",
+        "num_heads": "num_attention_heads",
+        "max_positions": "max_position_embeddings",
+        "activation": "activation_function",
+        "tie_embeddings": "tie_word_embeddings",
+        **dict.fromkeys(_BIAS_FIELDS, "enable_bias"),
+    },
+    constants={"norm": "layer", "norm_eps": 1e-5, "gated": False},
+    defaults={
+        "vocab_size": 50272,
+        "hidden_size": 768,
+        "ffn_dim": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "max_position_embeddings": 2048,
+        "activation_function": "relu",
+        "tie_word_embeddings": True,
+        "enable_bias": True,
+        "word_embed_proj_dim": 768,
+    },
+    fixed={
+        "do_layer_norm_before": (True,),
+        "_remove_final_layer_norm": (False,),
+        "layer_norm_elementwise_affine": (True,),
+        "is_encoder_decoder": (False,),
+        "add_cross_attention": (False,),
+        "pruned_heads": ({}, None),
+    },
+    windows=no_windows,
+    ignored=frozenset(("dropout", "activation_dropout", "layerdrop", "init_std")),
+    rotary=False,
+    position_offset=2,
+    check=_same_width,
+    tensors=(
+        TensorRow("embed/embedding", "model.decoder.embed_tokens.weight", "vm"),
+        TensorRow("positions/embedding", "model.decoder.embed_positions.weight", "pm"),
+        *_norm(f"{_BLOCK}/attention_norm", f"{_D}.self_attn_layer_norm"),
+        *_linear(f"{_BLOCK}/attention/q", f"{_D}.self_attn.q_proj", "hm", "qkv_bias"),
+        *_linear(f"{_BLOCK}/attention/k", f"{_D}.self_attn.k_proj", "km", "qkv_bias"),
+        *_linear(f"{_BLOCK}/attention/v", f"{_D}.self_attn.v_proj", "km", "qkv_bias"),
+        *_linear(f"{_BLOCK}/attention/o", f"{_D}.self_attn.out_proj", "mh", "out_bias"),
+        *_norm(f"{_BLOCK}/mlp_norm", f"{_D}.final_layer_norm"),
+        *_linear(f"{_BLOCK}/mlp/up", f"{_D}.fc1", "fm", "mlp_bias"),
+        *_linear(f"{_BLOCK}/mlp/down", f"{_D}.fc2", "mf", "mlp_bias"),
+        *_norm("final_norm", "model.decoder.final_layer_norm"),
+        _HEAD,
+    ),
+)
+
+_ROWS = (LLAMA, MISTRAL, QWEN2, PHI3, STARCODER2, GPT2, GPT_BIGCODE, OPT)
+FAMILIES: dict[str, Family] = {row.model_type: row for row in _ROWS}

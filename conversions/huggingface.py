@@ -13,6 +13,7 @@ File formats are hidden behind `TensorFiles`.
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +52,13 @@ class Checkpoint:
         self.config: ModelConfig = model_config(hf_config, where)
         self.table: dict[str, TensorSource] = tensor_table(hf_config, where)
         self._files, self._tokens = files, tokens
+        # Checkpoints of the bare model, without its head, leave out the prefix.
+        prefix, names = family_of(hf_config).prefix, set(files.names())
+        if not any(name.startswith(prefix) for name in names):
+            self.table = {
+                path: dataclasses.replace(source, name=source.name.removeprefix(prefix))
+                for path, source in self.table.items()
+            }
         self._check()
 
     def read(self, path: str, dtype: Any = None) -> Float[np.ndarray, ...]:
@@ -101,10 +109,7 @@ class Checkpoint:
     def leaves(self) -> dict[str, Any]:
         """Parameter path -> ``ShapeDtypeStruct``, without reading values."""
         return {
-            path: jax.ShapeDtypeStruct(
-                source.shape[::-1] if source.transpose else source.shape,
-                self._files.dtype(source.name),
-            )
+            path: jax.ShapeDtypeStruct(source.loaded_shape, self._files.dtype(source.name))
             for path, source in self.table.items()
         }
 
@@ -131,7 +136,8 @@ class Checkpoint:
                 problems.append(f"wrong shape: {place} is {shape}, not {expected[name].shape}")
         for name in found - expected.keys():
             tied_head = self.config.tie_embeddings and name == "lm_head.weight"
-            if not tied_head and not family.ignores(name):
+            ignored = family.ignores(name) or family.ignores(family.prefix + name)
+            if not tied_head and not ignored:
                 shape = self._files.shape(name)
                 problems.append(f"unknown: {self._files.where(name)} {shape}")
         if problems:

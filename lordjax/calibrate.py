@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from lordjax import linalg, trees
 from lordjax.collect import (
     BLOCK,
+    EMBEDDINGS,
     embed,
     empty,
     loss_gradient,
@@ -46,8 +47,9 @@ def on_device(tree: Any) -> Any:
 
 def hidden_states(source: Source, calibration: Calibration) -> list[Any]:
     """The residual stream before the first block, one array per batch."""
-    rest = {"embed": on_device(source.rest()["embed"])}
-    return [embed(rest, tokens, config=source.config) for tokens, _ in calibration.batches()]
+    rest = source.rest()
+    tables = on_device({key: rest[key] for key in EMBEDDINGS if key in rest})
+    return [embed(tables, *batch, config=source.config) for batch in calibration.batches()]
 
 
 # What a module's ``needs`` mean; ``moments`` are those of its last layer's input.
@@ -188,7 +190,7 @@ def gradient_statistics(
     together = max(1, STATE_BYTES // (state * config.num_layers))
     for start in clock.run("gradients", range(0, len(batches), together)):
         sweep = batches[start : start + together]
-        states = [[embed({"embed": rest["embed"]}, t, config=config)] for t, _ in sweep]
+        states = [[embed(rest, *batch, config=config)] for batch in sweep]
         for i in layers:
             block = on_device(source.block(i))
             if i not in stats:
@@ -267,7 +269,7 @@ def _empty_gradients(
     flat = trees.flatten(block)
     stats: dict[str, dict[str, Any]] = {}
     bases: dict[str, Any] = {}
-    for site in sites_for(method.kinds):
+    for site in sites_for(method.kinds, config.gated):
         keys = _gradient_keys(method, site)
         if "gradients" in keys:
             path = keys["gradients"]

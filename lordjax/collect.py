@@ -30,6 +30,7 @@ from lordjax.stats import (
 )
 
 Stats = dict[str, Any]
+EMBEDDINGS = ("embed", "positions")  # parameters that come before the first block
 BLOCK = "block"  # stands for the pair of a block's input and output where a tap is named
 
 
@@ -39,8 +40,9 @@ def moment_taps(block: Mapping[str, Any], sites: Iterable[Site] = LINEAR_SITES) 
     The input's, if it is no wider than the widest layer it feeds (it is shared by the group);
     else the output's. So no second moment is larger than the smaller side of its kernels.
     """
-    sites = tuple(sites)
-    shapes = {site.path: trees.flatten(block)[site.path].shape for site in sites}
+    flat = trees.flatten(block)
+    sites = tuple(site for site in sites if site.path in flat)
+    shapes = {site.path: flat[site.path].shape for site in sites}
     taps = {}
     for site in sites:
         group = [shapes[other.path] for other in sites if other.input_tap == site.input_tap]
@@ -67,10 +69,16 @@ def empty(widths: Mapping[str, Any]) -> Stats:
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
-def embed(rest: Any, tokens: Int[Array, "b s"], *, config: ModelConfig) -> Float[Array, "b s m"]:
-    """The residual stream before the first block."""
-    model = Transformer(config)
-    x: Any = model.apply({"params": rest}, tokens, method=Transformer.embed_tokens)
+def embed(
+    rest: Any,
+    tokens: Int[Array, "b s"],
+    mask: Bool[Array, "b s"] | None = None,
+    *,
+    config: ModelConfig,
+) -> Float[Array, "b s m"]:
+    """The residual stream before the first block; of ``rest`` only `EMBEDDINGS` are read."""
+    model, tables = Transformer(config), {key: rest[key] for key in EMBEDDINGS if key in rest}
+    x: Any = model.apply({"params": tables}, tokens, mask, method=Transformer.embed_tokens)
     return x
 
 

@@ -48,12 +48,13 @@ def _linear(path: str, input_tap: str, group: int) -> Site:
     return Site(path, group, "linear", (path,), input_tap)
 
 
+GATE = "mlp/gate/kernel"
 LINEAR_SITES: tuple[Site, ...] = (
     _linear("attention/q/kernel", "attention/attention_in", 0),
     _linear("attention/k/kernel", "attention/attention_in", 0),
     _linear("attention/v/kernel", "attention/attention_in", 0),
     _linear("attention/o/kernel", "attention/attention_out", 1),
-    _linear("mlp/gate/kernel", "mlp/mlp_in", 2),
+    _linear(GATE, "mlp/mlp_in", 2),
     _linear("mlp/up/kernel", "mlp/mlp_in", 2),
     _linear("mlp/down/kernel", "mlp/mlp_hidden", 3),
 )
@@ -77,7 +78,7 @@ MODULE_SITES: tuple[Site, ...] = (
         "mlp",
         3,
         "mlp",
-        ("mlp/gate/kernel", "mlp/up/kernel", "mlp/down/kernel"),
+        (GATE, "mlp/up/kernel", "mlp/down/kernel"),
         "mlp/mlp_hidden",
     ),
 )
@@ -86,14 +87,19 @@ MODULE_SITES: tuple[Site, ...] = (
 LAST_LAYER = {"vo": "attention/o/kernel", "mlp": "mlp/down/kernel"}
 
 
-def sites_for(kinds: frozenset[str]) -> tuple[Site, ...]:
+def linear_sites(gated: bool = True) -> tuple[Site, ...]:
+    """The linear layers of a block whose MLP has a gate or has none."""
+    return tuple(site for site in LINEAR_SITES if gated or site.path != GATE)
+
+
+def sites_for(kinds: frozenset[str], gated: bool = True) -> tuple[Site, ...]:
     """The sites of some kinds, in the order in which they run.
 
     A kernel that a module covers is no linear site besides.
     """
     modules = tuple(site for site in MODULE_SITES if site.kind in kinds)
     covered = {path for site in modules for path in site.kernels}
-    linear = () if "linear" not in kinds else LINEAR_SITES
+    linear = () if "linear" not in kinds else linear_sites(gated)
     alone = tuple(site for site in linear if site.path not in covered)
     return tuple(sorted((*alone, *modules), key=lambda site: site.group))
 

@@ -19,7 +19,7 @@ def block_weights(config: ModelConfig) -> int:
     """Linear weights of one block."""
     heads = config.num_heads * config.head_size
     kv = config.num_kv_heads * config.head_size
-    return config.hidden_size * (2 * heads + 2 * kv + 3 * config.mlp_size)
+    return config.hidden_size * (2 * heads + 2 * kv + (2 + config.gated) * config.mlp_size)
 
 
 def forward(config: ModelConfig, windows: int, length: int) -> float:
@@ -47,7 +47,7 @@ def grams(config: ModelConfig, method: Method, windows: int, length: int) -> flo
     from lordjax.trees import unflatten
 
     block, total = _block(config), 0.0
-    keys = activation_keys(unflatten(block), sites_for(method.kinds), method)
+    keys = activation_keys(unflatten(block), sites_for(method.kinds, config.gated), method)
     for key in {key for names in keys.values() for key in names.values()}:
         width = statistic_width(key, block, config)
         if key.endswith(":moments"):
@@ -67,7 +67,7 @@ def factors(config: ModelConfig, method: Method) -> float:
     from lordjax.sites import sites_for
 
     block, total = _block(config), 0.0
-    for site in sites_for(method.kinds):
+    for site in sites_for(method.kinds, config.gated):
         fan_in, fan_out = block[site.kernels[-1]].shape
         heads, width = config.num_kv_heads, config.head_size
         if site.kind == "linear":
@@ -94,7 +94,7 @@ def gradients(config: ModelConfig, method: Method, windows: int, length: int) ->
     from lordjax.sites import sites_for
 
     block, tokens, extra = _block(config), windows * length, 0.0
-    for site in sites_for(method.kinds):
+    for site in sites_for(method.kinds, config.gated):
         needs = method.needs if site.kind == "linear" else method.modules[site.kind].needs
         fan_in, fan_out = block[site.kernels[-1]].shape
         if "gradients" in needs:

@@ -66,13 +66,51 @@ CASES = {
         "qwen2",
         {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     ),
+    "phi3": ("phi3", {"pad_token_id": 0}),
+    "phi3-window": ("phi3", {"pad_token_id": 0, "sliding_window": 6, "tie_word_embeddings": True}),
+    "starcoder2": ("starcoder2", {}),
+    "starcoder2-options": (
+        "starcoder2",
+        {"use_bias": False, "sliding_window": 9, "tie_word_embeddings": False},
+    ),
+    "gpt2": ("gpt2", {}),
+    "gpt2-options": (
+        "gpt2",
+        {"n_inner": 40, "activation_function": "relu", "tie_word_embeddings": False},
+    ),
+    "gpt_bigcode": ("gpt_bigcode", {}),
+    "opt": ("opt", {}),
+    "opt-unbiased": ("opt", {"enable_bias": False, "activation_function": "gelu"}),
 }
+# What the sizes of `TINY` are called where they are called something else.
+_GPT2 = {
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "max_position_embeddings": "n_positions",
+    "intermediate_size": None,
+    "num_key_value_heads": None,
+}
+NAMES = {
+    "gpt2": _GPT2,
+    "gpt_bigcode": _GPT2,
+    "opt": {"intermediate_size": "ffn_dim", "num_key_value_heads": None},
+}
+EXTRA = {"opt": {"word_embed_proj_dim": TINY["hidden_size"]}}
+
+
+def tiny(kind, options=()):
+    """`TINY` in the words of a family."""
+    names = NAMES.get(kind, {})
+    sizes = {names.get(key, key): value for key, value in TINY.items()}
+    sizes.pop(None, None)
+    return {**sizes, **EXTRA.get(kind, {}), **dict(options)}
 
 
 def hf_model(kind, options):
     """A random model whose biases and norms are not at their initial 0 and 1."""
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(kind, **{**TINY, **options})
+    config = transformers.AutoConfig.for_model(kind, **tiny(kind, options))
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -128,7 +166,7 @@ def test_parameters_are_those_of_the_model(saved, case):
     assert ours == theirs
 
 
-@pytest.mark.parametrize("case", ["llama", "mistral-window", "qwen2-window"])
+@pytest.mark.parametrize("case", ["llama", "mistral-window", "qwen2-window", "gpt2"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding(saved, case, side):
     model, checkpoint = saved(case)
@@ -166,10 +204,37 @@ def test_defaults_are_those_of_transformers(kind):
     )
 
 
+def test_bare_model_without_its_prefix(saved, tmp_path):
+    """GPT-2 as released: no ``transformer.``, and the causal mask among the tensors."""
+    from safetensors.numpy import load_file, save_file
+
+    _, checkpoint = saved("gpt2")
+    tensors = load_file(checkpoint.path / "model.safetensors")
+    tensors = {name.removeprefix("transformer."): a for name, a in tensors.items()}
+    save_file({**tensors, "h.0.attn.bias": np.tri(4)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(checkpoint.hf_config))
+    again = open_checkpoint(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, again.params(), checkpoint.params())
+
+
+def test_more_tokens_than_learned_positions(saved):
+    _, checkpoint = saved("gpt2")
+    tokens = np.zeros((1, TINY["max_position_embeddings"] + 1), np.int32)
+    with pytest.raises(ValueError, match="65 tokens, but the model has learned 64 positions"):
+        logits(checkpoint.config, checkpoint.params(), tokens)
+
+
 def test_every_tensor_is_used_once():
     for kind in FAMILIES:
-        table = tensor_table({"model_type": kind, **TINY})
-        assert len({source.name for source in table.values()}) == len(table)
+        table = tensor_table({"model_type": kind, **tiny(kind)})
+        parts = {}
+        for source in table.values():
+            parts.setdefault(source.name, []).append(source)
+        for sources in parts.values():  # all of it, and nothing twice
+            out = sources[0].shape[0 if sources[0].transpose else -1]
+            spans = sorted(source.part or (0, out) for source in sources)
+            assert [start for start, _ in spans] == [0, *(stop for _, stop in spans[:-1])]
+            assert spans[-1][1] == out
 
 
 def bad(**keys):
@@ -217,6 +282,9 @@ def test_all_problems_in_one_error():
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"rope_parameters": {"rope_theta": 5.0}, "rope_theta": 6.0}, "rope_theta = 6.0, but 5.0"),
         ({"model_type": "mistral", "attention_bias": True}, "attention_bias = True: only False"),
+        ({"model_type": "gpt2", "num_key_value_heads": 2}, "num_key_value_heads = 2: unknown key"),
+        ({"model_type": "gpt2", "rope_theta": 5.0}, "rope_theta = 5.0: unknown key"),
+        ({"model_type": "opt", "word_embed_proj_dim": 16}, "word_embed_proj_dim = 16: only 32"),
         ({"model_type": "mistral", "sliding_window": -3}, "sliding_window = -3"),
         (
             {"model_type": "qwen2", "use_sliding_window": True, "layer_types": ["chunked"] * 2},

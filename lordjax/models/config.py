@@ -34,7 +34,7 @@ class Rope:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Static description of a decoder of the Llama kind (Llama, Mistral, Qwen2, SmolLM2).
+    """Static description of a decoder; `conversions.families` lists which.
 
     Sizes that compression may change (head width, MLP width, ranks) are read from the parameters
     when the model runs; the sizes here are those of the original model.
@@ -48,9 +48,13 @@ class ModelConfig:
     num_kv_heads: int  # key/value heads; num_heads is a multiple
     head_size: int  # width of one head; the softmax scale is 1/sqrt of it
     max_positions: int  # longest sequence the model was made for
+    norm: str = "rms"  # a key of models.layers.NORMS
     norm_eps: float = 1e-6
     activation: str = "silu"  # a key of models.layers.ACTIVATIONS
+    gated: bool = True  # MLP: down(act(gate) * up); else down(act(up))
     rope: Rope | None = Rope()  # None: no rotary positions
+    position_rows: int | None = None  # learned positions: rows of their table; None: there are none
+    position_offset: int = 0  # row of the first position
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False

@@ -84,6 +84,26 @@ class RMSNorm(nn.Module):
         return wide.astype(x.dtype) * jnp.broadcast_to(scale.astype(x.dtype), x.shape)
 
 
+class LayerNorm(nn.Module):
+    """``(x - mean(x)) / std(x) * scale + bias``, the moments taken in float32."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... m"]) -> Float[Array, "... m"]:
+        """Normalises the last axis."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        wide = x.astype(jnp.float32)
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
+        scale, bias = (jnp.broadcast_to(a.astype(x.dtype), x.shape) for a in (scale, bias))
+        return wide.astype(x.dtype) * scale + bias
+
+
+NORMS: dict[str, Callable[..., nn.Module]] = {"rms": RMSNorm, "layer": LayerNorm}
+
+
 def rope_frequencies(
     rope: Rope, head_size: int, max_positions: int, length: int
 ) -> tuple[np.ndarray, float]:

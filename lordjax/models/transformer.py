@@ -1,13 +1,14 @@
-"""The decoder: attention, gated MLP, block, model. One file for every family.
+"""The decoder: attention, MLP, block, model. One file for every family.
 
 Parameters (``[in, out]`` kernels; biases where the family has them)::
 
     embed/embedding                         [vocab, m]
-    layer_0/attention_norm/scale            [m]
+    positions/embedding                     [rows, m], only where positions are learned
+    layer_0/attention_norm/scale            [m]; and bias, where norms have one
     layer_0/attention/{q,k,v,o}/kernel      [m, h·d] [m, k·d] [m, k·e] [h·e, m]
     layer_0/attention/rope_index            [k, d/2], only where rotary pairs were dropped
     layer_0/mlp_norm/scale                  [m]
-    layer_0/mlp/{gate,up,down}/kernel       [m, f] [m, f] [f, m]
+    layer_0/mlp/{gate,up,down}/kernel       [m, f] [m, f] [f, m]; gate only in gated MLPs
     final_norm/scale                        [m]
     head/kernel                             [m, vocab], absent when tied to the embedding
 
@@ -26,8 +27,8 @@ from jaxtyping import Array, Bool, Float, Int
 from lordjax.models.config import ModelConfig, Rope
 from lordjax.models.layers import (
     ACTIVATIONS,
+    NORMS,
     Linear,
-    RMSNorm,
     attend,
     rope_frequencies,
     rotate,
@@ -94,7 +95,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """``down(act(gate(x)) * up(x))``."""
+    """``down(act(gate(x)) * up(x))``, or without a gate ``down(act(up(x)))``."""
 
     config: ModelConfig
 
@@ -103,9 +104,13 @@ class MLP(nn.Module):
         """Applies the MLP."""
         c = self.config
         x = tap(self, "mlp_in", x)
-        gate = Linear(c.mlp_size, c.mlp_bias, name="gate")(x)
-        up = Linear(c.mlp_size, c.mlp_bias, name="up")(x)
-        hidden = tap(self, "mlp_hidden", ACTIVATIONS[c.activation](gate) * up)
+        act = ACTIVATIONS[c.activation]
+        if c.gated:
+            gate = act(Linear(c.mlp_size, c.mlp_bias, name="gate")(x))
+            hidden = gate * Linear(c.mlp_size, c.mlp_bias, name="up")(x)
+        else:
+            hidden = act(Linear(c.mlp_size, c.mlp_bias, name="up")(x))
+        hidden = tap(self, "mlp_hidden", hidden)
         return Linear(c.hidden_size, c.mlp_bias, name="down")(hidden)
 
 
@@ -128,9 +133,10 @@ class Block(nn.Module):
     ) -> Float[Array, "b s m"]:
         """Residual stream in, residual stream out."""
         c = self.config
-        h = RMSNorm(c.norm_eps, name="attention_norm")(x)
+        norm = NORMS[c.norm]
+        h = norm(c.norm_eps, name="attention_norm")(x)
         x = x + Attention(c, self.window, name="attention")(h, positions, mask)
-        h = RMSNorm(c.norm_eps, name="mlp_norm")(x)
+        h = norm(c.norm_eps, name="mlp_norm")(x)
         return x + MLP(c, name="mlp")(h)
 
 
@@ -143,8 +149,10 @@ class Transformer(nn.Module):
         """Names the parts; see the module's docstring."""
         c = self.config
         self.embed = nn.Embed(c.vocab_size, c.hidden_size)
+        if c.position_rows is not None:
+            self.positions = nn.Embed(c.position_rows, c.hidden_size)
         self.blocks = [Block(c, c.window(i), name=f"layer_{i}") for i in range(c.num_layers)]
-        self.final_norm = RMSNorm(c.norm_eps)
+        self.final_norm = NORMS[c.norm](c.norm_eps)
         if not c.tie_embeddings:
             self.head = Linear(c.vocab_size)
 
@@ -159,14 +167,29 @@ class Transformer(nn.Module):
     ) -> Float[Array, "b s m"]:
         """The residual stream after the last block."""
         positions = default_positions(tokens, mask)
-        x = self.embed(tokens)
+        x = self.embed_tokens(tokens, mask)
         for block in self.blocks:
             x = block(x, positions, mask)
         return x
 
-    def embed_tokens(self, tokens: Int[Array, "b s"]) -> Float[Array, "b s m"]:
-        """The residual stream before the first block."""
-        return self.embed(tokens)
+    def embed_tokens(
+        self, tokens: Int[Array, "b s"], mask: Bool[Array, "b s"] | None = None
+    ) -> Float[Array, "b s m"]:
+        """The residual stream before the first block.
+
+        Raises:
+          ValueError: if there are more tokens than learned positions.
+        """
+        c, x = self.config, self.embed(tokens)
+        if c.position_rows is None:
+            return x
+        if tokens.shape[1] > c.position_rows - c.position_offset:
+            raise ValueError(
+                f"{tokens.shape[1]} tokens, but the model has learned "
+                f"{c.position_rows - c.position_offset} positions; use shorter windows"
+            )
+        rows = self.positions(default_positions(tokens, mask) + c.position_offset)
+        return x + jnp.broadcast_to(rows, x.shape)
 
     def unembed(self, x: Float[Array, "b s m"]) -> Float[Array, "b s vocab"]:
         """Logits from the residual stream after the last block."""

@@ -1,0 +1,230 @@
+"""What a row of `families.FAMILIES` is, and how one is read.
+
+``config.json`` is read as it lies on disk, not through ``AutoConfig``, which accepts every key.
+Each key must be *read* (`Family.defaults`), understood at *one value only* (`Family.fixed`), or
+known not to change the forward pass (`IGNORED`, `Family.ignored`); any other key is an error, since
+it may be the one that makes the model another model. What is missing takes the default of the
+family's config class in transformers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lordjax.conversions.rope import ROPE_KEYS
+from lordjax.models.config import ModelConfig
+from lordjax.models.layers import ACTIVATIONS
+
+Values = Mapping[str, Any]  # the keys of a config.json that a family reads, defaults filled in
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSource:
+    """Where a parameter lies in a Hugging Face checkpoint.
+
+    Attributes:
+      name: the tensor's name there.
+      shape: its shape there.
+      transpose: whether it is ``[out, in]`` there; ours are ``[in, out]``.
+      part: which outputs of a fused tensor; None: all.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    transpose: bool = False
+    part: tuple[int, int] | None = None
+
+    def load(self, tensor: np.ndarray) -> np.ndarray:
+        """Our parameter from their tensor, contiguous."""
+        tensor = tensor.T if self.transpose else tensor
+        return np.ascontiguousarray(tensor if self.part is None else tensor[..., slice(*self.part)])
+
+    @property
+    def loaded_shape(self) -> tuple[int, ...]:
+        """The shape of our parameter."""
+        shape = self.shape[::-1] if self.transpose else self.shape
+        return shape if self.part is None else (*shape[:-1], self.part[1] - self.part[0])
+
+
+class TensorRow(NamedTuple):
+    """A line of a family's tensor table; ``{i}`` stands for the number of the block."""
+
+    path: str  # ours
+    name: str  # theirs
+    dims: str  # their shape, in letters of `sizes_of`
+    transpose: bool = False
+    when: str | None = None  # field of `ModelConfig` that must be true; "not x": false
+    part: tuple[str, str] | None = None  # outputs before it, and its own, in the same letters
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One row: a ``model_type`` of Hugging Face.
+
+    Attributes:
+      model_type: the key ``model_type`` of its ``config.json``.
+      architectures: accepted values of the key ``architectures``.
+      fields: field of `ModelConfig` -> key that holds it.
+      constants: fields of `ModelConfig` that are the same in the whole family.
+      defaults: keys that are read -> default of the family's config class.
+      fixed: keys understood at these values only.
+      windows: per-layer sliding windows from the values and a list that takes problems.
+      tensors: the tensor table.
+      ignored_tensors: patterns of tensors that carry nothing.
+      ignored: keys that do not change the forward pass, besides `IGNORED`.
+      rotary: whether positions are rotary.
+      position_offset: row of the first learned position; None: positions are not learned.
+      prefix: of all names but the head's, which checkpoints of the bare model leave out.
+      check: of the values, what else must hold; takes the list of problems.
+    """
+
+    model_type: str
+    architectures: tuple[str, ...]
+    fields: Mapping[str, str]
+    constants: Mapping[str, Any]
+    defaults: Mapping[str, Any]
+    fixed: Mapping[str, tuple[Any, ...]]
+    windows: Callable[[Values, list[str]], tuple[int | None, ...] | None]
+    tensors: tuple[TensorRow, ...]
+    ignored_tensors: tuple[str, ...] = ()
+    ignored: frozenset[str] = frozenset()
+    rotary: bool = True
+    position_offset: int | None = None
+    prefix: str = "model."
+    check: Callable[[Values, list[str]], None] | None = None
+
+    def ignores(self, name: str) -> bool:
+        """Whether a tensor of this name may be left over."""
+        return any(re.fullmatch(pattern, name) for pattern in self.ignored_tensors)
+
+
+# Keys that do not change the forward pass: bookkeeping, token ids, training and generation.
+_BOOKKEEPING = """
+    model_type architectures transformers_version torch_dtype dtype _name_or_path name_or_path
+    _commit_hash _attn_implementation attn_implementation _attn_implementation_autoset
+    tokenizer_class bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id
+    decoder_start_token_id use_cache output_attentions output_hidden_states return_dict
+    return_dict_in_generate output_scores torchscript use_bfloat16 tf_legacy_loss
+    initializer_range attention_dropout pretraining_tp chunk_size_feed_forward
+    tie_encoder_decoder cross_attention_hidden_size is_decoder problem_type id2label label2id
+    num_labels finetuning_task task_specific_params prefix max_length min_length do_sample
+    early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p
+    repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
+    bad_words_ids num_return_sequences forced_bos_token_id forced_eos_token_id
+    remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
+    is_llama_config transformers.js_config max_sequence_length unsloth_fixed unsloth_version
+"""
+IGNORED = frozenset(_BOOKKEEPING.split())
+
+# Keys whose null has a meaning: derive it from the other sizes, or no sliding window.
+_NULLABLE = frozenset(
+    ("num_key_value_heads", "head_dim", "sliding_window", "layer_types", "n_inner")
+)
+
+
+def sizes_of(config: ModelConfig) -> dict[str, int]:
+    """The letters of `TensorRow.dims`."""
+    queries, keys = (n * config.head_size for n in (config.num_heads, config.num_kv_heads))
+    return {
+        "v": config.vocab_size,
+        "m": config.hidden_size,
+        "f": config.mlp_size,
+        "h": queries,
+        "k": keys,
+        "a": queries + 2 * keys,  # queries, keys and values in one
+        "g": 2 * config.mlp_size,  # gate and up in one
+        "p": config.position_rows or 0,
+    }
+
+
+def read_keys(family: Family, hf_config: Values, problems: list[str]) -> dict[str, Any]:
+    """Values of the keys that the family reads; a value of the wrong type becomes the default."""
+    known = IGNORED | family.ignored | set(family.defaults)
+    known |= ROPE_KEYS if family.rotary else set()
+    for key, value in hf_config.items():
+        accepted = family.fixed.get(key)
+        if accepted is not None and value not in accepted:
+            problems.append(f"{key} = {value!r}: only {accepted[0]!r} is supported")
+        elif key == "quantization_config":
+            problems.append(f"{key}: the checkpoint is quantised; convert the original instead")
+        elif accepted is None and key not in known:
+            problems.append(f"{key} = {value!r}: unknown key")
+    values = dict(family.defaults)
+    for key, default in family.defaults.items():
+        value = hf_config.get(key, default)
+        kinds = (int, float) if isinstance(default, float) else (type(default),)
+        if type(value) in kinds or default is None or (value is None and key in _NULLABLE):
+            values[key] = value
+        else:
+            problems.append(f"{key} = {value!r}: expected a {type(default).__name__}")
+    key = family.fields["activation"]
+    if values[key] not in ACTIVATIONS:
+        problems.append(f"{key} = {values[key]!r}: supported: {', '.join(ACTIVATIONS)}")
+    return values
+
+
+def fill_and_check_sizes(fields: dict[str, Any], rotary: bool, problems: list[str]) -> None:
+    """Derives the head sizes that are left to derive, and checks that all sizes fit."""
+    optional = ("num_kv_heads", "head_size", "mlp_size")
+    sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "max_positions")
+    bad = [f for f in sizes if not _is_size(fields[f])]
+    bad += [f for f in optional if fields.get(f) is not None and not _is_size(fields[f])]
+    problems += [f"{f} = {fields[f]!r}: expected a positive integer" for f in bad]
+    if bad:
+        return
+    if fields.get("num_kv_heads") is None:
+        fields["num_kv_heads"] = fields["num_heads"]
+    if fields["mlp_size"] is None:  # GPT-2's habit; of other families it is no number that may miss
+        fields["mlp_size"] = 4 * fields["hidden_size"]
+    if fields.get("head_size") is None:
+        fields["head_size"] = fields["hidden_size"] // fields["num_heads"]
+        if fields["hidden_size"] % fields["num_heads"]:
+            problems.append("hidden_size is no multiple of the number of heads, and no head_dim")
+    if fields["num_heads"] % fields["num_kv_heads"]:
+        problems.append(
+            f"{fields['num_heads']} query heads are no multiple of "
+            f"{fields['num_kv_heads']} key/value heads"
+        )
+    if rotary and fields["head_size"] % 2:
+        problems.append(f"head size {fields['head_size']}: rotary positions need an even one")
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def no_windows(values: Values, problems: list[str]) -> None:
+    """No sliding window."""
+    del values, problems
+
+
+def one_window(values: Values, problems: list[str]) -> tuple[int | None, ...] | None:
+    """The same sliding window in every layer."""
+    window = values["sliding_window"]
+    if window is None:
+        return None
+    if not _is_size(window):
+        problems.append(f"sliding_window = {window!r}: expected a positive integer or null")
+        return None
+    return (window,) * values["num_hidden_layers"]
+
+
+def mixed_windows(values: Values, problems: list[str]) -> tuple[int | None, ...] | None:
+    """A window in the layers that ``layer_types`` names, else from ``max_window_layers`` on."""
+    if not values["use_sliding_window"]:
+        return None
+    window = one_window(values, problems)
+    if window is None:
+        return None
+    first, count = values["max_window_layers"], values["num_hidden_layers"]
+    full, sliding = "full_attention", "sliding_attention"
+    kinds = values["layer_types"] or [sliding if i >= first else full for i in range(count)]
+    if not isinstance(kinds, list) or len(kinds) != count or set(kinds) - {full, sliding}:
+        problems.append(f"layer_types = {kinds}: expected {count} times {full} or {sliding}")
+        return None
+    return tuple(w if kind == sliding else None for w, kind in zip(window, kinds, strict=True))
