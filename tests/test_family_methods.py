@@ -1,0 +1,109 @@
+"""Every method on every shape of block that a family has: compress, save, load, evaluate."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lordjax import InMemory, load, nbytes, save, trees
+from lordjax.compression import prepare
+from lordjax.evaluate import perplexity
+from lordjax.methods import METHODS
+from lordjax.models import ModelConfig, init
+from lordjax.quantization import prepare_quantized
+from lordjax.quantizer import FORMATS, QUANTIZERS
+
+GPT2 = ModelConfig(
+    vocab_size=61,
+    hidden_size=32,
+    mlp_size=64,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=4,
+    head_size=8,
+    max_positions=48,
+    norm="layer",
+    activation="gelu_new",
+    gated=False,
+    rope=None,
+    position_rows=48,
+    qkv_bias=True,
+    out_bias=True,
+    mlp_bias=True,
+    tie_embeddings=True,
+)
+# One of each shape of block: the families beside a name are built like it.
+BLOCKS = {
+    "gpt2": GPT2,
+    "gpt_bigcode": dataclasses.replace(GPT2, num_kv_heads=1),
+    "opt": dataclasses.replace(
+        GPT2, activation="relu", position_rows=50, position_offset=2, mlp_bias=False
+    ),
+    "starcoder2": dataclasses.replace(
+        GPT2, num_kv_heads=2, rope=ModelConfig.rope, position_rows=None, windows=(None, 9)
+    ),
+}
+TOKENS = np.random.default_rng(0).integers(0, GPT2.vocab_size, (10, 24), np.int32)
+HF_CONFIG = {"model_type": "gpt2"}
+
+
+def source(name):
+    """A random model whose norms and biases are not at their initial 1 and 0."""
+    flat = trees.flatten(init(BLOCKS[name], jax.random.key(0)))
+    keys = jax.random.split(jax.random.key(1), len(flat))
+    noise = {
+        path: leaf + 0.2 * jax.random.normal(key, leaf.shape)
+        for key, (path, leaf) in zip(keys, flat.items(), strict=True)
+    }
+    return InMemory(BLOCKS[name], trees.unflatten(noise))
+
+
+def check(result, original, directory):
+    """A result that is smaller, finite, of the size reported, and the same when loaded."""
+    assert nbytes(result.params) < nbytes(original.params)
+    assert result.report["bytes"] == nbytes(result.params)
+    measured = perplexity(result.config, result.params, TOKENS)["perplexity"]
+    assert np.isfinite(measured)
+    save(directory, result.config, result.params, hf_config=HF_CONFIG, plan=result.plan)
+    config, params = load(directory)
+    assert config == result.config
+    assert perplexity(config, params, TOKENS)["perplexity"] == measured
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("method", METHODS)
+def test_compression(method, block, tmp_path):
+    original = source(block)
+    prepared = prepare(original, TOKENS, method=method)
+    whole = prepared.compress(1.0)
+    jax.tree.map(np.testing.assert_array_equal, whole.params, original.params)
+    half = prepared.compress(0.5)
+    assert half.report["plan"]["kept"] <= 0.5
+    check(half, original, tmp_path / "out")
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("method", QUANTIZERS)
+def test_quantisation(method, block, tmp_path):
+    original = source(block)
+    rank = None if QUANTIZERS[method].rank is None else 4
+    options = {"rank": rank, "steps": 2, "formats": FORMATS[4:9:2]}
+    prepared = prepare_quantized(original, TOKENS, method=method, **options)
+    result = prepared.compress(bits=5)
+    assert set(result.plan.ranks) == {
+        path for path in trees.flatten(original.params) if path.endswith("kernel")
+    }
+    check(result, original, tmp_path / "out")
+
+
+def test_padding_does_not_count():
+    """Learned positions count tokens, not places; statistics see no padding."""
+    original = source("opt")
+    padded = np.concatenate([np.zeros_like(TOKENS[:, :7]), TOKENS], axis=1)
+    mask = np.concatenate([np.zeros((10, 7), bool), np.ones_like(TOKENS, bool)], axis=1)
+    plain = prepare(original, TOKENS, method="svd-llm").compress(0.5)
+    other = prepare(original, padded, method="svd-llm", mask=mask).compress(0.5)
+    for a, b in zip(jax.tree.leaves(plain.params), jax.tree.leaves(other.params), strict=True):
+        np.testing.assert_allclose(jnp.abs(a), jnp.abs(b), atol=2e-3)
