@@ -10,14 +10,15 @@ family's config class in transformers.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from lordjax.conversions.rope import ROPE_KEYS
-from lordjax.models.config import ModelConfig
+from lordjax.conversions.rope import ROPE_KEYS, read_rope
+from lordjax.models.config import ModelConfig, Rope
 from lordjax.models.layers import ACTIVATIONS
 
 Values = Mapping[str, Any]  # the keys of a config.json that a family reads, defaults filled in
@@ -31,24 +32,30 @@ class TensorSource:
       name: the tensor's name there.
       shape: its shape there.
       transpose: whether it is ``[out, in]`` there; ours are ``[in, out]``.
-      part: which outputs of a fused tensor; None: all.
+      columns: which outputs of theirs ours are, in which order; None: all as they are.
     """
 
     name: str
     shape: tuple[int, ...]
     transpose: bool = False
-    part: tuple[int, int] | None = None
+    columns: slice | np.ndarray | None = None
 
     def load(self, tensor: np.ndarray) -> np.ndarray:
         """Our parameter from their tensor, contiguous."""
         tensor = tensor.T if self.transpose else tensor
-        return np.ascontiguousarray(tensor if self.part is None else tensor[..., slice(*self.part)])
+        return np.ascontiguousarray(tensor if self.columns is None else tensor[..., self.columns])
 
     @property
     def loaded_shape(self) -> tuple[int, ...]:
         """The shape of our parameter."""
         shape = self.shape[::-1] if self.transpose else self.shape
-        return shape if self.part is None else (*shape[:-1], self.part[1] - self.part[0])
+        return shape if self.columns is None else (*shape[:-1], len(self.places))
+
+    @property
+    def places(self) -> np.ndarray:
+        """The outputs of theirs that ours are, as numbers."""
+        every = np.arange(self.shape[0 if self.transpose else -1])
+        return every if self.columns is None else every[self.columns]
 
 
 class TensorRow(NamedTuple):
@@ -59,7 +66,7 @@ class TensorRow(NamedTuple):
     dims: str  # their shape, in letters of `sizes_of`
     transpose: bool = False
     when: str | None = None  # field of `ModelConfig` that must be true; "not x": false
-    part: tuple[str, str] | None = None  # outputs before it, and its own, in the same letters
+    columns: Callable[[ModelConfig], slice | np.ndarray] | None = None  # of a fused tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +84,7 @@ class Family:
       tensors: the tensor table.
       ignored_tensors: patterns of tensors that carry nothing.
       ignored: keys that do not change the forward pass, besides `IGNORED`.
-      rotary: whether positions are rotary.
+      rope: rotary positions of a config: of it, of the values, and a list that takes problems.
       position_offset: row of the first learned position; None: positions are not learned.
       prefix: of all names but the head's, which checkpoints of the bare model leave out.
       check: of the values, what else must hold; takes the list of problems.
@@ -93,7 +100,7 @@ class Family:
     tensors: tuple[TensorRow, ...]
     ignored_tensors: tuple[str, ...] = ()
     ignored: frozenset[str] = frozenset()
-    rotary: bool = True
+    rope: Callable[[Values, Values, list[str]], Rope | None] = read_rope
     position_offset: int | None = None
     prefix: str = "model."
     check: Callable[[Values, list[str]], None] | None = None
@@ -145,7 +152,7 @@ def sizes_of(config: ModelConfig) -> dict[str, int]:
 def read_keys(family: Family, hf_config: Values, problems: list[str]) -> dict[str, Any]:
     """Values of the keys that the family reads; a value of the wrong type becomes the default."""
     known = IGNORED | family.ignored | set(family.defaults)
-    known |= ROPE_KEYS if family.rotary else set()
+    known |= ROPE_KEYS if family.rope is read_rope else set()
     for key, value in hf_config.items():
         accepted = family.fixed.get(key)
         if accepted is not None and value not in accepted:
@@ -228,3 +235,52 @@ def mixed_windows(values: Values, problems: list[str]) -> tuple[int | None, ...]
         problems.append(f"layer_types = {kinds}: expected {count} times {full} or {sliding}")
         return None
     return tuple(w if kind == sliding else None for w, kind in zip(window, kinds, strict=True))
+
+
+BLOCK = "layer_{i}"
+BIAS_FIELDS = ("qkv_bias", "out_bias", "mlp_bias")
+HEAD = TensorRow("head/kernel", "lm_head.weight", "vm", True, when="not tie_embeddings")
+
+
+def linear(
+    path: str, name: str, dims: str, bias: str, *, conv1d: bool = False
+) -> tuple[TensorRow, TensorRow]:
+    """A linear layer's two rows, of which the second holds where the model has biases.
+
+    ``nn.Linear`` is ``[out, in]``, the ``Conv1D`` of GPT-2 ``[in, out]``.
+    """
+    out = dims[1] if conv1d else dims[0]
+    return (
+        TensorRow(f"{path}/kernel", f"{name}.weight", dims, transpose=not conv1d),
+        TensorRow(f"{path}/bias", f"{name}.bias", out, when=bias),
+    )
+
+
+# Layers that are stored as one -> the outputs of each, in letters of `sizes_of`.
+_PARTS = {"q": "h", "k": "k", "v": "k", "gate": "f", "up": "f"}
+
+
+def fused(path: str, layers: Iterable[str], name: str, dims: str, bias: str) -> Iterator[TensorRow]:
+    """Rows of layers whose outputs are stored one after the other in one; ``m`` is the input."""
+    before = ""
+    for layer in layers:
+        columns = functools.partial(_span, before, _PARTS[layer])
+        for row in linear(f"{path}/{layer}", name, dims, bias, conv1d=dims[0] == "m"):
+            yield row._replace(columns=columns)
+        before += _PARTS[layer]
+
+
+def _span(before: str, own: str, config: ModelConfig) -> slice:
+    """Outputs behind others; both in letters of `sizes_of`."""
+    first, count = (
+        sum(sizes_of(config)[letter] for letter in letters) for letters in (before, own)
+    )
+    return slice(first, first + count)
+
+
+def norm(path: str, name: str) -> tuple[TensorRow, TensorRow]:
+    """A norm with a bias."""
+    return (
+        TensorRow(f"{path}/scale", f"{name}.weight", "m"),
+        TensorRow(f"{path}/bias", f"{name}.bias", "m"),
+    )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from lordjax.models.config import Rope
 
 Values = Mapping[str, Any]
@@ -28,6 +30,23 @@ _SCALINGS: dict[str, tuple[set[str], set[str]]] = {
         | {"mscale", "mscale_all_dim", "truncate"},
     ),
 }
+
+
+def no_rope(hf_config: Values, values: Values, problems: list[str]) -> None:
+    """Positions are not rotary."""
+    del hf_config, values, problems
+
+
+def half_split(head_size: int, rotary_size: int | None) -> np.ndarray:
+    """Order of a head's columns in which the members of every pair are half a head apart.
+
+    Before, the first ``rotary_size`` columns (None: all) turn in pairs of neighbours; the others,
+    which stand still, become pairs too.
+    """
+    size = rotary_size or head_size
+    turning = np.arange(size).reshape(-1, 2)
+    still = np.arange(size, head_size).reshape(2, -1).T
+    return np.concatenate([turning, still]).T.reshape(-1)
 
 
 def read_rope(hf_config: Values, values: Values, problems: list[str]) -> Rope:

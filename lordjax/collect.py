@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lordjax import trees
 from lordjax.models.config import ModelConfig
-from lordjax.models.transformer import Block, Transformer, default_positions
+from lordjax.models.transformer import BLOCKS, Transformer, default_positions
 from lordjax.sites import LINEAR_SITES, Site
 from lordjax.stats import (
     PERTURBATIONS,
@@ -101,7 +101,7 @@ def observe(
     last tap that is asked for.
     """
     positions = default_positions(x, mask)
-    y, state = Block(config, window).apply(
+    y, state = BLOCKS[config.block](config, window).apply(
         {"params": block}, x, positions, mask, mutable=[TAPS] if stats else []
     )
     taps = trees.flatten(state.get(TAPS, {})) | {BLOCK: (x, y)}
@@ -138,7 +138,7 @@ def observe_pair(
     positions = default_positions(xs[0], mask)
     taps = []
     for block, x in zip(blocks, xs, strict=True):
-        _, state = Block(config, window).apply(
+        _, state = BLOCKS[config.block](config, window).apply(
             {"params": block}, x, positions, mask, mutable=[TAPS]
         )
         taps.append(trees.flatten(state[TAPS]))
@@ -227,7 +227,9 @@ def observe_gradients(
 
     def run(x: Array, delta: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
         variables = {"params": block, PERTURBATIONS: trees.unflatten(delta)}
-        y, state = Block(config, window).apply(variables, x, positions, mask, mutable=[TAPS])
+        y, state = BLOCKS[config.block](config, window).apply(
+            variables, x, positions, mask, mutable=[TAPS]
+        )
         return y, trees.flatten(state[TAPS])
 
     flat = trees.flatten(block)

@@ -11,7 +11,7 @@ from lordjax import InMemory, load, nbytes, save, trees
 from lordjax.compression import prepare
 from lordjax.evaluate import perplexity
 from lordjax.methods import METHODS
-from lordjax.models import ModelConfig, init
+from lordjax.models import ModelConfig, Rope, init
 from lordjax.quantization import prepare_quantized
 from lordjax.quantizer import FORMATS, QUANTIZERS
 
@@ -41,8 +41,18 @@ BLOCKS = {
     "opt": dataclasses.replace(
         GPT2, activation="relu", position_rows=50, position_offset=2, mlp_bias=False
     ),
+    "codegen": dataclasses.replace(
+        GPT2,
+        block="parallel",
+        rope=Rope(size=4),
+        position_rows=None,
+        qkv_bias=False,
+        out_bias=False,
+        tie_embeddings=False,
+        head_bias=True,
+    ),
     "starcoder2": dataclasses.replace(
-        GPT2, num_kv_heads=2, rope=ModelConfig.rope, position_rows=None, windows=(None, 9)
+        GPT2, num_kv_heads=2, rope=Rope(), position_rows=None, windows=(None, 9)
     ),
 }
 TOKENS = np.random.default_rng(0).integers(0, GPT2.vocab_size, (10, 24), np.int32)
@@ -93,7 +103,9 @@ def test_quantisation(method, block, tmp_path):
     prepared = prepare_quantized(original, TOKENS, method=method, **options)
     result = prepared.compress(bits=5)
     assert set(result.plan.ranks) == {
-        path for path in trees.flatten(original.params) if path.endswith("kernel")
+        path
+        for path in trees.flatten(original.params)
+        if path.startswith("layer_") and path.endswith("kernel")
     }
     check(result, original, tmp_path / "out")
 

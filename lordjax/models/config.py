@@ -30,6 +30,7 @@ class Rope:
     mscale: float | None = None  # yarn: DeepSeek's variant of the attention factor
     mscale_all_dim: float | None = None
     truncate: bool = True  # yarn: round the ends of the ramp to whole dimensions
+    size: int | None = None  # columns of a head that turn, in its first pairs; None: all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +49,7 @@ class ModelConfig:
     num_kv_heads: int  # key/value heads; num_heads is a multiple
     head_size: int  # width of one head; the softmax scale is 1/sqrt of it
     max_positions: int  # longest sequence the model was made for
+    block: str = "sequential"  # a key of models.transformer.BLOCKS
     norm: str = "rms"  # a key of models.layers.NORMS
     norm_eps: float = 1e-6
     activation: str = "silu"  # a key of models.layers.ACTIVATIONS
@@ -59,6 +61,7 @@ class ModelConfig:
     out_bias: bool = False
     mlp_bias: bool = False
     tie_embeddings: bool = False  # the head is the transposed embedding
+    head_bias: bool = False
     windows: tuple[int | None, ...] | None = None  # per layer: sliding window; None = full
 
     def window(self, layer: int) -> int | None:

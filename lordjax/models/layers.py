@@ -109,6 +109,8 @@ def rope_frequencies(
 ) -> tuple[np.ndarray, float]:
     """Angular frequency of each rotary pair, and the factor on cos and sin.
 
+    Pairs beyond ``rope.size`` stand still: their frequency is 0.
+
     Args:
       rope: base and scaling.
       head_size: width of a head; even.
@@ -125,10 +127,11 @@ def rope_frequencies(
     code; yarn: arXiv 2309.00071; dynamic: NTK-aware scaling.
     """
     theta, trained = rope.theta, rope.original_max_positions or max_positions
+    size = rope.size or head_size
     if rope.kind == "dynamic":
         stretch = rope.factor * max(length, trained) / trained - (rope.factor - 1)
-        theta = theta * stretch ** (head_size / (head_size - 2))
-    freq = 1.0 / theta ** (np.arange(0, head_size, 2, dtype=np.float64) / head_size)
+        theta = theta * stretch ** (size / (size - 2))
+    freq = 1.0 / theta ** (np.arange(0, size, 2, dtype=np.float64) / size)
     match rope.kind:
         case "default" | "dynamic":
             scale = 1.0
@@ -140,13 +143,13 @@ def rope_frequencies(
             keep = np.clip(ramp, 0.0, 1.0)
             freq, scale = freq * keep + freq / rope.factor * (1 - keep), 1.0
         case "yarn":
-            keep = _yarn_keep(rope, head_size, trained)
+            keep = _yarn_keep(rope, size, trained)
             freq, scale = freq * keep + freq / rope.factor * (1 - keep), _yarn_scale(rope)
         case _:
             raise ValueError(
                 f"unknown rope scaling {rope.kind!r}; known: default, linear, dynamic, llama3, yarn"
             )
-    return freq.astype(np.float32), scale
+    return np.pad(freq, (0, (head_size - size) // 2)).astype(np.float32), scale
 
 
 def _yarn_keep(rope: Rope, head_size: int, trained: int) -> np.ndarray:

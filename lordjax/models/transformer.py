@@ -12,6 +12,8 @@ Parameters (``[in, out]`` kernels; biases where the family has them)::
     final_norm/scale                        [m]
     head/kernel                             [m, vocab], absent when tied to the embedding
 
+The norm before the MLP is absent where attention and MLP read the same normalised stream.
+
 A compressed model is this same module with other leaves: sizes that compression may change are
 read from the arrays. Places where statistics can be taken are marked with `stats.tap`.
 """
@@ -140,6 +142,29 @@ class Block(nn.Module):
         return x + MLP(c, name="mlp")(h)
 
 
+class ParallelBlock(nn.Module):
+    """Parallel block: ``x + attention(norm(x)) + mlp(norm(x))`` with one norm (GPT-J, CodeGen)."""
+
+    config: ModelConfig
+    window: int | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b s m"],
+        positions: Int[Array, "#b s"],
+        mask: Bool[Array, "b s"] | None = None,
+    ) -> Float[Array, "b s m"]:
+        """Residual stream in, residual stream out."""
+        c = self.config
+        h = NORMS[c.norm](c.norm_eps, name="attention_norm")(x)
+        attended = Attention(c, self.window, name="attention")(h, positions, mask)
+        return x + attended + MLP(c, name="mlp")(h)
+
+
+BLOCKS: dict[str, Any] = {"sequential": Block, "parallel": ParallelBlock}
+
+
 class Transformer(nn.Module):
     """Token ids to logits. Layers are a Python loop, since their ranks may differ."""
 
@@ -151,10 +176,12 @@ class Transformer(nn.Module):
         self.embed = nn.Embed(c.vocab_size, c.hidden_size)
         if c.position_rows is not None:
             self.positions = nn.Embed(c.position_rows, c.hidden_size)
-        self.blocks = [Block(c, c.window(i), name=f"layer_{i}") for i in range(c.num_layers)]
+        self.blocks = [
+            BLOCKS[c.block](c, c.window(i), name=f"layer_{i}") for i in range(c.num_layers)
+        ]
         self.final_norm = NORMS[c.norm](c.norm_eps)
         if not c.tie_embeddings:
-            self.head = Linear(c.vocab_size)
+            self.head = Linear(c.vocab_size, c.head_bias)
 
     def __call__(
         self, tokens: Int[Array, "b s"], mask: Bool[Array, "b s"] | None = None
