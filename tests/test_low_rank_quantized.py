@@ -5,9 +5,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from lordjax import nf
+from lordjax import factorize, nf, trees
+from lordjax.kernels import LowRank, LowRankPlusQuantized, NFQuantized
 from lordjax.linalg import orthonormal_rows
 from lordjax.methods.feedback import feedback_of
 from lordjax.methods.low_rank_quantized import (
@@ -21,6 +23,7 @@ from lordjax.methods.low_rank_quantized import (
     predict,
     start_basis,
 )
+from lordjax.models import ModelConfig, init
 from lordjax.quantizer import cost_of
 
 SHAPE = (48, 40)
@@ -363,3 +366,77 @@ def test_predictions_with_feedback_are_near_what_is_reached():
     # A little more is lost: what codes take over from others may be beyond the end of the levels.
     assert predicted[0] < reached[0] < 1.2 * predicted[0]
     assert (reached <= 1.2 * predicted).all()  # alternation is not foreseen, and gains
+
+
+def as_kernel(kernel, rank):
+    """Codes and a product as they are stored in a model."""
+    found = run(kernel, rank)
+    base = NFQuantized.of(nf.pack_codes(found.codes, FORM), kernel.shape, FORM)
+    return LowRankPlusQuantized(base, LowRank(found.left[:, :rank], found.right[:rank]))
+
+
+# --- fine-tuning ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [0.25, 1.0, 2.0])
+def test_a_product_is_a_lora_adapter_of_any_scale(scale):
+    """``x Q + s·x A B`` with ``A B = L R / s`` is what the kernel computes (spec's test 22)."""
+    kernel = as_kernel(matrix(), rank=4)
+    x = jax.random.normal(jax.random.key(3), (5, SHAPE[0]))
+    a, b = (factor / np.sqrt(scale) for factor in (kernel.low_rank.left, kernel.low_rank.right))
+    adapted = x @ kernel.base.materialize() + scale * (x @ a) @ b
+    np.testing.assert_allclose(kernel.matmul(x), adapted, atol=1e-4)
+
+
+def test_training_moves_the_product_and_no_code():
+    kernel = as_kernel(matrix(), rank=4)
+    x = jax.random.normal(jax.random.key(3), (64, SHAPE[0]))
+    target = x @ matrix()
+    before = jax.device_get(kernel.base)
+    optimiser = optax.adam(1e-2)
+    state = optimiser.init(kernel.low_rank)
+
+    @jax.jit
+    def step(low_rank, state):
+        def loss(low_rank):
+            return jnp.mean((kernel.replace(low_rank=low_rank).matmul(x) - target) ** 2)
+
+        value, gradient = jax.value_and_grad(loss)(low_rank)
+        update, state = optimiser.update(gradient, state)
+        return optax.apply_updates(low_rank, update), state, value
+
+    low_rank, losses = kernel.low_rank, []
+    with jax.numpy_dtype_promotion("standard"):  # optax's own arithmetic
+        for _ in range(30):
+            low_rank, state, value = step(low_rank, state)
+            losses.append(float(value))
+    assert losses[-1] < 0.95 * losses[0]
+    jax.tree.map(np.testing.assert_array_equal, kernel.replace(low_rank=low_rank).base, before)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "layers", "count"),
+    [
+        (
+            {"hidden_size": 4096, "mlp_size": 11008, "num_heads": 32, "num_kv_heads": 32},
+            32,
+            159907840,
+        ),
+        (
+            {"hidden_size": 8192, "mlp_size": 28672, "num_heads": 64, "num_kv_heads": 8},
+            80,
+            828375040,
+        ),
+    ],
+)
+def test_trainable_weights_of_llama_2(sizes, layers, count):
+    """7B and 70B at rank 64, from shapes alone (spec's test 23)."""
+    config = ModelConfig(**sizes, vocab_size=32000, num_layers=1, head_size=128, max_positions=4096)
+
+    def products():
+        params = init(config, jax.random.key(0))
+        return factorize(params["layer_0"], rank=64, where="kernel$")
+
+    flat = trees.flatten(jax.eval_shape(products))
+    found = [leaf for leaf in flat.values() if isinstance(leaf, LowRank)]
+    assert layers * sum(a.size for a in jax.tree.leaves(found)) == count
