@@ -125,6 +125,7 @@ _BOOKKEEPING = """
     bad_words_ids num_return_sequences forced_bos_token_id forced_eos_token_id
     remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
     is_llama_config transformers.js_config max_sequence_length unsloth_fixed unsloth_version
+    gradient_checkpointing
 """
 IGNORED = frozenset(_BOOKKEEPING.split())
 
@@ -186,7 +187,7 @@ def fill_and_check_sizes(fields: dict[str, Any], rotary: bool, problems: list[st
         return
     if fields.get("num_kv_heads") is None:
         fields["num_kv_heads"] = fields["num_heads"]
-    if fields["mlp_size"] is None:  # GPT-2's habit; of other families it is no number that may miss
+    if fields["mlp_size"] is None:  # GPT-2's habit
         fields["mlp_size"] = 4 * fields["hidden_size"]
     if fields.get("head_size") is None:
         fields["head_size"] = fields["hidden_size"] // fields["num_heads"]

@@ -154,6 +154,7 @@ OPT = Family(
     rope=no_rope,
     position_offset=2,
     check=_same_width,
+    ignored_tensors=(r"model\.decoder\.version",),
     tensors=(
         TensorRow("embed/embedding", "model.decoder.embed_tokens.weight", "vm"),
         TensorRow("positions/embedding", "model.decoder.embed_positions.weight", "pm"),

@@ -140,7 +140,8 @@ PHI3 = dataclasses.replace(
         "rms_norm_eps": 1e-5,
         "sliding_window": None,
     },
-    ignored=frozenset(("resid_pdrop", "embd_pdrop")),
+    # auto_map: code of its own, from before transformers had the family.
+    ignored=frozenset(("resid_pdrop", "embd_pdrop", "auto_map")),
     tensors=(
         *(
             row

@@ -1,5 +1,6 @@
 """Every family against tiny random models of transformers: logits equal to 1e-5."""
 
+import dataclasses
 import functools
 import json
 
@@ -225,6 +226,66 @@ def test_more_tokens_than_learned_positions(saved):
     tokens = np.zeros((1, TINY["max_position_embeddings"] + 1), np.int32)
     with pytest.raises(ValueError, match="65 tokens, but the model has learned 64 positions"):
         logits(checkpoint.config, checkpoint.params(), tokens)
+
+
+_SUMMARY = {
+    "summary_activation": None,
+    "summary_first_dropout": 0.1,
+    "summary_proj_to_labels": True,
+    "summary_type": "cls_index",
+    "summary_use_proj": True,
+}
+_DROPOUT = {"attn_pdrop": 0.1, "embd_pdrop": 0.1, "resid_pdrop": 0.1}
+# Keys that released checkpoints have besides the sizes: leftovers of training and of other code.
+RELEASED = {
+    "phi3": {
+        "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"},
+        "attention_bias": False,
+        "embd_pdrop": 0.0,
+        "original_max_position_embeddings": 4096,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+        "sliding_window": 2047,
+    },
+    "codegen": {
+        **_SUMMARY,
+        **_DROPOUT,
+        "gradient_checkpointing": False,
+        "n_ctx": 2048,
+        "scale_attn_weights": True,
+        "task_specific_params": {"text-generation": {"do_sample": True}},
+    },
+    "gpt_bigcode": {
+        **_SUMMARY,
+        **_DROPOUT,
+        "attention_softmax_in_fp32": True,
+        "inference_runner": 0,
+        "max_batch_size": None,
+        "max_sequence_length": None,
+        "multi_query": True,
+        "pad_key_length": True,
+        "pre_allocate_kv_cache": False,
+        "scale_attention_softmax_in_fp32": True,
+        "validate_runner_input": True,
+    },
+    "opt": {
+        "_remove_final_layer_norm": False,
+        "activation_dropout": 0.0,
+        "do_layer_norm_before": True,
+        "dropout": 0.1,
+        "init_std": 0.02,
+        "layerdrop": 0.0,
+        "prefix": "</s>",
+    },
+}
+
+
+@pytest.mark.parametrize("kind", RELEASED)
+def test_leftover_keys_of_released_checkpoints(kind):
+    plain = {"model_type": kind, **tiny(kind)}
+    config, expected = model_config({**plain, **RELEASED[kind]}), model_config(plain)
+    assert dataclasses.replace(config, windows=None) == expected
+    assert config.windows == ((2047, 2047) if kind == "phi3" else None)
 
 
 def test_every_tensor_is_used_once():
