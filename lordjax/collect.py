@@ -77,8 +77,8 @@ def embed(
     config: ModelConfig,
 ) -> Float[Array, "b s m"]:
     """The residual stream before the first block; of ``rest`` only `EMBEDDINGS` are read."""
-    model, tables = Transformer(config), {key: rest[key] for key in EMBEDDINGS if key in rest}
-    x: Any = model.apply({"params": tables}, tokens, mask, method=Transformer.embed_tokens)
+    model = Transformer(config)
+    x: Any = model.apply({"params": rest}, tokens, mask, method=Transformer.embed_tokens)
     return x
 
 

@@ -87,19 +87,15 @@ MODULE_SITES: tuple[Site, ...] = (
 LAST_LAYER = {"vo": "attention/o/kernel", "mlp": "mlp/down/kernel"}
 
 
-def linear_sites(gated: bool = True) -> tuple[Site, ...]:
-    """The linear layers of a block whose MLP has a gate or has none."""
-    return tuple(site for site in LINEAR_SITES if gated or site.path != GATE)
-
-
 def sites_for(kinds: frozenset[str], gated: bool = True) -> tuple[Site, ...]:
-    """The sites of some kinds, in the order in which they run.
+    """The sites of some kinds, in the order in which they run; ``gated``: the MLP has a gate.
 
     A kernel that a module covers is no linear site besides.
     """
     modules = tuple(site for site in MODULE_SITES if site.kind in kinds)
     covered = {path for site in modules for path in site.kernels}
-    linear = () if "linear" not in kinds else linear_sites(gated)
+    covered |= set() if gated else {GATE}
+    linear = () if "linear" not in kinds else LINEAR_SITES
     alone = tuple(site for site in linear if site.path not in covered)
     return tuple(sorted((*alone, *modules), key=lambda site: site.group))
 
