@@ -228,18 +228,48 @@ def open_checkpoint(path_or_id: str | Path) -> Checkpoint:
     return Checkpoint(path, read_json(config), open_directory(path), DirectoryTokenizer(path))
 
 
-def _download(name: str) -> Path:
-    """Fetches a model from the hub (or finds it in the hub's cache)."""
+def read_config(path_or_id: str | Path) -> tuple[dict[str, Any], ModelConfig]:
+    """The config of a model that need not be there: of a ``config.json`` alone no tensor is read.
+
+    Args:
+      path_or_id: a ``config.json``, or what `open_checkpoint` takes.
+
+    Returns:
+      In Hugging Face's words, and as a `ModelConfig`.
+
+    Raises:
+      FileNotFoundError: if there is nothing there.
+      ValueError: if the config is not understood.
+    """
+    path = Path(path_or_id).expanduser()
+    if not path.exists():
+        path = _download(str(path_or_id), ["config.json"])
+    if path.suffix == ".gguf":
+        from lordjax.conversions.gguf import Gguf
+
+        hf_config = Gguf(path).hf_config
+        return hf_config, model_config(hf_config, str(path))
+    file = path / "config.json" if path.is_dir() else path
+    if not file.exists():
+        raise FileNotFoundError(f"{path}: no config.json in this directory; {_EXPECTED}")
+    hf_config = read_json(file)
+    return hf_config, model_config(hf_config, str(file))
+
+
+# Torch files are fetched only if there is nothing better: it would double the download.
+_FILES = ["*.json", *TOKENIZER_FILES, "model*.safetensors"]
+
+
+def _download(name: str, patterns: list[str] = _FILES) -> Path:
+    """Fetches files of a model from the hub (or finds them in the hub's cache)."""
     if name.count("/") > 1 or name.startswith((".", "/", "~")) or name.endswith(".gguf"):
         raise FileNotFoundError(f"{name}: no such file or directory; {_EXPECTED}")
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError
 
-    # Torch files are fetched only if there is nothing better: it would double the download.
-    patterns = ["*.json", *TOKENIZER_FILES, "model*.safetensors"]
     try:
         path = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
-        if not any(path.glob("model*.safetensors")):
+        if patterns is _FILES and not any(path.glob("model*.safetensors")):
             path = Path(
                 huggingface_hub.snapshot_download(
                     name, allow_patterns=[*patterns, "pytorch_model*.bin"]

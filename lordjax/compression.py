@@ -13,6 +13,7 @@ are fixed; for them ``Prepared.compress`` walks the model again (`sequential`).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,10 @@ from lordjax.calibrate import checked, few_gradients
 from lordjax.data import fingerprint
 from lordjax.factoring import AnyFactors, factor_all, site_sizes
 from lordjax.methods import DEFAULT_METHOD, METHODS
+from lordjax.plan import Plan
 from lordjax.prepared import Prepared, Result, check_policy
 from lordjax.progress import Clock, Progress
+from lordjax.sizing import GIVEN, ranks_by_pattern
 from lordjax.source import InMemory, Materialized, Source
 
 # The backward pass costs about four forward passes; more windows than this gain little (CHANGELOG).
@@ -141,18 +144,20 @@ def compress(
     tokens: np.ndarray,
     *,
     keep: float = 0.8,
+    ranks: Mapping[str, int] | None = None,
     allocation: str | None = None,
     temperature: float | None = None,
     dtype: Any = None,
     factors: str | None = None,
     **options: Any,
 ) -> Result:
-    """Compresses a model: `prepare`, then one budget.
+    """Compresses a model: `prepare`, then one plan.
 
     Args:
       source: the model.
       tokens: calibration ids ``[windows, length]``.
       keep: share of the block linear weights that stays, in (0, 1].
+      ranks: instead of a budget; see `sizing.ranks_by_pattern`.
       allocation: a key of `POLICIES`; None = the method's own.
       temperature: see `Prepared.plan`.
       dtype: of the result; None = that of the source.
@@ -160,13 +165,21 @@ def compress(
       **options: see `prepare`.
 
     Raises:
-      KeyError: if the method or the policy is unknown.
-      ValueError: see `prepare` and `Prepared.plan`.
+      KeyError: if the method or the policy is unknown, or a pattern of ``ranks`` decides no site.
+      ValueError: see `prepare`, `Prepared.plan` and `sizing.ranks_by_pattern`.
     """
     if not 0 < keep <= 1:
         raise ValueError(f"keep must be in (0, 1], got {keep}")
     if factors is not None:
         nf.Format.parse(factors)
+    if ranks is not None:
+        method = options.get("method", DEFAULT_METHOD)
+        check_method(method)
+        chosen = ranks_by_pattern(site_sizes(source, method), ranks)
+        plan = Plan(method, chosen, None, GIVEN, factors=factors)
+        # A policy that needs no statistics, so that none are taken for it.
+        prepared = prepare(source, tokens, allocation="uniform", **options)
+        return prepared.apply(plan, dtype=dtype)
     prepared = prepare(source, tokens, allocation=allocation, **options)
     return prepared.compress(
         keep, allocation, temperature=temperature, dtype=dtype, factors=factors

@@ -126,6 +126,33 @@ def _columns(kept: Any, all_pairs: Any) -> np.ndarray:
     return np.concatenate([at, at + all_pairs.shape[1]], axis=1)
 
 
+def narrowed(
+    kind: str, flat: Mapping[str, Any], width: int, config: ModelConfig, *, bias: bool
+) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Shape and dtype, by path, of what `scatter` puts in for a module of another width.
+
+    Args:
+      kind: as for `gather`.
+      flat: parameters of the block by path, or their shapes.
+      width: of a head, or inside the MLP.
+      config: number of heads.
+      bias: whether the method corrects the last layer's bias.
+    """
+    heads = {"h": config.num_heads, "k": config.num_kv_heads, "H": config.num_heads, "": 1}
+    new: dict[str, tuple[tuple[int, ...], Any]] = {}
+    for name, (path, axes) in _LEAVES[kind].items():
+        if path in flat:
+            shape, inner = list(flat[path].shape), heads[axes] * width
+            shape[0 if name == LAST_NAME.get(kind) else -1] = inner
+            new[path] = tuple(shape), flat[path].dtype
+    if kind == "qk" and config.rope is not None:
+        new[ROPE_INDEX] = (config.num_kv_heads, width // 2), np.int32
+    if bias or (kind == "vo" and "attention/v/bias" in flat):
+        kernel = flat[LAST_LAYER[kind]]
+        new[LAST_LAYER[kind].replace("/kernel", "/bias")] = (kernel.shape[1],), kernel.dtype
+    return new
+
+
 def site_size(site: Site, block: Mapping[str, Any], config: ModelConfig) -> Size:
     """How many weights a site of a block has at a rank."""
     flat = trees.flatten(block)

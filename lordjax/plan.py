@@ -55,7 +55,7 @@ class Plan:
       method: a key of `METHODS`.
       ranks: site path -> rank (width, for a module), or None to leave the site as it is.
       keep: the share of block linear weights that was asked for, in (0, 1], if one was.
-      policy: a key of `allocation.POLICIES`.
+      policy: a key of `allocation.POLICIES`, or ``given`` where ranks were.
       gap: relative distance of the plan's predicted error from a lower bound on that of any
         plan within the budget; None for policies that do not optimise.
       temperature: of ``block-influence``.

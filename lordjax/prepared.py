@@ -20,7 +20,7 @@ from lordjax.allocation import CURVELESS, INFLUENCED, POLICIES, TILE, Curve, all
 from lordjax.evaluate.comparison import compare
 from lordjax.factoring import AnyFactors, cast, quantize_pairs, replace_kernels
 from lordjax.kernels import nbytes, weights
-from lordjax.methods import METHODS, ModuleFactors, method_at
+from lordjax.methods import METHODS, ModuleFactors, corrects_bias
 from lordjax.models import ModelConfig
 from lordjax.plan import Plan, Size, summary
 from lordjax.progress import Clock, Progress, peak_rss
@@ -97,10 +97,7 @@ class Prepared:
                     errors = errors / (errors[0] if errors[0] > 0 else 1.0)
                 if sensitivity is not None:
                     errors = errors * sensitivity[path]
-            if site.kind == "linear":
-                bias = METHODS[method_at(self.method, layer_type(path))].bias
-            else:
-                bias = row.modules[site.kind].bias
+            bias = corrects_bias(self.method, site.kind, layer_type(path))
             influence = self.influences.get(layer_index(path), 0.0)
             curves[path] = Curve(size, errors, max(size.moved, size.bias if bias else 0), influence)
         return curves

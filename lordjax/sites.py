@@ -13,6 +13,7 @@ The last three are *modules*: compressed, they are the same layers, only narrowe
 from __future__ import annotations
 
 import dataclasses
+import re
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,3 +114,8 @@ def layer_type(path: str) -> str:
 def layer_index(path: str) -> int:
     """``layer_12/mlp/up/kernel`` -> 12."""
     return int(path.split("/", 1)[0].removeprefix("layer_"))
+
+
+def is_block_linear(path: str) -> bool:
+    """Whether a parameter counts for a budget: the kernel of a linear layer of a block."""
+    return re.fullmatch(r"layer_\d+/.*/kernel", path) is not None

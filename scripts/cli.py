@@ -80,6 +80,30 @@ def shares(context: click.Context, parameter: click.Parameter, value: str) -> tu
     return tuple(numbers)
 
 
+def ranks_option(command: Any) -> Any:
+    """``--ranks``."""
+    return click.option(
+        "--ranks",
+        callback=ranks,
+        metavar="LAYER=RANK,…",
+        help="Instead of --keep: ranks by layer type, such as mlp/down=2304 (regular expressions; "
+        "layer_3/mlp/down is one layer). All others stay dense.",
+    )(command)
+
+
+def ranks(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> dict[str, int] | None:
+    """Reads ranks by layer."""
+    del context
+    if value is None:
+        return None
+    pairs = [part.rpartition("=") for part in value.split(",")]
+    if not all(name and rank.isdigit() for name, _, rank in pairs):
+        raise click.BadParameter(f"{value!r} is not like mlp/down=256,mlp/up=128", param=parameter)
+    return {name.strip(): int(rank) for name, _, rank in pairs}
+
+
 def output(result: dict[str, Any], as_json: bool, show: Callable[[dict[str, Any]], None]) -> None:
     """Prints a verb's result on stdout: as JSON, or for people."""
     if as_json:
@@ -116,6 +140,7 @@ def cli() -> None:
     help="Share of the block linear weights that stays, in (0, 1]; factor pairs count in full.  "
     "[default: 0.8]",
 )
+@ranks_option
 @click.option(
     "--bits",
     type=click.FloatRange(min=0, min_open=True),
@@ -204,6 +229,38 @@ def compress(as_json: bool, **settings: Any) -> None:
     from lordjax.scripts.compress_model import compress_model, show
 
     output(compress_model(**settings), as_json, show)
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--method", default="modegpt", show_default=True, help="A wrong name lists them all.")
+@click.option("--keep", type=float, callback=share, help="As of compress.  [default: 0.8]")
+@ranks_option
+@click.option("--allocation", help="As of compress.  [default: the method's own]")
+@click.option(
+    "--seq-len",
+    type=click.IntRange(min=1),
+    default=1024,
+    show_default=True,
+    help="Tokens of the forward pass whose multiplications are counted.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+    help="Of the stored weights.",
+)
+@as_json_option
+def plan(as_json: bool, **settings: Any) -> None:
+    """Count what MODEL will weigh and cost when it is compressed.
+
+    Parameters, bytes and multiplications before and after, from shapes alone: MODEL may be a
+    config.json without weights.
+    """
+    from lordjax.scripts.plan_model import plan_model, show
+
+    output(plan_model(**settings), as_json, show)
 
 
 @cli.command()

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lordjax.progress import Progress
     from lordjax.source import Source
 
+KEEP = 0.8  # share of the block linear weights that stays, where nothing is said
 WINDOW = 1024  # tokens per window of text, unless the model is shorter
 DOCUMENT_TOKENS = 2048  # of every module of the standard library: many styles, no long tables
 

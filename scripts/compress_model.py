@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lordjax.scripts.common import (
+    KEEP,
     Model,
     check_output,
     open_model,
@@ -17,14 +18,10 @@ from lordjax.scripts.common import (
     say,
     size,
 )
-from lordjax.scripts.inspect_model import is_block_linear
-
-KEEP = 0.8  # what `--keep` is where it is not given
-
 
 # What goes with quantisation only, and what it has no use for.
 QUANTIZED = ("bits", "budget_bytes", "form", "rank", "weighting", "feedback")
-UNQUANTIZED = ("keep", "temperature", "prefix")
+UNQUANTIZED = ("keep", "ranks", "temperature", "prefix")
 FLAGS = {"form": "--format"}
 
 
@@ -112,8 +109,12 @@ def _low_rank_job(method: str, options: dict[str, Any]) -> tuple[Run, dict[str, 
     from lordjax.prepared import check_policy
 
     row = METHODS[method]
+    ranks = options["ranks"]
+    if ranks is not None and any(options[name] is not None for name in ("keep", "allocation")):
+        raise ValueError("--ranks says it all; leave --keep and --allocation out")
     settings = {
         "keep": KEEP if options["keep"] is None else options["keep"],
+        "ranks": ranks,
         "allocation": options["allocation"] or row.allocation,
         "temperature": options["temperature"],
         "prefix": options["prefix"] or row.prefix,
@@ -198,6 +199,8 @@ def save_result(
 def estimated_bytes(model: Model, keep: float, dtype: str | None) -> int:
     """What the compressed weights will take on disk."""
     import jax.numpy as jnp
+
+    from lordjax.sites import is_block_linear
 
     total = 0.0
     for path, leaf in model.leaves().items():

@@ -7,13 +7,6 @@ from typing import Any
 
 from lordjax.scripts.common import file_bytes, open_model, size
 
-_BLOCK_LINEAR = re.compile(r"layer_\d+/.*/kernel")
-
-
-def is_block_linear(path: str) -> bool:
-    """Whether a parameter counts for ``keep``: a linear layer of a block."""
-    return _BLOCK_LINEAR.fullmatch(path) is not None
-
 
 def inspect_model(model: str) -> dict[str, Any]:
     """Describes a model: totals, and one entry per parameter path."""
@@ -23,6 +16,7 @@ def inspect_model(model: str) -> dict[str, Any]:
 
     from lordjax import trees
     from lordjax.models import init
+    from lordjax.sites import is_block_linear
 
     opened = open_model(model)
     # Modules may have become narrower: what is left is a share of the original shapes.

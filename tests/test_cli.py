@@ -250,6 +250,46 @@ def test_compressed_model_is_worse_and_full_budget_is_not(tiny, compressed, text
     assert nll(compressed[0]) != pytest.approx(nll(tiny), rel=1e-6)
 
 
+def test_plan_counts_what_compress_writes(tiny, text, tmp_path):
+    """From config.json alone, also where the budget is given as ranks."""
+    given = ("--method", "svd-llm", "--ranks", "mlp/.*=8", "--json")
+    planned = run("plan", tiny / "config.json", *given)
+    assert planned.exit_code == 0, planned.stderr
+    planned = json.loads(planned.stdout)
+    done = run("compress", tiny, tmp_path / "out", *calibration(text), *given)
+    assert done.exit_code == 0, done.stderr
+    there = json.loads(run("inspect", tmp_path / "out", "--json").stdout)
+    assert there["bytes"] == json.loads(done.stdout)["bytes"] == planned["after"]["bytes"]
+    assert there["weights"] == planned["after"]["parameters"]
+    assert there["block_linear"]["weights"] == planned["after"]["block_linear_weights"]
+    assert (
+        planned["before"]["parameters"]
+        == json.loads(run("inspect", tiny, "--json").stdout)["weights"]
+    )
+
+
+def test_plan_of_a_budget_alone(tiny):
+    """Where ranks depend on data, what the budget allows at most."""
+    planned = json.loads(run("plan", tiny, "--keep", "0.5", "--json").stdout)
+    before, after = planned["before"], planned["after"]
+    assert after["block_linear_weights"] == before["block_linear_weights"] / 2
+    assert before["bytes"] - after["bytes"] == 2 * before["block_linear_weights"]
+    assert planned["ranks"] == {}
+    shown = run("plan", tiny, "--method", "rom").stdout
+    assert "attention/q" in shown
+    assert "dense" in shown
+
+
+def test_bad_plans(tiny, compressed, tmp_path):
+    fails("compressed already", "plan", compressed[0])
+    fails("no such file or directory", "plan", tmp_path / "nothing")
+    fails("did you mean lord", "plan", tiny, "--method", "lort")
+    fails("did you mean global", "plan", tiny, "--allocation", "globl")
+    fails("did you mean mlp/down", "plan", tiny, "--method", "svd", "--ranks", "mlp/dwn=3")
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "new": 1}')
+    fails("unknown key", "plan", tmp_path / "config.json")
+
+
 def test_dtype_is_that_of_the_stored_weights(tiny, text, tmp_path):
     out = tmp_path / "half"
     arguments = (*calibration(text), "--method", "svd", "--dtype", "bfloat16")
@@ -449,6 +489,10 @@ def test_bad_tokens(tiny, tmp_path):
         (("--keep", "nan"), "(0, 1]"),
         (("--method", "lort"), "did you mean lord"),
         (("--allocation", "globl"), "did you mean global"),
+        (("--ranks", "mlp/down"), "is not like mlp/down=256"),
+        (("--ranks", "mlp=3", "--keep", "0.5"), "leave --keep and --allocation out"),
+        (("--ranks", "mlp/dwn=8", "--method", "svd"), "did you mean mlp/down"),
+        (("--ranks", "mlp/down=99", "--method", "svd"), "from 1 to 19, or leave the layer out"),
         (("--dtype", "int8"), "bfloat16"),
         (("--samples", "0"), "--samples"),
         (("--seq-len", "1"), "--seq-len"),

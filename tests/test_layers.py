@@ -28,7 +28,7 @@ ORDER = [
     ["lordjax.modules", "lordjax.evaluate.perplexity"],
     ["lordjax.factoring", "lordjax.evaluate.comparison"],
     ["lordjax.sequential"],
-    ["lordjax.prepared"],
+    ["lordjax.prepared", "lordjax.sizing"],
     ["lordjax.compression", "lordjax.quantizer"],
     ["lordjax.quantization"],
     ["lordjax.checkpoint"],

@@ -70,6 +70,22 @@ __all__ = [
     "Method",
     "Module",
     "ModuleFactors",
+    "corrects_bias",
     "method_at",
     "truncate",
 ]
+
+
+def corrects_bias(name: str, kind: str, layer: str) -> bool:
+    """Whether a method's result carries a bias correction at a site.
+
+    Args:
+      name: of the method.
+      kind: of the site.
+      layer: a linear site's layer type.
+    """
+    return (
+        METHODS[method_at(name, layer)].bias
+        if kind == "linear"
+        else METHODS[name].modules[kind].bias
+    )

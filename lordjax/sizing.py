@@ -1,0 +1,143 @@
+"""What a compressed model would weigh and cost, from shapes alone: no weights, no data.
+
+Ranks are given by pattern (LoRD's one rank per layer type), or by a policy that looks at shapes
+only (`allocation.CURVELESS`).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lordjax import trees
+from lordjax.allocation import CURVELESS, Curve, Ranks, allocate
+from lordjax.kernels import LowRank, weights
+from lordjax.methods import METHODS, corrects_bias
+from lordjax.models.config import ModelConfig
+from lordjax.models.transformer import init
+from lordjax.modules import narrowed
+from lordjax.plan import Plan, Size
+from lordjax.sites import Site, is_block_linear, layer_type, site_path, sites_for
+from lordjax.source import InMemory
+
+GIVEN = "given"  # the policy of a plan whose ranks were
+
+
+def shapes(config: ModelConfig) -> InMemory:
+    """The untouched model with shapes in place of arrays."""
+    return InMemory(config, jax.eval_shape(functools.partial(init, config), jax.random.key(0)))
+
+
+def ranks_by_pattern(sizes: Mapping[str, Size], patterns: Mapping[str, int]) -> Ranks:
+    """Ranks of all sites: that of the first pattern that matches, else dense.
+
+    Args:
+      sizes: site path -> its size.
+      patterns: regular expression -> rank. It has to match a layer type (``mlp/down``) or a layer
+        (``layer_3/mlp/down``) in full.
+
+    Raises:
+      KeyError: if a pattern decides no site; suggests layer types.
+      ValueError: if a rank saves nothing or is no multiple of the site's step.
+    """
+    ranks: Ranks = dict.fromkeys(sizes, None)
+    unused = dict(patterns)
+    for path, size in sizes.items():
+        names = (layer_type(path), path.removesuffix("/kernel"))
+        for pattern, rank in patterns.items():
+            if any(re.fullmatch(pattern, name) for name in names):
+                unused.pop(pattern, None)
+                if not 1 <= rank < size.limit or rank % size.step:
+                    step = f" and a multiple of {size.step}" if size.step > 1 else ""
+                    raise ValueError(
+                        f"{path}: rank {rank} saves nothing; expected one from 1 to "
+                        f"{math.ceil(size.limit) - 1}{step}, or leave the layer out"
+                    )
+                ranks[path] = rank
+                break
+    if unused:
+        first = min(unused)
+        types = dict.fromkeys(layer_type(path) for path in sizes)
+        raise KeyError(f"no layer is left for {first!r}; {trees.did_you_mean(first, types)}")
+    return ranks
+
+
+def plan_by_shapes(sizes: Mapping[str, Size], method: str, keep: float, policy: str) -> Plan:
+    """The plan of a policy that looks at shapes only.
+
+    Raises:
+      ValueError: if the policy looks at data, or the budget cannot be met.
+    """
+    if policy not in CURVELESS:
+        raise ValueError(f"ranks by policy {policy!r} depend on calibration data")
+    kinds = {site.path: site.kind for site in sites_for(METHODS[method].kinds)}
+    curves = {}
+    for path, size in sizes.items():
+        bias = corrects_bias(method, kinds[path.split("/", 1)[1]], layer_type(path))
+        extra = max(size.moved, size.bias if bias else 0)
+        curves[path] = Curve(size, np.zeros(math.ceil(size.limit) + 1), extra)
+    return Plan(method, allocate(curves, keep, policy)[0], keep, policy)
+
+
+def outline(config: ModelConfig, plan: Plan) -> dict[str, Any]:
+    """Shapes of the parameters of a compressed model, in float32: nested dict, kernels included.
+
+    Args:
+      config: of the untouched model.
+      plan: low ranks and widths.
+    """
+    source = shapes(config)
+    tree = dict(source.rest())
+    for i in range(config.num_layers):
+        block = source.block(i)
+        flat = trees.flatten(block)
+        for site in sites_for(METHODS[plan.method].kinds, config.gated):
+            rank = plan.ranks[site_path(i, site)]
+            if rank is not None:
+                new = _factored if site.kind == "linear" else _narrow
+                flat = new(site, flat, rank, plan.method, config)
+        tree[f"layer_{i}"] = trees.unflatten(flat)
+    return tree
+
+
+def _factored(
+    site: Site, flat: Mapping[str, Any], rank: int, method: str, config: ModelConfig
+) -> dict[str, Any]:
+    del config
+    fan_in, fan_out = flat[site.path].shape
+    table = {**flat, site.path: LowRank(_array(fan_in, rank), _array(rank, fan_out))}
+    if corrects_bias(method, site.kind, site.layer):
+        table[f"{site.layer}/bias"] = _array(fan_out)
+    return table
+
+
+def _narrow(
+    site: Site, flat: Mapping[str, Any], rank: int, method: str, config: ModelConfig
+) -> dict[str, Any]:
+    bias = corrects_bias(method, site.kind, site.layer)
+    new = narrowed(site.kind, flat, rank, config, bias=bias)
+    return {**flat, **{path: jax.ShapeDtypeStruct(*what) for path, what in new.items()}}
+
+
+def _array(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def multiplications(config: ModelConfig, tree: Any, length: int) -> int:
+    """Multiplications of matrix products in a forward pass of one window of ``length`` tokens.
+
+    Linear layers, head, and attention with its whole square, as papers count it (not half).
+    """
+    flat = trees.flatten(tree)
+    linear = sum(weights(leaf) for path, leaf in flat.items() if is_block_linear(path))
+    layers = [f"layer_{i}/attention" for i in range(config.num_layers)]
+    widths = sum(flat[f"{at}/q/kernel"].shape[1] + flat[f"{at}/o/kernel"].shape[0] for at in layers)
+    head = config.hidden_size * config.vocab_size
+    return length * (linear + head) + length**2 * widths
