@@ -15,10 +15,10 @@ from lordjax.conversions.family import (
     sizes_of,
 )
 from lordjax.conversions.gpt import CODEGEN, GPT2, GPT_BIGCODE, OPT
-from lordjax.conversions.llama import LLAMA, MISTRAL, PHI3, QWEN2, STARCODER2
+from lordjax.conversions.llama import LLAMA, MISTRAL, PHI3, QWEN2, QWEN3, STARCODER2
 from lordjax.models.config import ModelConfig
 
-_ROWS = (LLAMA, MISTRAL, QWEN2, PHI3, STARCODER2, GPT2, GPT_BIGCODE, OPT, CODEGEN)
+_ROWS = (LLAMA, MISTRAL, QWEN2, PHI3, STARCODER2, GPT2, GPT_BIGCODE, OPT, CODEGEN, QWEN3)
 FAMILIES: dict[str, Family] = {row.model_type: row for row in _ROWS}
 
 

@@ -147,6 +147,7 @@ def sizes_of(config: ModelConfig) -> dict[str, int]:
         "a": queries + 2 * keys,  # queries, keys and values in one
         "g": 2 * config.mlp_size,  # gate and up in one
         "p": config.position_rows or 0,
+        "d": config.head_size,
     }
 
 
@@ -285,3 +286,10 @@ def norm(path: str, name: str) -> tuple[TensorRow, TensorRow]:
         TensorRow(f"{path}/scale", f"{name}.weight", "m"),
         TensorRow(f"{path}/bias", f"{name}.bias", "m"),
     )
+
+
+def head_norms(attention: str) -> Iterator[TensorRow]:
+    """The norms over each head of the queries and keys, of an attention of theirs."""
+    for name in "qk":
+        path = f"{BLOCK}/attention/{name}_norm/scale"
+        yield TensorRow(path, f"{attention}.{name}_norm.weight", "d")

@@ -83,6 +83,12 @@ CASES = {
     "opt": ("opt", {}),
     "codegen": ("codegen", {"rotary_dim": 4}),
     "codegen-whole-heads": ("codegen", {"rotary_dim": 8, "n_inner": 40}),
+    "qwen3": ("qwen3", {"head_dim": 12, "tie_word_embeddings": True}),
+    "qwen3-options": (
+        "qwen3",
+        {"attention_bias": True, "use_sliding_window": True, "sliding_window": 5}
+        | {"max_window_layers": 1},
+    ),
     "opt-unbiased": ("opt", {"enable_bias": False, "activation_function": "gelu"}),
 }
 # What the sizes of `TINY` are called where they are called something else.
@@ -119,7 +125,7 @@ def hf_model(kind, options):
     with torch.no_grad():
         for parameter in model.parameters():
             noise = 0.15 * torch.randn(parameter.shape)
-            parameter.copy_(1 + noise if parameter.shape == (config.hidden_size,) else noise)
+            parameter.copy_(1 + noise if parameter.ndim == 1 else noise)
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.copy_(0.3 * torch.randn(parameter.shape))
@@ -246,6 +252,15 @@ RELEASED = {
         "rope_scaling": None,
         "rope_theta": 10000.0,
         "sliding_window": 2047,
+    },
+    "qwen3": {
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "max_window_layers": 28,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+        "sliding_window": None,
+        "use_sliding_window": False,
     },
     "codegen": {
         **_SUMMARY,
