@@ -19,6 +19,7 @@ from lordjax.conversions.family import (
     norm,
     one_window,
 )
+from lordjax.conversions.rope import ROPE_KEYS
 
 _LAYER = "model.layers.{i}"
 LLAMA = Family(
@@ -65,6 +66,7 @@ LLAMA = Family(
         "per_layer_config": (None, {}),
     },
     windows=no_windows,
+    rope_keys=ROPE_KEYS,
     tensors=(
         TensorRow("embed/embedding", "model.embed_tokens.weight", "vm"),
         TensorRow(f"{BLOCK}/attention_norm/scale", f"{_LAYER}.input_layernorm.weight", "m"),

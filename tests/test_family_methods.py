@@ -56,6 +56,14 @@ BLOCKS = {
     "starcoder2": dataclasses.replace(
         GPT2, num_kv_heads=2, rope=Rope(), position_rows=None, windows=(None, 9)
     ),
+    "gpt_neox": dataclasses.replace(
+        GPT2,
+        block="parallel_norms",
+        activation="gelu",
+        rope=Rope(size=4),
+        position_rows=None,
+        tie_embeddings=False,
+    ),
     "qwen3": dataclasses.replace(
         GPT2,
         num_kv_heads=2,

@@ -166,7 +166,33 @@ class ParallelBlock(nn.Module):
         return x + attended + MLP(c, name="mlp")(h)
 
 
-BLOCKS: dict[str, Any] = {"sequential": Block, "parallel": ParallelBlock}
+class ParallelNormsBlock(nn.Module):
+    """``x + attention(norm(x)) + mlp(norm(x))`` with a norm for each of the two (GPT-NeoX)."""
+
+    config: ModelConfig
+    window: int | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b s m"],
+        positions: Int[Array, "#b s"],
+        mask: Bool[Array, "b s"] | None = None,
+    ) -> Float[Array, "b s m"]:
+        """Residual stream in, residual stream out."""
+        c = self.config
+        norm = NORMS[c.norm]
+        h = norm(c.norm_eps, name="attention_norm")(x)
+        attended = Attention(c, self.window, name="attention")(h, positions, mask)
+        h = norm(c.norm_eps, name="mlp_norm")(x)
+        return x + attended + MLP(c, name="mlp")(h)
+
+
+BLOCKS: dict[str, Any] = {
+    "sequential": Block,
+    "parallel": ParallelBlock,
+    "parallel_norms": ParallelNormsBlock,
+}
 
 
 class Transformer(nn.Module):
