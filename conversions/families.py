@@ -15,10 +15,11 @@ from lordjax.conversions.family import (
     sizes_of,
 )
 from lordjax.conversions.gpt import CODEGEN, GPT2, GPT_BIGCODE, OPT
-from lordjax.conversions.llama import LLAMA, MISTRAL, PHI3, QWEN2, STARCODER2
+from lordjax.conversions.llama import LLAMA, MISTRAL, PHI3, QWEN2, QWEN3, STARCODER2
+from lordjax.conversions.neox import GPT_NEOX
 from lordjax.models.config import ModelConfig
 
-_ROWS = (LLAMA, MISTRAL, QWEN2, PHI3, STARCODER2, GPT2, GPT_BIGCODE, OPT, CODEGEN)
+_ROWS = (LLAMA, MISTRAL, QWEN2, PHI3, STARCODER2, GPT2, GPT_BIGCODE, OPT, CODEGEN, QWEN3, GPT_NEOX)
 FAMILIES: dict[str, Family] = {row.model_type: row for row in _ROWS}
 
 
@@ -63,6 +64,8 @@ def model_config(hf_config: Values, where: str = "config.json") -> ModelConfig:
     rope = family.rope(hf_config, values, problems)
     windows = family.windows(values, problems)
     fields = dict(family.constants) | {f: values[key] for f, key in family.fields.items()}
+    if family.derived is not None:
+        fields |= family.derived(hf_config, values, problems)
     fill_and_check_sizes(fields, rope is not None, problems)
     if family.check is not None:
         family.check(values, problems)

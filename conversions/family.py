@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lordjax.conversions.rope import ROPE_KEYS, read_rope
+from lordjax.conversions.rope import read_rope
 from lordjax.models.config import ModelConfig, Rope
 from lordjax.models.layers import ACTIVATIONS
 
@@ -85,9 +85,11 @@ class Family:
       ignored_tensors: patterns of tensors that carry nothing.
       ignored: keys that do not change the forward pass, besides `IGNORED`.
       rope: rotary positions of a config: of it, of the values, and a list that takes problems.
+      rope_keys: keys that ``rope`` reads besides the values.
       position_offset: row of the first learned position; None: positions are not learned.
       prefix: of all names but the head's, which checkpoints of the bare model leave out.
       check: of the values, what else must hold; takes the list of problems.
+      derived: fields of `ModelConfig` that are computed; arguments as for ``rope``.
     """
 
     model_type: str
@@ -101,9 +103,11 @@ class Family:
     ignored_tensors: tuple[str, ...] = ()
     ignored: frozenset[str] = frozenset()
     rope: Callable[[Values, Values, list[str]], Rope | None] = read_rope
+    rope_keys: frozenset[str] = frozenset()
     position_offset: int | None = None
     prefix: str = "model."
     check: Callable[[Values, list[str]], None] | None = None
+    derived: Callable[[Values, Values, list[str]], dict[str, Any]] | None = None
 
     def ignores(self, name: str) -> bool:
         """Whether a tensor of this name may be left over."""
@@ -147,13 +151,13 @@ def sizes_of(config: ModelConfig) -> dict[str, int]:
         "a": queries + 2 * keys,  # queries, keys and values in one
         "g": 2 * config.mlp_size,  # gate and up in one
         "p": config.position_rows or 0,
+        "d": config.head_size,
     }
 
 
 def read_keys(family: Family, hf_config: Values, problems: list[str]) -> dict[str, Any]:
     """Values of the keys that the family reads; a value of the wrong type becomes the default."""
-    known = IGNORED | family.ignored | set(family.defaults)
-    known |= ROPE_KEYS if family.rope is read_rope else set()
+    known = IGNORED | family.ignored | set(family.defaults) | family.rope_keys
     for key, value in hf_config.items():
         accepted = family.fixed.get(key)
         if accepted is not None and value not in accepted:
@@ -285,3 +289,10 @@ def norm(path: str, name: str) -> tuple[TensorRow, TensorRow]:
         TensorRow(f"{path}/scale", f"{name}.weight", "m"),
         TensorRow(f"{path}/bias", f"{name}.bias", "m"),
     )
+
+
+def head_norms(attention: str) -> Iterator[TensorRow]:
+    """The norms over each head of the queries and keys, of an attention of theirs."""
+    for name in "qk":
+        path = f"{BLOCK}/attention/{name}_norm/scale"
+        yield TensorRow(path, f"{attention}.{name}_norm.weight", "d")

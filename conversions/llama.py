@@ -12,12 +12,14 @@ from lordjax.conversions.family import (
     Family,
     TensorRow,
     fused,
+    head_norms,
     linear,
     mixed_windows,
     no_windows,
     norm,
     one_window,
 )
+from lordjax.conversions.rope import ROPE_KEYS
 
 _LAYER = "model.layers.{i}"
 LLAMA = Family(
@@ -64,6 +66,7 @@ LLAMA = Family(
         "per_layer_config": (None, {}),
     },
     windows=no_windows,
+    rope_keys=ROPE_KEYS,
     tensors=(
         TensorRow("embed/embedding", "model.embed_tokens.weight", "vm"),
         TensorRow(f"{BLOCK}/attention_norm/scale", f"{_LAYER}.input_layernorm.weight", "m"),
@@ -124,6 +127,17 @@ QWEN2 = dataclasses.replace(
         "layer_types": None,
     },
     windows=mixed_windows,
+)
+
+QWEN3 = dataclasses.replace(
+    QWEN2,
+    model_type="qwen3",
+    architectures=("Qwen3ForCausalLM",),
+    constants={"qk_norm": True},
+    fields={**QWEN2.fields, "qkv_bias": "attention_bias", "out_bias": "attention_bias"},
+    fixed={key: values for key, values in QWEN2.fixed.items() if key != "attention_bias"},
+    defaults={**QWEN2.defaults, "head_dim": 128, "attention_bias": False},
+    tensors=(*LLAMA.tensors, *head_norms(f"{_LAYER}.self_attn")),
 )
 
 PHI3 = dataclasses.replace(

@@ -37,14 +37,14 @@ def no_rope(hf_config: Values, values: Values, problems: list[str]) -> None:
     del hf_config, values, problems
 
 
-def half_split(head_size: int, rotary_size: int | None) -> np.ndarray:
+def half_split(head_size: int, rotary_size: int | None, *, neighbours: bool = True) -> np.ndarray:
     """Order of a head's columns in which the members of every pair are half a head apart.
 
-    Before, the first ``rotary_size`` columns (None: all) turn in pairs of neighbours; the others,
-    which stand still, become pairs too.
+    Before, the first ``rotary_size`` columns (None: all) turn in pairs of neighbours, or of columns
+    half of ``rotary_size`` apart; the others, which stand still, become pairs too.
     """
     size = rotary_size or head_size
-    turning = np.arange(size).reshape(-1, 2)
+    turning = np.arange(size).reshape(-1, 2) if neighbours else np.arange(size).reshape(2, -1).T
     still = np.arange(size, head_size).reshape(2, -1).T
     return np.concatenate([turning, still]).T.reshape(-1)
 

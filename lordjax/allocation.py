@@ -400,6 +400,23 @@ def block_influence(
     return {path: o[0][i] for path, o, i in zip(curves, options, index, strict=True)}, None
 
 
+def _without_fixed(curves: Curves, keep: float) -> tuple[Curves, float]:
+    """The sites of which weights can be saved, and the share of those that may stay.
+
+    Raises:
+      ValueError: if the others alone are more than the budget.
+    """
+    free = {path: curve for path, curve in curves.items() if not curve.size.fixed}
+    total, within = _dense(curves), _dense(free)
+    fixed = total - within
+    if keep * total <= fixed:
+        raise ValueError(
+            f"keep {keep} cannot be met: {fixed / total:.4g} of the weights are in layers that "
+            "this method leaves as they are; ask for a larger keep or choose another method"
+        )
+    return free, keep if not fixed else (keep * total - fixed) / within
+
+
 Policy = Callable[..., tuple[Ranks, float | None]]  # (curves, keep, tile, **options)
 
 POLICIES: dict[str, Policy] = {
@@ -443,7 +460,8 @@ def allocate(
         raise ValueError(f"predicted errors are not finite at {', '.join(bad)}")
     if keep == 1:
         return dict.fromkeys(curves, None), None
-    ranks, gap = POLICIES[policy](curves, keep, tile, **options)
+    ranks, gap = POLICIES[policy](*_without_fixed(curves, keep), tile, **options)
+    ranks = {path: ranks.get(path) for path in curves}
     # Ranks of at least 1 (or the tile), and matrices too small to factor, can be too much.
     spent, dense = _spent(curves, ranks), _dense(curves)
     if spent > keep * dense * (1 + 1e-12):

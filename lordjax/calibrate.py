@@ -156,7 +156,7 @@ def few_gradients(
     source: Source, calibration: Calibration, method: Method, windows: int | None, clock: Clock
 ) -> dict[int, dict[str, dict[str, Any]]]:
     """`gradient_statistics` of ``windows`` of the calibration; empty if the method reads none."""
-    if not needs_gradients(method):
+    if not needs_gradients(method, source.config):
         return {}
     few = calibration.spread(windows)
     # A backward pass holds every activation of a block: half the batch, about the same memory.
@@ -236,9 +236,9 @@ def _gradient_keys(method: Method, site: Site) -> dict[str, str]:
     return {name: key for name, key in keys.items() if name in needs}
 
 
-def needs_gradients(method: Method) -> bool:
+def needs_gradients(method: Method, config: ModelConfig) -> bool:
     """Whether a method reads anything of a backward pass."""
-    return any(_gradient_keys(method, site) for site in sites_for(method.kinds))
+    return any(_gradient_keys(method, site) for site in sites_for(method.kinds, config))
 
 
 def site_gradients(
@@ -269,7 +269,7 @@ def _empty_gradients(
     flat = trees.flatten(block)
     stats: dict[str, dict[str, Any]] = {}
     bases: dict[str, Any] = {}
-    for site in sites_for(method.kinds, config.gated):
+    for site in sites_for(method.kinds, config):
         keys = _gradient_keys(method, site)
         if "gradients" in keys:
             path = keys["gradients"]

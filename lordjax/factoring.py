@@ -25,7 +25,7 @@ from lordjax.methods import METHODS, Factors, ModuleFactors, method_at, truncate
 from lordjax.modules import gather, scatter, site_size, widen
 from lordjax.plan import Size
 from lordjax.progress import Clock
-from lordjax.sites import Site, site_path, sites_for
+from lordjax.sites import Site, counted_sites, site_path, sites_for
 from lordjax.source import Calibration, Source
 
 AnyFactors = Factors | ModuleFactors
@@ -110,7 +110,7 @@ def factor_all(
       site path -> factors; layer -> block influence, if asked for.
     """
     config, row = source.config, METHODS[method]
-    sites = sites_for(row.kinds, config.gated)
+    sites = sites_for(row.kinds, config)
     factors: dict[str, AnyFactors] = {}
     influences: dict[int, float] = {}
     states: list[Any] = []
@@ -165,7 +165,7 @@ def replace_kernels(
     row = METHODS[method]
     before = trees.flatten(block)
     flat = dict(before)
-    for site in sites_for(row.kinds, config.gated):
+    for site in sites_for(row.kinds, config):
         path = site_path(i, site)
         rank = plan.get(path)
         if rank is None or path not in factors:
@@ -234,7 +234,7 @@ def quantize_pairs(params: Any, form: nf.Format) -> Any:
 
 def site_sizes(source: Source, method: str) -> dict[str, Size]:
     """Site path -> its size in the untouched model."""
-    sites = sites_for(METHODS[method].kinds, source.config.gated)
+    sites = counted_sites(METHODS[method].kinds, source.config).values()
     sizes = {}
     for i in range(source.config.num_layers):
         block = source.block(i)

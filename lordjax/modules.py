@@ -160,6 +160,8 @@ def site_size(site: Site, block: Mapping[str, Any], config: ModelConfig) -> Size
     if site.kind == "linear":
         return Size.matrix(*shapes[0])
     dense = sum(fan_in * fan_out for fan_in, fan_out in shapes)
+    if site.kind == "dense":
+        return Size(dense, dense)
     widths = {
         "mlp": flat["mlp/down/kernel"].shape[0],
         "qk": flat["attention/q/kernel"].shape[1] // config.num_heads,

@@ -42,6 +42,11 @@ class Size:
         """Rank at which the site is as large as dense (break-even), or is dense (full width)."""
         return self.dense / self.unit
 
+    @property
+    def fixed(self) -> bool:
+        """Whether no rank saves weights."""
+        return self.limit <= 1
+
     def weights(self, rank: int | None) -> int:
         """Weights at a rank (None = dense)."""
         return self.dense if rank is None else rank * self.unit

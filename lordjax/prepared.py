@@ -25,7 +25,7 @@ from lordjax.models import ModelConfig
 from lordjax.plan import Plan, Size, summary
 from lordjax.progress import Clock, Progress, peak_rss
 from lordjax.sequential import sequential
-from lordjax.sites import layer_index, layer_type, sites_for
+from lordjax.sites import counted_sites, layer_index, layer_type
 from lordjax.source import Calibration, Source
 
 # MoDeGPT's temperatures, of which held-out calibration windows choose one. Closer ones, between
@@ -86,7 +86,7 @@ class Prepared:
           sensitivity: site path -> factor on its errors; None = 1 for all.
         """
         row = METHODS[self.method]
-        sites = {site.path: site for site in sites_for(row.kinds)}
+        sites = counted_sites(row.kinds, self.source.config)
         curves = {}
         for path, size in self.sizes.items():
             site = sites[path.split("/", 1)[1]]
@@ -223,7 +223,7 @@ class Prepared:
             params = jax.tree.map(lambda a: cast(a, dtype), params)
         if plan.factors is not None:
             params = quantize_pairs(params, nf.Format.parse(plan.factors))
-        verify(params, plan, self.sizes)
+        verify(params, plan, self.sizes, self.source.config)
         seconds = {**self.report["seconds"], "apply": time.perf_counter() - start}
         report = {
             **self.report,
@@ -298,14 +298,14 @@ def _layer_report(factors: Mapping[str, AnyFactors], plan: Plan) -> dict[str, di
     return rows
 
 
-def verify(params: Any, plan: Plan, sizes: Mapping[str, Size]) -> None:
+def verify(params: Any, plan: Plan, sizes: Mapping[str, Size], config: ModelConfig) -> None:
     """Checks that every planned site was replaced and has the planned size, and all is finite.
 
     Raises:
       ValueError: names the sites that do not agree with the plan or are not finite.
     """
     flat, wrong = trees.flatten(params), []
-    sites = {site.path: site for site in sites_for(METHODS[plan.method].kinds)}
+    sites = counted_sites(METHODS[plan.method].kinds, config)
     for path, rank in plan.ranks.items():
         layer, inside = path.split("/", 1)
         kernels = [flat.get(f"{layer}/{kernel}") for kernel in sites[inside].kernels]

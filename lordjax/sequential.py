@@ -107,7 +107,7 @@ def sequential(
     kernels: dict[str, dict[str, Any]] = {}
     for i in clock.run("sequential", range(config.num_layers)):
         walk.dense = walk.current = on_device(source.block(i))
-        for group in groups(row, config.gated):
+        for group in groups(row, config):
             sites = tuple(s for s in group if plan.ranks.get(site_path(i, s)) is not None)
             if not sites:
                 continue
@@ -139,9 +139,9 @@ def sequential(
     return factors, kernels
 
 
-def groups(row: Method, gated: bool = True) -> list[tuple[Site, ...]]:
+def groups(row: Method, config: ModelConfig) -> list[tuple[Site, ...]]:
     """Sites of a method that do not feed each other, in the order in which they run."""
-    sites = sites_for(row.kinds, gated)
+    sites = sites_for(row.kinds, config)
     return [tuple(s for s in sites if s.group == n) for n in sorted({s.group for s in sites})]
 
 

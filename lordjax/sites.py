@@ -5,15 +5,32 @@ A *site* is one entry of a plan. Its kind says which mathematics applies:
 * ``linear``  one kernel ``[in, out]``; the rank of a factor pair;
 * ``qk``      queries and keys; the width of a head in the product ``q @ k.T``;
 * ``vo``      values and the output projection; the width of a head's value;
-* ``mlp``     up (and gate) and down; the width inside.
+* ``mlp``     up (and gate) and down; the width inside;
+* ``dense``   one kernel that the method leaves as it is; it counts for the budget.
 
-The last three are *modules*: compressed, they are the same layers, only narrower.
+``qk``, ``vo`` and ``mlp`` are *modules*: compressed, they are the same layers, only narrower. Where
+a norm runs over each head of the queries and keys there is no ``qk``: it would see another head.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
+from typing import Protocol
+
+
+class Architecture(Protocol):
+    """What the sites of a block depend on; a `models.config.ModelConfig` is one."""
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP has a gate."""
+        ...
+
+    @property
+    def qk_norm(self) -> bool:
+        """Whether a norm runs over each head of the queries and keys."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,17 +105,35 @@ MODULE_SITES: tuple[Site, ...] = (
 LAST_LAYER = {"vo": "attention/o/kernel", "mlp": "mlp/down/kernel"}
 
 
-def sites_for(kinds: frozenset[str], gated: bool = True) -> tuple[Site, ...]:
-    """The sites of some kinds, in the order in which they run; ``gated``: the MLP has a gate.
+def sites_for(kinds: frozenset[str], config: Architecture) -> tuple[Site, ...]:
+    """The sites of some kinds that a block has, in the order in which they run.
 
     A kernel that a module covers is no linear site besides.
     """
-    modules = tuple(site for site in MODULE_SITES if site.kind in kinds)
-    covered = {path for site in modules for path in site.kernels}
-    covered |= set() if gated else {GATE}
-    linear = () if "linear" not in kinds else LINEAR_SITES
-    alone = tuple(site for site in linear if site.path not in covered)
+    modules = _modules(kinds, config)
+    alone = _alone(modules, config) if "linear" in kinds else ()
     return tuple(sorted((*alone, *modules), key=lambda site: site.group))
+
+
+def counted_sites(kinds: frozenset[str], config: Architecture) -> dict[str, Site]:
+    """`sites_for` by path, and kernels beside them as ``dense`` sites: all that ``keep`` counts."""
+    sites = sites_for(kinds, config)
+    if "linear" not in kinds:
+        alone = _alone(sites, config)
+        sites = (*sites, *(dataclasses.replace(site, kind="dense") for site in alone))
+    return {site.path: site for site in sites}
+
+
+def _modules(kinds: frozenset[str], config: Architecture) -> tuple[Site, ...]:
+    absent = {"qk"} if config.qk_norm else set()
+    return tuple(site for site in MODULE_SITES if site.kind in kinds - absent)
+
+
+def _alone(modules: tuple[Site, ...], config: Architecture) -> tuple[Site, ...]:
+    """Kernels that no module covers."""
+    covered = {path for site in modules for path in site.kernels}
+    covered |= set() if config.gated else {GATE}
+    return tuple(site for site in LINEAR_SITES if site.path not in covered)
 
 
 def site_path(layer: int, site: Site) -> str:

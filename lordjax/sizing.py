@@ -18,13 +18,21 @@ import numpy as np
 
 from lordjax import trees
 from lordjax.allocation import CURVELESS, Curve, Ranks, allocate
+from lordjax.factoring import site_sizes
 from lordjax.kernels import LowRank, weights
 from lordjax.methods import METHODS, corrects_bias
 from lordjax.models.config import ModelConfig
 from lordjax.models.transformer import init
 from lordjax.modules import narrowed
 from lordjax.plan import Plan, Size
-from lordjax.sites import Site, is_block_linear, layer_type, site_path, sites_for
+from lordjax.sites import (
+    Site,
+    counted_sites,
+    is_block_linear,
+    layer_type,
+    site_path,
+    sites_for,
+)
 from lordjax.source import InMemory
 
 GIVEN = "given"  # the policy of a plan whose ranks were
@@ -52,7 +60,7 @@ def ranks_by_pattern(sizes: Mapping[str, Size], patterns: Mapping[str, int]) -> 
     for path, size in sizes.items():
         names = (layer_type(path), path.removesuffix("/kernel"))
         for pattern, rank in patterns.items():
-            if any(re.fullmatch(pattern, name) for name in names):
+            if not size.fixed and any(re.fullmatch(pattern, name) for name in names):
                 unused.pop(pattern, None)
                 if not 1 <= rank < size.limit or rank % size.step:
                     step = f" and a multiple of {size.step}" if size.step > 1 else ""
@@ -69,7 +77,7 @@ def ranks_by_pattern(sizes: Mapping[str, Size], patterns: Mapping[str, int]) -> 
     return ranks
 
 
-def plan_by_shapes(sizes: Mapping[str, Size], method: str, keep: float, policy: str) -> Plan:
+def plan_by_shapes(config: ModelConfig, method: str, keep: float, policy: str) -> Plan:
     """The plan of a policy that looks at shapes only.
 
     Raises:
@@ -77,10 +85,10 @@ def plan_by_shapes(sizes: Mapping[str, Size], method: str, keep: float, policy: 
     """
     if policy not in CURVELESS:
         raise ValueError(f"ranks by policy {policy!r} depend on calibration data")
-    kinds = {site.path: site.kind for site in sites_for(METHODS[method].kinds)}
+    sites = counted_sites(METHODS[method].kinds, config)
     curves = {}
-    for path, size in sizes.items():
-        bias = corrects_bias(method, kinds[path.split("/", 1)[1]], layer_type(path))
+    for path, size in site_sizes(shapes(config), method).items():
+        bias = corrects_bias(method, sites[path.split("/", 1)[1]].kind, layer_type(path))
         extra = max(size.moved, size.bias if bias else 0)
         curves[path] = Curve(size, np.zeros(math.ceil(size.limit) + 1), extra)
     return Plan(method, allocate(curves, keep, policy)[0], keep, policy)
@@ -98,7 +106,7 @@ def outline(config: ModelConfig, plan: Plan) -> dict[str, Any]:
     for i in range(config.num_layers):
         block = source.block(i)
         flat = trees.flatten(block)
-        for site in sites_for(METHODS[plan.method].kinds, config.gated):
+        for site in sites_for(METHODS[plan.method].kinds, config):
             rank = plan.ranks[site_path(i, site)]
             if rank is not None:
                 new = _factored if site.kind == "linear" else _narrow

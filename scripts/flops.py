@@ -47,7 +47,7 @@ def grams(config: ModelConfig, method: Method, windows: int, length: int) -> flo
     from lordjax.trees import unflatten
 
     block, total = _block(config), 0.0
-    keys = activation_keys(unflatten(block), sites_for(method.kinds, config.gated), method)
+    keys = activation_keys(unflatten(block), sites_for(method.kinds, config), method)
     for key in {key for names in keys.values() for key in names.values()}:
         width = statistic_width(key, block, config)
         if key.endswith(":moments"):
@@ -67,7 +67,7 @@ def factors(config: ModelConfig, method: Method) -> float:
     from lordjax.sites import sites_for
 
     block, total = _block(config), 0.0
-    for site in sites_for(method.kinds, config.gated):
+    for site in sites_for(method.kinds, config):
         fan_in, fan_out = block[site.kernels[-1]].shape
         heads, width = config.num_kv_heads, config.head_size
         if site.kind == "linear":
@@ -94,7 +94,7 @@ def gradients(config: ModelConfig, method: Method, windows: int, length: int) ->
     from lordjax.sites import sites_for
 
     block, tokens, extra = _block(config), windows * length, 0.0
-    for site in sites_for(method.kinds, config.gated):
+    for site in sites_for(method.kinds, config):
         needs = method.needs if site.kind == "linear" else method.modules[site.kind].needs
         fan_in, fan_out = block[site.kernels[-1]].shape
         if "gradients" in needs:
@@ -118,7 +118,7 @@ def preparation(
     total = factors(config, method)
     if method.modules or {"moments", "abs_mean"} & set(method.needs):
         total += forward(config, windows, length) + grams(config, method, windows, length)
-    if needs_gradients(method):
+    if needs_gradients(method, config):
         total += gradients(config, method, min(windows, gradient_windows), length)
     return total
 

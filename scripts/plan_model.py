@@ -51,7 +51,7 @@ def plan_model(
     if ranks is not None:
         plan = Plan(method, sizing.ranks_by_pattern(sizes, ranks), None, sizing.GIVEN)
     elif policy in CURVELESS:
-        plan = sizing.plan_by_shapes(sizes, method, share, policy)
+        plan = sizing.plan_by_shapes(config, method, share, policy)
     else:
         plan = Plan(method, {}, share, policy)
     untouched = Plan(method, dict.fromkeys(sizes), 1.0, "uniform")

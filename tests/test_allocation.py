@@ -552,6 +552,19 @@ def test_matrices_too_small_to_factor_stay_dense(policy):
 # --- bad input -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_what_stays_is_paid_for_by_the_others(policy):
+    curves = two_layers()
+    weights = sum(c.size.dense for c in curves.values())
+    curves = {"layer_0/attention/q/kernel": Curve(Size(weights, weights), np.zeros(2)), **curves}
+    ranks, _ = allocate(curves, 0.7, policy, 1)
+    assert list(ranks) == list(curves)
+    assert ranks["layer_0/attention/q/kernel"] is None
+    assert 0.65 * 2 * weights < spent(curves, ranks) <= 0.7 * 2 * weights
+    with pytest.raises(ValueError, match=r"0\.5 of the weights are in layers that this method"):
+        allocate(curves, 0.4, policy, 1)
+
+
 @pytest.mark.parametrize("keep", [0.0, -0.1, 1.0001, float("nan"), float("inf")])
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 def test_keep_out_of_range(keep, policy):

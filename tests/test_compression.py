@@ -61,7 +61,8 @@ def test_every_method_keeps_its_budget(source, params, method, prefix):
     assert result.report["plan"]["kept"] == pytest.approx(share)
     assert result.report["bytes"] == nbytes(result.params)
     new, old = trees.flatten(result.params), trees.flatten(params)
-    for i, site in itertools.product(range(CONFIG.num_layers), sites_for(METHODS[method].kinds)):
+    sites = sites_for(METHODS[method].kinds, CONFIG)
+    for i, site in itertools.product(range(CONFIG.num_layers), sites):
         rank = result.plan.ranks[site_path(i, site)]
         for path in (f"layer_{i}/{kernel}" for kernel in site.kernels):
             assert isinstance(new[path], LowRank) == (rank is not None and site.kind == "linear")
@@ -333,11 +334,11 @@ def test_report_of_each_layer(source):
 def test_verify_finds_a_kernel_that_was_not_replaced(source, params):
     result = compress(source, TOKENS, method="svd", keep=0.5)
     sizes = {p: Size.matrix(*trees.flatten(params)[p].shape) for p in result.plan.ranks}
-    verify(result.params, result.plan, sizes)
+    verify(result.params, result.plan, sizes, CONFIG)
     path = "layer_1/mlp/up/kernel"
     forgotten = trees.update(result.params, {path: trees.flatten(params)[path]})
     with pytest.raises(ValueError, match=f"{path} has {sizes[path].dense} weights"):
-        verify(forgotten, result.plan, sizes)
+        verify(forgotten, result.plan, sizes, CONFIG)
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,22 @@ CASES = {
     "opt": ("opt", {}),
     "codegen": ("codegen", {"rotary_dim": 4}),
     "codegen-whole-heads": ("codegen", {"rotary_dim": 8, "n_inner": 40}),
+    "qwen3": ("qwen3", {"head_dim": 12, "tie_word_embeddings": True}),
+    "qwen3-options": (
+        "qwen3",
+        {"attention_bias": True, "use_sliding_window": True, "sliding_window": 5}
+        | {"max_window_layers": 1},
+    ),
+    "gpt_neox": ("gpt_neox", {"rotary_pct": 0.25, "hidden_size": 64}),
+    "gpt_neox-options": (
+        "gpt_neox",
+        {"rotary_pct": 1.0, "rotary_emb_base": 500, "attention_bias": False}
+        | {"use_parallel_residual": False, "hidden_act": "gelu_fast"},
+    ),
+    "gpt_neox-linear": (
+        "gpt_neox",
+        {"rotary_pct": 0.5, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    ),
     "opt-unbiased": ("opt", {"enable_bias": False, "activation_function": "gelu"}),
 }
 # What the sizes of `TINY` are called where they are called something else.
@@ -100,7 +116,9 @@ NAMES = {
     "codegen": _GPT2,
     "opt": {"intermediate_size": "ffn_dim", "num_key_value_heads": None},
 }
+NAMES["gpt_neox"] = {"num_key_value_heads": None}
 EXTRA = {"opt": {"word_embed_proj_dim": TINY["hidden_size"]}, "codegen": {"rotary_dim": 8}}
+EXTRA["gpt_neox"] = {"rotary_pct": 0.5}
 
 
 def tiny(kind, options=()):
@@ -119,7 +137,7 @@ def hf_model(kind, options):
     with torch.no_grad():
         for parameter in model.parameters():
             noise = 0.15 * torch.randn(parameter.shape)
-            parameter.copy_(1 + noise if parameter.shape == (config.hidden_size,) else noise)
+            parameter.copy_(1 + noise if parameter.ndim == 1 else noise)
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.copy_(0.3 * torch.randn(parameter.shape))
@@ -188,13 +206,15 @@ def test_padding(saved, case, side):
     np.testing.assert_allclose(got[mask], expected[mask], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", ["llama-llama3", "llama-dynamic", "qwen2-window"])
+@pytest.mark.parametrize("case", ["llama-llama3", "llama-dynamic", "qwen2-window", "gpt_neox"])
 def test_config_of_transformers_4(saved, case):
     """The older spelling of the rotary keys gives the same model."""
     _, checkpoint = saved(case)
     config = dict(checkpoint.hf_config)
     if rope := config.pop("rope_parameters", None):
-        config["rope_theta"] = rope.pop("rope_theta")
+        config["rotary_emb_base" if case == "gpt_neox" else "rope_theta"] = rope.pop("rope_theta")
+        if "partial_rotary_factor" in rope:
+            config["rotary_pct"] = rope.pop("partial_rotary_factor")
         rope["type"] = rope.pop("rope_type")
         config["rope_scaling"] = None if rope == {"type": "default"} else rope
     assert model_config(config) == checkpoint.config
@@ -247,6 +267,15 @@ RELEASED = {
         "rope_theta": 10000.0,
         "sliding_window": 2047,
     },
+    "qwen3": {
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "max_window_layers": 28,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+        "sliding_window": None,
+        "use_sliding_window": False,
+    },
     "codegen": {
         **_SUMMARY,
         **_DROPOUT,
@@ -254,6 +283,17 @@ RELEASED = {
         "n_ctx": 2048,
         "scale_attn_weights": True,
         "task_specific_params": {"text-generation": {"do_sample": True}},
+    },
+    "gpt_neox": {
+        "attention_bias": True,
+        "attention_dropout": 0.0,
+        "attention_probs_dropout_prob": 0,
+        "classifier_dropout": 0.1,
+        "hidden_dropout": 0.0,
+        "hidden_dropout_prob": 0,
+        "rope_scaling": None,
+        "rotary_emb_base": 10000,
+        "use_parallel_residual": True,
     },
     "gpt_bigcode": {
         **_SUMMARY,
@@ -348,6 +388,11 @@ def test_all_problems_in_one_error():
         ({"model_type": "gpt2", "num_key_value_heads": 2}, "num_key_value_heads = 2: unknown key"),
         ({"model_type": "gpt2", "rope_theta": 5.0}, "rope_theta = 5.0: unknown key"),
         ({"model_type": "codegen", "rotary_dim": 7}, "rotary_dim = 7: expected an even number"),
+        (
+            {"model_type": "gpt_neox", "rotary_pct": 0.4},
+            "rotary_pct = 0.4: expected an even number",
+        ),
+        ({"model_type": "gpt_neox", "rope_theta": 5.0}, "rope_theta = 5.0, but rotary_emb_base 1"),
         ({"model_type": "codegen", "n_head": 6}, "n_head = 6: expected a multiple of 4"),
         ({"model_type": "opt", "word_embed_proj_dim": 16}, "word_embed_proj_dim = 16: only 32"),
         ({"model_type": "mistral", "sliding_window": -3}, "sliding_window = -3"),

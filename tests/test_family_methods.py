@@ -1,6 +1,7 @@
 """Every method on every shape of block that a family has: compress, save, load, evaluate."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 from lordjax import InMemory, load, nbytes, save, trees
 from lordjax.compression import prepare
 from lordjax.evaluate import perplexity
+from lordjax.kernels import weights
 from lordjax.methods import METHODS
 from lordjax.models import ModelConfig, Rope, init
 from lordjax.quantization import prepare_quantized
@@ -54,6 +56,27 @@ BLOCKS = {
     "starcoder2": dataclasses.replace(
         GPT2, num_kv_heads=2, rope=Rope(), position_rows=None, windows=(None, 9)
     ),
+    "gpt_neox": dataclasses.replace(
+        GPT2,
+        block="parallel_norms",
+        activation="gelu",
+        rope=Rope(size=4),
+        position_rows=None,
+        tie_embeddings=False,
+    ),
+    "qwen3": dataclasses.replace(
+        GPT2,
+        num_kv_heads=2,
+        norm="rms",
+        activation="silu",
+        gated=True,
+        rope=Rope(),
+        position_rows=None,
+        qkv_bias=False,
+        out_bias=False,
+        mlp_bias=False,
+        qk_norm=True,
+    ),
 }
 TOKENS = np.random.default_rng(0).integers(0, GPT2.vocab_size, (10, 24), np.int32)
 HF_CONFIG = {"model_type": "gpt2"}
@@ -68,6 +91,16 @@ def source(name):
         for key, (path, leaf) in zip(keys, flat.items(), strict=True)
     }
     return InMemory(BLOCKS[name], trees.unflatten(noise))
+
+
+def linear_weights(params):
+    """What `keep` is a share of."""
+    flat = trees.flatten(params)
+    return sum(
+        weights(leaf)
+        for path, leaf in flat.items()
+        if path.startswith("layer_") and path.endswith("kernel")
+    )
 
 
 def check(result, original, directory):
@@ -91,6 +124,8 @@ def test_compression(method, block, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, whole.params, original.params)
     half = prepared.compress(0.5)
     assert half.report["plan"]["kept"] <= 0.5
+    kept = linear_weights(half.params) / linear_weights(original.params)
+    assert half.report["plan"]["kept"] == pytest.approx(kept)
     check(half, original, tmp_path / "out")
 
 
@@ -108,6 +143,18 @@ def test_quantisation(method, block, tmp_path):
         if path.startswith("layer_") and path.endswith("kernel")
     }
     check(result, original, tmp_path / "out")
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if "qk" in METHODS[m].modules])
+def test_heads_that_are_normalised_keep_their_width(method):
+    original = source("qwen3")
+    prepared = prepare(original, TOKENS[:4, :8], method=method)
+    new = prepared.compress(0.5).params
+    for layer, name in itertools.product(("layer_0", "layer_1"), "qk"):
+        before, after = (tree[layer]["attention"][name] for tree in (original.params, new))
+        np.testing.assert_array_equal(after["kernel"], before["kernel"])
+    with pytest.raises(ValueError, match="layers that this method leaves as they are"):
+        prepared.compress(0.1)
 
 
 def test_padding_does_not_count():

@@ -383,7 +383,7 @@ def test_factor_pairs_as_codes(lord, source, factors, tolerance):
         assert nbytes(kernel) < nbytes(before[path]) * (nf.Format.parse(factors).bits + 1) / 32
         dense, codes = (np.asarray(each[path].materialize()) for each in (before, after))
         assert np.linalg.norm(codes - dense) < tolerance * np.linalg.norm(dense)
-    verify(coded.params, coded.plan, lord.sizes)
+    verify(coded.params, coded.plan, lord.sizes, coded.config)
     with pytest.raises(ValueError, match="'nf5' is no format"):
         compress(source, TOKENS, keep=0.6, factors="nf5")
     gap = logits(coded.params) - logits(plain.params)

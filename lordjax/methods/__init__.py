@@ -63,6 +63,20 @@ def method_at(name: str, layer: str) -> str:
     return METHODS[name].exceptions.get(layer, name)
 
 
+def corrects_bias(name: str, kind: str, layer: str) -> bool:
+    """Whether a method's result carries a bias correction at a site.
+
+    Args:
+      name: of the method.
+      kind: of the site.
+      layer: a linear site's layer type.
+    """
+    if kind == "linear":
+        return METHODS[method_at(name, layer)].bias
+    modules = METHODS[name].modules
+    return kind in modules and modules[kind].bias
+
+
 __all__ = [
     "DEFAULT_METHOD",
     "METHODS",
@@ -74,18 +88,3 @@ __all__ = [
     "method_at",
     "truncate",
 ]
-
-
-def corrects_bias(name: str, kind: str, layer: str) -> bool:
-    """Whether a method's result carries a bias correction at a site.
-
-    Args:
-      name: of the method.
-      kind: of the site.
-      layer: a linear site's layer type.
-    """
-    return (
-        METHODS[method_at(name, layer)].bias
-        if kind == "linear"
-        else METHODS[name].modules[kind].bias
-    )

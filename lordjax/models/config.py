@@ -63,6 +63,7 @@ class ModelConfig:
     tie_embeddings: bool = False  # the head is the transposed embedding
     head_bias: bool = False
     windows: tuple[int | None, ...] | None = None  # per layer: sliding window; None = full
+    qk_norm: bool = False  # RMS norm over each head of queries and keys, before they turn
 
     def window(self, layer: int) -> int | None:
         """Number of positions a token of ``layer`` sees back, itself included; None = all."""

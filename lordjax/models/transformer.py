@@ -7,6 +7,7 @@ Parameters (``[in, out]`` kernels; biases where the family has them)::
     layer_0/attention_norm/scale            [m]; and bias, where norms have one
     layer_0/attention/{q,k,v,o}/kernel      [m, h·d] [m, k·d] [m, k·e] [h·e, m]
     layer_0/attention/rope_index            [k, d/2], only where rotary pairs were dropped
+    layer_0/attention/{q,k}_norm/scale      [d], only where heads are normalised
     layer_0/mlp_norm/scale                  [m]
     layer_0/mlp/{gate,up,down}/kernel       [m, f] [m, f] [f, m]; gate only in gated MLPs
     final_norm/scale                        [m]
@@ -31,6 +32,7 @@ from lordjax.models.layers import (
     ACTIVATIONS,
     NORMS,
     Linear,
+    RMSNorm,
     attend,
     rope_frequencies,
     rotate,
@@ -61,6 +63,8 @@ class Attention(nn.Module):
 
         q = project("q", c.num_heads)
         k, v = project("k", c.num_kv_heads), project("v", c.num_kv_heads)
+        if c.qk_norm:
+            q, k = RMSNorm(c.norm_eps, name="q_norm")(q), RMSNorm(c.norm_eps, name="k_norm")(k)
         if c.rope is not None:
             q, k = self._rotate(c.rope, q, k, positions)
         q, k = (
@@ -162,7 +166,33 @@ class ParallelBlock(nn.Module):
         return x + attended + MLP(c, name="mlp")(h)
 
 
-BLOCKS: dict[str, Any] = {"sequential": Block, "parallel": ParallelBlock}
+class ParallelNormsBlock(nn.Module):
+    """``x + attention(norm(x)) + mlp(norm(x))`` with a norm for each of the two (GPT-NeoX)."""
+
+    config: ModelConfig
+    window: int | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b s m"],
+        positions: Int[Array, "#b s"],
+        mask: Bool[Array, "b s"] | None = None,
+    ) -> Float[Array, "b s m"]:
+        """Residual stream in, residual stream out."""
+        c = self.config
+        norm = NORMS[c.norm]
+        h = norm(c.norm_eps, name="attention_norm")(x)
+        attended = Attention(c, self.window, name="attention")(h, positions, mask)
+        h = norm(c.norm_eps, name="mlp_norm")(x)
+        return x + attended + MLP(c, name="mlp")(h)
+
+
+BLOCKS: dict[str, Any] = {
+    "sequential": Block,
+    "parallel": ParallelBlock,
+    "parallel_norms": ParallelNormsBlock,
+}
 
 
 class Transformer(nn.Module):
