@@ -99,6 +99,17 @@ CASES = {
         "gpt_neox",
         {"rotary_pct": 0.5, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
     ),
+    "gemma2": (
+        "gemma2",
+        {"sliding_window": 7, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0}
+        | {"final_logit_softcapping": 1.5},
+    ),
+    "gemma2-options": (
+        "gemma2",
+        {"attn_logit_softcapping": None, "final_logit_softcapping": None, "head_dim": 8}
+        | {"attention_bias": True, "tie_word_embeddings": False, "sliding_window": 5}
+        | {"layer_types": ["full_attention", "sliding_attention"]},
+    ),
     "opt-unbiased": ("opt", {"enable_bias": False, "activation_function": "gelu"}),
 }
 # What the sizes of `TINY` are called where they are called something else.
@@ -118,6 +129,7 @@ NAMES = {
 }
 NAMES["gpt_neox"] = {"num_key_value_heads": None}
 EXTRA = {"opt": {"word_embed_proj_dim": TINY["hidden_size"]}, "codegen": {"rotary_dim": 8}}
+EXTRA["gemma2"] = {"head_dim": 12}
 EXTRA["gpt_neox"] = {"rotary_pct": 0.5}
 
 
@@ -137,7 +149,7 @@ def hf_model(kind, options):
     with torch.no_grad():
         for parameter in model.parameters():
             noise = 0.15 * torch.randn(parameter.shape)
-            parameter.copy_(1 + noise if parameter.ndim == 1 else noise)
+            parameter.copy_(parameter + noise if parameter.ndim == 1 else noise)
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.copy_(0.3 * torch.randn(parameter.shape))
@@ -188,7 +200,7 @@ def test_parameters_are_those_of_the_model(saved, case):
     assert ours == theirs
 
 
-@pytest.mark.parametrize("case", ["llama", "mistral-window", "qwen2-window", "gpt2"])
+@pytest.mark.parametrize("case", ["llama", "mistral-window", "qwen2-window", "gpt2", "gemma2"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding(saved, case, side):
     model, checkpoint = saved(case)
@@ -218,6 +230,28 @@ def test_config_of_transformers_4(saved, case):
         rope["type"] = rope.pop("rope_type")
         config["rope_scaling"] = None if rope == {"type": "default"} else rope
     assert model_config(config) == checkpoint.config
+
+
+def test_norms_stored_less_one_lose_nothing(saved, tmp_path):
+    """1 + w of a small w has more digits than bfloat16."""
+    from safetensors.numpy import load_file, save_file
+
+    _, checkpoint = saved("gemma2")
+    tensors = load_file(checkpoint.path / "model.safetensors")
+    tensors = {name: a.astype(jnp.bfloat16) for name, a in tensors.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(checkpoint.hf_config))
+    narrow = open_checkpoint(tmp_path)
+    for path, source in narrow.table.items():
+        ours, theirs = narrow.read(path), tensors[source.name]
+        assert (ours.shape, ours.dtype) == (
+            narrow.leaves()[path].shape,
+            narrow.leaves()[path].dtype,
+        )
+        if path.endswith("scale"):
+            np.testing.assert_array_equal((ours - 1).astype(theirs.dtype), theirs)
+        else:
+            assert ours.dtype == theirs.dtype
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -284,6 +318,19 @@ RELEASED = {
         "scale_attn_weights": True,
         "task_specific_params": {"text-generation": {"do_sample": True}},
     },
+    "gemma2": {
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "attn_logit_softcapping": 50.0,
+        "cache_implementation": "hybrid",
+        "final_logit_softcapping": 30.0,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 256,
+        "rope_theta": 10000.0,
+        "sliding_window": 4096,
+        "sliding_window_size": 4096,
+    },
     "gpt_neox": {
         "attention_bias": True,
         "attention_dropout": 0.0,
@@ -324,8 +371,8 @@ RELEASED = {
 def test_leftover_keys_of_released_checkpoints(kind):
     plain = {"model_type": kind, **tiny(kind)}
     config, expected = model_config({**plain, **RELEASED[kind]}), model_config(plain)
-    assert dataclasses.replace(config, windows=None) == expected
-    assert config.windows == ((2047, 2047) if kind == "phi3" else None)
+    windows = (2047, 2047) if kind == "phi3" else expected.windows
+    assert config == dataclasses.replace(expected, windows=windows)
 
 
 def test_every_tensor_is_used_once():
@@ -393,6 +440,10 @@ def test_all_problems_in_one_error():
             "rotary_pct = 0.4: expected an even number",
         ),
         ({"model_type": "gpt_neox", "rope_theta": 5.0}, "rope_theta = 5.0, but rotary_emb_base 1"),
+        ({"model_type": "gemma2", "query_pre_attn_scalar": 0}, "query_pre_attn_scalar = 0: expec"),
+        ({"model_type": "gemma2", "attn_logit_softcapping": -1.0}, "softcapping = -1.0: expected"),
+        ({"model_type": "gemma2", "use_bidirectional_attention": True}, "attention = True: only"),
+        ({"model_type": "gemma3", "text_config": {}}, "model_type 'gemma3' is not supported"),
         ({"model_type": "codegen", "n_head": 6}, "n_head = 6: expected a multiple of 4"),
         ({"model_type": "opt", "word_embed_proj_dim": 16}, "word_embed_proj_dim = 16: only 32"),
         ({"model_type": "mistral", "sliding_window": -3}, "sliding_window = -3"),

@@ -64,6 +64,10 @@ class ModelConfig:
     head_bias: bool = False
     windows: tuple[int | None, ...] | None = None  # per layer: sliding window; None = full
     qk_norm: bool = False  # RMS norm over each head of queries and keys, before they turn
+    embedding_scale: float = 1.0  # factor on the token embeddings
+    attention_scale: float | None = None  # factor on queries @ keys; None: 1/sqrt(head_size)
+    attention_softcap: float | None = None  # c: attention logits x become c·tanh(x/c)
+    final_softcap: float | None = None  # likewise the model's logits
 
     def window(self, layer: int) -> int | None:
         """Number of positions a token of ``layer`` sees back, itself included; None = all."""
