@@ -14,7 +14,7 @@ from lordjax.conversions.family import (
     read_keys,
     sizes_of,
 )
-from lordjax.conversions.gemma import GEMMA2
+from lordjax.conversions.gemma import GEMMA2, GEMMA3
 from lordjax.conversions.gpt import CODEGEN, GPT2, GPT_BIGCODE, OPT
 from lordjax.conversions.llama import LLAMA, MISTRAL, PHI3, QWEN2, QWEN3, STARCODER2
 from lordjax.conversions.neox import GPT_NEOX
@@ -33,6 +33,7 @@ _ROWS = (
     QWEN3,
     GPT_NEOX,
     GEMMA2,
+    GEMMA3,
 )
 FAMILIES: dict[str, Family] = {row.model_type: row for row in _ROWS}
 

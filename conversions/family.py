@@ -248,11 +248,14 @@ def mixed_windows(values: Values, problems: list[str]) -> tuple[int | None, ...]
 
 
 def alternating_windows(values: Values, problems: list[str]) -> tuple[int | None, ...] | None:
-    """A window in the layers that ``layer_types`` names, else in every other one."""
-    count = values["num_hidden_layers"]
+    """A window in the layers that ``layer_types`` names, else in all but every second or so."""
+    every, count = values.get("sliding_window_pattern", 2), values["num_hidden_layers"]
+    if not _is_size(every):
+        problems.append(f"sliding_window_pattern = {every!r}: expected a positive integer")
+        return None
     if values["sliding_window"] is None:
         problems.append("sliding_window = None: expected a positive integer")
-    return _windows_of(values, [i % 2 == 0 for i in range(count)], problems)
+    return _windows_of(values, [(i + 1) % every != 0 for i in range(count)], problems)
 
 
 def _windows_of(

@@ -1,17 +1,22 @@
-"""Gemma 2: norms on both sides of attention and MLP, capped logits, scaled embeddings."""
+"""Gemma 2 and 3: norms on both sides of attention and MLP, capped logits, scaled embeddings."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from lordjax.conversions.family import (
     BLOCK,
+    Family,
     TensorRow,
     Values,
     alternating_windows,
+    head_norms,
 )
 from lordjax.conversions.llama import LLAMA
+from lordjax.conversions.rope import read_rope
+from lordjax.models.config import Rope
 
 _LAYER = "model.layers.{i}"
 
@@ -77,5 +82,65 @@ GEMMA2 = dataclasses.replace(
         _norm(f"{BLOCK}/mlp_norm", f"{_LAYER}.pre_feedforward_layernorm"),
         _norm(f"{BLOCK}/mlp_post_norm", f"{_LAYER}.post_feedforward_layernorm"),
         _norm("final_norm", "model.norm"),
+    ),
+)
+
+# Kind of layer -> key of its base in transformers 4, and the default.
+_BASES = {
+    "full_attention": ("rope_theta", 1_000_000.0),
+    "sliding_attention": ("rope_local_base_freq", 10_000.0),
+}
+
+
+def _rope_of(kind: str, hf_config: Values, values: Values, problems: list[str]) -> Rope:
+    """The rotary embedding of a kind of layer, in the words of transformers 4 and 5."""
+    key, default = _BASES[kind]
+    part = hf_config.get("rope_parameters") or {}
+    if not isinstance(part, Mapping) or set(part) - set(_BASES):
+        problems.append(f"rope_parameters = {part!r}: expected those of {' and '.join(_BASES)}")
+        return Rope()
+    part, base = part.get(kind) or {}, hf_config.get(key)
+    plain = {"rope_parameters": part, "rope_theta": base}
+    if base is None:
+        plain["rope_theta"] = part.get("rope_theta", default)
+    if kind == "full_attention":  # the others are not stretched
+        plain["rope_scaling"] = hf_config.get("rope_scaling")
+    return read_rope(plain, values, problems)
+
+
+def _global_rope(hf_config: Values, values: Values, problems: list[str]) -> Rope:
+    return _rope_of("full_attention", hf_config, values, problems)
+
+
+def _scales_and_local_rope(
+    hf_config: Values, values: Values, problems: list[str]
+) -> dict[str, Any]:
+    local = _rope_of("sliding_attention", hf_config, values, problems)
+    return _scales(hf_config, values, problems) | {"local_rope": local}
+
+
+GEMMA3: Family = dataclasses.replace(
+    GEMMA2,
+    model_type="gemma3_text",
+    architectures=("Gemma3ForCausalLM",),
+    fields={f: key for f, key in GEMMA2.fields.items() if f != "attention_softcap"},
+    constants={"block": "sandwich", "qk_norm": True},
+    defaults={
+        **{k: v for k, v in GEMMA2.defaults.items() if k != "attn_logit_softcapping"},
+        "vocab_size": 262208,
+        "max_position_embeddings": 131072,
+        "final_logit_softcapping": None,
+        "sliding_window_pattern": 6,
+        "rope_local_base_freq": 10_000.0,
+    },
+    # transformers takes no notice of the cap in the attention.
+    fixed={**GEMMA2.fixed, "attn_logit_softcapping": (None,)},
+    # The last repeats what layer_types says.
+    ignored=frozenset(("cache_implementation", "_sliding_window_pattern")),
+    rope=_global_rope,
+    derived=_scales_and_local_rope,
+    tensors=(
+        *GEMMA2.tensors,
+        *(row._replace(offset=1.0) for row in head_norms(f"{_LAYER}.self_attn")),
     ),
 )

@@ -110,6 +110,22 @@ CASES = {
         | {"attention_bias": True, "tie_word_embeddings": False, "sliding_window": 5}
         | {"layer_types": ["full_attention", "sliding_attention"]},
     ),
+    "gemma3": (
+        "gemma3_text",
+        {"num_hidden_layers": 3, "sliding_window": 7, "query_pre_attn_scalar": 24}
+        | {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]},
+    ),
+    "gemma3-options": (
+        "gemma3_text",
+        {"attention_bias": True, "sliding_window": 9, "final_logit_softcapping": 1.5}
+        | {"layer_types": ["full_attention", "sliding_attention"]}
+        | {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 700.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+            }
+        },
+    ),
     "opt-unbiased": ("opt", {"enable_bias": False, "activation_function": "gelu"}),
 }
 # What the sizes of `TINY` are called where they are called something else.
@@ -129,7 +145,7 @@ NAMES = {
 }
 NAMES["gpt_neox"] = {"num_key_value_heads": None}
 EXTRA = {"opt": {"word_embed_proj_dim": TINY["hidden_size"]}, "codegen": {"rotary_dim": 8}}
-EXTRA["gemma2"] = {"head_dim": 12}
+EXTRA["gemma2"] = EXTRA["gemma3_text"] = {"head_dim": 12}
 EXTRA["gpt_neox"] = {"rotary_pct": 0.5}
 
 
@@ -236,7 +252,7 @@ def test_norms_stored_less_one_lose_nothing(saved, tmp_path):
     """1 + w of a small w has more digits than bfloat16."""
     from safetensors.numpy import load_file, save_file
 
-    _, checkpoint = saved("gemma2")
+    _, checkpoint = saved("gemma3")
     tensors = load_file(checkpoint.path / "model.safetensors")
     tensors = {name: a.astype(jnp.bfloat16) for name, a in tensors.items()}
     save_file(tensors, tmp_path / "model.safetensors")
@@ -252,6 +268,18 @@ def test_norms_stored_less_one_lose_nothing(saved, tmp_path):
             np.testing.assert_array_equal((ours - 1).astype(theirs.dtype), theirs)
         else:
             assert ours.dtype == theirs.dtype
+
+
+def test_gemma3_config_of_transformers_4(saved):
+    _, checkpoint = saved("gemma3-options")
+    config = dict(checkpoint.hf_config)
+    del config["rope_parameters"], config["layer_types"]
+    config |= {"rope_theta": 700, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    config |= {"rope_local_base_freq": 50, "sliding_window_pattern": 1}
+    expected = dataclasses.replace(checkpoint.config, windows=(None, None))
+    assert model_config(config) == expected
+    windows = model_config({**config, "sliding_window_pattern": 2}).windows
+    assert windows == (9, None)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -330,6 +358,23 @@ RELEASED = {
         "rope_theta": 10000.0,
         "sliding_window": 4096,
         "sliding_window_size": 4096,
+    },
+    "gemma3_text": {
+        "_sliding_window_pattern": 6,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "attn_logit_softcapping": None,
+        "cache_implementation": "hybrid",
+        "final_logit_softcapping": None,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "layer_types": ["sliding_attention", "sliding_attention"],
+        "query_pre_attn_scalar": 256,
+        "rope_local_base_freq": 10000,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "sliding_window": 4096,
+        "sliding_window_pattern": 6,
+        "use_bidirectional_attention": False,
     },
     "gpt_neox": {
         "attention_bias": True,
@@ -444,6 +489,13 @@ def test_all_problems_in_one_error():
         ({"model_type": "gemma2", "attn_logit_softcapping": -1.0}, "softcapping = -1.0: expected"),
         ({"model_type": "gemma2", "use_bidirectional_attention": True}, "attention = True: only"),
         ({"model_type": "gemma3", "text_config": {}}, "model_type 'gemma3' is not supported"),
+        ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, "50.0: only None"),
+        ({"model_type": "gemma3_text", "sliding_window": None}, "sliding_window = None: expec"),
+        ({"model_type": "gemma3_text", "sliding_window_pattern": 0}, "pattern = 0: expected a pos"),
+        (
+            {"model_type": "gemma3_text", "rope_parameters": {"rope_theta": 5.0}},
+            "rope_parameters = {'rope_theta': 5.0}: expected those of full_attention and sliding",
+        ),
         ({"model_type": "codegen", "n_head": 6}, "n_head = 6: expected a multiple of 4"),
         ({"model_type": "opt", "word_embed_proj_dim": 16}, "word_embed_proj_dim = 16: only 32"),
         ({"model_type": "mistral", "sliding_window": -3}, "sliding_window = -3"),

@@ -71,6 +71,7 @@ BLOCKS = {
         norm="rms",
         gated=True,
         rope=Rope(),
+        local_rope=Rope(50.0),
         position_rows=None,
         windows=(9, None),
         qkv_bias=False,

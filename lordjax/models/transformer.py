@@ -67,8 +67,9 @@ class Attention(nn.Module):
         k, v = project("k", c.num_kv_heads), project("v", c.num_kv_heads)
         if c.qk_norm:
             q, k = RMSNorm(c.norm_eps, name="q_norm")(q), RMSNorm(c.norm_eps, name="k_norm")(k)
-        if c.rope is not None:
-            q, k = self._rotate(c.rope, q, k, positions)
+        rope = c.rope if self.window is None else c.local_rope or c.rope
+        if rope is not None:
+            q, k = self._rotate(rope, q, k, positions)
         q, k = (
             tap(self, name, z.reshape(*x.shape[:2], -1)).reshape(z.shape)
             for name, z in (("queries", q), ("keys", k))
