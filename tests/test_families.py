@@ -80,6 +80,7 @@ CASES = {
         {"n_inner": 40, "activation_function": "relu", "tie_word_embeddings": False},
     ),
     "gpt_bigcode": ("gpt_bigcode", {}),
+    "gpt_bigcode-heads": ("gpt_bigcode", {"multi_query": False, "activation_function": "gelu_new"}),
     "opt": ("opt", {}),
     "codegen": ("codegen", {"rotary_dim": 4}),
     "codegen-whole-heads": ("codegen", {"rotary_dim": 8, "n_inner": 40}),
@@ -495,6 +496,10 @@ def test_all_problems_in_one_error():
         (
             {"model_type": "gemma3_text", "rope_parameters": {"rope_theta": 5.0}},
             "rope_parameters = {'rope_theta': 5.0}: expected those of full_attention and sliding",
+        ),
+        (
+            {"model_type": "gpt_bigcode", "num_key_value_heads": 2},
+            "num_key_value_heads = 2: only 1 is supported with multi_query True",
         ),
         ({"model_type": "codegen", "n_head": 6}, "n_head = 6: expected a multiple of 4"),
         ({"model_type": "opt", "word_embed_proj_dim": 16}, "word_embed_proj_dim = 16: only 32"),
