@@ -1,5 +1,6 @@
 """Every family against tiny random models of transformers: logits equal to 1e-5."""
 
+import copy
 import dataclasses
 import functools
 import json
@@ -249,6 +250,18 @@ def test_config_of_transformers_4(saved, case):
     assert model_config(config) == checkpoint.config
 
 
+def test_the_scale_of_embeddings_is_rounded_like_them(saved):
+    model, checkpoint = saved("gemma2")
+    embed, tokens = copy.deepcopy(model.get_input_embeddings()).to(torch.bfloat16), some_tokens()
+    with torch.no_grad():
+        expected = embed(torch.as_tensor(tokens).long()).float().numpy()
+    rest = {"embed": checkpoint.params(jnp.bfloat16)["embed"]}
+    model = Transformer(checkpoint.config)
+    got = model.apply({"params": rest}, tokens, method=Transformer.embed_tokens)
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(got, np.float32), expected)
+
+
 def test_norms_stored_less_one_lose_nothing(saved, tmp_path):
     """1 + w of a small w has more digits than bfloat16."""
     from safetensors.numpy import load_file, save_file
@@ -299,6 +312,21 @@ def test_bare_model_without_its_prefix(saved, tmp_path):
     tensors = load_file(checkpoint.path / "model.safetensors")
     tensors = {name.removeprefix("transformer."): a for name, a in tensors.items()}
     save_file({**tensors, "h.0.attn.bias": np.tri(4)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(checkpoint.hf_config))
+    again = open_checkpoint(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, again.params(), checkpoint.params())
+
+
+@pytest.mark.parametrize("name", ["bias", "masked_bias", "rotary_emb.inv_freq"])
+def test_leftover_tensors_of_pythia(saved, tmp_path, name):
+    from safetensors.numpy import load_file, save_file
+
+    _, checkpoint = saved("gpt_neox")
+    tensors = load_file(checkpoint.path / "model.safetensors")
+    save_file(
+        {**tensors, f"gpt_neox.layers.1.attention.{name}": np.tri(4)},
+        tmp_path / "model.safetensors",
+    )
     (tmp_path / "config.json").write_text(json.dumps(checkpoint.hf_config))
     again = open_checkpoint(tmp_path)
     jax.tree.map(np.testing.assert_array_equal, again.params(), checkpoint.params())
