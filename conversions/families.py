@@ -14,12 +14,27 @@ from lordjax.conversions.family import (
     read_keys,
     sizes_of,
 )
+from lordjax.conversions.gemma import GEMMA2, GEMMA3
 from lordjax.conversions.gpt import CODEGEN, GPT2, GPT_BIGCODE, OPT
 from lordjax.conversions.llama import LLAMA, MISTRAL, PHI3, QWEN2, QWEN3, STARCODER2
 from lordjax.conversions.neox import GPT_NEOX
 from lordjax.models.config import ModelConfig
 
-_ROWS = (LLAMA, MISTRAL, QWEN2, PHI3, STARCODER2, GPT2, GPT_BIGCODE, OPT, CODEGEN, QWEN3, GPT_NEOX)
+_ROWS = (
+    LLAMA,
+    MISTRAL,
+    QWEN2,
+    PHI3,
+    STARCODER2,
+    GPT2,
+    GPT_BIGCODE,
+    OPT,
+    CODEGEN,
+    QWEN3,
+    GPT_NEOX,
+    GEMMA2,
+    GEMMA3,
+)
 FAMILIES: dict[str, Family] = {row.model_type: row for row in _ROWS}
 
 
@@ -92,5 +107,5 @@ def tensor_table(hf_config: Values, where: str = "config.json") -> dict[str, Ten
         columns = None if row.columns is None else row.columns(config)
         for i in range(config.num_layers if "{i}" in row.path else 1):
             path, name = row.path.format(i=i), row.name.format(i=i)
-            table[path] = TensorSource(name, shape, row.transpose, columns)
+            table[path] = TensorSource(name, shape, row.transpose, columns, row.offset)
     return table

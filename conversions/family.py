@@ -33,17 +33,26 @@ class TensorSource:
       shape: its shape there.
       transpose: whether it is ``[out, in]`` there; ours are ``[in, out]``.
       columns: which outputs of theirs ours are, in which order; None: all as they are.
+      offset: what ours are more than theirs. The sum is float32: a small part of 1 would be lost.
     """
 
     name: str
     shape: tuple[int, ...]
     transpose: bool = False
     columns: slice | np.ndarray | None = None
+    offset: float = 0.0
 
     def load(self, tensor: np.ndarray) -> np.ndarray:
         """Our parameter from their tensor, contiguous."""
         tensor = tensor.T if self.transpose else tensor
-        return np.ascontiguousarray(tensor if self.columns is None else tensor[..., self.columns])
+        tensor = tensor if self.columns is None else tensor[..., self.columns]
+        if self.offset:
+            tensor = tensor.astype(np.float32) + np.float32(self.offset)
+        return np.ascontiguousarray(tensor)
+
+    def loaded_dtype(self, stored: np.dtype) -> np.dtype:
+        """The dtype of our parameter from a tensor of that dtype."""
+        return np.dtype(np.float32) if self.offset else stored
 
     @property
     def loaded_shape(self) -> tuple[int, ...]:
@@ -67,6 +76,7 @@ class TensorRow(NamedTuple):
     transpose: bool = False
     when: str | None = None  # field of `ModelConfig` that must be true; "not x": false
     columns: Callable[[ModelConfig], slice | np.ndarray] | None = None  # of a fused tensor
+    offset: float = 0.0  # what ours are more than theirs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,9 +143,12 @@ _BOOKKEEPING = """
 """
 IGNORED = frozenset(_BOOKKEEPING.split())
 
-# Keys whose null has a meaning: derive it from the other sizes, or no sliding window.
+# Keys whose null has a meaning: derive it from the other sizes, no sliding window, no cap.
 _NULLABLE = frozenset(
-    ("num_key_value_heads", "head_dim", "sliding_window", "layer_types", "n_inner")
+    (
+        *("num_key_value_heads", "head_dim", "sliding_window", "layer_types", "n_inner"),
+        *("attn_logit_softcapping", "final_logit_softcapping"),
+    )
 )
 
 
@@ -230,16 +243,34 @@ def mixed_windows(values: Values, problems: list[str]) -> tuple[int | None, ...]
     """A window in the layers that ``layer_types`` names, else from ``max_window_layers`` on."""
     if not values["use_sliding_window"]:
         return None
+    first, count = values["max_window_layers"], values["num_hidden_layers"]
+    return _windows_of(values, [i >= first for i in range(count)], problems)
+
+
+def alternating_windows(values: Values, problems: list[str]) -> tuple[int | None, ...] | None:
+    """A window in the layers that ``layer_types`` names, else in all but every second or so."""
+    every, count = values.get("sliding_window_pattern", 2), values["num_hidden_layers"]
+    if not _is_size(every):
+        problems.append(f"sliding_window_pattern = {every!r}: expected a positive integer")
+        return None
+    if values["sliding_window"] is None:
+        problems.append("sliding_window = None: expected a positive integer")
+    return _windows_of(values, [(i + 1) % every != 0 for i in range(count)], problems)
+
+
+def _windows_of(
+    values: Values, sliding: list[bool], problems: list[str]
+) -> tuple[int | None, ...] | None:
+    """The window in the layers that ``layer_types`` names, else in those of ``sliding``."""
     window = one_window(values, problems)
     if window is None:
         return None
-    first, count = values["max_window_layers"], values["num_hidden_layers"]
-    full, sliding = "full_attention", "sliding_attention"
-    kinds = values["layer_types"] or [sliding if i >= first else full for i in range(count)]
-    if not isinstance(kinds, list) or len(kinds) != count or set(kinds) - {full, sliding}:
-        problems.append(f"layer_types = {kinds}: expected {count} times {full} or {sliding}")
+    names, count = ("full_attention", "sliding_attention"), len(sliding)
+    kinds = values["layer_types"] or [names[slides] for slides in sliding]
+    if not isinstance(kinds, list) or len(kinds) != count or set(kinds) - set(names):
+        problems.append(f"layer_types = {kinds}: expected {count} times {' or '.join(names)}")
         return None
-    return tuple(w if kind == sliding else None for w, kind in zip(window, kinds, strict=True))
+    return tuple(w if kind == names[1] else None for w, kind in zip(window, kinds, strict=True))
 
 
 BLOCK = "layer_{i}"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +21,7 @@ from lordjax.conversions.family import (
     no_windows,
     norm,
 )
+from lordjax.conversions.neox import by_heads
 from lordjax.conversions.rope import half_split, no_rope
 from lordjax.models.config import ModelConfig, Rope
 
@@ -88,17 +91,49 @@ GPT2 = Family(
     ignored_tensors=(r"transformer\.h\.\d+\.attn\.(masked_)?bias",),
 )
 
+
+def _key_heads(hf_config: Values, values: Values, problems: list[str]) -> dict[str, Any]:
+    """One key/value head; without multi-query attention as many as query heads."""
+    del hf_config
+    heads = 1 if values["multi_query"] else values["n_head"]
+    if values["num_key_value_heads"] not in (None, heads):
+        problems.append(
+            f"num_key_value_heads = {values['num_key_value_heads']!r}: only {heads} is supported "
+            f"with multi_query {values['multi_query']}"
+        )
+    return {"num_kv_heads": heads}
+
+
+Columns = Callable[[ModelConfig], Any]
+
+
+def _one_of(shared: Columns, own: Columns, config: ModelConfig) -> Any:
+    """Outputs of the fused layer, with one key/value head or with one for each query head."""
+    return (shared if config.num_kv_heads == 1 else own)(config)
+
+
 GPT_BIGCODE = dataclasses.replace(
     GPT2,
     model_type="gpt_bigcode",
     architectures=("GPTBigCodeForCausalLM",),
-    constants={**GPT2.constants, "num_kv_heads": 1},
-    defaults={**GPT2.defaults, "activation_function": "gelu_pytorch_tanh"},
-    fixed={**GPT2.fixed, "multi_query": (True,), "num_key_value_heads": (1,)},
+    defaults={
+        **GPT2.defaults,
+        "activation_function": "gelu_pytorch_tanh",
+        "multi_query": True,
+        "num_key_value_heads": None,
+    },
     ignored=frozenset((_GPT2_IGNORED + _BIGCODE_IGNORED).split()),
+    derived=_key_heads,
     tensors=(
         *(row for row in GPT2.tensors if ".attn." not in row.name and ".mlp." not in row.name),
-        *fused(f"{BLOCK}/attention", "qkv", f"{_H}.attn.c_attn", "am", "qkv_bias"),
+        *(
+            shared._replace(columns=functools.partial(_one_of, shared.columns, own.columns))
+            for shared, own in zip(
+                fused(f"{BLOCK}/attention", "qkv", f"{_H}.attn.c_attn", "am", "qkv_bias"),
+                by_heads(f"{_H}.attn.c_attn", "am", "qkv_bias"),
+                strict=True,
+            )
+        ),
         *linear(f"{BLOCK}/attention/o", f"{_H}.attn.c_proj", "mh", "out_bias"),
         *linear(f"{BLOCK}/mlp/up", f"{_H}.mlp.c_fc", "fm", "mlp_bias"),
         *linear(f"{BLOCK}/mlp/down", f"{_H}.mlp.c_proj", "mf", "mlp_bias"),

@@ -109,7 +109,9 @@ class Checkpoint:
     def leaves(self) -> dict[str, Any]:
         """Parameter path -> ``ShapeDtypeStruct``, without reading values."""
         return {
-            path: jax.ShapeDtypeStruct(source.loaded_shape, self._files.dtype(source.name))
+            path: jax.ShapeDtypeStruct(
+                source.loaded_shape, source.loaded_dtype(self._files.dtype(source.name))
+            )
             for path, source in self.table.items()
         }
 

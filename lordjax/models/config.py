@@ -64,6 +64,11 @@ class ModelConfig:
     head_bias: bool = False
     windows: tuple[int | None, ...] | None = None  # per layer: sliding window; None = full
     qk_norm: bool = False  # RMS norm over each head of queries and keys, before they turn
+    embedding_scale: float = 1.0  # factor on the token embeddings
+    attention_scale: float | None = None  # factor on queries @ keys; None: 1/sqrt(head_size)
+    attention_softcap: float | None = None  # c: attention logits x become c·tanh(x/c)
+    final_softcap: float | None = None  # likewise the model's logits
+    local_rope: Rope | None = None  # of layers with a sliding window; None: `rope`
 
     def window(self, layer: int) -> int | None:
         """Number of positions a token of ``layer`` sees back, itself included; None = all."""
@@ -81,8 +86,9 @@ class ModelConfig:
           TypeError: if a field is unknown or missing.
         """
         fields = dict(fields)
-        if fields["rope"] is not None:
-            fields["rope"] = Rope(**fields["rope"])
+        for name in ("rope", "local_rope"):
+            if fields.get(name) is not None:
+                fields[name] = Rope(**fields[name])
         if fields.get("windows") is not None:
             fields["windows"] = tuple(fields["windows"])
         return cls(**fields)

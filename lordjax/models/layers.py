@@ -201,12 +201,18 @@ def rotate(
     return rotated.astype(x.dtype)
 
 
+def softcap(x: Array, cap: float | None) -> Array:
+    """``cap * tanh(x / cap)`` in float32; without a cap ``x`` as it is."""
+    return x if cap is None else cap * jnp.tanh(x.astype(jnp.float32) / cap)
+
+
 def attend(
     q: Float[Array, "b s h d"],
     k: Float[Array, "b s k d"],
     v: Float[Array, "b s k e"],
     *,
     scale: float,
+    cap: float | None = None,
     window: int | None = None,
     mask: Bool[Array, "b s"] | None = None,
     chunk: int = 256,
@@ -222,6 +228,7 @@ def attend(
       k: keys. Their width may differ from that of the values.
       v: values.
       scale: factor on the logits.
+      cap: of the scaled logits; see `softcap`.
       window: how many positions a token sees back, itself included; None = all.
       mask: False at padding, which no token sees. A query that sees nothing gives zeros.
       chunk: queries per product.
@@ -245,7 +252,7 @@ def attend(
             # Plain matrix products: XLA's CPU backend is slow on several contracted axes.
             rows = queries[:, start:end].reshape(-1, queries.shape[-1])
             logits = (rows @ keys[first:end].T).reshape(-1, end - start, end - first)
-            weights, total = _softmax(logits, visible[None])
+            weights, total = _softmax(softcap(logits, cap), visible[None])
             rows = weights.reshape(-1, end - first).astype(values.dtype)
             mixed = (rows @ values[first:end]).reshape(*weights.shape[:2], -1)
             # The division comes after the product: fewer elements, the same value.

@@ -8,6 +8,7 @@ Parameters (``[in, out]`` kernels; biases where the family has them)::
     layer_0/attention/{q,k,v,o}/kernel      [m, h·d] [m, k·d] [m, k·e] [h·e, m]
     layer_0/attention/rope_index            [k, d/2], only where rotary pairs were dropped
     layer_0/attention/{q,k}_norm/scale      [d], only where heads are normalised
+    layer_0/{attention,mlp}_post_norm/scale [m], only where outputs are normalised, too
     layer_0/mlp_norm/scale                  [m]
     layer_0/mlp/{gate,up,down}/kernel       [m, f] [m, f] [f, m]; gate only in gated MLPs
     final_norm/scale                        [m]
@@ -36,6 +37,7 @@ from lordjax.models.layers import (
     attend,
     rope_frequencies,
     rotate,
+    softcap,
 )
 from lordjax.stats import tap
 
@@ -65,15 +67,18 @@ class Attention(nn.Module):
         k, v = project("k", c.num_kv_heads), project("v", c.num_kv_heads)
         if c.qk_norm:
             q, k = RMSNorm(c.norm_eps, name="q_norm")(q), RMSNorm(c.norm_eps, name="k_norm")(k)
-        if c.rope is not None:
-            q, k = self._rotate(c.rope, q, k, positions)
+        rope = c.rope if self.window is None else c.local_rope or c.rope
+        if rope is not None:
+            q, k = self._rotate(rope, q, k, positions)
         q, k = (
             tap(self, name, z.reshape(*x.shape[:2], -1)).reshape(z.shape)
             for name, z in (("queries", q), ("keys", k))
         )
 
         # The softmax scale keeps the original head size: compression approximates q @ k.
-        mixed = attend(q, k, v, scale=c.head_size**-0.5, window=self.window, mask=mask)
+        scale = c.attention_scale or c.head_size**-0.5
+        cap = c.attention_softcap
+        mixed = attend(q, k, v, scale=scale, cap=cap, window=self.window, mask=mask)
         mixed = tap(self, "attention_out", mixed.reshape(*x.shape[:2], -1))
         return Linear(c.hidden_size, c.out_bias, name="o")(mixed)
 
@@ -188,10 +193,35 @@ class ParallelNormsBlock(nn.Module):
         return x + attended + MLP(c, name="mlp")(h)
 
 
+class SandwichBlock(nn.Module):
+    """Block with four norms: ``x + norm(attention(norm(x)))``, then ``x + norm(mlp(norm(x)))``."""
+
+    config: ModelConfig
+    window: int | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b s m"],
+        positions: Int[Array, "#b s"],
+        mask: Bool[Array, "b s"] | None = None,
+    ) -> Float[Array, "b s m"]:
+        """Residual stream in, residual stream out."""
+        c = self.config
+        norm = NORMS[c.norm]
+        h = norm(c.norm_eps, name="attention_norm")(x)
+        h = Attention(c, self.window, name="attention")(h, positions, mask)
+        x = x + norm(c.norm_eps, name="attention_post_norm")(h)
+        h = norm(c.norm_eps, name="mlp_norm")(x)
+        h = MLP(c, name="mlp")(h)
+        return x + norm(c.norm_eps, name="mlp_post_norm")(h)
+
+
 BLOCKS: dict[str, Any] = {
     "sequential": Block,
     "parallel": ParallelBlock,
     "parallel_norms": ParallelNormsBlock,
+    "sandwich": SandwichBlock,
 }
 
 
@@ -237,7 +267,8 @@ class Transformer(nn.Module):
         Raises:
           ValueError: if there are more tokens than learned positions.
         """
-        c, x = self.config, self.embed(tokens)
+        c = self.config
+        x = self.embed(tokens) * c.embedding_scale
         if c.position_rows is None:
             return x
         if tokens.shape[1] > c.position_rows - c.position_offset:
@@ -252,7 +283,7 @@ class Transformer(nn.Module):
         """Logits from the residual stream after the last block."""
         x = self.final_norm(x)
         logits = self.embed.attend(x) if self.config.tie_embeddings else self.head(x)
-        return logits.astype(jnp.float32)
+        return softcap(logits.astype(jnp.float32), self.config.final_softcap)
 
 
 def default_positions(tokens: Any, mask: Any = None) -> Int[Array, "#b s"]:
