@@ -30,7 +30,8 @@ from lordjax.stats import (
 )
 
 Stats = dict[str, Any]
-EMBEDDINGS = ("embed", "positions")  # parameters that come before the first block
+# Parameters that come before the first block.
+EMBEDDINGS = ("embed", "project_in", "positions", "token_types", "embed_norm")
 BLOCK = "block"  # stands for the pair of a block's input and output where a tap is named
 
 

@@ -84,6 +84,12 @@ CASES = {
     "codegen": ("codegen", {"rotary_dim": 4}),
     "codegen-whole-heads": ("codegen", {"rotary_dim": 8, "n_inner": 40}),
     "opt-unbiased": ("opt", {"enable_bias": False, "activation_function": "gelu"}),
+    "opt-350m": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 20}),
+    "opt-350m-untied": (
+        "opt",
+        {"do_layer_norm_before": False, "word_embed_proj_dim": 20, "tie_word_embeddings": False},
+    ),
+    "opt-no-final-norm": ("opt", {"_remove_final_layer_norm": True}),
 }
 # What the sizes of `TINY` are called where they are called something else.
 _GPT2 = {
@@ -349,7 +355,7 @@ def test_all_problems_in_one_error():
         ({"model_type": "gpt2", "rope_theta": 5.0}, "rope_theta = 5.0: unknown key"),
         ({"model_type": "codegen", "rotary_dim": 7}, "rotary_dim = 7: expected an even number"),
         ({"model_type": "codegen", "n_head": 6}, "n_head = 6: expected a multiple of 4"),
-        ({"model_type": "opt", "word_embed_proj_dim": 16}, "word_embed_proj_dim = 16: only 32"),
+        ({"model_type": "opt", "word_embed_proj_dim": -1}, "word_embed_proj_dim = -1: expected a"),
         ({"model_type": "mistral", "sliding_window": -3}, "sliding_window = -3"),
         (
             {"model_type": "qwen2", "use_sliding_window": True, "layer_types": ["chunked"] * 2},

@@ -18,6 +18,7 @@ ORDER = [
     ["lordjax.stats", "lordjax.trees", "lordjax.allocation"],
     ["lordjax.models.config"],
     ["lordjax.models.layers"],
+    ["lordjax.models.heads"],
     ["lordjax.models.transformer"],
     ["lordjax.models"],
     ["lordjax.methods.base", "lordjax.methods.feedback"],
