@@ -6,6 +6,7 @@ of its checkpoints is which of our parameters. A new family is a new row; see `f
 
 from __future__ import annotations
 
+from lordjax.conversions.bert import BERT, ROBERTA
 from lordjax.conversions.family import (
     Family,
     TensorSource,
@@ -19,7 +20,7 @@ from lordjax.conversions.gpt import CODEGEN, GPT2, GPT_BIGCODE, OPT
 from lordjax.conversions.llama import LLAMA, MISTRAL, PHI3, QWEN2, STARCODER2
 from lordjax.models.config import ModelConfig
 
-_ROWS = (LLAMA, MISTRAL, QWEN2, PHI3, STARCODER2, GPT2, GPT_BIGCODE, OPT, CODEGEN)
+_ROWS = (LLAMA, MISTRAL, QWEN2, PHI3, STARCODER2, GPT2, GPT_BIGCODE, OPT, CODEGEN, ROBERTA, BERT)
 FAMILIES: dict[str, Family] = {row.model_type: row for row in _ROWS}
 
 
