@@ -24,6 +24,7 @@ ORDER = [
     ["lordjax.methods.base", "lordjax.methods.feedback"],
     ["lordjax.methods.svd", "lordjax.methods.modular", "lordjax.methods.low_rank_quantized"],
     ["lordjax.methods"],
+    ["lordjax.objective"],
     ["lordjax.functional", "lordjax.source", "lordjax.collect"],
     ["lordjax.calibrate"],
     ["lordjax.modules", "lordjax.evaluate.perplexity"],
