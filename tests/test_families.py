@@ -11,6 +11,7 @@ import pytest
 
 from lordjax.conversions.families import FAMILIES, model_config, tensor_table
 from lordjax.conversions.huggingface import open_checkpoint
+from lordjax.models.layers import attend
 from lordjax.models.transformer import Transformer, init
 
 torch = pytest.importorskip("torch")
@@ -247,6 +248,23 @@ def test_token_types_of_a_model_without(saved):
     tokens = some_tokens()
     with pytest.raises(ValueError, match="token types are given, but this model has none"):
         logits(checkpoint.config, checkpoint.params(), tokens, None, jnp.zeros_like(tokens))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_chunks_of_queries_change_nothing(causal):
+    keys = jax.random.split(jax.random.key(0), 3)
+    heads = zip(keys, (4, 2, 2), strict=True)
+    q, k, v = (jax.random.normal(key, (2, 29, count, 8)) for key, count in heads)
+    mask = jnp.arange(29)[None] < jnp.array([[29], [20]])
+    options = {"scale": 0.3, "mask": mask, "causal": causal}
+    whole, parts = (attend(q, k, v, chunk=size, **options) for size in (29, 6))
+    np.testing.assert_allclose(parts, whole, rtol=0, atol=1e-6)
+
+
+def test_a_window_must_be_causal():
+    x = jnp.zeros((1, 4, 1, 2))
+    with pytest.raises(ValueError, match="a window of 2 positions back, but attention looks ahead"):
+        attend(x, x, x, scale=1.0, window=2, causal=False)
 
 
 @pytest.mark.parametrize("case", ["roberta", "bert-classes"])
