@@ -6,11 +6,13 @@ of its checkpoints is which of our parameters. A new family is a new row; see `f
 
 from __future__ import annotations
 
+from lordjax.conversions.bert import BERT, ROBERTA
 from lordjax.conversions.family import (
     Family,
     TensorSource,
     Values,
     fill_and_check_sizes,
+    read_head,
     read_keys,
     sizes_of,
 )
@@ -21,19 +23,9 @@ from lordjax.conversions.neox import GPT_NEOX
 from lordjax.models.config import ModelConfig
 
 _ROWS = (
-    LLAMA,
-    MISTRAL,
-    QWEN2,
-    PHI3,
-    STARCODER2,
-    GPT2,
-    GPT_BIGCODE,
-    OPT,
-    CODEGEN,
-    QWEN3,
-    GPT_NEOX,
-    GEMMA2,
-    GEMMA3,
+    *(LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, STARCODER2, GEMMA2, GEMMA3),
+    *(GPT2, GPT_BIGCODE, OPT, CODEGEN, GPT_NEOX),
+    *(ROBERTA, BERT),
 )
 FAMILIES: dict[str, Family] = {row.model_type: row for row in _ROWS}
 
@@ -54,13 +46,18 @@ def family_of(hf_config: Values, where: str = "config.json") -> Family:
             f"{where}: model_type {kind!r} is not supported; supported: {', '.join(FAMILIES)}"
         )
     family = FAMILIES[kind]
-    given = hf_config.get("architectures") or list(family.architectures)
+    given = architectures_of(hf_config, family)
     if not set(given) <= set(family.architectures):
         raise ValueError(
             f"{where}: architectures {given} is not supported; "
             f"supported for {kind}: {', '.join(family.architectures)}"
         )
     return family
+
+
+def architectures_of(hf_config: Values, family: Family) -> list[str]:
+    """The key ``architectures``, or where it is missing the family's first."""
+    return hf_config.get("architectures") or list(family.architectures[:1])
 
 
 def model_config(hf_config: Values, where: str = "config.json") -> ModelConfig:
@@ -79,8 +76,9 @@ def model_config(hf_config: Values, where: str = "config.json") -> ModelConfig:
     rope = family.rope(hf_config, values, problems)
     windows = family.windows(values, problems)
     fields = dict(family.constants) | {f: values[key] for f, key in family.fields.items()}
-    if family.derived is not None:
-        fields |= family.derived(hf_config, values, problems)
+    if family.derive is not None:
+        fields |= family.derive(hf_config, values, problems)
+    fields |= read_head(architectures_of(hf_config, family), hf_config, problems)
     fill_and_check_sizes(fields, rope is not None, problems)
     if family.check is not None:
         family.check(values, problems)
@@ -100,8 +98,10 @@ def tensor_table(hf_config: Values, where: str = "config.json") -> dict[str, Ten
     family, config = family_of(hf_config, where), model_config(hf_config, where)
     sizes = sizes_of(config)
     table = {}
-    for row in family.tensors:
-        if row.when and getattr(config, row.when.removeprefix("not ")) == ("not " in row.when):
+    for row in (*family.tensors, *family.heads.get(config.head, ())):
+        if row.when and bool(getattr(config, row.when.removeprefix("not "))) == (
+            "not " in row.when
+        ):
             continue
         shape = tuple(sizes[letter] for letter in row.dims)
         columns = None if row.columns is None else row.columns(config)

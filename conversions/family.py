@@ -99,7 +99,10 @@ class Family:
       position_offset: row of the first learned position; None: positions are not learned.
       prefix: of all names but the head's, which checkpoints of the bare model leave out.
       check: of the values, what else must hold; takes the list of problems.
-      derived: fields of `ModelConfig` that are computed; arguments as for ``rope``.
+      derive: fields of `ModelConfig` that are computed; arguments as for ``rope``.
+      heads: head -> its rows of the tensor table; a key that is missing has none besides `tensors`.
+      copies: tensor that repeats another where the head is tied -> our path of that.
+      old_names: part of a name -> what old checkpoints have there.
     """
 
     model_type: str
@@ -117,11 +120,41 @@ class Family:
     position_offset: int | None = None
     prefix: str = "model."
     check: Callable[[Values, list[str]], None] | None = None
-    derived: Callable[[Values, Values, list[str]], dict[str, Any]] | None = None
+    derive: Callable[[Values, Values, list[str]], Mapping[str, Any]] | None = None
+    heads: Mapping[str, tuple[TensorRow, ...]] = dataclasses.field(default_factory=dict)
+    copies: Mapping[str, str] = dataclasses.field(
+        default_factory=lambda: {"lm_head.weight": "embed/embedding"}
+    )
+    old_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def ignores(self, name: str) -> bool:
         """Whether a tensor of this name may be left over."""
         return any(re.fullmatch(pattern, name) for pattern in self.ignored_tensors)
+
+
+# End of an architecture's name -> `ModelConfig.head`; the first that fits.
+HEADS = {
+    "ForCausalLM": "causal",
+    "LMHeadModel": "causal",
+    "ForMaskedLM": "masked",
+    "ForPreTraining": "masked",
+    "ForSequenceClassification": "classes",
+    "Model": "none",
+}
+
+
+def read_head(architectures: Iterable[str], hf_config: Values, problems: list[str]) -> Values:
+    """The head of the first architecture, and of how many classes; two of each is a problem."""
+    found = [next(h for end, h in HEADS.items() if name.endswith(end)) for name in architectures]
+    if len(set(found)) > 1:
+        problems.append(f"architectures = {list(architectures)}: heads of several kinds")
+    if found[0] != "classes":
+        return {"head": found[0]}
+    labels = hf_config.get("id2label")
+    count = hf_config.get("num_labels", 2) if labels is None else len(labels)
+    if not _is_size(count):
+        problems.append(f"num_labels = {count!r}: expected a positive integer")
+    return {"head": "classes", "num_classes": count, "tie_embeddings": False}
 
 
 # Keys that do not change the forward pass: bookkeeping, token ids, training and generation.
@@ -165,6 +198,9 @@ def sizes_of(config: ModelConfig) -> dict[str, int]:
         "g": 2 * config.mlp_size,  # gate and up in one
         "p": config.position_rows or 0,
         "d": config.head_size,
+        "t": config.token_types,
+        "c": config.num_classes or 0,
+        "w": config.embed_size or config.hidden_size,  # of a word's embedding
     }
 
 

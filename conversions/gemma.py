@@ -74,7 +74,7 @@ GEMMA2 = dataclasses.replace(
     # Generation; an older name of the activation and of the window, which are there besides.
     ignored=frozenset(("cache_implementation", "hidden_act", "sliding_window_size")),
     windows=alternating_windows,
-    derived=_scales,
+    derive=_scales,
     tensors=(
         *(row for row in LLAMA.tensors if "_norm/" not in row.path),
         _norm(f"{BLOCK}/attention_norm", f"{_LAYER}.input_layernorm"),
@@ -138,7 +138,7 @@ GEMMA3: Family = dataclasses.replace(
     # The last repeats what layer_types says.
     ignored=frozenset(("cache_implementation", "_sliding_window_pattern")),
     rope=_global_rope,
-    derived=_scales_and_local_rope,
+    derive=_scales_and_local_rope,
     tensors=(
         *GEMMA2.tensors,
         *(row._replace(offset=1.0) for row in head_norms(f"{_LAYER}.self_attn")),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -123,7 +123,7 @@ GPT_BIGCODE = dataclasses.replace(
         "num_key_value_heads": None,
     },
     ignored=frozenset((_GPT2_IGNORED + _BIGCODE_IGNORED).split()),
-    derived=_key_heads,
+    derive=_key_heads,
     tensors=(
         *(row for row in GPT2.tensors if ".attn." not in row.name and ".mlp." not in row.name),
         *(
@@ -141,11 +141,20 @@ GPT_BIGCODE = dataclasses.replace(
 )
 
 
-def _same_width(values: Values, problems: list[str]) -> None:
-    """OPT-350m projects its embeddings, and normalises behind its layers."""
-    inner, outer = values["hidden_size"], values["word_embed_proj_dim"]
-    if inner != outer:
-        problems.append(f"word_embed_proj_dim = {outer!r}: only {inner!r}, the hidden size")
+def _opt_shape(hf_config: Values, values: Values, problems: list[str]) -> Mapping[str, Any]:
+    """OPT-350m projects its embeddings and normalises behind its layers, with no norm at the end.
+
+    Checkpoints that were fine-tuned with old code have no norm at the end either.
+    """
+    del hf_config
+    width, before = values["word_embed_proj_dim"], values["do_layer_norm_before"]
+    if width is not None and (type(width) is not int or width < 1):
+        problems.append(f"word_embed_proj_dim = {width!r}: expected a positive integer or null")
+    return {
+        "block": "sequential" if before else "post_norm",
+        "final_norm": before and not values["_remove_final_layer_norm"],
+        "embed_size": None if width == values["hidden_size"] else width,
+    }
 
 
 _D = "model.decoder.layers.{i}"
@@ -174,11 +183,11 @@ OPT = Family(
         "activation_function": "relu",
         "tie_word_embeddings": True,
         "enable_bias": True,
-        "word_embed_proj_dim": 768,
+        "word_embed_proj_dim": None,
+        "do_layer_norm_before": True,
+        "_remove_final_layer_norm": False,
     },
     fixed={
-        "do_layer_norm_before": (True,),
-        "_remove_final_layer_norm": (False,),
         "layer_norm_elementwise_affine": (True,),
         "is_encoder_decoder": (False,),
         "add_cross_attention": (False,),
@@ -188,10 +197,13 @@ OPT = Family(
     ignored=frozenset(("dropout", "activation_dropout", "layerdrop", "init_std")),
     rope=no_rope,
     position_offset=2,
-    check=_same_width,
+    derive=_opt_shape,
     ignored_tensors=(r"model\.decoder\.version",),
     tensors=(
-        TensorRow("embed/embedding", "model.decoder.embed_tokens.weight", "vm"),
+        TensorRow("embed/embedding", "model.decoder.embed_tokens.weight", "vw"),
+        TensorRow(
+            "project_in/kernel", "model.decoder.project_in.weight", "mw", True, when="embed_size"
+        ),
         TensorRow("positions/embedding", "model.decoder.embed_positions.weight", "pm"),
         *norm(f"{BLOCK}/attention_norm", f"{_D}.self_attn_layer_norm"),
         *linear(f"{BLOCK}/attention/q", f"{_D}.self_attn.q_proj", "hm", "qkv_bias"),
@@ -201,8 +213,14 @@ OPT = Family(
         *norm(f"{BLOCK}/mlp_norm", f"{_D}.final_layer_norm"),
         *linear(f"{BLOCK}/mlp/up", f"{_D}.fc1", "fm", "mlp_bias"),
         *linear(f"{BLOCK}/mlp/down", f"{_D}.fc2", "mf", "mlp_bias"),
-        *norm("final_norm", "model.decoder.final_layer_norm"),
-        HEAD,
+        *(
+            row._replace(when="final_norm")
+            for row in norm("final_norm", "model.decoder.final_layer_norm")
+        ),
+        TensorRow(
+            "project_out/kernel", "model.decoder.project_out.weight", "wm", True, when="embed_size"
+        ),
+        HEAD._replace(dims="vw"),
     ),
 )
 

@@ -14,6 +14,7 @@ File formats are hidden behind `TensorFiles`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +32,7 @@ from lordjax.trees import unflatten
 DTYPES = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model"),
-    *("vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja"),
+    *("vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja", "vocab.txt"),
 )
 _EXPECTED = "expected a checkpoint directory, a .gguf file or a hub id like 'owner/model'"
 
@@ -53,12 +54,12 @@ class Checkpoint:
         self.table: dict[str, TensorSource] = tensor_table(hf_config, where)
         self._files, self._tokens = files, tokens
         # Checkpoints of the bare model, without its head, leave out the prefix.
-        prefix, names = family_of(hf_config).prefix, set(files.names())
-        if not any(name.startswith(prefix) for name in names):
-            self.table = {
-                path: dataclasses.replace(source, name=source.name.removeprefix(prefix))
-                for path, source in self.table.items()
-            }
+        self._family, names = family_of(hf_config, where), set(files.names())
+        if not any(name.startswith(self._family.prefix) for name in names):
+            self._rename(lambda name: name.removeprefix(self._family.prefix))
+        for new, old in self._family.old_names.items():
+            if any(old in name for name in names):
+                self._rename(functools.partial(_replaced, new=new, old=old))
         self._check()
 
     def read(self, path: str, dtype: Any = None) -> Float[np.ndarray, ...]:
@@ -83,8 +84,7 @@ class Checkpoint:
                 f"{self._files.where(name)} ({path}) has dtype {tensor.dtype}; supported: {known}"
             )
         self._check_finite(tensor, path, "holds")
-        if path == "embed/embedding":
-            self._check_tied(tensor)
+        self._check_tied(path, tensor)
         tensor = self.table[path].load(tensor)
         if dtype is not None and tensor.dtype != (dtype := np.dtype(dtype)):
             with np.errstate(over="ignore"):  # what overflows is reported below
@@ -123,12 +123,19 @@ class Checkpoint:
         """Writes the tokenizer into a directory, so that ``AutoTokenizer`` opens it from there."""
         self._tokens.tokenizer_files(Path(directory))
 
+    def _rename(self, other: Callable[[str], str]) -> None:
+        """Looks for the tensors of the table under other names."""
+        self.table = {
+            path: dataclasses.replace(source, name=other(source.name))
+            for path, source in self.table.items()
+        }
+
     def _tree(self, wanted: Callable[[str], bool], dtype: Any) -> dict[str, Any]:
         return unflatten({path: self.read(path, dtype) for path in self.table if wanted(path)})
 
     def _check(self) -> None:
         """Compares the names and shapes of all tensors with the table."""
-        family = family_of(self.hf_config)
+        family = self._family
         expected = {source.name: source for source in self.table.values()}
         found = set(self._files.names())
         problems = [f"missing: {name} {expected[name].shape}" for name in expected.keys() - found]
@@ -137,7 +144,7 @@ class Checkpoint:
                 place = self._files.where(name)
                 problems.append(f"wrong shape: {place} is {shape}, not {expected[name].shape}")
         for name in found - expected.keys():
-            tied_head = self.config.tie_embeddings and name == "lm_head.weight"
+            tied_head = self.config.tie_embeddings and name in family.copies
             ignored = family.ignores(name) or family.ignores(family.prefix + name)
             if not tied_head and not ignored:
                 shape = self._files.shape(name)
@@ -159,16 +166,23 @@ class Checkpoint:
                 f"{int((~finite).sum())} non-finite value(s), the first at {first}"
             )
 
-    def _check_tied(self, embedding: np.ndarray) -> None:
+    def _check_tied(self, path: str, tensor: np.ndarray) -> None:
         """A head beside a tied embedding must repeat it: transformers 5 would otherwise untie."""
-        name = "lm_head.weight"
-        if not self.config.tie_embeddings or name not in self._files.names():
+        if not self.config.tie_embeddings:
             return
-        if not np.array_equal(self._files.read(name), embedding):
-            raise ValueError(
-                f"{self._files.where(name)} differs from the embedding, but tie_word_embeddings "
-                "is true; set it to false in config.json to use the head"
-            )
+        for name, original in self._family.copies.items():
+            if original != path or name not in self._files.names():
+                continue
+            if not np.array_equal(self._files.read(name), tensor):
+                what = "embedding" if path == "embed/embedding" else self.table[path].name
+                raise ValueError(
+                    f"{self._files.where(name)} differs from the {what}, but tie_word_embeddings "
+                    "is true; set it to false in config.json to use the head"
+                )
+
+
+def _replaced(name: str, new: str, old: str) -> str:
+    return name.replace(new, old)
 
 
 class DirectoryTokenizer:

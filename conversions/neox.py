@@ -114,7 +114,7 @@ GPT_NEOX = Family(
     ignored=frozenset(_IGNORED.split()),
     rope=_rope,
     rope_keys=ROPE_KEYS,
-    derived=_block,
+    derive=_block,
     prefix="gpt_neox.",
     tensors=(
         TensorRow("embed/embedding", "gpt_neox.embed_in.weight", "vm"),

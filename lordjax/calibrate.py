@@ -11,13 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from lordjax import linalg, trees
+from lordjax import linalg, objective, trees
 from lordjax.collect import (
     BLOCK,
     EMBEDDINGS,
     embed,
     empty,
-    loss_gradient,
     moment_taps,
     observe,
     observe_gradients,
@@ -25,6 +24,7 @@ from lordjax.collect import (
 )
 from lordjax.methods import Method
 from lordjax.models.config import ModelConfig
+from lordjax.objective import loss_gradient
 from lordjax.progress import Clock
 from lordjax.sites import LAST_LAYER, LINEAR_SITES, Site, sites_for
 from lordjax.source import Calibration, Source, check_tokens
@@ -47,9 +47,12 @@ def on_device(tree: Any) -> Any:
 
 def hidden_states(source: Source, calibration: Calibration) -> list[Any]:
     """The residual stream before the first block, one array per batch."""
-    rest = source.rest()
+    rest, config = source.rest(), source.config
     tables = on_device({key: rest[key] for key in EMBEDDINGS if key in rest})
-    return [embed(tables, *batch, config=source.config) for batch in calibration.batches()]
+    return [
+        embed(tables, calibration.read(config, tokens, mask), mask, config=config)
+        for tokens, mask in calibration.batches()
+    ]
 
 
 # What a module's ``needs`` mean; ``moments`` are those of its last layer's input.
@@ -139,17 +142,23 @@ def block_statistics(
 
 
 def checked(
-    config: ModelConfig, tokens: Any, mask: Any | None, batch_size: int | None
+    config: ModelConfig,
+    tokens: Any,
+    mask: Any | None,
+    batch_size: int | None,
+    mask_token: int | None = None,
 ) -> Calibration:
     """Calibration tokens ready to run; ``batch_size=None``: as many as this backend does best.
 
     Raises:
-      ValueError: if tokens do not fit the model, or the mask does not fit the tokens.
+      ValueError: if tokens do not fit the model, or the mask does not fit the tokens, or the mask
+        token is missing.
     """
     tokens = check_tokens(config, tokens)
     if mask is not None and np.shape(mask) != tokens.shape:
         raise ValueError(f"mask {np.shape(mask)}: expected the shape of the tokens {tokens.shape}")
-    return Calibration(tokens, mask, batch_size or windows_per_step(*tokens.shape))
+    objective.inputs(config, tokens[:1], None, mask_token)  # raises
+    return Calibration(tokens, mask, batch_size or windows_per_step(*tokens.shape), mask_token)
 
 
 def few_gradients(
@@ -158,6 +167,7 @@ def few_gradients(
     """`gradient_statistics` of ``windows`` of the calibration; empty if the method reads none."""
     if not needs_gradients(method, source.config):
         return {}
+    objective.of(source.config)  # raises before the work begins
     few = calibration.spread(windows)
     # A backward pass holds every activation of a block: half the batch, about the same memory.
     few = dataclasses.replace(few, batch_size=max(1, few.batch_size // 2))
@@ -190,7 +200,10 @@ def gradient_statistics(
     together = max(1, STATE_BYTES // (state * config.num_layers))
     for start in clock.run("gradients", range(0, len(batches), together)):
         sweep = batches[start : start + together]
-        states = [[embed(rest, *batch, config=config)] for batch in sweep]
+        states = [
+            [embed(rest, calibration.read(config, tokens, mask), mask, config=config)]
+            for tokens, mask in sweep
+        ]
         for i in layers:
             block = on_device(source.block(i))
             if i not in stats:
@@ -199,8 +212,8 @@ def gradient_statistics(
                 window = config.window(i)
                 xs.append(observe(block, xs[-1], mask, {}, config=config, window=window)[0])
         cotangents = [
-            loss_gradient(rest, xs.pop(), tokens, mask, config=config)
-            for (tokens, mask), xs in zip(sweep, states, strict=True)
+            loss_gradient(rest, xs.pop(), objective.targets(config, *batch), config=config)
+            for batch, xs in zip(sweep, states, strict=True)
         ]
         for i in reversed(layers):
             block = on_device(source.block(i))

@@ -30,7 +30,8 @@ from lordjax.stats import (
 )
 
 Stats = dict[str, Any]
-EMBEDDINGS = ("embed", "positions")  # parameters that come before the first block
+# Parameters that come before the first block.
+EMBEDDINGS = ("embed", "project_in", "positions", "token_types", "embed_norm")
 BLOCK = "block"  # stands for the pair of a block's input and output where a tap is named
 
 
@@ -155,35 +156,6 @@ def observe_pair(
         {tap: moments.update(taps[1][tap], mask) for tap, moments in fitted.items()},
         new_cross,
     )
-
-
-@functools.partial(jax.jit, static_argnames=("config",))
-def loss_gradient(
-    rest: Any,
-    x: Float[Array, "b s m"],
-    tokens: Int[Array, "b s"],
-    mask: Bool[Array, "b s"] | None,
-    *,
-    config: ModelConfig,
-) -> Float[Array, "b s m"]:
-    """Gradient of the summed next-token loss at the last block's output.
-
-    Positions are independent behind the last block, so a few are done at a time: the logits of a
-    whole batch would be the largest array of the run.
-    """
-    targets = jnp.roll(tokens, -1, axis=1)
-    counts = jnp.ones(tokens.shape, bool) if mask is None else mask
-    counts = (counts & jnp.roll(counts, -1, axis=1)).at[:, -1].set(False)
-
-    def loss(x: Array, target: Array, count: Array) -> Array:
-        model = Transformer(config)
-        batch: Any = model.apply({"params": rest}, x[None, None], method=Transformer.unembed)
-        logits = batch[0, 0]
-        return jnp.where(count, jax.nn.logsumexp(logits) - logits[target], 0)
-
-    rows = (x.reshape(-1, x.shape[-1]), targets.reshape(-1), counts.reshape(-1))
-    gradients = jax.lax.map(lambda row: jax.grad(loss)(*row), rows, batch_size=256)
-    return gradients.reshape(x.shape)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "window"), donate_argnames=("stats",))

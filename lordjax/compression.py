@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from lordjax import nf, trees
+from lordjax import nf, objective, trees
 from lordjax.allocation import CURVELESS, INFLUENCED
 from lordjax.calibrate import checked, few_gradients
 from lordjax.data import fingerprint
@@ -67,6 +67,7 @@ def prepare(
     allocation: str | None = None,
     prefix: str | None = None,
     mask: np.ndarray | None = None,
+    mask_token: int | None = None,
     batch_size: int | None = None,
     gradient_windows: int | None = GRADIENT_WINDOWS,
     progress: Progress | None = None,
@@ -81,6 +82,7 @@ def prepare(
         policy needs no error curves (ROM's) skips the pass over the untouched model.
       prefix: where later statistics come from, if not the method's own choice; see `Method`.
       mask: ``[windows, length]``, False at padding.
+      mask_token: id of the mask token, of a model that predicts masked tokens; see `objective`.
       batch_size: windows per step; None = as many as this backend is fastest with.
       gradient_windows: how many windows, spread evenly, the backward pass sees; None = all.
       progress: called with (stage, done, total).
@@ -94,7 +96,7 @@ def prepare(
     policy, prefix = allocation or row.allocation, prefix or row.prefix
     check_policy(policy)
     _check_options(method, prefix, batch_size, gradient_windows)
-    calibration = checked(config, tokens, mask, batch_size)
+    calibration = checked(config, tokens, mask, batch_size, mask_token)
     tokens, held_out = calibration.tokens, calibration.tokens[:0]
     source = Materialized(source)
     clock = Clock(progress)
@@ -121,6 +123,7 @@ def prepare(
             "held_out_windows": len(held_out),
             "length": tokens.shape[1],
             "tokens_sha256": fingerprint(tokens),
+            **objective.protocol(config, mask_token),
         },
         "seconds": clock.seconds,
     }

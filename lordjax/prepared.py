@@ -177,7 +177,8 @@ class Prepared:
                 block, i, self.factors, ranks, self.method, source.config, widened=True
             )
 
-        losses = compare(source, self.held_out, change, len(plans), clock)
+        mask_token = self.calibration.mask_token
+        losses = compare(source, self.held_out, change, len(plans), clock, mask_token=mask_token)
         self.report["seconds"] |= clock.seconds
         return plans[int(np.argmin(losses))]
 

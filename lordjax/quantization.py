@@ -18,7 +18,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lordjax import nf, trees
+from lordjax import nf, objective, trees
 from lordjax.allocation import SOLVERS
 from lordjax.calibrate import checked, few_gradients
 from lordjax.compression import GRADIENT_WINDOWS
@@ -44,6 +44,7 @@ def prepare_quantized(
     steps: int = STEPS,
     feedback: bool | None = None,
     mask: np.ndarray | None = None,
+    mask_token: int | None = None,
     batch_size: int | None = None,
     gradient_windows: int | None = GRADIENT_WINDOWS,
     progress: Progress | None = None,
@@ -65,6 +66,7 @@ def prepare_quantized(
       feedback: whether codes make up for each other's errors (`methods.feedback`), which needs a
         second moment of inputs; None = where the weighting has one.
       mask: ``[windows, length]``, False at padding.
+      mask_token: id of the mask token, of a model that predicts masked tokens; see `objective`.
       batch_size: windows per step; None = as many as this backend is fastest with.
       gradient_windows: how many windows, spread evenly, the backward pass sees; None = all.
       progress: called with (stage, done, total).
@@ -102,12 +104,13 @@ def prepare_quantized(
     if WEIGHTINGS[weighting]:
         if tokens is None:
             raise ValueError(f"weighting {weighting!r} needs calibration tokens; give some")
-        calibration = checked(source.config, tokens, mask, batch_size)
+        calibration = checked(source.config, tokens, mask, batch_size, mask_token)
         tokens = calibration.tokens
         report["calibration"] = {
             "windows": len(tokens),
             "length": tokens.shape[1],
             "tokens_sha256": fingerprint(tokens),
+            **objective.protocol(source.config, mask_token),
         }
         statistics = statistics_of(weighting)
         gradients = few_gradients(source, calibration, statistics, gradient_windows, clock)

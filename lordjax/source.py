@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from lordjax import objective
 from lordjax.data import check_ids
 from lordjax.kernels import materialize
 from lordjax.models.config import ModelConfig
@@ -68,11 +69,15 @@ class Materialized:
 
 @dataclasses.dataclass
 class Calibration:
-    """Tokens and how to run them: ``[n, len]`` in batches, mask False at padding."""
+    """Tokens and how to run them: ``[n, len]`` in batches, mask False at padding.
+
+    ``mask_token`` is what a model that predicts masked tokens reads there (`objective.inputs`).
+    """
 
     tokens: np.ndarray
     mask: np.ndarray | None
     batch_size: int
+    mask_token: int | None = None
 
     def batches(self) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
         """Tokens and mask of each batch."""
@@ -80,13 +85,17 @@ class Calibration:
             rows = slice(start, start + self.batch_size)
             yield self.tokens[rows], None if self.mask is None else self.mask[rows]
 
+    def read(self, config: ModelConfig, tokens: Any, mask: Any) -> np.ndarray:
+        """What the model reads of a batch: some of it masked, if that is what it predicts."""
+        return objective.inputs(config, tokens, mask, self.mask_token)
+
     def spread(self, windows: int | None) -> Calibration:
         """A subset of at most that many windows, evenly spread."""
         if windows is None or windows >= len(self.tokens):
             return self
         chosen = np.linspace(0, len(self.tokens) - 1, windows).round().astype(int)
         mask = None if self.mask is None else self.mask[chosen]
-        return Calibration(self.tokens[chosen], mask, self.batch_size)
+        return dataclasses.replace(self, tokens=self.tokens[chosen], mask=mask)
 
     def split(self, windows: int) -> tuple[Calibration, np.ndarray]:
         """The calibration without its last windows, and those: at most an eighth of all.
@@ -98,7 +107,7 @@ class Calibration:
             raise ValueError("one calibration window: at least 2 are needed to hold one out")
         windows = max(1, min(windows, len(self.tokens) // 8))
         mask = None if self.mask is None else self.mask[:-windows]
-        kept = Calibration(self.tokens[:-windows], mask, self.batch_size)
+        kept = dataclasses.replace(self, tokens=self.tokens[:-windows], mask=mask)
         return kept, self.tokens[-windows:]
 
     def masks(self) -> list[np.ndarray | None]:

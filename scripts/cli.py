@@ -276,7 +276,8 @@ def plan(as_json: bool, **settings: Any) -> None:
 def evaluate(as_json: bool, **settings: Any) -> None:
     """Measure the perplexity of MODEL.
 
-    The protocol is printed with the number.
+    The protocol is printed with the number. Of a model that predicts masked tokens it is a
+    pseudo-perplexity: of a fixed 15 % of every window, masked at once.
     """
     from lordjax.scripts.evaluate_model import evaluate_model, show
 

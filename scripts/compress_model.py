@@ -12,6 +12,7 @@ from lordjax.scripts.common import (
     KEEP,
     Model,
     check_output,
+    mask_token,
     open_model,
     progress_report,
     read_tokens,
@@ -41,18 +42,22 @@ def compress_model(
     Everything that can be wrong with the arguments is found before the work begins.
     """
     start = time.perf_counter()
+    from lordjax.objective import protocol as objective_protocol
+
     directory = Path(out).expanduser()
     check_output(directory)
     run, settings, needs_tokens, share = _job(method, options)
     opened = _open_original(model, directory, share, options["dtype"])
     write_tokenizer = tokenizer_writer(opened)
-    tokens, facts = None, None
+    tokens, facts, masks = None, None, None
     if needs_tokens:
         if calibration is None:
             say("calibrating on the sources of Python's standard library (--calibration to change)")
+        masks = mask_token(opened)
         tokens, facts = read_tokens(
             opened, calibration, seq_len=seq_len, samples=samples, seed=seed
         )
+        facts |= objective_protocol(opened.config, masks)
     elif calibration is not None:
         say(f"note: method {method!r} as asked for needs no calibration; {calibration} is not read")
     settings = {
@@ -65,7 +70,7 @@ def compress_model(
         "seed": seed,
     }
     with progress_report() as progress:
-        result = run(opened.source, tokens, progress)
+        result = run(opened.source, tokens, mask_token=masks, progress=progress)
     save_result(directory, opened, result, facts, settings, write_tokenizer)
     return {
         "output": str(directory),
@@ -77,7 +82,7 @@ def compress_model(
     }
 
 
-Run = Callable[[Any, Any, Any], Any]  # (source, tokens, progress) -> Result
+Run = Callable[..., Any]  # (source, tokens, mask_token=, progress=) -> Result
 
 
 def _job(method: str, options: dict[str, Any]) -> tuple[Run, dict[str, Any], bool, float]:
@@ -125,8 +130,8 @@ def _low_rank_job(method: str, options: dict[str, Any]) -> tuple[Run, dict[str, 
     if settings["factors"] is not None:
         nf.Format.parse(settings["factors"])
 
-    def run(source: Any, tokens: Any, progress: Any) -> Any:
-        return compress(source, tokens, method=method, progress=progress, **settings)
+    def run(source: Any, tokens: Any, **given: Any) -> Any:
+        return compress(source, tokens, method=method, **given, **settings)
 
     return run, settings, True, settings["keep"]
 
@@ -142,8 +147,8 @@ def _quantized_job(method: str, options: dict[str, Any]) -> tuple[Run, dict[str,
     }
     needs_tokens = quantization.check_settings(method, **settings)
 
-    def run(source: Any, tokens: Any, progress: Any) -> Any:
-        return quantization.quantize(source, tokens, method=method, progress=progress, **settings)
+    def run(source: Any, tokens: Any, **given: Any) -> Any:
+        return quantization.quantize(source, tokens, method=method, **given, **settings)
 
     return run, settings, needs_tokens, 0.5
 

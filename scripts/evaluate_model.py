@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lordjax.scripts.common import open_model, progress_report, read_tokens
+from lordjax.scripts.common import mask_token, open_model, progress_report, read_tokens
 
 
 def evaluate_model(
@@ -22,7 +22,13 @@ def evaluate_model(
     name = None if Path(tokens).suffix == ".npy" else model
     with progress_report() as progress:
         result = perplexity(
-            opened.config, opened.params(), ids, tokenizer_name=name, progress=progress
+            opened.config,
+            opened.params(),
+            ids,
+            tokenizer_name=name,
+            bos="sequence_ends" in facts,
+            mask_token=mask_token(opened),
+            progress=progress,
         )
     settings = {
         "model": model,
@@ -35,7 +41,8 @@ def evaluate_model(
 
 def show(result: dict[str, Any]) -> None:
     """Prints the measurement for people."""
-    print(f"perplexity {result['perplexity']:.4f}")
+    kind = "pseudo-perplexity" if "masked_share" in result["protocol"] else "perplexity"
+    print(f"{kind} {result['perplexity']:.4f}")
     print(f"nll        {result['nll_per_token']:.5f} nats per token, {result['tokens']} tokens")
     for name, value in result["protocol"].items():
         print(f"{name:16} {value}")

@@ -15,6 +15,7 @@ from lordjax.kernels import LowRank, nbytes
 from lordjax.linalg import row_space
 from lordjax.methods import METHODS
 from lordjax.models import ModelConfig, Transformer, init
+from lordjax.objective import loss_gradient
 from lordjax.plan import Plan, Size
 from lordjax.prepared import verify
 from lordjax.progress import Clock
@@ -113,7 +114,7 @@ def test_padding_changes_nothing(source):
 
 @pytest.mark.parametrize("method, prefix", [("lord", "dense"), ("rom", "compressed")])
 def test_blocks_share_their_compilations(source, method, prefix):
-    steps = (collect.observe, collect.observe_gradients, collect.loss_gradient)
+    steps = (collect.observe, collect.observe_gradients, loss_gradient)
 
     def compiled():
         return [step._cache_size() for step in steps]

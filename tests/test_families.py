@@ -12,6 +12,7 @@ import pytest
 
 from lordjax.conversions.families import FAMILIES, model_config, tensor_table
 from lordjax.conversions.huggingface import open_checkpoint
+from lordjax.models.layers import attend
 from lordjax.models.transformer import Transformer, init
 
 torch = pytest.importorskip("torch")
@@ -129,6 +130,30 @@ CASES = {
         },
     ),
     "opt-unbiased": ("opt", {"enable_bias": False, "activation_function": "gelu"}),
+    "opt-350m": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 20}),
+    "opt-350m-untied": (
+        "opt",
+        {"do_layer_norm_before": False, "word_embed_proj_dim": 20, "tie_word_embeddings": False},
+    ),
+    "opt-no-final-norm": ("opt", {"_remove_final_layer_norm": True}),
+    "roberta": ("roberta", {}, "MaskedLM"),
+    "roberta-options": (
+        "roberta",
+        {"type_vocab_size": 1, "hidden_act": "gelu_new", "layer_norm_eps": 1e-5}
+        | {"tie_word_embeddings": False, "pad_token_id": 0},
+        "MaskedLM",
+    ),
+    "roberta-classes": ("roberta", {"num_labels": 3}, "SequenceClassification"),
+    "roberta-bare": ("roberta", {}, ""),
+    "bert": ("bert", {}, "MaskedLM"),
+    "bert-options": (
+        "bert",
+        {"hidden_act": "relu", "tie_word_embeddings": False, "type_vocab_size": 3},
+        "MaskedLM",
+    ),
+    "bert-classes": ("bert", {}, "SequenceClassification"),
+    "bert-one-class": ("bert", {"num_labels": 1}, "SequenceClassification"),
+    "bert-bare": ("bert", {}, ""),
 }
 # What the sizes of `TINY` are called where they are called something else.
 _GPT2 = {
@@ -144,6 +169,8 @@ NAMES = {
     "gpt_bigcode": _GPT2,
     "codegen": _GPT2,
     "opt": {"intermediate_size": "ffn_dim", "num_key_value_heads": None},
+    "roberta": {"num_key_value_heads": None},
+    "bert": {"num_key_value_heads": None},
 }
 NAMES["gpt_neox"] = {"num_key_value_heads": None}
 EXTRA = {"opt": {"word_embed_proj_dim": TINY["hidden_size"]}, "codegen": {"rotary_dim": 8}}
@@ -159,11 +186,12 @@ def tiny(kind, options=()):
     return {**sizes, **EXTRA.get(kind, {}), **dict(options)}
 
 
-def hf_model(kind, options):
+def hf_model(kind, options, head="CausalLM"):
     """A random model whose biases and norms are not at their initial 0 and 1."""
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(kind, **tiny(kind, options))
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    auto = getattr(transformers, f"AutoModelFor{head}" if head else "AutoModel")
+    model = auto.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             noise = 0.15 * torch.randn(parameter.shape)
@@ -189,17 +217,19 @@ def saved(tmp_path_factory):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def logits(config, params, tokens, mask=None):
-    return Transformer(config).apply({"params": params}, tokens, mask)
+def logits(config, params, tokens, mask=None, token_types=None):
+    return Transformer(config).apply({"params": params}, tokens, mask, token_types)
 
 
 def hf_logits(model, tokens, **kwargs):
     with torch.no_grad():
-        return model(torch.as_tensor(np.asarray(tokens)).long(), **kwargs).logits.numpy()
+        out = model(torch.as_tensor(np.asarray(tokens)).long(), **kwargs)
+    return (out.logits if "logits" in out else out.last_hidden_state).numpy()
 
 
 def some_tokens(batch=2):
-    return np.random.default_rng(0).integers(0, TINY["vocab_size"], (batch, LENGTH), np.int32)
+    """Without 0 and 1, which RoBERTa takes for padding."""
+    return np.random.default_rng(0).integers(2, TINY["vocab_size"], (batch, LENGTH), np.int32)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -218,7 +248,9 @@ def test_parameters_are_those_of_the_model(saved, case):
     assert ours == theirs
 
 
-@pytest.mark.parametrize("case", ["llama", "mistral-window", "qwen2-window", "gpt2", "gemma2"])
+@pytest.mark.parametrize(
+    "case", ["llama", "mistral-window", "qwen2-window", "gpt2", "gemma2", "bert"]
+)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding(saved, case, side):
     model, checkpoint = saved(case)
@@ -234,6 +266,68 @@ def test_padding(saved, case, side):
     )
     got = np.asarray(logits(checkpoint.config, checkpoint.params(), tokens, jnp.asarray(mask)))
     np.testing.assert_allclose(got[mask], expected[mask], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["roberta", "roberta-options", "roberta-bare", "roberta-classes"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_roberta_counts_positions_without_padding(saved, case, side):
+    model, checkpoint = saved(case)
+    tokens, lengths = some_tokens(3), np.array([LENGTH, 17, 30])
+    index = np.arange(LENGTH)[None]
+    mask = index < lengths[:, None] if side == "right" else index >= LENGTH - lengths[:, None]
+    tokens = np.where(mask, tokens, model.config.pad_token_id)
+    expected = hf_logits(model, tokens, attention_mask=torch.as_tensor(mask).long())
+    got = np.asarray(logits(checkpoint.config, checkpoint.params(), tokens, jnp.asarray(mask)))
+    rows = mask if case != "roberta-classes" else mask[:, 0]  # the first place is classified
+    np.testing.assert_allclose(got[rows], expected[rows], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["bert", "bert-options", "bert-classes", "bert-bare"])
+def test_token_types(saved, case):
+    model, checkpoint = saved(case)
+    tokens = some_tokens()
+    types = np.random.default_rng(1).integers(0, checkpoint.config.token_types, tokens.shape)
+    expected = hf_logits(model, tokens, token_type_ids=torch.as_tensor(types))
+    types = jnp.asarray(types, jnp.int32)
+    got = logits(checkpoint.config, checkpoint.params(), tokens, None, types)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
+
+
+def test_token_types_of_a_model_without(saved):
+    _, checkpoint = saved("gpt2")
+    tokens = some_tokens()
+    with pytest.raises(ValueError, match="token types are given, but this model has none"):
+        logits(checkpoint.config, checkpoint.params(), tokens, None, jnp.zeros_like(tokens))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_chunks_of_queries_change_nothing(causal):
+    keys = jax.random.split(jax.random.key(0), 3)
+    heads = zip(keys, (4, 2, 2), strict=True)
+    q, k, v = (jax.random.normal(key, (2, 29, count, 8)) for key, count in heads)
+    mask = jnp.arange(29)[None] < jnp.array([[29], [20]])
+    options = {"scale": 0.3, "mask": mask, "causal": causal}
+    whole, parts = (attend(q, k, v, chunk=size, **options) for size in (29, 6))
+    np.testing.assert_allclose(parts, whole, rtol=0, atol=1e-6)
+
+
+def test_a_window_must_be_causal():
+    x = jnp.zeros((1, 4, 1, 2))
+    with pytest.raises(ValueError, match="a window of 2 positions back, but attention looks ahead"):
+        attend(x, x, x, scale=1.0, window=2, causal=False)
+
+
+@pytest.mark.parametrize("case", ["roberta", "bert-classes"])
+def test_every_token_of_an_encoder_sees_every_other(saved, case):
+    """More tokens than a chunk of queries has, so that chunks see keys behind them."""
+    _, checkpoint = saved(case)
+    config = dataclasses.replace(checkpoint.config, position_rows=None)
+    params = checkpoint.params()
+    tokens = np.random.default_rng(0).integers(2, TINY["vocab_size"], (1, 300), np.int32)
+    other = tokens.copy()
+    other[0, -1] = (other[0, -1] + 1) % TINY["vocab_size"]
+    a, b = (np.asarray(logits(config, params, t)) for t in (tokens, other))
+    assert np.abs(a - b).reshape(-1, a.shape[-1]).max(axis=1).min() > 1e-6
 
 
 @pytest.mark.parametrize("case", ["llama-llama3", "llama-dynamic", "qwen2-window", "gpt_neox"])
@@ -330,6 +424,61 @@ def test_leftover_tensors_of_pythia(saved, tmp_path, name):
     (tmp_path / "config.json").write_text(json.dumps(checkpoint.hf_config))
     again = open_checkpoint(tmp_path)
     jax.tree.map(np.testing.assert_array_equal, again.params(), checkpoint.params())
+
+
+def rewrite(checkpoint, directory, rename, **config):
+    """The checkpoint again, tensors renamed and added, keys of its config replaced."""
+    from safetensors.numpy import load_file, save_file
+
+    tensors = rename(load_file(checkpoint.path / "model.safetensors"))
+    save_file(tensors, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps({**checkpoint.hf_config, **config}))
+    return open_checkpoint(directory)
+
+
+def test_bert_as_released(saved, tmp_path):
+    """Norms named as in TensorFlow, both heads of pre-training, the pooler, numbered positions."""
+    _, checkpoint = saved("bert")
+
+    def rename(tensors):
+        new = {
+            name.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): a
+            for name, a in tensors.items()
+        }
+        extra = ("bert.pooler.dense.weight", "bert.pooler.dense.bias")
+        extra = (*extra, "cls.seq_relationship.weight", "cls.seq_relationship.bias")
+        new |= {name: np.zeros(2, np.float32) for name in extra}
+        new["bert.embeddings.position_ids"] = np.arange(64)[None]
+        new["cls.predictions.decoder.weight"] = tensors["bert.embeddings.word_embeddings.weight"]
+        return new
+
+    again = rewrite(checkpoint, tmp_path, rename, architectures=["BertForPreTraining"])
+    jax.tree.map(np.testing.assert_array_equal, again.params(), checkpoint.params())
+
+
+def test_codebert_as_released(saved, tmp_path):
+    """The bare model without its prefix, but with its pooler."""
+    _, checkpoint = saved("roberta-bare")
+
+    def rename(tensors):
+        assert "pooler.dense.weight" in tensors
+        return {**tensors, "embeddings.position_ids": np.arange(64)[None]}
+
+    again = rewrite(checkpoint, tmp_path, rename, output_past=True)
+    assert again.config.head == "none"
+    jax.tree.map(np.testing.assert_array_equal, again.params(), checkpoint.params())
+
+
+@pytest.mark.parametrize("name", ["lm_head.decoder.weight", "lm_head.decoder.bias"])
+def test_a_tied_copy_must_be_one(saved, tmp_path, name):
+    _, checkpoint = saved("roberta")
+    kind = name.rpartition(".")[2]
+    original = {"weight": "roberta.embeddings.word_embeddings.weight", "bias": "lm_head.bias"}[kind]
+    same = rewrite(checkpoint, tmp_path, lambda t: {**t, name: t[original]})
+    jax.tree.map(np.testing.assert_array_equal, same.params(), checkpoint.params())
+    other = rewrite(checkpoint, tmp_path, lambda t: {**t, name: t[original] + 1})
+    with pytest.raises(ValueError, match=f"{name} differs from the .*, but tie_word_embeddings"):
+        other.params()
 
 
 def test_more_tokens_than_learned_positions(saved):
@@ -438,6 +587,29 @@ RELEASED = {
         "layerdrop": 0.0,
         "prefix": "</s>",
     },
+    "roberta": {
+        "attention_probs_dropout_prob": 0.1,
+        "classifier_dropout": None,
+        "hidden_dropout_prob": 0.1,
+        "initializer_range": 0.02,
+        "output_past": True,
+        "pad_token_id": 1,
+        "position_embedding_type": "absolute",
+    },
+    "bert": {
+        "attention_probs_dropout_prob": 0.1,
+        "directionality": "bidi",
+        "gradient_checkpointing": False,
+        "hidden_dropout_prob": 0.1,
+        "pad_token_id": 0,
+        "pooler_fc_size": 768,
+        "pooler_num_attention_heads": 12,
+        "pooler_num_fc_layers": 3,
+        "pooler_size_per_head": 128,
+        "pooler_type": "first_token_transform",
+        "position_embedding_type": "absolute",
+        "use_cache": True,
+    },
 }
 
 
@@ -449,9 +621,21 @@ def test_leftover_keys_of_released_checkpoints(kind):
     assert config == dataclasses.replace(expected, windows=windows)
 
 
+def test_the_head_is_that_of_the_architecture():
+    keys = {"model_type": "bert", **tiny("bert")}
+    masked = model_config(keys)
+    assert (masked.head, masked.num_classes) == ("masked", None)
+    labels = {"id2label": {str(i): f"label {i}" for i in range(5)}}
+    classes = model_config({**keys, "architectures": ["BertForSequenceClassification"], **labels})
+    assert (classes.head, classes.num_classes) == ("classes", 5)
+    assert model_config({**keys, "architectures": ["BertModel"]}).head == "none"
+    assert model_config({"model_type": "gpt2"}).head == "causal"
+
+
 def test_every_tensor_is_used_once():
-    for kind in FAMILIES:
-        table = tensor_table({"model_type": kind, **tiny(kind)})
+    named = [(kind, name) for kind, row in FAMILIES.items() for name in row.architectures]
+    for kind, name in named:
+        table = tensor_table({"model_type": kind, "architectures": [name], **tiny(kind)})
         parts = {}
         for source in table.values():
             parts.setdefault(source.name, []).append(source)
@@ -530,7 +714,23 @@ def test_all_problems_in_one_error():
             "num_key_value_heads = 2: only 1 is supported with multi_query True",
         ),
         ({"model_type": "codegen", "n_head": 6}, "n_head = 6: expected a multiple of 4"),
-        ({"model_type": "opt", "word_embed_proj_dim": 16}, "word_embed_proj_dim = 16: only 32"),
+        ({"model_type": "opt", "word_embed_proj_dim": -1}, "word_embed_proj_dim = -1: expected a"),
+        ({"model_type": "roberta", "pad_token_id": None}, "pad_token_id = None: expected a int"),
+        ({"model_type": "roberta", "pad_token_id": 63}, "pad_token_id = 63: expected an id below"),
+        ({"model_type": "roberta", "is_decoder": True}, "is_decoder = True: only False"),
+        (
+            {"model_type": "bert", "position_embedding_type": "relative_key"},
+            "position_embedding_type = 'relative_key': only 'absolute'",
+        ),
+        (
+            {"model_type": "bert", "architectures": ["BertForMaskedLM", "BertModel"]},
+            "heads of several kinds",
+        ),
+        (
+            {"architectures": ["BertForSequenceClassification"], "model_type": "bert"}
+            | {"num_labels": 0},
+            "num_labels = 0: expected a positive integer",
+        ),
         ({"model_type": "mistral", "sliding_window": -3}, "sliding_window = -3"),
         (
             {"model_type": "qwen2", "use_sliding_window": True, "layer_types": ["chunked"] * 2},

@@ -13,7 +13,7 @@ from lordjax.compression import prepare
 from lordjax.evaluate import perplexity
 from lordjax.kernels import weights
 from lordjax.methods import METHODS
-from lordjax.models import ModelConfig, Rope, init
+from lordjax.models import ModelConfig, Rope, Transformer, init
 from lordjax.quantization import prepare_quantized
 from lordjax.quantizer import FORMATS, QUANTIZERS
 
@@ -35,6 +35,17 @@ GPT2 = ModelConfig(
     out_bias=True,
     mlp_bias=True,
     tie_embeddings=True,
+)
+ENCODER = dataclasses.replace(
+    GPT2,
+    block="post_norm",
+    activation="gelu",
+    causal=False,
+    embed_norm=True,
+    final_norm=False,
+    token_types=2,
+    head="masked",
+    head_bias=True,
 )
 # One of each shape of block: the families beside a name are built like it.
 BLOCKS = {
@@ -95,8 +106,16 @@ BLOCKS = {
         mlp_bias=False,
         qk_norm=True,
     ),
+    "opt-350m": dataclasses.replace(
+        GPT2, block="post_norm", activation="relu", final_norm=False, embed_size=20
+    ),
+    "roberta": dataclasses.replace(ENCODER, position_rows=50, position_offset=2),
+    "bert-classifier": dataclasses.replace(
+        ENCODER, head="classes", num_classes=3, tie_embeddings=False
+    ),
 }
 TOKENS = np.random.default_rng(0).integers(0, GPT2.vocab_size, (10, 24), np.int32)
+MASK_TOKEN = 60
 HF_CONFIG = {"model_type": "gpt2"}
 
 
@@ -121,23 +140,32 @@ def linear_weights(params):
     )
 
 
+def measure(config, params):
+    """Of a language model its perplexity, of a classifier how sure it is."""
+    if config.head == "classes":
+        logits = Transformer(config).apply({"params": params}, TOKENS)
+        assert logits.shape == (len(TOKENS), config.num_classes)
+        return float(jnp.max(jax.nn.softmax(logits), axis=-1).sum())
+    return perplexity(config, params, TOKENS, mask_token=MASK_TOKEN)["perplexity"]
+
+
 def check(result, original, directory):
     """A result that is smaller, finite, of the size reported, and the same when loaded."""
     assert nbytes(result.params) < nbytes(original.params)
     assert result.report["bytes"] == nbytes(result.params)
-    measured = perplexity(result.config, result.params, TOKENS)["perplexity"]
+    measured = measure(result.config, result.params)
     assert np.isfinite(measured)
     save(directory, result.config, result.params, hf_config=HF_CONFIG, plan=result.plan)
     config, params = load(directory)
     assert config == result.config
-    assert perplexity(config, params, TOKENS)["perplexity"] == measured
+    assert measure(config, params) == measured
 
 
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("method", METHODS)
 def test_compression(method, block, tmp_path):
     original = source(block)
-    prepared = prepare(original, TOKENS, method=method)
+    prepared = prepare(original, TOKENS, method=method, mask_token=MASK_TOKEN)
     whole = prepared.compress(1.0)
     jax.tree.map(np.testing.assert_array_equal, whole.params, original.params)
     half = prepared.compress(0.5)
@@ -152,7 +180,7 @@ def test_compression(method, block, tmp_path):
 def test_quantisation(method, block, tmp_path):
     original = source(block)
     rank = None if QUANTIZERS[method].rank is None else 4
-    options = {"rank": rank, "steps": 2, "formats": FORMATS[4:9:2]}
+    options = {"rank": rank, "steps": 2, "formats": FORMATS[4:9:2], "mask_token": MASK_TOKEN}
     prepared = prepare_quantized(original, TOKENS, method=method, **options)
     result = prepared.compress(bits=5)
     assert set(result.plan.ranks) == {
@@ -175,12 +203,14 @@ def test_heads_that_are_normalised_keep_their_width(method):
         prepared.compress(0.1)
 
 
-def test_padding_does_not_count():
+@pytest.mark.parametrize("block", ["opt", "roberta"])
+def test_padding_does_not_count(block):
     """Learned positions count tokens, not places; statistics see no padding."""
-    original = source("opt")
+    original = source(block)
     padded = np.concatenate([np.zeros_like(TOKENS[:, :7]), TOKENS], axis=1)
     mask = np.concatenate([np.zeros((10, 7), bool), np.ones_like(TOKENS, bool)], axis=1)
-    plain = prepare(original, TOKENS, method="svd-llm").compress(0.5)
-    other = prepare(original, padded, method="svd-llm", mask=mask).compress(0.5)
+    options = {"method": "svd-llm", "mask_token": MASK_TOKEN}
+    plain = prepare(original, TOKENS, **options).compress(0.5)
+    other = prepare(original, padded, mask=mask, **options).compress(0.5)
     for a, b in zip(jax.tree.leaves(plain.params), jax.tree.leaves(other.params), strict=True):
         np.testing.assert_allclose(jnp.abs(a), jnp.abs(b), atol=2e-3)

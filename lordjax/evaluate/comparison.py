@@ -8,9 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from lordjax import objective
 from lordjax.calibrate import hidden_states, on_device
 from lordjax.collect import observe, windows_per_step
-from lordjax.evaluate.perplexity import check_finite, check_windows, nll_behind
+from lordjax.evaluate.perplexity import check_finite, check_windows
+from lordjax.objective import decisions, losses
 from lordjax.progress import Clock
 from lordjax.source import Calibration, Source
 
@@ -21,11 +23,14 @@ def compare(
     change: Callable[[dict[str, Any], int, int], Any],
     variants: int,
     clock: Clock,
+    *,
+    mask_token: int | None = None,
 ) -> list[float]:
     """Losses of models that differ inside their blocks, all of them one block at a time.
 
     A block is read once for all, and all share the compilation of one block. Products are at full
-    float32 precision, as in `perplexity`.
+    float32 precision, as in `perplexity`. What a classifier has to predict is what the model that
+    they are variants of says.
 
     Args:
       source: the model they are variants of.
@@ -33,33 +38,37 @@ def compare(
       change: ``(block, its number, variant) -> block`` in arrays of the same shapes.
       variants: how many there are.
       clock: for progress.
+      mask_token: see `objective.inputs`.
 
     Returns:
-      Nats per token of each variant.
+      Nats per target of each variant.
 
     Raises:
-      ValueError: if there is no target, or a negative log-likelihood is not finite.
+      ValueError: if there is no target or no head, or a negative log-likelihood is not finite.
     """
     check_windows(tokens)
     config = source.config
-    steps = Calibration(tokens, None, windows_per_step(*tokens.shape))
-    batches = [batch for batch, _ in steps.batches()]
+    steps = Calibration(tokens, None, windows_per_step(*tokens.shape), mask_token)
+    goals = [objective.targets(config, *batch) for batch in steps.batches()]
+    classes = config.head == "classes"
     with jax.default_matmul_precision("highest"):
         start = hidden_states(source, steps)
-        states = [list(start) for _ in range(variants)]
+        states = [list(start) for _ in range(variants + classes)]
         for i in clock.run("comparison", range(config.num_layers)):
             block = source.block(i)
             for j, xs in enumerate(states):
-                own = on_device(change(block, i, j))
+                own = on_device(change(block, i, j) if j < variants else block)
                 for k, x in enumerate(xs):
                     xs[k] = observe(own, x, None, {}, config=config, window=config.window(i))[0]
         with clock.part("comparison"):
             rest = on_device(source.rest())
-            pairs = [zip(xs, batches, strict=True) for xs in states]
-            nlls = [[np.asarray(nll_behind(config, rest, *pair)) for pair in xs] for xs in pairs]
-    losses = []
+            if classes:
+                goals = [decisions(config, rest, x) for x in states.pop()]
+            pairs = [zip(xs, goals, strict=True) for xs in states]
+            nlls = [[np.asarray(losses(config, rest, *pair)) for pair in xs] for xs in pairs]
+    counts, means = np.concatenate(goals) >= 0, []
     for parts in nlls:
         nll = np.concatenate(parts).astype(np.float64)
-        check_finite(nll, 0)
-        losses.append(float(nll.mean()))
-    return losses
+        check_finite(config, nll, 0)
+        means.append(float(nll[counts].mean()))
+    return means

@@ -1,6 +1,8 @@
 """Perplexity under one stated protocol.
 
-Every window is read alone from its first token; the targets are its tokens 1 … L-1::
+Every window is read alone from its first token; the targets are its tokens 1 … L-1. Of a model that
+predicts masked tokens they are a fixed 15 % of its tokens, masked all at once (`objective`): a
+pseudo-perplexity, to be compared with others of its kind only::
 
     nll = logsumexp(logits) - logits[target]        perplexity = exp(Σ nll / number of targets)
 
@@ -19,12 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from lordjax import objective
 from lordjax.data import check_ids, fingerprint
 from lordjax.models.config import ModelConfig
 from lordjax.models.transformer import Transformer
-
-# Positions whose logits are held at once: 256 x 49152 float32 are 50 MB.
-_CHUNK = 256
 
 
 def perplexity(
@@ -35,6 +35,7 @@ def perplexity(
     batch_size: int = 1,
     tokenizer_name: str | None = None,
     bos: bool = False,
+    mask_token: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Measures a model, dense or compressed, on windows of token ids.
@@ -46,6 +47,7 @@ def perplexity(
       batch_size: windows per forward pass; does not change the result beyond rounding.
       tokenizer_name: for the protocol: who made the ids.
       bos: for the protocol: whether every window begins with a BOS token.
+      mask_token: id of the mask token, of a model that predicts masked tokens.
       progress: called with ("evaluate", windows done, windows in all).
 
     Returns:
@@ -53,30 +55,41 @@ def perplexity(
 
     Raises:
       ValueError: if an id is not in the vocabulary, or a negative log-likelihood is not finite;
-        names the window and the position.
+        names the window and the position. If the model predicts no tokens, or masked ones and the
+        mask token is not given.
     """
     tokens = np.asarray(tokens)
     check_windows(tokens)
     if batch_size < 1:
         raise ValueError(f"batch size {batch_size}; expected 1 or more")
+    if config.head not in ("causal", "masked"):
+        raise ValueError(
+            f"a model with head {config.head!r} predicts no tokens, so it has no perplexity"
+        )
     check_ids(tokens, config.vocab_size)
+    ids = tokens.astype(np.int32)
+    goals, read = (
+        objective.targets(config, ids, None),
+        objective.inputs(config, ids, None, mask_token),
+    )
     # Once, or every call would move the weights to the device again.
     params = jax.tree.map(jnp.asarray, params)
     count, length = tokens.shape
     batch_size = min(batch_size, count)
     total = 0.0
     for start in range(0, count, batch_size):
-        batch = tokens[start : start + batch_size].astype(np.int32)
+        batch, goal = (a[start : start + batch_size] for a in (read, goals))
         rows = len(batch)
         # A last, shorter batch is filled up: another shape would be compiled again.
-        batch = np.pad(batch, ((0, batch_size - rows), (0, 0)), mode="edge")
+        fill = ((0, batch_size - rows), (0, 0))
+        batch, filled = (np.pad(a, fill, mode="edge") for a in (batch, goal))
         with jax.default_matmul_precision("highest"):
-            nll = np.asarray(_token_nll(config, params, batch), np.float64)[:rows]
-        check_finite(nll, start)
-        total += float(nll.sum())
+            nll = np.asarray(_token_nll(config, params, batch, filled), np.float64)[:rows]
+        check_finite(config, nll, start)
+        total += float(nll[goal >= 0].sum())
         if progress:
             progress("evaluate", start + rows, count)
-    targets = count * (length - 1)
+    targets = int((goals >= 0).sum())
     with np.errstate(over="ignore"):
         value = float(np.exp(np.float64(total / targets)))
     protocol = {
@@ -90,6 +103,7 @@ def perplexity(
         "dtype": str(jax.tree.leaves(params["embed"])[0].dtype),
         "matmul_precision": "highest",
         "tokens_sha256": fingerprint(tokens),
+        **objective.protocol(config, mask_token),
     }
     return {
         "perplexity": value,
@@ -101,39 +115,12 @@ def perplexity(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _token_nll(
-    config: ModelConfig, params: Any, tokens: Int[Array, "b s"]
-) -> Float[Array, "b s-1"]:
-    """Negative log-likelihood of tokens 1 … s-1."""
+    config: ModelConfig, params: Any, tokens: Int[Array, "b s"], targets: Int[Array, "b s"]
+) -> Float[Array, "b s"]:
+    """Negative log-likelihood of the targets; 0 where there is none."""
     model = Transformer(config)
     x: Any = model.apply({"params": params}, tokens, method=Transformer.hidden)
-    return nll_behind(config, params, x, tokens)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def nll_behind(
-    config: ModelConfig, params: Any, x: Float[Array, "b s m"], tokens: Int[Array, "b s"]
-) -> Float[Array, "b s-1"]:
-    """Negative log-likelihood of tokens 1 … s-1 from the residual stream behind the last block.
-
-    Logits are taken chunk by chunk. Of ``params`` only what is outside the blocks is read.
-    """
-    model, variables = Transformer(config), {"params": params}
-
-    def chunk_nll(chunk: tuple[Array, Array]) -> Float[Array, "b c"]:
-        hidden, targets = chunk
-        logits: Any = model.apply(variables, hidden, method=Transformer.unembed)
-        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return jax.nn.logsumexp(logits, axis=-1) - chosen
-
-    batch, length = tokens.shape
-    size = min(_CHUNK, length)
-    chunks = -(-length // size)
-    # The last position has no target; it and the filling of the last chunk are cut off again.
-    fill = chunks * size - length
-    x = jnp.pad(x, ((0, 0), (0, fill), (0, 0))).reshape(batch, chunks, size, -1)
-    targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, fill + 1))).reshape(batch, chunks, size)
-    nll = jax.lax.map(chunk_nll, (jnp.moveaxis(x, 1, 0), jnp.moveaxis(targets, 1, 0)))
-    return jnp.moveaxis(nll, 0, 1).reshape(batch, -1)[:, : length - 1]
+    return objective.losses(config, params, x, targets)
 
 
 def check_windows(tokens: np.ndarray) -> None:
@@ -142,13 +129,14 @@ def check_windows(tokens: np.ndarray) -> None:
         raise ValueError(f"tokens {list(tokens.shape)}; expected [windows ≥ 1, length ≥ 2]")
 
 
-def check_finite(nll: np.ndarray, first_window: int) -> None:
+def check_finite(config: ModelConfig, nll: np.ndarray, first_window: int) -> None:
     """Raises ValueError if a negative log-likelihood is not finite; names window and token."""
     if np.isfinite(nll).all():
         return
     window, position = np.argwhere(~np.isfinite(nll))[0]
+    ahead = 1 if config.head == "causal" else 0
     raise ValueError(
-        f"window {first_window + window}, token {position + 1}: negative log-likelihood is "
+        f"window {first_window + window}, token {position + ahead}: negative log-likelihood is "
         f"{nll[window, position]}, expected a finite number; the weights hold NaN, or "
         "activations overflow in the dtype of the embedding"
     )

@@ -1,4 +1,4 @@
-"""What a decoder is, apart from its weights: the fields by which families differ.
+"""What a model is, apart from its weights: the fields by which families differ.
 
 Everything here is a plain number, string or tuple, so that a config is hashable (it is a static
 argument of ``jax.jit``) and can be written to JSON and back.
@@ -35,7 +35,7 @@ class Rope:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Static description of a decoder; `conversions.families` lists which.
+    """Static description of a model; `conversions.families` lists which.
 
     Sizes that compression may change (head width, MLP width, ranks) are read from the parameters
     when the model runs; the sizes here are those of the original model.
@@ -57,11 +57,19 @@ class ModelConfig:
     rope: Rope | None = Rope()  # None: no rotary positions
     position_rows: int | None = None  # learned positions: rows of their table; None: there are none
     position_offset: int = 0  # row of the first position
+    causal: bool = True  # a token sees those before it; False: all that are no padding
+    final_norm: bool = True  # a norm behind the last block
+    embed_size: int | None = None  # columns of the embedding, projected in and out; None: all
+    embed_norm: bool = False  # a norm before the first block
+    token_types: int = 0  # rows of the table of token types; 0: there are none
+    head: str = "causal"  # causal | masked (language models) | classes | none (residual stream)
+    head_activation: str = "gelu"  # masked: a key of models.layers.ACTIVATIONS
+    num_classes: int | None = None  # of a head that classifies
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
     tie_embeddings: bool = False  # the head is the transposed embedding
-    head_bias: bool = False
+    head_bias: bool = False  # of the head's last layer
     windows: tuple[int | None, ...] | None = None  # per layer: sliding window; None = full
     qk_norm: bool = False  # RMS norm over each head of queries and keys, before they turn
     embedding_scale: float = 1.0  # factor on the token embeddings

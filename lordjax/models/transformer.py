@@ -1,9 +1,12 @@
-"""The decoder: attention, MLP, block, model. One file for every family.
+"""The model: attention, MLP, block, head. One file for every family.
 
 Parameters (``[in, out]`` kernels; biases where the family has them)::
 
     embed/embedding                         [vocab, m]
+    project_in/kernel                       [e, m], only where embeddings have another width
     positions/embedding                     [rows, m], only where positions are learned
+    token_types/embedding                   [types, m], only in encoders
+    embed_norm/{scale,bias}                 [m], only in encoders
     layer_0/attention_norm/scale            [m]; and bias, where norms have one
     layer_0/attention/{q,k,v,o}/kernel      [m, h·d] [m, k·d] [m, k·e] [h·e, m]
     layer_0/attention/rope_index            [k, d/2], only where rotary pairs were dropped
@@ -11,8 +14,11 @@ Parameters (``[in, out]`` kernels; biases where the family has them)::
     layer_0/{attention,mlp}_post_norm/scale [m], only where outputs are normalised, too
     layer_0/mlp_norm/scale                  [m]
     layer_0/mlp/{gate,up,down}/kernel       [m, f] [m, f] [f, m]; gate only in gated MLPs
-    final_norm/scale                        [m]
-    head/kernel                             [m, vocab], absent when tied to the embedding
+    final_norm/scale                        [m], absent where blocks end with a norm
+    project_out/kernel                      [m, e], beside project_in
+    transform/dense/kernel                  [m, m], before the head of an encoder
+    transform/norm/{scale,bias}             [m], where it predicts masked tokens
+    head/kernel                             [m, vocab or classes], absent when tied to the embedding
 
 The norm before the MLP is absent where attention and MLP read the same normalised stream.
 
@@ -29,9 +35,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from lordjax.models.config import ModelConfig, Rope
+from lordjax.models.heads import TRANSFORMS
 from lordjax.models.layers import (
     ACTIVATIONS,
     NORMS,
+    Bias,
     Linear,
     RMSNorm,
     attend,
@@ -43,7 +51,7 @@ from lordjax.stats import tap
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped key/value heads and rotary positions."""
+    """Self-attention with grouped key/value heads and rotary positions."""
 
     config: ModelConfig
     window: int | None = None
@@ -76,9 +84,14 @@ class Attention(nn.Module):
         )
 
         # The softmax scale keeps the original head size: compression approximates q @ k.
-        scale = c.attention_scale or c.head_size**-0.5
-        cap = c.attention_softcap
-        mixed = attend(q, k, v, scale=scale, cap=cap, window=self.window, mask=mask)
+        mixed = attend(
+            *(q, k, v),
+            scale=c.attention_scale or c.head_size**-0.5,
+            cap=c.attention_softcap,
+            window=self.window,
+            mask=mask,
+            causal=c.causal,
+        )
         mixed = tap(self, "attention_out", mixed.reshape(*x.shape[:2], -1))
         return Linear(c.hidden_size, c.out_bias, name="o")(mixed)
 
@@ -217,11 +230,33 @@ class SandwichBlock(nn.Module):
         return x + norm(c.norm_eps, name="mlp_post_norm")(h)
 
 
+class PostNormBlock(nn.Module):
+    """Post-norm block: ``norm(x + attention(x))``, then ``norm(x + mlp(x))`` (BERT, OPT-350m)."""
+
+    config: ModelConfig
+    window: int | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b s m"],
+        positions: Int[Array, "#b s"],
+        mask: Bool[Array, "b s"] | None = None,
+    ) -> Float[Array, "b s m"]:
+        """Residual stream in, residual stream out."""
+        c = self.config
+        norm = NORMS[c.norm]
+        attended = Attention(c, self.window, name="attention")(x, positions, mask)
+        x = norm(c.norm_eps, name="attention_norm")(x + attended)
+        return norm(c.norm_eps, name="mlp_norm")(x + MLP(c, name="mlp")(x))
+
+
 BLOCKS: dict[str, Any] = {
     "sequential": Block,
     "parallel": ParallelBlock,
     "parallel_norms": ParallelNormsBlock,
     "sandwich": SandwichBlock,
+    "post_norm": PostNormBlock,
 }
 
 
@@ -233,57 +268,105 @@ class Transformer(nn.Module):
     def setup(self) -> None:
         """Names the parts; see the module's docstring."""
         c = self.config
-        self.embed = nn.Embed(c.vocab_size, c.hidden_size)
+        self.embed = nn.Embed(c.vocab_size, c.embed_size or c.hidden_size)
+        if c.embed_size is not None:
+            self.project_in, self.project_out = Linear(c.hidden_size), Linear(c.embed_size)
         if c.position_rows is not None:
             self.positions = nn.Embed(c.position_rows, c.hidden_size)
+        if c.token_types:
+            self.token_types = nn.Embed(c.token_types, c.hidden_size)
+        if c.embed_norm:
+            self.embed_norm = NORMS[c.norm](c.norm_eps)
         self.blocks = [
             BLOCKS[c.block](c, c.window(i), name=f"layer_{i}") for i in range(c.num_layers)
         ]
-        self.final_norm = NORMS[c.norm](c.norm_eps)
+        if c.final_norm:
+            self.final_norm = NORMS[c.norm](c.norm_eps)
+        if c.head in TRANSFORMS:
+            self.transform = TRANSFORMS[c.head](c)
+        if c.head == "none":
+            return
         if not c.tie_embeddings:
-            self.head = Linear(c.vocab_size, c.head_bias)
+            self.head = Linear(c.num_classes or c.vocab_size, c.head_bias)
+        elif c.head_bias:
+            self.head = Bias()
 
     def __call__(
-        self, tokens: Int[Array, "b s"], mask: Bool[Array, "b s"] | None = None
-    ) -> Float[Array, "b s vocab"]:
-        """Logits of the next token at every position, in float32."""
-        return self.unembed(self.hidden(tokens, mask))
+        self,
+        tokens: Int[Array, "b s"],
+        mask: Bool[Array, "b s"] | None = None,
+        token_types: Int[Array, "b s"] | None = None,
+    ) -> Float[Array, "..."]:
+        """Logits ``[b, s, vocab]`` or ``[b, classes]`` in float32; without a head the stream.
+
+        A causal model predicts the next token at every position, a masked one that very token.
+        """
+        return self.unembed(self.hidden(tokens, mask, token_types))
 
     def hidden(
-        self, tokens: Int[Array, "b s"], mask: Bool[Array, "b s"] | None = None
+        self,
+        tokens: Int[Array, "b s"],
+        mask: Bool[Array, "b s"] | None = None,
+        token_types: Int[Array, "b s"] | None = None,
     ) -> Float[Array, "b s m"]:
         """The residual stream after the last block."""
         positions = default_positions(tokens, mask)
-        x = self.embed_tokens(tokens, mask)
+        x = self.embed_tokens(tokens, mask, token_types)
         for block in self.blocks:
             x = block(x, positions, mask)
         return x
 
     def embed_tokens(
-        self, tokens: Int[Array, "b s"], mask: Bool[Array, "b s"] | None = None
+        self,
+        tokens: Int[Array, "b s"],
+        mask: Bool[Array, "b s"] | None = None,
+        token_types: Int[Array, "b s"] | None = None,
     ) -> Float[Array, "b s m"]:
-        """The residual stream before the first block.
+        """The residual stream before the first block; token types are 0 where none are given.
 
         Raises:
-          ValueError: if there are more tokens than learned positions.
+          ValueError: if there are more tokens than learned positions, or types but no table.
         """
         c = self.config
         x = self.embed(tokens) * c.embedding_scale
-        if c.position_rows is None:
-            return x
-        if tokens.shape[1] > c.position_rows - c.position_offset:
+        if token_types is not None and not c.token_types:
+            raise ValueError("token types are given, but this model has none")
+        if c.embed_size is not None:
+            x = self.project_in(x)
+        if c.token_types:
+            x = x + self.token_types(jnp.zeros_like(tokens) if token_types is None else token_types)
+        x = x if c.position_rows is None else self._add_positions(x, tokens, mask)
+        return self.embed_norm(x) if c.embed_norm else x
+
+    def _add_positions(
+        self, x: Float[Array, "b s m"], tokens: Int[Array, "b s"], mask: Bool[Array, "b s"] | None
+    ) -> Float[Array, "b s m"]:
+        """Adds the learned positions."""
+        c = self.config
+        rows = c.position_rows or 0
+        if tokens.shape[1] > rows - c.position_offset:
             raise ValueError(
                 f"{tokens.shape[1]} tokens, but the model has learned "
-                f"{c.position_rows - c.position_offset} positions; use shorter windows"
+                f"{rows - c.position_offset} positions; use shorter windows"
             )
-        rows = self.positions(default_positions(tokens, mask) + c.position_offset)
-        return x + jnp.broadcast_to(rows, x.shape)
+        added = self.positions(default_positions(tokens, mask) + c.position_offset)
+        return x + jnp.broadcast_to(added, x.shape)
 
-    def unembed(self, x: Float[Array, "b s m"]) -> Float[Array, "b s vocab"]:
+    def unembed(self, x: Float[Array, "b s m"]) -> Float[Array, "..."]:
         """Logits from the residual stream after the last block."""
-        x = self.final_norm(x)
-        logits = self.embed.attend(x) if self.config.tie_embeddings else self.head(x)
-        return softcap(logits.astype(jnp.float32), self.config.final_softcap)
+        c = self.config
+        if c.final_norm:
+            x = self.final_norm(x)
+        if c.embed_size is not None:
+            x = self.project_out(x)
+        if c.head in TRANSFORMS:
+            x = self.transform(x)
+        if c.head == "none":
+            return x.astype(jnp.float32)
+        logits = self.embed.attend(x) if c.tie_embeddings else self.head(x)
+        if c.tie_embeddings and c.head_bias:
+            logits = self.head(logits)
+        return softcap(logits.astype(jnp.float32), c.final_softcap)
 
 
 def default_positions(tokens: Any, mask: Any = None) -> Int[Array, "#b s"]:
