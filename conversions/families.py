@@ -80,8 +80,6 @@ def model_config(hf_config: Values, where: str = "config.json") -> ModelConfig:
         fields |= family.derive(hf_config, values, problems)
     fields |= read_head(architectures_of(hf_config, family), hf_config, problems)
     fill_and_check_sizes(fields, rope is not None, problems)
-    if family.check is not None:
-        family.check(values, problems)
     if problems:
         raise ValueError(
             f"{where}: {len(problems)} thing(s) in it are not understood, so the converted model "

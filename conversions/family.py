@@ -98,7 +98,6 @@ class Family:
       rope_keys: keys that ``rope`` reads besides the values.
       position_offset: row of the first learned position; None: positions are not learned.
       prefix: of all names but the head's, which checkpoints of the bare model leave out.
-      check: of the values, what else must hold; takes the list of problems.
       derive: fields of `ModelConfig` that are computed; arguments as for ``rope``.
       heads: head -> its rows of the tensor table; a key that is missing has none besides `tensors`.
       copies: tensor that repeats another where the head is tied -> our path of that.
@@ -119,7 +118,6 @@ class Family:
     rope_keys: frozenset[str] = frozenset()
     position_offset: int | None = None
     prefix: str = "model."
-    check: Callable[[Values, list[str]], None] | None = None
     derive: Callable[[Values, Values, list[str]], Mapping[str, Any]] | None = None
     heads: Mapping[str, tuple[TensorRow, ...]] = dataclasses.field(default_factory=dict)
     copies: Mapping[str, str] = dataclasses.field(

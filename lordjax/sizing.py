@@ -143,9 +143,13 @@ def multiplications(config: ModelConfig, tree: Any, length: int) -> int:
 
     Linear layers, head, and attention with its whole square, as papers count it (not half).
     """
-    flat = trees.flatten(tree)
-    linear = sum(weights(leaf) for path, leaf in flat.items() if is_block_linear(path))
+    flat, total = trees.flatten(tree), 0
+    for path, leaf in flat.items():
+        tied_head = path == "embed/embedding" and config.tie_embeddings and config.head != "none"
+        if path.endswith("kernel") or tied_head:
+            # A classifier's head sees one token.
+            once = config.head == "classes" and not is_block_linear(path)
+            total += weights(leaf) * (1 if once else length)
     layers = [f"layer_{i}/attention" for i in range(config.num_layers)]
     widths = sum(flat[f"{at}/q/kernel"].shape[1] + flat[f"{at}/o/kernel"].shape[0] for at in layers)
-    head = config.hidden_size * config.vocab_size
-    return length * (linear + head) + length**2 * widths
+    return total + length**2 * widths

@@ -12,7 +12,7 @@ import pytest
 
 from lordjax.conversions.families import FAMILIES, model_config, tensor_table
 from lordjax.conversions.huggingface import open_checkpoint
-from lordjax.models.layers import attend
+from lordjax.models.layers import RMSNorm, attend
 from lordjax.models.transformer import Transformer, init
 
 torch = pytest.importorskip("torch")
@@ -376,6 +376,18 @@ def test_norms_stored_less_one_lose_nothing(saved, tmp_path):
             np.testing.assert_array_equal((ours - 1).astype(theirs.dtype), theirs)
         else:
             assert ours.dtype == theirs.dtype
+
+
+def test_a_wide_scale_is_rounded_once():
+    """Gemma multiplies before it rounds."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(50, 32)), jnp.bfloat16)
+    params = {"scale": jnp.asarray(1 + 0.1 * rng.normal(size=32), jnp.float32)}
+    got = RMSNorm(1e-6).apply({"params": params}, x)
+    exact = RMSNorm(1e-6).apply({"params": params}, x.astype(jnp.float32))
+    np.testing.assert_array_equal(got, exact.astype(jnp.bfloat16))
+    rounded = {"scale": params["scale"].astype(jnp.bfloat16)}
+    assert not np.array_equal(RMSNorm(1e-6).apply({"params": rounded}, x), got)
 
 
 def test_gemma3_config_of_transformers_4(saved):

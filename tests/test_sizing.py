@@ -37,6 +37,17 @@ GPT = dataclasses.replace(
     mlp_bias=True,
     tie_embeddings=True,
 )
+BERT = dataclasses.replace(
+    GPT, block="post_norm", causal=False, embed_norm=True, final_norm=False, token_types=2
+)
+CONFIGS = {
+    "llama": LLAMA,
+    "gpt": GPT,
+    "opt-350m": dataclasses.replace(GPT, block="post_norm", final_norm=False, embed_size=20),
+    "masked": dataclasses.replace(BERT, head="masked", head_bias=True),
+    "classes": dataclasses.replace(BERT, head="classes", num_classes=3, tie_embeddings=False),
+    "bare": dataclasses.replace(BERT, head="none"),
+}
 TOKENS = np.random.default_rng(0).integers(0, 61, (6, 24), np.int32)
 STARCODER = {
     "model_type": "gpt_bigcode",
@@ -112,7 +123,7 @@ def dot_multiplications(jaxpr):
 
 
 @pytest.mark.parametrize("method", ["svd", "modegpt-published"])
-@pytest.mark.parametrize("config", [LLAMA, GPT], ids=["llama", "gpt"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_multiplications_are_those_of_the_program(method, config):
     """On windows that attention takes in one piece, where it computes its whole square."""
     patterns = {".*": 4} if method == "svd" else {"attention/.*": 4, "mlp": 12}

@@ -82,7 +82,10 @@ class Bias(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """``x / rms(x) * scale``, the mean square taken in float32."""
+    """``x / rms(x) * scale``, the mean square taken in float32.
+
+    A scale that is wider than ``x`` is multiplied before ``x`` is rounded.
+    """
 
     eps: float
 
@@ -92,7 +95,9 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
-        return wide.astype(x.dtype) * jnp.broadcast_to(scale.astype(x.dtype), x.shape)
+        dtype = max(x.dtype, scale.dtype, key=lambda d: d.itemsize)
+        product = wide.astype(dtype) * jnp.broadcast_to(scale.astype(dtype), x.shape)
+        return product.astype(x.dtype)
 
 
 class LayerNorm(nn.Module):
