@@ -45,6 +45,11 @@ class TensorSource:
         tensor = tensor.T if self.transpose else tensor
         return np.ascontiguousarray(tensor if self.columns is None else tensor[..., self.columns])
 
+    def store(self, parameter: np.ndarray, tensor: np.ndarray) -> None:
+        """Inverse of `load`: writes our parameter into its place in their tensor."""
+        tensor = tensor.T if self.transpose else tensor
+        tensor[..., slice(None) if self.columns is None else self.columns] = parameter
+
     @property
     def loaded_shape(self) -> tuple[int, ...]:
         """The shape of our parameter."""
