@@ -40,6 +40,8 @@ def family_of(hf_config: Values, where: str = "config.json") -> Family:
     Raises:
       ValueError: if the family or its head is not supported; lists what is.
     """
+    if "lordjax_export" in hf_config:
+        raise ValueError(f"{where}: a factored export; open the directory that it was made from")
     kind = hf_config.get("model_type")
     if kind not in FAMILIES:
         raise ValueError(

@@ -54,6 +54,13 @@ class TensorSource:
         """The dtype of our parameter from a tensor of that dtype."""
         return np.dtype(np.float32) if self.offset else stored
 
+    def store(self, parameter: np.ndarray, tensor: np.ndarray) -> None:
+        """Inverse of `load`: writes our parameter into its place in their tensor."""
+        tensor = tensor.T if self.transpose else tensor
+        if self.offset:
+            parameter = parameter.astype(np.float32) - np.float32(self.offset)
+        tensor[..., slice(None) if self.columns is None else self.columns] = parameter
+
     @property
     def loaded_shape(self) -> tuple[int, ...]:
         """The shape of our parameter."""

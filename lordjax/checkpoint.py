@@ -1,4 +1,4 @@
-"""A compressed model as a directory that describes itself.
+"""A model, compressed or not, as a directory that describes itself.
 
 ::
 
@@ -34,6 +34,7 @@ import safetensors.numpy
 from lordjax import kernels, nf, trees
 from lordjax.kernels import KINDS, Kernel, check, kind_of, nbytes
 from lordjax.models.config import ModelConfig
+from lordjax.models.transformer import init
 from lordjax.plan import Plan
 
 FORMAT = 1  # of the directory; raised when a reader of the old one would misread the new one
@@ -129,19 +130,62 @@ def _umask() -> int:
     return mask
 
 
+def tensors(params: Any) -> dict[str, Any]:
+    """All arrays by the names they have on disk; parts of kernels are below the kernels' paths."""
+    return {name: part for name, part in _parts(params) if not isinstance(part, Kernel)}
+
+
 def _shards(params: Any, limit: int) -> list[dict[str, Any]]:
     """Tensors in order, cut into groups of at most ``limit`` bytes (or one tensor)."""
     shards: list[dict[str, Any]] = [{}]
     size = 0
-    for name, array in _parts(params):
-        if isinstance(array, Kernel):
-            continue
+    for name, array in tensors(params).items():
         if shards[-1] and size + nbytes(array) > limit:
             shards.append({})
             size = 0
         shards[-1][name] = array
         size += nbytes(array)
     return shards
+
+
+def describe(config: ModelConfig, params: Any) -> dict[str, Any]:
+    """What `assemble` must know besides the tensors, as JSON: kinds, static fields, the model."""
+    from lordjax import __version__
+
+    inside = {path: part for path, part in _parts(params) if isinstance(part, Kernel)}
+    constants = {path: _constants(kernel) for path, kernel in inside.items()}
+    return {
+        "format": FORMAT,
+        "version": __version__,
+        "kinds": {path: kind_of(kernel) for path, kernel in inside.items()},
+        "constants": {path: values for path, values in constants.items() if values},
+        "model": config.to_json(),
+    }
+
+
+def assemble(arrays: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Inverse of `tensors`, of all of them or of some whole kernels.
+
+    Args:
+      arrays: by the names they have on disk.
+      meta: from `describe`.
+
+    Raises:
+      ValueError: if a kernel's parts do not fit; names it.
+    """
+    tree = trees.unflatten(arrays)
+    kinds, constants = meta["kinds"], meta.get("constants", {})
+    inside = {path for path in kinds if any(name.startswith(f"{path}/") for name in arrays)}
+    for path in sorted(inside, key=len, reverse=True):  # the innermost kernels first
+        *branches, name = path.split("/")
+        node = functools.reduce(lambda at, key: at[key], branches, tree)
+        try:
+            node[name] = _kernel(kinds[path], node[name], constants.get(path, {}))
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from error
+    for path, leaf in trees.flatten(tree).items():
+        check(leaf, path)
+    return tree
 
 
 def save(
@@ -176,17 +220,9 @@ def save(
     """
     directory = check_destination(directory)
     check_room(directory, nbytes(params))
-    from lordjax import __version__
-
-    inside = {path: part for path, part in _parts(params) if isinstance(part, Kernel)}
-    constants = {path: _constants(kernel) for path, kernel in inside.items()}
     lordjax = {
-        "format": FORMAT,
-        "version": __version__,
+        **describe(config, params),
         "method": None if plan is None else plan.method,
-        "kinds": {path: kind_of(kernel) for path, kernel in inside.items()},
-        "constants": {path: values for path, values in constants.items() if values},
-        "model": config.to_json(),
         "calibration": (report or {}).get("calibration"),
         "settings": (report or {}).get("settings"),
     }
@@ -292,25 +328,23 @@ class Saved:
         """
         return trees.flatten(self._tree(list(self.files), header))
 
+    def is_original(self) -> bool:
+        """Whether nothing is compressed: arrays in the original shapes, and no other."""
+        make = functools.partial(init, self.config)
+        original = trees.flatten(jax.eval_shape(make, jax.random.key(0)))
+        leaves = self.leaves()
+        return leaves.keys() == original.keys() and all(
+            not isinstance(leaf, Kernel) and leaf.shape == original[path].shape
+            for path, leaf in leaves.items()
+        )
+
     def _tree(self, names: list[str], read: Callable[[Any, str], Any]) -> dict[str, Any]:
         """The named tensors as a nested dict, parts of kernels put together."""
         arrays = self._arrays(names, read)
-        tree = trees.unflatten({name: arrays[name] for name in names})
-        kinds, constants = self.meta["kinds"], self.meta.get("constants", {})
-        inside = {path for path in kinds if any(name.startswith(f"{path}/") for name in names)}
-        for path in sorted(inside, key=len, reverse=True):  # the innermost kernels first
-            *branches, name = path.split("/")
-            node = functools.reduce(lambda at, key: at[key], branches, tree)
-            try:
-                node[name] = _kernel(kinds[path], node[name], constants.get(path, {}))
-            except (AttributeError, TypeError, ValueError) as error:
-                raise ValueError(f"{self.directory}: {path}: {error}") from error
-        for path, leaf in trees.flatten(tree).items():
-            try:
-                check(leaf, path)
-            except ValueError as error:
-                raise ValueError(f"{self.directory}: {error}") from error
-        return tree
+        try:
+            return assemble({name: arrays[name] for name in names}, self.meta)
+        except ValueError as error:
+            raise ValueError(f"{self.directory}: {error}") from error
 
     def _arrays(self, names: list[str], read: Callable[[Any, str], Any]) -> dict[str, Any]:
         """What ``read(file, name)`` gives; every file is opened once and closed again."""

@@ -238,6 +238,17 @@ def materialize(tree: Any) -> Any:
     )
 
 
+def astype(tree: Any, dtype: Any) -> Any:
+    """Arrays of numbers, factors too, in another dtype; codes and indices stay as they are."""
+
+    def cast(leaf: Any) -> Any:
+        if isinstance(leaf, NFQuantized) or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return leaf
+        return leaf.astype(dtype)
+
+    return jax.tree.map(cast, tree, is_leaf=lambda leaf: isinstance(leaf, NFQuantized))
+
+
 def nbytes(tree: Any) -> int:
     """Bytes of all leaves of a kernel, a model, or a tree of ``ShapeDtypeStruct``.
 

@@ -62,9 +62,14 @@ def gather(kind: str, flat: Mapping[str, Any], config: ModelConfig) -> dict[str,
             a = a.reshape(config.num_heads, -1, a.shape[-1])
         found[name] = a
     if kind == "qk" and config.rope is not None:
-        all_pairs = np.tile(np.arange(config.head_size // 2), (config.num_kv_heads, 1))
-        found["rope_index"] = flat.get(ROPE_INDEX, all_pairs.astype(np.int32))
+        found["rope_index"] = flat.get(ROPE_INDEX, _all_pairs(config))
     return found
+
+
+def _all_pairs(config: ModelConfig) -> np.ndarray:
+    """The rotary pairs of every key head, ``[k, d/2]``."""
+    pairs = np.arange(config.head_size // 2, dtype=np.int32)
+    return np.tile(pairs, (config.num_kv_heads, 1))
 
 
 def scatter(kind: str, new: Mapping[str, Any], flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,6 +156,43 @@ def narrowed(
         kernel = flat[LAST_LAYER[kind]]
         new[LAST_LAYER[kind].replace("/kernel", "/bias")] = (kernel.shape[1],), kernel.dtype
     return new
+
+
+def places(
+    flat: Mapping[str, Any], config: ModelConfig
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Which inputs and outputs of the original layers those of a block are.
+
+    Args:
+      flat: parameters of the block by path, kernels of any kind.
+      config: the original sizes.
+
+    Returns:
+      kernel's path -> (inputs, outputs), as numbers; a model with zeros elsewhere is the same.
+    """
+    heads = {"h": config.num_heads, "k": config.num_kv_heads}
+    found = {}
+    for kind, leaves in _LEAVES.items():
+        for name, (path, axes) in leaves.items():
+            if path not in flat or not path.endswith("/kernel"):
+                continue
+            is_last = name == LAST_NAME.get(kind)
+            rows, columns = (np.arange(size) for size in flat[path].shape)
+            inner = rows if is_last else columns
+            if axes:
+                pairs = flat.get(ROPE_INDEX) if kind == "qk" else None
+                inner = _head_columns(len(inner), heads[axes.lower()], pairs, config)
+            found[path] = (inner, columns) if is_last else (rows, inner)
+    return found
+
+
+def _head_columns(size: int, heads: int, pairs: Any, config: ModelConfig) -> np.ndarray:
+    """Where the columns of heads were: the first of each, or those of kept rotary pairs."""
+    own = np.tile(np.arange(size // heads), (heads, 1))
+    if pairs is not None:
+        kept = _columns(pairs, _all_pairs(config))
+        own = np.repeat(kept, heads // len(kept), axis=0)
+    return (own + config.head_size * np.arange(heads)[:, None]).reshape(-1)
 
 
 def site_size(site: Site, block: Mapping[str, Any], config: ModelConfig) -> Size:

@@ -124,8 +124,8 @@ def as_json_option(command: Any) -> Any:
 def cli() -> None:
     """Compress pretrained transformers by matrix decomposition.
 
-    MODEL is a Hugging Face directory or hub id or a GGUF file; evaluate and inspect also take a
-    directory that compress wrote.
+    MODEL is a Hugging Face directory or hub id, a GGUF file, or a directory that compress or
+    convert wrote.
     """
 
 
@@ -295,6 +295,71 @@ def inspect(as_json: bool, model: str) -> None:
     from lordjax.scripts.inspect_model import inspect_model, show
 
     output(inspect_model(model), as_json, show)
+
+
+@cli.command()
+@click.argument("model")
+@click.argument("out", type=click.Path(path_type=str))
+@click.option(
+    "--to",
+    required=True,
+    type=click.Choice(["dense", "factored", "peft", "orbax"]),
+    help="dense: matrices multiplied out, for stock transformers. factored: factors and codes as "
+    "they are, with remote code. peft: codes, and products as a PEFT adapter. orbax: arrays.",
+)
+@click.option(
+    "--verify",
+    is_flag=True,
+    help="Open the result there and compare logits; exit code 1 if not equal.",
+)
+@click.option(
+    "--tokens",
+    metavar="PATH",
+    help="What --verify compares on; as --calibration of compress.  [default: the sources of "
+    "Python's standard library]",
+)
+@as_json_option
+def export(as_json: bool, **settings: Any) -> None:
+    """Write MODEL in a form that others open.
+
+    OUT is a directory that must be new or empty.
+    """
+    from lordjax.scripts.export_model import export_model, show
+
+    result = export_model(**settings)
+    output(result, as_json, show)
+    if result["verify"] is not None and not result["verify"]["passed"]:
+        click.echo(f"error: {settings['out']}: not the model that it was made from", err=True)
+        click.get_current_context().exit(1)
+
+
+@cli.command()
+@click.argument("model")
+@click.argument("out", type=click.Path(path_type=str))
+@click.option(
+    "--to",
+    type=click.Choice(["native", "hf"]),
+    default="native",
+    show_default=True,
+    help="native: a directory of ours. hf: a Hugging Face directory, matrices multiplied out.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Of all that is no code.  [default: as in MODEL]",
+)
+@click.option(
+    "--shard-bytes", type=click.IntRange(min=1), metavar="N", help="Per file.  [default: 2 GiB]"
+)
+@as_json_option
+def convert(as_json: bool, **settings: Any) -> None:
+    """Write MODEL in another format, dtype or number of files.
+
+    OUT is a directory that must be new or empty.
+    """
+    from lordjax.scripts.convert_model import convert_model, show
+
+    output(convert_model(**settings), as_json, show)
 
 
 @cli.command()

@@ -37,7 +37,7 @@ class Model:
     Attributes:
       name: the path or hub id as it was given.
       path: where it is on this machine.
-      kind: ``huggingface``, ``gguf`` or ``compressed``.
+      kind: ``huggingface``, ``gguf``, ``native`` (ours, nothing compressed) or ``compressed``.
       config: what it is.
       hf_config: the same in Hugging Face's words.
       source: its parameters, a block at a time.
@@ -60,7 +60,7 @@ class Model:
 
 
 def open_model(name: str) -> Model:
-    """Opens a Hugging Face directory or hub id, a GGUF file or a compressed directory.
+    """Opens a Hugging Face directory or hub id, a GGUF file or a directory of ours.
 
     Raises:
       FileNotFoundError: if there is no such model.
@@ -70,7 +70,7 @@ def open_model(name: str) -> Model:
 
     quiet_transformers()
     path = Path(name).expanduser()
-    return _compressed(name, path) if checkpoint.is_compressed(path) else _original(name)
+    return _native(name, path) if checkpoint.is_compressed(path) else _original(name)
 
 
 def _original(name: str) -> Model:
@@ -91,7 +91,7 @@ def _original(name: str) -> Model:
     )
 
 
-def _compressed(name: str, path: Path) -> Model:
+def _native(name: str, path: Path) -> Model:
     from lordjax import checkpoint
     from lordjax.conversions.huggingface import DirectoryTokenizer
 
@@ -100,7 +100,7 @@ def _compressed(name: str, path: Path) -> Model:
     return Model(
         name=name,
         path=path,
-        kind="compressed",
+        kind="native" if saved.is_original() else "compressed",
         config=saved.config,
         hf_config=saved.hf_config,
         source=saved,

@@ -1,0 +1,333 @@
+"""A model of ours as a Hugging Face directory that keeps factors, narrower layers and codes.
+
+Beside ``config.json`` and the weights lies a copy of `modeling_lordjax`, whose class is the stock
+one with some linear layers replaced. ``config.lordjax_export["linears"]`` says by what: name of
+their layer -> sizes, bias, which inputs and outputs there are, and its matrices. A layer that they
+store as one (``c_attn``) has several matrices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+
+from lordjax import modules, trees
+from lordjax.conversions.families import TensorSource, family_of, tensor_table
+from lordjax.conversions.tensors import read_json
+from lordjax.conversions.writing import (
+    Job,
+    flat_block,
+    of_block,
+    outside,
+    stored,
+    write_config,
+    write_json,
+    write_shards,
+)
+from lordjax.kernels import (
+    Kernel,
+    LowRankPlusQuantized,
+    NFQuantized,
+    kind_of,
+    materialize,
+    parts,
+)
+
+FORMAT = 1  # of config.lordjax_export
+CODE = "modeling_lordjax"
+TEMPLATE = "LlamaForCausalLM"  # the base class in the code, in place of which the family's comes
+# End of an architecture's name -> the class of transformers that opens it; the first that fits.
+AUTO_CLASSES = {
+    "ForCausalLM": "AutoModelForCausalLM",
+    "LMHeadModel": "AutoModelForCausalLM",
+    "ForMaskedLM": "AutoModelForMaskedLM",
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForPreTraining": "AutoModelForPreTraining",
+    "Model": "AutoModel",
+}
+VLLM_RANK = 16  # vLLM's default for --max-lora-rank
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One of our kernels in one of their layers.
+
+    Attributes:
+      kernel: array or `Kernel`.
+      inputs: which inputs of their layer it has.
+      outputs: which outputs.
+    """
+
+    kernel: Any
+    inputs: np.ndarray
+    outputs: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One of their linear layers, of our kernels; sizes are those that it has now."""
+
+    parts: list[Part]
+    shape: tuple[int, int]
+    bias: np.ndarray | None
+
+    def spec(self) -> dict[str, Any]:
+        """What the code must know before it reads tensors."""
+        inputs, outputs = self._places()
+        return {
+            "shape": list(self.shape),
+            "bias": self.bias is not None,
+            "inputs": None if inputs is None else len(inputs),
+            "outputs": None if outputs is None else len(outputs),
+            "parts": [_spec(part.kernel) for part in self.parts],
+        }
+
+    def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Names below the layer's, and values."""
+        for name, places in zip(("inputs", "outputs"), self._places(), strict=True):
+            if places is not None:
+                yield name, places.astype(np.int32)
+        for i, part in enumerate(self.parts):
+            for name, array in _arrays(part.kernel):
+                yield f"parts.{i}.{name}", array
+        if self.bias is not None:
+            yield "bias", self.bias
+
+    def _places(self) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Inputs, and outputs of all parts one after the other; None where that is all in order."""
+        both = self.parts[0].inputs, np.concatenate([part.outputs for part in self.parts])
+        every = [np.arange(size) for size in self.shape]
+        inputs, outputs = (
+            None if np.array_equal(a, b) else a for a, b in zip(both, every, strict=True)
+        )
+        return inputs, outputs
+
+    def without_products(self) -> Layer:
+        """The layer without the products beside codes."""
+        parts = [
+            dataclasses.replace(part, kernel=part.kernel.base)
+            if isinstance(part.kernel, LowRankPlusQuantized)
+            else part
+            for part in self.parts
+        ]
+        return dataclasses.replace(self, parts=parts)
+
+    def adapter(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """The products beside codes as one: A ``[rank, in]``, B ``[out, rank]``; None: no product.
+
+        Of several parts, their products follow each other.
+        """
+        found = [part for part in self.parts if isinstance(part.kernel, LowRankPlusQuantized)]
+        if not found:
+            return None
+        rank, first = sum(part.kernel.rank for part in found), 0
+        dtype = found[0].kernel.low_rank.dtype
+        a, b = np.zeros((rank, self.shape[0]), dtype), np.zeros((self.shape[1], rank), dtype)
+        for part in found:
+            pair = part.kernel.low_rank
+            rows = np.arange(first, first + pair.rank)
+            a[np.ix_(rows, part.inputs)] = np.asarray(materialize(pair.left)).T
+            b[np.ix_(part.outputs, rows)] = np.asarray(materialize(pair.right)).T
+            first += pair.rank
+        return a, b
+
+
+def factored(job: Job, stage: Path) -> None:
+    """Writes the directory."""
+    _write(job, stage, lambda name, layer: layer)
+
+
+def peft(job: Job, stage: Path) -> None:
+    """Writes the directory without products, and the products as an adapter.
+
+    Raises:
+      ValueError: if the model has no products beside codes.
+    """
+    if not any(isinstance(leaf, LowRankPlusQuantized) for leaf in job.source.leaves().values()):
+        raise ValueError(
+            "no matrix is codes and a product, so that there is nothing to make an adapter of; "
+            "export with --to factored, or compress with --method lq"
+        )
+    adapters: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+
+    def split(name: str, layer: Layer) -> Layer:
+        if (pair := layer.adapter()) is not None:
+            adapters[name] = pair
+        return layer.without_products()
+
+    _write(job, stage, split)
+    (stage / "adapter").mkdir()
+    named = {}
+    for name, pair in adapters.items():
+        for letter, array in zip("AB", pair, strict=True):
+            full = f"base_model.model.{name}.lora_{letter}.weight"
+            named[full] = array
+    save = stage / "adapter" / "adapter_model.safetensors"
+    safetensors.numpy.save_file(named, save, {"format": "pt"})
+    write_json(stage / "adapter" / "adapter_config.json", _adapter_config(job, adapters))
+
+
+def _adapter_config(job: Job, adapters: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Any:
+    """Of ranks that differ, each scaled by exactly 1."""
+    ranks = {name: len(a) for name, (a, _) in adapters.items()}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(job.out),
+        "r": max(ranks.values()),
+        "lora_alpha": max(ranks.values()),
+        "rank_pattern": ranks,
+        "alpha_pattern": ranks,
+        "target_modules": sorted(ranks),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+
+
+def adapter_rank(directory: Path) -> int:
+    """The largest rank of the adapter that `peft` wrote."""
+    return read_json(directory / "adapter" / "adapter_config.json")["r"]
+
+
+def _write(job: Job, stage: Path, change: Callable[[str, Layer], Layer]) -> None:
+    """Writes weights, code and config; ``change`` sees every replaced layer first."""
+    linears: dict[str, Any] = {}
+
+    def tensors() -> Iterator[tuple[str, np.ndarray]]:
+        source, hf_config = job.source, job.source.hf_config
+        whole = tensor_table(hf_config)
+        of_width = functools.cache(functools.partial(_table_of_width, hf_config))
+        rest = trees.flatten(source.rest())
+        yield from stored(outside(whole), rest)
+        for i in range(source.config.num_layers):
+            flat = flat_block(source, i)
+            width = flat["mlp/down/kernel"].shape[0]
+            rows = of_block(of_width(width), i)
+            layers = _replaced(flat, rows, of_block(whole, i), modules.places(flat, source.config))
+            others = {p: row for p, row in rows.items() if _module(row) not in layers}
+            yield from stored(others, flat)
+            for name, layer in layers.items():
+                layer = change(name, layer)
+                linears[name] = layer.spec()
+                for below, array in layer.tensors():
+                    yield f"{name}.{below}", array
+
+    write_shards(stage, tensors(), job.shard_bytes)
+    base = architecture_of(job.source.hf_config)
+    code = Path(__file__).with_name(f"{CODE}.py").read_text()
+    (stage / f"{CODE}.py").write_text(code.replace(TEMPLATE, base))
+    write_config(
+        stage,
+        job.source.hf_config,
+        job.dtype,
+        architectures=[f"Lordjax{base}"],
+        auto_map={auto_class(base): f"{CODE}.Lordjax{base}"},
+        lordjax_export={"format": FORMAT, "linears": linears},
+    )
+
+
+def architecture_of(hf_config: Mapping[str, Any]) -> str:
+    """The class of transformers that a config is for."""
+    return (hf_config.get("architectures") or family_of(hf_config).architectures)[0]
+
+
+def auto_class(architecture: str) -> str:
+    """The class of transformers that opens an architecture."""
+    return next(auto for end, auto in AUTO_CLASSES.items() if architecture.endswith(end))
+
+
+def _module(row: TensorSource) -> str:
+    """Their layer that a tensor belongs to."""
+    return row.name.rpartition(".")[0]
+
+
+def _replaced(
+    flat: Mapping[str, Any],
+    rows: Mapping[str, TensorSource],
+    whole: Mapping[str, TensorSource],
+    places: Mapping[str, tuple[np.ndarray, np.ndarray]],
+) -> dict[str, Layer]:
+    """Their linear layers of a block that the stock class cannot hold, by name.
+
+    Args:
+      flat: our parameters of the block.
+      rows: the table for MLPs of this width.
+      whole: the table for the original width.
+      places: of `modules.places`.
+    """
+    ours: dict[str, list[str]] = {}
+    for path in places:
+        ours.setdefault(_module(rows[path]), []).append(path)
+    return {
+        name: _layer(paths, flat, rows, places)
+        for name, paths in ours.items()
+        if any(_is_changed(path, flat, whole) for path in paths)
+    }
+
+
+def _is_changed(path: str, flat: Mapping[str, Any], whole: Mapping[str, TensorSource]) -> bool:
+    """Whether the stock class cannot hold a kernel, or the bias beside it."""
+    bias = path.replace("/kernel", "/bias")
+    return (
+        isinstance(flat[path], Kernel)
+        or flat[path].shape != whole[path].loaded_shape
+        or (bias in flat and bias not in whole)
+    )
+
+
+def _layer(
+    paths: list[str],
+    flat: Mapping[str, Any],
+    rows: Mapping[str, TensorSource],
+    places: Mapping[str, tuple[np.ndarray, np.ndarray]],
+) -> Layer:
+    found, first = [], rows[paths[0]]
+    size = first.shape[0 if first.transpose else -1]
+    biases = {path: path.replace("/kernel", "/bias") for path in paths}
+    kinds = [flat[name].dtype for name in biases.values() if name in flat]
+    bias = np.zeros(size, kinds[0]) if kinds else None
+    for path in paths:
+        inputs, outputs = places[path]
+        theirs = rows[path].places[outputs]
+        found.append(Part(flat[path], inputs, theirs))
+        if bias is not None and biases[path] in flat:
+            bias[theirs] = np.asarray(flat[biases[path]])
+    return Layer(found, (first.loaded_shape[0], size), bias)
+
+
+def _spec(kernel: Any) -> dict[str, Any]:
+    """Kind and sizes of a matrix."""
+    spec: dict[str, Any] = {"kind": kind_of(kernel)}
+    if not isinstance(kernel, Kernel):
+        return {**spec, "shape": list(kernel.shape)}
+    if isinstance(kernel, NFQuantized):
+        return {**spec, "shape": list(kernel.shape), **dataclasses.asdict(kernel.format)}
+    return {**spec, **{name: _spec(getattr(kernel, name)) for name in parts(kernel)[0]}}
+
+
+def _arrays(kernel: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """Names and values of a matrix; codes and their scales as integers of the same bits."""
+    if not isinstance(kernel, Kernel):
+        yield "weight", np.asarray(kernel).T
+        return
+    for name in parts(kernel)[0]:
+        part = getattr(kernel, name)
+        if isinstance(kernel, NFQuantized):
+            array = np.asarray(part)
+            yield name, array.view(f"int{8 * array.itemsize}")
+            continue
+        for below, array in _arrays(part):
+            yield f"{name}.{below}", array
+
+
+def _table_of_width(hf_config: Mapping[str, Any], width: int) -> dict[str, TensorSource]:
+    """The table of a model with MLPs of another width."""
+    return tensor_table({**hf_config, family_of(hf_config).fields["mlp_size"]: width})
