@@ -178,7 +178,7 @@ def _adapter_config(job: Job, adapters: Mapping[str, tuple[np.ndarray, np.ndarra
     ranks = {name: len(a) for name, (a, _) in adapters.items()}
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if job.source.config.head == "causal" else None,
         "base_model_name_or_path": str(job.out),
         "r": max(ranks.values()),
         "lora_alpha": max(ranks.values()),
@@ -206,7 +206,9 @@ def _write(job: Job, stage: Path, change: Callable[[str, Layer], Layer]) -> None
         whole = tensor_table(hf_config)
         of_width = functools.cache(functools.partial(_table_of_width, hf_config))
         rest = trees.flatten(source.rest())
-        yield from stored(outside(whole), rest)
+        names = family_of(hf_config).module_names
+        for name, array in stored(outside(whole), rest):
+            yield names.get(name, name), array  # transformers renames for classes of its own only
         for i in range(source.config.num_layers):
             flat = flat_block(source, i)
             width = flat["mlp/down/kernel"].shape[0]

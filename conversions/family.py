@@ -109,6 +109,7 @@ class Family:
       heads: head -> its rows of the tensor table; a key that is missing has none besides `tensors`.
       copies: tensor that repeats another where the head is tied -> our path of that.
       old_names: part of a name -> what old checkpoints have there.
+      module_names: tensor -> where the class of transformers has it, if that is another name.
     """
 
     model_type: str
@@ -131,6 +132,7 @@ class Family:
         default_factory=lambda: {"lm_head.weight": "embed/embedding"}
     )
     old_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    module_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def ignores(self, name: str) -> bool:
         """Whether a tensor of this name may be left over."""

@@ -127,6 +127,7 @@ GPT_NEOX = Family(
         *norm("final_norm", "gpt_neox.final_layer_norm"),
         TensorRow("head/kernel", "embed_out.weight", "vm", True, when="not tie_embeddings"),
     ),
+    module_names={"embed_out.weight": "lm_head.weight"},
     # The causal mask, its constant and the frequencies, saved by old versions.
     ignored_tensors=(r"gpt_neox\.layers\.\d+\.attention\.((masked_)?bias|rotary_emb\.inv_freq)",),
 )

@@ -74,7 +74,7 @@ def narrow(config, params):
     rng, flat = np.random.default_rng(2), {}
     for i in range(config.num_layers):
         block = trees.flatten(params[f"layer_{i}"])
-        for kind in ("qk", "vo", "mlp"):
+        for kind in ("vo", "mlp") if config.qk_norm else ("qk", "vo", "mlp"):
             arrays = modules.gather(kind, block, config)
             block = modules.scatter(kind, NARROWED[kind](arrays, i, config, rng), block)
         flat |= {f"layer_{i}/{path}": leaf for path, leaf in block.items()}
@@ -129,8 +129,8 @@ def made(tmp_path_factory):
     @functools.cache
     def original(kind, **options):
         directory = tmp_path_factory.mktemp(kind)
-        plain = next(options for name, options in CASES.values() if name == kind)
-        hf_model(kind, {**plain, **options}).save_pretrained(directory)
+        _, plain, *head = next(case for case in CASES.values() if case[0] == kind)
+        hf_model(kind, {**plain, **options}, *head).save_pretrained(directory)
         return open_checkpoint(directory)
 
     @functools.cache
@@ -189,8 +189,11 @@ def test_store_is_the_inverse_of_load(made, kind):
     found = {name: np.full_like(tensors[name], np.nan) for name in {s.name for s in table.values()}}
     for source in table.values():
         source.store(source.load(tensors[source.name]), found[source.name])
+    less_one = {source.name for source in table.values() if source.offset}
     for name, tensor in found.items():
-        np.testing.assert_array_equal(tensor, tensors[name])
+        # 1 + w is rounded once in float32.
+        rounding = 2e-7 if name in less_one else 0
+        np.testing.assert_allclose(tensor, tensors[name], rtol=0, atol=rounding)
 
 
 def test_an_original_is_exported_as_it_was(made, tmp_path):
