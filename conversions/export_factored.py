@@ -3,12 +3,11 @@
 Beside ``config.json`` and the weights lies a copy of `modeling_lordjax`, whose class is the stock
 one with some linear layers replaced. ``config.lordjax_export["linears"]`` says by what: name of
 their layer -> sizes, bias, which inputs and outputs there are, and its matrices. A layer that they
-store as one (``c_attn``) has several matrices.
+store as one (``c_attn``) has several matrices. Outside of the blocks matrices are multiplied out.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 import safetensors.numpy
 
 from lordjax import modules, trees
+from lordjax.conversions.compressed_layer import Layer, Part
 from lordjax.conversions.families import TensorSource, family_of, tensor_table
 from lordjax.conversions.tensors import read_json
 from lordjax.conversions.writing import (
@@ -30,14 +30,7 @@ from lordjax.conversions.writing import (
     write_json,
     write_shards,
 )
-from lordjax.kernels import (
-    Kernel,
-    LowRankPlusQuantized,
-    NFQuantized,
-    kind_of,
-    materialize,
-    parts,
-)
+from lordjax.kernels import Kernel, LowRankPlusQuantized, materialize
 
 FORMAT = 1  # of config.lordjax_export
 CODE = "modeling_lordjax"
@@ -52,90 +45,6 @@ AUTO_CLASSES = {
     "Model": "AutoModel",
 }
 VLLM_RANK = 16  # vLLM's default for --max-lora-rank
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """One of our kernels in one of their layers.
-
-    Attributes:
-      kernel: array or `Kernel`.
-      inputs: which inputs of their layer it has.
-      outputs: which outputs.
-    """
-
-    kernel: Any
-    inputs: np.ndarray
-    outputs: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class Layer:
-    """One of their linear layers, of our kernels; sizes are those that it has now."""
-
-    parts: list[Part]
-    shape: tuple[int, int]
-    bias: np.ndarray | None
-
-    def spec(self) -> dict[str, Any]:
-        """What the code must know before it reads tensors."""
-        inputs, outputs = self._places()
-        return {
-            "shape": list(self.shape),
-            "bias": self.bias is not None,
-            "inputs": None if inputs is None else len(inputs),
-            "outputs": None if outputs is None else len(outputs),
-            "parts": [_spec(part.kernel) for part in self.parts],
-        }
-
-    def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Names below the layer's, and values."""
-        for name, places in zip(("inputs", "outputs"), self._places(), strict=True):
-            if places is not None:
-                yield name, places.astype(np.int32)
-        for i, part in enumerate(self.parts):
-            for name, array in _arrays(part.kernel):
-                yield f"parts.{i}.{name}", array
-        if self.bias is not None:
-            yield "bias", self.bias
-
-    def _places(self) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """Inputs, and outputs of all parts one after the other; None where that is all in order."""
-        both = self.parts[0].inputs, np.concatenate([part.outputs for part in self.parts])
-        every = [np.arange(size) for size in self.shape]
-        inputs, outputs = (
-            None if np.array_equal(a, b) else a for a, b in zip(both, every, strict=True)
-        )
-        return inputs, outputs
-
-    def without_products(self) -> Layer:
-        """The layer without the products beside codes."""
-        parts = [
-            dataclasses.replace(part, kernel=part.kernel.base)
-            if isinstance(part.kernel, LowRankPlusQuantized)
-            else part
-            for part in self.parts
-        ]
-        return dataclasses.replace(self, parts=parts)
-
-    def adapter(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """The products beside codes as one: A ``[rank, in]``, B ``[out, rank]``; None: no product.
-
-        Of several parts, their products follow each other.
-        """
-        found = [part for part in self.parts if isinstance(part.kernel, LowRankPlusQuantized)]
-        if not found:
-            return None
-        rank, first = sum(part.kernel.rank for part in found), 0
-        dtype = found[0].kernel.low_rank.dtype
-        a, b = np.zeros((rank, self.shape[0]), dtype), np.zeros((self.shape[1], rank), dtype)
-        for part in found:
-            pair = part.kernel.low_rank
-            rows = np.arange(first, first + pair.rank)
-            a[np.ix_(rows, part.inputs)] = np.asarray(materialize(pair.left)).T
-            b[np.ix_(part.outputs, rows)] = np.asarray(materialize(pair.right)).T
-            first += pair.rank
-        return a, b
 
 
 def factored(job: Job, stage: Path) -> None:
@@ -205,7 +114,7 @@ def _write(job: Job, stage: Path, change: Callable[[str, Layer], Layer]) -> None
         source, hf_config = job.source, job.source.hf_config
         whole = tensor_table(hf_config)
         of_width = functools.cache(functools.partial(_table_of_width, hf_config))
-        rest = trees.flatten(source.rest())
+        rest = materialize(trees.flatten(source.rest()))
         names = family_of(hf_config).module_names
         for name, array in stored(outside(whole), rest):
             yield names.get(name, name), array  # transformers renames for classes of its own only
@@ -303,31 +212,6 @@ def _layer(
         if bias is not None and biases[path] in flat:
             bias[theirs] = np.asarray(flat[biases[path]])
     return Layer(found, (first.loaded_shape[0], size), bias)
-
-
-def _spec(kernel: Any) -> dict[str, Any]:
-    """Kind and sizes of a matrix."""
-    spec: dict[str, Any] = {"kind": kind_of(kernel)}
-    if not isinstance(kernel, Kernel):
-        return {**spec, "shape": list(kernel.shape)}
-    if isinstance(kernel, NFQuantized):
-        return {**spec, "shape": list(kernel.shape), **dataclasses.asdict(kernel.format)}
-    return {**spec, **{name: _spec(getattr(kernel, name)) for name in parts(kernel)[0]}}
-
-
-def _arrays(kernel: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """Names and values of a matrix; codes and their scales as integers of the same bits."""
-    if not isinstance(kernel, Kernel):
-        yield "weight", np.asarray(kernel).T
-        return
-    for name in parts(kernel)[0]:
-        part = getattr(kernel, name)
-        if isinstance(kernel, NFQuantized):
-            array = np.asarray(part)
-            yield name, array.view(f"int{8 * array.itemsize}")
-            continue
-        for below, array in _arrays(part):
-            yield f"{name}.{below}", array
 
 
 def _table_of_width(hf_config: Mapping[str, Any], width: int) -> dict[str, TensorSource]:

@@ -119,6 +119,11 @@ def file_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
+def directory_bytes(path: Path) -> int:
+    """Size of all files below a directory."""
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
 def quiet_transformers() -> None:
     """Texts longer than a model's context are cut into windows here; no need to warn of them."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lordjax.scripts.common import check_output, file_bytes, open_model, read_tokens, say, size
+from lordjax.scripts.common import check_output, directory_bytes, open_model, read_tokens, say, size
 from lordjax.scripts.compress_model import tokenizer_writer
 
 WINDOWS, WINDOW = 4, 256  # tokens that an export is verified on, unless others are given
@@ -40,7 +40,7 @@ def export_model(
     return {
         "output": str(directory),
         "to": to,
-        "bytes": file_bytes(directory),
+        "bytes": directory_bytes(directory),
         "notes": notes,
         "verify": None if ids is None else verification.verify(opened.source, directory, to, ids),
         "seconds": time.perf_counter() - start,

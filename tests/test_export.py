@@ -16,6 +16,7 @@ from lordjax import factorize, kernels, modules, nf, save, trees
 from lordjax.checkpoint import open_saved
 from lordjax.conversions import modeling_lordjax as code
 from lordjax.conversions import verify as verification
+from lordjax.conversions.compressed_layer import arrays_of, spec_of
 from lordjax.conversions.export import EXPORTS, export
 from lordjax.conversions.export_orbax import restore_orbax
 from lordjax.conversions.families import FAMILIES, tensor_table
@@ -181,6 +182,15 @@ def test_tied_heads(made, tmp_path, variant, to):
     same(saved, expected, tmp_path / "out", to)
 
 
+@pytest.mark.parametrize("to", ["dense", "factored"])
+def test_a_compressed_head(made, tmp_path, to):
+    checkpoint = made.original("llama")
+    small = factorize(checkpoint.params(), keep=0.5)
+    assert isinstance(small["head"]["kernel"], LowRank)
+    saved = written(tmp_path / "in", checkpoint, trees.flatten(small))
+    same(saved, logits(saved.config, small, TOKENS), tmp_path / "out", to)
+
+
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_store_is_the_inverse_of_load(made, kind):
     checkpoint = made.original(kind)
@@ -271,10 +281,8 @@ def test_levels_of_the_torch_code(bits):
 def test_codes_of_the_torch_code(form):
     """Sizes that no block divides."""
     kernel = NFQuantized.encode(jax.random.normal(jax.random.key(0), (37, 29)), form)
-    from lordjax.conversions.export_factored import _arrays, _spec
-
-    module = code.kernel(_spec(kernel))
-    state = {name: torch.tensor(array) for name, array in _arrays(kernel)}
+    module = code.kernel(spec_of(kernel))
+    state = {name: torch.tensor(array) for name, array in arrays_of(kernel)}
     module.load_state_dict(state)
     np.testing.assert_allclose(module.dense().numpy().T, kernel.materialize(), rtol=1e-6)
 

@@ -35,6 +35,7 @@ def test_export_and_verification(compressed, text, tmp_path, to):  # noqa: F811
     summary = json.loads(found.stdout)
     assert summary["verify"]["logit_difference"] < 1e-5
     assert summary["verify"]["passed"]
+    assert summary["bytes"] == sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
     assert (out / "tokenizer.json").read_text() == (model / "tokenizer.json").read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
