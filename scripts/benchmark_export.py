@@ -39,7 +39,13 @@ TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 OTHERS = {
     "opt": {"word_embed_proj_dim": 32, "init_std": 0.15},
     "codegen": {"rotary_dim": 4, "initializer_range": 0.15},
+    **{
+        kind: {"head_dim": 8, "initializer_range": 0.15}
+        for kind in ("qwen3", "gemma2", "gemma3_text")
+    },
 }
+ENCODERS = ("roberta", "bert")
+MASK_TOKEN = 3
 METHODS = ("lord", "modegpt-cr", "lq")
 REAL = ("lord", "modegpt", "lq")
 KEEP, BITS, RANK = 0.8, 3.13, 32  # of the real model
@@ -110,11 +116,14 @@ def tiny(kind: str) -> list[dict[str, Any]]:
     sizes = {fields[field]: size for field, size in TINY.items() if field in fields}
     others = OTHERS.get(kind, {"initializer_range": 0.15})
     config = transformers.AutoConfig.for_model(kind, **sizes, **TOKENS, **others)
-    tokens = np.random.default_rng(0).integers(0, TINY["vocab_size"], (10, 24), np.int32)
+    tokens = np.random.default_rng(0).integers(
+        MASK_TOKEN + 1, TINY["vocab_size"], (10, 24), np.int32
+    )
+    auto = "AutoModelForMaskedLM" if kind in ENCODERS else "AutoModelForCausalLM"
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         original = Path(folder) / "original"
-        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(original)
+        getattr(transformers, auto).from_config(config).save_pretrained(original)
         opened = open_checkpoint(original)
         for method in METHODS:
             result = _tiny_result(opened, method, tokens)
@@ -133,7 +142,7 @@ def _tiny_result(opened: Any, method: str, tokens: Any) -> Any:
     from lordjax.quantizer import QUANTIZERS
 
     if method not in QUANTIZERS:
-        return compress(opened, tokens, method=method, keep=0.5)
+        return compress(opened, tokens, method=method, keep=0.5, mask_token=MASK_TOKEN)
     forms = [nf.Format(bits, 8, "float32", 64, 256) for bits in (3, 4)]
     return quantize(
         opened, None, method=method, bits=3.8, rank=4, formats=forms, steps=2, dtype="float32"
