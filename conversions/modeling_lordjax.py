@@ -78,11 +78,12 @@ class Quantized(nn.Module):
     def dense(self) -> torch.Tensor:
         """The matrix."""
         spec = self.spec
-        steps = unpack(self.scales, spec["scale_bits"], self.scale_count).float()
+        ladder = torch.arange(2.0 ** spec["scale_bits"], device=self.codes.device)
+        steps = decode(self.scales, spec["scale_bits"], ladder)[: self.scale_count]
         step = self.supers.view(self.scale_dtype).float() / (2 ** spec["scale_bits"] - 1)
         scales = runs(steps, spec["scale_block"]) * step[:, None] + self.offset.view(torch.float32)
         table = torch.tensor(levels(spec["bits"]), dtype=step.dtype, device=step.device)
-        values = table.index_select(0, unpack(self.codes, spec["bits"], self.count))
+        values = decode(self.codes, spec["bits"], table)[: self.count]
         scales = scales.reshape(-1)[: self.scale_count, None]
         values = (runs(values, spec["block"]) * scales).reshape(-1)[: self.count]
         return values.view(*reversed(spec["shape"]))
@@ -121,16 +122,18 @@ def kernel(spec: dict[str, Any]) -> Any:
     return KINDS[spec["kind"]](spec)
 
 
-def unpack(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
-    """The first ``count`` codes of 32-bit words, int32; 3-bit codes lie in three planes."""
-    if bits == 3:
-        places = torch.arange(32, dtype=torch.int32, device=words.device)
-        planes = (words.view(-1, 3, 1) >> places) & 1
-        codes = planes[:, 0] | planes[:, 1] << 1 | planes[:, 2] << 2
-    else:
-        shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
-        codes = (words[:, None] >> shifts) & (2**bits - 1)
-    return codes.reshape(-1)[:count]
+def decode(words: torch.Tensor, bits: int, table: torch.Tensor) -> torch.Tensor:
+    """``table[code]`` of all codes in 32-bit words, read by bytes: several codes a look-up."""
+    data = words.view(torch.uint8).int()
+    every = torch.arange(256, device=words.device)
+    if bits == 3:  # bit planes of 32 codes each
+        places = torch.arange(8, device=words.device)
+        ones = ((every[:, None] >> places) & 1).to(torch.int32)
+        low, middle, high = (ones[part] for part in data.view(-1, 3, 4).unbind(1))
+        return table.index_select(0, (low + 2 * middle + 4 * high).view(-1))
+    places = torch.arange(0, 8, bits, device=words.device)
+    values = table[(every[:, None] >> places) & (2**bits - 1)]  # [256, codes in a byte]
+    return values.index_select(0, data).view(-1)
 
 
 def runs(x: torch.Tensor, length: int) -> torch.Tensor:
