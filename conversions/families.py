@@ -18,8 +18,9 @@ from lordjax.conversions.family import (
 )
 from lordjax.conversions.gemma import GEMMA2, GEMMA3
 from lordjax.conversions.gpt import CODEGEN, GPT2, GPT_BIGCODE, OPT
-from lordjax.conversions.llama import LLAMA, MISTRAL, PHI3, QWEN2, QWEN3, STARCODER2
+from lordjax.conversions.llama import LLAMA, MISTRAL, QWEN2, QWEN3, STARCODER2
 from lordjax.conversions.neox import GPT_NEOX
+from lordjax.conversions.phi3 import PHI3
 from lordjax.models.config import ModelConfig
 
 _ROWS = (

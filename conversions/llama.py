@@ -11,7 +11,6 @@ from lordjax.conversions.family import (
     HEAD,
     Family,
     TensorRow,
-    fused,
     head_norms,
     linear,
     mixed_windows,
@@ -138,35 +137,6 @@ QWEN3 = dataclasses.replace(
     fixed={key: values for key, values in QWEN2.fixed.items() if key != "attention_bias"},
     defaults={**QWEN2.defaults, "head_dim": 128, "attention_bias": False},
     tensors=(*LLAMA.tensors, *head_norms(f"{_LAYER}.self_attn")),
-)
-
-PHI3 = dataclasses.replace(
-    MISTRAL,
-    model_type="phi3",
-    architectures=("Phi3ForCausalLM",),
-    fields={f: key for f, key in MISTRAL.fields.items() if f != "head_size"},
-    defaults={
-        **{k: v for k, v in _READ.items() if k != "head_dim"},
-        "vocab_size": 32064,
-        "hidden_size": 3072,
-        "intermediate_size": 8192,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-5,
-        "sliding_window": None,
-    },
-    # auto_map: code of its own, from before transformers had the family.
-    ignored=frozenset(("resid_pdrop", "embd_pdrop", "auto_map")),
-    tensors=(
-        *(
-            row
-            for row in LLAMA.tensors
-            if ".self_attn." not in row.name and ".mlp." not in row.name
-        ),
-        *fused(f"{BLOCK}/attention", "qkv", f"{_LAYER}.self_attn.qkv_proj", "am", "qkv_bias"),
-        *linear(f"{BLOCK}/attention/o", f"{_LAYER}.self_attn.o_proj", "mh", "out_bias"),
-        *fused(f"{BLOCK}/mlp", ("gate", "up"), f"{_LAYER}.mlp.gate_up_proj", "gm", "mlp_bias"),
-        *linear(f"{BLOCK}/mlp/down", f"{_LAYER}.mlp.down_proj", "mf", "mlp_bias"),
-    ),
 )
 
 STARCODER2 = dataclasses.replace(

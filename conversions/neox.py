@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from lordjax.conversions.family import (
     no_windows,
     norm,
 )
-from lordjax.conversions.rope import ROPE_KEYS, half_split, read_rope
+from lordjax.conversions.rope import ROPE_KEYS, half_split, read_rope, rotary_size, take_share
 from lordjax.models.config import ModelConfig, Rope
 
 
@@ -42,23 +42,13 @@ def head_columns(layer: str, config: ModelConfig) -> np.ndarray:
 
 def _rope(hf_config: Values, values: Values, problems: list[str]) -> Rope:
     """Rotary positions of the first columns of a head, in the words of transformers 4 and 5."""
-    share, plain = values["rotary_pct"], dict(hf_config)
-    for key in ("rope_scaling", "rope_parameters"):
-        if isinstance(part := hf_config.get(key), Mapping):
-            plain[key] = dict(part)
-            share = plain[key].pop("partial_rotary_factor", share)
+    plain, share = take_share(hf_config, values["rotary_pct"])
     base = plain.pop("rope_theta", None)
     if base not in (None, values["rotary_emb_base"]):
         problems.append(f"rope_theta = {base!r}, but rotary_emb_base {values['rotary_emb_base']!r}")
     if "rotary_emb_base" in hf_config:
         plain["rope_theta"] = values["rotary_emb_base"]
-    heads = values["num_attention_heads"]
-    width = values["hidden_size"] // heads if heads else 0
-    size = int(width * share)
-    if not (0 < size <= width and size % 2 == 0):
-        problems.append(
-            f"rotary_pct = {share!r}: expected an even number of the {width} columns of a head"
-        )
+    size = rotary_size("rotary_pct", share, values, problems)
     return dataclasses.replace(read_rope(plain, values, problems), size=size)
 
 

@@ -19,6 +19,7 @@ ROPE_KEYS = frozenset(
 # Kind of scaling -> keys that must be there, keys that may. The original length is accepted and
 # dropped where transformers takes no notice of it.
 _LENGTH = "original_max_position_embeddings"
+_STRETCHES = {"short_factor", "long_factor"}  # a number per rotary pair
 _SCALINGS: dict[str, tuple[set[str], set[str]]] = {
     "default": (set(), {"factor", _LENGTH}),
     "linear": ({"factor"}, {_LENGTH}),
@@ -29,6 +30,7 @@ _SCALINGS: dict[str, tuple[set[str], set[str]]] = {
         {"factor", _LENGTH, "attention_factor", "beta_fast", "beta_slow"}
         | {"mscale", "mscale_all_dim", "truncate"},
     ),
+    "longrope": (_STRETCHES, {"factor", _LENGTH, "attention_factor"}),
 }
 
 
@@ -47,6 +49,31 @@ def half_split(head_size: int, rotary_size: int | None, *, neighbours: bool = Tr
     turning = np.arange(size).reshape(-1, 2) if neighbours else np.arange(size).reshape(2, -1).T
     still = np.arange(size, head_size).reshape(2, -1).T
     return np.concatenate([turning, still]).T.reshape(-1)
+
+
+def take_share(hf_config: Values, share: float) -> tuple[dict[str, Any], float]:
+    """The config without the share of a head that turns, and that share, else ``share``.
+
+    transformers 5 writes it among the rotary keys.
+    """
+    plain = dict(hf_config)
+    for key in ("rope_scaling", "rope_parameters"):
+        if isinstance(part := hf_config.get(key), Mapping):
+            plain[key] = dict(part)
+            share = plain[key].pop("partial_rotary_factor", share)
+    return plain, share
+
+
+def rotary_size(key: str, share: float, values: Values, problems: list[str]) -> int:
+    """Columns of a head that turn; ``key`` is what holds their share."""
+    heads = values["num_attention_heads"]
+    width = values["hidden_size"] // heads if heads else 0
+    size = int(width * share)
+    if not (0 < size <= width and size % 2 == 0):
+        problems.append(
+            f"{key} = {share!r}: expected an even number of the {width} columns of a head"
+        )
+    return size
 
 
 def read_rope(hf_config: Values, values: Values, problems: list[str]) -> Rope:
@@ -86,9 +113,16 @@ def _rope_problems(kind: str, given: Values) -> list[str]:
             problems.append(f"rope type {kind}: unknown key {key} = {value!r}")
         elif key == "truncate" and type(value) is not bool:
             problems.append(f"rope type {kind}: {key} = {value!r}: expected a bool")
-        elif key != "truncate" and not (type(value) in (int, float) and value > 0):
+        elif key in _STRETCHES:
+            if not (isinstance(value, list) and value and all(map(_is_factor, value))):
+                problems.append(f"rope type {kind}: {key}: expected a list of numbers above 0")
+        elif key != "truncate" and not _is_factor(value):
             problems.append(f"rope type {kind}: {key} = {value!r}: expected a number above 0")
     return problems
+
+
+def _is_factor(value: Any) -> bool:
+    return type(value) in (int, float) and value > 0
 
 
 def _build_rope(kind: str, theta: float, given: Values, values: Values) -> Rope:
@@ -97,5 +131,6 @@ def _build_rope(kind: str, theta: float, given: Values, values: Values) -> Rope:
     rest = dict(given)
     longest = values["max_position_embeddings"]
     original = rest.pop(_LENGTH, longest)
-    factor = rest.pop("factor", longest / original)  # only yarn may leave it out
+    factor = rest.pop("factor", longest / original)  # yarn and longrope may leave it out
+    rest |= {key: tuple(rest[key]) for key in _STRETCHES & set(rest)}
     return Rope(theta, kind, factor, original, **rest)

@@ -32,6 +32,15 @@ TINY = {
 }
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+
+
+def stretches(pairs):
+    """Factors of longrope, one per rotary pair."""
+    return {f"{name}_factor": [a + 0.3 * i for i in range(pairs)] for name, a in LONG.items()}
+
+
+LONG = {"short": 1.0, "long": 1.5}
+LONGROPE = {"rope_scaling": {"rope_type": "longrope", **stretches(4)}}
 CASES = {
     "llama": ("llama", {}),
     "llama-tied": ("llama", {"tie_word_embeddings": True}),
@@ -71,6 +80,14 @@ CASES = {
     ),
     "phi3": ("phi3", {"pad_token_id": 0}),
     "phi3-window": ("phi3", {"pad_token_id": 0, "sliding_window": 6, "tie_word_embeddings": True}),
+    "phi3-long": ("phi3", {"pad_token_id": 0, **LONGROPE, "original_max_position_embeddings": 16}),
+    "phi3-short": ("phi3", {"pad_token_id": 0, **LONGROPE, "original_max_position_embeddings": 48}),
+    "phi4-mini": (
+        "phi3",
+        {"pad_token_id": 0, "hidden_size": 64, "partial_rotary_factor": 0.75}
+        | {"original_max_position_embeddings": 16, "tie_word_embeddings": True}
+        | {"rope_scaling": {"type": "longrope", **stretches(6), "attention_factor": 1.2}},
+    ),
     "starcoder2": ("starcoder2", {}),
     "starcoder2-options": (
         "starcoder2",
@@ -102,6 +119,7 @@ CASES = {
         "gpt_neox",
         {"rotary_pct": 0.5, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
     ),
+    "gpt_neox-yarn": ("gpt_neox", {"rotary_pct": 0.5, "rope_scaling": YARN}),
     "gemma2": (
         "gemma2",
         {"sliding_window": 7, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0}
@@ -633,6 +651,21 @@ def test_leftover_keys_of_released_checkpoints(kind):
     assert config == dataclasses.replace(expected, windows=windows)
 
 
+def test_keys_of_phi4_mini():
+    keys = {"model_type": "phi3", **tiny("phi3", CASES["phi4-mini"][1])}
+    others = {"full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False}
+    assert model_config({**keys, **others}) == model_config(keys)
+    with pytest.raises(ValueError, match="full_attn_mod = 2: only 1 is supported"):
+        model_config({**keys, "full_attn_mod": 2})
+
+
+@pytest.mark.parametrize("old", ["su", "yarn"])
+def test_old_names_of_longrope(old):
+    keys = {"model_type": "phi3", **tiny("phi3", LONGROPE)}
+    named = {"rope_scaling": {**stretches(4), "type": old}}
+    assert model_config({**keys, **named}) == model_config(keys)
+
+
 def test_the_head_is_that_of_the_architecture():
     keys = {"model_type": "bert", **tiny("bert")}
     masked = model_config(keys)
@@ -697,7 +730,14 @@ def test_all_problems_in_one_error():
         ({"vocab_size": 0}, "vocab_size = 0: expected a positive integer"),
         ({"hidden_size": None}, "hidden_size = None: expected a int"),
         ({"quantization_config": {"bits": 4}}, "the checkpoint is quantised"),
-        ({"rope_scaling": {"type": "longrope"}}, "rope type 'longrope': supported: default, lin"),
+        ({"rope_scaling": {"type": "ntk"}}, "rope type 'ntk': supported: default, lin"),
+        ({"rope_scaling": {"type": "longrope"}}, "rope type longrope: long_factor is missing"),
+        ({"model_type": "phi3", **LONGROPE, "hidden_size": 48}, "4 numbers, expected one for each"),
+        (
+            {"rope_scaling": {"type": "longrope", **stretches(4), "long_factor": [1, 0]}},
+            "long_factor: expected a list of numbers above 0",
+        ),
+        ({"model_type": "phi3", "partial_rotary_factor": 0.4}, "partial_rotary_factor = 0.4: expe"),
         ({"rope_scaling": {"type": "linear", "factor": -1}}, "factor = -1: expected a number"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"rope_parameters": {"rope_theta": 5.0}, "rope_theta": 6.0}, "rope_theta = 6.0, but 5.0"),

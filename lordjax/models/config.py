@@ -19,17 +19,19 @@ class Rope:
     """
 
     theta: float = 10_000.0  # base of the geometric series of frequencies
-    kind: str = "default"  # default | linear | dynamic | llama3 | yarn
+    kind: str = "default"  # default | linear | dynamic | llama3 | yarn | longrope
     factor: float = 1.0  # how many times longer than trained the context is
     original_max_positions: int | None = None  # length of training, before stretching
     low_freq_factor: float = 1.0  # llama3: below this many turns, stretch fully
     high_freq_factor: float = 4.0  # llama3: above this many turns, do not stretch
     beta_fast: float = 32.0  # yarn: turns above which a frequency is kept
     beta_slow: float = 1.0  # yarn: turns below which a frequency is stretched
-    attention_factor: float | None = None  # yarn: scale of cos and sin; None = from the factor
+    attention_factor: float | None = None  # yarn, longrope: scale of cos and sin; None = by factor
     mscale: float | None = None  # yarn: DeepSeek's variant of the attention factor
     mscale_all_dim: float | None = None
     truncate: bool = True  # yarn: round the ends of the ramp to whole dimensions
+    short_factor: tuple[float, ...] = ()  # longrope: stretch per pair up to the original length
+    long_factor: tuple[float, ...] = ()  # longrope: stretch per pair beyond it
     size: int | None = None  # columns of a head that turn, in its first pairs; None: all
 
 
@@ -96,7 +98,11 @@ class ModelConfig:
         fields = dict(fields)
         for name in ("rope", "local_rope"):
             if fields.get(name) is not None:
-                fields[name] = Rope(**fields[name])
+                rope: dict[str, Any] = dict(fields[name])
+                factors: dict[str, Any] = {
+                    k: tuple(v) for k, v in rope.items() if isinstance(v, list)
+                }
+                fields[name] = Rope(**(rope | factors))
         if fields.get("windows") is not None:
             fields["windows"] = tuple(fields["windows"])
         return cls(**fields)

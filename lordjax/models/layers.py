@@ -131,7 +131,7 @@ def rope_frequencies(
       rope: base and scaling.
       head_size: width of a head; even.
       max_positions: the model's longest sequence.
-      length: longest position in use + 1; only ``dynamic`` looks at it.
+      length: longest position in use + 1; only ``dynamic`` and ``longrope`` look at it.
 
     Returns:
       ``[head_size / 2]`` radians per position (float32), attention factor.
@@ -140,7 +140,7 @@ def rope_frequencies(
       ValueError: if the scaling kind is unknown.
 
     Source: the definitions of ``transformers.modeling_rope_utils``; llama3: Llama 3.1's reference
-    code; yarn: arXiv 2309.00071; dynamic: NTK-aware scaling.
+    code; yarn: arXiv 2309.00071; longrope: arXiv 2402.13753; dynamic: NTK-aware scaling.
     """
     theta, trained = rope.theta, rope.original_max_positions or max_positions
     size = rope.size or head_size
@@ -161,9 +161,13 @@ def rope_frequencies(
         case "yarn":
             keep = _yarn_keep(rope, size, trained)
             freq, scale = freq * keep + freq / rope.factor * (1 - keep), _yarn_scale(rope)
+        case "longrope":
+            stretch = rope.long_factor if length > trained else rope.short_factor
+            freq, scale = freq / np.asarray(stretch), _longrope_scale(rope, trained)
         case _:
             raise ValueError(
-                f"unknown rope scaling {rope.kind!r}; known: default, linear, dynamic, llama3, yarn"
+                f"unknown rope scaling {rope.kind!r}; known: default, linear, dynamic, llama3, "
+                "yarn, longrope"
             )
     return np.pad(freq, (0, (head_size - size) // 2)).astype(np.float32), scale
 
@@ -194,6 +198,12 @@ def _yarn_scale(rope: Rope) -> float:
     return mscale(1.0)
 
 
+def _longrope_scale(rope: Rope, trained: int) -> float:
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    return math.sqrt(1 + math.log(max(rope.factor, 1.0)) / math.log(trained))
+
+
 def rotate(
     x: Float[Array, "b s h d"],
     positions: Int[Array, "#b s"],
@@ -209,8 +219,10 @@ def rotate(
     product the perplexity of SmolLM2-135M goes from 29 to 52.
     """
     steps = positions[..., None, None].astype(jnp.float32)
-    angles = steps * frequencies[None, None]  # [b, s, h, half]
-    cos, sin = scale * jnp.cos(angles), scale * jnp.sin(angles)
+    frequencies = frequencies[None, None]
+    angles = steps * frequencies  # [b, s, h, half]
+    factor = jnp.where(frequencies == 0, 1.0, scale)  # pairs that stand still are left alone
+    cos, sin = factor * jnp.cos(angles), factor * jnp.sin(angles)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)
