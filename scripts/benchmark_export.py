@@ -8,7 +8,8 @@ Run::
 The first table is of every family: tiny random models, built by transformers, compressed by
 `METHODS` and exported in every way that they can be. With ``--model`` a real one follows,
 compressed by `REAL`, opened by stock transformers, measured on the windows of ``DIR`` (as for
-`benchmark_compress`); it generates greedily. Last, seconds from the start of a process to the
+`benchmark_compress`); the tokens that it generates greedily are compared with those that our
+model finds likeliest. Last, seconds from the start of a process to the
 first logits of the uncompressed model, here and in transformers, in turn. Needs torch and peft.
 """
 
@@ -212,14 +213,39 @@ def real(
                 result = compress(opened.source, tokens, method=method, keep=KEEP)
             saved = _saved(Path(folder) / method, opened, result)
             made = {to: _exported(saved, to, held_out) for to in ("dense", "factored")}
-            texts = [greedy(Path(folder) / f"{method}-{to}", held_out[0, :PROMPT]) for to in made]
-            same = sum(a == b for a, b in zip(*texts, strict=True))
+            own = greedy(saved, held_out[0, :PROMPT])
             for to, found in made.items():
+                text = their_greedy(Path(folder) / f"{method}-{to}", held_out[0, :PROMPT])
+                same = sum(a == b for a, b in zip(text, own, strict=True))
                 results["real"].append({"method": method, "to": to, "same_tokens": same, **found})
             keep()
 
 
-def greedy(directory: Path, prompt: Any) -> list[int]:
+def greedy(saved: Any, prompt: Any) -> list[int]:
+    """The tokens that our model finds likeliest, one after the other; nothing is cached."""
+    import functools
+
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from lordjax.models.transformer import Transformer
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def likeliest(config: Any, params: Any, tokens: Any) -> Any:
+        logits: Any = Transformer(config).apply({"params": params}, tokens)
+        return jnp.argmax(logits, axis=-1)
+
+    params = jax.tree.map(jnp.asarray, saved.params())
+    tokens = np.zeros((1, len(prompt) + GENERATED), np.int32)
+    tokens[0, : len(prompt)] = prompt
+    with jax.default_matmul_precision("highest"):
+        for i in range(len(prompt), tokens.shape[1]):
+            tokens[0, i] = likeliest(saved.config, params, tokens)[0, i - 1]
+    return tokens[0, len(prompt) :].tolist()
+
+
+def their_greedy(directory: Path, prompt: Any) -> list[int]:
     """The tokens that transformers generates, each the likeliest."""
     import torch
     from transformers import AutoModelForCausalLM
