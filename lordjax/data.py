@@ -9,21 +9,15 @@ dropped. Everything is a function of the arguments: the same call gives the same
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
-_SUFFIXES = (
-    ".c .cc .cfg .cpp .cs .css .csv .cu .go .h .hpp .hs .html .ini .java .jl .js .json .jsonl .jsx "
-    ".kt .lua .md .ml .php .pl .py .pyi .r .raw .rb .rs .rst .scala .sh .sql .swift .tex .toml "
-    ".ts .tsx .txt .xml .yaml .yml .zig"
-)
-TEXT_SUFFIXES = frozenset(_SUFFIXES.split())
+from lordjax.documents import documents, located, walk
+
 # Not code by people: tests, other packages, and tables written by programs.
 _NOT_LIBRARY = frozenset(
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data"}
@@ -55,7 +49,7 @@ def load_tokens(
 
     Args:
       path: a text file, a ``.jsonl`` file with ``text``, a directory of text or source files
-        (recursively, those with a suffix of `TEXT_SUFFIXES`, without hidden ones), a list of such
+        (recursively, those with a suffix of `documents.TEXT_SUFFIXES`, not hidden), a list of such
         files, or a ``.npy`` array of integer ids ``[n, len]`` with len ≥ ``seq_len``.
       tokenizer: turns text into ids; not needed for an array.
       seq_len: length of a window.
@@ -76,29 +70,51 @@ def load_tokens(
         raise ValueError(f"window length {seq_len}: expected 2 or more tokens")
     if samples is not None and samples < 1:
         raise ValueError(f"{samples} windows asked for; expected 1 or more")
-    paths = [Path(p) for p in ([path] if isinstance(path, str | Path) else path)]
-    for p in paths:
-        if not p.exists():
-            raise FileNotFoundError(f"{p}: no such file or directory (calibration or token data)")
-    where = str(paths[0]) if len(paths) == 1 else f"{len(paths)} files"
+    paths, where = located(path)
     if len(paths) == 1 and paths[0].suffix == ".npy":
         tokens = _from_array(paths[0], seq_len, samples)
         check_ids(tokens, vocab_size, where)
         return tokens.astype(np.int32)
+    return windows(
+        documents(path, None if samples is None else seed),
+        tokenizer,
+        seq_len=seq_len,
+        vocab_size=vocab_size,
+        samples=samples,
+        document_tokens=document_tokens,
+        where=where,
+    )
+
+
+def windows(
+    texts: Iterable[str],
+    tokenizer: Tokenizer | None,
+    *,
+    seq_len: int,
+    vocab_size: int,
+    samples: int | None = None,
+    document_tokens: int | None = None,
+    where: str = "text",
+) -> np.ndarray:
+    """Packs documents into windows of ids ``[n, seq_len]``; arguments as for `load_tokens`.
+
+    Raises:
+      ValueError: if there is no tokenizer or not text enough, or an id is not in the vocabulary;
+        calls the documents ``where``.
+    """
     if tokenizer is None:
         raise ValueError(f"{where}: text needs a tokenizer, but the model comes without one")
     limit = None if samples is None else samples * seq_len
-    documents = _documents(paths, where, None if samples is None else seed)
-    tokens = np.asarray(_pack(documents, tokenizer, limit, document_tokens), np.int64)
-    windows = len(tokens) // seq_len
+    tokens = np.asarray(_pack(texts, tokenizer, limit, document_tokens), np.int64)
+    count = len(tokens) // seq_len
     if not len(tokens):
         raise ValueError(f"{where}: no text; all of its documents are empty")
-    if not windows:
+    if not count:
         raise ValueError(
             f"{where}: {len(tokens)} tokens, fewer than one window of {seq_len}; "
             "give more text or a shorter window (--seq-len)"
         )
-    tokens = tokens[: windows * seq_len].reshape(windows, seq_len)
+    tokens = tokens[: count * seq_len].reshape(count, seq_len)
     check_ids(tokens, vocab_size, where)
     return tokens.astype(np.int32)
 
@@ -148,7 +164,7 @@ def standard_library(first: str = "a", last: str = "z") -> list[Path]:
     root = Path(sysconfig.get_path("stdlib"))
     files = sorted(
         path
-        for path in _walk(root, frozenset({".py"}), _NOT_LIBRARY)
+        for path in walk(root, frozenset({".py"}), _NOT_LIBRARY)
         if first <= path.relative_to(root).parts[0][0].lower() <= last
     )
     if not files:
@@ -180,61 +196,14 @@ def _from_array(path: Path, seq_len: int, samples: int | None) -> np.ndarray:
     return np.array(array[:samples, :seq_len])
 
 
-def _walk(
-    root: Path, suffixes: frozenset[str], skipped: frozenset[str] = frozenset()
-) -> Iterator[Path]:
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in skipped]
-        for name in names:
-            if not name.startswith(".") and Path(name).suffix.lower() in suffixes:
-                yield Path(folder, name)
-
-
-def _documents(paths: list[Path], where: str, seed: int | None) -> Iterator[str]:
-    """Texts one by one, so that a large corpus is read only as far as it is needed."""
-    files = [f for p in paths for f in (sorted(_walk(p, TEXT_SUFFIXES)) if p.is_dir() else [p])]
-    if not files:
-        known = " ".join(sorted(TEXT_SUFFIXES))
-        raise ValueError(f"{where}: no text file in it; expected files with one of {known}")
-    shuffle = np.random.default_rng(seed).permutation
-    for i in range(len(files)) if seed is None else shuffle(len(files)):
-        if files[i].suffix != ".jsonl":
-            yield _read_text(files[i])
-            continue
-        lines = [(n, s) for n, s in enumerate(_read_text(files[i]).split("\n"), 1) if s.strip()]
-        for j in range(len(lines)) if seed is None else shuffle(len(lines)):
-            yield _jsonl_text(files[i], *lines[j])
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: byte {error.object[error.start]:#04x} at offset {error.start} is not UTF-8; "
-            "expected text (convert the file or leave it out)"
-        ) from error
-
-
-def _jsonl_text(path: Path, number: int, line: str) -> str:
-    try:
-        record: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
-    text = record.get("text") if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        raise ValueError(f'{path}, line {number}: no "text"; expected {{"text": "…"}} a line')
-    return text
-
-
 def _pack(
-    documents: Iterator[str], tokenizer: Tokenizer, limit: int | None, document_tokens: int | None
+    texts: Iterable[str], tokenizer: Tokenizer, limit: int | None, document_tokens: int | None
 ) -> list[int]:
     """Ids of the documents with a separator between them, ``limit`` at most."""
     end = getattr(tokenizer, "eos_token_id", None)
     separator = [end] if end is not None else tokenizer.encode("\n\n", add_special_tokens=False)
     tokens: list[int] = []
-    for text in documents:
+    for text in texts:
         if not text:
             continue
         wanted = [n for n in (document_tokens, limit and limit - len(tokens)) if n is not None]
