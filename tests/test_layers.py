@@ -17,6 +17,8 @@ ORDER = [
     ["lordjax.kernels"],
     ["lordjax.stats", "lordjax.trees", "lordjax.allocation"],
     ["lordjax.models.config"],
+    ["lordjax.examples"],
+    ["lordjax.instructions"],
     ["lordjax.models.layers"],
     ["lordjax.models.heads"],
     ["lordjax.models.transformer"],
