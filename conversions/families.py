@@ -6,6 +6,9 @@ of its checkpoints is which of our parameters. A new family is a new row; see `f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from lordjax.conversions.bert import BERT, ROBERTA
 from lordjax.conversions.family import (
     Family,
@@ -61,6 +64,32 @@ def family_of(hf_config: Values, where: str = "config.json") -> Family:
 def architectures_of(hf_config: Values, family: Family) -> list[str]:
     """The key ``architectures``, or where it is missing the family's first."""
     return hf_config.get("architectures") or list(family.architectures[:1])
+
+
+# Said anew by a new head, or true of the old one only.
+_OF_A_HEAD = ("architectures", "id2label", "label2id", "num_labels", "_num_labels", "problem_type")
+
+
+def with_labels(hf_config: Values, labels: Sequence[str]) -> dict[str, Any]:
+    """The ``config.json`` of an encoder with a head for classes; see `models.heads.with_classes`.
+
+    Args:
+      hf_config: that of the encoder, with any head.
+      labels: names of the classes.
+
+    Raises:
+      ValueError: if the family classifies no sequences, or two classes have one name.
+    """
+    family = family_of(hf_config)
+    found = [a for a in family.architectures if a.endswith("ForSequenceClassification")]
+    if not found:
+        raise ValueError(f"{family.model_type}: no supported head for classes; expected an encoder")
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"labels {list(labels)}: expected different names")
+    kept = {key: value for key, value in hf_config.items() if key not in _OF_A_HEAD}
+    numbers = {label: i for i, label in enumerate(labels)}
+    names = {str(i): label for label, i in numbers.items()}
+    return {**kept, "architectures": found, "id2label": names, "label2id": numbers}
 
 
 def model_config(hf_config: Values, where: str = "config.json") -> ModelConfig:

@@ -1,10 +1,12 @@
-"""What comes before the last layer of a head, where that is not the final norm alone."""
+"""What comes before the last layer of a head, where that is not the final norm alone; new heads."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -38,3 +40,47 @@ class Pooler(nn.Module):
 
 # Head -> what comes before its last layer.
 TRANSFORMS: dict[str, Any] = {"masked": MaskedTransform, "classes": Pooler}
+
+_DEVIATION = 0.02  # of a new kernel's values, as BERT was initialised
+
+
+def with_classes(
+    config: ModelConfig, params: Any, num_classes: int, key: Array
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """An encoder with a new head that classifies sequences, to be trained.
+
+    Kernels of the head are normal with standard deviation 0.02, biases 0, in the dtype of the
+    embedding. The pooler of a model that classifies stays; everything outside the head is the same
+    arrays.
+
+    Args:
+      config: the model, with any head.
+      params: its parameters, compressed or not.
+      num_classes: 2 or more.
+      key: for the new kernels.
+
+    Returns:
+      Config and parameters of the new model.
+
+    Raises:
+      ValueError: if the model is no encoder, or there are fewer than two classes.
+    """
+    if config.causal:
+        raise ValueError("a causal model gets no head for classes; only encoders are supported")
+    if num_classes < 2:
+        raise ValueError(f"{num_classes} classes; expected 2 or more")
+    new = dataclasses.replace(
+        config, head="classes", num_classes=num_classes, tie_embeddings=False, head_bias=True
+    )
+    dtype = jax.tree.leaves(params["embed"])[0].dtype
+    size = config.hidden_size
+
+    def linear(outputs: int, key: Array) -> dict[str, Array]:
+        kernel = _DEVIATION * jax.random.normal(key, (size, outputs))
+        return {"kernel": kernel.astype(dtype), "bias": jnp.zeros(outputs, dtype)}
+
+    first, second = jax.random.split(key)
+    pooler = {"dense": linear(size, first)}
+    if config.head == "classes":
+        pooler = params["transform"]
+    return new, {**params, "transform": pooler, "head": linear(num_classes, second)}
