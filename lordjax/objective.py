@@ -28,7 +28,7 @@ from lordjax.models.transformer import Transformer
 
 SHARE = 0.15  # of a window's tokens is masked, as in BERT's training
 # Positions whose logits are held at once: 256 x 49152 float32 are 50 MB.
-_CHUNK = 256
+CHUNK = 256
 
 
 def inputs(
@@ -108,6 +108,35 @@ def losses(
     return of(config).losses(config, params, x, targets)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def divergences(
+    config: ModelConfig,
+    params: Any,
+    teacher: Any,
+    x: Float[Array, "b s m"],
+    y: Float[Array, "b s m"],
+    targets: Int[Array, "b s"],
+) -> Float[Array, "b s"]:
+    """``KL(teacher || student)`` in nats at every target; 0 where there is none.
+
+    Args:
+      config: the student, which predicts tokens.
+      params: of ``params`` and ``teacher`` only what is outside the blocks is read.
+      teacher: parameters of a model of the same architecture.
+      x: the student's residual stream behind the last block.
+      y: the teacher's.
+      targets: only whether there is one matters.
+    """
+
+    def divergence(x: Array, y: Array, target: Array) -> Array:
+        ours, theirs = (
+            jax.nn.log_softmax(_logits(config, p, z)) for p, z in ((params, x), (teacher, y))
+        )
+        return jnp.where(target >= 0, jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=-1), 0)
+
+    return _chunked(divergence, x, jax.lax.stop_gradient(y), targets)
+
+
 @functools.partial(jax.jit, static_argnames=("config",))
 def loss_gradient(
     rest: Any, x: Float[Array, "b s m"], targets: Int[Array, "b t"], *, config: ModelConfig
@@ -129,18 +158,22 @@ def _token_losses(
     config: ModelConfig, params: Any, x: Float[Array, "b s m"], targets: Int[Array, "b s"]
 ) -> Float[Array, "b s"]:
     """Logits are taken chunk by chunk."""
-    batch, length = targets.shape
-    size = min(_CHUNK, length)
+    return _chunked(lambda x, target: _nll(_logits(config, params, x), target), x, targets)
+
+
+def _chunked(fn: Callable[..., Array], *rows: Float[Array, "b s ..."]) -> Float[Array, "b s"]:
+    """``fn`` of a few positions at a time; a gradient computes what it held again."""
+    batch, length = rows[0].shape[:2]
+    size = min(CHUNK, length)
     chunks = -(-length // size)
-    # The filling of the last chunk is cut off again.
-    fill = chunks * size - length
-    x = jnp.pad(x, ((0, 0), (0, fill), (0, 0))).reshape(batch, chunks, size, -1)
-    targets = jnp.pad(targets, ((0, 0), (0, fill))).reshape(batch, chunks, size)
-    nll = jax.lax.map(
-        lambda chunk: _nll(_logits(config, params, chunk[0]), chunk[1]),
-        (jnp.moveaxis(x, 1, 0), jnp.moveaxis(targets, 1, 0)),
-    )
-    return jnp.moveaxis(nll, 0, 1).reshape(batch, -1)[:, :length]
+
+    def cut(a: Array) -> Array:
+        # The filling of the last chunk is cut off again.
+        fill = [(0, 0), (0, chunks * size - length)] + [(0, 0)] * (a.ndim - 2)
+        return jnp.moveaxis(jnp.pad(a, fill).reshape(batch, chunks, size, *a.shape[2:]), 1, 0)
+
+    found = jax.lax.map(lambda parts: jax.checkpoint(fn)(*parts), tuple(map(cut, rows)))
+    return jnp.moveaxis(found, 0, 1).reshape(batch, -1)[:, :length]
 
 
 def _token_gradient(

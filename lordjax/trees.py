@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -40,6 +40,46 @@ def flatten(tree: Any) -> dict[str, Any]:
             raise ValueError(f"two leaves at {path!r}; expected nested dicts or an nnx.State")
         table[path] = leaf
     return table
+
+
+def arrays(tree: Any) -> dict[str, Any]:
+    """``{path: array}``: kernels too are taken apart (``…/kernel/low_rank/left``)."""
+    table: dict[str, Any] = {}
+    for path, leaf in flatten(tree).items():
+        table |= _parts(path, leaf) if is_kernel(leaf) else {path: leaf}
+    return table
+
+
+def _parts(path: str, kernel: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_flatten_with_path(kernel)[0]
+    return {"/".join([path, *(key.name for key in keys)]): leaf for keys, leaf in leaves}
+
+
+def split(tree: Any, paths: Collection[str]) -> tuple[Any, Any]:
+    """Two trees, of the arrays at some paths of `arrays` and of the others; None elsewhere.
+
+    Raises:
+      KeyError: if there is no array at one of the paths.
+    """
+    every = list(arrays(tree))
+    for path in paths:
+        if path not in every:
+            raise KeyError(f"no array {path!r}; {did_you_mean(path, every)}")
+    leaves, structure = jax.tree.flatten(tree)
+    inside = [path in paths for path in every]
+    halves = (
+        [leaf if chosen is part else None for leaf, chosen in zip(leaves, inside, strict=True)]
+        for part in (True, False)
+    )
+    first, second = (jax.tree.unflatten(structure, half) for half in halves)
+    return first, second
+
+
+def join(first: Any, second: Any) -> Any:
+    """Inverse of `split`."""
+    return jax.tree.map(
+        lambda a, b: b if a is None else a, first, second, is_leaf=lambda leaf: leaf is None
+    )
 
 
 def unflatten(table: Mapping[str, Any]) -> dict[str, Any]:

@@ -251,6 +251,12 @@ def compress(as_json: bool, **settings: Any) -> None:
     show_default=True,
     help="Of the stored weights.",
 )
+@click.option(
+    "--finetune", "recipe", metavar="RECIPE", help="Count the memory of fine-tuning, too."
+)
+@click.option("--batch", type=click.IntRange(min=1), default=8, help="As of finetune.")
+@click.option("--accumulate", type=click.IntRange(min=1), help="As of finetune.")
+@click.option("--rank", type=click.IntRange(min=1), help="As of finetune.")
 @as_json_option
 def plan(as_json: bool, **settings: Any) -> None:
     """Count what MODEL will weigh and cost when it is compressed.
@@ -261,6 +267,116 @@ def plan(as_json: bool, **settings: Any) -> None:
     from lordjax.scripts.plan_model import plan_model, show
 
     output(plan_model(**settings), as_json, show)
+
+
+@cli.command()
+@click.argument("model")
+@click.argument("out", type=click.Path(path_type=str))
+@click.option(
+    "--data",
+    metavar="PATH",
+    required=True,
+    help="Text or code as --calibration of compress; instructions (.json, .jsonl of instruction "
+    "and output, or messages); sentences with classes (.tsv as in GLUE).",
+)
+@click.option(
+    "--recipe", default="recovery", show_default=True, help="A wrong name lists them all."
+)
+@click.option(
+    "--task",
+    type=click.Choice(["text", "instructions", "classes"]),
+    help="What the data is.  [default: classes of a .tsv, instructions of a .json, else text]",
+)
+@click.option("--steps", type=click.IntRange(min=1), default=200, show_default=True)
+@click.option(
+    "--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Examples per step."
+)
+@click.option(
+    "--accumulate",
+    type=click.IntRange(min=1),
+    help="Parts that a step's examples are computed in, one after the other: less memory.  "
+    "[default: 1; on CPU the batch]",
+)
+@click.option(
+    "--remat/--no-remat",
+    default=True,
+    show_default=True,
+    help="Compute blocks once more backwards: less memory, about a fifth more time.",
+)
+@click.option("--seq-len", type=click.IntRange(min=2), help="Most tokens of an example.")
+@click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), help="Highest.")
+@click.option("--schedule", type=click.Choice(["constant", "linear", "cosine"]))
+@click.option("--warmup", type=click.FloatRange(0, 1), help="Share of the steps.")
+@click.option("--weight-decay", type=click.FloatRange(min=0))
+@click.option("--clip", type=click.FloatRange(min=0, min_open=True), help="Norm of a gradient.")
+@click.option("--rank", type=click.IntRange(min=1), help="Of new adapters.")
+@click.option("--alpha", type=click.FloatRange(min=0, min_open=True), help="LoRA's.")
+@click.option("--teacher", metavar="MODEL", help="Distil from it: the model before compression.")
+@click.option("--distill", type=click.FloatRange(0, 1), help="Its weight.  [default: 0.5]")
+@click.option(
+    "--validation",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.05,
+    show_default=True,
+    help="Share of the documents that is held out; the best state on them is written.",
+)
+@click.option(
+    "--every",
+    type=click.IntRange(min=1),
+    default=50,
+    show_default=True,
+    help="Steps per checkpoint.",
+)
+@click.option(
+    "--last", type=click.IntRange(min=1), default=2, show_default=True, help="Checkpoints kept."
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="That is computed in; what is trained is float32.",
+)
+@click.option(
+    "--devices",
+    type=click.IntRange(min=1),
+    help="Share batches and weights out among so many.  [default: 1]",
+)
+@click.option("--run", metavar="DIR", help="Checkpoints and metrics.  [default: OUT.run]")
+@click.option("--resume", is_flag=True, help="Go on after the last checkpoint of the same run.")
+@click.option("--keep-adapters", is_flag=True, help="Do not fold new adapters into their bases.")
+@as_json_option
+def finetune(as_json: bool, **settings: Any) -> None:
+    """Train the low-rank parts of MODEL, or adapters beside its matrices.
+
+    OUT is a directory that must be new or empty.
+    """
+    from lordjax.scripts.finetune_model import finetune_model, show
+
+    output(finetune_model(**settings), as_json, show)
+
+
+@cli.command()
+@click.argument("model")
+@click.argument("out", type=click.Path(path_type=str))
+@click.option(
+    "--to",
+    type=click.Choice(["factors", "dense"]),
+    default="factors",
+    show_default=True,
+    help="factors: adapters folded into matrices and pairs; codes keep theirs. dense: all is "
+    "multiplied out.",
+)
+@as_json_option
+def merge(as_json: bool, **settings: Any) -> None:
+    """Fold the adapters of MODEL into its matrices.
+
+    OUT is a directory that must be new or empty.
+    """
+    from lordjax.scripts.finetune_model import merge_model, show_merged
+
+    output(merge_model(**settings), as_json, show_merged)
 
 
 @cli.command()

@@ -18,6 +18,10 @@ def plan_model(
     allocation: str | None,
     seq_len: int,
     dtype: str,
+    recipe: str | None,
+    batch: int,
+    accumulate: int | None,
+    rank: int | None,
 ) -> dict[str, Any]:
     """Counts weights, bytes and operations; arguments are the flags.
 
@@ -63,7 +67,7 @@ def plan_model(
         itemsize = jnp.dtype(dtype).itemsize
         scale = {"bytes": itemsize, "multiplications": seq_len}
         after = {key: round(count - saved * scale.get(key, 1)) for key, count in before.items()}
-    return {
+    found = {
         "model": model,
         "settings": {"method": method, "policy": plan.policy, "keep": plan.keep, "ranks": ranks}
         | {"seq_len": seq_len, "dtype": dtype},
@@ -71,6 +75,38 @@ def plan_model(
         "after": after,
         "ranks": dict(plan.ranks),
     }
+    if recipe is not None:
+        if not plan.ranks:
+            raise ValueError(
+                "--finetune needs ranks, which depend on calibration data here; give --ranks, or "
+                "an --allocation that needs none"
+            )
+        memory = {"recipe": recipe, "rank": rank, "batch": batch, "accumulate": accumulate}
+        for name, tree in (("before", untouched), ("after", plan)):
+            shapes = sizing.outline(config, tree)
+            memory[name] = _memory(config, shapes, recipe, rank, batch, accumulate, seq_len, dtype)
+        found["finetune"] = memory
+    return found
+
+
+def _memory(
+    config: Any,
+    shapes: Any,
+    recipe: str,
+    rank: int | None,
+    batch: int,
+    accumulate: int | None,
+    seq_len: int,
+    dtype: str,
+) -> dict[str, int]:
+    """Bytes of a step of fine-tuning."""
+    from lordjax.finetune import Settings
+    from lordjax.memory import predict
+    from lordjax.recipes import changed, named
+
+    settings = Settings(1, batch, accumulate, dtype=dtype)
+    settings.check()
+    return predict(config, shapes, changed(named(recipe), rank=rank), settings, seq_len)
 
 
 def _counts(tree: Any, config: Any, seq_len: int, dtype: str) -> dict[str, int]:
@@ -106,6 +142,11 @@ def show(result: dict[str, Any]) -> None:
     for key, count in before.items():
         name = names.get(key, key.replace("_", " "))
         print(f"{name:30}{count:>22,}{after[key]:>22,}{after[key] / count:>8.4f}")
+    if memory := result.get("finetune"):
+        print(f"\n{memory['recipe']}, {memory['batch']} examples, bytes of a step:")
+        for key, count in memory["before"].items():
+            ratio = memory["after"][key] / max(count, 1)
+            print(f"{key:30}{count:>22,}{memory['after'][key]:>22,}{ratio:>8.4f}")
     if not result["ranks"]:
         print("\nranks depend on calibration data; 'after' is what the budget allows at most")
         return

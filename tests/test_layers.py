@@ -37,6 +37,10 @@ ORDER = [
     ["lordjax.quantization"],
     ["lordjax.checkpoint"],
     ["lordjax.evaluate"],
+    ["lordjax.mesh", "lordjax.adapters"],
+    ["lordjax.recipes"],
+    ["lordjax.finetune"],
+    ["lordjax.training", "lordjax.memory"],
 ]
 RANK = {name: i for i, row in enumerate(ORDER) for name in row}
 
@@ -57,6 +61,9 @@ MAY_IMPORT = {
     "lordjax.stats": JAX | {"flax"},
     "lordjax.nf": JAX | ARRAYS | {"scipy"},
     "lordjax.linalg": JAX | ARRAYS | {"scipy"},
+    "lordjax.recipes": JAX | {"optax"},
+    "lordjax.finetune": JAX | ARRAYS | {"optax"},
+    "lordjax.training": JAX | {"orbax"},
     "lordjax.checkpoint": JAX | ARRAYS | {"safetensors"},
     "lordjax": JAX | ARRAYS,
 }
@@ -164,7 +171,7 @@ COPIED = "lordjax.conversions.modeling_lordjax"  # into exports, where transform
 
 def test_torch_is_imported_in_conversions_only_and_lazily():
     # What they run beside ours is in torch.
-    peers = {"lordjax.scripts.benchmark_decompose", "lordjax.scripts.benchmark_export"}
+    peers = {f"lordjax.scripts.benchmark_{name}" for name in ("decompose", "export", "finetune")}
     for module in sources():
         everything = {name.split(".")[0] for name in imports(module)}
         if not inside(module, "lordjax.conversions") and module not in peers:
