@@ -21,10 +21,12 @@ _WHERE = {
     "NFQuantized": "lordjax.kernels",
     "Plan": "lordjax.plan",
     "Prepared": "lordjax.prepared",
+    "RECIPES": "lordjax.recipes",
     "QUANTIZERS": "lordjax.quantizer",
     "Quantizer": "lordjax.quantizer",
     "Result": "lordjax.prepared",
     "Transformer": "lordjax.models",
+    "add_adapters": "lordjax.adapters",
     "allocate": "lordjax.allocation",
     "compress": "lordjax.compression",
     "encode": "lordjax.functional",
@@ -32,12 +34,14 @@ _WHERE = {
     "load": "lordjax.checkpoint",
     "materialize": "lordjax.kernels",
     "matmul": "lordjax.kernels",
+    "merge": "lordjax.adapters",
     "nbytes": "lordjax.kernels",
     "perplexity": "lordjax.evaluate",
     "prepare": "lordjax.compression",
     "prepare_quantized": "lordjax.quantization",
     "quantize": "lordjax.quantization",
     "save": "lordjax.checkpoint",
+    "train": "lordjax.training",
 }
 
 __all__ = sorted(_WHERE)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -144,11 +145,7 @@ class NFQuantized(Kernel):
 
     def matmul(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
         """``x @ W``; W is decoded for this product, and once more when it is differentiated."""
-
-        def product(x: Array, kernel: NFQuantized) -> Array:
-            return jnp.matmul(x, kernel.materialize().astype(x.dtype))
-
-        return jax.checkpoint(product)(x, self)
+        return _decoded_product(x.shape, x, self)
 
     def materialize(self) -> Float[Array, "... in out"]:
         """The decoded matrix."""
@@ -156,6 +153,40 @@ class NFQuantized(Kernel):
         packed = nf.Packed(self.codes, self.scales, self.supers, self.offset)
         values = _over(lead, lambda p: nf.decode(p, self.format, fan_in * fan_out))(packed)
         return jax.lax.stop_gradient(values).reshape(*lead, fan_out, fan_in).mT
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _decoded_product(shape: tuple[int, ...], x: Array, kernel: NFQuantized) -> Array:
+    """``x [shape] @ W``."""
+    del shape
+    return jnp.matmul(x, _decoded_after(x, kernel))
+
+
+def _decoded_after(x: Array, kernel: NFQuantized) -> Array:
+    """W in the dtype of ``x``, decoded no earlier than ``x`` is there.
+
+    Nothing else keeps a compiler from decoding the matrices of all layers first, or once for all
+    turns of a loop, and holding them: barriers are dropped on CPU. So a bit that is never set, of
+    which only the reader knows that, is added to the codes.
+    """
+    first = jax.lax.stop_gradient(x).reshape(-1)[0]
+    never = (first != first) & (first == first)
+    codes = kernel.codes + never.astype(kernel.codes.dtype)
+    return dataclasses.replace(kernel, codes=codes).materialize().astype(x.dtype)
+
+
+def _forwards(shape: tuple[int, ...], x: Array, kernel: NFQuantized) -> tuple[Array, NFQuantized]:
+    return _decoded_product(shape, x, kernel), kernel
+
+
+def _backwards(shape: tuple[int, ...], kernel: NFQuantized, g: Array) -> tuple[Array, None]:
+    decoded = _decoded_after(g, kernel)
+    like = jax.ShapeDtypeStruct(shape, g.dtype)
+    (gradient,) = jax.linear_transpose(lambda x: jnp.matmul(x, decoded), like)(g)
+    return gradient, None
+
+
+_decoded_product.defvjp(_forwards, _backwards)
 
 
 def _over(lead: Any, fn: Any) -> Any:

@@ -3,12 +3,13 @@
 `predict` counts; `compiled` asks the compiler, which takes as long as compiling does::
 
     base         what is not trained, codes packed
-    trained      4 bytes a number each for the parameter, Adam's two moments, and the gradient
+    trained      4 bytes a number for the parameter, Adam's two moments, the gradient of a
+                 micro-batch, the sum of those, and two on the way to the new parameter
     activations  the input of every block; and of one block at a time, what its gradient needs
 
 The last is, for a micro-batch, the largest of: the logits of a chunk of positions with their
 gradient; the MLP's hidden states with theirs; the attention's probabilities with theirs. Of codes,
-one decoded matrix is held besides, and what it multiplies to.
+one matrix is held besides: codes, levels, scales and their product.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from lordjax.finetune import Settings, State
 from lordjax.models.config import ModelConfig
 from lordjax.objective import CHUNK
 from lordjax.recipes import Recipe
+
+COPIES = 7  # of what is trained, see above
 
 
 def abstract(
@@ -67,7 +70,7 @@ def predict(
         [leaf for path, leaf in trees.flatten(frozen).items() if path.startswith(f"layer_{i}/")]
         for i in range(config.num_layers)
     ]
-    decoded = max(_decoded(leaf, size) for block in blocks for leaf in block)
+    decoded = max((_decoded(leaf, size) for block in blocks for leaf in block), default=0)
     hidden = rows * seq_len * config.mlp_size * size * (3 if config.gated else 2)
     # On CPU one window and key head at a time, see `models.layers.attend`.
     at_once = 1 if jax.default_backend() == "cpu" else rows * config.num_kv_heads
@@ -76,10 +79,10 @@ def predict(
     logits = 3 * rows * min(CHUNK, seq_len) * config.vocab_size * 4
     found = {
         "base": kernels.nbytes(frozen),
-        "trained": 4 * kernels.nbytes(state.params),
+        "trained": COPIES * kernels.nbytes(state.params),
         "activations": (config.num_layers + 1) * stream
         + max(logits, 2 * hidden + 4 * stream, scores + 6 * stream)
-        + 2 * decoded,
+        + 4 * decoded,
     }
     return {**found, "total": sum(found.values())}
 

@@ -1,14 +1,5 @@
 """Settings of fine-tuning by name: what is trained, over what, and how fast.
 
-================  ==============================================================================
-``lq-lora``       the products beside codes, as `lq` left them (arXiv 2311.12023)
-``qlora``         new adapters over NF4 codes; over factor pairs, codes of both factors (LoRD's)
-``lora``          new adapters over the matrices as they are, folded in afterwards
-``recovery``      factor pairs; of matrices of the blocks adapters, folded in afterwards
-``factors``       factor pairs only
-``full``          everything (LoRD's "all parameters trainable")
-================  ==============================================================================
-
 A classification head is trained by all of them.
 """
 
@@ -46,6 +37,7 @@ class Recipe:
       weight_decay: of AdamW.
       b2: of AdamW.
       clip: largest norm of a gradient; None: any.
+      summary: one line for people.
     """
 
     train: tuple[str, ...]
@@ -58,17 +50,32 @@ class Recipe:
     weight_decay: float = 0.0
     b2: float = 0.999
     clip: float | None = 1.0
+    summary: str = ""
 
 
-# Rates and schedules of LQ-LoRA's scripts are for thousands of steps on 7B models; those here were
-# found on SmolLM2-135M in hundreds of steps (README).
+# Usual rates of LoRA; LQ-LoRA's scripts have 2e-5 for batches of 128 and 512, 2e-4 for 16.
 RECIPES: dict[str, Recipe] = {
-    "lq-lora": Recipe((PRODUCTS,)),
-    "qlora": Recipe((PRODUCTS,), codes="nf4", rank=32),
-    "lora": Recipe((PRODUCTS,), rank=32),
-    "recovery": Recipe((PRODUCTS, FACTORS), rank=32),
-    "factors": Recipe((FACTORS,)),
-    "full": Recipe((".",), learning_rate=5e-5),
+    "lq-lora": Recipe(
+        (PRODUCTS,), summary="the products beside codes, as lq left them (arXiv 2311.12023)"
+    ),
+    "qlora": Recipe(
+        (PRODUCTS,),
+        codes="nf4",
+        rank=32,
+        summary="new adapters over NF4 codes; over factor pairs, codes of both factors (LoRD's)",
+    ),
+    "lora": Recipe(
+        (PRODUCTS,), rank=32, summary="new adapters over what is there, folded in afterwards"
+    ),
+    "recovery": Recipe(
+        (PRODUCTS, FACTORS),
+        rank=32,
+        summary="factor pairs; of the blocks' matrices adapters, folded in afterwards",
+    ),
+    "factors": Recipe((FACTORS,), summary="factor pairs only"),
+    "full": Recipe(
+        (".",), learning_rate=5e-5, summary="everything (LoRD's all parameters trainable)"
+    ),
 }
 
 

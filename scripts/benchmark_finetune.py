@@ -236,7 +236,7 @@ def _recovered(
 
 @main.command()
 @click.argument("config")
-@click.option("--batch", default=1, show_default=True)
+@click.option("--batch", default=2, show_default=True)
 @click.option("--seq-len", default=512, show_default=True)
 @click.option("--rank", default=16, show_default=True)
 @click.option("--dtype", default="bfloat16", show_default=True)

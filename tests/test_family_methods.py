@@ -114,6 +114,9 @@ BLOCKS = {
         ENCODER, head="classes", num_classes=3, tie_embeddings=False
     ),
 }
+BLOCKS["gemma3"] = dataclasses.replace(
+    BLOCKS["gemma2"], qk_norm=True, attention_softcap=None, final_softcap=None
+)
 TOKENS = np.random.default_rng(0).integers(0, GPT2.vocab_size, (10, 24), np.int32)
 MASK_TOKEN = 60
 HF_CONFIG = {"model_type": "gpt2"}

