@@ -25,12 +25,13 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from lordjax import objective, trees
+from lordjax import objective, recipes, trees
 from lordjax.examples import Examples, batch_indices
 from lordjax.kernels import astype
 from lordjax.mesh import Mesh, fully_sharded, put, rows_sharded
 from lordjax.models.config import ModelConfig
 from lordjax.models.transformer import Transformer
+from lordjax.recipes import Recipe
 
 
 class State(NamedTuple):
@@ -95,6 +96,33 @@ def split(params: Any, paths: list[str], dtype: str) -> tuple[Any, Any]:
     return jax.tree.map(lambda a: jnp.array(a, jnp.float32, copy=True), first), astype(
         second, dtype
     )
+
+
+class Begun(NamedTuple):
+    """What a run begins with.
+
+    Attributes:
+      params: the whole model, with new codes and adapters.
+      paths: of the arrays that are trained.
+      state: before the first step.
+      frozen: what is not trained, in the dtype that is computed in.
+      optimizer: of the recipe.
+    """
+
+    params: Any
+    paths: list[str]
+    state: State
+    frozen: Any
+    optimizer: optax.GradientTransformation
+
+
+def begin(config: ModelConfig, params: Any, recipe: Recipe, settings: Settings) -> Begun:
+    """Makes a model ready for a recipe; the errors are those of `recipes.start`."""
+    optimizer = recipes.optimizer(recipe, settings.steps)
+    key, classes = jax.random.key(settings.seed), config.head == "classes"
+    params, paths = recipes.start(recipe, params, key, classes=classes)
+    trained, frozen = split(params, paths, settings.dtype)
+    return Begun(params, paths, start(trained, optimizer), frozen, optimizer)
 
 
 def joined(trained: Any, params: Any, paths: list[str]) -> Any:
@@ -242,6 +270,8 @@ def run(
     settings.check()
     if settings.distill and teacher is None:
         raise ValueError("distillation needs a teacher")
+    if settings.distill and config.head == "classes":
+        raise ValueError("only models that predict tokens are distilled; leave the teacher out")
     teacher = (
         None if teacher is None else astype(jax.tree.map(jnp.asarray, teacher), settings.dtype)
     )

@@ -14,7 +14,6 @@ one matrix is held besides: codes, levels, scales and their product.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -42,20 +41,17 @@ def abstract(
       settings: of the run.
       seq_len: tokens per example.
     """
-    key = jax.random.key(0)
-    whole = jax.eval_shape(lambda p: recipes.start(recipe, p, key)[0], params)
-    classes = config.head == "classes"
-    # Nothing is left to add, so that this only names what is trained.
-    named = recipes.Recipe(recipe.train)
-    paths = recipes.start(named, whole, key, classes=classes)[1]
-    trained, frozen = trees.split(whole, set(paths))
-    trained = jax.eval_shape(lambda t: kernels.astype(t, jnp.float32), trained)
-    frozen = jax.eval_shape(lambda t: kernels.astype(t, settings.dtype), frozen)
-    optimizer = recipes.optimizer(recipe, settings.steps)
-    state = jax.eval_shape(functools.partial(finetune.start, optimizer=optimizer), trained)
+
+    def begun(params: Any) -> tuple[State, Any]:
+        found = finetune.begin(config, params, recipe, settings)
+        return found.state, found.frozen
+
+    state, frozen = jax.eval_shape(begun, params)
     rows = settings.parts, settings.batch // settings.parts
     tokens: Any = jax.ShapeDtypeStruct((*rows, seq_len), jnp.int32)
-    targets: Any = jax.ShapeDtypeStruct((*rows, 1 if classes else seq_len), jnp.int32)
+    targets: Any = jax.ShapeDtypeStruct(
+        (*rows, 1 if config.head == "classes" else seq_len), jnp.int32
+    )
     return state, frozen, Examples(tokens, targets)
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import time
@@ -25,8 +26,8 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from lordjax import finetune, recipes
-from lordjax.examples import Data
+from lordjax import finetune
+from lordjax.examples import Data, Examples
 from lordjax.finetune import Settings, State
 from lordjax.mesh import Mesh
 from lordjax.models.config import ModelConfig
@@ -148,11 +149,7 @@ def train(
         or a loss is not finite.
     """
     settings.check()
-    classes = config.head == "classes"
-    optimizer = recipes.optimizer(recipe, settings.steps)
-    params, paths = recipes.start(recipe, params, jax.random.key(settings.seed), classes=classes)
-    trained, frozen = finetune.split(params, paths, settings.dtype)
-    state = finetune.start(trained, optimizer)
+    params, paths, state, frozen, optimizer = finetune.begin(config, params, recipe, settings)
     template = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
     parts = {"recipe": recipe, "settings": settings, "keeping": keeping}
     _claim(directory, resume, {**about, **{k: dataclasses.asdict(v) for k, v in parts.items()}})
@@ -163,9 +160,9 @@ def train(
             state = store.restore(template, max(done))
         log = Log(directory / METRICS, int(state.step), report)
         stack.callback(log.close)
-        measure = Measurement(config, frozen, data, settings)
+        measure = functools.partial(_held_out, config, frozen, data.validation, settings)
         if not done:
-            log.write(step=0, **measure.held_out(state))
+            log.write(step=0, **measure(state))
         start = time.perf_counter()
         steps = finetune.run(
             config, state, frozen, data.train, optimizer, settings, teacher=teacher, mesh=mesh
@@ -174,7 +171,7 @@ def train(
             step, now = int(new.step), time.perf_counter()
             log.write(step=step, **metrics, seconds=now - start)
             if step % keeping.every == 0 or step == settings.steps:
-                found = measure.held_out(new)
+                found = measure(new)
                 store.save(new, found.get("validation", metrics["nll"]))
                 if found:
                     log.write(step=step, **found)
@@ -185,23 +182,15 @@ def train(
     return Trained(finetune.joined(state.params, params, paths), best, log.lines)
 
 
-@dataclasses.dataclass
-class Measurement:
-    """Losses on held-out examples."""
-
-    config: ModelConfig
-    frozen: Any
-    data: Data
-    settings: Settings
-
-    def held_out(self, state: State) -> dict[str, float]:
-        """``validation``: nats per target; nothing if no example is held out."""
-        examples = self.data.validation
-        if not examples.size:
-            return {}
-        batch = min(self.settings.batch // self.settings.parts, examples.size)
-        own = {"batch": batch, "dtype": self.settings.dtype}
-        return {"validation": finetune.evaluate(self.config, state, self.frozen, examples, **own)}
+def _held_out(
+    config: ModelConfig, frozen: Any, examples: Examples, settings: Settings, state: State
+) -> dict[str, float]:
+    """``validation``: nats per target; nothing if no example is held out."""
+    if not examples.size:
+        return {}
+    batch = min(settings.batch // settings.parts, examples.size)
+    own = {"batch": batch, "dtype": settings.dtype}
+    return {"validation": finetune.evaluate(config, state, frozen, examples, **own)}
 
 
 class Log:

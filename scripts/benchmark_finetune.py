@@ -84,7 +84,6 @@ def speed(
 
 
 def _our_steps(opened: Any, tokens: Any, recipe: str, rank: int, *, remat: bool) -> Any:
-    import jax
     import numpy as np
 
     from lordjax import finetune, recipes
@@ -92,12 +91,10 @@ def _our_steps(opened: Any, tokens: Any, recipe: str, rank: int, *, remat: bool)
 
     settings = finetune.Settings(10_000, len(tokens), remat=remat)
     row = recipes.changed(recipes.named(recipe), rank=rank)
-    params, paths = recipes.start(row, opened.params(), jax.random.key(0))
-    trained, frozen = finetune.split(params, paths, settings.dtype)
-    optimizer = recipes.optimizer(row, settings.steps)
+    begun = finetune.begin(opened.config, opened.params(), row, settings)
     examples = Examples(tokens, next_tokens(tokens, np.ones(tokens.shape, bool)))
-    state = finetune.start(trained, optimizer)
-    return finetune.run(opened.config, state, frozen, examples, optimizer, settings)
+    start = (begun.state, begun.frozen, examples, begun.optimizer, settings)
+    return finetune.run(opened.config, *start)
 
 
 def _their_steps(opened: Any, tokens: Any, rank: int, directory: Path) -> Any:
@@ -198,7 +195,6 @@ def _recovered(
     learning_rate: float | None,
     distill: float,
 ) -> dict[str, Any]:
-    import jax
     import numpy as np
 
     from lordjax import adapters, finetune, recipes
@@ -213,16 +209,13 @@ def _recovered(
     settings = finetune.Settings(steps, batch, distill=distill)
     row = recipes.changed(recipes.named(recipe), learning_rate=learning_rate)
     teacher = opened.params() if distill else None
-    begun, paths = recipes.start(row, params, jax.random.key(0))
-    trained, frozen = finetune.split(begun, paths, settings.dtype)
-    optimizer = recipes.optimizer(row, steps)
-    state = finetune.start(trained, optimizer)
-    losses = []
-    run = finetune.run(config, state, frozen, examples, optimizer, settings, teacher=teacher)
-    for state, metrics in run:  # noqa: B007
+    begun = finetune.begin(config, params, row, settings)
+    given = (begun.state, begun.frozen, examples, begun.optimizer, settings)
+    state, losses = begun.state, []
+    for state, metrics in finetune.run(config, *given, teacher=teacher):  # noqa: B007
         losses.append(metrics["nll"])
-    after = adapters.merge(finetune.joined(state.params, begun, paths))
-    found = [perplexity(config, p, held_out)["perplexity"] for p in (begun, after)]
+    after = adapters.merge(finetune.joined(state.params, begun.params, begun.paths))
+    found = [perplexity(config, p, held_out)["perplexity"] for p in (begun.params, after)]
     return {
         "bytes": nbytes(after),
         "before": found[0],

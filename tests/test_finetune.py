@@ -221,12 +221,9 @@ def test_trainable_counts_of_llama_2(size, expected):
 def steps(params, recipe, settings, data=None, **options):
     """Every state's trained arrays and metrics."""
     data = examples() if data is None else data
-    params, paths = recipes.start(recipe, params, jax.random.key(settings.seed))
-    trained, frozen = finetune.split(params, paths, settings.dtype)
-    optimizer = recipes.optimizer(recipe, settings.steps)
-    run = finetune.run(
-        CONFIG, finetune.start(trained, optimizer), frozen, data, optimizer, settings, **options
-    )
+    begun = finetune.begin(CONFIG, params, recipe, settings)
+    given = (begun.state, begun.frozen, data, begun.optimizer, settings)
+    run = finetune.run(CONFIG, *given, **options)
     return [(jax.tree.map(np.array, state.params), metrics) for state, metrics in run]
 
 
@@ -354,6 +351,13 @@ def test_distillation_comes_nearer_to_the_teacher(params):
     assert losses(found)[-1] < 0.5 * losses(found)[0]
     with pytest.raises(ValueError, match="distillation needs a teacher"):
         steps(small, recipe, Settings(1, distill=0.5))
+
+
+def test_classifiers_are_not_distilled():
+    config = dataclasses.replace(CONFIG, head="classes", num_classes=2)
+    run = finetune.run(config, None, None, None, None, Settings(1, distill=0.5), teacher={})
+    with pytest.raises(ValueError, match="only models that predict tokens are distilled"):
+        next(run)
 
 
 def test_remat_changes_nothing(params):
