@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +30,8 @@ from lordjax.examples import Examples, batch_indices
 from lordjax.kernels import astype
 from lordjax.mesh import Mesh, fully_sharded, put, rows_sharded
 from lordjax.models.config import ModelConfig
-from lordjax.models.transformer import Transformer
+from lordjax.models.transformer import BLOCKS, Transformer, default_positions
+from lordjax.order import block_by_block
 from lordjax.recipes import Recipe
 
 
@@ -145,10 +146,15 @@ def rows_of(
     *,
     distill: float = 0.0,
     remat: bool = True,
+    trained: Collection[str] | None = None,
 ) -> tuple[Float[Array, "b t"], Float[Array, "b t"]]:
-    """Nats of every target, and what is trained on: those, mixed with the distance to a teacher."""
+    """Nats of every target, and what is trained on: those, mixed with the distance to a teacher.
+
+    ``trained`` are the paths of the only arrays with a gradient, which is computed block by block;
+    None: all have one, and ``remat`` means nothing.
+    """
     stream = functools.partial(_stream, config, batch, remat)
-    x = stream(params)
+    x = stream(params, trained)
     nll = objective.losses(config, params, x, batch.targets)
     if not distill:
         return nll, nll
@@ -158,11 +164,30 @@ def rows_of(
 
 
 def _stream(
-    config: ModelConfig, batch: Examples, remat: bool, params: Any
+    config: ModelConfig,
+    batch: Examples,
+    remat: bool,
+    params: Any,
+    trained: Collection[str] | None = None,
 ) -> Float[Array, "b s m"]:
-    model = Transformer(config, remat=remat)
+    """The residual stream behind the last block."""
+    run = functools.partial(Transformer(config).apply, {"params": params})
     inputs = (batch.tokens, batch.mask, batch.token_types)
-    x: Any = model.apply({"params": params}, *inputs, method=Transformer.hidden)
+    if trained is None:
+        return run(*inputs, method=Transformer.hidden)
+    x: Any = run(*inputs, method=Transformer.embed_tokens)
+    positions = default_positions(batch.tokens, batch.mask)
+
+    def block(window: int | None, trained: Any, others: Any, x: Array) -> Array:
+        module, (params, *where) = BLOCKS[config.block](config, window), others
+        return module.apply({"params": trees.join(trained, params)}, x, *where)
+
+    for i in range(config.num_layers):
+        name = f"layer_{i}/"
+        inside = {path.removeprefix(name) for path in trained if path.startswith(name)}
+        first, second = trees.split(params[f"layer_{i}"], inside)
+        fn = functools.partial(block, config.window(i))
+        x = block_by_block(fn, remat, first, (second, positions, batch.mask), x)
     return x
 
 
@@ -192,7 +217,9 @@ def make_step(
 
     def loss(trained: Any, frozen: Any, batch: Examples, teacher: Any) -> tuple[Array, Array]:
         params = astype(trees.join(trained, frozen), dtype)
-        nll, mixed = rows_of(config, params, batch, teacher, distill=distill, remat=remat)
+        every = tuple(trees.arrays(trained))
+        given = {"distill": distill, "remat": remat, "trained": every}
+        nll, mixed = rows_of(config, params, batch, teacher, **given)
         return jnp.sum(mixed), jnp.sum(nll)
 
     where = {} if shardings is None else {"out_shardings": (shardings, None)}

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lordjax import nf
+from lordjax import nf, order
 
 
 class Kernel(abc.ABC):
@@ -166,12 +166,9 @@ def _decoded_after(x: Array, kernel: NFQuantized) -> Array:
     """W in the dtype of ``x``, decoded no earlier than ``x`` is there.
 
     Nothing else keeps a compiler from decoding the matrices of all layers first, or once for all
-    turns of a loop, and holding them: barriers are dropped on CPU. So a bit that is never set, of
-    which only the reader knows that, is added to the codes.
+    turns of a loop, and holding them.
     """
-    first = jax.lax.stop_gradient(x).reshape(-1)[0]
-    never = (first != first) & (first == first)
-    codes = kernel.codes + never.astype(kernel.codes.dtype)
+    codes = kernel.codes + order.never(x).astype(kernel.codes.dtype)
     return dataclasses.replace(kernel, codes=codes).materialize().astype(x.dtype)
 
 

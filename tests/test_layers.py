@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 # other in the order given here. New modules get a place or the test fails.
 ORDER = [
     ["lordjax"],  # lazy: resolves public names when they are used
-    ["lordjax.nf", "lordjax.documents"],
+    ["lordjax.nf", "lordjax.order", "lordjax.documents"],
     ["lordjax.progress", "lordjax.sites", "lordjax.plan", "lordjax.linalg", "lordjax.data"],
     ["lordjax.kernels"],
     ["lordjax.stats", "lordjax.trees", "lordjax.allocation"],

@@ -261,13 +261,9 @@ BLOCKS: dict[str, Any] = {
 
 
 class Transformer(nn.Module):
-    """Token ids to logits. Layers are a Python loop, since their ranks may differ.
-
-    With ``remat`` a gradient computes every block again, instead of keeping what is inside it.
-    """
+    """Token ids to logits. Layers are a Python loop, since their ranks may differ."""
 
     config: ModelConfig
-    remat: bool = False
 
     def setup(self) -> None:
         """Names the parts; see the module's docstring."""
@@ -281,7 +277,7 @@ class Transformer(nn.Module):
             self.token_types = nn.Embed(c.token_types, c.hidden_size)
         if c.embed_norm:
             self.embed_norm = NORMS[c.norm](c.norm_eps)
-        block = nn.remat(BLOCKS[c.block]) if self.remat else BLOCKS[c.block]
+        block = BLOCKS[c.block]
         self.blocks = [block(c, c.window(i), name=f"layer_{i}") for i in range(c.num_layers)]
         if c.final_norm:
             self.final_norm = NORMS[c.norm](c.norm_eps)
