@@ -171,7 +171,7 @@ def _stream(
     trained: Collection[str] | None = None,
 ) -> Float[Array, "b s m"]:
     """The residual stream behind the last block."""
-    run = functools.partial(Transformer(config).apply, {"params": params})
+    run: Any = functools.partial(Transformer(config).apply, {"params": params})
     inputs = (batch.tokens, batch.mask, batch.token_types)
     if trained is None:
         return run(*inputs, method=Transformer.hidden)

@@ -1,136 +1,25 @@
 """Every method on every shape of block that a family has: compress, save, load, evaluate."""
 
-import dataclasses
 import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from blocks import BLOCKS, GPT2, source
 
-from lordjax import InMemory, load, nbytes, save, trees
+from lordjax import load, nbytes, save, trees
 from lordjax.compression import prepare
 from lordjax.evaluate import perplexity
 from lordjax.kernels import weights
 from lordjax.methods import METHODS
-from lordjax.models import ModelConfig, Rope, Transformer, init
+from lordjax.models import Transformer
 from lordjax.quantization import prepare_quantized
 from lordjax.quantizer import FORMATS, QUANTIZERS
 
-GPT2 = ModelConfig(
-    vocab_size=61,
-    hidden_size=32,
-    mlp_size=64,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=4,
-    head_size=8,
-    max_positions=48,
-    norm="layer",
-    activation="gelu_new",
-    gated=False,
-    rope=None,
-    position_rows=48,
-    qkv_bias=True,
-    out_bias=True,
-    mlp_bias=True,
-    tie_embeddings=True,
-)
-ENCODER = dataclasses.replace(
-    GPT2,
-    block="post_norm",
-    activation="gelu",
-    causal=False,
-    embed_norm=True,
-    final_norm=False,
-    token_types=2,
-    head="masked",
-    head_bias=True,
-)
-# One of each shape of block: the families beside a name are built like it.
-BLOCKS = {
-    "gpt2": GPT2,
-    "gpt_bigcode": dataclasses.replace(GPT2, num_kv_heads=1),
-    "opt": dataclasses.replace(
-        GPT2, activation="relu", position_rows=50, position_offset=2, mlp_bias=False
-    ),
-    "codegen": dataclasses.replace(
-        GPT2,
-        block="parallel",
-        rope=Rope(size=4),
-        position_rows=None,
-        qkv_bias=False,
-        out_bias=False,
-        tie_embeddings=False,
-        head_bias=True,
-    ),
-    "starcoder2": dataclasses.replace(
-        GPT2, num_kv_heads=2, rope=Rope(), position_rows=None, windows=(None, 9)
-    ),
-    "gpt_neox": dataclasses.replace(
-        GPT2,
-        block="parallel_norms",
-        activation="gelu",
-        rope=Rope(size=4),
-        position_rows=None,
-        tie_embeddings=False,
-    ),
-    "gemma2": dataclasses.replace(
-        GPT2,
-        block="sandwich",
-        num_kv_heads=2,
-        norm="rms",
-        gated=True,
-        rope=Rope(),
-        local_rope=Rope(50.0),
-        position_rows=None,
-        windows=(9, None),
-        qkv_bias=False,
-        out_bias=False,
-        mlp_bias=False,
-        embedding_scale=5.5,
-        attention_scale=0.2,
-        attention_softcap=3.0,
-        final_softcap=4.0,
-    ),
-    "qwen3": dataclasses.replace(
-        GPT2,
-        num_kv_heads=2,
-        norm="rms",
-        activation="silu",
-        gated=True,
-        rope=Rope(),
-        position_rows=None,
-        qkv_bias=False,
-        out_bias=False,
-        mlp_bias=False,
-        qk_norm=True,
-    ),
-    "opt-350m": dataclasses.replace(
-        GPT2, block="post_norm", activation="relu", final_norm=False, embed_size=20
-    ),
-    "roberta": dataclasses.replace(ENCODER, position_rows=50, position_offset=2),
-    "bert-classifier": dataclasses.replace(
-        ENCODER, head="classes", num_classes=3, tie_embeddings=False
-    ),
-}
-BLOCKS["gemma3"] = dataclasses.replace(
-    BLOCKS["gemma2"], qk_norm=True, attention_softcap=None, final_softcap=None
-)
 TOKENS = np.random.default_rng(0).integers(0, GPT2.vocab_size, (10, 24), np.int32)
 MASK_TOKEN = 60
 HF_CONFIG = {"model_type": "gpt2"}
-
-
-def source(name):
-    """A random model whose norms and biases are not at their initial 1 and 0."""
-    flat = trees.flatten(init(BLOCKS[name], jax.random.key(0)))
-    keys = jax.random.split(jax.random.key(1), len(flat))
-    noise = {
-        path: leaf + 0.2 * jax.random.normal(key, leaf.shape)
-        for key, (path, leaf) in zip(keys, flat.items(), strict=True)
-    }
-    return InMemory(BLOCKS[name], trees.unflatten(noise))
 
 
 def linear_weights(params):

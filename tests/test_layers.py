@@ -41,6 +41,9 @@ ORDER = [
     ["lordjax.recipes"],
     ["lordjax.finetune"],
     ["lordjax.training", "lordjax.memory"],
+    ["lordjax.sampling"],
+    ["lordjax.generate"],
+    ["lordjax.completion"],
 ]
 RANK = {name: i for i, row in enumerate(ORDER) for name in row}
 

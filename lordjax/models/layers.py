@@ -312,6 +312,43 @@ def attend(
     return mixed.transpose(0, 2, 1, 3)
 
 
+def attend_cached(
+    q: Float[Array, "b s h d"],
+    keys: Float[Array, "b k t d"],
+    values: Float[Array, "b k t e"],
+    positions: Int[Array, "b s"],
+    *,
+    scale: float,
+    cap: float | None = None,
+    window: int | None = None,
+) -> Float[Array, "b s h e"]:
+    """Causal attention to a cache whose column i is position i; for few queries.
+
+    Args:
+      q: queries; head h uses key head ``h // (heads / key heads)``.
+      keys: of every column; those behind a query's position are not seen and may hold anything
+        finite.
+      values: likewise.
+      positions: of the queries.
+      scale: factor on the logits.
+      cap: of the scaled logits; see `softcap`.
+      window: how many positions a token sees back, itself included; None = all.
+
+    Returns:
+      Mixed values in the dtype of ``q``; the softmax is taken in float32.
+    """
+    batch, length, heads, _ = q.shape
+    groups, capacity = keys.shape[1:3]
+    rows = (q * scale).astype(keys.dtype).reshape(batch, length, groups, -1, q.shape[-1])
+    logits = jnp.einsum("bskgd,bktd->bksgt", rows, keys)
+    back = positions[:, :, None] - jnp.arange(capacity, dtype=positions.dtype)[None, None]
+    visible = (back >= 0) if window is None else (back >= 0) & (back < window)
+    weights, total = _softmax(softcap(logits, cap), visible[:, None, :, None])
+    mixed = jnp.einsum("bksgt,bkte->bskge", weights.astype(values.dtype), values)
+    mixed = mixed.astype(total.dtype) / total.transpose(0, 2, 1, 3, 4)
+    return mixed.astype(q.dtype).reshape(batch, length, heads, -1)
+
+
 def _softmax(logits: Array, visible: Array) -> tuple[Array, Array]:
     """Unnormalised softmax in float32 and its total, 1 where nothing is visible."""
     logits = jnp.where(visible, logits.astype(jnp.float32), -jnp.inf)

@@ -24,6 +24,13 @@ The norm before the MLP is absent where attention and MLP read the same normalis
 
 A compressed model is this same module with other leaves: sizes that compression may change are
 read from the arrays. Places where statistics can be taken are marked with `stats.tap`.
+
+If the collection ``cache`` is mutable, keys and values are kept there::
+
+    layer_0/attention/{keys,values}         [b, k, capacity, d] [b, k, capacity, e]
+
+Column i is position i. A pass without a cache makes one of as many columns as it has tokens; a pass
+with one writes its tokens' columns and attends to all columns up to their positions (`generate`).
 """
 
 from __future__ import annotations
@@ -31,6 +38,7 @@ from __future__ import annotations
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -43,11 +51,14 @@ from lordjax.models.layers import (
     Linear,
     RMSNorm,
     attend,
+    attend_cached,
     rope_frequencies,
     rotate,
     softcap,
 )
 from lordjax.stats import tap
+
+CACHE = "cache"  # the collection of keys and values
 
 
 class Attention(nn.Module):
@@ -84,16 +95,31 @@ class Attention(nn.Module):
         )
 
         # The softmax scale keeps the original head size: compression approximates q @ k.
-        mixed = attend(
-            *(q, k, v),
-            scale=c.attention_scale or c.head_size**-0.5,
-            cap=c.attention_softcap,
-            window=self.window,
-            mask=mask,
-            causal=c.causal,
-        )
+        scale = c.attention_scale or c.head_size**-0.5
+        how = {"scale": scale, "cap": c.attention_softcap, "window": self.window}
+        if self.has_variable(CACHE, "keys"):
+            cached = self._extended("keys", k, positions), self._extended("values", v, positions)
+            mixed = attend_cached(q, *cached, positions, **how)
+        else:
+            if self.is_mutable_collection(CACHE):
+                self.put_variable(CACHE, "keys", k.transpose(0, 2, 1, 3))
+                self.put_variable(CACHE, "values", v.transpose(0, 2, 1, 3))
+            mixed = attend(q, k, v, **how, mask=mask, causal=c.causal)
         mixed = tap(self, "attention_out", mixed.reshape(*x.shape[:2], -1))
         return Linear(c.hidden_size, c.out_bias, name="o")(mixed)
+
+    def _extended(
+        self, name: str, new: Float[Array, "b s k d"], positions: Int[Array, "b s"]
+    ) -> Float[Array, "b k t d"]:
+        """The cache with new columns, which follow each other from a row's first position on."""
+        columns, new = self.get_variable(CACHE, name), new.transpose(0, 2, 1, 3)
+
+        def write(row: Array, new: Array, first: Array) -> Array:
+            return jax.lax.dynamic_update_slice_in_dim(row, new.astype(row.dtype), first, axis=1)
+
+        columns = jax.vmap(write)(columns, new, positions[:, 0])
+        self.put_variable(CACHE, name, columns)
+        return columns
 
     def _rotate(
         self,
@@ -108,7 +134,10 @@ class Attention(nn.Module):
         that is not a weight.
         """
         c = self.config
-        frequencies, factor = rope_frequencies(rope, c.head_size, c.max_positions, q.shape[1])
+        length = q.shape[1]
+        if self.has_variable(CACHE, "keys"):
+            length = self.get_variable(CACHE, "keys").shape[2]
+        frequencies, factor = rope_frequencies(rope, c.head_size, c.max_positions, length)
         turns = jnp.asarray(frequencies)[None]  # [1, half]
         if self.has_variable("params", "rope_index"):
             turns = turns[0][self.get_variable("params", "rope_index")]  # [k, half]
@@ -307,10 +336,15 @@ class Transformer(nn.Module):
         tokens: Int[Array, "b s"],
         mask: Bool[Array, "b s"] | None = None,
         token_types: Int[Array, "b s"] | None = None,
+        positions: Int[Array, "b s"] | None = None,
     ) -> Float[Array, "b s m"]:
-        """The residual stream after the last block."""
-        positions = default_positions(tokens, mask)
-        x = self.embed_tokens(tokens, mask, token_types)
+        """The residual stream after the last block.
+
+        With a cache the tokens' ``positions`` have to be given, rising by one from column to
+        column; what is behind the cache's capacity overwrites its end.
+        """
+        x = self.embed_tokens(tokens, mask, token_types, positions)
+        positions = default_positions(tokens, mask) if positions is None else positions
         for block in self.blocks:
             x = block(x, positions, mask)
         return x
@@ -320,6 +354,7 @@ class Transformer(nn.Module):
         tokens: Int[Array, "b s"],
         mask: Bool[Array, "b s"] | None = None,
         token_types: Int[Array, "b s"] | None = None,
+        positions: Int[Array, "b s"] | None = None,
     ) -> Float[Array, "b s m"]:
         """The residual stream before the first block; token types are 0 where none are given.
 
@@ -334,21 +369,23 @@ class Transformer(nn.Module):
             x = self.project_in(x)
         if c.token_types:
             x = x + self.token_types(jnp.zeros_like(tokens) if token_types is None else token_types)
-        x = x if c.position_rows is None else self._add_positions(x, tokens, mask)
+        if c.position_rows is not None:
+            positions = default_positions(tokens, mask) if positions is None else positions
+            x = self._add_positions(x, positions)
         return self.embed_norm(x) if c.embed_norm else x
 
     def _add_positions(
-        self, x: Float[Array, "b s m"], tokens: Int[Array, "b s"], mask: Bool[Array, "b s"] | None
+        self, x: Float[Array, "b s m"], positions: Int[Array, "#b s"]
     ) -> Float[Array, "b s m"]:
         """Adds the learned positions."""
         c = self.config
         rows = c.position_rows or 0
-        if tokens.shape[1] > rows - c.position_offset:
+        if x.shape[1] > rows - c.position_offset:
             raise ValueError(
-                f"{tokens.shape[1]} tokens, but the model has learned "
+                f"{x.shape[1]} tokens, but the model has learned "
                 f"{rows - c.position_offset} positions; use shorter windows"
             )
-        added = self.positions(default_positions(tokens, mask) + c.position_offset)
+        added = self.positions(positions + c.position_offset)
         return x + jnp.broadcast_to(added, x.shape)
 
     def unembed(self, x: Float[Array, "b s m"]) -> Float[Array, "..."]:
