@@ -1,0 +1,160 @@
+"""``lordjax evaluate-code``: programs that a model writes for HumanEval or MBPP, and pass@k."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lordjax.scripts.common import check_output, open_model, progress_report
+
+if TYPE_CHECKING:
+    from lordjax.evaluate.programs import Complete
+    from lordjax.progress import Progress
+
+KS = (1, 10, 100)  # of pass@k, those that there are samples for
+
+
+def evaluate_code(
+    model: str | None,
+    *,
+    problems: str,
+    samples: int,
+    temperature: float,
+    top_p: float | None,
+    max_new_tokens: int,
+    seed: int,
+    batch: int,
+    seconds: float,
+    workers: int | None,
+    first: int | None,
+    run_generated_code: bool,
+    out: str | None,
+    reference: bool,
+) -> dict[str, Any]:
+    """Measures a model, or with ``reference`` the set's own solutions; arguments are the flags."""
+    settings = dict(locals())
+    from lordjax.evaluate import programs
+    from lordjax.evaluate.problems import read_problems
+    from lordjax.evaluate.sandbox import Limits
+
+    _check(model, samples, temperature, batch, first, out, reference)
+    found = read_problems(problems)
+    found = found if first is None else found.first(first)
+    how: dict[str, Any] = {
+        "ks": [k for k in KS if k <= samples],
+        "limits": Limits(seconds=seconds, cpu_seconds=seconds),
+        "workers": workers,
+        "allow_execution": run_generated_code,
+    }
+    start = time.perf_counter()
+    with progress_report() as progress:
+        if reference:
+            solutions = [[problem.solution] for problem in found.problems]
+            result = programs.judge(found, solutions, progress=progress, **{**how, "ks": [1]})
+        else:
+            complete = _completer(settings, found.stops, progress)
+            result = programs.evaluate(found, complete, samples=samples, progress=progress, **how)
+    rows = result.pop("rows")
+    if out is not None:
+        _write(Path(out).expanduser(), rows)
+    tried = [sample["outcome"] for row in rows for sample in row["samples"]]
+    if not reference:
+        names = ("temperature", "top_p", "max_new_tokens", "seed", "batch")
+        result["protocol"] |= {name: settings[name] for name in names}
+    return {
+        **result,
+        "outcomes": dict(Counter(tried).most_common()),
+        "unsolved": [row["task_id"] for row in rows if not row["correct"]],
+        "seconds": time.perf_counter() - start,
+        "output": out,
+        "settings": settings,
+    }
+
+
+def _check(
+    model: str | None,
+    samples: int,
+    temperature: float,
+    batch: int,
+    first: int | None,
+    out: str | None,
+    reference: bool,
+) -> None:
+    """Raises what can be known before a model is opened."""
+    if reference != (model is None):
+        raise ValueError(
+            "name a MODEL, or --reference for the set's own solutions; one of them, not both"
+        )
+    for name, value in {"--samples": samples, "--batch": batch, "--first": first}.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} {value}; expected 1 or more")
+    if not reference and samples > 1 and temperature <= 0:
+        raise ValueError(
+            f"{samples} samples at temperature {temperature:g} would all be the same; give "
+            "--temperature above 0, or --samples 1"
+        )
+    if out is not None:
+        if Path(out).expanduser().exists():
+            raise FileExistsError(f"{out}: exists; choose another output or remove it")
+        check_output(Path(out).expanduser())
+
+
+def _completer(settings: dict[str, Any], stops: tuple[str, ...], progress: Progress) -> Complete:
+    """Completes prompts with a model, a batch at a time; opens it when it is called."""
+
+    def complete(prompts: list[str]) -> list[str]:
+        import numpy as np
+
+        from lordjax.generate import Sampling
+        from lordjax.generate import complete as generate
+
+        opened = open_model(settings["model"])
+        if opened.config.head != "causal":
+            raise ValueError(
+                f"{settings['model']}: a model with head {opened.config.head!r} writes no programs"
+            )
+        params, tokenizer = opened.params(), opened.tokenizer()
+        names = ("temperature", "top_p")
+        sampling = Sampling(**{name: settings[name] for name in names})
+        done: list[str] = []
+        while len(done) < len(prompts):
+            # Samples of one prompt may be in several batches and must not be the same.
+            state = np.random.SeedSequence([settings["seed"], len(done)]).generate_state(1)
+            done += generate(
+                params,
+                opened.config,
+                tokenizer,
+                prompts[len(done) : len(done) + settings["batch"]],
+                max_new_tokens=settings["max_new_tokens"],
+                sampling=sampling,
+                stop_strings=stops,
+                seed=int(state[0] >> 1),
+            )
+            progress("generate", len(done), len(prompts))
+        return done
+
+    return complete
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """One line per task; all of the file or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.new")
+    fresh.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    os.replace(fresh, path)
+
+
+def show(result: dict[str, Any]) -> None:
+    """Prints the measurement for people."""
+    for k, value in result["pass_at"].items():
+        print(f"{f'pass@{k}':16} {value:.4f}")
+    counts = ", ".join(f"{count} {name}" for name, count in result["outcomes"].items())
+    print(f"{'programs':16} {counts}; {result['tasks']} tasks, {result['seconds']:.1f} s")
+    if result["output"]:
+        print(f"{'output':16} {result['output']}")
+    for name, value in result["protocol"].items():
+        print(f"{name:16} {value}")
