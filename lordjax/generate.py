@@ -25,6 +25,7 @@ from lordjax.sampling import GREEDY, Kind, Sampling, Values, pick
 
 CHUNK = 16  # tokens between two looks of the host
 LEAST = 16  # the smallest bucket
+ROOM = 128  # the smallest cache
 NOTHING = -1  # where a row has ended
 
 
@@ -82,11 +83,6 @@ def bucket(length: int) -> int:
     while size < length:
         size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
     return size
-
-
-def capacity_for(length: int) -> int:
-    """The next power of two, 128 at least: a column that is not used costs little."""
-    return max(128, 1 << (length - 1).bit_length())
 
 
 def _advance(
@@ -273,7 +269,7 @@ def _laid_out(
             )
         else:
             width = max(width, trained + 1)
-    width, capacity = min(width, most), min(capacity_for(max(total, width)), most)
+    width, capacity = min(width, most), min(bucket(max(total, width, ROOM)), most)
     tokens = np.zeros((len(prompts), width), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
