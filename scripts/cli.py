@@ -402,6 +402,91 @@ def evaluate(as_json: bool, **settings: Any) -> None:
 
 @cli.command()
 @click.argument("model")
+@click.argument("prompt", required=False)
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="0: always the likeliest token.",
+)
+@click.option("--top-k", type=click.IntRange(min=1), help="Draw from the k likeliest only.")
+@click.option(
+    "--top-p",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Draw from the likeliest that add up to p only.",
+)
+@click.option(
+    "--repetition-penalty",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Above 1: tokens that occurred are less likely.",
+)
+@click.option("--stop", multiple=True, metavar="TEXT", help="End before it; may be repeated.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--chat", is_flag=True, help="Write turns as the tokenizer's chat template says.")
+@click.option("--interactive", is_flag=True, help="Answer lines of the standard input.")
+@as_json_option
+def generate(as_json: bool, **settings: Any) -> None:
+    """Continue PROMPT with MODEL.
+
+    PROMPT may be '-' for the standard input. The text is shown as it comes.
+    """
+    from lordjax.scripts.generate_model import generate_model, show
+
+    output(generate_model(**settings, quiet=as_json), as_json, show)
+
+
+@cli.command()
+@click.argument("model", required=False)
+@click.option(
+    "--problems",
+    required=True,
+    metavar="PATH",
+    help="HumanEval (.jsonl or .jsonl.gz) or MBPP (.jsonl).",
+)
+@click.option(
+    "--samples", type=click.IntRange(min=1), default=1, show_default=True, help="Per problem."
+)
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True)
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True))
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=512, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--batch", type=click.IntRange(min=1), default=16, show_default=True)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    default=10.0,
+    show_default=True,
+    help="Of a program, on the clock and of CPU time.",
+)
+@click.option(
+    "--workers", type=click.IntRange(min=1), help="Programs at a time.  [default: the cores]"
+)
+@click.option("--first", type=click.IntRange(min=1), help="Only the first problems.")
+@click.option(
+    "--run-generated-code",
+    is_flag=True,
+    help="Allow it: programs that a model wrote run on this machine, in a sandbox.",
+)
+@click.option("--out", metavar="FILE", help="A .jsonl with a line per problem.")
+@click.option("--reference", is_flag=True, help="Run the set's own solutions instead of a model's.")
+@as_json_option
+def evaluate_code(as_json: bool, **settings: Any) -> None:
+    """Measure pass@k of the programs that MODEL writes.
+
+    Needs --run-generated-code; best inside a container. Which isolation was in force is printed
+    with the result.
+    """
+    from lordjax.scripts.evaluate_code import evaluate_code, show
+
+    output(evaluate_code(**settings), as_json, show)
+
+
+@cli.command()
+@click.argument("model")
 @as_json_option
 def inspect(as_json: bool, model: str) -> None:
     """Show the parameters of MODEL.

@@ -107,35 +107,27 @@ def _completer(settings: dict[str, Any], stops: tuple[str, ...], progress: Progr
     """Completes prompts with a model, a batch at a time; opens it when it is called."""
 
     def complete(prompts: list[str]) -> list[str]:
-        import numpy as np
-
-        from lordjax.generate import Sampling
-        from lordjax.generate import complete as generate
+        from lordjax import completion
+        from lordjax.sampling import Sampling
 
         opened = open_model(settings["model"])
         if opened.config.head != "causal":
             raise ValueError(
                 f"{settings['model']}: a model with head {opened.config.head!r} writes no programs"
             )
-        params, tokenizer = opened.params(), opened.tokenizer()
-        names = ("temperature", "top_p")
-        sampling = Sampling(**{name: settings[name] for name in names})
-        done: list[str] = []
-        while len(done) < len(prompts):
-            # Samples of one prompt may be in several batches and must not be the same.
-            state = np.random.SeedSequence([settings["seed"], len(done)]).generate_state(1)
-            done += generate(
-                params,
-                opened.config,
-                tokenizer,
-                prompts[len(done) : len(done) + settings["batch"]],
-                max_new_tokens=settings["max_new_tokens"],
-                sampling=sampling,
-                stop_strings=stops,
-                seed=int(state[0] >> 1),
-            )
-            progress("generate", len(done), len(prompts))
-        return done
+        found = completion.complete(
+            opened.params(),
+            opened.config,
+            opened.tokenizer(),
+            prompts,
+            max_new_tokens=settings["max_new_tokens"],
+            sampling=Sampling(settings["temperature"], top_p=settings["top_p"]),
+            stop_strings=stops,
+            seed=settings["seed"],
+            batch_size=settings["batch"],
+            progress=progress,
+        )
+        return [answer.text for answer in found]
 
     return complete
 
