@@ -80,6 +80,15 @@ def shares(context: click.Context, parameter: click.Parameter, value: str) -> tu
     return tuple(numbers)
 
 
+def counts(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
+    """Reads positive integers that are separated by commas."""
+    del context
+    parts = value.split(",")
+    if not all(part.isdigit() and int(part) for part in parts):
+        raise click.BadParameter(f"{value!r} is not a list like 1,8,32", param=parameter)
+    return tuple(int(part) for part in parts)
+
+
 def ranks_option(command: Any) -> Any:
     """``--ranks``."""
     return click.option(
@@ -483,6 +492,46 @@ def evaluate_code(as_json: bool, **settings: Any) -> None:
     from lordjax.scripts.evaluate_code import evaluate_code, show
 
     output(evaluate_code(**settings), as_json, show)
+
+
+@cli.command()
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@click.option(
+    "--prefill", type=click.IntRange(min=1), default=1024, show_default=True, help="Tokens read."
+)
+@click.option(
+    "--prompt",
+    type=click.IntRange(min=1),
+    default=128,
+    show_default=True,
+    help="Tokens before those that are written.",
+)
+@click.option(
+    "--new",
+    type=click.IntRange(min=2),
+    default=64,
+    show_default=True,
+    help="Tokens written per row.",
+)
+@click.option(
+    "--batches", default="1,8,32", show_default=True, callback=counts, help="Rows written at once."
+)
+@click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True)
+@click.option(
+    "--transformers", metavar="DIR", help="A Hugging Face directory that torch runs beside."
+)
+@click.option("--tokens", metavar="PATH", help="Measure perplexities, too; as of evaluate.")
+@click.option("--windows", type=click.IntRange(min=1), help="Of --tokens, at most.")
+@click.option("--picture", metavar="FILE", help="Perplexity against bytes and speed.")
+@as_json_option
+def benchmark(as_json: bool, **settings: Any) -> None:
+    """Measure how fast MODELs read and write, in turn.
+
+    What others are compared with comes first. Prints a markdown table.
+    """
+    from lordjax.scripts.benchmark_model import benchmark_model, show
+
+    output(benchmark_model(**settings), as_json, show)
 
 
 @cli.command()

@@ -29,6 +29,7 @@ def generate_model(
     quiet: bool,
 ) -> dict[str, Any]:
     """Generates, and shows the text as it comes unless ``quiet``; arguments are the flags."""
+    from lordjax.progress import peak_rss
     from lordjax.sampling import Sampling
 
     if (prompt is None) != interactive:
@@ -46,7 +47,8 @@ def generate_model(
         if not quiet:
             print(piece, end="", flush=True)
     seconds = time.perf_counter() - start
-    return {"prompt": text, "text": "".join(parts), "seconds": seconds}
+    answer = "".join(parts)
+    return {"prompt": text, "text": answer, "seconds": seconds, "peak_rss": peak_rss()}
 
 
 def talk(writer: Writer) -> dict[str, Any]:

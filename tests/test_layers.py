@@ -175,7 +175,8 @@ COPIED = "lordjax.conversions.modeling_lordjax"  # into exports, where transform
 
 def test_torch_is_imported_in_conversions_only_and_lazily():
     # What they run beside ours is in torch.
-    peers = {f"lordjax.scripts.benchmark_{name}" for name in ("decompose", "export", "finetune")}
+    names = ("decompose", "export", "finetune", "model")
+    peers = {f"lordjax.scripts.benchmark_{name}" for name in names}
     for module in sources():
         everything = {name.split(".")[0] for name in imports(module)}
         if not inside(module, "lordjax.conversions") and module not in peers:
