@@ -154,22 +154,21 @@ class NFQuantized(Kernel):
         values = _over(lead, lambda p: nf.decode(p, self.format, fan_in * fan_out))(packed)
         return jax.lax.stop_gradient(values).reshape(*lead, fan_out, fan_in).mT
 
+    def decoded_after(self, x: Float[Array, "..."]) -> Float[Array, "... in out"]:
+        """W in the dtype of ``x``, decoded no earlier than ``x`` is there.
+
+        Nothing else keeps a compiler from decoding the matrices of all layers first, or once for
+        all turns of a loop, and holding them.
+        """
+        codes = self.codes + order.never(x).astype(self.codes.dtype)
+        return dataclasses.replace(self, codes=codes).materialize().astype(x.dtype)
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _decoded_product(shape: tuple[int, ...], x: Array, kernel: NFQuantized) -> Array:
     """``x [shape] @ W``."""
     del shape
-    return jnp.matmul(x, _decoded_after(x, kernel))
-
-
-def _decoded_after(x: Array, kernel: NFQuantized) -> Array:
-    """W in the dtype of ``x``, decoded no earlier than ``x`` is there.
-
-    Nothing else keeps a compiler from decoding the matrices of all layers first, or once for all
-    turns of a loop, and holding them.
-    """
-    codes = kernel.codes + order.never(x).astype(kernel.codes.dtype)
-    return dataclasses.replace(kernel, codes=codes).materialize().astype(x.dtype)
+    return jnp.matmul(x, kernel.decoded_after(x))
 
 
 def _forwards(shape: tuple[int, ...], x: Array, kernel: NFQuantized) -> tuple[Array, NFQuantized]:
@@ -177,7 +176,7 @@ def _forwards(shape: tuple[int, ...], x: Array, kernel: NFQuantized) -> tuple[Ar
 
 
 def _backwards(shape: tuple[int, ...], kernel: NFQuantized, g: Array) -> tuple[Array, None]:
-    decoded = _decoded_after(g, kernel)
+    decoded = kernel.decoded_after(g)
     like = jax.ShapeDtypeStruct(shape, g.dtype)
     (gradient,) = jax.linear_transpose(lambda x: jnp.matmul(x, decoded), like)(g)
     return gradient, None
