@@ -168,8 +168,14 @@ def _backwards(mode: Any, kept: Any, g: Array) -> tuple[Array, Any, Any, None]:
 _product.defvjp(_forwards, _backwards)
 
 
+def decoded(x: Array, quantized: Any, low_rank: Any = None) -> Array:
+    """`matmul` without the kernel: the whole matrix is decoded."""
+    if low_rank is None:
+        return _decoded(x, None, None, quantized)
+    return _decoded(x, jnp.matmul(x, low_rank.left.astype(x.dtype)), low_rank.right, quantized)
+
+
 def _decoded(x: Array, inner: Any, right: Any, quantized: Any) -> Array:
-    """The product without the kernel."""
     y = jnp.matmul(x, quantized.decoded_after(x))
     return y if inner is None else y + jnp.matmul(inner, right.astype(x.dtype))
 
@@ -189,9 +195,7 @@ def _choose(mode: Any, *operands: Any) -> Array:
     return kernel(*operands)
 
 
-def _launch(
-    tile: Tile, interpret: bool, x: Array, inner: Any, right: Any, quantized: Any
-) -> Array:
+def _launch(tile: Tile, interpret: bool, x: Array, inner: Any, right: Any, quantized: Any) -> Array:
     """Puts x in order, pads, runs the kernel, cuts."""
     form, rows = quantized.format, len(x)
     fan_in, fan_out = quantized.shape
