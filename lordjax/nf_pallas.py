@@ -249,13 +249,13 @@ def _kernel(tile: Tile, form: nf.Format, sizes: tuple[int, int], steps: int, *re
         # Groups beyond the column's last meet zeros of x.
         mask = jnp.broadcast_to(groups[None] < per_column, index.shape) if ragged else None
         packed = [_load(codes_ref, index * words + i, mask) for i in range(words)]
-        shared = form.block % size == 0
-        scale = _scale(scale_refs, index * size, form, mask) if shared else None
+        read_scale = functools.partial(_scale, scale_refs, form=form, mask=mask)
+        scale = read_scale(index * size)  # of a whole group, where blocks hold whole groups
 
         def some(turn: Any, total: Array) -> Array:
             for place in range(min(size, UNROLL)):
                 place = turn * UNROLL + place
-                own = scale if shared else _scale(scale_refs, index * size + place, form, mask)
+                own = read_scale(index * size + place) if form.block % size else scale
                 codes = _code(packed, place, form.bits)
                 weights = own * _levels(table_ref, codes, form.bits, tile.gather)
                 x = x_ref[:, place, pl.ds(first, tile.groups)]
@@ -300,7 +300,7 @@ def _levels(ref: Any, codes: Array, bits: int, gather: bool) -> Array:
     return nf.lookup(codes, bits)
 
 
-def _scale(refs: Any, index: Array, form: nf.Format, mask: Array | None) -> Array:
+def _scale(refs: Any, index: Array, *, form: nf.Format, mask: Array | None) -> Array:
     """Scales of the values at flat indices, as `nf.dequantize_scales`."""
     scales_ref, high_ref, low_ref, offset_ref = refs
     size, words = places(form.scale_bits), 3 if form.scale_bits == 3 else 1
