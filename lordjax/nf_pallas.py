@@ -276,7 +276,7 @@ def _kernel(tile: Tile, form: nf.Format, sizes: tuple[int, int], steps: int, *re
 
 
 def _count(length: int) -> Array:
-    return lax.iota(jnp.int32, length)
+    return jnp.arange(length, dtype=jnp.int32)
 
 
 def _load(ref: Any, index: Array, mask: Array | None) -> Array:

@@ -62,7 +62,7 @@ def main(
         click.echo(json.dumps({"products": found, "environment": facts}, indent=1))
         return
     click.echo(json.dumps(facts) + "\n")
-    click.echo("| in × out | rows | product | µs | of memory's speed | error |")
+    click.echo("| in x out | rows | product | µs | of memory's speed | error |")
     click.echo("|---|---|---|---|---|---|")
     for row in found:
         cells = (row["shape"], row["rows"], row["product"], f"{1e6 * row['seconds']:.1f}")
@@ -124,7 +124,7 @@ def measure(
     ]
     return [
         {
-            "shape": "×".join(map(str, shape)),
+            "shape": "x".join(map(str, shape)),
             "rows": rows,
             "product": name,
             "seconds": time,
