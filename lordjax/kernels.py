@@ -18,6 +18,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
+import importlib.util
 import math
 from typing import Any
 
@@ -191,11 +192,17 @@ _decoded_product.defvjp(_forwards, _backwards)
 
 def _by_gpu_kernel(x: Array, base: NFQuantized, low_rank: LowRank | None = None) -> Array | None:
     """``x @ base + x @ low_rank`` by `nf_pallas` if that was measured to be faster, else None."""
-    if jax.default_backend() != "gpu":
+    if jax.default_backend() != "gpu" or not _has_triton():
         return None
     from lordjax import nf_choice  # Pallas, which takes a while to import
 
     return nf_choice.product(x, base, low_rank)
+
+
+@functools.cache
+def _has_triton() -> bool:
+    """Whether this jax compiles Pallas kernels with Triton: newer ones announce to drop that."""
+    return importlib.util.find_spec("jax.experimental.pallas.triton") is not None
 
 
 def _over(lead: Any, fn: Any) -> Any:

@@ -271,7 +271,8 @@ def _kernel(tile: Tile, form: nf.Format, sizes: tuple[int, int], steps: int, *re
         y = jnp.sum(y, axis=1, keepdims=True)
     if low_rank_refs:
         first = (split == 0).astype(jnp.float32)
-        y += first * _low_rank(*low_rank_refs, columns)
+        inner_ref, right_ref = low_rank_refs
+        y += first * _low_rank(inner_ref, right_ref, columns)
     y_ref[0] = y.T.astype(y_ref.dtype)
 
 
