@@ -26,6 +26,7 @@ from lordjax import nf_pallas, order
 from lordjax.nf_pallas import Tile
 
 MARGIN = 1.05  # the kernel must be faster by more than times differ from run to run
+ROWS = 4096  # of x at most: more take longer in proportion
 COPIES, BYTES = 8, 2**27  # matrices that take turns, so that a cache does not hold them
 ROUNDS, REPEATS = 3, 10  # the best of rounds, each of repeated runs
 
@@ -53,7 +54,7 @@ class Case:
     """Products that take equally long.
 
     Attributes:
-      rows: of x, rounded up to a power of 2.
+      rows: of x, rounded up to a power of 2, at most `ROWS`.
       dtype: of x.
       tree: structure of (quantised matrix, low-rank product or None).
       leaves: their shapes and dtypes.
@@ -68,7 +69,7 @@ class Case:
     def of(cls, x: Any, quantized: Any, low_rank: Any) -> Case:
         """The case of a product."""
         leaves, tree = jax.tree.flatten((quantized, low_rank))
-        rows = 2 ** (math.prod(x.shape[:-1]) - 1).bit_length()
+        rows = min(ROWS, 2 ** (math.prod(x.shape[:-1]) - 1).bit_length())
         return cls(rows, x.dtype.name, tree, tuple((y.shape, y.dtype.name) for y in leaves))
 
     def operands(self, seed: int) -> Any:

@@ -274,6 +274,8 @@ def test_cases_round_rows_up_and_tell_formats_apart():
     x = [normal(3, (rows, 96)) for rows in (3, 4, 5)]
     three, four, five = (nf_choice.Case.of(y, quantized(), None) for y in x)
     assert three == four and hash(three) == hash(four) and five.rows == 8
+    many = jax.ShapeDtypeStruct((70, 70, 96), "float32")
+    assert nf_choice.Case.of(many, quantized(), None).rows == nf_choice.ROWS
     others = [(quantized(Format(3)), None), (quantized(), low_rank())]
     found = [four, five, *(nf_choice.Case.of(x[0], *other) for other in others)]
     assert all(a != b for a, b in itertools.combinations(found, 2))
