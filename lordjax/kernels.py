@@ -18,6 +18,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
+import importlib.util
 import math
 from typing import Any
 
@@ -144,8 +145,12 @@ class NFQuantized(Kernel):
         return jnp.dtype(jnp.float32)
 
     def matmul(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
-        """``x @ W``; W is decoded for this product, and once more when it is differentiated."""
-        return _decoded_product(x.shape, x, self)
+        """``x @ W``; W is decoded for this product, and once more when it is differentiated.
+
+        On a GPU tile by tile, in one kernel, where that is faster.
+        """
+        y = _by_gpu_kernel(x, self)
+        return _decoded_product(x.shape, x, self) if y is None else y
 
     def materialize(self) -> Float[Array, "... in out"]:
         """The decoded matrix."""
@@ -154,22 +159,21 @@ class NFQuantized(Kernel):
         values = _over(lead, lambda p: nf.decode(p, self.format, fan_in * fan_out))(packed)
         return jax.lax.stop_gradient(values).reshape(*lead, fan_out, fan_in).mT
 
+    def decoded_after(self, x: Float[Array, "..."]) -> Float[Array, "... in out"]:
+        """W in the dtype of ``x``, decoded no earlier than ``x`` is there.
+
+        Nothing else keeps a compiler from decoding the matrices of all layers first, or once for
+        all turns of a loop, and holding them.
+        """
+        codes = self.codes + order.never(x).astype(self.codes.dtype)
+        return dataclasses.replace(self, codes=codes).materialize().astype(x.dtype)
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _decoded_product(shape: tuple[int, ...], x: Array, kernel: NFQuantized) -> Array:
     """``x [shape] @ W``."""
     del shape
-    return jnp.matmul(x, _decoded_after(x, kernel))
-
-
-def _decoded_after(x: Array, kernel: NFQuantized) -> Array:
-    """W in the dtype of ``x``, decoded no earlier than ``x`` is there.
-
-    Nothing else keeps a compiler from decoding the matrices of all layers first, or once for all
-    turns of a loop, and holding them.
-    """
-    codes = kernel.codes + order.never(x).astype(kernel.codes.dtype)
-    return dataclasses.replace(kernel, codes=codes).materialize().astype(x.dtype)
+    return jnp.matmul(x, kernel.decoded_after(x))
 
 
 def _forwards(shape: tuple[int, ...], x: Array, kernel: NFQuantized) -> tuple[Array, NFQuantized]:
@@ -177,13 +181,28 @@ def _forwards(shape: tuple[int, ...], x: Array, kernel: NFQuantized) -> tuple[Ar
 
 
 def _backwards(shape: tuple[int, ...], kernel: NFQuantized, g: Array) -> tuple[Array, None]:
-    decoded = _decoded_after(g, kernel)
+    decoded = kernel.decoded_after(g)
     like = jax.ShapeDtypeStruct(shape, g.dtype)
     (gradient,) = jax.linear_transpose(lambda x: jnp.matmul(x, decoded), like)(g)
     return gradient, None
 
 
 _decoded_product.defvjp(_forwards, _backwards)
+
+
+def _by_gpu_kernel(x: Array, base: NFQuantized, low_rank: LowRank | None = None) -> Array | None:
+    """``x @ base + x @ low_rank`` by `nf_pallas` if that was measured to be faster, else None."""
+    if jax.default_backend() != "gpu" or not _has_triton():
+        return None
+    from lordjax import nf_choice  # Pallas, which takes a while to import
+
+    return nf_choice.product(x, base, low_rank)
+
+
+@functools.cache
+def _has_triton() -> bool:
+    """Whether this jax compiles Pallas kernels with Triton: newer ones announce to drop that."""
+    return importlib.util.find_spec("jax.experimental.pallas.triton") is not None
 
 
 def _over(lead: Any, fn: Any) -> Any:
@@ -221,8 +240,9 @@ class LowRankPlusQuantized(Kernel):
         return max(self.base.dtype, self.low_rank.dtype, key=lambda dtype: dtype.itemsize)
 
     def matmul(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
-        """``x @ base + (x @ left) @ right``."""
-        return matmul(x, self.base) + matmul(x, self.low_rank)
+        """``x @ base + (x @ left) @ right``; on a GPU in one kernel, where that is faster."""
+        y = _by_gpu_kernel(x, self.base, self.low_rank)
+        return matmul(x, self.base) + matmul(x, self.low_rank) if y is None else y
 
     def materialize(self) -> Float[Array, "... in out"]:
         """The sum."""

@@ -209,6 +209,18 @@ def quantize_scales(
     return codes.reshape(-1)[: len(scales)].astype(jnp.uint8), supers, offset
 
 
+def scale_steps(
+    supers: Float[Array, "..."], form: Format
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """m/(2^scale_bits - 1) in two terms: ŝ = (o + u·first) + u·second."""
+    # Not m / steps: compilers turn that into this product. In terms of 16 and 7 bits, whose
+    # products with u are exact, so that a fused multiply-add rounds like the two operations.
+    step = supers.astype(jnp.float32) * np.float32(1 / (2**form.scale_bits - 1))
+    step = lax.reduce_precision(step, exponent_bits=8, mantissa_bits=22)
+    high = lax.reduce_precision(step, exponent_bits=8, mantissa_bits=15)
+    return high, step - high
+
+
 def dequantize_scales(
     codes: UInt[Array, "blocks"],
     supers: Float[Array, "supers"],
@@ -216,13 +228,9 @@ def dequantize_scales(
     form: Format,
 ) -> Float[Array, "blocks"]:
     """ŝ, with the same bits however a compiler fuses: codes fit the scales they were made for."""
-    # Not m / steps: compilers turn that into this product. In two terms of 16 and 7 bits, whose
-    # products with u are exact, so that a fused multiply-add rounds like the two operations.
-    step = supers.astype(jnp.float32)[:, None] * np.float32(1 / (2**form.scale_bits - 1))
-    step = lax.reduce_precision(step, exponent_bits=8, mantissa_bits=22)
-    high = lax.reduce_precision(step, exponent_bits=8, mantissa_bits=15)
+    high, low = scale_steps(supers[:, None], form)
     wide = runs(codes.astype(jnp.float32), form.scale_block)
-    scales = offset + wide * high + wide * (step - high)
+    scales = offset + wide * high + wide * low
     scales = scales.reshape(-1)[: len(codes)]
     # Divided by 1, exactly: XLA on CPU, which fuses across barriers, would find a scale again for
     # each of its values; a division it does not repeat.
