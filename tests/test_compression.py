@@ -10,7 +10,7 @@ import pytest
 
 from lordjax import collect, trees
 from lordjax.calibrate import gradient_statistics
-from lordjax.compression import InMemory, compress, prepare
+from lordjax.compression import PREFIXES, InMemory, compress, prepare
 from lordjax.kernels import LowRank, nbytes
 from lordjax.linalg import row_space
 from lordjax.methods import METHODS
@@ -48,8 +48,14 @@ def linear_weights(params):
     return sum(nbytes(flat[path]) // 4 for path in paths)
 
 
-@pytest.mark.parametrize("prefix", ["dense", "compressed", "corrective"])
-@pytest.mark.parametrize("method", sorted(METHODS))
+def prefixes():
+    """All methods with their own prefix; the others with one method of each kind, the rest slow."""
+    for method, prefix in itertools.product(sorted(METHODS), PREFIXES):
+        quick = prefix == METHODS[method].prefix or method in ("lord", "lord-centred", "modegpt")
+        yield pytest.param(method, prefix, marks=[] if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("method", "prefix"), list(prefixes()))
 def test_every_method_keeps_its_budget(source, params, method, prefix):
     if prefix == "corrective" and "abs_mean" in METHODS[method].needs:
         with pytest.raises(ValueError, match="no corrective target"):

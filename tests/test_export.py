@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import itertools
 import json
 import shutil
 
@@ -159,11 +160,16 @@ def same(saved, expected, directory, to):
     np.testing.assert_allclose(reloaded(directory, to), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [*FAMILIES, "phi4-mini"])
-@pytest.mark.parametrize(
-    ("variant", "to"),
-    [(v, to) for v in VARIANTS for to in EXPORTS if to != "peft" or v == "codes"],
-)
+def exports():
+    """Two families every way, every family two ways with all kinds of kernels; the rest is slow."""
+    for kind, variant, to in itertools.product([*FAMILIES, "phi4-mini"], VARIANTS, EXPORTS):
+        often = (variant, to) in (("codes", "factored"), ("narrow", "dense"))
+        marks = [] if often or kind in ("llama", "gpt2") else pytest.mark.slow
+        if to != "peft" or variant == "codes":
+            yield pytest.param(kind, variant, to, marks=marks)
+
+
+@pytest.mark.parametrize(("kind", "variant", "to"), list(exports()))
 def test_logits(made, tmp_path, kind, variant, to):
     saved, expected = made(kind, variant)
     if to == "orbax":

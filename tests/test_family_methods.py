@@ -53,8 +53,14 @@ def check(result, original, directory):
     assert measure(config, params) == measured
 
 
-@pytest.mark.parametrize("block", BLOCKS)
-@pytest.mark.parametrize("method", METHODS)
+def pairs(methods, often):
+    """Every method on two blocks, every block with ``often``; all other pairs are slow."""
+    for method, block in itertools.product(methods, BLOCKS):
+        quick = method in often or block in ("gpt2", "gemma3")
+        yield pytest.param(method, block, marks=[] if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("method", "block"), list(pairs(METHODS, ["modegpt"])))
 def test_compression(method, block, tmp_path):
     original = source(block)
     prepared = prepare(original, TOKENS, method=method, mask_token=MASK_TOKEN)
@@ -67,8 +73,7 @@ def test_compression(method, block, tmp_path):
     check(half, original, tmp_path / "out")
 
 
-@pytest.mark.parametrize("block", BLOCKS)
-@pytest.mark.parametrize("method", QUANTIZERS)
+@pytest.mark.parametrize(("method", "block"), list(pairs(QUANTIZERS, ["auto"])))
 def test_quantisation(method, block, tmp_path):
     original = source(block)
     rank = None if QUANTIZERS[method].rank is None else 4
