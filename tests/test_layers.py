@@ -15,6 +15,7 @@ ORDER = [
     ["lordjax.nf", "lordjax.order", "lordjax.documents"],
     ["lordjax.progress", "lordjax.sites", "lordjax.plan", "lordjax.linalg", "lordjax.data"],
     ["lordjax.kernels", "lordjax.evaluate.sandbox", "lordjax.evaluate.problems"],
+    ["lordjax.evaluate.questions"],
     ["lordjax.evaluate.supervisor", "lordjax.evaluate.programs"],
     ["lordjax.stats", "lordjax.trees", "lordjax.allocation"],
     ["lordjax.models.config"],
@@ -44,7 +45,8 @@ ORDER = [
     ["lordjax.training", "lordjax.memory"],
     ["lordjax.sampling"],
     ["lordjax.generate"],
-    ["lordjax.completion"],
+    ["lordjax.completion", "lordjax.evaluate.likelihood"],
+    ["lordjax.evaluate.choices"],
 ]
 RANK = {name: i for i, row in enumerate(ORDER) for name in row}
 
