@@ -1,8 +1,8 @@
 """Multiple choice: of each question's choices the likeliest is taken.
 
 ``acc`` compares log-likelihoods as they are, ``acc_norm`` divides them by a choice's characters and
-``acc_bytes`` by its UTF-8 bytes; of equal ones the first counts. Standard errors are those of a mean
-of independent questions, with n - 1. All of it as in the LM evaluation harness.
+``acc_bytes`` by its UTF-8 bytes; of equal ones the first counts. Standard errors are those of a
+mean of independent questions, with n - 1. All of it as in the LM evaluation harness.
 """
 
 from __future__ import annotations
