@@ -124,7 +124,8 @@ class LordjaxLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         del kwargs
         pairs = [(context, continuation) for _, context, continuation in requests]
-        answers = [tuple(score) for score in self._scores(pairs, disable_tqdm)]
+        scores = self._scores(pairs, disable_tqdm)
+        answers = [(score.log_likelihood, score.greedy) for score in scores]
         for (texts, _, _), answer in zip(requests, answers, strict=True):
             if texts is not None:
                 self.cache_hook.add_partial("loglikelihood", texts, answer)
@@ -207,18 +208,17 @@ def generation(settings: dict[str, Any], max_new_tokens: int) -> tuple[Sampling,
     stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
     lengths = [left.pop(name, None) for name in LENGTHS]
     new = next((int(length) for length in lengths if length is not None), max_new_tokens)
-    temperature = float(left.pop("temperature", None) or 0.0)
-    drawn = left.pop("do_sample", None)
-    drawn = temperature > 0 if drawn is None else bool(drawn)
+    drawn, temperature = left.pop("do_sample", None), left.pop("temperature", None)
+    temperature = float(temperature if temperature is not None else 1.0 if drawn else 0.0)
     top_k, top_p = left.pop("top_k", None), left.pop("top_p", None)
     if left:
         raise ValueError(
             f"generation settings {', '.join(sorted(left))} are not known; expected until, "
             f"do_sample, temperature, top_k, top_p, {', '.join(LENGTHS)}"
         )
-    if not drawn:
-        return Sampling(0.0), stops, new
-    return Sampling(temperature or 1.0, top_k or None, top_p), stops, new
+    # What is not to be drawn is greedy, whatever the temperature.
+    sampling = Sampling() if drawn is False else Sampling(temperature, top_k or None, top_p)
+    return sampling, stops, new
 
 
 def main() -> None:
