@@ -212,7 +212,8 @@ def _scored(
             part = table[start : start + CHUNK]
             # A last, shorter part is filled up: another shape would be compiled again.
             filled = np.pad(part, ((0, CHUNK - len(part)), (0, 0)), mode="edge")
-            found, best = _picked(config, params, x, *map(jnp.asarray, filled.T[:3]))
+            row, column, target = map(jnp.asarray, filled.T[:3])
+            found, best = _judged(config, params, _picked(x, row, column), target)
             count = len(part)
             yield part[:, 3], np.asarray(found, np.float64)[:count], np.asarray(best)[:count]
 
@@ -223,20 +224,20 @@ def _hidden(config: ModelConfig, params: Any, tokens: Int[Array, "b s"]) -> Floa
     return x
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@jax.jit
 def _picked(
-    config: ModelConfig,
-    params: Any,
-    x: Float[Array, "b s m"],
-    rows: Int[Array, "n"],
-    columns: Int[Array, "n"],
-    targets: Int[Array, "n"],
+    x: Float[Array, "b s m"], rows: Int[Array, "n"], columns: Int[Array, "n"]
+) -> Float[Array, "n m"]:
+    return x[rows, columns]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _judged(
+    config: ModelConfig, params: Any, x: Float[Array, "n m"], targets: Int[Array, "n"]
 ) -> tuple[Float[Array, "n"], Bool[Array, "n"]]:
     """Log-likelihood of the target behind each position, and whether it is the likeliest token."""
-    model = Transformer(config)
-    picked = x[rows, columns][None]
-    logits: Any = model.apply({"params": params}, picked, method=Transformer.unembed)
-    logits = logits[0]
+    found: Any = Transformer(config).apply({"params": params}, x[None], method=Transformer.unembed)
+    logits = found[0]
     chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
     best = jnp.argmax(logits, axis=-1).astype(targets.dtype) == targets
     return chosen - jax.nn.logsumexp(logits, axis=-1), best
