@@ -44,7 +44,7 @@ class LordjaxLM(TemplateLM):
       max_length: most tokens the model reads; None: its longest sequence.
       max_gen_toks: most tokens of an answer, where a task does not say.
       seed: of what is drawn.
-      device: None: JAX's own choice, which JAX_PLATFORMS and CUDA_VISIBLE_DEVICES govern.
+      device: torch's name, which the harness always gives; JAX chooses, as JAX_PLATFORMS says.
       max_batch_size: of the harness's search for a batch size, which is not done.
 
     Raises:
@@ -63,9 +63,7 @@ class LordjaxLM(TemplateLM):
         max_batch_size: int | None = None,
     ):
         super().__init__()
-        del max_batch_size
-        if device is not None:
-            raise ValueError(f"device {device!r}: leave it out; JAX_PLATFORMS chooses the device")
+        del device, max_batch_size
         auto = str(batch_size).startswith("auto")
         if not auto and not str(batch_size).isdigit():
             raise ValueError(f"batch_size {batch_size!r}; expected a number, or auto")
