@@ -86,23 +86,22 @@ def test_the_harness_and_evaluate_choices_agree_on_every_question(model, tmp_pat
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    # Questions of the tiny model are short.
-    tasks = ["arc_easy", "openbookqa", "boolq", "social_iqa", "winogrande", "hellaswag", "piqa"]
-    for task in tasks:
+    for task in FILES:
         data = write(tmp_path / f"{task}.jsonl", *records(task))
         task_file(tmp_path, task, data)
     found = lm_eval.simple_evaluate(
         model=model,
-        tasks=[f"small_{task}" for task in tasks],
+        tasks=[f"small_{task}" for task in FILES],
         task_manager=TaskManager(include_path=str(tmp_path)),
         bootstrap_iters=0,
     )
-    for task in tasks:
+    for task in FILES:
         questions = read_questions(tmp_path / f"{task}.jsonl", task)
-        ours = choices.evaluate(model.config, model.params, model.tokenizer, questions)
+        given = model.config, model.params, model.tokenizer
+        ours = choices.evaluate(*given, questions, batch_size=4)
         samples = sorted(found["samples"][f"small_{task}"], key=lambda s: s["doc_id"])
         for sample, row, question in zip(samples, ours["rows"], questions.questions, strict=True):
-            assert [tuple(a.values()) for a in sample["arguments"].values()] == list(question.pairs)
+            assert [tuple(pair) for pair in sample["arguments"]] == list(question.pairs)
             scores = [response[0][0] for response in sample["resps"]]
             np.testing.assert_allclose(scores, row["log_likelihoods"], atol=1e-4)
         for name, metric in ours["metrics"].items():
