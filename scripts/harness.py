@@ -21,7 +21,7 @@ from typing import Any
 
 import lm_eval.models  # noqa: F401 - registers the harness's own; it does so only if no other is
 from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
+from lm_eval.api.registry import MODEL_REGISTRY, register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from lordjax.evaluate import choices
@@ -33,7 +33,6 @@ MAX_NEW_TOKENS = 256  # of an answer, where a task says nothing; the harness's o
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # one meaning
 
 
-@register_model("lordjax")
 class LordjaxLM(TemplateLM):
     """A model, dense or compressed, as the harness asks it.
 
@@ -193,6 +192,11 @@ class LordjaxLM(TemplateLM):
                 progress=progress,
             )
         return [answer.text for answer in found]
+
+
+# Where the entry point was read, the name is there already.
+if "lordjax" not in MODEL_REGISTRY:
+    register_model("lordjax")(LordjaxLM)
 
 
 def generation(settings: dict[str, Any], max_new_tokens: int) -> tuple[Sampling, list[str], int]:
