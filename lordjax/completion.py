@@ -29,7 +29,7 @@ def complete(
     params: Any,
     config: ModelConfig,
     tokenizer: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[int]],
     *,
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
@@ -38,7 +38,7 @@ def complete(
     batch_size: int = 8,
     progress: Progress | None = None,
 ) -> list[Completion]:
-    """Continues texts, those of about one length together, in the order of the prompts.
+    """Continues texts or their ids, those of about one length together, in the prompts' order.
 
     A text ends before the first stop string, at the tokenizer's end-of-sequence token, or after
     ``max_new_tokens``. What is drawn for a prompt depends on its place in the list, not on the
@@ -47,7 +47,7 @@ def complete(
     Raises:
       ValueError: as `generate.stream`.
     """
-    ids = [encode(tokenizer, prompt) for prompt in prompts]
+    ids = [encode(tokenizer, p) if isinstance(p, str) else list(p) for p in prompts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     found: dict[int, Completion] = {}
     for first in range(0, len(order), batch_size):

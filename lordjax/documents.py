@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
+import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -90,6 +93,42 @@ def parse_json(text: str, where: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not JSON ({error})") from error
+
+
+def records(path: str | Path, what: str) -> tuple[list[tuple[str, dict[str, Any]]], str]:
+    """Every record of a ``.jsonl`` or ``.jsonl.gz`` file with the place where it stands.
+
+    Args:
+      path: the file.
+      what: it should hold, for error messages.
+
+    Returns:
+      The records, and the sha256 of the file's text, unpacked.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if it is not such a file or empty; says where.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file ({what}, .jsonl or .jsonl.gz)")
+    data = path.read_bytes()
+    try:
+        data = gzip.decompress(data) if path.suffix == ".gz" else data
+        lines = data.decode("utf-8").split("\n")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read as .jsonl or .jsonl.gz ({error})") from error
+    found = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            record = parse_json(line, where)
+            if not isinstance(record, dict):
+                raise ValueError(f"{where}: {type(record).__name__}; expected a record")
+            found.append((where, record))
+    if not found:
+        raise ValueError(f"{path}: empty; expected a record a line")
+    return found, hashlib.sha256(data).hexdigest()
 
 
 def _jsonl_text(path: Path, number: int, line: str) -> str:

@@ -495,6 +495,39 @@ def evaluate_code(as_json: bool, **settings: Any) -> None:
 
 
 @cli.command()
+@click.argument("model")
+@click.option(
+    "--data",
+    required=True,
+    metavar="PATH",
+    help="A .jsonl file of questions, or a directory of such files; see the README.",
+)
+@click.option(
+    "--task",
+    "tasks",
+    multiple=True,
+    metavar="NAME",
+    help="What the questions are; may be repeated for a directory. A wrong name lists them all.  "
+    "[default: as the files' names say]",
+)
+@click.option("--limit", type=click.IntRange(min=1), help="Only the first questions of each set.")
+@click.option(
+    "--batch", type=click.IntRange(min=1), default=16, show_default=True, help="Rows read at once."
+)
+@click.option("--max-length", type=click.IntRange(min=1), help="Tokens.  [default: the model's]")
+@click.option("--out", metavar="FILE", help="A .jsonl with a line per question.")
+@as_json_option
+def evaluate_choices(as_json: bool, **settings: Any) -> None:
+    """Measure how often MODEL finds the right one of several choices.
+
+    Prompts and accuracies, without examples, are those of the LM evaluation harness.
+    """
+    from lordjax.scripts.evaluate_choices import evaluate_choices, show
+
+    output(evaluate_choices(**settings), as_json, show)
+
+
+@cli.command()
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 @click.option(
     "--prefill", type=click.IntRange(min=1), default=1024, show_default=True, help="Tokens read."

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -251,6 +252,21 @@ def check_output(directory: Path) -> None:
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise PermissionError(f"{directory}: cannot be made, {parent} is not a writable directory")
+
+
+def check_file(name: str) -> None:
+    """Checks that a new file can be written; errors as of `check_output`."""
+    if Path(name).expanduser().exists():
+        raise FileExistsError(f"{name}: exists; choose another output or remove it")
+    check_output(Path(name).expanduser())
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes a ``.jsonl`` file: all of it or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.new")
+    fresh.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    os.replace(fresh, path)
 
 
 def size(count: int | float) -> str:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lordjax.scripts.common import check_output, open_model, progress_report
+from lordjax.scripts.common import check_file, open_model, progress_report, write_rows
 
 if TYPE_CHECKING:
     from lordjax.evaluate.programs import Complete
@@ -60,7 +58,7 @@ def evaluate_code(
             result = programs.evaluate(found, complete, samples=samples, progress=progress, **how)
     rows = result.pop("rows")
     if out is not None:
-        _write(Path(out).expanduser(), rows)
+        write_rows(Path(out).expanduser(), rows)
     tried = [sample["outcome"] for row in rows for sample in row["samples"]]
     if not reference:
         names = ("temperature", "top_p", "max_new_tokens", "seed", "batch")
@@ -98,9 +96,7 @@ def _check(
             "--temperature above 0, or --samples 1"
         )
     if out is not None:
-        if Path(out).expanduser().exists():
-            raise FileExistsError(f"{out}: exists; choose another output or remove it")
-        check_output(Path(out).expanduser())
+        check_file(out)
 
 
 def _completer(settings: dict[str, Any], stops: tuple[str, ...], progress: Progress) -> Complete:
@@ -130,14 +126,6 @@ def _completer(settings: dict[str, Any], stops: tuple[str, ...], progress: Progr
         return [answer.text for answer in found]
 
     return complete
-
-
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    """One line per task; all of the file or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.new")
-    fresh.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    os.replace(fresh, path)
 
 
 def show(result: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ ORDER = [
     ["lordjax.nf_pallas"],
     ["lordjax.nf_choice"],
     ["lordjax.kernels", "lordjax.evaluate.sandbox", "lordjax.evaluate.problems"],
+    ["lordjax.evaluate.questions"],
     ["lordjax.evaluate.supervisor", "lordjax.evaluate.programs"],
     ["lordjax.stats", "lordjax.trees", "lordjax.allocation"],
     ["lordjax.models.config"],
@@ -46,7 +47,8 @@ ORDER = [
     ["lordjax.training", "lordjax.memory"],
     ["lordjax.sampling"],
     ["lordjax.generate"],
-    ["lordjax.completion"],
+    ["lordjax.completion", "lordjax.evaluate.likelihood"],
+    ["lordjax.evaluate.choices"],
 ]
 RANK = {name: i for i, row in enumerate(ORDER) for name in row}
 

@@ -13,9 +13,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gzip
-import hashlib
-import zlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -26,6 +23,7 @@ from lordjax import documents
 # others of both sets are those of the BigCode evaluation harness.
 HUMANEVAL_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n@", "\n```", "<file_sep>")
 MBPP_STOPS = ("\nclass", "\nassert", '\n"""', "\nprint", "\nif", "\n<|/", "\n```")
+WHAT = "HumanEval or MBPP"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +79,7 @@ def read_humaneval(path: str | Path, *, strip: bool = True) -> ProblemSet:
       FileNotFoundError: if there is no such file.
       ValueError: if a line is not such a record, or a task is there twice; says where.
     """
-    records, sha256 = _records(Path(path))
+    records, sha256 = documents.records(path, WHAT)
     problems = []
     for where, record in records:
         names = ("task_id", "prompt", "canonical_solution", "entry_point", "test")
@@ -104,7 +102,7 @@ def read_mbpp(path: str | Path) -> ProblemSet:
       FileNotFoundError: if there is no such file.
       ValueError: if a line is not such a record, or a task is there twice; says where.
     """
-    records, sha256 = _records(Path(path))
+    records, sha256 = documents.records(path, WHAT)
     problems = []
     for where, record in records:
         text, code, setup = (_text(record, n, where) for n in ("text", "code", "test_setup_code"))
@@ -124,36 +122,13 @@ def read_problems(path: str | Path) -> ProblemSet:
       FileNotFoundError: if there is no such file.
       ValueError: if it is of neither kind; says where.
     """
-    where, record = _records(Path(path))[0][0]
+    where, record = documents.records(path, WHAT)[0][0]
     for key, read in {"entry_point": read_humaneval, "test_list": read_mbpp}.items():
         if key in record:
             return read(path)
     raise ValueError(
         f'{where}: expected a record with "entry_point" (HumanEval) or "test_list" (MBPP)'
     )
-
-
-def _records(path: Path) -> tuple[list[tuple[str, dict[str, Any]]], str]:
-    """Every record with the place where it stands, and the sha256 of the text."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file (HumanEval or MBPP, .jsonl or .jsonl.gz)")
-    data = path.read_bytes()
-    try:
-        data = gzip.decompress(data) if path.suffix == ".gz" else data
-        lines = data.decode("utf-8").split("\n")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read as .jsonl or .jsonl.gz ({error})") from error
-    records = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            where = f"{path}, line {number}"
-            record = documents.parse_json(line, where)
-            if not isinstance(record, dict):
-                raise ValueError(f"{where}: {type(record).__name__}; expected a record")
-            records.append((where, record))
-    if not records:
-        raise ValueError(f"{path}: empty; expected a record a line")
-    return records, hashlib.sha256(data).hexdigest()
 
 
 def _set(

@@ -1,0 +1,234 @@
+"""Models of ours for the LM evaluation harness; needs ``pip install lordjax[eval]``.
+
+The package names `LordjaxLM` in the entry-point group ``lm_eval.models``, which releases of lm-eval
+after 0.4.13 read::
+
+    lm_eval --model lordjax --model_args pretrained=DIR --tasks arc_easy,piqa --batch_size 16
+
+Those up to 0.4.13 know their own models only; this file is the same command with ours::
+
+    python -m lordjax.scripts.harness --model lordjax --model_args pretrained=DIR --tasks …
+
+Continuations are scored by `lordjax.evaluate.likelihood`, as in ``lordjax evaluate-choices``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import lm_eval.models  # noqa: F401 - registers the harness's own; it does so only if no other is
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import MODEL_REGISTRY, register_model
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from lordjax.evaluate import choices
+from lordjax.evaluate.likelihood import BATCH, Score, log_likelihoods
+from lordjax.sampling import Sampling
+from lordjax.scripts.common import open_model, progress_report
+
+MAX_NEW_TOKENS = 256  # of an answer, where a task says nothing; the harness's own default
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # one meaning
+
+
+class LordjaxLM(TemplateLM):
+    """A model, dense or compressed, as the harness asks it.
+
+    Args:
+      pretrained: what the verbs call MODEL: a Hugging Face directory or hub id, a GGUF file, or a
+        directory that compress or convert wrote.
+      batch_size: rows of a forward pass; "auto" is 16.
+      max_length: most tokens the model reads; None: its longest sequence.
+      max_gen_toks: most tokens of an answer, where a task does not say.
+      seed: of what is drawn.
+      device: torch's name, which the harness always gives; JAX chooses, as JAX_PLATFORMS says.
+      max_batch_size: of the harness's search for a batch size, which is not done.
+
+    Raises:
+      FileNotFoundError: if there is no such model.
+      ValueError: if it generates no text, or an argument is not possible.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        batch_size: int | str = BATCH,
+        max_length: int | None = None,
+        max_gen_toks: int = MAX_NEW_TOKENS,
+        seed: int = 0,
+        device: str | None = None,
+        max_batch_size: int | None = None,
+    ):
+        super().__init__()
+        del device, max_batch_size
+        auto = str(batch_size).startswith("auto")
+        if not auto and not str(batch_size).isdigit():
+            raise ValueError(f"batch_size {batch_size!r}; expected a number, or auto")
+        import jax
+        import jax.numpy as jnp
+
+        opened = open_model(pretrained)
+        if opened.config.head != "causal" or not opened.config.causal:
+            raise ValueError(
+                f"{pretrained}: a model with head {opened.config.head!r} predicts no next token"
+            )
+        self.config, self.tokenizer = opened.config, opened.tokenizer()
+        self.params = jax.tree.map(jnp.asarray, opened.params())
+        self.batch_size = BATCH if auto else int(batch_size)
+        self.max_length = max_length or opened.config.max_positions
+        self.max_gen_toks, self._seed, self._name = max_gen_toks, seed, pretrained
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends texts."""
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text without context."""
+        return choices.prefix_token(self.tokenizer)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Of the harness's cache of prompts."""
+        return self._name.replace("/", "__")
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """A talk as one text."""
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        """The ids of a text."""
+        del kwargs
+        return choices.encode(self.tokenizer, string, special=add_special_tokens)
+
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[tuple[Any, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **kwargs: Any,
+    ) -> list[tuple[float, bool]]:
+        del kwargs
+        pairs = [(context, continuation) for _, context, continuation in requests]
+        scores = self._scores(pairs, disable_tqdm)
+        answers = [(score.log_likelihood, score.greedy) for score in scores]
+        for (texts, _, _), answer in zip(requests, answers, strict=True):
+            if texts is not None:
+                self.cache_hook.add_partial("loglikelihood", texts, answer)
+        return answers
+
+    def _scores(self, pairs: Sequence[Any], quiet: bool) -> list[Score]:
+        how = {"batch_size": self.batch_size, "max_length": self.max_length}
+        with contextlib.nullcontext() if quiet else progress_report() as progress:
+            return log_likelihoods(self.config, self.params, pairs, **how, progress=progress)
+
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihoods of whole texts, in windows of the model's longest sequence."""
+        pairs, owners = [], []
+        for i, request in enumerate(requests):
+            windows = get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            for window in windows:
+                pairs.append(make_disjoint_window(window))
+                owners.append(i)
+        sums = [0.0] * len(requests)
+        for i, score in zip(owners, self._scores(pairs, disable_tqdm), strict=True):
+            sums[i] += score.log_likelihood
+        for request, value in zip(requests, sums, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, value)
+        return sums
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+        """Answers up to a stop string, those with the same settings together."""
+        groups: dict[str, list[int]] = {}
+        for i, request in enumerate(requests):
+            groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)
+        answers = [""] * len(requests)
+        for numbers in groups.values():
+            prompts = [requests[i].args[0] for i in numbers]
+            found = self._completed(prompts, requests[numbers[0]].args[1], disable_tqdm)
+            for i, text in zip(numbers, found, strict=True):
+                answers[i] = text
+                self.cache_hook.add_partial("generate_until", requests[i].args, text)
+        return answers
+
+    def _completed(self, prompts: list[str], settings: dict[str, Any], quiet: bool) -> list[str]:
+        from lordjax import completion
+
+        sampling, stops, new = generation(settings, self.max_gen_toks)
+        room = self.max_length - new
+        if room < 1:
+            raise ValueError(
+                f"answers of {new} tokens, but the model's longest sequence is {self.max_length}; "
+                "lower max_gen_toks"
+            )
+        ids = [self.tok_encode(prompt)[-room:] or [self.prefix_token_id] for prompt in prompts]
+        with contextlib.nullcontext() if quiet else progress_report() as progress:
+            found = completion.complete(
+                self.params,
+                self.config,
+                self.tokenizer,
+                ids,
+                max_new_tokens=new,
+                sampling=sampling,
+                stop_strings=stops,
+                seed=self._seed,
+                batch_size=self.batch_size,
+                progress=progress,
+            )
+        return [answer.text for answer in found]
+
+
+# Where the entry point was read, the name is there already.
+if "lordjax" not in MODEL_REGISTRY:
+    register_model("lordjax")(LordjaxLM)
+
+
+def generation(settings: dict[str, Any], max_new_tokens: int) -> tuple[Sampling, list[str], int]:
+    """How tokens are chosen, what ends an answer, and its most tokens, from a task's settings.
+
+    Raises:
+      ValueError: if a setting is not known: an answer without it would be another one.
+    """
+    left = dict(settings)
+    until = left.pop("until", None) or []
+    stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
+    lengths = [left.pop(name, None) for name in LENGTHS]
+    new = next((int(length) for length in lengths if length is not None), max_new_tokens)
+    drawn, temperature = left.pop("do_sample", None), left.pop("temperature", None)
+    temperature = float(temperature if temperature is not None else 1.0 if drawn else 0.0)
+    top_k, top_p = left.pop("top_k", None), left.pop("top_p", None)
+    if left:
+        raise ValueError(
+            f"generation settings {', '.join(sorted(left))} are not known; expected until, "
+            f"do_sample, temperature, top_k, top_p, {', '.join(LENGTHS)}"
+        )
+    # What is not to be drawn is greedy, whatever the temperature.
+    sampling = Sampling() if drawn is False else Sampling(temperature, top_k or None, top_p)
+    return sampling, stops, new
+
+
+def main() -> None:
+    """The harness's own command, which knows `LordjaxLM` now."""
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
+
+
+if __name__ == "__main__":
+    main()
