@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lordjax import nf, order
+from lordjax import nf, nf_tiles, order
 
 
 class Kernel(abc.ABC):
@@ -147,7 +147,7 @@ class NFQuantized(Kernel):
     def matmul(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
         """``x @ W``; W is decoded for this product, and once more when it is differentiated.
 
-        On a GPU tile by tile, in one kernel, where that is faster.
+        On a CPU tile by tile (`nf_tiles`); on a GPU, too, in one kernel, where that is faster.
         """
         y = _by_gpu_kernel(x, self)
         return _decoded_product(x.shape, x, self) if y is None else y
@@ -173,6 +173,8 @@ class NFQuantized(Kernel):
 def _decoded_product(shape: tuple[int, ...], x: Array, kernel: NFQuantized) -> Array:
     """``x [shape] @ W``."""
     del shape
+    if _in_tiles(kernel):
+        return nf_tiles.product(x, kernel)
     return jnp.matmul(x, kernel.decoded_after(x))
 
 
@@ -181,6 +183,8 @@ def _forwards(shape: tuple[int, ...], x: Array, kernel: NFQuantized) -> tuple[Ar
 
 
 def _backwards(shape: tuple[int, ...], kernel: NFQuantized, g: Array) -> tuple[Array, None]:
+    if _in_tiles(kernel):
+        return nf_tiles.transposed_product(g, kernel), None
     decoded = kernel.decoded_after(g)
     like = jax.ShapeDtypeStruct(shape, g.dtype)
     (gradient,) = jax.linear_transpose(lambda x: jnp.matmul(x, decoded), like)(g)
@@ -188,6 +192,10 @@ def _backwards(shape: tuple[int, ...], kernel: NFQuantized, g: Array) -> tuple[A
 
 
 _decoded_product.defvjp(_forwards, _backwards)
+
+
+def _in_tiles(kernel: NFQuantized) -> bool:
+    return jax.default_backend() == "cpu" and nf_tiles.supported(kernel)
 
 
 def _by_gpu_kernel(x: Array, base: NFQuantized, low_rank: LowRank | None = None) -> Array | None:

@@ -14,7 +14,7 @@ ORDER = [
     ["lordjax"],  # lazy: resolves public names when they are used
     ["lordjax.nf", "lordjax.order", "lordjax.documents"],
     ["lordjax.progress", "lordjax.sites", "lordjax.plan", "lordjax.linalg", "lordjax.data"],
-    ["lordjax.nf_pallas"],
+    ["lordjax.nf_pallas", "lordjax.nf_tiles"],
     ["lordjax.nf_choice"],
     ["lordjax.kernels", "lordjax.evaluate.sandbox", "lordjax.evaluate.problems"],
     ["lordjax.evaluate.questions"],

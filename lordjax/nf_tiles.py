@@ -1,0 +1,150 @@
+"""Products with NormalFloat codes on CPU: a tile of the matrix is decoded, used and forgotten.
+
+A decoded matrix of a large model does not fit a cache, and writing and reading it costs more than
+the product. Rows of the transpose are decoded in tiles; codes are looked up a byte at a time, in
+one table per place in the byte, so that the codes at one place meet every p-th input. One row of
+inputs needs no tile at all: codes are looked up, multiplied and summed in one pass over the words.
+
+Measured in ``scripts/benchmark_kernels.py``; other machines than CPUs have ways of their own.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float
+
+from lordjax import nf, order
+
+TILE = 2**19  # decoded values: 2 MB, of which two cores each hold a half in their caches
+LEAST = 8  # rows of a tile; shorter ones are not worth a turn of the loop
+
+
+def supported(quantized: Any) -> bool:
+    """Whether a `kernels.NFQuantized` can be cut: one matrix, whose outputs begin with a word."""
+    form, fan_in = quantized.format, quantized.fan_in
+    whole = fan_in % nf.WORD == 0 if form.bits == 3 else fan_in * form.bits % nf.WORD == 0
+    return (
+        quantized.codes.ndim == 1
+        and whole
+        and fan_in % form.block == 0
+        and _tile_rows(fan_in, quantized.fan_out) >= min(LEAST, quantized.fan_out)
+    )
+
+
+def product(x: Float[Array, "... in"], quantized: Any) -> Float[Array, "... out"]:
+    """``x @ W``, in the dtype of ``x``; for what is `supported`."""
+    rows = x.reshape(-1, quantized.fan_in)
+    codes, scales = _after(x, quantized)
+    if len(rows) == 1 and _group(quantized.format):
+        y = _one_row(rows[0], codes, scales, quantized)[None].astype(x.dtype)
+    else:
+        tiles, tables = _tiles(codes, scales, quantized)
+        inputs = [rows[:, k :: len(tables)] for k in range(len(tables))]
+
+        def turn(_: None, tile: Any) -> tuple[None, Array]:
+            return None, sum(
+                a @ w.T for a, w in zip(inputs, _decoded(*tile, tables, x.dtype), strict=True)
+            )
+
+        _, y = lax.scan(turn, None, tiles)
+        y = jnp.moveaxis(y, 0, 1)
+    return y.reshape(*x.shape[:-1], quantized.fan_out)
+
+
+def transposed_product(g: Float[Array, "... out"], quantized: Any) -> Float[Array, "... in"]:
+    """``g @ W.T``, in the dtype of ``g``; for what is `supported`."""
+    rows = g.reshape(-1, quantized.fan_out)
+    tiles, tables = _tiles(*_after(g, quantized), quantized)
+    height = tiles[0].shape[1]
+    zeros = jnp.zeros((len(rows), quantized.fan_in // len(tables)), g.dtype)
+
+    def turn(sums: list[Array], tile: Any) -> tuple[list[Array], None]:
+        part = lax.dynamic_slice_in_dim(rows, tile[0] * height, height, 1)
+        decoded = _decoded(*tile[1], tables, g.dtype)
+        return [s + part @ w for s, w in zip(sums, decoded, strict=True)], None
+
+    numbered = (jnp.arange(len(tiles[0])), tiles)
+    sums, _ = lax.scan(turn, [zeros] * len(tables), numbered)
+    return jnp.stack(sums, axis=-1).reshape(*g.shape[:-1], quantized.fan_in)
+
+
+def _after(x: Array, quantized: Any) -> tuple[Array, Array]:
+    """Packed codes, once ``x`` is there, as of `NFQuantized.decoded_after`; scales ``[out, b]``."""
+    form, shape = quantized.format, (quantized.fan_out, quantized.fan_in // quantized.format.block)
+    codes = quantized.codes + order.never(x).astype(quantized.codes.dtype)
+    scales = nf.dequantize_scales(
+        nf.unpack(quantized.scales, form.scale_bits, math.prod(shape)),
+        quantized.supers,
+        quantized.offset,
+        form,
+    )
+    return codes, scales.reshape(shape)
+
+
+def _tile_rows(fan_in: int, fan_out: int) -> int:
+    """The largest divisor of ``fan_out`` with which a tile is no larger than `TILE`."""
+    limit = max(1, TILE // fan_in)
+    return max(d for d in range(1, min(limit, fan_out) + 1) if fan_out % d == 0)
+
+
+def _tables(bits: int) -> list[np.ndarray]:
+    """Levels of the codes in a byte, first to last ``[256]``; of 3 bits, levels of codes."""
+    levels = nf.levels(bits)
+    if bits == 3:
+        return [levels]
+    byte = np.arange(256)
+    return [levels[byte >> shift & (2**bits - 1)] for shift in range(0, 8, bits)]
+
+
+def _tiles(codes: Array, scales: Array, quantized: Any) -> tuple[tuple[Array, Array], list[Array]]:
+    """Bytes (of 3 bits: codes) ``[tiles, rows, m]`` and scales ``[tiles, rows, b]``, tables."""
+    fan_in, fan_out = quantized.fan_in, quantized.fan_out
+    bits = quantized.format.bits
+    if bits == 3:
+        places = nf.unpack(codes, bits, fan_in * fan_out)
+    else:
+        places = lax.bitcast_convert_type(codes, jnp.uint8)
+    height = _tile_rows(fan_in, fan_out)
+    places = places.reshape(fan_out // height, height, -1)
+    tables = [jnp.asarray(table) for table in _tables(bits)]
+    return (places, scales.reshape(*places.shape[:2], -1)), tables
+
+
+def _decoded(places: Array, scales: Array, tables: list[Array], dtype: Any) -> list[Array]:
+    """A tile's values at every p-th input: p matrices ``[rows, in/p]``."""
+    height, blocks = scales.shape
+    wide = jnp.broadcast_to(scales[:, :, None], (height, blocks, places.shape[1] // blocks))
+    wide = wide.reshape(places.shape)
+    return [(_taken(table, places) * wide).astype(dtype) for table in tables]
+
+
+def _taken(table: Array, index: Array) -> Array:
+    """``table[index]``, whose indices are unsigned and within bounds."""
+    return table.at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)
+
+
+def _group(form: nf.Format) -> bool:
+    """Whether a block is a number of whole words, so that sums over words can be scaled."""
+    return form.bits != 3 and form.block * form.bits % nf.WORD == 0
+
+
+def _one_row(x: Array, codes: Array, scales: Array, quantized: Any) -> Array:
+    """``x [in] @ W``, float32."""
+    form = quantized.format
+    per_word = nf.WORD // form.bits
+    words = codes.reshape(quantized.fan_out, -1)
+    table = jnp.asarray(nf.levels(form.bits))
+    inputs = x.astype(jnp.float32).reshape(-1, per_word).T
+    sums = jnp.zeros(words.shape, jnp.float32)
+    for place in range(per_word):
+        found = words >> np.uint32(form.bits * place) & np.uint32(2**form.bits - 1)
+        sums = sums + _taken(table, found) * inputs[place][None]
+    # Products with ones: XLA's sums over a short axis take ten times as long.
+    length = form.block // per_word
+    blocks = sums.reshape(-1, length) @ jnp.ones(length, jnp.float32)
+    return jnp.sum(blocks.reshape(scales.shape) * scales, axis=1)

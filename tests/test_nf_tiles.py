@@ -1,0 +1,89 @@
+"""Products with codes in tiles: those of the decoded matrix, whatever the format and the shape."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lordjax import kernels, nf, nf_tiles
+from lordjax.kernels import NFQuantized
+
+FORMATS = ["nf2", "nf3", "nf4", "nf8", "nf4-8-float32-16-16", "nf3-4-bfloat16-16-16"]
+SHAPES = [(192, 24), (128, 7), (64, 1)]
+
+
+def some(shape, form, seed=0):
+    """A matrix of codes, and inputs for it."""
+    rng = np.random.default_rng(seed)
+    matrix = NFQuantized.encode(rng.normal(size=shape).astype(np.float32), nf.Format.parse(form))
+    return matrix, rng
+
+
+def close(found, expected, rtol=1e-5):
+    assert found.shape == expected.shape and found.dtype == expected.dtype
+    scale = np.abs(np.asarray(expected, np.float64)).max()
+    difference = np.abs(np.asarray(found, np.float64) - np.asarray(expected, np.float64))
+    assert difference.max() <= rtol * scale
+
+
+@pytest.mark.parametrize("lead", [(), (2, 5)])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("form", FORMATS)
+def test_is_the_product_with_the_decoded_matrix(form, shape, lead, monkeypatch):
+    monkeypatch.setattr(nf_tiles, "TILE", 2048)  # so that there are several
+    matrix, rng = some(shape, form)
+    assert nf_tiles.supported(matrix)
+    x = jnp.asarray(rng.normal(size=(*lead, shape[0])), jnp.float32)
+    g = jnp.asarray(rng.normal(size=(*lead, shape[1])), jnp.float32)
+    dense = matrix.materialize()
+    close(jax.jit(nf_tiles.product)(x, matrix), x @ dense)
+    close(jax.jit(nf_tiles.transposed_product)(g, matrix), g @ dense.T)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_kernels_take_it_and_its_gradient(rows):
+    matrix, rng = some((64, 40), "nf4")
+    x = jnp.asarray(rng.normal(size=(rows, 64)), jnp.float32)
+    target = jnp.asarray(rng.normal(size=(rows, 40)), jnp.float32)
+    assert "scan" in str(jax.make_jaxpr(kernels.matmul)(jnp.ones((2, 64)), matrix))
+
+    def loss(x, w):
+        return jnp.sum((kernels.matmul(x, w) - target) ** 2)
+
+    (value, gradient), (expected, direct) = (
+        jax.value_and_grad(loss)(x, w) for w in (matrix, matrix.materialize())
+    )
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    close(gradient, direct)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_other_dtypes_are_kept(rows):
+    matrix, rng = some((64, 40), "nf4")
+    x = jnp.asarray(rng.normal(size=(rows, 64)), jnp.bfloat16)
+    expected = x @ matrix.materialize().astype(jnp.bfloat16)
+    close(nf_tiles.product(x, matrix), expected, rtol=0.02)
+
+
+def test_mapped_over_inputs():
+    matrix, rng = some((64, 40), "nf4")
+    x = jnp.asarray(rng.normal(size=(3, 1, 64)), jnp.float32)
+    close(jax.vmap(lambda row: kernels.matmul(row, matrix))(x), x @ matrix.materialize())
+
+
+@pytest.mark.parametrize(
+    ("shape", "form"),
+    [((60, 8), "nf4"), ((48, 8), "nf3"), ((96, 8), "nf4"), ((2**17, 11), "nf4")],
+)
+def test_what_cannot_be_cut_is_decoded_whole(shape, form, monkeypatch):
+    monkeypatch.setattr(nf_tiles, "product", None)  # must not be called
+    matrix, rng = some(shape, form)
+    assert not nf_tiles.supported(matrix)
+    x = jnp.asarray(rng.normal(size=(2, shape[0])), jnp.float32)
+    close(kernels.matmul(x, matrix), x @ matrix.materialize(), 1e-4)
+
+
+def test_stacked_matrices_are_decoded_whole():
+    rng = np.random.default_rng(0)
+    stack = NFQuantized.encode(rng.normal(size=(2, 64, 8)).astype(np.float32), nf.Format())
+    assert not nf_tiles.supported(stack)
