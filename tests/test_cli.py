@@ -331,9 +331,17 @@ def few_formats(monkeypatch):
 @pytest.mark.parametrize(
     ("method", "options", "kinds", "bits"),
     [
-        ("nf", ("--format", "nf4"), {"nf_quantized"}, (4.1, 4.3)),
+        pytest.param(
+            "nf", ("--format", "nf4"), {"nf_quantized"}, (4.1, 4.3), marks=pytest.mark.slow
+        ),
         ("lq", ("--bits", "4.6", "--rank", "4"), {"low_rank_plus_quantized"}, (6, 9)),
-        ("auto", ("--bits", "5"), {"nf_quantized", "low_rank_plus_quantized"}, (4, 5)),
+        pytest.param(
+            "auto",
+            ("--bits", "5"),
+            {"nf_quantized", "low_rank_plus_quantized"},
+            (4, 5),
+            marks=pytest.mark.slow,
+        ),
         (
             "auto",
             ("--budget-bytes", LINEAR // 2, "--factors", "dense"),

@@ -334,8 +334,16 @@ def test_decode_order_does_not_matter_to_a_narrow_model():
     assert Rope() == CONFIG.rope
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 5e-2)])
-@pytest.mark.parametrize("config", [CONFIG, BIASED, STATIC], ids=["plain", "biased", "static"])
+@pytest.mark.parametrize(
+    ("config", "dtype", "tolerance"),
+    [
+        (CONFIG, jnp.float32, 1e-5),
+        (BIASED, jnp.float32, 1e-5),
+        (STATIC, jnp.float32, 1e-5),
+        (BIASED, jnp.bfloat16, 5e-2),
+    ],
+    ids=["plain", "biased", "static", "bfloat16"],
+)
 @pytest.mark.parametrize("method", ["modegpt-published", "modegpt-cr"])
 def test_all_modules_at_full_width_are_the_same_model(config, method, dtype, tolerance):
     params = jax.tree.map(lambda a: a.astype(dtype), model(config))

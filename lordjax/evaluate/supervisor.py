@@ -189,6 +189,7 @@ def keep(
     """The keeper: shuts the doors, starts the program, and reports how it ended."""
     os.setsid()
     read_only = spaces and mount(directory, limits["file_bytes"])
+    os.chdir(directory)  # which another user may not find
     own_user = leave_privileges(user, directory)
     call("prctl", DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)  # changes of user clear it
     isolation = {
@@ -203,7 +204,6 @@ def keep(
     # Of the program's user there is the keeper, and in a namespace of users the supervisor.
     spare = 1 if own_user else 2
     send(pipes["status"][1], {"isolation": isolation})
-    os.chdir(directory)
     child = os.fork()
     if not child:
         guarded(lambda: run(program, limits, spare, spaces, pipes), pipes["status"][1])
