@@ -46,10 +46,9 @@ def product(x: Float[Array, "... in"], quantized: Any) -> Float[Array, "... out"
         tiles, tables = _tiles(codes, scales, quantized)
         inputs = [rows[:, k :: len(tables)] for k in range(len(tables))]
 
-        def turn(_: None, tile: Any) -> tuple[None, Array]:
-            return None, sum(
-                a @ w.T for a, w in zip(inputs, _decoded(*tile, tables, x.dtype), strict=True)
-            )
+        def turn(_: None, tile: tuple[Array, Array]) -> tuple[None, Any]:
+            decoded = _decoded(tile[0], tile[1], tables, x.dtype)
+            return None, sum(a @ w.T for a, w in zip(inputs, decoded, strict=True))
 
         _, y = lax.scan(turn, None, tiles)
         y = jnp.moveaxis(y, 0, 1)
@@ -63,13 +62,15 @@ def transposed_product(g: Float[Array, "... out"], quantized: Any) -> Float[Arra
     height = tiles[0].shape[1]
     zeros = jnp.zeros((len(rows), quantized.fan_in // len(tables)), g.dtype)
 
-    def turn(sums: list[Array], tile: Any) -> tuple[list[Array], None]:
-        part = lax.dynamic_slice_in_dim(rows, tile[0] * height, height, 1)
-        decoded = _decoded(*tile[1], tables, g.dtype)
+    def turn(
+        sums: list[Array], numbered: tuple[Array, tuple[Array, Array]]
+    ) -> tuple[list[Array], None]:
+        number, (places, scales) = numbered
+        part = lax.dynamic_slice_in_dim(rows, number * height, height, 1)
+        decoded = _decoded(places, scales, tables, g.dtype)
         return [s + part @ w for s, w in zip(sums, decoded, strict=True)], None
 
-    numbered = (jnp.arange(len(tiles[0])), tiles)
-    sums, _ = lax.scan(turn, [zeros] * len(tables), numbered)
+    sums, _ = lax.scan(turn, [zeros] * len(tables), (jnp.arange(len(tiles[0])), tiles))
     return jnp.stack(sums, axis=-1).reshape(*g.shape[:-1], quantized.fan_in)
 
 
