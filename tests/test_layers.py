@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 # other in the order given here. New modules get a place or the test fails.
 ORDER = [
     ["lordjax"],  # lazy: resolves public names when they are used
-    ["lordjax.nf", "lordjax.order", "lordjax.documents"],
+    ["lordjax.nf", "lordjax.order", "lordjax.documents", "lordjax.files", "lordjax.work"],
     ["lordjax.progress", "lordjax.sites", "lordjax.plan", "lordjax.linalg", "lordjax.data"],
     ["lordjax.nf_pallas", "lordjax.nf_tiles"],
     ["lordjax.nf_choice"],
@@ -30,7 +30,9 @@ ORDER = [
     ["lordjax.methods.base", "lordjax.methods.feedback"],
     ["lordjax.methods.svd", "lordjax.methods.modular", "lordjax.methods.low_rank_quantized"],
     ["lordjax.methods"],
-    ["lordjax.objective"],
+    ["lordjax.entries"],
+    ["lordjax.workspace", "lordjax.objective"],
+    ["lordjax.states"],
     ["lordjax.functional", "lordjax.source", "lordjax.collect"],
     ["lordjax.calibrate"],
     ["lordjax.modules", "lordjax.evaluate.perplexity", "lordjax.evaluate.classification"],

@@ -1,0 +1,150 @@
+"""The residual stream between two blocks, batch by batch: in memory, or on disk.
+
+On disk one batch at a time is in memory. The states before block ``i + 1`` are written beside those
+before block ``i``; once they are complete they are an entry of the workspace, and the old ones
+go. So a run that was killed goes on before the first block that it did not finish.
+
+A pass over the blocks::
+
+    states = open_states(work, "statistics", shapes)
+    if states.at is None: ...          # states[j] = ... for all j, states.commit(0)
+    for i in range(states.at, layers):
+        ...                            # read states[j], then states[j] = block's output
+        states.commit(i + 1)
+    states.close()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from lordjax.work import Work
+from lordjax.workspace import Stream, Workspace
+
+
+class States(Protocol):
+    """Hidden states before one block, an array per batch.
+
+    Attributes:
+      at: number of the block; None before the first `commit`.
+    """
+
+    at: int | None
+
+    def __getitem__(self, j: int) -> Any: ...
+    def __setitem__(self, j: int, x: Any) -> None: ...
+    def commit(self, at: int, *, keep: bool = False) -> None:
+        """What was set are the states before block ``at``; the others go, unless kept."""
+        ...
+
+    def back(self, at: int) -> None:
+        """Goes back to states that were kept; those that it leaves go."""
+        ...
+
+    def close(self) -> None:
+        """Removes all of them."""
+        ...
+
+
+class MemoryStates:
+    """In memory; setting a batch replaces it at once."""
+
+    def __init__(self) -> None:
+        self.at: int | None = None
+        self._now: dict[int, Any] = {}
+        self._kept: dict[int, dict[int, Any]] = {}
+
+    def __getitem__(self, j: int) -> Any:
+        return self._now[j]
+
+    def __setitem__(self, j: int, x: Any) -> None:
+        self._now[j] = x
+
+    def commit(self, at: int, *, keep: bool = False) -> None:
+        """See `States`."""
+        self.at = at
+        if keep:
+            self._kept[at] = dict(self._now)
+
+    def back(self, at: int) -> None:
+        """See `States`."""
+        if self.at is not None:
+            self._kept.pop(self.at, None)
+        self.at, self._now = at, dict(self._kept[at])
+
+    def close(self) -> None:
+        """See `States`."""
+        self._now, self._kept = {}, {}
+
+
+class DiskStates:
+    """On disk; batches are set in their order, all of them before `commit`."""
+
+    def __init__(self, work: Workspace, name: str, shapes: list[tuple[int, ...]]):
+        self._work, self._name = work, name
+        self._shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+        self._stream: Stream | None = None
+        self._file: Mapping[str, Any] = {}
+        self.at: int | None = None
+        found = work.below(f"{name}/")
+        if found:  # the last one, if it was killed before the one before could go
+            self._open(int(found[-1].rsplit("/", 1)[1]))
+
+    def __getitem__(self, j: int) -> Any:
+        # Mapped when it is asked for: what stays mapped counts as memory.
+        return jnp.asarray(self._file[str(j)])
+
+    def __setitem__(self, j: int, x: Any) -> None:
+        if self._stream is None:
+            self._stream = self._work.stream(f"{self._name}/writing", self._shapes)
+        self._stream.add(x)
+
+    def commit(self, at: int, *, keep: bool = False) -> None:
+        """See `States`."""
+        if self._stream is not None:
+            self._stream.close(f"{self._name}/{at}")
+            self._stream = None
+        if not keep and self.at is not None:
+            self._work.discard(f"{self._name}/{self.at}")
+        self._open(at)
+
+    def back(self, at: int) -> None:
+        """See `States`."""
+        self._work.discard(f"{self._name}/{self.at}")
+        self._open(at)
+
+    def close(self) -> None:
+        """See `States`."""
+        for key in self._work.below(f"{self._name}/"):
+            self._work.discard(key)
+
+    def _open(self, at: int) -> None:
+        self.at, self._file = at, self._work.arrays(f"{self._name}/{at}")
+
+
+class Shifted:
+    """A part of the batches of some states, counted from 0: one of several streams."""
+
+    def __init__(self, states: States, start: int):
+        self._states, self._start = states, start
+
+    def __getitem__(self, j: int) -> Any:
+        return self._states[self._start + j]
+
+    def __setitem__(self, j: int, x: Any) -> None:
+        self._states[self._start + j] = x
+
+
+def open_states(work: Work, name: str, shapes: list[tuple[int, ...]]) -> States:
+    """The states of one pass, where it was left; on disk if that is where the work is.
+
+    Args:
+      work: what is kept so far.
+      name: of the pass.
+      shapes: of the batches.
+    """
+    return DiskStates(work, name, shapes) if isinstance(work, Workspace) else MemoryStates()
