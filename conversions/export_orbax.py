@@ -15,7 +15,7 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
-from lordjax import checkpoint, trees
+from lordjax import checkpoint, parts, trees
 from lordjax.conversions.tensors import read_json
 from lordjax.conversions.writing import Job
 from lordjax.models.config import ModelConfig
@@ -29,7 +29,7 @@ def orbax(job: Job, stage: Path) -> None:
     blocks = {f"layer_{i}": source.block(i) for i in range(source.config.num_layers)}
     params = {**source.rest(), **blocks}
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(stage / PARAMS, trees.unflatten(checkpoint.tensors(params)))
+        checkpointer.save(stage / PARAMS, trees.unflatten(parts.tensors(params)))
     manifest = {
         "lordjax": checkpoint.describe(source.config, params),
         "config": dict(source.hf_config),

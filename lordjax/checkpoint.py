@@ -2,7 +2,7 @@
 
 ::
 
-    model-00001-of-0000N.safetensors …   tensors by "/"-path; parts of kernels below it
+    model-00001-of-0000N.safetensors …   what is no block, then a block each: tensors by "/"-path
     model.safetensors.index.json         tensor -> file
     config.json                          the original Hugging Face config, plus "lordjax": {...}
     plan.json, report.json               what was decided, what came of it
@@ -26,49 +26,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import safetensors
-import safetensors.numpy
 
-from lordjax import kernels, nf, trees
-from lordjax.kernels import KINDS, Kernel, check, kind_of, nbytes
+from lordjax import kernels, nf, parts, trees
+from lordjax.files import DTYPES, sync_directory, write_json
+from lordjax.kernels import KINDS, Kernel, check, nbytes
 from lordjax.models.config import ModelConfig
 from lordjax.models.transformer import init
+from lordjax.parts import SHARD_BYTES, Parts, split
 from lordjax.plan import Plan
+from lordjax.work import Memory
 
 FORMAT = 1  # of the directory; raised when a reader of the old one would misread the new one
-SHARD_BYTES = 2 * 2**30
-# safetensors' names of dtypes.
-DTYPES = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": jnp.bfloat16,
-    "I64": np.int64,
-    "I32": np.int32,
-    "U32": np.uint32,
-    "U8": np.uint8,
-    "I8": np.int8,
-}
 INDEX = "model.safetensors.index.json"
-
-
-def _parts(params: Any) -> Iterator[tuple[str, Any]]:
-    """All kernels and leaf arrays with their names on disk; kernels before their own parts."""
-    todo = list(reversed(trees.flatten(params).items()))
-    while todo:
-        path, leaf = todo.pop()
-        yield path, leaf
-        if isinstance(leaf, Kernel):
-            inner = kernels.parts(leaf)[0]
-            todo += reversed([(f"{path}/{name}", getattr(leaf, name)) for name in inner])
-
-
-def _constants(kernel: Kernel) -> dict[str, Any]:
-    """The fields of a kernel that are no tensors, as JSON."""
-    values = {name: getattr(kernel, name) for name in kernels.parts(kernel)[1]}
-    return {k: str(v) if isinstance(v, nf.Format) else v for k, v in values.items()}
 
 
 def _kernel(kind: str, tensors: Mapping[str, Any], constants: Mapping[str, Any]) -> Kernel:
@@ -109,18 +80,30 @@ def staged(directory: Path) -> Iterator[Path]:
     stage = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
         yield stage
-        for file in stage.rglob("*"):
-            if file.is_file():
-                file.chmod(0o666 & ~_umask())  # safetensors makes its files private
-                with file.open("rb") as handle:
-                    os.fsync(handle.fileno())
-        stage.chmod(0o777 & ~_umask())  # so does mkdtemp
-        if directory.exists():
-            directory.rmdir()
-        stage.rename(directory)
+        sync(stage)
+        stage.chmod(0o777 & ~_umask())  # mkdtemp makes it private
+        publish(stage, directory)
     except BaseException:
         shutil.rmtree(stage, ignore_errors=True)
         raise
+
+
+def sync(stage: Path) -> None:
+    """Brings all files below a directory to disk."""
+    for file in stage.rglob("*"):
+        if file.is_file():
+            file.chmod(0o666 & ~_umask())  # safetensors makes its files private
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+    sync_directory(stage)
+
+
+def publish(stage: Path, directory: Path) -> None:
+    """Gives a complete directory its name, where nothing but an empty directory may be."""
+    if directory.exists():
+        directory.rmdir()
+    stage.rename(directory)
+    sync_directory(directory.parent)
 
 
 def _umask() -> int:
@@ -130,41 +113,8 @@ def _umask() -> int:
     return mask
 
 
-def tensors(params: Any) -> dict[str, Any]:
-    """All arrays by the names they have on disk; parts of kernels are below the kernels' paths."""
-    return {name: part for name, part in _parts(params) if not isinstance(part, Kernel)}
-
-
-def _shards(params: Any, limit: int) -> list[dict[str, Any]]:
-    """Tensors in order, cut into groups of at most ``limit`` bytes (or one tensor)."""
-    shards: list[dict[str, Any]] = [{}]
-    size = 0
-    for name, array in tensors(params).items():
-        if shards[-1] and size + nbytes(array) > limit:
-            shards.append({})
-            size = 0
-        shards[-1][name] = array
-        size += nbytes(array)
-    return shards
-
-
-def describe(config: ModelConfig, params: Any) -> dict[str, Any]:
-    """What `assemble` must know besides the tensors, as JSON: kinds, static fields, the model."""
-    from lordjax import __version__
-
-    inside = {path: part for path, part in _parts(params) if isinstance(part, Kernel)}
-    constants = {path: _constants(kernel) for path, kernel in inside.items()}
-    return {
-        "format": FORMAT,
-        "version": __version__,
-        "kinds": {path: kind_of(kernel) for path, kernel in inside.items()},
-        "constants": {path: values for path, values in constants.items() if values},
-        "model": config.to_json(),
-    }
-
-
 def assemble(arrays: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Inverse of `tensors`, of all of them or of some whole kernels.
+    """Inverse of `parts.tensors`, of all of them or of some whole kernels.
 
     Args:
       arrays: by the names they have on disk.
@@ -220,37 +170,72 @@ def save(
     """
     directory = check_destination(directory)
     check_room(directory, nbytes(params))
+    with staged(directory) as stage:
+        writer, pieces = Parts(stage, Memory(), shard_bytes), split(params)
+        for name, part in pieces.items():
+            writer[name] = part
+        write_about(
+            stage,
+            writer.finish(list(pieces)),
+            config,
+            hf_config=hf_config,
+            plan=plan,
+            report=report,
+            write_tokenizer=write_tokenizer,
+        )
+    return directory
+
+
+def describe(config: ModelConfig, params: Any) -> dict[str, Any]:
+    """What `assemble` must know besides the tensors, as JSON: kinds, static fields, the model."""
+    return _about(config, parts.describe(params))
+
+
+def _about(config: ModelConfig, found: Mapping[str, Any]) -> dict[str, Any]:
+    from lordjax import __version__
+
+    own = {"format": FORMAT, "version": __version__}
+    own |= {"kinds": found["kinds"], "constants": found["constants"]}
+    return {**own, "model": config.to_json()}
+
+
+def write_about(
+    stage: Path,
+    found: Mapping[str, Any],
+    config: ModelConfig,
+    *,
+    hf_config: Mapping[str, Any],
+    plan: Plan | None = None,
+    report: Mapping[str, Any] | None = None,
+    write_tokenizer: Callable[[Path], Any] | None = None,
+) -> None:
+    """Writes what a directory holds besides tensors.
+
+    Args:
+      stage: the directory.
+      found: what `Parts.finish` says.
+      config: the architecture.
+      hf_config: see `save`.
+      plan: see `save`.
+      report: see `save`.
+      write_tokenizer: see `save`.
+    """
     lordjax = {
-        **describe(config, params),
+        **_about(config, found),
         "method": None if plan is None else plan.method,
         "calibration": (report or {}).get("calibration"),
         "settings": (report or {}).get("settings"),
     }
-    with staged(directory) as stage:
-        shards = _shards(params, shard_bytes)
-        index = {}
-        for i, shard in enumerate(shards):
-            name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-            # Not ascontiguousarray, which makes vectors of scalars.
-            arrays = {k: np.asarray(jax.device_get(v), order="C") for k, v in shard.items()}
-            try:
-                safetensors.numpy.save_file(arrays, stage / name, metadata={"format": "lordjax"})
-            except safetensors.SafetensorError as error:
-                raise OSError(
-                    f"{directory}: cannot be written ({error}); is the disk full?"
-                ) from error
-            index |= dict.fromkeys(arrays, name)
-        total = {"total_size": nbytes(params)}
-        _write_json(stage / INDEX, {"metadata": total, "weight_map": index})
-        _write_json(stage / "config.json", {**hf_config, "lordjax": lordjax})
-        if plan is not None:
-            plan.write(stage / "plan.json")
-        if report is not None:
-            files = sum(f.stat().st_size for f in stage.glob("*.safetensors"))
-            _write_json(stage / "report.json", {**report, "file_bytes": files})
-        if write_tokenizer is not None:
-            write_tokenizer(stage)
-    return directory
+    total = {"total_size": found["nbytes"]}
+    write_json(stage / INDEX, {"metadata": total, "weight_map": found["index"]})
+    write_json(stage / "config.json", {**hf_config, "lordjax": lordjax})
+    if plan is not None:
+        plan.write(stage / "plan.json")
+    if report is not None:
+        write_json(stage / "report.json", {**report, "file_bytes": found["file_bytes"]})
+    if write_tokenizer is not None:
+        write_tokenizer(stage)
+    sync(stage)
 
 
 def check_room(directory: Path, need: int) -> None:
@@ -262,10 +247,6 @@ def check_room(directory: Path, need: int) -> None:
             f"{directory}: needs about {need / 1e6:.0f} MB of disk, {free / 1e6:.0f} MB are free; "
             "make room or choose another output"
         )
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n")
 
 
 def is_compressed(path: str | os.PathLike[str]) -> bool:

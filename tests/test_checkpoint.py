@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors.numpy
 
-from lordjax import InMemory, LowRank, Plan, compress, factorize, load, nbytes, save, trees
+from lordjax import InMemory, LowRank, Plan, compress, factorize, load, nbytes, parts, save, trees
 from lordjax.checkpoint import INDEX, is_compressed, open_saved
+from lordjax.files import write_tensors
 from lordjax.kernels import LowRankPlusQuantized, NFQuantized
 from lordjax.models import ModelConfig, Rope, Transformer, init
 from lordjax.nf import Format
@@ -298,15 +298,15 @@ def test_an_empty_directory_is_a_destination(tmp_path):
 def test_failure_while_tensors_are_written(tmp_path, monkeypatch, error, exists):
     if exists:
         (tmp_path / "out").mkdir()
-    save_file, written = safetensors.numpy.save_file, []
+    written = []
 
-    def fails(arrays, file, metadata=None):
+    def fails(file, arrays, metadata):
         if len(written) == 2:
             raise error
         written.append(file)
-        save_file(arrays, file, metadata=metadata)
+        return write_tensors(file, arrays, metadata)
 
-    monkeypatch.setattr(safetensors.numpy, "save_file", fails)
+    monkeypatch.setattr(parts, "write_tensors", fails)
     with pytest.raises(type(error)):
         write(tmp_path / "out")
     assert len(written) == 2  # it failed in the middle

@@ -20,6 +20,7 @@ ORDER = [
     ["lordjax.evaluate.questions"],
     ["lordjax.evaluate.supervisor", "lordjax.evaluate.programs"],
     ["lordjax.stats", "lordjax.trees", "lordjax.allocation"],
+    ["lordjax.parts"],
     ["lordjax.models.config"],
     ["lordjax.examples"],
     ["lordjax.instructions", "lordjax.labelled"],
