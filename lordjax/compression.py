@@ -20,15 +20,17 @@ import numpy as np
 
 from lordjax import nf, objective, trees
 from lordjax.allocation import CURVELESS, INFLUENCED
-from lordjax.calibrate import checked, few_gradients
+from lordjax.calibrate import checked
 from lordjax.data import fingerprint
 from lordjax.factoring import AnyFactors, factor_all, site_sizes
+from lordjax.gradients import few_gradients
 from lordjax.methods import DEFAULT_METHOD, METHODS
 from lordjax.plan import Plan
 from lordjax.prepared import Prepared, Result, check_policy
 from lordjax.progress import Clock, Progress
 from lordjax.sizing import GIVEN, ranks_by_pattern
 from lordjax.source import InMemory, Materialized, Source
+from lordjax.work import Memory, Work
 
 # The backward pass costs about four forward passes; more windows than this gain little (CHANGELOG).
 GRADIENT_WINDOWS = 32
@@ -71,6 +73,7 @@ def prepare(
     batch_size: int | None = None,
     gradient_windows: int | None = GRADIENT_WINDOWS,
     progress: Progress | None = None,
+    work: Work | None = None,
 ) -> Prepared:
     """Collects statistics of the untouched model and factors every site for all ranks.
 
@@ -86,6 +89,8 @@ def prepare(
       batch_size: windows per step; None = as many as this backend is fastest with.
       gradient_windows: how many windows, spread evenly, the backward pass sees; None = all.
       progress: called with (stage, done, total).
+      work: where finished work is kept; with a `workspace.Workspace` memory holds one block, and
+        what a killed process finished is not done again. None: in memory.
 
     Raises:
       KeyError: if the method or the policy is unknown.
@@ -102,8 +107,9 @@ def prepare(
     clock = Clock(progress)
     if policy in INFLUENCED:
         calibration, held_out = calibration.split(HELD_OUT)
-    gradients = few_gradients(source, calibration, row, gradient_windows, clock)
-    factors: dict[str, AnyFactors] = {}
+    work = Memory() if work is None else work
+    gradients = few_gradients(source, calibration, row, gradient_windows, clock, work)
+    factors: Mapping[str, AnyFactors] = {}
     influences: dict[int, float] = {}
     if prefix == "dense" or policy not in CURVELESS:
         factors, influences = factor_all(
@@ -112,6 +118,7 @@ def prepare(
             method,
             gradients,
             clock,
+            work,
             keep_gradients=prefix != "dense",
             influence=policy in INFLUENCED,
         )
@@ -137,8 +144,9 @@ def prepare(
         influences=influences,
         gradients=gradients,
         report=report,
-        sizes=site_sizes(source, method),
+        sizes=site_sizes(source, method, work),
         progress=progress,
+        work=work,
     )
 
 
@@ -152,6 +160,7 @@ def compress(
     temperature: float | None = None,
     dtype: Any = None,
     factors: str | None = None,
+    into: Any = None,
     **options: Any,
 ) -> Result:
     """Compresses a model: `prepare`, then one plan.
@@ -165,6 +174,7 @@ def compress(
       temperature: see `Prepared.plan`.
       dtype: of the result; None = that of the source.
       factors: see `Prepared.compress`.
+      into: see `Prepared.apply`; `streaming.compress_into` writes a directory.
       **options: see `prepare`.
 
     Raises:
@@ -182,8 +192,8 @@ def compress(
         plan = Plan(method, chosen, None, GIVEN, factors=factors)
         # A policy that needs no statistics, so that none are taken for it.
         prepared = prepare(source, tokens, allocation="uniform", **options)
-        return prepared.apply(plan, dtype=dtype)
+        return prepared.apply(plan, dtype=dtype, into=into)
     prepared = prepare(source, tokens, allocation=allocation, **options)
     return prepared.compress(
-        keep, allocation, temperature=temperature, dtype=dtype, factors=factors
+        keep, allocation, temperature=temperature, dtype=dtype, factors=factors, into=into
     )

@@ -16,10 +16,11 @@ from lordjax.calibrate import (
     INFLUENCE,
     activation_keys,
     block_statistics,
-    hidden_states,
+    needs_activations,
     on_device,
-    site_gradients,
+    resume_pass,
 )
+from lordjax.gradients import site_gradients
 from lordjax.kernels import LowRank, NFQuantized, is_kernel
 from lordjax.methods import METHODS, Factors, ModuleFactors, method_at, truncate
 from lordjax.modules import gather, scatter, site_size, widen
@@ -27,6 +28,7 @@ from lordjax.plan import Size
 from lordjax.progress import Clock
 from lordjax.sites import Site, counted_sites, site_path, sites_for
 from lordjax.source import Calibration, Source
+from lordjax.work import Entries, Work, once
 
 AnyFactors = Factors | ModuleFactors
 
@@ -98,44 +100,56 @@ def factor_all(
     source: Source,
     calibration: Calibration,
     method: str,
-    gradients: dict[int, dict[str, dict[str, Any]]],
+    gradients: Mapping[int, Mapping[str, Mapping[str, Any]]],
     clock: Clock,
+    work: Work,
     *,
     keep_gradients: bool,
     influence: bool,
-) -> tuple[dict[str, AnyFactors], dict[int, float]]:
+) -> tuple[Mapping[str, AnyFactors], dict[int, float]]:
     """One pass over the untouched model: statistics of a block, its factors, the next block.
 
     Returns:
-      site path -> factors; layer -> block influence, if asked for.
+      site path -> factors, which are in ``work``; layer -> block influence, if asked for.
     """
     config, row = source.config, METHODS[method]
     sites = sites_for(row.kinds, config)
-    factors: dict[str, AnyFactors] = {}
-    influences: dict[int, float] = {}
-    states: list[Any] = []
-    for i in clock.run("statistics and factors", range(config.num_layers)):
+    factors = Entries(work, "factors")
+    influences = Entries(work, "influence", int)
+
+    def done(i: int) -> bool:
+        lacks = any(site_path(i, site) not in factors for site in sites)
+        return not lacks and (i in influences or not influence)
+
+    reads = calibration if influence or needs_activations(row) else None
+    states, left = resume_pass(work, "statistics", source, reads, done)
+    for i in clock.run("statistics and factors", left, left.start):
         block = on_device(source.block(i))
         keys = activation_keys(block, sites, row)
         stats = {}
-        # A method without activation statistics needs no forward pass.
-        if influence or any(keys.values()):
-            states = states or hidden_states(source, calibration)
+        if states is not None:
             stats = block_statistics(
                 block, i, states, calibration, sites, keys, config, influence=influence
             )
         if influence:
-            influences[i] = float(stats.pop(INFLUENCE).mean())
+            work[f"influence/{i}"] = float(stats.pop(INFLUENCE).mean())
+        of_block = gradients.get(i, {})
         for site in sites:
+            path = site_path(i, site)
+            if path in factors:  # made by a process that was killed before the block's last one
+                continue
             with clock.part(f"factors of {site.kind} sites"):
                 kernels = site_kernels(site, block, config)
                 inputs = {name: stats[key] for name, key in keys[site.path].items()}
-                inputs |= site_gradients(gradients.get(i, {}), row, site, kernels)
-                path = site_path(i, site)
-                factors[path] = factor_site(method, site, path, kernels, inputs)
+                inputs |= site_gradients(of_block, row, site, kernels)
+                work[f"factors/{path}"] = factor_site(method, site, path, kernels, inputs)
         if not keep_gradients:
-            gradients.pop(i, None)
-    return factors, influences
+            work.release(f"gradients/{i}")
+        if states is not None:
+            states.commit(i + 1)
+    if states is not None:
+        states.close()
+    return factors, dict(influences)
 
 
 def replace_kernels(
@@ -232,11 +246,17 @@ def quantize_pairs(params: Any, form: nf.Format) -> Any:
     )
 
 
-def site_sizes(source: Source, method: str) -> dict[str, Size]:
+def site_sizes(source: Source, method: str, work: Work | None = None) -> dict[str, Size]:
     """Site path -> its size in the untouched model."""
     sites = counted_sites(METHODS[method].kinds, source.config).values()
-    sizes = {}
-    for i in range(source.config.num_layers):
-        block = source.block(i)
-        sizes |= {site_path(i, site): site_size(site, block, source.config) for site in sites}
-    return sizes
+
+    def read() -> dict[str, dict[str, int]]:
+        sizes = {}
+        for i in range(source.config.num_layers):
+            block = source.block(i)
+            for site in sites:
+                sizes[site_path(i, site)] = vars(site_size(site, block, source.config))
+        return sizes
+
+    found = read() if work is None else once(work, "sizes", read)
+    return {path: Size(**size) for path, size in found.items()}

@@ -103,9 +103,19 @@ class TensorWriter:
         self._digest.update(data)
         self._size += len(data)
 
+    @property
+    def closed(self) -> bool:
+        """Whether nothing more can be written."""
+        return self._file.closed
+
+    def abandon(self) -> None:
+        """Removes what was written, unless the file has its name."""
+        if not self.closed:
+            self._file.close()
+            self._fresh.unlink(missing_ok=True)
+
     def _fail(self, error: OSError) -> None:
-        self._file.close()
-        self._fresh.unlink(missing_ok=True)
+        self.abandon()
         raise OSError(f"{self.path}: cannot be written ({error}); is the disk full?") from error
 
 
@@ -131,9 +141,12 @@ def write_tensors(
     # As safetensors itself does it: wide dtypes first, so that all are aligned.
     names = sorted(arrays, key=lambda name: (-np.dtype(arrays[name].dtype).itemsize, name))
     writer = TensorWriter(path, {name: arrays[name] for name in names}, metadata)
-    for name in names:
-        writer.add(arrays[name])
-    return writer.close()
+    try:
+        for name in names:
+            writer.add(arrays[name])
+        return writer.close()
+    finally:
+        writer.abandon()
 
 
 class TensorFile(Mapping[str, np.ndarray]):

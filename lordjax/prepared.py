@@ -22,11 +22,13 @@ from lordjax.factoring import AnyFactors, cast, quantize_pairs, replace_kernels
 from lordjax.kernels import nbytes, weights
 from lordjax.methods import METHODS, ModuleFactors, corrects_bias
 from lordjax.models import ModelConfig
+from lordjax.parts import REST, join
 from lordjax.plan import Plan, Size, summary
 from lordjax.progress import Clock, Progress, peak_rss
 from lordjax.sequential import sequential
 from lordjax.sites import counted_sites, layer_index, layer_type
 from lordjax.source import Calibration, Source
+from lordjax.work import Memory, Work, digest, once
 
 # MoDeGPT's temperatures, of which held-out calibration windows choose one. Closer ones, between
 # which four windows choose by chance, gained nothing (CHANGELOG, "Tried").
@@ -38,10 +40,16 @@ class Result:
     """A compressed model: the same module with other leaves, and how it came about.
 
     The leaves are host arrays; putting them on devices is the caller's choice.
+
+    Attributes:
+      config: the architecture.
+      params: nested dict; where the parts went, if that was given.
+      plan: what was decided.
+      report: what came of it.
     """
 
     config: ModelConfig
-    params: dict[str, Any]
+    params: Any
     plan: Plan
     report: dict[str, Any]
 
@@ -57,11 +65,14 @@ class Prepared:
       method: a key of `METHODS`.
       prefix: what later statistics are taken from: one of ``dense``, ``compressed``,
         ``corrective``; see `Method`.
-      factors: site path -> factors; empty if the policy and the method need none beforehand.
+      factors: site path -> factors; empty if the policy and the method need none beforehand. Read
+        from ``work`` when they are asked for.
       influences: layer -> block influence; empty unless the policy needs it.
       gradients: layer -> gradient statistics, kept for a sequential pass only.
       report: what is known so far.
       sizes: site path -> its size.
+      progress: called with (stage, done, total).
+      work: where finished work is kept.
     """
 
     source: Source
@@ -69,12 +80,13 @@ class Prepared:
     held_out: np.ndarray
     method: str
     prefix: str
-    factors: dict[str, AnyFactors]
+    factors: Mapping[str, AnyFactors]
     influences: dict[int, float]
-    gradients: dict[int, dict[str, dict[str, Any]]]
+    gradients: Mapping[int, dict[str, dict[str, Any]]]
     report: dict[str, Any]
     sizes: dict[str, Size]
     progress: Progress | None = None
+    work: Work = dataclasses.field(default_factory=Memory)
 
     def curves(self, sensitivity: Mapping[str, float] | None = None) -> dict[str, Curve]:
         """Site path -> the predicted error at every rank.
@@ -178,7 +190,12 @@ class Prepared:
             )
 
         mask_token = self.calibration.mask_token
-        losses = compare(source, self.held_out, change, len(plans), clock, mask_token=mask_token)
+
+        def measured() -> list[float]:
+            return compare(source, self.held_out, change, len(plans), clock, mask_token=mask_token)
+
+        key = f"losses-{digest([dict(plan.ranks) for plan in plans])}"
+        losses = once(self.work, key, measured)
         self.report["seconds"] |= clock.seconds
         return plans[int(np.argmin(losses))]
 
@@ -191,16 +208,28 @@ class Prepared:
         temperature: float | None = None,
         dtype: Any = None,
         factors: str | None = None,
+        into: Any = None,
     ) -> Result:
         """A model of one budget; the source is untouched. Errors: see `plan` and `apply`.
 
         With ``factors`` (`nf.Format.parse`) factor pairs are stored as codes.
         """
-        plan = self.plan(keep, allocation, tile, temperature=temperature)
-        return self.apply(dataclasses.replace(plan, factors=factors), dtype=dtype)
 
-    def apply(self, plan: Plan, *, dtype: Any = None) -> Result:
+        def planned() -> Plan:
+            return self.plan(keep, allocation, tile, temperature=temperature)
+
+        # A run that was killed goes on with the plan that it began.
+        plan = once(self.work, "plan", planned) if self.work.durable else planned()
+        return self.apply(dataclasses.replace(plan, factors=factors), dtype=dtype, into=into)
+
+    def apply(self, plan: Plan, *, dtype: Any = None, into: Any = None) -> Result:
         """The model of a plan, made by `plan` or edited.
+
+        Args:
+          plan: ranks.
+          dtype: of the result; None = that of the source.
+          into: where finished parts of the model go, by name (`parts.Parts`); those that are there
+            are not made again. None: a dictionary, and ``Result.params`` is the model.
 
         Raises:
           ValueError: if the plan does not fit the model, or the result is not of the size that
@@ -208,7 +237,12 @@ class Prepared:
         """
         start = time.perf_counter()
         self._check(plan)
-        clock, factors, kernels = Clock(self.progress), self.factors, None
+        clock, config, parts = (
+            Clock(self.progress),
+            self.source.config,
+            claim(into, self.work, plan),
+        )
+        factors, kernels = self.factors, None
         if self.prefix != "dense":
             factors, kernels = sequential(
                 self.source,
@@ -218,38 +252,51 @@ class Prepared:
                 self.gradients,
                 corrective=self.prefix == "corrective",
                 clock=clock,
+                work=self.work if self.work.durable else None,
             )
-        params = self._params(plan, factors, kernels)
-        if dtype is not None:
-            params = jax.tree.map(lambda a: cast(a, dtype), params)
-        if plan.factors is not None:
-            params = quantize_pairs(params, nf.Format.parse(plan.factors))
-        verify(params, plan, self.sizes, self.source.config)
+
+        def make(name: str) -> Any:
+            return self._part(name, plan, factors, kernels, dtype)
+
+        size = 0
+        for i in clock.run("writing", range(-1, config.num_layers)):
+            size += put(parts, self.work, REST if i < 0 else f"layer_{i}", make)["bytes"]
         seconds = {**self.report["seconds"], "apply": time.perf_counter() - start}
         report = {
             **self.report,
             "seconds": seconds,
             "plan": summary(plan, self.sizes)
             | {"gap": plan.gap, "policy": plan.policy, "temperature": plan.temperature},
-            "bytes": nbytes(params),
+            "bytes": size,
             "layers": _layer_report(factors, plan),
             "peak_rss_bytes": peak_rss(),
         }
-        return Result(self.source.config, params, plan, report)
+        return Result(config, join(parts) if into is None else into, plan, report)
 
-    def _params(
+    def _part(
         self,
+        name: str,
         plan: Plan,
-        factors: dict[str, AnyFactors],
+        factors: Mapping[str, AnyFactors],
         kernels: Mapping[str, Mapping[str, Any]] | None,
-    ) -> dict[str, Any]:
-        """The parameters of a plan; arguments as for `replace_kernels`."""
-        config, params = self.source.config, dict(self.source.rest())
-        for i in range(config.num_layers):
-            params[f"layer_{i}"] = replace_kernels(
-                self.source.block(i), i, factors, plan.ranks, self.method, config, kernels=kernels
-            )
-        return params
+        dtype: Any,
+    ) -> tuple[Any, dict[str, Any]]:
+        """A part of the model of a plan, and what to know of it."""
+        config = self.source.config
+        if name == REST:
+            part: Any = dict(self.source.rest())
+        else:
+            i, ranks = layer_index(name), plan.ranks
+            block = self.source.block(i)
+            part = replace_kernels(block, i, factors, ranks, self.method, config, kernels=kernels)
+        if dtype is not None:
+            part = jax.tree.map(lambda a: cast(a, dtype), part)
+        if plan.factors is not None:
+            part = quantize_pairs(part, nf.Format.parse(plan.factors))
+        own = {path: rank for path, rank in plan.ranks.items() if path.startswith(f"{name}/")}
+        whole = part if name == REST else {name: part}
+        verify(whole, dataclasses.replace(plan, ranks=own), self.sizes, config)
+        return part, {"bytes": nbytes(part)}
 
     def _check(self, plan: Plan) -> None:
         """Raises ValueError unless the plan has a usable rank for every site and no others."""
@@ -273,12 +320,47 @@ def _tails(spectrum: Any) -> np.ndarray:
     return np.concatenate([sums, np.zeros(1)])
 
 
+def claim(into: Any, work: Work, plan: Plan) -> Any:
+    """Where the parts of a plan's model go: ``into``, or a dictionary.
+
+    Raises:
+      ValueError: if ``into`` has parts of another plan.
+    """
+    if into is None:
+        return {}
+    if once(work, "applied", lambda: plan) != plan:
+        raise ValueError("the output has parts of another plan; choose another one")
+    return into
+
+
+def put(
+    parts: Any, work: Work, name: str, make: Callable[[str], tuple[Any, dict[str, Any]]]
+) -> dict[str, Any]:
+    """Makes a part of a model, unless it is there, and puts it there; returns what to know of it.
+
+    Args:
+      parts: name -> part.
+      work: keeps what to know of parts.
+      name: of the part.
+      make: the part of a name, and what to know of it.
+    """
+    if name in parts:
+        return work[f"about/{name}"]
+    part, about = make(name)
+    work[f"about/{name}"] = about
+    parts[name] = part
+    return about
+
+
 def _layer_report(factors: Mapping[str, AnyFactors], plan: Plan) -> dict[str, dict[str, Any]]:
     """Per site: rank and relative error; of matrices the condition and the spectrum's shape."""
     rows = {}
     tiny, eps = np.finfo(float).tiny, np.finfo(float).eps
-    for path, factor in factors.items():
-        spectrum, rank = np.asarray(factor.spectrum, float), plan.ranks[path]
+    for path, rank in plan.ranks.items():
+        if path not in factors:
+            continue
+        factor = factors[path]
+        spectrum = np.asarray(factor.spectrum, float)
         total = max(float(spectrum.sum()), tiny)
         rows[path] = {
             "rank": rank,

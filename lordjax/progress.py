@@ -18,13 +18,21 @@ class Clock:
         self.seconds: dict[str, float] = {}
         self._progress = progress
 
-    def run(self, stage: str, items: range) -> Iterator[int]:
-        """Yields the items of a stage; the time of the loop's body is the stage's."""
-        for done, item in enumerate(items):
-            self._report(stage, done, len(items))
+    def run(self, stage: str, items: range, done: int = 0, left: int = 0) -> Iterator[int]:
+        """Yields the items of a stage; the time of the loop's body is the stage's.
+
+        Args:
+          stage: its name.
+          items: what this loop does of it.
+          done: how many others were done before.
+          left: how many others come after.
+        """
+        total = done + len(items) + left
+        for count, item in enumerate(items, done):
+            self._report(stage, count, total)
             with self.part(stage):
                 yield item
-        self._report(stage, len(items), len(items))
+        self._report(stage, total - left, total)
 
     @contextlib.contextmanager
     def part(self, stage: str) -> Iterator[None]:

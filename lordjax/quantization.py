@@ -6,13 +6,13 @@
     Quantizer.compress(bits=...)           -> Result      choose within a budget, then decompose
     quantize(source, tokens, ...)          -> Result      both
 
-Statistics of one block are in memory at a time; with weights from gradients, those of all blocks,
-about as many numbers as the blocks have weights.
+Statistics of one block are in memory at a time. Weights from gradients are those of all blocks,
+about as many numbers as these have weights, unless work is kept in a directory (`workspace`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,15 +20,17 @@ import numpy as np
 
 from lordjax import nf, objective, trees
 from lordjax.allocation import SOLVERS
-from lordjax.calibrate import checked, few_gradients
+from lordjax.calibrate import checked
 from lordjax.compression import GRADIENT_WINDOWS
 from lordjax.data import fingerprint
+from lordjax.gradients import few_gradients
 from lordjax.methods.low_rank_quantized import STEPS
 from lordjax.prepared import Result
 from lordjax.progress import Clock, Progress
 from lordjax.quantizer import FORMATS, MOMENTS, QUANTIZERS, WEIGHTINGS, Quantizer, statistics_of
 from lordjax.sites import LINEAR_SITES, site_path
-from lordjax.source import Materialized, Source
+from lordjax.source import Calibration, Materialized, Source
+from lordjax.work import Memory, Work
 
 
 def prepare_quantized(
@@ -48,6 +50,7 @@ def prepare_quantized(
     batch_size: int | None = None,
     gradient_windows: int | None = GRADIENT_WINDOWS,
     progress: Progress | None = None,
+    work: Work | None = None,
 ) -> Quantizer:
     """Takes the gradients that a weighting needs; the rest is found when a plan asks for it.
 
@@ -70,6 +73,7 @@ def prepare_quantized(
       batch_size: windows per step; None = as many as this backend is fastest with.
       gradient_windows: how many windows, spread evenly, the backward pass sees; None = all.
       progress: called with (stage, done, total).
+      work: see `compression.prepare`.
 
     Raises:
       KeyError: if the method or the weighting is unknown.
@@ -100,7 +104,9 @@ def prepare_quantized(
             f"rank {rank} is not below the smaller side of {narrow[0]} {shapes[narrow[0]]}; "
             "ask for less"
         )
-    calibration, gradients = None, {}
+    work = Memory() if work is None else work
+    calibration: Calibration | None = None
+    gradients: Mapping[int, Mapping[str, Mapping[str, Any]]] = {}
     if WEIGHTINGS[weighting]:
         if tokens is None:
             raise ValueError(f"weighting {weighting!r} needs calibration tokens; give some")
@@ -113,7 +119,7 @@ def prepare_quantized(
             **objective.protocol(source.config, mask_token),
         }
         statistics = statistics_of(weighting)
-        gradients = few_gradients(source, calibration, statistics, gradient_windows, clock)
+        gradients = few_gradients(source, calibration, statistics, gradient_windows, clock, work)
     return Quantizer(
         source=source,
         calibration=calibration,
@@ -128,6 +134,7 @@ def prepare_quantized(
         gradients=gradients,
         shapes=shapes,
         report=report,
+        work=work,
         progress=progress,
     )
 
@@ -215,6 +222,7 @@ def quantize(
     budget_bytes: int | None = None,
     form: str | None = None,
     solver: str = "bisection",
+    into: Any = None,
     **options: Any,
 ) -> Result:
     """Quantises a model: `prepare_quantized`, then one plan.
@@ -227,6 +235,7 @@ def quantize(
       budget_bytes: see `Quantizer.plan`.
       form: instead of a budget, the format of all matrices (`nf.Format.parse`).
       solver: see `Quantizer.plan`.
+      into: see `Quantizer.apply`.
       **options: see `prepare_quantized`.
 
     Raises:
@@ -240,5 +249,6 @@ def quantize(
     check_settings(method, form=form, solver=solver, **budget, **shared)
     prepared = prepare_quantized(source, tokens, method=method, **options)
     if form is not None:
-        return prepared.apply(prepared.uniform(nf.Format.parse(form), prepared.rank))
-    return prepared.compress(solver=solver, **budget)
+        plan = prepared.uniform(nf.Format.parse(form), prepared.rank)
+        return prepared.apply(plan, into=into)
+    return prepared.compress(solver=solver, into=into, **budget)

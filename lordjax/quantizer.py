@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,11 +23,12 @@ from lordjax.allocation import SOLVERS
 from lordjax.calibrate import (
     activation_keys,
     block_statistics,
-    hidden_states,
+    needs_activations,
     on_device,
-    site_gradients,
+    resume_pass,
 )
 from lordjax.factoring import cast, quantize_pair
+from lordjax.gradients import site_gradients
 from lordjax.kernels import LowRank, LowRankPlusQuantized, NFQuantized, materialize, nbytes
 from lordjax.methods.base import Method
 from lordjax.methods.feedback import feedback_of
@@ -40,11 +41,13 @@ from lordjax.methods.low_rank_quantized import (
     predict,
     start_basis,
 )
+from lordjax.parts import REST, join
 from lordjax.plan import Plan
-from lordjax.prepared import Result
+from lordjax.prepared import Result, claim, put
 from lordjax.progress import Clock, Progress, peak_rss
-from lordjax.sites import LINEAR_SITES, Site, site_path
+from lordjax.sites import LINEAR_SITES, Site, layer_index, site_path
 from lordjax.source import Calibration, Source
+from lordjax.work import Memory, Work, digest
 
 # Share of the mean added to the inputs' second moment. GPTQ's 0.01 of a mean that a few huge
 # activations make is more than all the others have, and misleads the choice of formats.
@@ -136,6 +139,21 @@ class Table:
         sizes, errors = (np.array([each[k] for each in best], float) for k in range(2))
         return cls([option for _, _, option in best], sizes, errors)
 
+    def rows(self) -> list[list[Any]]:
+        """The table as JSON."""
+        forms = [None if option.form is None else str(option.form) for option in self.options]
+        ranks = [option.rank for option in self.options]
+        columns = self.sizes.tolist(), self.errors.tolist(), forms, ranks
+        return [list(row) for row in zip(*columns, strict=True)]
+
+    @classmethod
+    def parse(cls, rows: Iterable[Sequence[Any]]) -> Table:
+        """Inverse of `rows`."""
+        return cls.of(
+            (size, error, Option(None if form is None else nf.Format.parse(form), rank))
+            for size, error, form, rank in rows
+        )
+
 
 @dataclasses.dataclass
 class Quantizer:
@@ -156,6 +174,7 @@ class Quantizer:
       gradients: layer -> gradient statistics.
       shapes: site path -> ``(in, out)``.
       report: what is known so far.
+      work: where finished work is kept.
     """
 
     source: Source
@@ -168,9 +187,10 @@ class Quantizer:
     dtype: Any | None
     steps: int
     feedback: bool
-    gradients: dict[int, dict[str, dict[str, Any]]]
+    gradients: Mapping[int, Mapping[str, Mapping[str, Any]]]
     shapes: dict[str, tuple[int, int]]
     report: dict[str, Any]
+    work: Work
     progress: Progress | None = None
 
     @property
@@ -186,13 +206,24 @@ class Quantizer:
     @functools.cached_property
     def tables(self) -> dict[str, Table]:
         """Site path -> its options; walks the model when first asked for."""
-        clock, found = Clock(self.progress), {}
-        for i, block, weights in self.walk(clock, "predictions"):
+        clock, layers = Clock(self.progress), range(self.source.config.num_layers)
+        forms = [str(form) for form in (*self.formats, self.factors)]
+        name = f"tables-{digest(self.method, forms, self.rank, str(self._dense))}"
+        work = self.work if self.work.durable else Memory()
+
+        def done(i: int) -> bool:
+            return f"{name}/{i}" in work
+
+        for i, block, weights in self.walk(clock, "predictions", done):
             flat = trees.flatten(block)
-            for site, weight in weights.items():
-                found[site_path(i, site)] = self._table(flat[site.path], weight)
+            tables = {
+                site_path(i, site): self._table(flat[site.path], weight).rows()
+                for site, weight in weights.items()
+            }
+            work[f"{name}/{i}"] = tables
         self.report["seconds"] |= clock.seconds
-        return found
+        rows = [item for i in layers for item in work[f"{name}/{i}"].items()]
+        return {path: Table.parse(found) for path, found in rows}
 
     def plan(
         self,
@@ -241,12 +272,16 @@ class Quantizer:
         """The plan that gives all matrices the same option."""
         return self._plan(dict.fromkeys(self.shapes, Option(form, rank)), "uniform", None, None)
 
-    def compress(self, **budget: Any) -> Result:
-        """A model of one budget; arguments and errors as for `plan`."""
-        return self.apply(self.plan(**budget))
+    def compress(self, *, into: Any = None, **budget: Any) -> Result:
+        """A model of one budget; arguments and errors as for `plan` and `apply`."""
+        return self.apply(self.plan(**budget), into=into)
 
-    def apply(self, plan: Plan) -> Result:
+    def apply(self, plan: Plan, *, into: Any = None) -> Result:
         """The model of a plan.
+
+        Args:
+          plan: ranks and formats.
+          into: where finished parts of the model go; see `Prepared.apply`.
 
         Raises:
           ValueError: if the plan does not fit the model.
@@ -255,62 +290,94 @@ class Quantizer:
         options = self._options(plan)
         factors = None if plan.factors is None else nf.Format.parse(plan.factors)
         if factors != self.factors:  # an edited plan
-            return dataclasses.replace(self, factors=factors).apply(plan)
+            return dataclasses.replace(self, factors=factors).apply(plan, into=into)
         width = max((o.rank for o in options.values() if o.rank is not None), default=1)
-        clock, params = Clock(self.progress), self._stored(self.source.rest())
-        layers, size = {}, 0
-        for i, block, weights in self.walk(clock, "decomposition"):
-            flat = dict(trees.flatten(self._stored(self.source.block(i))))
-            dense = trees.flatten(block)
-            chosen = {site: options[site_path(i, site)] for site in weights}
-            for site, new in self._kernels(dense, chosen, weights, width).items():
-                path = site_path(i, site)
-                layers[path] = _layer(dense[site.path], new, weights[site], options[path])
-                flat[site.path] = new
-                size += nbytes(new)
-            params[f"layer_{i}"] = trees.unflatten(flat)
-        _check_finite(params, layers)
+        clock, parts = Clock(self.progress), claim(into, self.work, plan)
+        abouts = [put(parts, self.work, REST, lambda _: self._rest())]
+
+        def done(i: int) -> bool:
+            return f"layer_{i}" in parts
+
+        for i, block, weights in self.walk(clock, "decomposition", done):
+            make = functools.partial(self._block, block, weights, options, width)
+            put(parts, self.work, f"layer_{i}", make)
+        abouts += [self.work[f"about/layer_{i}"] for i in range(self.source.config.num_layers)]
         seconds = {**self.report["seconds"], **clock.seconds, "apply": time.perf_counter() - start}
         report = {
             **self.report,
             "seconds": seconds,
             "plan": {
-                "bits_per_weight": 8 * size / self.count,
+                "bits_per_weight": 8 * sum(about["matrices"] for about in abouts) / self.count,
                 "gap": plan.gap,
                 "policy": plan.policy,
             },
-            "bytes": nbytes(params),
-            "layers": layers,
+            "bytes": sum(about["bytes"] for about in abouts),
+            "layers": {path: row for about in abouts for path, row in about["layers"].items()},
             "peak_rss_bytes": peak_rss(),
         }
-        return Result(self.source.config, params, plan, report)
+        return Result(self.source.config, join(parts) if into is None else into, plan, report)
+
+    def _rest(self) -> tuple[Any, dict[str, Any]]:
+        """What is no block, as it is stored, and what to know of it."""
+        part = self._stored(self.source.rest())
+        _check_finite(part, {})
+        return part, {"bytes": nbytes(part), "matrices": 0, "layers": {}}
+
+    def _block(
+        self,
+        block: Mapping[str, Any],
+        weights: Mapping[Site, Weights],
+        options: Mapping[str, Option],
+        width: int,
+        name: str,
+    ) -> tuple[Any, dict[str, Any]]:
+        """A block with its matrices as their options say, and what to know of it."""
+        dense, i = trees.flatten(block), layer_index(name)
+        flat = dict(trees.flatten(self._stored(self.source.block(i))))
+        chosen = {site: options[site_path(i, site)] for site in weights}
+        layers, size = {}, 0
+        for site, new in self._kernels(dense, chosen, weights, width).items():
+            path = site_path(i, site)
+            layers[path] = _layer(dense[site.path], new, weights[site], options[path])
+            flat[site.path] = new
+            size += nbytes(new)
+        part = trees.unflatten(flat)
+        _check_finite({name: part}, layers)
+        return part, {"bytes": nbytes(part), "matrices": size, "layers": layers}
 
     def walk(
-        self, clock: Clock, stage: str
+        self, clock: Clock, stage: str, done: Callable[[int], bool]
     ) -> Iterator[tuple[int, dict[str, Any], dict[Site, Weights]]]:
-        """Number, parameters on the device, and what errors cost, block after block."""
+        """Number, parameters on the device, and what errors cost, block after block.
+
+        Blocks that are ``done`` are left out, up to the first that is not.
+        """
         config = self.source.config
         row = statistics_of(self.weighting)
-        states: list[Any] = []
-        for i in clock.run(stage, range(config.num_layers)):
+        reads = self.calibration if needs_activations(row) else None
+        states, layers = resume_pass(self.work, stage, self.source, reads, done)
+        for i in clock.run(stage, layers, layers.start):
             block = on_device(self.source.block(i))
             flat = trees.flatten(block)
             sites = tuple(site for site in LINEAR_SITES if site.path in flat)
             stats: dict[str, Any] = {}
             keys = activation_keys(block, sites, row)
-            if any(keys.values()) and self.calibration is not None:
-                states = states or hidden_states(self.source, self.calibration)
+            if states is not None and self.calibration is not None:
                 stats = block_statistics(block, i, states, self.calibration, sites, keys, config)
             gradients = self.gradients.get(i, {})
             costs = {}
             for site in sites:
                 own = {name: stats[key] for name, key in keys[site.path].items()}
                 own |= site_gradients(gradients, row, site, flat[site.path])
-                cost = cost_of(flat[site.path], own)
+                cost = _cost(flat[site.path], own)
                 costs[site] = (
                     cost._replace(feedback=_feedback(cost.inputs)) if self.feedback else cost
                 )
             yield i, block, costs
+            if states is not None:
+                states.commit(i + 1)
+        if states is not None:
+            states.close()
 
     def _table(self, kernel: Any, weights: Weights) -> Table:
         """What a matrix may become."""
@@ -463,6 +530,10 @@ def statistics_of(weighting: str) -> Method:
     """A weighting as what the calibration passes know: statistics, and a function of them."""
     cost: Any = cost_of
     return Method(weighting, cost, WEIGHTINGS[weighting])
+
+
+# Compiled, so that the same bits come of arrays on the host: NumPy would round otherwise.
+_cost = jax.jit(cost_of)
 
 
 @jax.jit

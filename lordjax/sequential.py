@@ -26,12 +26,12 @@ from lordjax import linalg, trees
 from lordjax.calibrate import (
     activation_keys,
     block_statistics,
-    hidden_states,
     on_device,
-    site_gradients,
+    start_pass,
 )
 from lordjax.collect import observe_pair
 from lordjax.factoring import AnyFactors, factor_site, replace_kernels, site_kernels
+from lordjax.gradients import site_gradients
 from lordjax.methods import METHODS, Method, method_at
 from lordjax.models.config import ModelConfig
 from lordjax.modules import LAST_NAME
@@ -39,7 +39,9 @@ from lordjax.plan import Plan
 from lordjax.progress import Clock
 from lordjax.sites import LAST_LAYER, LINEAR_SITES, Site, site_path, sites_for
 from lordjax.source import Calibration, Source
+from lordjax.states import Shifted
 from lordjax.stats import Moments
+from lordjax.work import Entries, Memory, Work, digest
 
 RIDGE = 1e-4  # of the regression on the compressed inputs, relative to their mean variance
 
@@ -55,7 +57,7 @@ class _Walk:
       method: a key of `METHODS`.
       calibration: tokens.
       states: residual stream before this block in the compressed model, per batch.
-      dense_states: the same in the untouched model; empty unless the target is corrective.
+      dense_states: the same in the untouched model; read only if the target is corrective.
       dense: this block, untouched.
       current: this block as far as it is compressed, in arrays of the original shapes.
     """
@@ -63,8 +65,8 @@ class _Walk:
     config: ModelConfig
     method: str
     calibration: Calibration
-    states: list[Any]
-    dense_states: list[Any]
+    states: Any
+    dense_states: Any
     dense: Any = None
     current: Any = None
 
@@ -83,7 +85,8 @@ def sequential(
     *,
     corrective: bool,
     clock: Clock,
-) -> tuple[dict[str, AnyFactors], dict[str, dict[str, Any]]]:
+    work: Work | None = None,
+) -> tuple[Mapping[str, AnyFactors], Mapping[str, dict[str, Any]]]:
     """Factors of every planned site, each from the model compressed before it.
 
     Args:
@@ -94,49 +97,68 @@ def sequential(
       gradients: gradient statistics by layer, if the method needs any.
       corrective: fit the untouched model's outputs instead of the layer's own.
       clock: for progress.
+      work: where factors go, and where a killed process left them; None: in memory.
 
     Returns:
       Site path -> factors; path of a module -> its last layer's kernel, by name in head form, where
       that was fitted to something else.
     """
     config, row = source.config, METHODS[method]
-    states = hidden_states(source, calibration)
-    walk = _Walk(config, method, calibration, states, list(states) if corrective else [])
-    collect = _corrective_inputs if corrective else _own_inputs
-    factors: dict[str, AnyFactors] = {}
-    kernels: dict[str, dict[str, Any]] = {}
-    for i in clock.run("sequential", range(config.num_layers)):
+    work, name = work or Memory(), f"sequential-{digest(dict(plan.ranks), method, corrective)}"
+    factors, kernels = Entries(work, f"{name}/factors"), Entries(work, f"{name}/kernels")
+    steps = groups(row, config)
+    planned = [
+        site_path(i, site) for i in range(config.num_layers) for group in steps for site in group
+    ]
+    if all(path in factors for path in planned if plan.ranks.get(path) is not None):
+        return factors, kernels
+    states = start_pass(work, f"{name}/states", source, calibration, 1 + corrective)
+    own, dense = (Shifted(states, k * len(calibration.masks())) for k in range(2))
+    walk = _Walk(config, method, calibration, own, dense)
+    start = states.at or 0
+    for i in clock.run("sequential", range(start, config.num_layers), start):
         walk.dense = walk.current = on_device(source.block(i))
-        for group in groups(row, config):
+        of_block = gradients.get(i, {})
+        for group in steps:
             sites = tuple(s for s in group if plan.ranks.get(site_path(i, s)) is not None)
             if not sites:
                 continue
-            inputs = collect(walk, i, sites)
-            for site in sites:
-                path, (own, stats) = site_path(i, site), inputs[site.path]
-                untouched = site_kernels(site, walk.dense, config)
-                stats |= site_gradients(gradients.get(i, {}), row, site, untouched)
-                factors[path] = factor_site(method, site, path, own, stats)
-                if corrective and site.kind in LAST_NAME:
-                    name = LAST_NAME[site.kind]
-                    kernels[path] = {name: np.asarray(own[name], np.float32)}
-            walk.current = on_device(
-                replace_kernels(
-                    walk.dense,
-                    i,
-                    factors,
-                    plan.ranks,
-                    method,
-                    config,
-                    widened=True,
-                    kernels=kernels,
-                )
+            if any(site_path(i, site) not in factors for site in sites):
+                _factor_group(walk, i, sites, of_block, work, name, corrective=corrective)
+            ranks = plan.ranks
+            compressed = replace_kernels(
+                walk.dense, i, factors, ranks, method, config, widened=True, kernels=kernels
             )
+            walk.current = on_device(compressed)
         no_keys: dict[str, dict[str, str]] = {}
         block_statistics(walk.current, i, walk.states, calibration, (), no_keys, config)
         if corrective:
             block_statistics(walk.dense, i, walk.dense_states, calibration, (), no_keys, config)
+        states.commit(i + 1)
+    states.close()
     return factors, kernels
+
+
+def _factor_group(
+    walk: _Walk,
+    i: int,
+    sites: tuple[Site, ...],
+    gradients: Mapping[str, Mapping[str, Any]],
+    work: Work,
+    name: str,
+    *,
+    corrective: bool,
+) -> None:
+    """Puts factors of sites that do not feed each other below ``name``."""
+    inputs = (_corrective_inputs if corrective else _own_inputs)(walk, i, sites)
+    for site in sites:
+        path, (own, stats) = site_path(i, site), inputs[site.path]
+        untouched = site_kernels(site, walk.dense, walk.config)
+        stats |= site_gradients(gradients, walk.row, site, untouched)
+        if corrective and site.kind in LAST_NAME:
+            last = LAST_NAME[site.kind]
+            work[f"{name}/kernels/{path}"] = {last: np.asarray(own[last], np.float32)}
+        work[f"{name}/factors/{path}"] = factor_site(walk.method, site, path, own, stats)
 
 
 def groups(row: Method, config: ModelConfig) -> list[tuple[Site, ...]]:

@@ -72,7 +72,7 @@ class MemoryStates:
 
     def back(self, at: int) -> None:
         """See `States`."""
-        if self.at is not None:
+        if self.at is not None and self.at != at:
             self._kept.pop(self.at, None)
         self.at, self._now = at, dict(self._kept[at])
 
@@ -114,7 +114,8 @@ class DiskStates:
 
     def back(self, at: int) -> None:
         """See `States`."""
-        self._work.discard(f"{self._name}/{self.at}")
+        if self.at != at:
+            self._work.discard(f"{self._name}/{self.at}")
         self._open(at)
 
     def close(self) -> None:

@@ -57,6 +57,7 @@ class Workspace:
         self.directory = Path(directory).absolute()
         self._entries: dict[str, dict[str, Any]] = {}
         self._checked: set[str] = set()
+        self._streams: list[TensorWriter] = []
         self._count = 0
         known = {RUN, LOCK, JOURNAL, ENTRIES}
         if self.directory.exists() and not (self.directory / RUN).exists():
@@ -83,15 +84,27 @@ class Workspace:
 
     def close(self) -> None:
         """Lets go of the directory, which stays."""
+        for writer in self._streams:
+            writer.abandon()
         if self._lock >= 0:
             os.close(self._lock)
         self._lock = -1
 
     def remove(self) -> None:
-        """Removes the directory: its work is done."""
+        """Removes the directory: its work is done, or there is none."""
         shutil.rmtree(self.directory)
         sync_directory(self.directory.parent)
         self.close()
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is finished."""
+        return not self._entries
+
+    @property
+    def open(self) -> bool:
+        """Whether this process still holds the directory."""
+        return self._lock >= 0
 
     def __contains__(self, key: str) -> bool:
         return key in self._entries
@@ -135,10 +148,11 @@ class Workspace:
     def release(self, key: str) -> None:
         """Nothing: entries take no memory."""
 
-    def discard(self, key: str) -> None:
-        """Removes an entry, if there is one."""
-        if key in self._entries:
-            self._record({"key": key, "removed": True})
+    def discard(self, *keys: str) -> None:
+        """Removes entries, those of them that there are."""
+        there = [key for key in keys if key in self._entries]
+        if there:
+            self._record({"removed": there})
 
     def stream(self, key: str, shapes: list[Any]) -> Stream:
         """An entry that is a list of arrays of some shapes and dtypes, to be given one by one.
@@ -150,6 +164,7 @@ class Workspace:
         path, names = self._path(key), [str(j) for j in range(len(shapes))]
         value = json.dumps({"list": [{"array": name} for name in names]})
         writer = TensorWriter(path, dict(zip(names, shapes, strict=True)), {"tree": value})
+        self._streams = [each for each in self._streams if not each.closed] + [writer]
         return Stream(writer.add, lambda key: self._file(key, path, writer.close()))
 
     def check(self, path: Path, written: Written) -> None:
@@ -189,18 +204,16 @@ class Workspace:
             except OSError as error:
                 os.truncate(path, end)
                 raise OSError(f"{path}: cannot be written ({error}); is the disk full?") from error
-        old = self._apply(row)
-        if old is not None:
+        for old in self._apply(row):
             (self.directory / old).unlink(missing_ok=True)
 
-    def _apply(self, row: dict[str, Any]) -> str | None:
-        """Takes a line of the journal into account; returns the file that it makes useless."""
-        old = self._entries.get(row["key"], {}).get("file")
-        if row.get("removed"):
-            self._entries.pop(row["key"], None)
-        else:
+    def _apply(self, row: dict[str, Any]) -> list[str]:
+        """Takes a line of the journal into account; returns the files that it makes useless."""
+        removed = row["removed"] if "removed" in row else [row["key"]]
+        old = [self._entries.pop(key, {}).get("file") for key in removed]
+        if "key" in row:
             self._entries[row["key"]] = row
-        return old
+        return [file for file in old if file is not None]
 
     def _same(self, identity: dict[str, Any]) -> None:
         """Writes what this run is; raises ValueError if the directory is that of another."""

@@ -113,7 +113,7 @@ def preparation(
     config: ModelConfig, method: Method, windows: int, length: int, gradient_windows: int
 ) -> float:
     """All that `lordjax.prepare` must spend on a method with statistics of the dense model."""
-    from lordjax.calibrate import needs_gradients
+    from lordjax.gradients import needs_gradients
 
     total = factors(config, method)
     if method.modules or {"moments", "abs_mean"} & set(method.needs):

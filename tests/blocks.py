@@ -110,11 +110,16 @@ BLOCKS["gemma3"] = dataclasses.replace(
 
 
 def source(name):
+    """`random_model` of a row of `BLOCKS`."""
+    return random_model(BLOCKS[name])
+
+
+def random_model(config):
     """A random model whose norms and biases are not at their initial 1 and 0."""
-    flat = trees.flatten(init(BLOCKS[name], jax.random.key(0)))
+    flat = trees.flatten(init(config, jax.random.key(0)))
     keys = jax.random.split(jax.random.key(1), len(flat))
     noise = {
         path: leaf + 0.2 * jax.random.normal(key, leaf.shape)
         for key, (path, leaf) in zip(keys, flat.items(), strict=True)
     }
-    return InMemory(BLOCKS[name], trees.unflatten(noise))
+    return InMemory(config, trees.unflatten(noise))

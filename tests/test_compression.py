@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from lordjax import collect, trees
-from lordjax.calibrate import gradient_statistics
 from lordjax.compression import PREFIXES, InMemory, compress, prepare
+from lordjax.gradients import gradient_statistics
 from lordjax.kernels import LowRank, nbytes
 from lordjax.linalg import row_space
 from lordjax.methods import METHODS

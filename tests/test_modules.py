@@ -10,9 +10,9 @@ import optax
 import pytest
 
 from lordjax import InMemory, checkpoint, compress, prepare, trees
-from lordjax.calibrate import gradient_statistics
 from lordjax.evaluate import perplexity
 from lordjax.factoring import replace_kernels
+from lordjax.gradients import gradient_statistics
 from lordjax.kernels import LowRank, nbytes
 from lordjax.methods import METHODS, ModuleFactors
 from lordjax.methods.modular import mlp_module, narrow_mlp

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from lordjax import InMemory, objective, trees
-from lordjax.calibrate import gradient_statistics
 from lordjax.compression import prepare
 from lordjax.evaluate import perplexity
 from lordjax.evaluate.comparison import compare
+from lordjax.gradients import gradient_statistics
 from lordjax.methods import METHODS
 from lordjax.models import ModelConfig, Transformer, init
 from lordjax.progress import Clock
