@@ -112,12 +112,24 @@ def _native(name: str, path: Path) -> Model:
     )
 
 
+def weight_files(path: Path) -> list[Path]:
+    """The files that hold a model's weights."""
+    if path.is_file():
+        return [path]
+    return sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
+
+
 def file_bytes(path: Path) -> int:
     """Size of the files that hold a model's weights."""
-    if path.is_file():
-        return path.stat().st_size
-    files = list(path.glob("*.safetensors")) or list(path.glob("pytorch_model*.bin"))
-    return sum(file.stat().st_size for file in files)
+    return sum(file.stat().st_size for file in weight_files(path))
+
+
+def model_checksums(path: Path) -> dict[str, str]:
+    """File -> sha256, of a model's weights and ``config.json``."""
+    from lordjax.files import checksum
+
+    files = [*weight_files(path), *path.glob("config.json")]
+    return {file.name: checksum(file).sha256 for file in files}
 
 
 def directory_bytes(path: Path) -> int:

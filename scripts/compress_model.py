@@ -13,6 +13,7 @@ from lordjax.scripts.common import (
     Model,
     check_output,
     mask_token,
+    model_checksums,
     open_model,
     progress_report,
     read_tokens,
@@ -43,9 +44,11 @@ def compress_model(
     """
     start = time.perf_counter()
     from lordjax.objective import protocol as objective_protocol
+    from lordjax.output import Output, partial
 
     directory = Path(out).expanduser()
-    check_output(directory)
+    if not partial(directory).exists():  # else it may be complete: see `output`
+        check_output(directory)
     run, settings, needs_tokens, share = _job(method, options)
     opened = _open_original(model, directory, share, options["dtype"])
     write_tokenizer = tokenizer_writer(opened)
@@ -69,16 +72,56 @@ def compress_model(
         "seq_len": None if facts is None else facts["seq_len"],
         "seed": seed,
     }
-    with progress_report() as progress:
-        result = run(opened.source, tokens, mask_token=masks, progress=progress)
-    save_result(directory, opened, result, facts, settings, write_tokenizer)
+    with Output(directory, _identity(opened, facts, settings)) as output:
+        if output.resumed:
+            say(f"going on with what is finished in {output.work.directory}")
+        summary = output.finished
+        if summary is not None:
+            output.publish()
+            return summary
+        with progress_report() as progress:
+            result = run(
+                opened.source,
+                tokens,
+                mask_token=masks,
+                progress=progress,
+                work=output.work,
+                into=output.parts,
+            )
+        summary = {
+            "output": str(directory),
+            **{k: v for k, v in result.report["plan"].items() if k in ("kept", "bits_per_weight")},
+            "bytes": result.report["bytes"],
+            "seconds": time.perf_counter() - start,
+            "calibration": facts,
+            "settings": settings,
+        }
+        output.finish(
+            result,
+            hf_config=opened.hf_config,
+            report={**result.report, "calibration": facts, "settings": settings},
+            write_tokenizer=write_tokenizer,
+            summary=summary,
+        )
+    return summary
+
+
+def _identity(
+    model: Model, facts: dict[str, Any] | None, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """What decides every bit of the result, apart from where it was read from."""
+    import jax
+
+    from lordjax import __version__
+
+    names = ("model", "calibration", "seed", "samples")  # contents count
     return {
-        "output": str(directory),
-        **{k: v for k, v in result.report["plan"].items() if k in ("kept", "bits_per_weight")},
-        "bytes": result.report["bytes"],
-        "seconds": time.perf_counter() - start,
-        "calibration": facts,
-        "settings": settings,
+        "lordjax": __version__,
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+        "model": model_checksums(model.path),
+        "calibration": None if facts is None else {k: v for k, v in facts.items() if k != "source"},
+        "settings": {key: value for key, value in settings.items() if key not in names},
     }
 
 
@@ -176,29 +219,6 @@ def tokenizer_writer(model: Model) -> Callable[[Path], None] | None:
         say(f"note: the result will have no tokenizer ({error})")
         return None
     return model.write_tokenizer
-
-
-def save_result(
-    directory: Path,
-    model: Model,
-    result: Any,
-    facts: dict[str, Any] | None,
-    settings: dict[str, Any],
-    write_tokenizer: Callable[[Path], None] | None,
-) -> None:
-    """Writes a compressed model with its tokenizer and the settings it was made with."""
-    from lordjax import checkpoint
-
-    report = {**result.report, "calibration": facts, "settings": settings}
-    checkpoint.save(
-        directory,
-        result.config,
-        result.params,
-        hf_config=model.hf_config,
-        plan=result.plan,
-        report=report,
-        write_tokenizer=write_tokenizer,
-    )
 
 
 def estimated_bytes(model: Model, keep: float, dtype: str | None) -> int:

@@ -79,11 +79,11 @@ def measure(
     model: Model, calibration: Any, evaluation: Any, keeps: tuple[float, ...], directory: Path
 ) -> tuple[list[dict[str, Any]], float]:
     """One row per budget, the dense model first; saves the model of the middle budget."""
+    from lordjax import checkpoint
     from lordjax.compression import prepare
     from lordjax.data import fingerprint
     from lordjax.evaluate import perplexity
     from lordjax.kernels import nbytes
-    from lordjax.scripts.compress_model import save_result
 
     rows: list[dict[str, Any]] = []
     middle = keeps[len(keeps) // 2]
@@ -117,7 +117,16 @@ def measure(
             }
             settings = {"model": WHEEL, "method": METHOD, "keep": keep, "command": "demo"}
             facts |= {"seq_len": WINDOW, "tokens_sha256": fingerprint(calibration)}
-            save_result(directory, model, result, facts, settings, model.write_tokenizer)
+            report = {**result.report, "calibration": facts, "settings": settings}
+            checkpoint.save(
+                directory,
+                result.config,
+                result.params,
+                hf_config=model.hf_config,
+                plan=result.plan,
+                report=report,
+                write_tokenizer=model.write_tokenizer,
+            )
     return rows, middle
 
 

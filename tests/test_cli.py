@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from lordjax.methods import DEFAULT_METHOD
-from lordjax.scripts import demo
+from lordjax.scripts import benchmark_resume, demo
 from lordjax.scripts.cli import cli
 
 WINDOW = 32
@@ -311,6 +311,31 @@ def test_existing_empty_directory_is_used(tiny, text, tmp_path):
     result = run("compress", tiny, tmp_path, *calibration(text), "--method", "svd")
     assert result.exit_code == 0, result.stderr
     assert (tmp_path / "config.json").exists()
+
+
+def test_killed_and_resumed(tiny, text, tmp_path):
+    """By the kernel, which asks nobody."""
+    options = (*map(str, calibration(text)), "--method", "lord-linear", "--keep", "0.6")
+    found = benchmark_resume.measure(str(tiny), options, 2, 0, tmp_path)
+    assert found["kills"] == 2 and found["different"] == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_work_of_another_command_is_refused(tiny, text, tmp_path, monkeypatch):
+    from lordjax import output
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    arguments = ("compress", tiny, tmp_path / "out", *calibration(text), "--method", "svd")
+    with monkeypatch.context() as patch:
+        patch.setattr(output.Output, "finish", killed)
+        assert run(*arguments, "--keep", "0.6").exit_code == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+    fails("settings.keep: 0.6 -> 0.7; give the same again", *arguments, "--keep", "0.7")
+    found = run(*arguments, "--keep", "0.6")
+    assert "going on" in found.stderr and found.exit_code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 # --- quantisation --------------------------------------------------------------------------------

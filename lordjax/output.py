@@ -1,0 +1,134 @@
+"""A model directory that is made step by step, and goes on where a killed process left it.
+
+::
+
+    OUT.partial/           a `workspace.Workspace`: statistics, factors, hidden states, the plan
+    OUT.partial/model/     the directory to be: a file per finished block
+    OUT                    appears, whole, when all is done; then OUT.partial goes
+
+    with Output("small", identity) as output:
+        result = compress(source, tokens, keep=0.7, work=output.work, into=output.parts)
+        output.finish(result, hf_config=hf_config)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lordjax import checkpoint
+from lordjax.parts import REST, Parts
+from lordjax.prepared import Result
+from lordjax.workspace import Workspace
+
+PARTIAL = ".partial"  # ends the name of the directory where the work is kept
+FINISHED = "finished"  # entry: the directory is complete, and may have its name already
+
+
+def partial(directory: str | os.PathLike[str]) -> Path:
+    """Where the work towards a model directory is kept."""
+    directory = Path(directory).resolve()
+    return directory.with_name(directory.name + PARTIAL)
+
+
+class Output:
+    """A model directory in the making.
+
+    Args:
+      directory: of the model; must be free.
+      identity: JSON that says what is made of what. Work that was left is taken up only if it was
+        begun with the same.
+
+    Attributes:
+      work: where finished work is kept.
+      parts: where finished parts of the model go.
+
+    Raises:
+      BlockingIOError: if another process works towards the same directory.
+      FileExistsError: if the directory is not free.
+      ValueError: if work was left that was begun with something else, or is damaged; says what.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], identity: Mapping[str, Any]):
+        self.directory = Path(directory).resolve()
+        if not partial(directory).exists():
+            checkpoint.check_destination(directory)
+        self.work = Workspace(partial(directory), identity)
+        self._stage = self.work.directory / "model"
+        try:
+            if self.finished is None:
+                checkpoint.check_destination(directory)
+                self._stage.mkdir(exist_ok=True)
+        except OSError:
+            self._leave()
+            raise
+        self.parts = Parts(self._stage, self.work)
+        self.resumed = not self.work.empty
+
+    @property
+    def finished(self) -> Any:
+        """What `finish` was given as ``summary`` by a process that was killed after it."""
+        if FINISHED not in self.work:
+            return None
+        return self.work[FINISHED]
+
+    def __enter__(self) -> Output:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # The same command would come to the same error: nothing is left to go on with.
+        useless = kind is not None and issubclass(kind, (ValueError, KeyError))
+        if useless and not self.resumed and self.work.open:
+            self.work.remove()
+        self._leave()
+
+    def finish(
+        self,
+        result: Result,
+        *,
+        hf_config: Mapping[str, Any],
+        report: Mapping[str, Any] | None = None,
+        write_tokenizer: Callable[[Path], Any] | None = None,
+        summary: Any = True,
+    ) -> None:
+        """Completes the directory and gives it its name.
+
+        Args:
+          result: whose parts are in ``parts``.
+          hf_config: the original ``config.json``.
+          report: in place of the result's.
+          write_tokenizer: see `checkpoint.save`.
+          summary: JSON for `finished`.
+
+        Raises:
+          FileExistsError: if the directory is no longer free.
+          ValueError: if a file that an earlier process wrote is damaged.
+        """
+        names = [REST, *(f"layer_{i}" for i in range(result.config.num_layers))]
+        checkpoint.write_about(
+            self._stage,
+            self.parts.finish(names),
+            result.config,
+            hf_config=hf_config,
+            plan=result.plan,
+            report=result.report if report is None else report,
+            write_tokenizer=write_tokenizer,
+        )
+        self.work[FINISHED] = summary
+        self.publish()
+
+    def publish(self) -> None:
+        """Gives the finished directory its name, unless it has it, and removes the work."""
+        if self._stage.exists():
+            checkpoint.publish(self._stage, checkpoint.check_destination(self.directory))
+        # Large files take a while to go; until they have, the work must be seen to be finished.
+        self.work.discard(*(key for key in self.work.below("") if key != FINISHED))
+        self.work.remove()
+
+    def _leave(self) -> None:
+        """Keeps what is finished, and no directory without any."""
+        if self.work.open and self.work.empty:
+            self.work.remove()
+        self.work.close()
