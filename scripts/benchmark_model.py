@@ -41,14 +41,11 @@ class Ours:
     """A model of this library."""
 
     def __init__(self, name: str):
-        import jax
-        import jax.numpy as jnp
-
         from lordjax.kernels import nbytes
 
         self.name, self.opened = name, open_model(name)
         self.config = self.opened.config
-        self.params = jax.tree.map(jnp.asarray, self.opened.params())
+        self.params = self.opened.arrays()
         self.bytes = nbytes(self.params)
 
     def run(self, prompts: Any, new: int) -> tuple[float, float]:
