@@ -14,6 +14,7 @@ import numpy as np
 from lordjax.checkpoint import header
 
 BFLOAT16 = np.dtype(jnp.bfloat16)
+PAGES = 2**26  # bytes of a file that may stay mapped after they were read
 
 
 class TensorFiles(Protocol):
@@ -44,33 +45,44 @@ class Safetensors:
     """One or several safetensors files, memory-mapped."""
 
     def __init__(self, files: list[Path]):
+        self._file: dict[str, Path] = {}
+        self._handle: dict[Path, Any] = {}
+        self._pages: dict[Path, int] = {}  # bytes of a mapping that were read
+        for file in files:
+            self._open(file)
+            self._file |= dict.fromkeys(self._handle[file].keys(), file)
+
+    def _open(self, file: Path) -> None:
         from safetensors import SafetensorError, safe_open
 
-        self._file: dict[str, tuple[Path, Any]] = {}
-        for file in files:
-            try:
-                handle = safe_open(file, framework="numpy")
-            except SafetensorError as error:
-                raise ValueError(
-                    f"{file}: not a complete safetensors file ({error}); it has "
-                    f"{file.stat().st_size} bytes: truncated or corrupt, download it again"
-                ) from error
-            self._file |= dict.fromkeys(handle.keys(), (file, handle))
+        try:
+            self._handle[file] = safe_open(file, framework="numpy")
+        except SafetensorError as error:
+            raise ValueError(
+                f"{file}: not a complete safetensors file ({error}); it has "
+                f"{file.stat().st_size} bytes: truncated or corrupt, download it again"
+            ) from error
+        self._pages[file] = 0
 
     def names(self) -> Iterable[str]:  # noqa: D102
         return self._file.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:  # noqa: D102
-        return header(self._file[name][1], name).shape
+        return header(self._handle[self._file[name]], name).shape
 
     def dtype(self, name: str) -> np.dtype:  # noqa: D102
-        return header(self._file[name][1], name).dtype
+        return header(self._handle[self._file[name]], name).dtype
 
     def read(self, name: str) -> np.ndarray:  # noqa: D102
-        return self._file[name][1].get_tensor(name)
+        file = self._file[name]
+        tensor = self._handle[file].get_tensor(name)
+        self._pages[file] += tensor.nbytes
+        if self._pages[file] > PAGES:
+            self._open(file)  # pages that were read count as memory until their mapping goes
+        return tensor
 
     def where(self, name: str) -> str:  # noqa: D102
-        return f"{self._file[name][0]}: tensor {name}"
+        return f"{self._file[name]}: tensor {name}"
 
 
 class TorchBin:

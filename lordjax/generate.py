@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from lordjax.models.config import ModelConfig
-from lordjax.models.transformer import CACHE, Transformer
+from lordjax.models.transformer import BLOCKS, CACHE, Transformer, default_positions
 from lordjax.sampling import GREEDY, Kind, Sampling, Values, pick
 
 CHUNK = 16  # tokens between two looks of the host
@@ -106,6 +106,46 @@ def _advance(
     )
 
 
+def _whole(config: ModelConfig, params: Any, *inputs: Any, method: Any) -> Any:
+    """A method of the whole model."""
+    return Transformer(config).apply({"params": params}, *inputs, method=method)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "window"))
+def _block(
+    params: Any,
+    cache: Any,
+    x: Float[Array, "b s m"],
+    positions: Int[Array, "#b s"],
+    *,
+    config: ModelConfig,
+    window: int | None,
+) -> tuple[Float[Array, "b s m"], Any]:
+    """A block's output and its cache; jitted, so that equal blocks are traced and lowered once."""
+    variables = {"params": params} | ({} if cache is None else {CACHE: cache})
+    block = BLOCKS[config.block](config, window)
+    x, made = block.apply(variables, x, positions, mutable=[CACHE])
+    return x, made[CACHE]
+
+
+def _hidden(
+    config: ModelConfig,
+    params: Any,
+    tokens: Int[Array, "b s"],
+    positions: Int[Array, "#b s"],
+    cache: Any,
+) -> tuple[Float[Array, "b s m"], Any]:
+    """`Transformer.hidden` and the cache behind these tokens; begins one if ``cache`` is None."""
+    inputs = (tokens, None, None, positions)
+    x, made = _whole(config, params, *inputs, method=Transformer.embed_tokens), {}
+    for i in range(config.num_layers):
+        name = f"layer_{i}"
+        before = None if cache is None else cache[name]
+        how = {"config": config, "window": config.window(i)}
+        x, made[name] = _block(params[name], before, x, positions, **how)
+    return x, made
+
+
 @functools.partial(jax.jit, static_argnames=("config", "kind"))
 def prefill(
     params: Any,
@@ -120,10 +160,9 @@ def prefill(
 
     The cache has no room for more: see `widened`.
     """
-    run = functools.partial(Transformer(config).apply, {"params": params})
-    x, made = run(tokens, method=Transformer.hidden, mutable=[CACHE])
+    x, cache = _hidden(config, params, tokens, default_positions(tokens), None)
     last = x[jnp.arange(x.shape[0]), lengths - 1]
-    logits: Any = run(last[:, None], method=Transformer.unembed)
+    logits: Any = _whole(config, params, last[:, None], method=Transformer.unembed)
     occurred = None
     if kind.penalised:
         inside = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
@@ -131,8 +170,8 @@ def prefill(
         empty = jnp.zeros((tokens.shape[0], config.vocab_size), bool)
         occurred = empty.at[rows, tokens].max(inside)
     nothing = jnp.zeros_like(lengths)
-    before = State(made[CACHE], nothing, lengths - 1, nothing, nothing > 0, occurred)
-    return _advance(logits[:, 0], made[CACHE], before, order, kind)
+    before = State(cache, nothing, lengths - 1, nothing, nothing > 0, occurred)
+    return _advance(logits[:, 0], cache, before, order, kind)
 
 
 @functools.partial(jax.jit, static_argnames="capacity")
@@ -153,7 +192,6 @@ def decode(
 
     The memory of ``state`` is given to the result.
     """
-    model = Transformer(config)
 
     def unfinished(carry: tuple[Array, State, Array]) -> Array:
         i, state, _ = carry
@@ -162,15 +200,10 @@ def decode(
     def step(carry: tuple[Array, State, Array]) -> tuple[Array, State, Array]:
         i, state, out = carry
         tokens, positions = jnp.maximum(state.token, 0)[:, None], state.position[:, None]
-        x, new = model.apply(
-            {"params": params, CACHE: state.cache},
-            *(tokens, None, None, positions),
-            method=Transformer.hidden,
-            mutable=[CACHE],
-        )
-        logits: Any = model.apply({"params": params}, x, method=Transformer.unembed)
+        x, cache = _hidden(config, params, tokens, positions, state.cache)
+        logits: Any = _whole(config, params, x, method=Transformer.unembed)
         old = state.done
-        state = _advance(logits[:, 0], new[CACHE], state, order, kind)
+        state = _advance(logits[:, 0], cache, state, order, kind)
         token = jnp.where(old, NOTHING, state.token)
         return i + 1, state, jax.lax.dynamic_update_slice_in_dim(out, token[:, None], i, axis=1)
 

@@ -10,6 +10,7 @@ Measured in ``scripts/benchmark_kernels.py``; other machines than CPUs have ways
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -46,12 +47,22 @@ def product(x: Float[Array, "... in"], quantized: Any) -> Float[Array, "... out"
         tiles, tables = _tiles(codes, scales, quantized)
         inputs = [rows[:, k :: len(tables)] for k in range(len(tables))]
 
-        def turn(_: None, tile: tuple[Array, Array]) -> tuple[None, Any]:
-            decoded = _decoded(tile[0], tile[1], tables, x.dtype)
-            return None, sum(a @ w.T for a, w in zip(inputs, decoded, strict=True))
+        height = tiles[0].shape[1]
 
-        _, y = lax.scan(turn, None, tiles)
-        y = jnp.moveaxis(y, 0, 1)
+        def product_of(tile: tuple[Array, Array]) -> Array:
+            decoded = _decoded(tile[0], tile[1], tables, x.dtype)
+            parts = (a @ w.T for a, w in zip(inputs, decoded, strict=True))
+            return functools.reduce(jnp.add, parts)
+
+        def turn(y: Array, numbered: tuple[Array, tuple[Array, Array]]) -> tuple[Array, None]:
+            number, tile = numbered
+            return lax.dynamic_update_slice_in_dim(y, product_of(tile), number * height, 1), None
+
+        if len(tiles[0]) == 1:  # a loop of one turn takes longer to compile
+            y = product_of((tiles[0][0], tiles[1][0]))
+        else:
+            y = _zeros_after(x, (len(rows), quantized.fan_out))
+            y, _ = lax.scan(turn, y, (jnp.arange(len(tiles[0])), tiles))
     return y.reshape(*x.shape[:-1], quantized.fan_out)
 
 
@@ -60,7 +71,7 @@ def transposed_product(g: Float[Array, "... out"], quantized: Any) -> Float[Arra
     rows = g.reshape(-1, quantized.fan_out)
     tiles, tables = _tiles(*_after(g, quantized), quantized)
     height = tiles[0].shape[1]
-    zeros = jnp.zeros((len(rows), quantized.fan_in // len(tables)), g.dtype)
+    zeros = _zeros_after(g, (len(rows), quantized.fan_in // len(tables)))
 
     def turn(
         sums: list[Array], numbered: tuple[Array, tuple[Array, Array]]
@@ -85,6 +96,11 @@ def _after(x: Array, quantized: Any) -> tuple[Array, Array]:
         form,
     )
     return codes, scales.reshape(shape)
+
+
+def _zeros_after(x: Array, shape: tuple[int, ...]) -> Array:
+    """Zeros, once ``x`` is there: XLA would make those of all layers first, and hold them."""
+    return jnp.broadcast_to(order.never(x).astype(x.dtype), shape)
 
 
 def _tile_rows(fan_in: int, fan_out: int) -> int:
@@ -118,10 +134,15 @@ def _tiles(codes: Array, scales: Array, quantized: Any) -> tuple[tuple[Array, Ar
 
 def _decoded(places: Array, scales: Array, tables: list[Array], dtype: Any) -> list[Array]:
     """A tile's values at every p-th input: p matrices ``[rows, in/p]``."""
-    height, blocks = scales.shape
-    wide = jnp.broadcast_to(scales[:, :, None], (height, blocks, places.shape[1] // blocks))
-    wide = wide.reshape(places.shape)
+    wide = _wide(scales, places.shape[1])
     return [(_taken(table, places) * wide).astype(dtype) for table in tables]
+
+
+def _wide(scales: Array, width: int) -> Array:
+    """Scales ``[rows, b]`` as often as they are needed ``[rows, width]``."""
+    rows, blocks = scales.shape
+    wide = jnp.broadcast_to(scales[:, :, None], (rows, blocks, width // blocks))
+    return wide.reshape(rows, width)
 
 
 def _taken(table: Array, index: Array) -> Array:
@@ -141,11 +162,11 @@ def _one_row(x: Array, codes: Array, scales: Array, quantized: Any) -> Array:
     words = codes.reshape(quantized.fan_out, -1)
     table = jnp.asarray(nf.levels(form.bits))
     inputs = x.astype(jnp.float32).reshape(-1, per_word).T
-    sums = jnp.zeros(words.shape, jnp.float32)
-    for place in range(per_word):
+
+    def part(place: int) -> Array:
         found = words >> np.uint32(form.bits * place) & np.uint32(2**form.bits - 1)
-        sums = sums + _taken(table, found) * inputs[place][None]
-    # Products with ones: XLA's sums over a short axis take ten times as long.
-    length = form.block // per_word
-    blocks = sums.reshape(-1, length) @ jnp.ones(length, jnp.float32)
-    return jnp.sum(blocks.reshape(scales.shape) * scales, axis=1)
+        return _taken(table, found) * inputs[place : place + 1]
+
+    sums = functools.reduce(jnp.add, map(part, range(per_word)))
+    # A product with ones: XLA's sums over one axis of two take ten times as long.
+    return (sums * _wide(scales, words.shape[1])) @ jnp.ones(words.shape[1], jnp.float32)

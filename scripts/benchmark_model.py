@@ -9,6 +9,7 @@ the first model's bytes and operations: the best that a compressed model can do 
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -41,14 +42,11 @@ class Ours:
     """A model of this library."""
 
     def __init__(self, name: str):
-        import jax
-        import jax.numpy as jnp
-
         from lordjax.kernels import nbytes
 
         self.name, self.opened = name, open_model(name)
         self.config = self.opened.config
-        self.params = jax.tree.map(jnp.asarray, self.opened.params())
+        self.params = self.opened.arrays()
         self.bytes = nbytes(self.params)
 
     def run(self, prompts: Any, new: int) -> tuple[float, float]:
@@ -106,6 +104,9 @@ def benchmark_model(
     settings = dict(locals())
     if picture is not None and tokens is None:
         raise ValueError("--picture needs --tokens: it shows perplexities")
+    import jax
+
+    jax.config.update("jax_enable_compilation_cache", False)  # compiling is timed
     ours = [Ours(name) for name in models]
     runners: list[Runner] = [*ours]
     if transformers is not None:
@@ -191,7 +192,9 @@ def peak(model: str, new: int) -> int:
     """Peak resident memory of a process that opens a model and generates, bytes."""
     command = [sys.executable, "-c", CHILD, "generate", model, "def", "--json"]
     command += ["--max-new-tokens", str(new)]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    # Memory of a first run, which compiles.
+    alone = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    found = subprocess.run(command, capture_output=True, text=True, check=False, env=alone)
     if found.returncode:
         raise RuntimeError(f"{model}: could not be run on its own: {found.stderr.strip()}")
     return json.loads(found.stdout)["peak_rss"]

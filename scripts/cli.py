@@ -14,6 +14,8 @@ from typing import Any
 
 import click
 
+from lordjax.scripts.caching import keep_programs
+
 USER_ERRORS = (ValueError, OSError, KeyError, ImportError, click.ClickException)
 
 
@@ -687,4 +689,5 @@ def demo(as_json: bool, **settings: Any) -> None:
 
 def main() -> None:
     """Entry point of the command."""
+    keep_programs()
     cli.main(prog_name="lordjax")

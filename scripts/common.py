@@ -59,6 +59,17 @@ class Model:
     write_tokenizer: Callable[[Path], None]
     leaves: Callable[[], dict[str, Any]]
 
+    def arrays(self) -> dict[str, Any]:
+        """All of its parameters where jax computes, read a block at a time: never held twice."""
+        import jax
+        import jax.numpy as jnp
+
+        def placed(tree: Any) -> Any:
+            return jax.block_until_ready(jax.tree.map(jnp.asarray, tree))
+
+        blocks = {f"layer_{i}": placed(self.source.block(i)) for i in range(self.config.num_layers)}
+        return placed(self.source.rest()) | blocks
+
 
 def open_model(name: str) -> Model:
     """Opens a Hugging Face directory or hub id, a GGUF file or a directory of ours.

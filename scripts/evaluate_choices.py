@@ -33,13 +33,10 @@ def evaluate_choices(
     sets = [read_questions(path, task) for task, path in located(data, tasks).items()]
     sets = [found if limit is None else found.first(limit) for found in sets]
     start = time.perf_counter()
-    import jax
-    import jax.numpy as jnp
-
     from lordjax.evaluate import choices
 
     opened = open_model(model)
-    tokenizer, params = opened.tokenizer(), jax.tree.map(jnp.asarray, opened.params())
+    tokenizer, params = opened.tokenizer(), opened.arrays()
     results, rows = [], []
     for found in sets:
         with progress_report() as progress:

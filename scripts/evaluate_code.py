@@ -112,7 +112,7 @@ def _completer(settings: dict[str, Any], stops: tuple[str, ...], progress: Progr
                 f"{settings['model']}: a model with head {opened.config.head!r} writes no programs"
             )
         found = completion.complete(
-            opened.params(),
+            opened.arrays(),
             opened.config,
             opened.tokenizer(),
             prompts,

@@ -88,14 +88,11 @@ class Writer:
         *,
         chat: bool,
     ):
-        import jax
-        import jax.numpy as jnp
-
         self._opened, self._tokenizer = opened, opened.tokenizer()
         if chat and self._tokenizer.chat_template is None:
             raise ValueError(f"{opened.name}: the tokenizer has no chat template; leave --chat out")
         self._chat = chat
-        self._params = jax.tree.map(jnp.asarray, opened.params())
+        self._params = opened.arrays()
         self._how = {
             "sampling": sampling,
             "max_new_tokens": max_new_tokens,

@@ -66,16 +66,13 @@ class LordjaxLM(TemplateLM):
         auto = str(batch_size).startswith("auto")
         if not auto and not str(batch_size).isdigit():
             raise ValueError(f"batch_size {batch_size!r}; expected a number, or auto")
-        import jax
-        import jax.numpy as jnp
-
         opened = open_model(pretrained)
         if opened.config.head != "causal" or not opened.config.causal:
             raise ValueError(
                 f"{pretrained}: a model with head {opened.config.head!r} predicts no next token"
             )
         self.config, self.tokenizer = opened.config, opened.tokenizer()
-        self.params = jax.tree.map(jnp.asarray, opened.params())
+        self.params = opened.arrays()
         self.batch_size = BATCH if auto else int(batch_size)
         self.max_length = max_length or opened.config.max_positions
         self.max_gen_toks, self._seed, self._name = max_gen_toks, seed, pretrained

@@ -7,6 +7,8 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# What commands compile in processes of their own is not left behind.
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
 # Small matrices in as many processes as cores: threads of BLAS and torch would wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

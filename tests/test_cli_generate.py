@@ -2,10 +2,13 @@
 
 import json
 
+import jax
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from test_cli import fails, run, text, tiny  # noqa: F401
 
+from lordjax import trees
 from lordjax.completion import complete, pieces
 from lordjax.sampling import Sampling
 from lordjax.scripts.cli import cli
@@ -38,6 +41,13 @@ def problems(tmp_path_factory):
 def texts(opened, prompts, **how):
     given = opened.params(), opened.config, opened.tokenizer()
     return complete(*given, prompts, max_new_tokens=16, **how)
+
+
+def test_parameters_block_by_block_are_those_at_once(opened):
+    expected, found = (trees.flatten(tree) for tree in (opened.params(), opened.arrays()))
+    assert expected.keys() == found.keys()
+    for path, array in found.items():
+        assert isinstance(array, jax.Array) and np.array_equal(array, expected[path])
 
 
 def test_generate(tiny, opened):  # noqa: F811

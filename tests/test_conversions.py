@@ -86,6 +86,15 @@ def test_blocks_are_read_alone(directory, monkeypatch):
         checkpoint.block(2)
 
 
+def test_what_was_read_of_a_file_does_not_stay_mapped(directory, monkeypatch):
+    expected = open_checkpoint(directory).params()
+    monkeypatch.setattr(tensors, "PAGES", 1000)
+    opened = open_checkpoint(directory)
+    assert same(opened.params(), expected)  # of handles that are gone
+    (files,) = [value for value in vars(opened).values() if isinstance(value, tensors.Safetensors)]
+    assert all(count <= 1000 for count in files._pages.values())
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 def test_dtype_is_kept(directory, dtype, kind):

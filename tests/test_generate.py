@@ -205,6 +205,39 @@ def test_nothing_is_compiled_twice(tiny):
     assert sizes(16, 30, 2.0, 0.1) == before
 
 
+def lowered(config, params, rows, length):
+    """`prefill`, not compiled, and what it is given."""
+    sampling = Sampling()
+    keys = jax.vmap(jax.random.key)(jnp.zeros(rows, jnp.uint32))
+    stops, limit = jnp.full(16, generate.NOTHING, jnp.int32), jnp.asarray(4, jnp.int32)
+    order = generate.Order(sampling.values, stops, keys, limit)
+    tokens, lengths = jnp.zeros((rows, length), jnp.int32), jnp.full(rows, length, jnp.int32)
+    given = (params, tokens, lengths, order)
+    return generate.prefill.lower(*given, config=config, kind=sampling.kind)
+
+
+def test_prefill_makes_logits_of_the_last_tokens_only(tiny):
+    rows, length, vocab = 4, 40, 8192
+    config = dataclasses.replace(tiny.config, vocab_size=vocab)
+    params = init(config, jax.random.key(0))
+    found = lowered(config, params, rows, length).compile().memory_analysis()
+    made = found.output_size_in_bytes + found.temp_size_in_bytes
+    assert made < rows * length * vocab * 4 / 4
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_equal_blocks_are_one_function(tiny, equal):
+    config = dataclasses.replace(tiny.config, num_layers=5, windows=None)
+    params = init(config, jax.random.key(0))
+    if not equal:  # another width of the MLP in one of them
+        mlp = params["layer_3"]["mlp"]
+        mlp["up"] = jax.tree.map(lambda a: a[..., :-1], mlp["up"])
+        mlp["down"]["kernel"] = mlp["down"]["kernel"][:-1]
+    text = lowered(config, params, 2, 16).as_text()
+    assert text.count("call @_block") == 5
+    assert text.count("func.func private @_block") == (1 if equal else 2)
+
+
 def test_buckets():
     sizes = sorted({generate.bucket(n) for n in range(1, 2000)})
     assert sizes[:6] == [16, 24, 32, 48, 64, 96]

@@ -41,7 +41,8 @@ def test_is_the_product_with_the_decoded_matrix(form, shape, lead, monkeypatch):
 
 
 @pytest.mark.parametrize("rows", [1, 4])
-def test_kernels_take_it_and_its_gradient(rows):
+def test_kernels_take_it_and_its_gradient(rows, monkeypatch):
+    monkeypatch.setattr(nf_tiles, "TILE", 512)  # so that there are several
     matrix, rng = some((64, 40), "nf4")
     x = jnp.asarray(rng.normal(size=(rows, 64)), jnp.float32)
     target = jnp.asarray(rng.normal(size=(rows, 40)), jnp.float32)
@@ -63,6 +64,23 @@ def test_other_dtypes_are_kept(rows):
     x = jnp.asarray(rng.normal(size=(rows, 64)), jnp.bfloat16)
     expected = x @ matrix.materialize().astype(jnp.bfloat16)
     close(nf_tiles.product(x, matrix), expected, rtol=0.02)
+
+
+def test_results_of_later_products_have_no_memory_before_their_turn(monkeypatch):
+    """The compiled program's memory does not grow with the number of products that follow."""
+    monkeypatch.setattr(nf_tiles, "TILE", 2048)
+    matrix, _ = some((64, 64), "nf4")
+    x = jnp.ones((512, 64), jnp.float32)
+
+    def temporary(count):
+        def chain(x, matrix):
+            for _ in range(count):
+                x = jnp.tanh(nf_tiles.product(x, matrix))
+            return x
+
+        return jax.jit(chain).lower(x, matrix).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(12) < temporary(4) + x.nbytes
 
 
 def test_mapped_over_inputs():
