@@ -44,7 +44,7 @@ def contents(directory: Path) -> dict[str, str]:
 
 
 def _start(model: str, out: Path, options: tuple[str, ...]) -> subprocess.Popen[bytes]:
-    code = "from lordjax.scripts.cli import cli; cli()"
+    code = "from lordjax.scripts.cli import main; main()"
     command = [sys.executable, "-c", code, "compress", model, str(out), *options]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
