@@ -79,14 +79,13 @@ def measure(models: tuple[str, ...], batch: int, length: int, repeats: int) -> l
 
 def operations(config: Any, params: Any, batch: int, length: int) -> float:
     """Multiplications and additions of a forward pass: all kernels, causal attention, the head."""
-    import jax
-
     from lordjax import trees
+    from lordjax.kernels import weights
 
     flat, total = trees.flatten(params), 0.0
     for path, leaf in flat.items():
         if path.endswith("/kernel"):
-            total += 2.0 * sum(part.size for part in jax.tree.leaves(leaf))
+            total += 2.0 * weights(leaf)
     if config.tie_embeddings:
         total += 2.0 * config.vocab_size * config.hidden_size
     for i in range(config.num_layers):

@@ -172,14 +172,13 @@ def row_of(
 
 def operations(config: Any, params: Any, batch: int, length: int) -> float:
     """Multiplications and additions of a forward pass: all kernels, causal attention, the head."""
-    import jax
-
     from lordjax import trees
+    from lordjax.kernels import weights
 
     flat, total = trees.flatten(params), 0.0
     for path, leaf in flat.items():
         if path.endswith("/kernel") and not path.startswith("head"):
-            total += 2.0 * sum(part.size for part in jax.tree.leaves(leaf))
+            total += 2.0 * weights(leaf)
     for i in range(config.num_layers):
         # q @ k.T and weights @ v, each half of the square.
         widths = flat[f"layer_{i}/attention/q/kernel"], flat[f"layer_{i}/attention/o/kernel"]

@@ -10,7 +10,9 @@ from test_cli import fails, run, text, tiny  # noqa: F401
 
 from lordjax import trees
 from lordjax.completion import complete, pieces
+from lordjax.functional import encode, factorize
 from lordjax.sampling import Sampling
+from lordjax.scripts.benchmark_model import operations
 from lordjax.scripts.cli import cli
 from lordjax.scripts.common import open_model
 
@@ -118,6 +120,15 @@ def test_evaluate_code(tiny, problems, tmp_path):  # noqa: F811
     assert [line["task_id"] for line in lines] == ["T/0", "T/1", "T/2"]
     right = run("evaluate-code", *common, "--reference", "--run-generated-code")
     assert json.loads(right.stdout)["pass_at"] == {"1": 1.0}
+
+
+def test_codes_multiply_as_often_as_what_they_stand_for(opened):
+    params, config = opened.arrays(), opened.config
+    codes = encode(params, "nf4", where=r"layer_\d+/.*/kernel$")
+    dense = operations(config, params, 2, 16)
+    assert operations(config, codes, 2, 16) == dense
+    thin = factorize(params, keep=0.5, where=r"layer_\d+/.*/kernel$")
+    assert operations(config, thin, 2, 16) < dense
 
 
 def test_benchmark(tiny, text, tmp_path):  # noqa: F811
