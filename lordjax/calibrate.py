@@ -207,7 +207,7 @@ def gradient_statistics(
         for i in layers:
             block = on_device(source.block(i))
             if i not in stats:
-                stats[i], bases[i] = _empty_gradients(block, method, config)
+                stats[i], bases[i] = empty_gradients(block, method, config)
             for (_, mask), xs in zip(sweep, states, strict=True):
                 window = config.window(i)
                 xs.append(observe(block, xs[-1], mask, {}, config=config, window=window)[0])
@@ -272,7 +272,7 @@ def site_gradients(
     return found
 
 
-def _empty_gradients(
+def empty_gradients(
     block: Mapping[str, Any], method: Method, config: ModelConfig
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """Zero accumulators of one block, and the coordinates that the gradients are taken in.
