@@ -33,7 +33,9 @@ from lordjax.stages import Job, gradient_shapes, inputs, statistics
 
 PROCESS = 450e6  # bytes of Python with JAX and the rest of the library, nothing loaded
 PROGRAM = 250e3  # bytes of compiled code and what made it, per equation, on the host
-COPIES = 6  # float64 arrays of a factorisation beside its inputs, of the largest one's size
+COPIES = (
+    5  # float64 arrays of a factorisation beside its inputs, as large as the largest; XLA: < 3.5
+)
 SPREAD = 1.5  # a forecast of time is right within this factor, if nothing else changes
 SHARD = 2 * 2**30  # bytes that are written at a time
 
