@@ -89,7 +89,7 @@ def _equation(equation: Any, wanted: Sequence[bool]) -> Work:
     found: Work = Counter({"equations": 1})
     if name in OPERATIONS:
         kind, count = OPERATIONS[name](equation)
-        found[kind] += count
+        found[kind] += round(count)
     return found
 
 

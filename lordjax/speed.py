@@ -101,7 +101,7 @@ def _times(fn: Callable[..., Any], *args: Any) -> list[float]:
     """Seconds of each of some runs, compiled before."""
     jax.block_until_ready(fn(*args))
     found: list[float] = []
-    while len(found) < RUNS and sum(found) < PATIENCE:
+    while not found or (len(found) < RUNS and sum(found) < PATIENCE):
         start = time.perf_counter()
         jax.block_until_ready(fn(*args))
         found.append(time.perf_counter() - start)

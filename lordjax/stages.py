@@ -318,7 +318,7 @@ def _comparison(job: Job) -> Work:
         steps = flops.merged([_pass(job, rows, {}), ends])
     variants = len(TEMPERATURES) + (job.config.head == "classes")
     found = flops.scaled(steps, variants * job.held_out / rows)
-    found["cholesky float64"] += len(TEMPERATURES) * job.config.num_layers * _fits(job)
+    found["cholesky float64"] += round(len(TEMPERATURES) * job.config.num_layers * _fits(job))
     return found
 
 

@@ -201,10 +201,23 @@ def _show_cost(found: dict[str, Any], settings: dict[str, Any]) -> None:
     if seconds:
         low, high = found["range"]
         print(
-            f"expected: {low:.0f} to {high:.0f} s on this machine as busy as it is now, of which "
-            f"{seconds['compiling']:.0f} s are compiling; not counted: reading calibration data"
+            f"expected: {duration(low)} to {duration(high)} on this machine as busy as it is now, "
+            f"about {duration(seconds['compiling'])} of it compiling; reading calibration data is "
+            "not counted"
         )
     for name, memory in found["memory"].items():
         device = f", {size(memory['device'])} on the device" if memory["device"] else ""
         disk = f", {size(memory['disk'])} of disk" if "disk" in memory else ""
         print(f"peak memory {name}: {size(memory['host'])}{device}{disk} ({memory['stage']})")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people read them: ``44 s``, ``12 min``, ``3.2 h``, ``12 days``."""
+    for unit, length, most in (("s", 1, 120), ("min", 60, 120), ("h", 3600, 48)):
+        if seconds < most * length:
+            return (
+                f"{seconds / length:.1f} {unit}"
+                if unit == "h"
+                else f"{seconds / length:.0f} {unit}"
+            )
+    return f"{seconds / 86400:.0f} days"
