@@ -34,7 +34,8 @@ AnyFactors = Factors | ModuleFactors
 
 
 @functools.cache
-def _jitted(method: str, kind: str) -> Any:
+def factor_program(method: str, kind: str) -> Any:
+    """The jitted ``factor`` of a method for a kind of site; to be called with 64 bits enabled."""
     row = METHODS[method]
     factor: Any = row.factor if kind == "linear" else row.modules[kind].factor
 
@@ -65,7 +66,7 @@ def factor_site(method: str, site: Site, path: str, kernels: Any, stats: Any) ->
     """
     name = method_at(method, site.layer) if site.kind == "linear" else method
     with jax.enable_x64(True):
-        small = jax.tree.map(np.asarray, _jitted(name, site.kind)(kernels, dict(stats)))
+        small = jax.tree.map(np.asarray, factor_program(name, site.kind)(kernels, dict(stats)))
     if not all(np.isfinite(a).all() for a in jax.tree.leaves(small)):
         raise ValueError(
             f"{path}: the factors of method {method!r} are not finite; its weights or statistics "

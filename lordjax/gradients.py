@@ -169,7 +169,7 @@ class _Sweeps:
         if more:
             stats, bases = self.work[key], self.bases[i]
         else:
-            stats, bases = _empty_gradients(block, self.method, config)
+            stats, bases = empty_gradients(block, self.method, config)
         if not self.work.durable:
             self.bases[i] = bases
         for j, mask in enumerate(windows.masks()):
@@ -227,7 +227,7 @@ def site_gradients(
     return found
 
 
-def _empty_gradients(
+def empty_gradients(
     block: Mapping[str, Any], method: Method, config: ModelConfig
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """Zero accumulators of one block, and the coordinates that the gradients are taken in.

@@ -6,6 +6,7 @@ only (`allocation.CURVELESS`).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import re
@@ -38,9 +39,29 @@ from lordjax.source import InMemory
 GIVEN = "given"  # the policy of a plan whose ranks were
 
 
+@functools.cache
 def shapes(config: ModelConfig) -> InMemory:
-    """The untouched model with shapes in place of arrays."""
-    return InMemory(config, jax.eval_shape(functools.partial(init, config), jax.random.key(0)))
+    """The untouched model with float32 shapes in place of arrays."""
+    # Blocks are all of one shape, and tracing 80 of them takes a minute.
+    one = dataclasses.replace(config, num_layers=1, windows=None)
+    tree = jax.eval_shape(lambda: init(one, jax.random.key(0)))
+    block = tree.pop("layer_0")
+    return InMemory(config, tree | {f"layer_{i}": block for i in range(config.num_layers)})
+
+
+def stored(config: ModelConfig, leaves: Mapping[str, Any], dtype: Any = None) -> InMemory:
+    """The untouched model with shapes in place of arrays, in the dtypes that are stored.
+
+    Args:
+      config: the architecture.
+      leaves: parameter path -> shape and dtype.
+      dtype: instead of theirs.
+    """
+    table = {
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if dtype is None else jnp.dtype(dtype))
+        for path, leaf in leaves.items()
+    }
+    return InMemory(config, trees.unflatten(table))
 
 
 def ranks_by_pattern(sizes: Mapping[str, Size], patterns: Mapping[str, int]) -> Ranks:
@@ -94,14 +115,15 @@ def plan_by_shapes(config: ModelConfig, method: str, keep: float, policy: str) -
     return Plan(method, allocate(curves, keep, policy)[0], keep, policy)
 
 
-def outline(config: ModelConfig, plan: Plan) -> dict[str, Any]:
-    """Shapes of the parameters of a compressed model, in float32: nested dict, kernels included.
+def outline(config: ModelConfig, plan: Plan, source: InMemory | None = None) -> dict[str, Any]:
+    """Shapes and dtypes of the parameters of a compressed model: nested dict, kernels included.
 
     Args:
       config: of the untouched model.
       plan: low ranks and widths.
+      source: of shapes; None: float32.
     """
-    source = shapes(config)
+    source = source or shapes(config)
     tree = dict(source.rest())
     for i in range(config.num_layers):
         block = source.block(i)
@@ -119,10 +141,14 @@ def _factored(
     site: Site, flat: Mapping[str, Any], rank: int, method: str, config: ModelConfig
 ) -> dict[str, Any]:
     del config
-    fan_in, fan_out = flat[site.path].shape
-    table = {**flat, site.path: LowRank(_array(fan_in, rank), _array(rank, fan_out))}
+    (fan_in, fan_out), dtype = flat[site.path].shape, flat[site.path].dtype
+
+    def array(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    table = {**flat, site.path: LowRank(array(fan_in, rank), array(rank, fan_out))}
     if corrects_bias(method, site.kind, site.layer):
-        table[f"{site.layer}/bias"] = _array(fan_out)
+        table[f"{site.layer}/bias"] = array(fan_out)
     return table
 
 
@@ -132,10 +158,6 @@ def _narrow(
     bias = corrects_bias(method, site.kind, site.layer)
     new = narrowed(site.kind, flat, rank, config, bias=bias)
     return {**flat, **{path: jax.ShapeDtypeStruct(*what) for path, what in new.items()}}
-
-
-def _array(*shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
 def multiplications(config: ModelConfig, tree: Any, length: int) -> int:

@@ -10,7 +10,7 @@ factors' codes, ``0.8:nf8``. Every method runs in a process of its own, so that 
 own. Results are appended to the JSON file as they come; ``--table results.json`` prints the
 markdown table again.
 
-Share of peak: operations that calibration and decomposition must cost (`lordjax.scripts.flops`)
+Share of peak: operations that calibration and decomposition must cost (`lordjax.stages`)
 over their time, as a share of the best float32 matmul rate measured in the same process.
 """
 
@@ -26,6 +26,7 @@ from typing import Any
 
 import click
 
+PREPARES = ("gradients", "statistics", "factors")  # stages of `lordjax.prepare`
 DEFAULT_METHODS = (
     "svd,fwsvd,asvd,svd-llm,lord-affine,lord-centred,lord-linear,lord,rom,"
     "modegpt,modegpt-cr,modegpt-published,modegpt-slice,modegpt-random"
@@ -126,20 +127,20 @@ def measure(
     """Prepares a method once and evaluates every budget."""
     import jax
 
+    from lordjax import speed
     from lordjax.compression import prepare
     from lordjax.evaluate import perplexity
-    from lordjax.scripts import flops
     from lordjax.scripts.common import environment, open_model, protocol_tokens
 
     opened = open_model(model)
     tokens, held_out = protocol_tokens(data, domain, calibration_windows, windows)
     name, _, policy = method.partition(":")
-    peak = flops.matmul_peak()
+    peak = speed.matmul_rate(2048)
     forward = _forward_seconds(opened.source, tokens) if time_forward else None
     start = time.perf_counter()
     prepared = prepare(opened.source, tokens, method=name, allocation=policy or None)
     seconds = time.perf_counter() - start
-    peak = max(peak, flops.matmul_peak())  # a shared machine is not equally fast all the time
+    peak = max(peak, speed.matmul_rate(2048))  # a shared machine is not equally fast all the time
     cost = _cost(opened.config, prepared, tokens.shape)
     row: dict[str, Any] = {
         "domain": domain,
@@ -193,13 +194,14 @@ def _forward_seconds(source: Any, tokens: Any) -> float:
 
 def _cost(config: Any, prepared: Any, shape: tuple[int, int]) -> float | None:
     """Operations that `prepare` must spend; None if it only collected what it was not asked for."""
-    from lordjax.compression import GRADIENT_WINDOWS
-    from lordjax.methods import METHODS
-    from lordjax.scripts import flops
+    from lordjax import flops
+    from lordjax.stages import Job, stages
 
     if not prepared.factors:
         return None
-    return flops.preparation(config, METHODS[prepared.method], *shape, GRADIENT_WINDOWS)
+    policy = "block-influence" if prepared.influences else None
+    work = stages(Job(config, prepared.method, *shape, policy, prepared.prefix))
+    return sum(flops.total(work[name]) for name in PREPARES if name in work)
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

@@ -27,7 +27,7 @@ import click
 
 from lordjax.scripts.common import environment, say
 
-TIMED = ("seconds", "peak_rss_bytes")  # of report.json
+TIMED = ("seconds", "peak_rss_bytes", "predicted", "happened")  # of report.json
 POLL = 0.02  # seconds
 
 

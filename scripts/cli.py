@@ -248,19 +248,30 @@ def compress(as_json: bool, **settings: Any) -> None:
 @click.option("--keep", type=float, callback=share, help="As of compress.  [default: 0.8]")
 @ranks_option
 @click.option("--allocation", help="As of compress.  [default: the method's own]")
+@click.option("--temperature", type=click.FloatRange(min=0, min_open=True), help="As of compress.")
 @click.option(
-    "--seq-len",
+    "--prefix", type=click.Choice(["dense", "compressed", "corrective"]), help="As of compress."
+)
+@click.option(
+    "--samples",
     type=click.IntRange(min=1),
-    default=1024,
+    default=64,
     show_default=True,
-    help="Tokens of the forward pass whose multiplications are counted.",
+    help="Calibration windows.",
+)
+@click.option(
+    "--seq-len", type=click.IntRange(min=2), help="Tokens per window.  [default: as of compress]"
 )
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
-    default="float32",
+    help="Of the stored weights.  [default: as in MODEL]",
+)
+@click.option(
+    "--measure/--no-measure",
+    default=True,
     show_default=True,
-    help="Of the stored weights.",
+    help="Measure for some seconds how fast this machine is, and expect a time.",
 )
 @click.option(
     "--finetune", "recipe", metavar="RECIPE", help="Count the memory of fine-tuning, too."
@@ -272,8 +283,8 @@ def compress(as_json: bool, **settings: Any) -> None:
 def plan(as_json: bool, **settings: Any) -> None:
     """Count what MODEL will weigh and cost when it is compressed.
 
-    Parameters, bytes and multiplications before and after, from shapes alone: MODEL may be a
-    config.json without weights.
+    Parameters, bytes, ranks, operations, time and peak memory, from its config and the headers of
+    its files alone: MODEL may be larger than memory, or a config.json without weights.
     """
     from lordjax.scripts.plan_model import plan_model, show
 

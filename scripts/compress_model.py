@@ -20,6 +20,7 @@ from lordjax.scripts.common import (
     say,
     size,
 )
+from lordjax.scripts.predict import happened, of_compression
 
 # What goes with quantisation only, and what it has no use for.
 QUANTIZED = ("bits", "budget_bytes", "form", "rank", "weighting", "feedback")
@@ -79,6 +80,8 @@ def compress_model(
         if summary is not None:
             output.publish()
             return summary
+        # Of a run that goes on, only a part happens here.
+        predicted = None if output.resumed else _forecast(opened, tokens, settings, directory)
         with progress_report() as progress:
             result = run(
                 opened.source,
@@ -88,18 +91,23 @@ def compress_model(
                 work=output.work,
                 into=output.parts,
             )
+        report = {**result.report, "calibration": facts, "settings": settings}
+        if predicted is not None:
+            report |= {"predicted": predicted, "happened": happened(report, predicted)}
         summary = {
             "output": str(directory),
             **{k: v for k, v in result.report["plan"].items() if k in ("kept", "bits_per_weight")},
             "bytes": result.report["bytes"],
             "seconds": time.perf_counter() - start,
+            "predicted": predicted,
+            "happened": report.get("happened"),
             "calibration": facts,
             "settings": settings,
         }
         output.finish(
             result,
             hf_config=opened.hf_config,
-            report={**result.report, "calibration": facts, "settings": settings},
+            report=report,
             write_tokenizer=write_tokenizer,
             summary=summary,
         )
@@ -123,6 +131,17 @@ def _identity(
         "calibration": None if facts is None else {k: v for k, v in facts.items() if k != "source"},
         "settings": {key: value for key, value in settings.items() if key not in names},
     }
+
+
+def _forecast(
+    model: Model, tokens: Any, settings: dict[str, Any], directory: Path
+) -> dict[str, Any] | None:
+    """What will be paid; None of codes, whose work is not counted."""
+    from lordjax.methods import METHODS
+
+    if settings["method"] not in METHODS or settings["factors"] is not None:
+        return None
+    return of_compression(model.config, model.leaves(), tokens.shape, settings, directory)
 
 
 Run = Callable[..., Any]  # (source, tokens, mask_token=, progress=) -> Result
@@ -246,6 +265,8 @@ def show(result: dict[str, Any]) -> None:
         f"{result['output']}: {result['settings']['method']}, {what}, {size(result['bytes'])}, "
         f"{result['seconds']:.0f} s"
     )
+    if result["predicted"] is not None:
+        _show_forecast(result["predicted"], result["happened"])
     if calibration is not None:
         print(
             f"calibrated on {calibration['windows']} windows of {calibration['seq_len']} tokens: "
@@ -253,3 +274,13 @@ def show(result: dict[str, Any]) -> None:
         )
     print(f"next: lordjax inspect {result['output']}")
     print(f"      lordjax evaluate {result['output']} --tokens PATH")
+
+
+def _show_forecast(predicted: dict[str, Any], happened: dict[str, Any]) -> None:
+    """A line on what was expected and what came."""
+    memory = predicted["memory"]["with a work directory"]["host"]
+    line = f"peak memory {size(happened['peak_rss_bytes'])} (expected {size(memory)})"
+    if "seconds" in predicted:
+        expected = predicted["seconds"]["total"] - predicted["seconds"].get("write", 0.0)
+        line += f", {happened['seconds']['total']:.0f} s (expected {expected:.0f} s)"
+    print(line)

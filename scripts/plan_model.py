@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lordjax.scripts.common import KEEP, quiet_transformers
+from lordjax.scripts.common import KEEP, quiet_transformers, size
+from lordjax.scripts.predict import ESTIMATED, EXACT, cost, planned
+
+if TYPE_CHECKING:
+    from lordjax.models.config import ModelConfig
+    from lordjax.source import InMemory
+
+STORED = ("float32", "bfloat16", "float16")
 
 
 def plan_model(
@@ -16,77 +23,100 @@ def plan_model(
     keep: float | None,
     ranks: dict[str, int] | None,
     allocation: str | None,
-    seq_len: int,
-    dtype: str,
+    seq_len: int | None,
+    dtype: str | None,
     recipe: str | None,
     batch: int,
     accumulate: int | None,
     rank: int | None,
+    samples: int = 64,
+    prefix: str | None = None,
+    temperature: float | None = None,
+    measure: bool = True,
 ) -> dict[str, Any]:
-    """Counts weights, bytes and operations; arguments are the flags.
+    """Counts weights, bytes, operations, memory and seconds; arguments are the flags.
 
-    Where ranks depend on calibration data, what comes after is what the budget allows at most.
+    Of the model its config and the headers of its files are read.
 
     Raises:
       KeyError: if the method, the policy or a layer of ``ranks`` is unknown.
       ValueError: if ranks do not fit, or the budget cannot be met.
     """
-    import jax.numpy as jnp
-
-    from lordjax import sizing
-    from lordjax.allocation import CURVELESS
+    from lordjax import sizing, speed
     from lordjax.checkpoint import is_compressed
     from lordjax.compression import check_method
-    from lordjax.conversions.huggingface import read_config
-    from lordjax.factoring import site_sizes
     from lordjax.methods import METHODS
     from lordjax.plan import Plan
     from lordjax.prepared import check_policy
+    from lordjax.scripts.common import WINDOW
+    from lordjax.stages import Job
 
     quiet_transformers()
     check_method(method)
     if is_compressed(Path(model).expanduser()):
         raise ValueError(f"{model}: is compressed already; give the original model")
-    config = read_config(model)[1]
-    sizes = site_sizes(sizing.shapes(config), method)
     policy = allocation or METHODS[method].allocation
-    check_policy(policy)
+    check_policy(policy, temperature)
+    config, source = open_shapes(model, dtype)
+    length = seq_len or min(WINDOW, config.max_positions)
     share = KEEP if keep is None else keep
-    if ranks is not None:
-        plan = Plan(method, sizing.ranks_by_pattern(sizes, ranks), None, sizing.GIVEN)
-    elif policy in CURVELESS:
-        plan = sizing.plan_by_shapes(config, method, share, policy)
-    else:
-        plan = Plan(method, {}, share, policy)
-    untouched = Plan(method, dict.fromkeys(sizes), 1.0, "uniform")
-    before = _counts(sizing.outline(config, untouched), config, seq_len, dtype)
-    if plan.ranks:
-        after = _counts(sizing.outline(config, plan), config, seq_len, dtype)
-    else:
-        saved = (1 - share) * before["block_linear_weights"]
-        itemsize = jnp.dtype(dtype).itemsize
-        scale = {"bytes": itemsize, "multiplications": seq_len}
-        after = {key: round(count - saved * scale.get(key, 1)) for key, count in before.items()}
+    plan, exact = planned(config, method, share, ranks, policy)
+    target = sizing.stored(config, _leaves(source), dtype)
+    after = sizing.outline(config, plan, target)
+    used = "uniform" if ranks is not None else policy
+    given = plan.ranks if exact else None
+    job = Job(config, method, samples, length, used, prefix, given, share, temperature)
+    rates = speed.measure() if measure else None
     found = {
         "model": model,
-        "settings": {"method": method, "policy": plan.policy, "keep": plan.keep, "ranks": ranks}
-        | {"seq_len": seq_len, "dtype": dtype},
-        "before": before,
-        "after": after,
+        "settings": {"method": method, "policy": plan.policy if exact else policy}
+        | {"keep": plan.keep, "ranks": ranks, "samples": samples, "seq_len": length}
+        | {"prefix": prefix, "temperature": temperature, "dtype": dtype},
+        "before": _counts(source.params, config, length),
+        "after": _counts(after, config, length),
         "ranks": dict(plan.ranks),
+        "ranks_are": EXACT if exact else ESTIMATED,
+        "cost": cost(job, source, after, rates),
     }
     if recipe is not None:
-        if not plan.ranks:
+        if not exact:
             raise ValueError(
                 "--finetune needs ranks, which depend on calibration data here; give --ranks, or "
                 "an --allocation that needs none"
             )
+        stored = dtype or "float32"
         memory = {"recipe": recipe, "rank": rank, "batch": batch, "accumulate": accumulate}
+        untouched = Plan(method, dict.fromkeys(plan.ranks), 1.0, "uniform")
         for name, tree in (("before", untouched), ("after", plan)):
             shapes = sizing.outline(config, tree)
-            memory[name] = _memory(config, shapes, recipe, rank, batch, accumulate, seq_len, dtype)
+            memory[name] = _memory(config, shapes, recipe, rank, batch, accumulate, length, stored)
         found["finetune"] = memory
     return found
+
+
+def open_shapes(model: str, dtype: str | None) -> tuple[ModelConfig, InMemory]:
+    """A model's config, and its parameters as shapes in the dtypes that are stored.
+
+    Of a directory of safetensors their headers are read, else the config alone; then all is of the
+    config's dtype, or of the one that is asked for.
+    """
+    from lordjax import sizing
+    from lordjax.conversions.huggingface import open_checkpoint, read_config
+
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.safetensors*"))):
+        opened = open_checkpoint(path)
+        return opened.config, sizing.stored(opened.config, opened.leaves())
+    hf_config, config = read_config(model)
+    own = hf_config.get("dtype") or hf_config.get("torch_dtype")
+    used = dtype or (own if own in STORED else "float32")
+    return config, sizing.stored(config, _leaves(sizing.shapes(config)), used)
+
+
+def _leaves(source: InMemory) -> dict[str, Any]:
+    from lordjax import trees
+
+    return trees.flatten(source.params)
 
 
 def _memory(
@@ -109,36 +139,32 @@ def _memory(
     return predict(config, shapes, changed(named(recipe), rank=rank), settings, seq_len)
 
 
-def _counts(tree: Any, config: Any, seq_len: int, dtype: str) -> dict[str, int]:
-    """Of a model's shapes: parameters, block linear weights, bytes in a dtype, multiplications."""
+def _counts(tree: Any, config: Any, seq_len: int) -> dict[str, int]:
+    """Of a model's shapes: parameters, block linear weights, bytes, multiplications."""
     import jax.numpy as jnp
 
     from lordjax import sizing, trees
-    from lordjax.kernels import weights
+    from lordjax.kernels import nbytes, weights
     from lordjax.sites import is_block_linear
 
     flat = trees.flatten(tree)
     floating = [leaf for leaf in flat.values() if jnp.issubdtype(leaf.dtype, jnp.floating)]
-    count, every = (sum(map(weights, leaves)) for leaves in (floating, flat.values()))
     return {
-        "parameters": count,
+        "parameters": sum(map(weights, floating)),
         "block_linear_weights": sum(
             weights(a) for path, a in flat.items() if is_block_linear(path)
         ),
-        "bytes": count * jnp.dtype(dtype).itemsize + 4 * (every - count),  # indices are int32
+        "bytes": nbytes(tree),
         "multiplications": sizing.multiplications(config, tree, seq_len),
     }
 
 
 def show(result: dict[str, Any]) -> None:
     """Prints the counts for people."""
-    from lordjax.sites import layer_type
-
     settings, before, after = (result[key] for key in ("settings", "before", "after"))
     print(f"{result['model']}: {settings['method']}, {settings['policy']} ranks\n")
     print(f"{'':30}{'before':>22}{'after':>22}{'ratio':>8}")
-    names = {"bytes": f"bytes in {settings['dtype']}"}
-    names["multiplications"] = f"multiplications, {settings['seq_len']} tokens"
+    names = {"multiplications": f"multiplications, {settings['seq_len']} tokens"}
     for key, count in before.items():
         name = names.get(key, key.replace("_", " "))
         print(f"{name:30}{count:>22,}{after[key]:>22,}{after[key] / count:>8.4f}")
@@ -147,10 +173,51 @@ def show(result: dict[str, Any]) -> None:
         for key, count in memory["before"].items():
             ratio = memory["after"][key] / max(count, 1)
             print(f"{key:30}{count:>22,}{memory['after'][key]:>22,}{ratio:>8.4f}")
-    if not result["ranks"]:
-        print("\nranks depend on calibration data; 'after' is what the budget allows at most")
-        return
+    _show_ranks(result)
+    _show_cost(result["cost"], settings)
+
+
+def _show_ranks(result: dict[str, Any]) -> None:
+    from lordjax.sites import layer_type
+
+    if result["ranks_are"] != EXACT:
+        print(f"\nranks and what follows from them: {result['ranks_are']}")
     print(f"\n{'layer':24}{'rank':>8}{'blocks':>8}")
     found = Counter((layer_type(path), rank) for path, rank in result["ranks"].items())
     for (name, rank), count in found.items():
         print(f"{name:24}{'dense' if rank is None else rank:>8}{count:>8}")
+
+
+def _show_cost(found: dict[str, Any], settings: dict[str, Any]) -> None:
+    seconds = found.get("seconds", {})
+    print(f"\n{settings['samples']} windows of {settings['seq_len']} tokens")
+    print(f"{'stage':24}{'TFLOP':>12}{'seconds':>12}")
+    names = [name for name in {**found["flops"], **seconds} if name not in ("total", "compiling")]
+    for name in names:
+        time = f"{seconds[name]:>12.1f}" if name in seconds else ""
+        print(f"{name:24}{found['flops'].get(name, 0) / 1e12:>12.3f}{time}")
+    print(f"{'total':24}{sum(found['flops'].values()) / 1e12:>12.3f}", end="")
+    print(f"{seconds['total']:>12.1f}" if seconds else "")
+    if seconds:
+        low, high = found["range"]
+        print(
+            f"expected: {duration(low)} to {duration(high)} on this machine as busy as it is now, "
+            f"about {duration(seconds['compiling'])} of it compiling; reading calibration data is "
+            "not counted"
+        )
+    for name, memory in found["memory"].items():
+        device = f", {size(memory['device'])} on the device" if memory["device"] else ""
+        disk = f", {size(memory['disk'])} of disk" if "disk" in memory else ""
+        print(f"peak memory {name}: {size(memory['host'])}{device}{disk} ({memory['stage']})")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people read them: ``44 s``, ``12 min``, ``3.2 h``, ``12 days``."""
+    for unit, length, most in (("s", 1, 120), ("min", 60, 120), ("h", 3600, 48)):
+        if seconds < most * length:
+            return (
+                f"{seconds / length:.1f} {unit}"
+                if unit == "h"
+                else f"{seconds / length:.0f} {unit}"
+            )
+    return f"{seconds / 86400:.0f} days"

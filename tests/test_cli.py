@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from lordjax import speed
 from lordjax.methods import DEFAULT_METHOD
 from lordjax.scripts import benchmark_resume, demo
 from lordjax.scripts.cli import cli
@@ -253,7 +254,7 @@ def test_compressed_model_is_worse_and_full_budget_is_not(tiny, compressed, text
 def test_plan_counts_what_compress_writes(tiny, text, tmp_path):
     """From config.json alone, also where the budget is given as ranks."""
     given = ("--method", "svd-llm", "--ranks", "mlp/.*=8", "--json")
-    planned = run("plan", tiny / "config.json", *given)
+    planned = run("plan", tiny / "config.json", *given, "--no-measure")
     assert planned.exit_code == 0, planned.stderr
     planned = json.loads(planned.stdout)
     done = run("compress", tiny, tmp_path / "out", *calibration(text), *given)
@@ -269,15 +270,47 @@ def test_plan_counts_what_compress_writes(tiny, text, tmp_path):
 
 
 def test_plan_of_a_budget_alone(tiny):
-    """Where ranks depend on data, what the budget allows at most."""
-    planned = json.loads(run("plan", tiny, "--keep", "0.5", "--json").stdout)
+    """Where ranks depend on data, uniform ones, and it says so."""
+    options = ("--keep", "0.5", "--no-measure")
+    planned = json.loads(run("plan", tiny, *options, "--json").stdout)
     before, after = planned["before"], planned["after"]
-    assert after["block_linear_weights"] == before["block_linear_weights"] / 2
-    assert before["bytes"] - after["bytes"] == 2 * before["block_linear_weights"]
-    assert planned["ranks"] == {}
-    shown = run("plan", tiny, "--method", "rom").stdout
+    assert after["block_linear_weights"] <= before["block_linear_weights"] / 2
+    saved = before["block_linear_weights"] - after["block_linear_weights"]
+    assert before["bytes"] - after["bytes"] == 4 * saved
+    assert "estimate" in planned["ranks_are"]
+    assert "seconds" not in planned["cost"]
+    assert "an estimate: the policy decides" in run("plan", tiny, *options).stdout
+    shown = run("plan", tiny, "--method", "rom", "--no-measure").stdout
+    assert "estimate" not in shown
     assert "attention/q" in shown
     assert "dense" in shown
+
+
+def test_plan_expects_a_time(tiny, monkeypatch):
+    monkeypatch.setattr(speed, "SIZE", {"cpu": 128})
+    options = ("--samples", 8, "--seq-len", WINDOW, "--method", "lord")
+    found = json.loads(run("plan", tiny, *options, "--json").stdout)["cost"]
+    low, high = found["range"]
+    assert low < found["seconds"]["total"] < high
+    assert set(found["seconds"]) > {"gradients", "statistics", "factors", "apply", "write"}
+    shown = run("plan", tiny, *options).stdout
+    assert "compiling" in shown
+    assert "peak memory with a work directory" in shown
+
+
+def test_report_holds_what_was_predicted_and_what_happened(tiny, text, tmp_path):
+    out = tmp_path / "out"
+    given = ("--method", "svd-llm", "--keep", "0.7")
+    shown = run("compress", tiny, out, *calibration(text), *given)
+    assert shown.exit_code == 0, shown.stderr
+    assert "expected" in shown.stdout
+    report = json.loads((out / "report.json").read_text())
+    predicted, happened = report["predicted"], report["happened"]
+    assert predicted["ranks_are"] == "exact"
+    assert predicted["bytes"] == happened["bytes"] == report["bytes"]
+    assert "seconds" not in predicted  # a small job
+    assert set(happened["flops_per_second"]) == set(predicted["flops"])
+    assert happened["peak_rss_bytes"] > 0
 
 
 def test_bad_plans(tiny, compressed, tmp_path):

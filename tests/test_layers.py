@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     ["lordjax"],  # lazy: resolves public names when they are used
     ["lordjax.nf", "lordjax.order", "lordjax.documents", "lordjax.files", "lordjax.work"],
+    ["lordjax.flops"],
     ["lordjax.progress", "lordjax.sites", "lordjax.plan", "lordjax.linalg", "lordjax.data"],
     ["lordjax.nf_pallas", "lordjax.nf_tiles"],
     ["lordjax.nf_choice"],
@@ -40,7 +41,9 @@ ORDER = [
     ["lordjax.factoring", "lordjax.evaluate.comparison"],
     ["lordjax.sequential"],
     ["lordjax.prepared", "lordjax.sizing"],
-    ["lordjax.compression", "lordjax.quantizer"],
+    ["lordjax.compression", "lordjax.quantizer", "lordjax.speed"],
+    ["lordjax.stages"],
+    ["lordjax.forecast"],
     ["lordjax.quantization"],
     ["lordjax.checkpoint"],
     ["lordjax.output"],
@@ -72,6 +75,7 @@ MAY_IMPORT = {
     "lordjax.methods": JAX | ARRAYS | {"flax.struct"},
     "lordjax.stats": JAX | {"flax"},
     "lordjax.nf": JAX | ARRAYS | {"scipy"},
+    "lordjax.flops": JAX,
     "lordjax.linalg": JAX | ARRAYS | {"scipy"},
     "lordjax.recipes": JAX | {"optax"},
     "lordjax.finetune": JAX | ARRAYS | {"optax"},

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lordjax import linalg
-from lordjax.factoring import _jitted
+from lordjax.factoring import factor_program
 from lordjax.methods import METHODS
 from lordjax.methods.modular import (
     RIDGE,
@@ -772,7 +772,7 @@ def test_modules_are_jittable_and_read_only_what_they_declare(name):
 def test_gate_and_up_are_not_moved_to_the_device_to_factor_an_mlp():
     z, kernels = mlp_problem()
     single = {n: a.astype(np.float32) for n, a in kernels.items()}
-    lowered = _jitted("modegpt-published", "mlp").lower(single, {"moments": moments(z)})
+    lowered = factor_program("modegpt-published", "mlp").lower(single, {"moments": moments(z)})
     shapes = {name: "x".join(map(str, a.shape)) for name, a in single.items()}
     assert f"tensor<{shapes['down']}xf32>" in lowered.as_text()
     assert f"tensor<{shapes['up']}xf32>" not in lowered.as_text()

@@ -1,0 +1,244 @@
+"""Seconds and bytes of memory that a compression will take, before it begins.
+
+`seconds` divides the work of every stage (`stages`) by the measured rate of its kind (`speed`).
+`memory` adds up what is alive in each stage; the largest stage is the peak::
+
+    in memory            the model's pages, factors of all sites, statistics of one block (of
+                         gradients: of all), hidden states of all windows
+    with a work directory   one block, its statistics, hidden states of one batch; the rest is on
+                         disk, the states before every block while gradients are taken included
+
+and in both the activations of one batch and the float64 workspace of the largest site. On CPU what
+would be on a device is on the host.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from lordjax import flops, trees
+from lordjax.allocation import INFLUENCED
+from lordjax.flops import Work
+from lordjax.gradients import STATE_BYTES
+from lordjax.kernels import LowRank, is_kernel, nbytes, weights
+from lordjax.objective import CHUNK
+from lordjax.prepared import TEMPERATURES
+from lordjax.sites import Site
+from lordjax.speed import Rates, rate
+from lordjax.stages import Job, gradient_shapes, inputs, statistics
+
+PROCESS = 450e6  # bytes of Python with JAX and the rest of the library, nothing loaded
+PROGRAM = 250e3  # bytes of compiled code and what made it, per equation, on the host
+# Float64 arrays of a factorisation beside its inputs, as large as the largest; XLA: < 3.5.
+COPIES = 5
+SPREAD = 1.5  # a forecast of time is right within this factor, if nothing else changes
+SHARD = 2 * 2**30  # bytes that are written at a time
+
+Memory = dict[str, Any]
+
+
+def seconds(work: Mapping[str, Work], rates: Rates) -> dict[str, float]:
+    """Seconds of every stage, compiling included; ``compiling`` says how much of it that is."""
+    found = {name: _seconds(of_stage, rates) for name, of_stage in work.items()}
+    compiling = sum(w["equations"] for w in work.values()) / rates["compile"]
+    return found | {"total": sum(found.values()), "compiling": compiling}
+
+
+def _seconds(work: Work, rates: Rates) -> float:
+    other = {kind: n for kind, n in work.items() if kind != "equations"}
+    time = sum(n / rate(rates, kind) for kind, n in other.items())
+    return time + work["equations"] / rates["compile"]
+
+
+def memory(job: Job, work: Mapping[str, Work], before: Any, after: Any) -> dict[str, Memory]:
+    """Peak bytes of ``in memory`` and ``with a work directory``.
+
+    Args:
+      job: what is asked for.
+      work: of its stages.
+      before: shapes of the stored model, as a nested dict.
+      after: shapes of the result.
+
+    Returns:
+      for each ``host``, ``device`` (0 on CPU, where it is counted to the host) and the ``stage`` of
+      the peak; ``parts``: stage -> part -> bytes. With a work directory ``disk``, too.
+    """
+    equations = sum(of_stage["equations"] for of_stage in work.values())
+    parts = _Parts(job, before, after, PROCESS + PROGRAM * equations)
+    whole = {name: getattr(parts, name)() for name in work}
+    streamed = {name: _streamed(parts, name) for name in work}
+    return {
+        "in memory": _peak(whole),
+        "with a work directory": _peak(streamed) | {"disk": parts.disk()},
+    }
+
+
+def _peak(stages: Mapping[str, dict[str, float]]) -> Memory:
+    """The largest stage on the host and on the device; names on a device begin with ``device``."""
+    on_cpu = jax.default_backend() == "cpu"
+    sums = {}
+    for name, parts in stages.items():
+        device = sum(n for part, n in parts.items() if part.startswith("device"))
+        sums[name] = (sum(parts.values()) - device, device)
+    both = {name: host + device for name, (host, device) in sums.items()}
+    at = max(both, key=lambda name: both[name])
+    host = both[at] if on_cpu else max(host for host, _ in sums.values())
+    device = 0 if on_cpu else max(device for _, device in sums.values())
+    table = {n: {part: round(v) for part, v in parts.items() if v} for n, parts in stages.items()}
+    return {"host": round(host), "device": round(device), "stage": at, "parts": table}
+
+
+class _Parts:
+    """What is alive in each stage, in bytes, by name."""
+
+    def __init__(self, job: Job, before: Any, after: Any, process: float):
+        self.job, self.process = job, process
+        self.layers = job.config.num_layers
+        self.stored, self.result = nbytes(before), nbytes(after)
+        self.block, self.rest = nbytes(job.block), nbytes(job.rest)
+        self.after = after
+        self.kept = [_factor_bytes(job, site) for site in job.sites]
+        gradients, bases = gradient_shapes(job) if job.backward[0] else ({}, {})
+        self.gradient, self.bases = nbytes(gradients), nbytes(bases)
+        self.statistic = nbytes(statistics(job)) if job.factors_first else 0
+
+    def _begun(self) -> dict[str, float]:
+        return {"process": self.process, "pages of the model": float(self.stored)}
+
+    def _states(self, windows: int) -> float:
+        return float(nbytes(self.job.stream(windows)))
+
+    def activations(self, batch: int, *, backward: bool) -> float:
+        """Of a block: the residual stream, what its layers put out, and one head's attention."""
+        config = self.job.config
+        heads = config.head_size * (config.num_heads + 2 * config.num_kv_heads)
+        width = 4 * config.hidden_size + 2 * heads + (2 + config.gated) * config.mlp_size
+        at_once = config.num_heads // config.num_kv_heads
+        if jax.default_backend() != "cpu":
+            at_once = batch * config.num_heads
+        attention = 2 * at_once * min(256, self.job.length) * self.job.length
+        tokens = batch * self.job.length
+        return 4.0 * (tokens * width + attention) * (2 if backward else 1)
+
+    def logits(self, batch: int) -> float:
+        """Of a chunk of positions, with their gradient."""
+        rows = min(CHUNK, self.job.length) * (batch if self.job.backward[0] == 0 else 1)
+        return 3.0 * rows * self.job.config.vocab_size * 4
+
+    def workspace(self) -> float:
+        """Of the largest factorisation."""
+
+        def of_site(site: Site) -> float:
+            leaves = jax.tree.leaves(inputs(self.job, site))
+            largest = max((leaf.size for leaf in leaves), default=0)
+            return 8.0 * (sum(leaf.size for leaf in leaves) + COPIES * largest)
+
+        return max(map(of_site, self.job.sites), default=0.0)
+
+    def gradients(self) -> dict[str, float]:
+        """While loss gradients are taken."""
+        windows, batch = self.job.backward
+        states = self._states(windows) * self.layers
+        return self._begun() | {
+            "device: hidden states": min(states, max(STATE_BYTES, states * batch / windows)),
+            "device: gradient statistics": float(self.layers * (self.gradient + self.bases)),
+            "device: a block": 2.0 * self.block,
+            "device: embedding and head": float(self.rest),
+            "device: activations": self.activations(batch, backward=True) + self.logits(batch),
+        }
+
+    def statistics(self) -> dict[str, float]:
+        """While a block's inputs are collected and factored; the last block."""
+        windows = self.job.windows - self.job.held_out
+        reads = bool(self.statistic) or self.job.policy in INFLUENCED
+        return self._begun() | {
+            "factors": float(max(sum(self.kept), self.gradient)) * self.layers,
+            "device: hidden states": self._states(windows) if reads else 0.0,
+            "device: a block": 2.0 * self.block,
+            "device: statistics": float(self.statistic),
+            "device: workspace": max(
+                self.activations(self.job.batch, backward=False) if reads else 0.0,
+                self.workspace(),
+            ),
+        }
+
+    factors = statistics
+
+    def comparison(self) -> dict[str, float]:
+        """While a temperature is chosen."""
+        variants = len(TEMPERATURES) + 1
+        return self._begun() | {
+            "factors": float(sum(self.kept)) * self.layers,
+            "device: hidden states": self._states(self.job.held_out) * variants,
+            "device: a block": 4.0 * self.block,
+            "device: embedding and head": float(self.rest),
+            "device: activations": self.activations(self.job.held_out, backward=False)
+            + self.logits(self.job.held_out),
+        }
+
+    def sequential(self) -> dict[str, float]:
+        """While blocks are compressed one after the other."""
+        both = 2 if (self.job.prefix or self.job.row.prefix) == "corrective" else 1
+        return self.statistics() | {
+            "factors": float(sum(self.kept) + self.gradient) * self.layers,
+            "device: hidden states": both * self._states(self.job.windows),
+            "device: a block": 3.0 * self.block,
+        }
+
+    def apply(self) -> dict[str, float]:
+        """When the result is put together: pairs that keep their dtype are views of factors."""
+        leaves = jax.tree.leaves(self.after, is_leaf=is_kernel)
+        views = [a for a in leaves if isinstance(a, LowRank) and a.left.dtype == "float32"]
+        return self._begun() | {
+            "factors": float(sum(self.kept)) * self.layers,
+            "result": float(self.result - nbytes(views)),
+        }
+
+    def write(self) -> dict[str, float]:
+        """While a file is made: its arrays in order, and their bytes."""
+        return self.apply() | {"a file": 2.0 * min(SHARD, self.result)}
+
+    def disk(self) -> int:
+        """In a work directory when it is fullest, with the result."""
+        windows = self.job.backward[0]
+        states = max(self._states(windows) * (self.layers + 3), self._states(self.job.windows) * 2)
+        return round(states + self.layers * (sum(self.kept) + self.gradient) + self.result)
+
+
+def _streamed(parts: _Parts, stage: str) -> dict[str, float]:
+    """A stage where everything but one block's part is on disk."""
+    job, table = parts.job, getattr(parts, stage)()
+    batch = job.backward[1] if stage == "gradients" else job.batch
+    small = {
+        "pages of the model": max(parts.stored / parts.layers, 0.0),
+        "factors": float(max(parts.kept, default=0)),
+        "device: hidden states": 2.0 * parts._states(batch),
+        "device: gradient statistics": float(parts.gradient + parts.bases),
+        "result": float(max(parts.rest, parts.result / parts.layers)),
+        "a file": float(parts.result / parts.layers),
+    }
+    return {part: min(n, small.get(part, math.inf)) for part, n in table.items()}
+
+
+def _factor_bytes(job: Job, site: Site) -> int:
+    """What is kept of a site's factors, float32 on the host."""
+    flat = trees.flatten(job.block)
+    shapes = [flat[path].shape for path in site.kernels if path in flat]
+    if site.kind == "linear":  # pairs up to break-even
+        return 4 * weights(jax.ShapeDtypeStruct(shapes[0], "float32"))
+    fan_in, fan_out = shapes[-1]
+    module = job.row.modules[site.kind]
+    fits = getattr(module.factor, "keywords", {}).get("fit", True)
+    if site.kind == "qk":
+        return 4 * fan_out * job.config.head_size * (job.config.rope is None)
+    triangle = fan_in**2 if fits else 0
+    return 4 * (triangle + fan_in * fan_out * (fits or site.kind == "vo"))
+
+
+def total(work: Mapping[str, Work]) -> float:
+    """Floating-point operations of all stages."""
+    return sum(map(flops.total, work.values()))

@@ -1,0 +1,379 @@
+"""The work of a compression, stage by stage, from shapes alone.
+
+The programs that `prepare` and `compress` run are traced with the shapes they run with, so that
+nothing is counted that does not happen, and their operations are multiplied by how often they run.
+Names of stages are those of a report's seconds; "factors" is part of "statistics and factors"
+there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lordjax import flops, objective, sizing, trees
+from lordjax.allocation import CURVELESS, INFLUENCED
+from lordjax.calibrate import INFLUENCE, activation_keys, statistic_width
+from lordjax.collect import (
+    EMBEDDINGS,
+    embed,
+    empty,
+    observe,
+    observe_gradients,
+    observe_pair,
+    windows_per_step,
+)
+from lordjax.compression import GRADIENT_WINDOWS, HELD_OUT
+from lordjax.factoring import factor_program, site_kernels
+from lordjax.flops import Work
+from lordjax.gradients import (
+    STATE_BYTES,
+    empty_gradients,
+    gradient_basis,
+    needs_gradients,
+    site_gradients,
+)
+from lordjax.kernels import nbytes
+from lordjax.methods import METHODS, Method, method_at
+from lordjax.models.config import ModelConfig
+from lordjax.objective import loss_gradient, losses
+from lordjax.prepared import TEMPERATURES
+from lordjax.sequential import groups
+from lordjax.sites import LAST_LAYER, LINEAR_SITES, Site, site_path, sites_for
+from lordjax.stats import Moments
+
+STAGES = ("gradients", "statistics", "factors", "comparison", "sequential", "apply", "write")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What `compress` is asked for.
+
+    Attributes:
+      config: the model.
+      method: a key of `METHODS`.
+      windows: of calibration.
+      length: tokens of a window.
+      allocation: a key of `POLICIES`; None = the method's own.
+      prefix: see `Method`; None = the method's own.
+      ranks: site path -> rank, as far as they are known; None: of no site.
+      keep: 1: nothing is compressed.
+      temperature: None: chosen on held-out windows, where the policy has one.
+      gradient_windows: at most as many see the backward pass; None = all.
+
+    Raises:
+      ValueError: if there are no windows, or too few to hold one out.
+    """
+
+    config: ModelConfig
+    method: str
+    windows: int
+    length: int
+    allocation: str | None = None
+    prefix: str | None = None
+    ranks: Mapping[str, int | None] | None = dataclasses.field(default=None, hash=False)
+    keep: float = 0.8
+    temperature: float | None = None
+    gradient_windows: int | None = GRADIENT_WINDOWS
+
+    def __post_init__(self) -> None:
+        if self.windows < 1 or self.length < 2:
+            raise ValueError(
+                f"{self.windows} windows of {self.length} tokens; at least 1 of 2 is needed"
+            )
+        if self.held_out and self.windows < 2:
+            raise ValueError("one calibration window: at least 2 are needed to hold one out")
+
+    @property
+    def row(self) -> Method:
+        """The method's row."""
+        return METHODS[self.method]
+
+    @property
+    def policy(self) -> str:
+        """How the budget is shared out."""
+        return self.allocation or self.row.allocation
+
+    @property
+    def walks(self) -> bool:
+        """Whether blocks are compressed one after the other, each on the compressed ones."""
+        return (self.prefix or self.row.prefix) != "dense"
+
+    @property
+    def factors_first(self) -> bool:
+        """Whether all sites are factored before a budget is known."""
+        return not self.walks or self.policy not in CURVELESS
+
+    @property
+    def held_out(self) -> int:
+        """Windows that only choose a temperature."""
+        return max(1, min(HELD_OUT, self.windows // 8)) if self.policy in INFLUENCED else 0
+
+    @property
+    def compares(self) -> bool:
+        """Whether a temperature is chosen."""
+        return bool(self.held_out) and self.temperature is None and self.keep < 1
+
+    @property
+    def batch(self) -> int:
+        """Windows of a step."""
+        return windows_per_step(self.windows, self.length)
+
+    @property
+    def backward(self) -> tuple[int, int]:
+        """Windows that the backward pass sees, and how many in a step."""
+        if not needs_gradients(self.row, self.config):
+            return 0, 1
+        seen = self.windows - self.held_out
+        return min(seen, self.gradient_windows or seen), max(1, self.batch // 2)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Of a block."""
+        return sites_for(self.row.kinds, self.config)
+
+    @property
+    def block(self) -> dict[str, Any]:
+        """Shapes of a block, float32."""
+        return sizing.shapes(self.config).block(0)
+
+    @property
+    def rest(self) -> dict[str, Any]:
+        """Shapes outside the blocks, float32."""
+        return sizing.shapes(self.config).rest()
+
+    def stream(self, rows: int) -> Any:
+        """Shape of the residual stream of some windows."""
+        return jax.ShapeDtypeStruct((rows, self.length, self.config.hidden_size), jnp.float32)
+
+
+def sweeps(job: Job) -> int:
+    """How many times the backward pass walks over the blocks."""
+    windows, batch = job.backward
+    together = max(1, STATE_BYTES // (nbytes(job.stream(batch)) * job.config.num_layers))
+    return math.ceil(math.ceil(windows / batch) / together)
+
+
+def stages(job: Job) -> dict[str, Work]:
+    """Stage -> its work; stages without any are absent."""
+    found = {name: Counter() for name in STAGES}
+    weights = nbytes(job.block) * job.config.num_layers
+    windows, batch = job.backward
+    if windows:
+        found["gradients"] = _gradients(job, windows, batch)
+        found["gradients"]["read"] += 2 * sweeps(job) * weights
+    if job.factors_first:
+        found["statistics"] = _statistics(job)
+        found["statistics"]["read"] += weights
+        found["factors"] = _all_factors(job)
+    if job.compares:
+        found["comparison"] = _comparison(job)
+        found["comparison"]["read"] += (1 + len(TEMPERATURES)) * weights
+    if job.walks:
+        found["sequential"] = _sequential(job)
+        found["sequential"]["read"] += weights
+    found["apply"]["read"] += weights + nbytes(job.rest)
+    return {name: work for name, work in found.items() if work}
+
+
+def gradient_shapes(job: Job) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Statistics of a block's backward pass, and the coordinates they are taken in."""
+    return jax.eval_shape(lambda block: empty_gradients(block, job.row, job.config), job.block)
+
+
+def statistics(job: Job) -> dict[str, Any]:
+    """Shapes of what a block's forward pass collects."""
+    keys, flat = activation_keys(job.block, job.sites, job.row), trees.flatten(job.block)
+    wanted = sorted({key for names in keys.values() for key in names.values()})
+    widths = {key: statistic_width(key, flat, job.config) for key in wanted}
+    widths |= {INFLUENCE: None} if job.policy in INFLUENCED else {}
+    return jax.eval_shape(lambda: empty(widths))
+
+
+def inputs(job: Job, site: Site) -> tuple[Any, dict[str, Any]]:
+    """Shapes of what `factor` reads of a site: its kernels and statistics."""
+    kernels = jax.eval_shape(lambda block: site_kernels(site, block, job.config), job.block)
+    stats = statistics(job)
+    keys = activation_keys(job.block, (site,), job.row)
+    names = {name: stats[key] for name, key in keys[site.path].items()}
+    if job.backward[0]:
+        gradients = gradient_shapes(job)[0]
+        names |= jax.eval_shape(
+            lambda g, k: site_gradients(g, job.row, site, k), gradients, kernels
+        )
+    return kernels, names
+
+
+def _every_layer(job: Job, program: Callable[[int | None], Work]) -> Work:
+    """Work of a program in all blocks; of one window it is compiled once."""
+    layers = Counter(job.config.window(i) for i in range(job.config.num_layers))
+    return flops.merged([flops.scaled(program(w), count) for w, count in layers.items()])
+
+
+def _pass(job: Job, rows: int, stats: Any, *, forward: bool = True) -> Work:
+    """A batch of windows through all blocks."""
+
+    def block(window: int | None) -> Work:
+        step = functools.partial(observe, config=job.config, window=window, forward=forward)
+        return flops.of(step, job.block, job.stream(rows), None, stats)
+
+    return _every_layer(job, block)
+
+
+def _tokens(job: Job, rows: int) -> Any:
+    return jax.ShapeDtypeStruct((rows, job.length), jnp.int32)
+
+
+def _targets(job: Job, rows: int) -> Any:
+    width = 1 if job.config.head == "classes" else job.length
+    return jax.ShapeDtypeStruct((rows, width), jnp.int32)
+
+
+def _embedding(job: Job, rows: int) -> Work:
+    tables = {key: value for key, value in job.rest.items() if key in EMBEDDINGS}
+    return flops.of(functools.partial(embed, config=job.config), tables, _tokens(job, rows))
+
+
+def _gradients(job: Job, windows: int, batch: int) -> Work:
+    stats, bases = gradient_shapes(job)
+    objective.of(job.config)  # raises where there is no loss
+
+    def backward(window: int | None) -> Work:
+        step = functools.partial(observe_gradients, config=job.config, window=window)
+        x = job.stream(batch)
+        return flops.of(step, job.block, x, None, x, bases, stats)
+
+    loss = functools.partial(loss_gradient, config=job.config)
+    steps = flops.merged(
+        [
+            _embedding(job, batch),
+            _pass(job, batch, {}),
+            flops.of(loss, job.rest, job.stream(batch), _targets(job, batch)),
+            _every_layer(job, backward),
+        ]
+    )
+    flat = trees.flatten(job.block)
+    turned = [flops.of(gradient_basis, flat[p]) for p, basis in bases.items() if basis is not None]
+    return flops.merged(
+        [
+            flops.scaled(steps, windows / batch),
+            flops.scaled(flops.merged(turned), job.config.num_layers),
+        ]
+    )
+
+
+def _statistics(job: Job) -> Work:
+    stats = statistics(job)
+    if not stats:
+        return Counter()
+    steps = flops.merged([_embedding(job, job.batch), _pass(job, job.batch, stats)])
+    return flops.scaled(steps, (job.windows - job.held_out) / job.batch)
+
+
+def _all_factors(job: Job) -> Work:
+    """Of all sites; those of equal shapes share a program."""
+    known: dict[str, Work] = {}
+    found: Work = Counter()
+    for site in job.sites:
+        name = method_at(job.method, site.layer) if site.kind == "linear" else site.kind
+        shape = f"{name} {inputs(job, site)}"
+        again = shape in known
+        known[shape] = known[shape] if again else _factors(job, site)
+        work = known[shape]
+        found.update({k: n for k, n in work.items() if not (again and k == "equations")})
+    return found
+
+
+def _factors(job: Job, site: Site) -> Work:
+    """Of a site in all blocks."""
+    name = method_at(job.method, site.layer) if site.kind == "linear" else job.method
+    kernels, names = inputs(job, site)
+    found: list[Work] = []
+    if names.get("basis") is not None:
+        found.append(flops.of(gradient_basis, kernels))
+    with jax.enable_x64(True):
+        found.append(flops.of(factor_program(name, site.kind), kernels, names))
+    return flops.scaled(flops.merged(found), job.config.num_layers)
+
+
+def _comparison(job: Job) -> Work:
+    """Forward passes of a model for every temperature, whose modules are fitted on the host."""
+    rows = windows_per_step(job.held_out, job.length)
+    with jax.default_matmul_precision("highest"):
+        ends = flops.of(
+            functools.partial(losses, job.config),
+            job.rest,
+            job.stream(rows),
+            _targets(job, rows),
+        )
+        steps = flops.merged([_pass(job, rows, {}), ends])
+    variants = len(TEMPERATURES) + (job.config.head == "classes")
+    found = flops.scaled(steps, variants * job.held_out / rows)
+    found["cholesky float64"] += round(len(TEMPERATURES) * job.config.num_layers * _fits(job))
+    return found
+
+
+def _fits(job: Job) -> float:
+    """Fitting a block's modules to a width, about ``keep`` of what it was."""
+    flat, count = trees.flatten(job.block), 0.0
+    for site in job.sites:
+        if site.kind in LAST_LAYER:
+            fan_in, fan_out = flat[LAST_LAYER[site.kind]].shape
+            count += (job.keep * fan_in) ** 2 * fan_out
+    return count
+
+
+def _sequential(job: Job) -> Work:
+    """Of `sequential`: a forward pass for every group of sites, and one of what became of them."""
+    corrective = (job.prefix or job.row.prefix) == "corrective"
+    layers = job.config.num_layers
+    found = [_embedding(job, job.batch), flops.scaled(_pass(job, job.batch, {}), 1 + corrective)]
+    factors = []
+    for group in groups(job.row, job.config):
+        share = sum(_planned(job, i, group) for i in range(layers)) / layers
+        if not share:
+            continue
+        kinds = [site for site in group if not corrective or site.kind != "linear"]
+        if kinds:
+            keys = activation_keys(job.block, tuple(kinds), job.row)
+            wanted = {key for names in keys.values() for key in names.values()}
+            stats = {key: stat for key, stat in statistics(job).items() if key in wanted}
+            found.append(flops.scaled(_pass(job, job.batch, stats, forward=False), share))
+        if corrective:
+            found.append(flops.scaled(_every_layer(job, _pairs(job, group)), share))
+        factors += [flops.scaled(_factors(job, site), share) for site in group]
+    steps = flops.scaled(flops.merged(found), (job.windows - job.held_out) / job.batch)
+    return flops.merged([steps, *factors])
+
+
+def _planned(job: Job, i: int, group: tuple[Site, ...]) -> bool:
+    """Whether a block has anything to compress in a group, as far as that is known."""
+    return job.ranks is None or any(job.ranks.get(site_path(i, site)) is not None for site in group)
+
+
+def _pairs(job: Job, group: tuple[Site, ...]) -> Callable[[int | None], Work]:
+    """Untouched and compressed block in lockstep."""
+    flat = trees.flatten(job.block)
+    last = {LAST_LAYER.get(site.kind, site.path) for site in group}
+    sites = [site for site in LINEAR_SITES if site.path in last]
+    zeros = jax.eval_shape(
+        lambda: (
+            {s.output_tap: Moments.zeros(flat[s.path].shape[1]) for s in sites},
+            {s.input_tap: Moments.zeros(flat[s.path].shape[0]) for s in sites},
+            {f"{s.input_tap}|{s.output_tap}": jnp.zeros(flat[s.path].shape) for s in sites},
+        )
+    )
+
+    def program(window: int | None) -> Work:
+        step = functools.partial(observe_pair, config=job.config, window=window)
+        x = job.stream(job.batch)
+        return flops.of(step, (job.block, job.block), (x, x), None, *zeros)
+
+    return program
