@@ -1,6 +1,7 @@
 """Counted operations: those of XLA where it counts them, and those that a compression runs."""
 
 import functools
+import itertools
 from collections import Counter
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from blocks import BLOCKS, source
 
-from lordjax import calibrate, factoring, flops, linalg
+from lordjax import calibrate, factoring, flops, gradients, linalg
 from lordjax.compression import prepare
 from lordjax.models.transformer import MLP
 from lordjax.sizing import shapes
@@ -122,8 +123,10 @@ def test_a_preparation_runs_what_was_counted(method, name, monkeypatch):
         "passes": ("observe", "observe_gradients", "loss_gradient", "embed"),
         "bases": ("gradient_basis",),
     }.items():
-        for each in names:
-            monkeypatch.setattr(calibrate, each, counting(done, stage, getattr(calibrate, each)))
+        for module, each in itertools.product((calibrate, gradients), names):
+            if hasattr(module, each):
+                counted = counting(done, stage, getattr(module, each))
+                monkeypatch.setattr(module, each, counted)
     program = factoring.factor_program
     monkeypatch.setattr(
         factoring, "factor_program", lambda *key: counting(done, "factors", program(*key))
