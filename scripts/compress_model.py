@@ -85,7 +85,7 @@ def compress_model(
         "bytes": result.report["bytes"],
         "seconds": time.perf_counter() - start,
         "predicted": predicted,
-        "happened": report.get("happened"),
+        "happened": None if predicted is None else _until_now(report["happened"]),
         "calibration": facts,
         "settings": settings,
     }
@@ -255,6 +255,13 @@ def show(result: dict[str, Any]) -> None:
         )
     print(f"next: lordjax inspect {result['output']}")
     print(f"      lordjax evaluate {result['output']} --tokens PATH")
+
+
+def _until_now(happened: dict[str, Any]) -> dict[str, Any]:
+    """What happened, with the memory that writing took: the report was written before."""
+    from lordjax.progress import peak_rss
+
+    return happened | {"peak_rss_bytes": peak_rss()}
 
 
 def _show_forecast(predicted: dict[str, Any], happened: dict[str, Any]) -> None:
