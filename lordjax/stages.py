@@ -185,6 +185,12 @@ def stages(job: Job) -> dict[str, Work]:
     return {name: work for name, work in found.items() if work}
 
 
+def recomputed(job: Job) -> float:
+    """Operations of the backward pass that were made before: the forward passes of its blocks."""
+    windows, batch = job.backward
+    return flops.total(flops.scaled(_pass(job, batch, {}), windows / batch)) if windows else 0.0
+
+
 def _loaded(count: int) -> Work:
     """Bytes of weights that are read and put on the device."""
     return Counter({"read": count, "put": count})
