@@ -11,8 +11,8 @@ their speed depends on. Multiply and add count as two. Counted are::
 
 ``exp`` (numbers that a softmax or an activation takes; no operation in the sums) and ``equations``
 (of the programs, each once: what compiling depends on) are counted besides, and by `stages`
-``read`` and ``write``, in bytes. Loops count as often as they run; those that end by a condition,
-here retries after a failure, not at all.
+``read``, ``put`` (on the device) and ``write``, in bytes. Loops count as often as they run; those
+that end by a condition, here retries after a failure, not at all.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import jax.numpy as jnp
 
 Work = Counter[str]  # kind of work -> operations
 THIN = 128
-COUNTS = ("exp", "equations", "read", "write")  # kinds that are no operations
+COUNTS = ("exp", "equations", "read", "put", "write")  # kinds that are no operations
 EXPONENTIALS = ("exp", "logistic", "tanh", "erf", "exp2")
 
 

@@ -31,7 +31,7 @@ from lordjax.sites import Site
 from lordjax.speed import Rates, rate
 from lordjax.stages import Job, gradient_shapes, inputs, statistics
 
-PROCESS = 450e6  # bytes of Python with JAX and the rest of the library, nothing loaded
+PROCESS = 600e6  # bytes of Python with JAX, the rest of the library and a tokenizer
 PROGRAM = 250e3  # bytes of compiled code and what made it, per equation, on the host
 # Float64 arrays of a factorisation beside its inputs, as large as the largest; XLA: < 3.5.
 COPIES = 5

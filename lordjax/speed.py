@@ -50,15 +50,16 @@ def measure(directory: str | os.PathLike[str] | None = None) -> Rates:
         rates["thin float32 highest"] = _rate(_highest, ones[:, :64], ones[:64])
     rates["exp"] = _softmax_rate()
     with jax.enable_x64(True):
-        wide = jnp.asarray(ones[:1024, :1024], jnp.float64)
+        wide = jnp.ones((min(n, 1024), min(n, 1024)), jnp.float64)
         rates["product float64"] = _rate(jnp.matmul, wide, wide)
         rates["thin float64"] = _rate(jnp.matmul, wide[:, :64], wide[:64])
-        definite = wide[:640, :640] + 1024 * jnp.eye(640, dtype=jnp.float64)
+        definite = jnp.ones((640, 640), jnp.float64) + 640 * jnp.eye(640, dtype=jnp.float64)
         rates["cholesky float64"] = _rate(jnp.linalg.cholesky, definite)
         for size in EIGH:
             some = jax.random.normal(jax.random.key(0), (size, size), jnp.float64)
             rates[f"eigh float64 {size}"] = _rate(jnp.linalg.eigh, some + some.T)
-    return rates | {"read": _reading(), "write": _writing(directory)}
+    others = {"read": _reading(), "put": _putting(), "write": _writing(directory)}
+    return rates | others
 
 
 def matmul_rate(size: int = 1024) -> float:
@@ -143,14 +144,20 @@ def _compiling() -> float:
 
 
 def _reading() -> float:
-    """Bytes per second of weights that are checked, turned and put on the device."""
-    stored = np.ones((BYTES // 4096, 1024), np.float32)
+    """Bytes per second of weights that are copied and checked."""
+    stored = np.ones(BYTES // 4, np.float32)
 
-    def load(a: np.ndarray) -> Any:
-        np.isfinite(a).all()
-        return jnp.asarray(a.copy().T)
+    def load(a: np.ndarray) -> np.ndarray:
+        return np.isfinite(a.copy())
 
     times = _times(load, stored)
+    return stored.nbytes * len(times) / sum(times)
+
+
+def _putting() -> float:
+    """Bytes per second of weights that are turned and put on the device."""
+    stored = np.ones((BYTES // 4096, 1024), np.float32)
+    times = _times(lambda a: jnp.asarray(a.T), stored)
     return stored.nbytes * len(times) / sum(times)
 
 

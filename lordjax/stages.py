@@ -168,19 +168,30 @@ def stages(job: Job) -> dict[str, Work]:
     windows, batch = job.backward
     if windows:
         found["gradients"] = _gradients(job, windows, batch)
-        found["gradients"]["read"] += 2 * sweeps(job) * weights
+        found["gradients"].update(_loaded(2 * sweeps(job) * weights))
     if job.factors_first:
         found["statistics"] = _statistics(job)
-        found["statistics"]["read"] += weights
+        found["statistics"].update(_loaded(weights))
         found["factors"] = _all_factors(job)
     if job.compares:
         found["comparison"] = _comparison(job)
-        found["comparison"]["read"] += (1 + len(TEMPERATURES)) * weights
+        found["comparison"].update(_loaded((1 + len(TEMPERATURES)) * weights))
     if job.walks:
         found["sequential"] = _sequential(job)
-        found["sequential"]["read"] += weights
+        found["sequential"].update(_loaded(weights))
     found["apply"]["read"] += weights + nbytes(job.rest)
     return {name: work for name, work in found.items() if work}
+
+
+def recomputed(job: Job) -> float:
+    """Operations of the backward pass that were made before: the forward passes of its blocks."""
+    windows, batch = job.backward
+    return flops.total(flops.scaled(_pass(job, batch, {}), windows / batch)) if windows else 0.0
+
+
+def _loaded(count: int) -> Work:
+    """Bytes of weights that are read and put on the device."""
+    return Counter({"read": count, "put": count})
 
 
 def gradient_shapes(job: Job) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:

@@ -195,13 +195,14 @@ def _forward_seconds(source: Any, tokens: Any) -> float:
 def _cost(config: Any, prepared: Any, shape: tuple[int, int]) -> float | None:
     """Operations that `prepare` must spend; None if it only collected what it was not asked for."""
     from lordjax import flops
-    from lordjax.stages import Job, stages
+    from lordjax.stages import Job, recomputed, stages
 
     if not prepared.factors:
         return None
     policy = "block-influence" if prepared.influences else None
-    work = stages(Job(config, prepared.method, *shape, policy, prepared.prefix))
-    return sum(flops.total(work[name]) for name in PREPARES if name in work)
+    job = Job(config, prepared.method, *shape, policy, prepared.prefix)
+    work = stages(job)
+    return sum(flops.total(work[name]) for name in PREPARES if name in work) - recomputed(job)
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

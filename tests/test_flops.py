@@ -14,7 +14,7 @@ from lordjax import calibrate, factoring, flops, gradients, linalg
 from lordjax.compression import prepare
 from lordjax.models.transformer import MLP
 from lordjax.sizing import shapes
-from lordjax.stages import Job, stages
+from lordjax.stages import Job, recomputed, stages
 
 
 def array(*shape, dtype=jnp.float32):
@@ -159,6 +159,13 @@ def test_gradients_stop_at_their_windows():
         stages(Job(BLOCKS["gpt2"], "lord", n, 32, gradient_windows=8))["gradients"] for n in (8, 64)
     )
     assert flops.total(few) == flops.total(many)
+
+
+def test_what_is_made_twice_is_a_forward_pass():
+    """A share of the backward pass; methods without one make nothing twice."""
+    job = Job(BLOCKS["gpt2"], "lord", 8, 32)
+    assert 0 < recomputed(job) < flops.total(stages(job)["gradients"]) / 2
+    assert recomputed(Job(BLOCKS["gpt2"], "svd-llm", 8, 32)) == 0
 
 
 def test_more_tokens_cost_more():

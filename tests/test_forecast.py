@@ -170,6 +170,7 @@ RATES = {
     "eigh float64 448": 4e8,
     "exp": 1e8,
     "read": 1e9,
+    "put": 1e9,
     "write": 1e8,
 }
 
