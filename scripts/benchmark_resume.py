@@ -97,6 +97,8 @@ def interrupted(
             return lines
         process.send_signal(signal.SIGKILL)
         process.communicate()
+        if out.exists() and not journal.parent.exists():  # it was done, and about to end
+            return lines
         lines.append(journal.read_bytes().count(b"\n") if journal.exists() else 0)
         say(f"kill {len(lines)} of {kills}: {lines[-1]} lines in the journal")
     _finish(_start(model, out, options), out)
