@@ -25,7 +25,9 @@ from typing import Any
 
 import click
 
+from lordjax.output import partial
 from lordjax.scripts.common import environment, say
+from lordjax.workspace import JOURNAL
 
 TIMED = ("seconds", "peak_rss_bytes", "predicted", "happened")  # of report.json
 POLL = 0.02  # seconds
@@ -47,6 +49,10 @@ def _start(model: str, out: Path, options: tuple[str, ...]) -> subprocess.Popen[
     code = "from lordjax.scripts.cli import main; main()"
     command = [sys.executable, "-c", code, "compress", model, str(out), *options]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def _journal(out: Path) -> Path:
+    return partial(out) / JOURNAL
 
 
 def _finish(process: subprocess.Popen[bytes], out: Path) -> None:
@@ -81,14 +87,14 @@ def interrupted(
       out: the result's directory.
       options: of ``lordjax compress``.
       kills: how many processes are killed, if the work lasts so long.
-      seconds: that an uninterrupted process takes.
+      seconds: from the first finished piece of work to the end, if nothing interrupts it.
       seed: draws the moments.
 
     Returns:
       Lines in the journal at each kill.
     """
     chance, lines = random.Random(seed), []
-    journal = out.with_name(out.name + ".partial") / "journal.jsonl"
+    journal = _journal(out)
     while len(lines) < kills:
         process, early = _start(model, out, options), chance.random() < 0.25
         pause = chance.uniform(0, seconds / kills)
@@ -109,12 +115,14 @@ def measure(
     model: str, options: tuple[str, ...], kills: int, seed: int, folder: Path
 ) -> dict[str, Any]:
     """Seconds of both runs, kills, and the files that differ."""
+    start, process = time.monotonic(), _start(model, folder / "whole", options)
+    _wait(process, _journal(folder / "whole"), 0, work=True)
+    begun = time.monotonic()
+    _finish(process, folder / "whole")
+    whole, working = time.monotonic() - start, time.monotonic() - begun
+    say(f"without interruption: {whole:.0f} s, the first {whole - working:.0f} s to begin with")
     start = time.monotonic()
-    _finish(_start(model, folder / "whole", options), folder / "whole")
-    whole = time.monotonic() - start
-    say(f"without interruption: {whole:.0f} s")
-    start = time.monotonic()
-    lines = interrupted(model, folder / "out", options, kills, whole, seed)
+    lines = interrupted(model, folder / "out", options, kills, working, seed)
     expected, found = contents(folder / "whole"), contents(folder / "out")
     names = sorted(expected.keys() | found.keys())
     return {
