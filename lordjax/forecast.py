@@ -3,7 +3,7 @@
 `seconds` divides the work of every stage (`stages`) by the measured rate of its kind (`speed`).
 `memory` adds up what is alive in each stage; the largest stage is the peak::
 
-    in memory            the model's pages, factors of all sites, statistics of one block (of
+    in memory            factors of all sites, statistics of one block (of
                          gradients: of all), hidden states of all windows
     with a work directory   one block, its statistics, hidden states of one batch; the rest is on
                          disk, the states before every block while gradients are taken included
@@ -35,6 +35,7 @@ PROCESS = 600e6  # bytes of Python with JAX, the rest of the library and a token
 PROGRAM = 250e3  # bytes of compiled code and what made it, per equation, on the host
 # Float64 arrays of a factorisation beside its inputs, as large as the largest; XLA: < 3.5.
 COPIES = 5
+PAGES = 2.0**26  # bytes of the model's files that stay mapped (conversions/tensors.py)
 SPREAD = 1.5  # a forecast of time is right within this factor, if nothing else changes
 SHARD = 2 * 2**30  # bytes that are written at a time
 
@@ -107,7 +108,7 @@ class _Parts:
         self.statistic = nbytes(statistics(job)) if job.factors_first else 0
 
     def _begun(self) -> dict[str, float]:
-        return {"process": self.process, "pages of the model": float(self.stored)}
+        return {"process": self.process, "pages of the model": min(PAGES, float(self.stored))}
 
     def _states(self, windows: int) -> float:
         return float(nbytes(self.job.stream(windows)))
@@ -214,7 +215,7 @@ def _streamed(parts: _Parts, stage: str) -> dict[str, float]:
     job, table = parts.job, getattr(parts, stage)()
     batch = job.backward[1] if stage == "gradients" else job.batch
     small = {
-        "pages of the model": max(parts.stored / parts.layers, 0.0),
+        "pages of the model": parts.stored / parts.layers,
         "factors": float(max(parts.kept, default=0)),
         "device: hidden states": 2.0 * parts._states(batch),
         "device: gradient statistics": float(parts.gradient + parts.bases),
