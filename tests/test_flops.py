@@ -110,8 +110,12 @@ def counting(work, stage, fn):
 
 @pytest.mark.parametrize(
     ("method", "name"),
-    [(method, "gpt2") for method in METHODS]
-    + [("lord", name) for name in ("gemma2", "bert-classifier")],
+    [
+        ("lord", "bert-classifier"),
+        ("modegpt-published", "gpt2"),
+        *(pytest.param(method, "gpt2", marks=pytest.mark.slow) for method in METHODS[:-1]),
+        pytest.param("lord", "gemma2", marks=pytest.mark.slow),
+    ],
 )
 def test_a_preparation_runs_what_was_counted(method, name, monkeypatch):
     model, done = source(name), Counter()

@@ -97,7 +97,9 @@ def test_damaged_headers_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [None, "float16"])
-@pytest.mark.parametrize("name", ["gpt2", "gemma2", "roberta"])
+@pytest.mark.parametrize(
+    "name", ["gpt2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gemma2", "roberta"))]
+)
 @pytest.mark.parametrize(
     ("method", "policy"),
     [

@@ -83,7 +83,12 @@ def make(run, directory):
         output.finish(result, hf_config={"model_type": "llama"})
 
 
-@pytest.mark.parametrize("name", RUNS)
+# The others keep nothing that these do not.
+QUICK = ("lord", "modegpt-published", "rom", "ranks", "auto")
+KILLED = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in RUNS]
+
+
+@pytest.mark.parametrize("name", KILLED)
 def test_killed_at_random_writes_it_goes_on_to_the_same_bits(name, tmp_path, monkeypatch):
     """It is that of a run that was not killed, and of one in memory."""
     make(RUNS[name], tmp_path / "whole")
