@@ -288,7 +288,7 @@ def calls(monkeypatch):
     monkeypatch.setattr(completion, "complete", complete)
     opened = SimpleNamespace(
         config=SimpleNamespace(head="causal"),
-        params=lambda: "params",
+        arrays=lambda: "params",
         tokenizer=lambda: "tokenizer",
     )
     monkeypatch.setattr(script, "open_model", lambda name: opened)
