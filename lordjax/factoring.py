@@ -134,6 +134,8 @@ def factor_all(
             )
         if influence:
             work[f"influence/{i}"] = float(stats.pop(INFLUENCE).mean())
+        # As it is stored: on the device a program's own arguments are enough.
+        block = source.block(i)
         of_block = gradients.get(i, {})
         for site in sites:
             path = site_path(i, site)

@@ -9,6 +9,8 @@ adds a jitter.
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any
 
 import jax
@@ -22,6 +24,7 @@ from jaxtyping import Array, Float, Int
 # tokens saw a gradient must not be free. 0.01 and 0.1 measured the same (CHANGELOG, "Tried").
 GRADIENT_DAMPING = 1e-2
 JITTER = 1e-6  # first share of the mean diagonal added before a Cholesky factorisation
+PANELS = 8  # that a product is subtracted in
 WIDE = 512  # columns from which `gram` saves time
 ROWS_SHIFT = 1e-5  # of Gram-Schmidt, above the rounding of products of unit rows in float32
 LEAF = 256  # columns up to which a triangle is inverted by a solve; 48 to 384 are as fast
@@ -167,7 +170,7 @@ def solve_psd(
 
 
 def jittered(a: Float[Array, "n n"], first: float) -> Float[Array, "n n"]:
-    """Lower Cholesky factor of ``a + τI``; only the lower triangle of ``a`` is read.
+    """Lower Cholesky factor of ``a + τI``; only the upper triangle of ``a`` is read.
 
     τ is the least of ``first``, 10 ``first``, … times the mean of the diagonal that works: fewer
     tokens than columns, or columns that are always zero, make a Gram singular. A matrix that is not
@@ -176,21 +179,21 @@ def jittered(a: Float[Array, "n n"], first: float) -> Float[Array, "n n"]:
     diagonal = jnp.diagonal(a)
     mean = jnp.mean(diagonal)
     unit = jnp.where(mean > 0, mean, 1)
+    index = jnp.arange(len(a))
 
     def factor(share: Array) -> Array:
-        shifted = jnp.fill_diagonal(a, diagonal + share * unit, inplace=False)
+        # XLA would scatter a new diagonal into a copy, and copy rows to columns for LAPACK.
+        shifted = jnp.where(index[:, None] == index[None], diagonal + share * unit, a.T)
         return jnp.linalg.cholesky(shifted, symmetrize_input=False)
 
-    def failed(state: tuple[Array, Array]) -> Array:
-        # Larger than the matrix itself: it holds NaN, and no jitter will help.
-        return ~jnp.isfinite(state[1]).all() & (state[0] < 1)
+    def failed(share: Array) -> Array:
+        # A failed factor is NaN everywhere. A share larger than the matrix itself: it holds NaN.
+        return ~jnp.isfinite(factor(share)[-1, -1]) & (share < 1)
 
-    def retry(state: tuple[Array, Array]) -> tuple[Array, Array]:
-        share = 10 * state[0]
-        return share, factor(share)
-
+    # The loop finds the share only: a factor in its state, beside the matrix and the next factor,
+    # would be the peak memory of a compression. Once more is a third of what an inverse costs.
     share = jnp.asarray(first, a.dtype)
-    return jax.lax.while_loop(failed, retry, (share, factor(share)))[1]
+    return factor(jax.lax.while_loop(failed, lambda share: 10 * share, share))
 
 
 def lower_inverse(lower: Float[Array, "n n"]) -> Float[Array, "n n"]:
@@ -204,6 +207,15 @@ def lower_inverse(lower: Float[Array, "n n"]) -> Float[Array, "n n"]:
     return jnp.block([[first, jnp.zeros_like(across.T)], [-across, last]])
 
 
+def _inverse_parts(
+    lower: Float[Array, "n n"],
+) -> tuple[Float[Array, "h h"], Float[Array, "k h"], Float[Array, "k k"]]:
+    """``L⁻¹`` as its corners: first, below it, last. The whole, beside L, would be the peak memory."""
+    half = len(lower) // 2
+    first, last = lower_inverse(lower[:half, :half]), lower_inverse(lower[half:, half:])
+    return first, -mm(last, lower[half:, :half], first), last
+
+
 def leverage_complement(gram: Float[Array, "n n"], ridge: float) -> Float[Array, "n"]:
     """``[(C + λI)⁻¹]_ii`` with ``λ = ridge · mean(diag C)``: small where ridge leverage is large.
 
@@ -211,8 +223,20 @@ def leverage_complement(gram: Float[Array, "n n"], ridge: float) -> Float[Array,
     1 for small λ, and their order would drown in rounding. Columns of zeros get infinity. With
     ``C + λI = L Lᵀ`` they are the squared column norms of ``L⁻¹``.
     """
-    h = jnp.sum(lower_inverse(jittered(gram, ridge)) ** 2, axis=0)
+    first, below, last = (
+        jnp.sum(part**2, axis=0) for part in _inverse_parts(jittered(gram, ridge))
+    )
+    h = jnp.concatenate([first + below, last])
     return jnp.where(jnp.diagonal(gram) > 0, h, jnp.inf)
+
+
+def inverse_psd(gram: Float[Array, "n n"]) -> Float[Array, "n n"]:
+    """``(C + τI)⁻¹``, τ as of `jittered`, by its corners."""
+    first, below, last = _inverse_parts(jittered(gram, JITTER))
+    half, across = len(first), mm(last.T, below)
+    inverse = jnp.zeros_like(gram).at[half:, half:].set(mm(last.T, last))
+    inverse = inverse.at[half:, :half].set(across).at[:half, half:].set(across.T)
+    return inverse.at[:half, :half].set(mm(first.T, first) + mm(below.T, below))
 
 
 def nested_refit(
@@ -241,6 +265,23 @@ def refit(lower: Any, right: Any, k: int) -> Float[np.ndarray, "k m"]:
     return scipy.linalg.solve_triangular(block.T, target, check_finite=False)
 
 
+def _subtract_product(
+    a: Float[Array, "n m"], left: Float[Array, "n k"], right: Float[Array, "k m"]
+) -> Float[Array, "n m"]:
+    """``a - left @ right``, a panel of rows after the other: XLA would hold the whole product."""
+    rows = len(a) // math.gcd(len(a), PANELS)
+
+    def panel(i: Array, a: Array) -> Array:
+        part = functools.partial(
+            jax.lax.dynamic_slice_in_dim, start_index=i * rows, slice_size=rows
+        )
+        return jax.lax.dynamic_update_slice_in_dim(
+            a, part(a) - mm(part(left), right), i * rows, axis=0
+        )
+
+    return jax.lax.fori_loop(0, len(a) // rows, panel, a)
+
+
 def elimination_order(
     gram: Float[Array, "n n"], kernel: Float[Array, "n m"], block: int = 32
 ) -> Int[Array, "n"]:
@@ -259,8 +300,7 @@ def elimination_order(
     gram, kernel = jnp.pad(gram, ((0, pad), (0, pad))), jnp.pad(kernel, ((0, pad), (0, 0)))
     index = jnp.arange(n + pad)
     floor = jnp.where(index >= n, -2.0, jnp.where(jnp.diagonal(gram) <= 0, -1.0, 0.0))
-    half = lower_inverse(jittered(gram, JITTER))
-    inverse = mm(half.T, half)
+    inverse = inverse_psd(gram)
 
     def costs(inverse: Array, kernel: Array, floor: Array, alive: Array) -> Array:
         diagonal = jnp.where(alive, jnp.diagonal(inverse), 1)
@@ -283,7 +323,7 @@ def elimination_order(
         drop = near[jax.lax.fori_loop(0, block, remove, start)[-1]]
         shares = jnp.linalg.solve(inverse[drop][:, drop], inverse[drop])
         kernel = kernel - mm(shares.T, kernel[drop])
-        inverse = inverse - mm(inverse[:, drop], shares)
+        inverse = _subtract_product(inverse, inverse[:, drop], shares)
         at = n + pad - (i + 1) * block
         order = jax.lax.dynamic_update_slice(order, drop[::-1].astype(order.dtype), (at,))
         return inverse, kernel, alive.at[drop].set(False), order

@@ -17,7 +17,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from lordjax import linalg
 
@@ -93,6 +93,10 @@ class Moments:
     def covariance(self) -> Float[Array, "d d"]:
         """Centred second moment per token, symmetrised."""
         return (self.scatter + self.scatter.T) / (2 * self.count)
+
+    def take(self, order: Int[Array, "k"]) -> Moments:
+        """Those of some features, in an order."""
+        return Moments(self.count, self.mean[order], self.scatter[order][:, order])
 
     def second_moment(self) -> Float[Array, "d d"]:
         """Uncentred second moment per token, symmetrised."""

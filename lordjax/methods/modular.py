@@ -85,7 +85,7 @@ def mlp(
       ValueError: if the score is unknown.
     """
     moments, down = stats["moments"], kernels["down"]
-    gram = moments.covariance() if intercept else moments.second_moment()
+    gram = _gram(moments, intercept)
     weigh = _metric(stats)
     match score:
         case "leverage":
@@ -98,7 +98,8 @@ def mlp(
             order = jax.random.permutation(jax.random.key(seed), len(gram))
         case _:
             raise ValueError(f"unknown score {score!r}")
-    gram, down = gram[order][:, order], down[order]
+    # Taken again, from the float32 sums: the first one need not live through the choice.
+    gram, down = _gram(moments.take(order), intercept), down[order]
     parts = {"order": order}
     if fit:
         parts["lower"], parts["right"] = linalg.nested_refit(gram, down)
@@ -109,6 +110,10 @@ def mlp(
     if intercept:
         parts["mean"] = moments.mean[order]
     return ModuleFactors(spectrum, parts)
+
+
+def _gram(moments: Any, centred: bool) -> Float[Array, "n n"]:
+    return moments.covariance() if centred else moments.second_moment()
 
 
 def _dropped(effects: Float[Array, "n n"]) -> Float[Array, "n"]:
