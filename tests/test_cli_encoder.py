@@ -105,7 +105,12 @@ def test_windows_begin_and_end_like_sequences(masked, text):
 
 
 @pytest.mark.parametrize(
-    "method", [("modegpt", "--keep", 0.6), ("lord", "--keep", 0.6), ("auto", "--bits", 6)]
+    "method",
+    [
+        ("modegpt", "--keep", 0.6),
+        ("lord", "--keep", 0.6),
+        pytest.param(("auto", "--bits", 6), marks=pytest.mark.slow),
+    ],
 )
 def test_compress_inspect_evaluate(masked, text, tmp_path, method):
     name, *budget = method

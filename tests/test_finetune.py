@@ -297,7 +297,7 @@ def test_padding_is_not_seen(params):
     np.testing.assert_allclose(losses(a), losses(b), rtol=1e-5)
 
 
-@pytest.mark.parametrize("scale", [0.25, 2.0])
+@pytest.mark.parametrize("scale", [0.25, pytest.param(2.0, marks=pytest.mark.slow)])
 def test_alpha_is_a_learning_rate(params, scale):
     """LoRA's ``x A B · alpha / r`` under Adam, and ours, in which the factor is no part."""
     rank, rate, key = 4, 1e-3, jax.random.key(0)
@@ -544,6 +544,7 @@ def test_memory_is_about_what_the_compiler_lays_out(recipe):
         assert 0.7 < said["total"] / found["total"] < 1.3
 
 
+@pytest.mark.slow
 def test_decoded_matrices_do_not_pile_up():
     """Blocks over codes add no more to what a step holds than blocks over matrices do."""
     config = dataclasses.replace(CONFIG, hidden_size=256, mlp_size=768, head_size=64)
