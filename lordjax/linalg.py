@@ -201,16 +201,14 @@ def lower_inverse(lower: Float[Array, "n n"]) -> Float[Array, "n n"]:
     n = len(lower)
     if n <= LEAF:
         return solve_triangular(lower, jnp.eye(n, dtype=lower.dtype), lower=True)
-    half = n // 2
-    first, last = lower_inverse(lower[:half, :half]), lower_inverse(lower[half:, half:])
-    across = mm(last, lower[half:, :half], first)
-    return jnp.block([[first, jnp.zeros_like(across.T)], [-across, last]])
+    first, below, last = _inverse_corners(lower)
+    return jnp.block([[first, jnp.zeros_like(below.T)], [below, last]])
 
 
-def _inverse_parts(
+def _inverse_corners(
     lower: Float[Array, "n n"],
 ) -> tuple[Float[Array, "h h"], Float[Array, "k h"], Float[Array, "k k"]]:
-    """``L⁻¹`` as its corners: first, below it, last. The whole, beside L, would be the peak memory."""
+    """``L⁻¹`` as its corners: first, below it, last; less memory than the whole beside L."""
     half = len(lower) // 2
     first, last = lower_inverse(lower[:half, :half]), lower_inverse(lower[half:, half:])
     return first, -mm(last, lower[half:, :half], first), last
@@ -224,7 +222,7 @@ def leverage_complement(gram: Float[Array, "n n"], ridge: float) -> Float[Array,
     ``C + λI = L Lᵀ`` they are the squared column norms of ``L⁻¹``.
     """
     first, below, last = (
-        jnp.sum(part**2, axis=0) for part in _inverse_parts(jittered(gram, ridge))
+        jnp.sum(part**2, axis=0) for part in _inverse_corners(jittered(gram, ridge))
     )
     h = jnp.concatenate([first + below, last])
     return jnp.where(jnp.diagonal(gram) > 0, h, jnp.inf)
@@ -232,7 +230,7 @@ def leverage_complement(gram: Float[Array, "n n"], ridge: float) -> Float[Array,
 
 def inverse_psd(gram: Float[Array, "n n"]) -> Float[Array, "n n"]:
     """``(C + τI)⁻¹``, τ as of `jittered`, by its corners."""
-    first, below, last = _inverse_parts(jittered(gram, JITTER))
+    first, below, last = _inverse_corners(jittered(gram, JITTER))
     half, across = len(first), mm(last.T, below)
     inverse = jnp.zeros_like(gram).at[half:, half:].set(mm(last.T, last))
     inverse = inverse.at[half:, :half].set(across).at[:half, half:].set(across.T)
