@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lordjax import mesh as devices
 from lordjax import objective, trees
 from lordjax.collect import (
     BLOCK,
@@ -30,13 +31,17 @@ QUERIES = "attention/queries"
 INFLUENCE = f"{BLOCK}:influence"
 
 
-def on_device(tree: Any) -> Any:
-    """Weights in float32: statistics do not depend on the dtype a model is stored in."""
+def on_device(tree: Any, mesh: devices.Mesh | None = None) -> Any:
+    """Weights in float32: statistics do not depend on the dtype a model is stored in.
+
+    With a mesh, a block's are laid out as `mesh.RULES` say.
+    """
 
     def put(a: Any) -> Any:
         return jnp.asarray(a, jnp.float32 if jnp.issubdtype(a.dtype, jnp.floating) else a.dtype)
 
-    return jax.tree.map(put, tree)
+    tree = jax.tree.map(put, tree)
+    return tree if mesh is None else trees.unflatten(devices.share_block(trees.flatten(tree), mesh))
 
 
 def embedded(source: Source, calibration: Calibration) -> Iterator[Any]:
@@ -179,11 +184,13 @@ def block_statistics(
     if influence:
         stats |= empty({INFLUENCE: None})
     for j, mask in enumerate(calibration.masks()):
+        x = devices.share_rows(states[j], calibration.mesh)
         y, stats = observe(
-            block, states[j], mask, stats, config=config, window=config.window(i), forward=forward
+            block, x, mask, stats, config=config, window=config.window(i), forward=forward
         )
         if forward:
             states[j] = y
+    stats = devices.gathered(stats, calibration.mesh)
     bad = [
         key
         for key, stat in stats.items()
@@ -203,15 +210,24 @@ def checked(
     mask: Any | None,
     batch_size: int | None,
     mask_token: int | None = None,
+    mesh: devices.Mesh | None = None,
 ) -> Calibration:
     """Calibration tokens ready to run; ``batch_size=None``: as many as this backend does best.
 
+    With a mesh, as many for each of the devices that share out rows.
+
     Raises:
       ValueError: if tokens do not fit the model, or the mask does not fit the tokens, or the mask
-        token is missing.
+        token is missing, or there are fewer windows than devices that share them.
     """
     tokens = check_tokens(config, tokens)
     if mask is not None and np.shape(mask) != tokens.shape:
         raise ValueError(f"mask {np.shape(mask)}: expected the shape of the tokens {tokens.shape}")
     objective.inputs(config, tokens[:1], None, mask_token)  # raises
-    return Calibration(tokens, mask, batch_size or windows_per_step(*tokens.shape), mask_token)
+    share = 1 if mesh is None else mesh.shape.get(devices.AXIS, 1)
+    if share > len(tokens):
+        raise ValueError(
+            f"{len(tokens)} calibration windows for {share} devices; give as many windows at least"
+        )
+    batch_size = batch_size or windows_per_step(len(tokens) // share, tokens.shape[1]) * share
+    return Calibration(tokens, mask, batch_size, mask_token, mesh)

@@ -24,6 +24,7 @@ from lordjax.calibrate import checked
 from lordjax.data import fingerprint
 from lordjax.factoring import AnyFactors, factor_all, site_sizes
 from lordjax.gradients import few_gradients
+from lordjax.mesh import Mesh
 from lordjax.methods import DEFAULT_METHOD, METHODS
 from lordjax.plan import Plan
 from lordjax.prepared import Prepared, Result, check_policy
@@ -74,6 +75,7 @@ def prepare(
     gradient_windows: int | None = GRADIENT_WINDOWS,
     progress: Progress | None = None,
     work: Work | None = None,
+    mesh: Mesh | None = None,
 ) -> Prepared:
     """Collects statistics of the untouched model and factors every site for all ranks.
 
@@ -91,6 +93,8 @@ def prepare(
       progress: called with (stage, done, total).
       work: where finished work is kept; with a `workspace.Workspace` memory holds one block, and
         what a killed process finished is not done again. None: in memory.
+      mesh: devices that share the calibration windows and the sites to factor (`mesh.make_mesh`);
+        None: the first one does all.
 
     Raises:
       KeyError: if the method or the policy is unknown.
@@ -101,7 +105,7 @@ def prepare(
     policy, prefix = allocation or row.allocation, prefix or row.prefix
     check_policy(policy)
     _check_options(method, prefix, batch_size, gradient_windows)
-    calibration = checked(config, tokens, mask, batch_size, mask_token)
+    calibration = checked(config, tokens, mask, batch_size, mask_token, mesh)
     tokens, held_out = calibration.tokens, calibration.tokens[:0]
     source = Materialized(source)
     clock = Clock(progress)

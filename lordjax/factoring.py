@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from lordjax.calibrate import (
 )
 from lordjax.gradients import site_gradients
 from lordjax.kernels import LowRank, NFQuantized, is_kernel
+from lordjax.mesh import Mesh, map_kernels
 from lordjax.methods import METHODS, Factors, ModuleFactors, method_at, truncate
 from lordjax.modules import gather, scatter, site_size, widen
 from lordjax.plan import Size
@@ -64,9 +65,18 @@ def factor_site(method: str, site: Site, path: str, kernels: Any, stats: Any) ->
     Raises:
       ValueError: if a factor is not finite; names the site.
     """
+    return _finished(method, path, kernels, _started(method, site, kernels, stats))
+
+
+def _started(method: str, site: Site, kernels: Any, stats: Any) -> AnyFactors:
+    """The factors of a site while they are computed, on a device."""
     name = method_at(method, site.layer) if site.kind == "linear" else method
     with jax.enable_x64(True):
-        small = jax.tree.map(np.asarray, factor_program(name, site.kind)(kernels, dict(stats)))
+        return factor_program(name, site.kind)(kernels, dict(stats))
+
+
+def _finished(method: str, path: str, kernels: Any, running: AnyFactors) -> AnyFactors:
+    small = jax.tree.map(np.asarray, running)
     if not all(np.isfinite(a).all() for a in jax.tree.leaves(small)):
         raise ValueError(
             f"{path}: the factors of method {method!r} are not finite; its weights or statistics "
@@ -125,7 +135,7 @@ def factor_all(
     reads = calibration if influence or needs_activations(row) else None
     states, left = resume_pass(work, "statistics", source, reads, done)
     for i in clock.run("statistics and factors", left, left.start):
-        block = on_device(source.block(i))
+        block = on_device(source.block(i), calibration.mesh)
         keys = activation_keys(block, sites, row)
         stats = {}
         if states is not None:
@@ -136,16 +146,16 @@ def factor_all(
             work[f"influence/{i}"] = float(stats.pop(INFLUENCE).mean())
         # As it is stored: on the device a program's own arguments are enough.
         block = source.block(i)
-        of_block = gradients.get(i, {})
-        for site in sites:
-            path = site_path(i, site)
-            if path in factors:  # made by a process that was killed before the block's last one
-                continue
-            with clock.part(f"factors of {site.kind} sites"):
-                kernels = site_kernels(site, block, config)
-                inputs = {name: stats[key] for name, key in keys[site.path].items()}
-                inputs |= site_gradients(of_block, row, site, kernels)
-                work[f"factors/{path}"] = factor_site(method, site, path, kernels, inputs)
+        # A process that was killed before the block's last one has made the others.
+        left_sites = [site for site in sites if site_path(i, site) not in factors]
+        inputs = {
+            site: {name: stats[key] for name, key in keys[site.path].items()} for site in left_sites
+        }
+        made = _factor_block(
+            method, i, block, inputs, gradients.get(i, {}), config, clock, calibration.mesh
+        )
+        for path, found in made:
+            work[f"factors/{path}"] = found
         if not keep_gradients:
             work.release(f"gradients/{i}")
         if states is not None:
@@ -153,6 +163,31 @@ def factor_all(
     if states is not None:
         states.close()
     return factors, dict(influences)
+
+
+def _factor_block(
+    method: str,
+    i: int,
+    block: Mapping[str, Any],
+    inputs: Mapping[Site, dict[str, Any]],
+    gradients: Mapping[str, Mapping[str, Any]],
+    config: Any,
+    clock: Clock,
+    mesh: Mesh | None,
+) -> Iterator[tuple[str, AnyFactors]]:
+    """Path and factors of the sites of ``inputs``, on the devices of a mesh in turn."""
+
+    def start(site: Site) -> tuple[Any, AnyFactors]:
+        with clock.part(f"factors of {site.kind} sites"):
+            kernels = site_kernels(site, block, config)
+            stats = inputs[site] | site_gradients(gradients, METHODS[method], site, kernels)
+            return kernels, _started(method, site, kernels, stats)
+
+    for site, (kernels, running) in map_kernels(start, inputs, mesh):
+        path = site_path(i, site)
+        with clock.part(f"factors of {site.kind} sites"):
+            found = _finished(method, path, kernels, running)
+        yield path, found
 
 
 def replace_kernels(

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from lordjax import linalg, objective, trees
 from lordjax.calibrate import QUERIES, on_device, state_shapes
 from lordjax.collect import embed, observe, observe_gradients
+from lordjax.mesh import AXIS, gathered, share_rows
 from lordjax.methods import Method
 from lordjax.models.config import ModelConfig
 from lordjax.objective import loss_gradient
@@ -42,8 +43,14 @@ def few_gradients(
     objective.of(source.config)  # raises before the work begins
     few = calibration.spread(windows)
     # A backward pass holds every activation of a block: half the batch, about the same memory.
-    few = dataclasses.replace(few, batch_size=max(1, few.batch_size // 2))
+    few = dataclasses.replace(few, batch_size=half_batch(few))
     return gradient_statistics(source, few, method, clock, work)
+
+
+def half_batch(calibration: Calibration) -> int:
+    """Windows of a step that needs twice the memory; as many for every device."""
+    share = 1 if calibration.mesh is None else calibration.mesh.shape.get(AXIS, 1)
+    return max(share, calibration.batch_size // 2 // share * share)
 
 
 def gradient_statistics(
@@ -130,7 +137,8 @@ class _Sweeps:
             rest = self.rest()
             for j, batch in enumerate(windows.batches()):
                 goals = objective.targets(config, *batch)
-                back[j] = loss_gradient(rest, states[j], goals, config=config)
+                x = share_rows(states[j], windows.mesh)
+                back[j] = loss_gradient(rest, x, goals, config=config)
             del rest
             back.commit(layers)
         start = layers if back.at is None else back.at
@@ -154,9 +162,10 @@ class _Sweeps:
             states.commit(0, keep=True)
         start = states.at or 0
         for i in self.clock.run("gradients", range(start, layers), done + start, left):
-            block, window = on_device(self.source.block(i)), config.window(i)
+            block, window = on_device(self.source.block(i), windows.mesh), config.window(i)
             for j, mask in enumerate(windows.masks()):
-                y, _ = observe(block, states[j], mask, {}, config=config, window=window)
+                x = share_rows(states[j], windows.mesh)
+                y, _ = observe(block, x, mask, {}, config=config, window=window)
                 states[j] = y
             states.commit(i + 1, keep=True)
 
@@ -165,7 +174,7 @@ class _Sweeps:
     ) -> None:
         """Statistics of a block, and the gradients before it in place of those after it."""
         config, key = self.source.config, f"gradients/{i}"
-        block = on_device(self.source.block(i))
+        block = on_device(self.source.block(i), windows.mesh)
         if more:
             stats, bases = self.work[key], self.bases[i]
         else:
@@ -175,15 +184,15 @@ class _Sweeps:
         for j, mask in enumerate(windows.masks()):
             back[j], stats = observe_gradients(
                 block,
-                states[j],
+                share_rows(states[j], windows.mesh),
                 mask,
-                back[j],
+                share_rows(back[j], windows.mesh),
                 bases,
                 stats,
                 config=config,
                 window=config.window(i),
             )
-        self.work[key] = stats
+        self.work[key] = gathered(stats, windows.mesh)
 
 
 @jax.jit

@@ -24,6 +24,7 @@ from lordjax.calibrate import checked
 from lordjax.compression import GRADIENT_WINDOWS
 from lordjax.data import fingerprint
 from lordjax.gradients import few_gradients
+from lordjax.mesh import Mesh
 from lordjax.methods.low_rank_quantized import STEPS
 from lordjax.prepared import Result
 from lordjax.progress import Clock, Progress
@@ -51,6 +52,7 @@ def prepare_quantized(
     gradient_windows: int | None = GRADIENT_WINDOWS,
     progress: Progress | None = None,
     work: Work | None = None,
+    mesh: Mesh | None = None,
 ) -> Quantizer:
     """Takes the gradients that a weighting needs; the rest is found when a plan asks for it.
 
@@ -74,6 +76,7 @@ def prepare_quantized(
       gradient_windows: how many windows, spread evenly, the backward pass sees; None = all.
       progress: called with (stage, done, total).
       work: see `compression.prepare`.
+      mesh: devices that share the calibration windows; None: the first one.
 
     Raises:
       KeyError: if the method or the weighting is unknown.
@@ -110,7 +113,7 @@ def prepare_quantized(
     if WEIGHTINGS[weighting]:
         if tokens is None:
             raise ValueError(f"weighting {weighting!r} needs calibration tokens; give some")
-        calibration = checked(source.config, tokens, mask, batch_size, mask_token)
+        calibration = checked(source.config, tokens, mask, batch_size, mask_token, mesh)
         tokens = calibration.tokens
         report["calibration"] = {
             "windows": len(tokens),

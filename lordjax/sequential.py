@@ -32,6 +32,7 @@ from lordjax.calibrate import (
 from lordjax.collect import observe_pair
 from lordjax.factoring import AnyFactors, factor_site, replace_kernels, site_kernels
 from lordjax.gradients import site_gradients
+from lordjax.mesh import gathered, share_rows
 from lordjax.methods import METHODS, Method, method_at
 from lordjax.models.config import ModelConfig
 from lordjax.modules import LAST_NAME
@@ -117,7 +118,7 @@ def sequential(
     walk = _Walk(config, method, calibration, own, dense)
     start = states.at or 0
     for i in clock.run("sequential", range(start, config.num_layers), start):
-        walk.dense = walk.current = on_device(source.block(i))
+        walk.dense = walk.current = on_device(source.block(i), calibration.mesh)
         of_block = gradients.get(i, {})
         for group in steps:
             sites = tuple(s for s in group if plan.ranks.get(site_path(i, s)) is not None)
@@ -129,7 +130,7 @@ def sequential(
             compressed = replace_kernels(
                 walk.dense, i, factors, ranks, method, config, widened=True, kernels=kernels
             )
-            walk.current = on_device(compressed)
+            walk.current = on_device(compressed, calibration.mesh)
         no_keys: dict[str, dict[str, str]] = {}
         block_statistics(walk.current, i, walk.states, calibration, (), no_keys, config)
         if corrective:
@@ -153,7 +154,7 @@ def _factor_group(
     inputs = (_corrective_inputs if corrective else _own_inputs)(walk, i, sites)
     for site in sites:
         path, (own, stats) = site_path(i, site), inputs[site.path]
-        untouched = site_kernels(site, walk.dense, walk.config)
+        untouched = gathered(site_kernels(site, walk.dense, walk.config), walk.calibration.mesh)
         stats |= site_gradients(gradients, walk.row, site, untouched)
         if corrective and site.kind in LAST_NAME:
             last = LAST_NAME[site.kind]
@@ -175,7 +176,7 @@ def _own_inputs(walk: _Walk, i: int, sites: tuple[Site, ...]) -> Inputs:
     )
     return {
         site.path: (
-            site_kernels(site, walk.dense, walk.config),
+            gathered(site_kernels(site, walk.dense, walk.config), walk.calibration.mesh),
             {name: stats[key] for name, key in keys[site.path].items()},
         )
         for site in sites
@@ -212,10 +213,11 @@ def _regressed(walk: _Walk, i: int, layers: tuple[Site, ...]) -> Inputs:
     cross = {f"{s.input_tap}|{s.output_tap}": jnp.zeros(flat[s.path].shape) for s in layers}
     if not layers:
         return {}
+    mesh = walk.calibration.mesh
     for j, mask in enumerate(walk.calibration.masks()):
         target, fitted, cross = observe_pair(
             (walk.dense, walk.current),
-            (walk.dense_states[j], walk.states[j]),
+            tuple(share_rows(s[j], mesh) for s in (walk.dense_states, walk.states)),
             mask,
             target,
             fitted,
@@ -223,6 +225,7 @@ def _regressed(walk: _Walk, i: int, layers: tuple[Site, ...]) -> Inputs:
             config=walk.config,
             window=walk.config.window(i),
         )
+    target, fitted, cross = gathered((target, fitted, cross), mesh)
     inputs: Inputs = {}
     for s in layers:
         x, y = fitted[s.input_tap], target[s.output_tap]

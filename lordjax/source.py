@@ -11,6 +11,7 @@ import numpy as np
 from lordjax import objective
 from lordjax.data import check_ids
 from lordjax.kernels import materialize
+from lordjax.mesh import Mesh
 from lordjax.models.config import ModelConfig
 
 
@@ -71,13 +72,15 @@ class Materialized:
 class Calibration:
     """Tokens and how to run them: ``[n, len]`` in batches, mask False at padding.
 
-    ``mask_token`` is what a model that predicts masked tokens reads there (`objective.inputs`).
+    ``mask_token`` is what a model that predicts masked tokens reads there (`objective.inputs`);
+    ``mesh`` are the devices that share the work, None: the first one.
     """
 
     tokens: np.ndarray
     mask: np.ndarray | None
     batch_size: int
     mask_token: int | None = None
+    mesh: Mesh | None = None
 
     def batches(self) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
         """Tokens and mask of each batch."""

@@ -78,7 +78,7 @@ def finetune_model(
             keeping=Keeping(every, last),
             resume=resume,
             teacher=_teacher(teacher, config),
-            mesh=None if devices is None else make_mesh(devices),
+            mesh=None if devices is None else make_mesh({"data": devices}),
             report=report,
         )
     new = trained.params if keep_adapters else adapters.merge(trained.params)

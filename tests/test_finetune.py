@@ -376,13 +376,14 @@ def test_block_by_block_changes_no_gradient(params):
 def test_one_and_four_devices(params):
     recipe = dataclasses.replace(RECIPES["qlora"], rank=4, learning_rate=1e-2)
     one, four = (
-        steps(params, recipe, Settings(6), mesh=None if n == 1 else make_mesh(n)) for n in (1, 4)
+        steps(params, recipe, Settings(6), mesh=None if n == 1 else make_mesh({"data": n}))
+        for n in (1, 4)
     )
     np.testing.assert_allclose(losses(one), losses(four), rtol=1e-4)
     with pytest.raises(ValueError, match="6 rows for 4 devices; expected a multiple"):
-        steps(params, recipe, Settings(1, 6), mesh=make_mesh(4))
+        steps(params, recipe, Settings(1, 6), mesh=make_mesh({"data": 4}))
     with pytest.raises(ValueError, match="9 devices asked for; there are"):
-        make_mesh(9)
+        make_mesh({"data": 9})
 
 
 def test_bfloat16_trains_in_float32(params):

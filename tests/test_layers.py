@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     ["lordjax"],  # lazy: resolves public names when they are used
     ["lordjax.nf", "lordjax.order", "lordjax.documents", "lordjax.files", "lordjax.work"],
+    ["lordjax.mesh"],
     ["lordjax.flops"],
     ["lordjax.progress", "lordjax.sites", "lordjax.plan", "lordjax.linalg", "lordjax.data"],
     ["lordjax.nf_pallas", "lordjax.nf_tiles"],
@@ -48,7 +49,7 @@ ORDER = [
     ["lordjax.checkpoint"],
     ["lordjax.output"],
     ["lordjax.evaluate"],
-    ["lordjax.mesh", "lordjax.adapters"],
+    ["lordjax.adapters"],
     ["lordjax.recipes"],
     ["lordjax.finetune"],
     ["lordjax.training", "lordjax.memory"],
