@@ -46,7 +46,7 @@ ORDER = [
     ["lordjax.forecast"],
     ["lordjax.quantization"],
     ["lordjax.checkpoint"],
-    ["lordjax.output"],
+    ["lordjax.output", "lordjax.elastic"],
     ["lordjax.evaluate"],
     ["lordjax.mesh", "lordjax.adapters"],
     ["lordjax.recipes"],
