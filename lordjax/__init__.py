@@ -31,7 +31,7 @@ _WHERE = {
     "compress": "lordjax.compression",
     "encode": "lordjax.functional",
     "factorize": "lordjax.functional",
-    "load": "lordjax.checkpoint",
+    "load": "lordjax.elastic",
     "materialize": "lordjax.kernels",
     "matmul": "lordjax.kernels",
     "merge": "lordjax.adapters",

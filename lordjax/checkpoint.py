@@ -355,6 +355,10 @@ class Saved:
         """The whole tree."""
         return self.read()
 
+    def file_bytes(self) -> int:
+        """Of the files that hold tensors."""
+        return sum((self.directory / file).stat().st_size for file in set(self.files.values()))
+
     def report(self) -> dict[str, Any]:
         """The contents of ``report.json``, empty if there is none."""
         file = self.directory / "report.json"
@@ -416,13 +420,3 @@ def _check_parts(directory: Path, meta: Mapping[str, Any], files: Mapping[str, s
         lacking += [f"{path}/{name}" for name in others if name not in constants.get(path, {})]
     if lacking:
         raise ValueError(f"{directory}: lacks parts of kernels: {', '.join(lacking)}")
-
-
-def load(directory: str | os.PathLike[str]) -> tuple[ModelConfig, dict[str, Any]]:
-    """Config and parameters of a directory written by `save`; needs nothing else.
-
-    Raises:
-      ValueError: see `open_saved`.
-    """
-    saved = open_saved(directory)
-    return saved.config, saved.params()

@@ -91,6 +91,7 @@ class Output:
         hf_config: Mapping[str, Any],
         report: Mapping[str, Any] | None = None,
         write_tokenizer: Callable[[Path], Any] | None = None,
+        also: Callable[[Path], Any] | None = None,
         summary: Any = True,
     ) -> None:
         """Completes the directory and gives it its name.
@@ -100,12 +101,15 @@ class Output:
           hf_config: the original ``config.json``.
           report: in place of the result's.
           write_tokenizer: see `checkpoint.save`.
+          also: called with the directory, to put more into it (`elastic.keep_entries`).
           summary: JSON for `finished`.
 
         Raises:
           FileExistsError: if the directory is no longer free.
           ValueError: if a file that an earlier process wrote is damaged.
         """
+        if also is not None:
+            also(self._stage)
         names = [REST, *(f"layer_{i}" for i in range(result.config.num_layers))]
         checkpoint.write_about(
             self._stage,

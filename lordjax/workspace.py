@@ -154,6 +154,26 @@ class Workspace:
         if there:
             self._record({"removed": there})
 
+    def link(self, keys: list[str], directory: Path) -> dict[str, dict[str, Any]]:
+        """Gives the files of entries another name each, below a directory on the same disk.
+
+        Returns:
+          key -> what the journal says of it: ``file`` (below either directory), ``bytes``,
+          ``sha256``; or ``value``, of an entry without arrays.
+        """
+        (directory / ENTRIES).mkdir(exist_ok=True)
+        rows = {}
+        for key in keys:
+            row = {name: value for name, value in self._entries[key].items() if name != "key"}
+            if "file" in row:
+                path, other = self.directory / row["file"], directory / row["file"]
+                self.check(path, Written(row["bytes"], row["sha256"]))
+                other.unlink(missing_ok=True)  # of a process that was killed
+                os.link(path, other)
+            rows[key] = row
+        sync_directory(directory / ENTRIES)
+        return rows
+
     def stream(self, key: str, shapes: list[Any]) -> Stream:
         """An entry that is a list of arrays of some shapes and dtypes, to be given one by one.
 

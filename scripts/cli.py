@@ -231,6 +231,13 @@ def cli() -> None:
     help="Of the stored weights; with codes, of the other matrices.  [default: as in MODEL; with "
     "codes float16]",
 )
+@click.option(
+    "--elastic",
+    is_flag=True,
+    default=None,
+    help="Instead of --keep: the dense model with the factors beside it; export --keep cuts it to "
+    "any budget.",
+)
 @as_json_option
 def compress(as_json: bool, **settings: Any) -> None:
     """Compress MODEL and write the result.
@@ -598,10 +605,16 @@ def inspect(as_json: bool, model: str) -> None:
 @click.argument("out", type=click.Path(path_type=str))
 @click.option(
     "--to",
-    required=True,
     type=click.Choice(["dense", "factored", "peft", "orbax"]),
     help="dense: matrices multiplied out, for stock transformers. factored: factors and codes as "
-    "they are, with remote code. peft: codes, and products as a PEFT adapter. orbax: arrays.",
+    "they are, with remote code. peft: codes, and products as a PEFT adapter. orbax: arrays.  "
+    "[default: with --keep a directory of ours, else to be given]",
+)
+@click.option(
+    "--keep",
+    type=click.FloatRange(0, 1, min_open=True),
+    metavar="SHARE",
+    help="Of a MODEL made with compress --elastic: cut to this share of the block linear weights.",
 )
 @click.option(
     "--verify",

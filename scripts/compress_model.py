@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,8 +25,9 @@ from lordjax.scripts.predict import happened, of_compression
 
 # What goes with quantisation only, and what it has no use for.
 QUANTIZED = ("bits", "budget_bytes", "form", "rank", "weighting", "feedback")
-UNQUANTIZED = ("keep", "ranks", "temperature", "prefix")
+UNQUANTIZED = ("keep", "ranks", "temperature", "prefix", "elastic")
 FLAGS = {"form": "--format"}
+ELASTIC_BYTES = 5.0  # of an elastic model on disk, in bytes of the block linear weights, at most
 
 
 def compress_model(
@@ -44,6 +46,7 @@ def compress_model(
     Everything that can be wrong with the arguments is found before the work begins.
     """
     start = time.perf_counter()
+    from lordjax.elastic import keep_entries
     from lordjax.objective import protocol as objective_protocol
     from lordjax.output import Output, partial
 
@@ -53,6 +56,7 @@ def compress_model(
     run, settings, needs_tokens, share = _job(method, options)
     opened = _open_original(model, directory, share, options["dtype"])
     write_tokenizer = tokenizer_writer(opened)
+    is_elastic = "elastic" in settings
     tokens, facts, masks = None, None, None
     if needs_tokens:
         if calibration is None:
@@ -109,6 +113,7 @@ def compress_model(
             hf_config=opened.hf_config,
             report=report,
             write_tokenizer=write_tokenizer,
+            also=functools.partial(keep_entries, output.work) if is_elastic else None,
             summary=summary,
         )
     return summary
@@ -136,10 +141,11 @@ def _identity(
 def _forecast(
     model: Model, tokens: Any, settings: dict[str, Any], directory: Path
 ) -> dict[str, Any] | None:
-    """What will be paid; None of codes, whose work is not counted."""
+    """What will be paid; None of codes and of elastic models, whose work is not counted."""
     from lordjax.methods import METHODS
 
-    if settings["method"] not in METHODS or settings["factors"] is not None:
+    coded = settings["method"] not in METHODS or settings["factors"] is not None
+    if coded or "elastic" in settings:
         return None
     return of_compression(model.config, model.leaves(), tokens.shape, settings, directory)
 
@@ -176,6 +182,8 @@ def _low_rank_job(method: str, options: dict[str, Any]) -> tuple[Run, dict[str, 
     from lordjax.prepared import check_policy
 
     row = METHODS[method]
+    if options["elastic"]:
+        return _elastic_job(method, options)
     ranks = options["ranks"]
     if ranks is not None and any(options[name] is not None for name in ("keep", "allocation")):
         raise ValueError("--ranks says it all; leave --keep and --allocation out")
@@ -196,6 +204,38 @@ def _low_rank_job(method: str, options: dict[str, Any]) -> tuple[Run, dict[str, 
         return compress(source, tokens, method=method, **given, **settings)
 
     return run, settings, True, settings["keep"]
+
+
+def _elastic_job(method: str, options: dict[str, Any]) -> tuple[Run, dict[str, Any], bool, float]:
+    from lordjax import elastic
+    from lordjax.methods import METHODS
+    from lordjax.prepared import check_policy
+
+    for name in ("keep", "ranks", "factors", "dtype"):
+        if options[name] is not None:
+            raise ValueError(
+                f"--elastic keeps the model as it is, and factors for every budget: leave --{name} "
+                "out, here or give it to what makes one budget of it (lordjax export --keep, "
+                "lordjax convert --dtype)"
+            )
+    elastic.check_settings(method, options["prefix"])
+    settings = {
+        "keep": None,
+        "ranks": None,
+        "allocation": options["allocation"] or METHODS[method].allocation,
+        "temperature": options["temperature"],
+        "prefix": "dense",
+        "factors": None,
+        "dtype": None,
+    }
+    check_policy(settings["allocation"], settings["temperature"])
+    chosen = {name: settings[name] for name in ("allocation", "temperature")}
+
+    def run(source: Any, tokens: Any, **given: Any) -> Any:
+        return elastic.compress(source, tokens, method=method, **given, **chosen)
+
+    # The model, factor pairs up to break-even, and a triangle for every MLP, in float32.
+    return run, settings | {"elastic": True}, True, ELASTIC_BYTES
 
 
 def _quantized_job(method: str, options: dict[str, Any]) -> tuple[Run, dict[str, Any], bool, float]:
@@ -272,6 +312,9 @@ def show(result: dict[str, Any]) -> None:
             f"calibrated on {calibration['windows']} windows of {calibration['seq_len']} tokens: "
             f"{calibration['source']}"
         )
+    if "elastic" in result["settings"]:
+        print(f"next: lordjax export {result['output']} small --keep 0.7")
+        return
     print(f"next: lordjax inspect {result['output']}")
     print(f"      lordjax evaluate {result['output']} --tokens PATH")
 

@@ -6,14 +6,28 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lordjax.scripts.common import check_output, directory_bytes, open_model, read_tokens, say, size
+from lordjax.scripts.common import (
+    check_output,
+    directory_bytes,
+    open_model,
+    progress_report,
+    read_tokens,
+    say,
+    size,
+)
 from lordjax.scripts.compress_model import tokenizer_writer
 
 WINDOWS, WINDOW = 4, 256  # tokens that an export is verified on, unless others are given
 
 
 def export_model(
-    model: str, out: str, *, to: str, verify: bool, tokens: str | None
+    model: str,
+    out: str,
+    *,
+    to: str | None,
+    keep: float | None,
+    verify: bool,
+    tokens: str | None,
 ) -> dict[str, Any]:
     """Exports a model; arguments are the flags. Returns the summary."""
     start = time.perf_counter()
@@ -21,7 +35,16 @@ def export_model(
     check_output(directory)
     if tokens is not None and not verify:
         raise ValueError("--tokens are for --verify; give both or none")
+    if to is None:
+        if keep is None or verify:
+            raise ValueError("--to says in which form: dense, factored, peft or orbax")
+        return _cut(model, directory, keep, start)
     opened = open_model(model)
+    source = opened.source
+    if keep is not None:
+        from lordjax import elastic
+
+        source = elastic.cut_source(opened.path, keep)
     from lordjax.conversions import verify as verification
     from lordjax.conversions.export import export
     from lordjax.conversions.export_factored import VLLM_RANK, adapter_rank
@@ -31,18 +54,34 @@ def export_model(
         verification.check_installed(to)
         length = None if tokens else min(WINDOW, opened.config.max_positions)
         ids, _ = read_tokens(opened, tokens, seq_len=length, samples=WINDOWS, seed=0)
-    export(opened.source, directory, to, write_tokenizer=tokenizer_writer(opened))
+    export(source, directory, to, write_tokenizer=tokenizer_writer(opened))
     notes = []
     if to == "peft" and (rank := adapter_rank(directory)) > VLLM_RANK:
         notes.append(f"vLLM takes adapters of this rank with --max-lora-rank {rank} only")
     for note in notes:
         say(f"note: {note}")
+    verified = None if ids is None else verification.verify(source, directory, to, ids)
+    return _summary(directory, to, start) | {"notes": notes, "verify": verified}
+
+
+def _cut(model: str, directory: Path, keep: float, start: float) -> dict[str, Any]:
+    """The model of one budget, as a directory of ours."""
+    from lordjax import elastic
+
+    opened = open_model(model)
+    writer = tokenizer_writer(opened)
+    with progress_report() as progress:
+        elastic.export(opened.path, directory, keep, write_tokenizer=writer, progress=progress)
+    return _summary(directory, "lordjax", start)
+
+
+def _summary(directory: Path, to: str, start: float) -> dict[str, Any]:
     return {
         "output": str(directory),
         "to": to,
         "bytes": directory_bytes(directory),
-        "notes": notes,
-        "verify": None if ids is None else verification.verify(opened.source, directory, to, ids),
+        "notes": [],
+        "verify": None,
         "seconds": time.perf_counter() - start,
     }
 

@@ -47,7 +47,7 @@ ORDER = [
     ["lordjax.forecast"],
     ["lordjax.quantization"],
     ["lordjax.checkpoint"],
-    ["lordjax.output"],
+    ["lordjax.output", "lordjax.elastic"],
     ["lordjax.evaluate"],
     ["lordjax.adapters"],
     ["lordjax.recipes"],

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from lordjax import InMemory, checkpoint, compress, prepare, trees
+from lordjax import InMemory, checkpoint, compress, elastic, prepare, trees
 from lordjax.evaluate import perplexity
 from lordjax.factoring import replace_kernels
 from lordjax.gradients import gradient_statistics
@@ -92,7 +92,7 @@ def test_modegpt_is_a_narrow_mlp_and_low_rank_attention(config):
 def test_round_trip_with_rotary_indices(tmp_path, method):
     result = compress(InMemory(CONFIG, model(CONFIG)), TOKENS, method=method, keep=0.6)
     checkpoint.save(tmp_path / "m", CONFIG, result.params, hf_config={}, plan=result.plan)
-    config, params = checkpoint.load(tmp_path / "m")
+    config, params = elastic.load(tmp_path / "m")
     jax.tree.map(np.testing.assert_array_equal, params, result.params)
     np.testing.assert_array_equal(logits(config, params), logits(CONFIG, result.params))
     assert nbytes(params) == result.report["bytes"]
@@ -419,7 +419,7 @@ def test_round_trip_of_different_widths(tmp_path):
     ranks = {p: widths[p.rsplit("/", 1)[1]][layer_index(p)] for p in prepared.sizes}
     result = prepared.apply(Plan("modegpt-cr", ranks, 0.5, "by hand"))
     checkpoint.save(tmp_path / "m", CONFIG, result.params, hf_config={}, plan=result.plan)
-    _, params = checkpoint.load(tmp_path / "m")
+    _, params = elastic.load(tmp_path / "m")
     jax.tree.map(np.testing.assert_array_equal, params, result.params)
     blocks = [params[f"layer_{i}"] for i in range(3)]
     shapes = [b["attention"]["rope_index"].shape for b in blocks]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from blocks import GPT2, random_model
 
-from lordjax import checkpoint
+from lordjax import checkpoint, elastic
 from lordjax.compression import compress
 from lordjax.files import TensorWriter
 from lordjax.models import Rope
@@ -102,8 +102,8 @@ def test_killed_at_random_writes_it_goes_on_to_the_same_bits(name, tmp_path, mon
         report=in_memory.report,
     )
     expected = contents(tmp_path / "whole")
-    of_memory = checkpoint.load(tmp_path / "memory")[1]
-    same(checkpoint.load(tmp_path / "whole")[1], of_memory)
+    of_memory = elastic.load(tmp_path / "memory")[1]
+    same(elastic.load(tmp_path / "whole")[1], of_memory)
 
     left = [0]
 

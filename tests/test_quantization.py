@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lordjax import checkpoint, nf, trees
+from lordjax import checkpoint, elastic, nf, trees
 from lordjax.compression import compress, prepare
 from lordjax.evaluate import perplexity
 from lordjax.kernels import LowRank, LowRankPlusQuantized, NFQuantized, nbytes
@@ -351,7 +351,7 @@ def test_a_saved_model_is_the_same(results, tmp_path, method):
         plan=result.plan,
         report=result.report,
     )
-    config, params = checkpoint.load(directory)
+    config, params = elastic.load(directory)
     np.testing.assert_array_equal(logits(params), logits(result.params))
     files = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
     assert result.report["bytes"] < files < result.report["bytes"] + 40_000  # headers
