@@ -229,5 +229,5 @@ def checked(
         raise ValueError(
             f"{len(tokens)} calibration windows for {share} devices; give as many windows at least"
         )
-    batch_size = batch_size or windows_per_step(len(tokens) // share, tokens.shape[1]) * share
-    return Calibration(tokens, mask, batch_size, mask_token, mesh)
+    step = windows_per_step(len(tokens) // share, tokens.shape[1]) * share
+    return Calibration(tokens, mask, batch_size or step, mask_token, mesh)

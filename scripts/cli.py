@@ -238,6 +238,12 @@ def cli() -> None:
     help="Instead of --keep: the dense model with the factors beside it; export --keep cuts it to "
     "any budget.",
 )
+@click.option(
+    "--mesh",
+    metavar="AXES",
+    help="Devices that share the work: data=4 shares out the calibration windows and the matrices "
+    "to factor, data=2,model=2 the blocks of a model too big for one, too.  [default: one device]",
+)
 @as_json_option
 def compress(as_json: bool, **settings: Any) -> None:
     """Compress MODEL and write the result.

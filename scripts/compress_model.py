@@ -47,6 +47,7 @@ def compress_model(
     """
     start = time.perf_counter()
     from lordjax.elastic import keep_entries
+    from lordjax.mesh import make_mesh, parse
     from lordjax.objective import protocol as objective_protocol
     from lordjax.output import Output, partial
 
@@ -54,6 +55,9 @@ def compress_model(
     if not partial(directory).exists():  # else it may be complete: see `output`
         check_output(directory)
     run, settings, needs_tokens, share = _job(method, options)
+    if options["mesh"] is not None:
+        run = functools.partial(run, mesh=make_mesh(parse(options["mesh"])))
+        settings |= {"mesh": options["mesh"]}
     opened = _open_original(model, directory, share, options["dtype"])
     write_tokenizer = tokenizer_writer(opened)
     is_elastic = "elastic" in settings
@@ -141,11 +145,11 @@ def _identity(
 def _forecast(
     model: Model, tokens: Any, settings: dict[str, Any], directory: Path
 ) -> dict[str, Any] | None:
-    """What will be paid; None of codes and of elastic models, whose work is not counted."""
+    """What will be paid; None of codes, elastic models and several devices: not counted."""
     from lordjax.methods import METHODS
 
     coded = settings["method"] not in METHODS or settings["factors"] is not None
-    if coded or "elastic" in settings:
+    if coded or settings.keys() & {"elastic", "mesh"}:
         return None
     return of_compression(model.config, model.leaves(), tokens.shape, settings, directory)
 
