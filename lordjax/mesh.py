@@ -106,7 +106,7 @@ def map_kernels(
     if mesh is None:
         yield from ((job, run(job)) for job in jobs)
         return
-    devices, jobs = mesh.devices.flat, iter(jobs)
+    devices, jobs = list(mesh.devices.flat), iter(jobs)
     while started := list(zip(itertools.islice(jobs, len(devices)), devices, strict=False)):
         running = []
         for job, device in started:

@@ -57,7 +57,7 @@ def compress_model(
     run, settings, needs_tokens, share = _job(method, options)
     if options["mesh"] is not None:
         run = functools.partial(run, mesh=make_mesh(parse(options["mesh"])))
-        settings |= {"mesh": options["mesh"]}
+        settings = settings | {"mesh": options["mesh"]}
     opened = _open_original(model, directory, share, options["dtype"])
     write_tokenizer = tokenizer_writer(opened)
     is_elastic = "elastic" in settings

@@ -15,7 +15,7 @@ from lordjax.compression import compress
 from lordjax.gradients import gradient_statistics
 from lordjax.methods import METHODS
 from lordjax.progress import Clock
-from lordjax.quantization import prepare_quantized
+from lordjax.quantization import quantize
 from lordjax.sites import sites_for
 
 MESHES = [{"data": 4}, {"data": 2, "model": 2}, {"model": 4}]
@@ -114,10 +114,8 @@ def test_jobs_take_turns_on_the_devices():
 
 def test_codes_are_those_of_one_device():
     def result(devices):
-        prepared = prepare_quantized(
-            MODEL, TOKENS, method="lq", weighting="fisher", rank=2, steps=1, mesh=devices
-        )
-        return prepared.compress(form="nf4")
+        settings = {"method": "lq", "weighting": "fisher", "form": "nf4", "rank": 2, "steps": 1}
+        return quantize(MODEL, TOKENS, mesh=devices, **settings)
 
     one, many = result(None), result(mesh.make_mesh({"data": 4}))
     assert many.report["bytes"] == one.report["bytes"]
