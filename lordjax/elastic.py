@@ -14,15 +14,17 @@ that of a compression to that budget.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
-from lordjax import checkpoint
+from lordjax import checkpoint, trees
 from lordjax.compression import check_method, prepare
 from lordjax.entries import decode
 from lordjax.files import TensorFile, Written, checksum, write_json
@@ -170,6 +172,15 @@ def is_elastic(directory: str | os.PathLike[str]) -> bool:
     return (Path(directory) / DIRECTORY / INDEX).is_file()
 
 
+def check_elastic(directory: str | os.PathLike[str]) -> None:
+    """Raises ValueError if a model cannot be cut to other budgets."""
+    if not is_elastic(directory):
+        raise ValueError(
+            f"{directory}: has no factors beside the model, so that it cannot be cut to a budget; "
+            "make one that can with lordjax compress --elastic"
+        )
+
+
 def cut(
     directory: str | os.PathLike[str],
     keep: float,
@@ -188,11 +199,7 @@ def cut(
     Raises:
       ValueError: if the directory is not elastic, or is damaged, or ``keep`` cannot be met.
     """
-    if not is_elastic(directory):
-        raise ValueError(
-            f"{directory}: has no factors beside the model, so that it cannot be cut to a budget; "
-            "make one that can with lordjax compress --elastic"
-        )
+    check_elastic(directory)
     archive = Archive(Path(directory) / DIRECTORY)
     facts = archive[FACTS]
     mask = None if facts["mask"] is None else np.asarray(facts["mask"], bool)
@@ -213,10 +220,21 @@ def cut(
     return prepared.compress(keep, facts["allocation"], temperature=facts["temperature"], into=into)
 
 
-def cut_source(directory: str | os.PathLike[str], keep: float) -> InMemory:
-    """`cut`, as something to export or to evaluate."""
+@dataclasses.dataclass(frozen=True)
+class Cut(InMemory):
+    """The model of one budget, with the original ``config.json``."""
+
+    hf_config: dict[str, Any]
+
+    def leaves(self) -> dict[str, Any]:
+        """Parameter path -> ``ShapeDtypeStruct`` or kernel of them."""
+        return trees.flatten(jax.eval_shape(dict, self.params))
+
+
+def open_cut(directory: str | os.PathLike[str], keep: float) -> Cut:
+    """`cut`, as something to evaluate or to export."""
     result = cut(directory, keep)
-    return InMemory(result.config, result.params)
+    return Cut(result.config, result.params, checkpoint.open_saved(directory).hf_config)
 
 
 def load(
@@ -235,7 +253,7 @@ def load(
     if keep is None:
         saved = checkpoint.open_saved(directory)
         return saved.config, saved.params()
-    source = cut_source(directory, keep)
+    source = open_cut(directory, keep)
     return source.config, dict(source.params)
 
 
@@ -261,6 +279,7 @@ def export(
       OSError: if there is not enough room.
       ValueError: see `cut`.
     """
+    check_elastic(directory)
     out = checkpoint.check_destination(out)
     saved = checkpoint.open_saved(directory)
     checkpoint.check_room(out, saved.file_bytes())

@@ -44,7 +44,7 @@ def export_model(
     if keep is not None:
         from lordjax import elastic
 
-        source = elastic.cut_source(opened.path, keep)
+        source = elastic.open_cut(opened.path, keep)
     from lordjax.conversions import verify as verification
     from lordjax.conversions.export import export
     from lordjax.conversions.export_factored import VLLM_RANK, adapter_rank
