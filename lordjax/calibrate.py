@@ -36,12 +36,16 @@ def on_device(tree: Any, mesh: devices.Mesh | None = None) -> Any:
 
     With a mesh, a block's are laid out as `mesh.RULES` say.
     """
+    # What is cut into parts need not fit on one device.
+    asarray: Any = np.asarray if devices.cuts(mesh) else jnp.asarray
 
     def put(a: Any) -> Any:
-        return jnp.asarray(a, jnp.float32 if jnp.issubdtype(a.dtype, jnp.floating) else a.dtype)
+        return asarray(a, jnp.float32 if jnp.issubdtype(a.dtype, jnp.floating) else a.dtype)
 
     tree = jax.tree.map(put, tree)
-    return tree if mesh is None else trees.unflatten(devices.share_block(trees.flatten(tree), mesh))
+    if not devices.cuts(mesh):
+        return tree
+    return trees.unflatten(devices.share_block(trees.flatten(tree), mesh))
 
 
 def embedded(source: Source, calibration: Calibration) -> Iterator[Any]:
@@ -50,7 +54,8 @@ def embedded(source: Source, calibration: Calibration) -> Iterator[Any]:
     tables = on_device({key: rest[key] for key in EMBEDDINGS if key in rest})
     del rest
     for tokens, mask in calibration.batches():
-        yield embed(tables, calibration.read(config, tokens, mask), mask, config=config)
+        x = embed(tables, calibration.read(config, tokens, mask), mask, config=config)
+        yield devices.share_rows(x, calibration.mesh)
 
 
 def hidden_states(source: Source, calibration: Calibration) -> list[Any]:
@@ -70,7 +75,8 @@ def start_pass(
       calibration: tokens.
       streams: how many residual streams there are, one after the other.
     """
-    states = open_states(work, name, state_shapes(source, calibration) * streams)
+    shapes = state_shapes(source, calibration) * streams
+    states = open_states(work, name, shapes, calibration.mesh)
     if states.at is None:
         count = len(calibration.masks())
         for k in range(streams):
@@ -184,12 +190,11 @@ def block_statistics(
     if influence:
         stats |= empty({INFLUENCE: None})
     for j, mask in enumerate(calibration.masks()):
-        x = devices.share_rows(states[j], calibration.mesh)
         y, stats = observe(
-            block, x, mask, stats, config=config, window=config.window(i), forward=forward
+            block, states[j], mask, stats, config=config, window=config.window(i), forward=forward
         )
         if forward:
-            states[j] = y
+            states[j] = devices.share_rows(y, calibration.mesh)
     stats = devices.gathered(stats, calibration.mesh)
     bad = [
         key

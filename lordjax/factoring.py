@@ -177,16 +177,16 @@ def _factor_block(
 ) -> Iterator[tuple[str, AnyFactors]]:
     """Path and factors of the sites of ``inputs``, on the devices of a mesh in turn."""
 
-    def start(site: Site) -> tuple[Any, AnyFactors]:
+    def start(site: Site) -> AnyFactors:
         with clock.part(f"factors of {site.kind} sites"):
             kernels = site_kernels(site, block, config)
             stats = inputs[site] | site_gradients(gradients, METHODS[method], site, kernels)
-            return kernels, _started(method, site, kernels, stats)
+            return _started(method, site, kernels, stats)
 
-    for site, (kernels, running) in map_kernels(start, inputs, mesh):
+    for site, running in map_kernels(start, inputs, mesh):
         path = site_path(i, site)
         with clock.part(f"factors of {site.kind} sites"):
-            found = _finished(method, path, kernels, running)
+            found = _finished(method, path, site_kernels(site, block, config), running)
         yield path, found
 
 

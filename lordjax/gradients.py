@@ -129,16 +129,16 @@ class _Sweeps:
         """One sweep of ``count``; statistics of earlier ones are added to."""
         config, layers = self.source.config, self.source.config.num_layers
         shapes = state_shapes(self.source, windows)
-        back = open_states(self.work, "backward", shapes)
-        states = open_states(self.work, "forward", shapes)
+        back = open_states(self.work, "backward", shapes, windows.mesh)
+        states = open_states(self.work, "forward", shapes, windows.mesh)
         before, after = 2 * layers * number, 2 * layers * (count - number - 1)
         if back.at is None:
             self._forward(windows, states, before, after + layers)
             rest = self.rest()
             for j, batch in enumerate(windows.batches()):
                 goals = objective.targets(config, *batch)
-                x = share_rows(states[j], windows.mesh)
-                back[j] = loss_gradient(rest, x, goals, config=config)
+                gradient = loss_gradient(rest, states[j], goals, config=config)
+                back[j] = share_rows(gradient, windows.mesh)
             del rest
             back.commit(layers)
         start = layers if back.at is None else back.at
@@ -157,16 +157,15 @@ class _Sweeps:
             rest = self.rest()
             for j, (tokens, mask) in enumerate(windows.batches()):
                 x = windows.read(config, tokens, mask)
-                states[j] = embed(rest, x, mask, config=config)
+                states[j] = share_rows(embed(rest, x, mask, config=config), windows.mesh)
             del rest
             states.commit(0, keep=True)
         start = states.at or 0
         for i in self.clock.run("gradients", range(start, layers), done + start, left):
             block, window = on_device(self.source.block(i), windows.mesh), config.window(i)
             for j, mask in enumerate(windows.masks()):
-                x = share_rows(states[j], windows.mesh)
-                y, _ = observe(block, x, mask, {}, config=config, window=window)
-                states[j] = y
+                y, _ = observe(block, states[j], mask, {}, config=config, window=window)
+                states[j] = share_rows(y, windows.mesh)
             states.commit(i + 1, keep=True)
 
     def _backward(
@@ -182,16 +181,17 @@ class _Sweeps:
         if not self.work.durable:
             self.bases[i] = bases
         for j, mask in enumerate(windows.masks()):
-            back[j], stats = observe_gradients(
+            gradient, stats = observe_gradients(
                 block,
-                share_rows(states[j], windows.mesh),
+                states[j],
                 mask,
-                share_rows(back[j], windows.mesh),
+                back[j],
                 bases,
                 stats,
                 config=config,
                 window=config.window(i),
             )
+            back[j] = share_rows(gradient, windows.mesh)
         self.work[key] = gathered(stats, windows.mesh)
 
 

@@ -6,11 +6,13 @@ shared out and, on their longest axis that divides, the arrays of the model and 
 Calibration shares out rows over the axis ``data`` and, of a model too big for one device, a block's
 matrices over the axis ``model``. Matrices are factored one on each device.
 
-The compiler inserts what is sent between devices.
+The compiler inserts what is sent between devices. Those of several processes (`hosts`) form one
+mesh: of an array every process holds what lies on its own devices.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,6 +21,8 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from lordjax import hosts
 
 AXIS, MODEL = "data", "model"
 Job = TypeVar("Job")
@@ -52,14 +56,35 @@ def make_mesh(axes: Mapping[str, int]) -> Mesh:
     """The first devices, as many as the axes take; ``{"data": 4}``: four in a row.
 
     Raises:
-      ValueError: if there are not so many.
+      ValueError: if there are not so many, or they leave out some of other processes.
     """
     devices, count = jax.devices(), int(np.prod(list(axes.values())))
     if not 1 <= count <= len(devices):
         raise ValueError(f"{count} devices asked for; there are {len(devices)}")
+    if hosts.count() > 1 and count < len(devices):
+        raise ValueError(
+            f"{count} devices asked for; the {hosts.count()} processes have {len(devices)}, all of "
+            "which must take part"
+        )
+    # The rows of a process lie side by side.
+    devices = sorted(devices, key=lambda device: (device.process_index, device.id))
     grid = np.array(devices[:count]).reshape(tuple(axes.values()))
     # Explicit axes, the default of jax, refuse products over a sharded axis.
     return Mesh(grid, tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
+
+
+def _place(array: Any, sharding: NamedSharding) -> jax.Array:
+    """An array that lies on the devices of a sharding, or of which every process has all."""
+    spread = isinstance(array, jax.Array) and not array.is_fully_addressable
+    if spread or sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    whole = np.asarray(array)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+
+def _row_sharding(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    even = AXIS in mesh.shape and shape[0] % mesh.shape[AXIS] == 0
+    return NamedSharding(mesh, PartitionSpec(AXIS if even else None))
 
 
 def share_rows(x: Any, mesh: Mesh | None) -> Any:
@@ -67,16 +92,46 @@ def share_rows(x: Any, mesh: Mesh | None) -> Any:
 
     Without a mesh, as it is.
     """
+    return x if mesh is None else _place(x, _row_sharding(x.shape, mesh))
+
+
+def own_rows(shape: tuple[int, ...], mesh: Mesh | None) -> slice:
+    """Which rows of a batch of `share_rows` lie in this process."""
+    if mesh is None:
+        return slice(0, shape[0])
+    indices = _row_sharding(shape, mesh).addressable_devices_indices_map(shape).values()
+    rows = [(index or (slice(None),))[0].indices(shape[0]) for index in indices]
+    return slice(min(row[0] for row in rows), max(row[1] for row in rows))
+
+
+def take_rows(x: Any, mesh: Mesh | None) -> Any:
+    """`own_rows` of a batch of `share_rows`, on the host; without a mesh all, where they are."""
     if mesh is None:
         return x
-    even = AXIS in mesh.shape and x.shape[0] % mesh.shape[AXIS] == 0
-    return jax.device_put(x, NamedSharding(mesh, PartitionSpec(AXIS if even else None)))
+    parts = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
 
 
-def share_block(arrays: Mapping[str, Any], mesh: Mesh | None) -> dict[str, Any]:
-    """A block's parameters by path, laid out by `RULES` if there is an axis `MODEL`."""
-    if mesh is None or MODEL not in mesh.shape:
-        return dict(arrays)  # the compiler copies them where they are needed
+def give_rows(rows: Any, shape: tuple[int, ...], mesh: Mesh | None) -> Any:
+    """The batch of a shape of which every process has `own_rows`."""
+    if mesh is None:
+        return rows
+    first = own_rows(shape, mesh).start
+
+    def part(index: tuple[slice, ...]) -> Any:
+        start, stop, _ = index[0].indices(shape[0])
+        return rows[start - first : stop - first]
+
+    return jax.make_array_from_callback(shape, _row_sharding(shape, mesh), part)
+
+
+def cuts(mesh: Mesh | None) -> bool:
+    """Whether blocks are cut into parts; else the compiler copies them where they are needed."""
+    return mesh is not None and MODEL in mesh.shape
+
+
+def share_block(arrays: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
+    """A block's parameters by path, laid out by `RULES` over the axis `MODEL`."""
 
     def sharding(path: str, a: Any) -> NamedSharding:
         axis = next((axis for rule, axis in RULES if re.fullmatch(rule, path)), None)
@@ -85,12 +140,19 @@ def share_block(arrays: Mapping[str, Any], mesh: Mesh | None) -> dict[str, Any]:
             spec[axis] = MODEL
         return NamedSharding(mesh, PartitionSpec(*spec))
 
-    return {path: jax.device_put(a, sharding(path, a)) for path, a in arrays.items()}
+    return {path: _place(a, sharding(path, a)) for path, a in arrays.items()}
 
 
 def gathered(tree: Any, mesh: Mesh | None) -> Any:
     """Arrays that lie on several devices, on the host, from where any device takes them."""
-    return tree if mesh is None else jax.tree.map(np.asarray, tree)
+    if mesh is None:
+        return tree
+
+    def whole(a: Any) -> np.ndarray:
+        spread = isinstance(a, jax.Array) and not (a.is_fully_addressable or a.is_fully_replicated)
+        return np.asarray(_place(a, NamedSharding(mesh, PartitionSpec())) if spread else a)
+
+    return jax.tree.map(whole, tree)
 
 
 def map_kernels(
@@ -99,9 +161,11 @@ def map_kernels(
     """``(job, run(job))`` for every job, in order; as many at a time as the mesh has devices.
 
     Args:
-      run: starts a job on the default device, with arguments that no device holds fast.
+      run: starts a job on the default device, with arguments that no device holds fast; returns a
+        tree of arrays.
       jobs: anything, such as a site to factor.
-      mesh: whose devices take turns; None: one job after the other where it is.
+      mesh: whose devices take turns; None: one job after the other where it is. With several
+        processes, each runs those of its devices, and all get all results.
     """
     if mesh is None:
         yield from ((job, run(job)) for job in jobs)
@@ -110,9 +174,37 @@ def map_kernels(
     while started := list(zip(itertools.islice(jobs, len(devices)), devices, strict=False)):
         running = []
         for job, device in started:
-            with jax.default_device(device):
-                running.append((job, run(job)))  # returns before it is finished
-        yield from running
+            if device.process_index == jax.process_index():
+                with jax.default_device(device):
+                    running.append(run(job))  # returns before it is finished
+            else:
+                running.append(jax.eval_shape(functools.partial(run, job)))
+        owners = [device.process_index for _, device in started]
+        yield from zip((job for job, _ in started), _exchanged(running, owners), strict=True)
+
+
+def _exchanged(trees: list[Any], owners: list[int]) -> list[Any]:
+    """Trees of arrays, on the host where there are several processes.
+
+    Args:
+      trees: arrays of this process, shapes and dtypes of others.
+      owners: which process has the arrays.
+    """
+    if hosts.count() == 1:
+        return trees
+    own = [tree for tree, owner in zip(trees, owners, strict=True) if owner == jax.process_index()]
+    data = hosts.gather(b"".join(np.asarray(a).tobytes() for a in jax.tree.leaves(own)))
+    at = [0] * len(data)
+
+    def read(a: Any, owner: int) -> np.ndarray:
+        array = np.frombuffer(data[owner], a.dtype, int(np.prod(a.shape)), at[owner])
+        at[owner] += array.nbytes
+        return array.reshape(a.shape)
+
+    return [
+        jax.tree.map(functools.partial(read, owner=owner), tree)
+        for tree, owner in zip(trees, owners, strict=True)
+    ]
 
 
 def fully_sharded(tree: Any, mesh: Mesh) -> Any:

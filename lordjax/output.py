@@ -9,6 +9,9 @@
     with Output("small", identity) as output:
         result = compress(source, tokens, keep=0.7, work=output.work, into=output.parts)
         output.finish(result, hf_config=hf_config)
+
+Of several processes (`hosts`) the first one writes the model, number k keeps its own work in
+OUT.partial.k. What not all of them have finished none has.
 """
 
 from __future__ import annotations
@@ -18,19 +21,33 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lordjax import checkpoint
+from lordjax import checkpoint, hosts
 from lordjax.parts import REST, Parts
 from lordjax.prepared import Result
-from lordjax.workspace import Workspace
+from lordjax.work import Work
+from lordjax.workspace import Workspace, differences
 
 PARTIAL = ".partial"  # ends the name of the directory where the work is kept
 FINISHED = "finished"  # entry: the directory is complete, and may have its name already
 
 
-def partial(directory: str | os.PathLike[str]) -> Path:
-    """Where the work towards a model directory is kept."""
+def partial(directory: str | os.PathLike[str], process: int = 0) -> Path:
+    """Where the work of a process towards a model directory is kept."""
     directory = Path(directory).resolve()
-    return directory.with_name(directory.name + PARTIAL)
+    return directory.with_name(directory.name + PARTIAL + (f".{process}" if process else ""))
+
+
+class Unwritten:
+    """In place of `Parts` in a process that writes no model."""
+
+    def __init__(self, work: Work):
+        self._work = work
+
+    def __contains__(self, name: str) -> bool:
+        return f"parts/{name}" in self._work
+
+    def __setitem__(self, name: str, tree: Any) -> None:
+        self._work[f"parts/{name}"] = True
 
 
 class Output:
@@ -44,35 +61,47 @@ class Output:
     Attributes:
       work: where finished work is kept.
       parts: where finished parts of the model go.
+      resumed: whether some work was left.
+      finished: what `finish` was given as ``summary`` by a process that was killed after it.
 
     Raises:
       BlockingIOError: if another process works towards the same directory.
       FileExistsError: if the directory is not free.
-      ValueError: if work was left that was begun with something else, or is damaged; says what.
+      ValueError: if work was left that was begun with something else, or is damaged, or processes
+        do not make the same of the same; says what.
     """
 
     def __init__(self, directory: str | os.PathLike[str], identity: Mapping[str, Any]):
         self.directory = Path(directory).resolve()
-        if not partial(directory).exists():
+        own = partial(directory, hosts.process())
+        if hosts.leads() and not own.exists():
             checkpoint.check_destination(directory)
-        self.work = Workspace(partial(directory), identity)
+        self.work = Workspace(own, identity)
         self._stage = self.work.directory / "model"
         try:
-            if self.finished is None:
+            self.finished = self._agree(identity)
+            if hosts.leads() and self.finished is None:
                 checkpoint.check_destination(directory)
                 self._stage.mkdir(exist_ok=True)
-        except OSError:
+        except (OSError, ValueError):
             self._leave()
             raise
-        self.parts = Parts(self._stage, self.work)
+        self.parts = Parts(self._stage, self.work) if hosts.leads() else Unwritten(self.work)
         self.resumed = not self.work.empty
 
-    @property
-    def finished(self) -> Any:
-        """What `finish` was given as ``summary`` by a process that was killed after it."""
-        if FINISHED not in self.work:
-            return None
-        return self.work[FINISHED]
+    def _agree(self, identity: Mapping[str, Any]) -> Any:
+        """Forgets what not all processes have finished; returns what the first one finished."""
+        keys = self.work.below("")
+        told = hosts.tell([identity, keys, self.work[FINISHED] if FINISHED in keys else None])
+        for k, (other, _, _) in enumerate(told):
+            changes = list(differences(told[0][0], other))
+            if changes:
+                raise ValueError(f"process {k} was given something else: {'; '.join(changes)}")
+        finished = told[0][2]
+        if finished is None:
+            common = set.intersection(*(set(keys) for _, keys, _ in told))
+            self.work.discard(*(key for key in self.work.below("") if key not in common))
+        return finished
 
     def __enter__(self) -> Output:
         return self
@@ -108,8 +137,23 @@ class Output:
           FileExistsError: if the directory is no longer free.
           ValueError: if a file that an earlier process wrote is damaged.
         """
+        if hosts.leads():
+            self._complete(result, hf_config, report, write_tokenizer, also)
+            self.work[FINISHED] = summary
+        hosts.wait()
+        self.publish()
+
+    def _complete(
+        self,
+        result: Result,
+        hf_config: Mapping[str, Any],
+        report: Mapping[str, Any] | None,
+        write_tokenizer: Callable[[Path], Any] | None,
+        also: Callable[[Path], Any] | None,
+    ) -> None:
         if also is not None:
             also(self._stage)
+        assert isinstance(self.parts, Parts)
         names = [REST, *(f"layer_{i}" for i in range(result.config.num_layers))]
         checkpoint.write_about(
             self._stage,
@@ -120,11 +164,17 @@ class Output:
             report=result.report if report is None else report,
             write_tokenizer=write_tokenizer,
         )
-        self.work[FINISHED] = summary
-        self.publish()
 
     def publish(self) -> None:
-        """Gives the finished directory its name, unless it has it, and removes the work."""
+        """Gives the finished directory its name, unless it has it, and removes the work.
+
+        The first process comes last: as long as its work is there, it is seen to be finished.
+        """
+        if not hosts.leads():
+            self.work.remove()
+            hosts.wait()
+            return
+        hosts.wait()
         if self._stage.exists():
             checkpoint.publish(self._stage, checkpoint.check_destination(self.directory))
         # Large files take a while to go; until they have, the work must be seen to be finished.

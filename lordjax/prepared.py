@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lordjax import nf, trees
+from lordjax import hosts, nf, trees
 from lordjax.allocation import CURVELESS, INFLUENCED, POLICIES, TILE, Curve, allocate
 from lordjax.evaluate.comparison import compare
 from lordjax.factoring import AnyFactors, cast, quantize_pairs, replace_kernels
@@ -192,7 +192,10 @@ class Prepared:
         mask_token = self.calibration.mask_token
 
         def measured() -> list[float]:
-            return compare(source, self.held_out, change, len(plans), clock, mask_token=mask_token)
+            losses = compare(
+                source, self.held_out, change, len(plans), clock, mask_token=mask_token
+            )
+            return hosts.tell(losses)[0]  # all processes must come to the same plan
 
         key = f"losses-{digest([dict(plan.ranks) for plan in plans])}"
         losses = once(self.work, key, measured)

@@ -32,7 +32,7 @@ from lordjax.calibrate import (
 from lordjax.collect import observe_pair
 from lordjax.factoring import AnyFactors, factor_site, replace_kernels, site_kernels
 from lordjax.gradients import site_gradients
-from lordjax.mesh import gathered, share_rows
+from lordjax.mesh import gathered
 from lordjax.methods import METHODS, Method, method_at
 from lordjax.models.config import ModelConfig
 from lordjax.modules import LAST_NAME
@@ -60,6 +60,7 @@ class _Walk:
       states: residual stream before this block in the compressed model, per batch.
       dense_states: the same in the untouched model; read only if the target is corrective.
       dense: this block, untouched.
+      whole: the same, of several devices on the host.
       current: this block as far as it is compressed, in arrays of the original shapes.
     """
 
@@ -69,6 +70,7 @@ class _Walk:
     states: Any
     dense_states: Any
     dense: Any = None
+    whole: Any = None
     current: Any = None
 
     @property
@@ -119,6 +121,7 @@ def sequential(
     start = states.at or 0
     for i in clock.run("sequential", range(start, config.num_layers), start):
         walk.dense = walk.current = on_device(source.block(i), calibration.mesh)
+        walk.whole = gathered(walk.dense, calibration.mesh)
         of_block = gradients.get(i, {})
         for group in steps:
             sites = tuple(s for s in group if plan.ranks.get(site_path(i, s)) is not None)
@@ -128,7 +131,7 @@ def sequential(
                 _factor_group(walk, i, sites, of_block, work, name, corrective=corrective)
             ranks = plan.ranks
             compressed = replace_kernels(
-                walk.dense, i, factors, ranks, method, config, widened=True, kernels=kernels
+                walk.whole, i, factors, ranks, method, config, widened=True, kernels=kernels
             )
             walk.current = on_device(compressed, calibration.mesh)
         no_keys: dict[str, dict[str, str]] = {}
@@ -154,7 +157,7 @@ def _factor_group(
     inputs = (_corrective_inputs if corrective else _own_inputs)(walk, i, sites)
     for site in sites:
         path, (own, stats) = site_path(i, site), inputs[site.path]
-        untouched = gathered(site_kernels(site, walk.dense, walk.config), walk.calibration.mesh)
+        untouched = site_kernels(site, walk.whole, walk.config)
         stats |= site_gradients(gradients, walk.row, site, untouched)
         if corrective and site.kind in LAST_NAME:
             last = LAST_NAME[site.kind]
@@ -176,7 +179,7 @@ def _own_inputs(walk: _Walk, i: int, sites: tuple[Site, ...]) -> Inputs:
     )
     return {
         site.path: (
-            gathered(site_kernels(site, walk.dense, walk.config), walk.calibration.mesh),
+            site_kernels(site, walk.whole, walk.config),
             {name: stats[key] for name, key in keys[site.path].items()},
         )
         for site in sites
@@ -213,11 +216,10 @@ def _regressed(walk: _Walk, i: int, layers: tuple[Site, ...]) -> Inputs:
     cross = {f"{s.input_tap}|{s.output_tap}": jnp.zeros(flat[s.path].shape) for s in layers}
     if not layers:
         return {}
-    mesh = walk.calibration.mesh
     for j, mask in enumerate(walk.calibration.masks()):
         target, fitted, cross = observe_pair(
             (walk.dense, walk.current),
-            tuple(share_rows(s[j], mesh) for s in (walk.dense_states, walk.states)),
+            (walk.dense_states[j], walk.states[j]),
             mask,
             target,
             fitted,
@@ -225,7 +227,7 @@ def _regressed(walk: _Walk, i: int, layers: tuple[Site, ...]) -> Inputs:
             config=walk.config,
             window=walk.config.window(i),
         )
-    target, fitted, cross = gathered((target, fitted, cross), mesh)
+    target, fitted, cross = gathered((target, fitted, cross), walk.calibration.mesh)
     inputs: Inputs = {}
     for s in layers:
         x, y = fitted[s.input_tap], target[s.output_tap]

@@ -22,6 +22,8 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
+from lordjax import hosts
+from lordjax.mesh import Mesh, give_rows, own_rows, take_rows
 from lordjax.work import Work
 from lordjax.workspace import Stream, Workspace
 
@@ -82,11 +84,16 @@ class MemoryStates:
 
 
 class DiskStates:
-    """On disk; batches are set in their order, all of them before `commit`."""
+    """On disk; batches are set in their order, all of them before `commit`.
 
-    def __init__(self, work: Workspace, name: str, shapes: list[tuple[int, ...]]):
-        self._work, self._name = work, name
-        self._shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    Each of several processes keeps the rows that lie on its devices. States go only when all of
+    them have the next ones, so that there are always some that all have.
+    """
+
+    def __init__(
+        self, work: Workspace, name: str, shapes: list[tuple[int, ...]], mesh: Mesh | None = None
+    ):
+        self._work, self._name, self._shapes, self._mesh = work, name, shapes, mesh
         self._stream: Stream | None = None
         self._file: Mapping[str, Any] = {}
         self.at: int | None = None
@@ -96,18 +103,27 @@ class DiskStates:
 
     def __getitem__(self, j: int) -> Any:
         # Mapped when it is asked for: what stays mapped counts as memory.
-        return jnp.asarray(self._file[str(j)])
+        rows = self._file[str(j)]
+        if self._mesh is None:
+            return jnp.asarray(rows)
+        return give_rows(rows, self._shapes[j], self._mesh)
 
     def __setitem__(self, j: int, x: Any) -> None:
         if self._stream is None:
-            self._stream = self._work.stream(f"{self._name}/writing", self._shapes)
-        self._stream.add(x)
+            own = [own_rows(shape, self._mesh) for shape in self._shapes]
+            shapes = [
+                jax.ShapeDtypeStruct((rows.stop - rows.start, *shape[1:]), jnp.float32)
+                for rows, shape in zip(own, self._shapes, strict=True)
+            ]
+            self._stream = self._work.stream(f"{self._name}/writing", shapes)
+        self._stream.add(take_rows(x, self._mesh))
 
     def commit(self, at: int, *, keep: bool = False) -> None:
         """See `States`."""
         if self._stream is not None:
             self._stream.close(f"{self._name}/{at}")
             self._stream = None
+        hosts.wait()
         if not keep and self.at is not None:
             self._work.discard(f"{self._name}/{self.at}")
         self._open(at)
@@ -140,12 +156,15 @@ class Shifted:
         self._states[self._start + j] = x
 
 
-def open_states(work: Work, name: str, shapes: list[tuple[int, ...]]) -> States:
+def open_states(
+    work: Work, name: str, shapes: list[tuple[int, ...]], mesh: Mesh | None = None
+) -> States:
     """The states of one pass, where it was left; on disk if that is where the work is.
 
     Args:
       work: what is kept so far.
       name: of the pass.
       shapes: of the batches.
+      mesh: devices that share their rows; batches are to be set as `mesh.share_rows` lays them out.
     """
-    return DiskStates(work, name, shapes) if isinstance(work, Workspace) else MemoryStates()
+    return DiskStates(work, name, shapes, mesh) if isinstance(work, Workspace) else MemoryStates()

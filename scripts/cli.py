@@ -242,17 +242,36 @@ def cli() -> None:
     "--mesh",
     metavar="AXES",
     help="Devices that share the work: data=4 shares out the calibration windows and the matrices "
-    "to factor, data=2,model=2 the blocks of a model too big for one, too.  [default: one device]",
+    "to factor, data=2,model=2 the blocks of a model too big for one, too.  [default: one; with "
+    "several processes all, as data]",
 )
+@click.option(
+    "--coordinator",
+    metavar="HOST:PORT",
+    help="Joins other processes, started with the same command: the address of process 0; auto: as "
+    "the launcher says (Slurm, Open MPI, Kubernetes, Cloud TPU).",
+)
+@click.option("--process-id", type=int, help="Which process this is, from 0.")
+@click.option("--num-processes", type=int, help="How many there are.")
 @as_json_option
-def compress(as_json: bool, **settings: Any) -> None:
+def compress(
+    as_json: bool,
+    coordinator: str | None,
+    process_id: int | None,
+    num_processes: int | None,
+    **settings: Any,
+) -> None:
     """Compress MODEL and write the result.
 
     OUT is a directory that must be new or empty.
     """
+    from lordjax.hosts import job, leads
     from lordjax.scripts.compress_model import compress_model, show
 
-    output(compress_model(**settings), as_json, show)
+    with job(coordinator, process_id, num_processes):
+        result = compress_model(**settings)
+        if leads():
+            output(result, as_json, show)
 
 
 @cli.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import tempfile
 import time
@@ -28,6 +29,7 @@ QUANTIZED = ("bits", "budget_bytes", "form", "rank", "weighting", "feedback")
 UNQUANTIZED = ("keep", "ranks", "temperature", "prefix", "elastic")
 FLAGS = {"form": "--format"}
 ELASTIC_BYTES = 5.0  # of an elastic model on disk, in bytes of the block linear weights, at most
+Run = Callable[..., Any]  # (source, tokens, mask_token=, progress=) -> Result
 
 
 def compress_model(
@@ -46,18 +48,16 @@ def compress_model(
     Everything that can be wrong with the arguments is found before the work begins.
     """
     start = time.perf_counter()
+    from lordjax import hosts
     from lordjax.elastic import keep_entries
-    from lordjax.mesh import make_mesh, parse
     from lordjax.objective import protocol as objective_protocol
     from lordjax.output import Output, partial
 
     directory = Path(out).expanduser()
-    if not partial(directory).exists():  # else it may be complete: see `output`
+    if hosts.leads() and not partial(directory).exists():  # else it may be complete: see `output`
         check_output(directory)
     run, settings, needs_tokens, share = _job(method, options)
-    if options["mesh"] is not None:
-        run = functools.partial(run, mesh=make_mesh(parse(options["mesh"])))
-        settings = settings | {"mesh": options["mesh"]}
+    run, settings = _on_mesh(run, settings, options["mesh"])
     opened = _open_original(model, directory, share, options["dtype"])
     write_tokenizer = tokenizer_writer(opened)
     is_elastic = "elastic" in settings
@@ -82,7 +82,7 @@ def compress_model(
         "seed": seed,
     }
     with Output(directory, _identity(opened, facts, settings)) as output:
-        if output.resumed:
+        if output.resumed and hosts.leads():
             say(f"going on with what is finished in {output.work.directory}")
         summary = output.finished
         if summary is not None:
@@ -90,7 +90,7 @@ def compress_model(
             return summary
         # Of a run that goes on, only a part happens here.
         predicted = None if output.resumed else _forecast(opened, tokens, settings, directory)
-        with progress_report() as progress:
+        with progress_report() if hosts.leads() else contextlib.nullcontext() as progress:
             result = run(
                 opened.source,
                 tokens,
@@ -123,16 +123,32 @@ def compress_model(
     return summary
 
 
+def _on_mesh(run: Run, settings: dict[str, Any], axes: str | None) -> tuple[Run, dict[str, Any]]:
+    """Adds the devices that share the work, if there is more than one."""
+    import jax
+
+    from lordjax import hosts
+    from lordjax.mesh import make_mesh, parse
+
+    if axes is None and hosts.count() > 1:
+        axes = f"data={jax.device_count()}"
+    if axes is None:
+        return run, settings
+    mesh = make_mesh(parse(axes))
+    return functools.partial(run, mesh=mesh), settings | {"mesh": axes}
+
+
 def _identity(
     model: Model, facts: dict[str, Any] | None, settings: dict[str, Any]
 ) -> dict[str, Any]:
     """What decides every bit of the result, apart from where it was read from."""
     import jax
 
-    from lordjax import __version__
+    from lordjax import __version__, hosts
 
     names = ("model", "calibration", "seed", "samples")  # contents count
-    return {
+    processes = {"processes": hosts.count()} if hosts.count() > 1 else {}
+    return processes | {
         "lordjax": __version__,
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
@@ -152,9 +168,6 @@ def _forecast(
     if coded or settings.keys() & {"elastic", "mesh"}:
         return None
     return of_compression(model.config, model.leaves(), tokens.shape, settings, directory)
-
-
-Run = Callable[..., Any]  # (source, tokens, mask_token=, progress=) -> Result
 
 
 def _job(method: str, options: dict[str, Any]) -> tuple[Run, dict[str, Any], bool, float]:

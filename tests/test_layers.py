@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     ["lordjax"],  # lazy: resolves public names when they are used
     ["lordjax.nf", "lordjax.order", "lordjax.documents", "lordjax.files", "lordjax.work"],
+    ["lordjax.hosts"],
     ["lordjax.mesh"],
     ["lordjax.flops"],
     ["lordjax.progress", "lordjax.sites", "lordjax.plan", "lordjax.linalg", "lordjax.data"],

@@ -1,0 +1,149 @@
+"""Several processes that do one job together, each with devices and files of its own.
+
+All run the same program on the same arguments; arrays over all devices (`mesh`) have their parts in
+the processes whose devices hold them. What is finished is kept by every process for itself, so
+that before they begin, and after one has died, they agree on what all of them have.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+AUTO = "auto"  # in place of an address: the launcher knows
+# What a runtime says when a collective fails because of others: Gloo, NCCL, gRPC.
+BROKEN = re.compile(r"gloo|nccl|coordination|connection|unavailable|heartbeat|barrier|remote", re.I)
+
+
+def count() -> int:
+    """How many processes there are."""
+    return jax.process_count()
+
+
+def process() -> int:
+    """Which of them this is, from 0."""
+    return jax.process_index()
+
+
+def leads() -> bool:
+    """Whether this is the process that writes results: the first one."""
+    return process() == 0
+
+
+@contextlib.contextmanager
+def job(
+    coordinator: str | None, process_id: int | None, num_processes: int | None
+) -> Iterator[None]:
+    """Joins other processes, if there is a coordinator; to be called before JAX looks for devices.
+
+    A process that fails takes its leave at once, so that the others fail too, and do not wait.
+
+    Args:
+      coordinator: ``HOST:PORT`` of the first process; ``auto``: the launcher's environment says it
+        (Slurm, Open MPI, Kubernetes, Cloud TPU); None: this process is alone.
+      process_id: from 0; with an address.
+      num_processes: with an address.
+
+    Raises:
+      ConnectionError: if the others cannot be reached, or one of them ended.
+      ValueError: if the arguments do not go together.
+    """
+    _check(coordinator, process_id, num_processes)
+    if coordinator is None:
+        yield
+        return
+    try:
+        _join(coordinator, process_id, num_processes)
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        _leave_at_once()
+        if BROKEN.search(str(error)) is None:
+            raise
+        raise ConnectionError(
+            "another process of this job ended, or cannot be reached; see what it said, then start "
+            f"all of them again to go on with what is finished ({str(error).splitlines()[0]})"
+        ) from error
+    except BaseException:
+        _leave_at_once()
+        raise
+
+
+def _check(coordinator: str | None, process_id: int | None, num_processes: int | None) -> None:
+    """Raises ValueError if the arguments of `job` do not go together."""
+    given = [number is not None for number in (process_id, num_processes)]
+    if coordinator is None or coordinator == AUTO:
+        if any(given):
+            raise ValueError(
+                "--process-id and --num-processes go with --coordinator HOST:PORT, which is the "
+                "address of process 0"
+            )
+        return
+    if re.fullmatch(r"\S+:\d+", coordinator) is None:
+        raise ValueError(f"--coordinator {coordinator!r}: expected HOST:PORT or {AUTO}")
+    if process_id is None or num_processes is None:
+        raise ValueError("--coordinator HOST:PORT needs --process-id and --num-processes")
+    if not 0 <= process_id < num_processes:
+        raise ValueError(
+            f"--process-id {process_id} of --num-processes {num_processes}: expected a number from "
+            f"0 to {num_processes - 1}"
+        )
+
+
+def _join(coordinator: str, process_id: int | None, num_processes: int | None) -> None:
+    if coordinator != AUTO:
+        jax.distributed.initialize(
+            coordinator, num_processes, process_id, cluster_detection_method="deactivate"
+        )
+        return
+    try:
+        jax.distributed.initialize()
+    except ValueError as error:
+        raise ValueError(
+            f"--coordinator {AUTO}: no launcher that JAX knows has started this process ({error}); "
+            "give HOST:PORT, --process-id and --num-processes"
+        ) from error
+
+
+def _leave_at_once() -> None:
+    """Has this process end, once its error is printed, without waiting for the others."""
+
+    def leave() -> NoReturn:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(2)
+
+    atexit.register(leave)  # runs before what JAX has registered, which waits for minutes
+
+
+def gather(data: bytes) -> list[bytes]:
+    """What every process gave, in their order."""
+    length = multihost_utils.process_allgather(np.array([len(data)], np.int32))
+    lengths = np.asarray(length).ravel().tolist()
+    # Of few lengths, as each is compiled for.
+    room = 1 << max(8, (max(lengths) - 1).bit_length())
+    padded = np.zeros(room, np.uint8)
+    padded[: len(data)] = np.frombuffer(data, np.uint8)
+    rows = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(lengths), room)
+    return [row[:length].tobytes() for row, length in zip(rows, lengths, strict=True)]
+
+
+def tell(value: Any) -> list[Any]:
+    """JSON of every process, in their order."""
+    if count() == 1:
+        return [value]
+    return [json.loads(text) for text in gather(json.dumps(value).encode())]
+
+
+def wait() -> None:
+    """Until every process is here: what they did before has been done by all."""
+    tell(None)
