@@ -382,7 +382,8 @@ def block_influence(
     """
     if 1 - keep > INFLUENCE_CAP:
         raise ValueError(
-            f"keep {keep}: no block may lose more than {INFLUENCE_CAP}; ask for a larger keep"
+            f"the budget leaves {keep:.3g} of what can shrink, and no block may lose more than "
+            f"{INFLUENCE_CAP}; ask for a larger keep"
         )
     layers = sorted({layer_index(path) for path in curves})
     scores = {layer_index(path): curve.influence for path, curve in curves.items()}

@@ -141,15 +141,15 @@ def test_work_is_not_done_again(tmp_path, monkeypatch):
     from lordjax import factoring
 
     count = []
-    original = factoring.factor_site
+    original = factoring._finished
 
     def counted(*arguments):
-        count.append(arguments[2])
+        count.append(arguments[1])
         if len(count) == 10:
             raise Killed
         return original(*arguments)
 
-    monkeypatch.setattr(factoring, "factor_site", counted)
+    monkeypatch.setattr(factoring, "_finished", counted)
     with pytest.raises(Killed):
         make(RUNS["lord"], tmp_path / "out")
     make(RUNS["lord"], tmp_path / "out")
