@@ -10,9 +10,9 @@ compress``, every time in a process of its own. One of width, depth and tokens v
 stay at the middle of their lists. Growth is the exponent p of ``c·x^p``, by least squares of
 logarithms, over all sizes and between the two largest ones: small sizes are mostly overhead.
 
-Every size runs twice or more. The first run compiles; seconds are the least of the others', which
-find their programs in a cache that only this benchmark uses. Memory is the largest peak of all
-runs (VmHWM, compiling included); its growth is that of what a process without work does not take.
+Every size runs twice or more, from an empty cache of programs. The first run compiles, and is
+listed apart; seconds and peak memory (VmHWM) are the least of the others'. Growth of memory is that
+of what a process without work does not take.
 """
 
 from __future__ import annotations
@@ -79,6 +79,7 @@ def _alone(command: list[str], programs: Path) -> str:
       RuntimeError: if it fails; says what it had to say.
     """
     own = {
+        "JAX_ENABLE_COMPILATION_CACHE": "true",
         "JAX_COMPILATION_CACHE_DIR": str(programs),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
@@ -100,7 +101,7 @@ def measure(
     repeats: int,
     options: list[str],
 ) -> dict[str, Any]:
-    """Seconds by stage, and the peak memory, of a compression of some size.
+    """Seconds by stage and the peak memory of a compression of some size.
 
     Args:
       case: shrink, layers, windows.
@@ -113,7 +114,8 @@ def measure(
     """
     import numpy as np
 
-    (shrink, layers, windows), model = case, folder / "model"
+    (shrink, layers, windows), model, programs = case, folder / "model", folder / "programs"
+    programs.mkdir()
     config = config_like(like, layers, shrink, vocabulary)
     nbytes = make(model, like, layers=layers, shrink=shrink, vocabulary=vocabulary)
     tokens = np.random.default_rng(0).integers(0, vocabulary, (windows, length), np.int32)
@@ -122,20 +124,22 @@ def measure(
     command += ["--calibration", str(folder / "tokens.npy"), "--samples", str(windows), *options]
     runs, peaks = [], []
     for _ in range(repeats + 1):
-        _alone(command, folder / "programs")
+        _alone(command, programs)
         report = json.loads((folder / "out" / "report.json").read_text())
         shutil.rmtree(folder / "out")
         runs.append(report["happened"]["seconds"])
         peaks.append(report["peak_rss_bytes"])
     shutil.rmtree(model)
+    shutil.rmtree(programs)
     row = {
         "width": config.get("hidden_size") or config["n_embd"],
         "layers": layers,
         "tokens": windows * length,
         "model_bytes": nbytes,
         "seconds": min(runs[1:], key=lambda seconds: seconds["total"]),
+        "peak_bytes": min(peaks[1:]),
         "first_seconds": runs[0]["total"],
-        "peak_bytes": max(peaks),
+        "first_peak_bytes": peaks[0],
     }
     say(f"{row['width']} wide, {layers} layers, {row['tokens']} tokens: {seconds_of(row):.1f} s")
     return row
@@ -166,12 +170,13 @@ def markdown(found: dict[str, Any]) -> str:
     rows = found["cases"]
     stages = list(dict.fromkeys(stage for row in rows for stage in row["seconds"]))
     head = ["width", "layers", "tokens", "model", *(f"{stage} s" for stage in stages)]
-    head += ["first run s", "peak memory"]
+    head += ["peak memory", "first run s", "its memory"]
     lines = [_line(head), _line(["---:"] * len(head))]
     for row in rows:
         cells = [f"{row[axis]:,}" for axis in AXES] + [size(row["model_bytes"])]
         cells += [f"{seconds_of(row, stage):.2f}" for stage in stages]
-        lines.append(_line([*cells, f"{row['first_seconds']:.1f}", size(row["peak_bytes"])]))
+        cells += [size(row["peak_bytes"]), f"{row['first_seconds']:.1f}"]
+        lines.append(_line([*cells, size(row["first_peak_bytes"])]))
     names = list(dict.fromkeys(name for axis in found["growth"].values() for name in axis))
     lines += ["", f"a process without work: {size(found['bare_bytes'])}", ""]
     lines += ["exponents, of all sizes / of the last two:", ""]
@@ -238,7 +243,7 @@ def main(
         for shrink in shrinks:  # before anything runs
             config_like(settings["like"], 1, shrink)
         with tempfile.TemporaryDirectory() as folder:
-            bare = int(_alone(["-c", BARE], Path(folder) / "programs"))
+            bare = int(_alone(["-c", BARE], Path(folder) / "bare"))
             for case in dict.fromkeys(itertools.chain(*along.values())):
                 rows[case] = measure(case, Path(folder), options=options, **settings)
     except (OSError, RuntimeError, ValueError) as error:

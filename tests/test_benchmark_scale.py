@@ -35,10 +35,13 @@ def test_one_thing_varies_at_a_time():
     }
 
 
+FIRST = {"first_seconds": 1.0, "first_peak_bytes": 500}
+
+
 def row(width, tokens, seconds):
     facts = {"width": width, "layers": 2, "tokens": tokens, "model_bytes": 5000}
     times = {"factors": width**3.0, "total": width**3.0 + seconds}
-    return {**facts, "seconds": times, "first_seconds": 1.0, "peak_bytes": 100 + width**2}
+    return {**facts, "seconds": times, "peak_bytes": 100 + width**2, **FIRST}
 
 
 def test_growth_leaves_out_what_a_process_takes_without_work():
@@ -59,7 +62,7 @@ def test_the_smallest_sizes_run():
     found = json.loads(result.stdout)
     (case,) = found["cases"]
     assert [case[axis] for axis in AXES] == [128, 1, 16]
-    assert case["peak_bytes"] > found["bare_bytes"] > 1e7
+    assert min(case["first_peak_bytes"], case["peak_bytes"]) > found["bare_bytes"] > 1e7
     assert case["seconds"]["total"] > 0
     assert found["growth"]["width"]["total s"] == [None, None]
 
