@@ -1,6 +1,10 @@
 """Several devices share the work of a compression, and come to what one comes to."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -142,3 +146,20 @@ def test_the_command_line(tiny, text, tmp_path):  # noqa: F811
     found = run(*command, "--mesh", "data=4", "--json")
     assert found.exit_code == 0, found.stderr
     assert json.loads(found.stdout)["settings"]["mesh"] == "data=4"
+
+
+QUICK = ("factorize", "nbytes", "matmul", "eigenvalues", "stats.moments")
+
+
+@pytest.mark.parametrize(
+    "names", [pytest.param(QUICK, id="quick"), pytest.param((), id="all", marks=pytest.mark.slow)]
+)
+def test_functions_under_pmap_on_eight_devices(names):
+    """What a user's own pipeline may call on its devices: `pmapped.CASES`."""
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, str(Path(__file__).with_name("pmapped.py")), *names]
+    found = subprocess.run(
+        command, env=os.environ | flags, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "functions on 8 devices" in found.stdout
