@@ -165,14 +165,23 @@ def test_other_methods_and_meshes(model, tmp_path, method, options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dying", [(0, 10), (1, 60)])
-def test_death_of_the_first_and_of_elastic_models(model, tmp_path, dying):
+def test_the_death_of_the_first(model, whole):
+    """JAX itself ends the others then."""
+    first, second = job(model, model / "first", *LORD, dying=(0, 10))
+    assert first[0] == -signal.SIGKILL and second[0] != 0
+    assert "another" in second[2] or "coordination service" in second[2]
+    assert [code for code, _, _ in job(model, model / "first", *LORD)] == [0, 0]
+    assert contents(model / "first") == contents(whole[0])
+
+
+@pytest.mark.slow
+def test_elastic_models(model, whole):
     options = ("--method", "lord", "--elastic")
-    assert [code for code, _, _ in job(model, tmp_path / "whole", *options)] == [0, 0]
-    codes = [code for code, _, _ in job(model, tmp_path / "out", *options, dying=dying)]
-    assert codes[dying[0]] == -signal.SIGKILL and 0 not in codes
-    assert [code for code, _, _ in job(model, tmp_path / "out", *options)] == [0, 0]
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert job(model, model / "elastic", *options, dying=(1, 40))[0][0] == 2
+    assert [code for code, _, _ in job(model, model / "elastic", *options)] == [0, 0]
+    ours, theirs = elastic.load(model / "elastic", keep=0.6)[1], elastic.load(whole[0])[1]
+    for a, b in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_wrong_arguments_are_one_line(model, tmp_path):
