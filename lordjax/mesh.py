@@ -95,6 +95,23 @@ def share_rows(x: Any, mesh: Mesh | None) -> Any:
     return x if mesh is None else _place(x, _row_sharding(x.shape, mesh))
 
 
+def over_rows(run: Callable[..., Any], rows: int, mesh: Mesh | None) -> Callable[..., Any]:
+    """``run(parameters, *batches)``, each device on its own rows: for loops over rows.
+
+    The compiler would have every device run such a loop over all of them.
+    """
+    if mesh is None or AXIS not in mesh.shape or rows % mesh.shape[AXIS]:
+        return run
+
+    def each(parameters: Any, *batches: Any) -> Any:
+        specs = (PartitionSpec(), *[PartitionSpec(AXIS)] * len(batches))
+        out = PartitionSpec(AXIS)
+        own = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)
+        return own(parameters, *batches)
+
+    return each
+
+
 def own_rows(shape: tuple[int, ...], mesh: Mesh | None) -> slice:
     """Which rows of a batch of `share_rows` lie in this process."""
     if mesh is None:
