@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from lordjax import linalg, objective, trees
 from lordjax.calibrate import QUERIES, on_device, state_shapes
 from lordjax.collect import embed, observe, observe_gradients
-from lordjax.mesh import AXIS, Mesh, gathered, over_rows, share_rows
+from lordjax.mesh import AXIS, Mesh, gathered, over_rows, share_rows, shares
 from lordjax.methods import Method
 from lordjax.models.config import ModelConfig
 from lordjax.objective import loss_gradient
@@ -192,6 +192,7 @@ class _Sweeps:
                 stats,
                 config=config,
                 window=config.window(i),
+                shares=shares(len(states[j]), windows.mesh),
             )
             back[j] = share_rows(gradient, windows.mesh)
         self.work[key] = gathered(stats, windows.mesh)
