@@ -24,6 +24,7 @@ from jax.experimental import multihost_utils
 
 AUTO = "auto"  # in place of an address: the launcher knows
 PATIENCE = 300.0  # seconds that a process waits for the first one
+PIECE = 2**28  # bytes that processes exchange at a time
 # What a runtime says when a collective fails because of others: Gloo, NCCL, gRPC.
 BROKEN = re.compile(r"gloo|nccl|coordination|connection|unavailable|heartbeat|barrier|remote", re.I)
 
@@ -176,14 +177,23 @@ def _leave_at_once() -> None:
 
 def gather(data: bytes) -> list[bytes]:
     """What every process gave, in their order."""
-    length = multihost_utils.process_allgather(np.array([len(data)], np.int32))
-    lengths = np.asarray(length).ravel().tolist()
-    # Of few lengths, as each is compiled for.
-    room = 1 << max(8, (max(lengths) - 1).bit_length())
-    padded = np.zeros(room, np.uint8)
-    padded[: len(data)] = np.frombuffer(data, np.uint8)
-    rows = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(lengths), room)
-    return [row[:length].tobytes() for row, length in zip(rows, lengths, strict=True)]
+    halves = _rows(np.array(divmod(len(data), 1 << 16), np.uint32))  # jax has no 64 bits
+    lengths = [int(high) << 16 | int(low) for high, low in halves]
+    found = [bytearray() for _ in lengths]
+    for start in range(0, max(lengths), PIECE):
+        sizes = [min(max(length - start, 0), PIECE) for length in lengths]
+        # Of few lengths, as each is compiled for.
+        padded = np.zeros(1 << max(8, (max(sizes) - 1).bit_length()), np.uint8)
+        piece = np.frombuffer(data[start : start + PIECE], np.uint8)
+        padded[: len(piece)] = piece
+        for own, row, size in zip(found, _rows(padded), sizes, strict=True):
+            own += row[:size].tobytes()
+    return [bytes(own) for own in found]
+
+
+def _rows(array: np.ndarray) -> np.ndarray:
+    """The vectors of all processes, which have one length."""
+    return np.asarray(multihost_utils.process_allgather(array)).reshape(count(), -1)
 
 
 def tell(value: Any) -> list[Any]:
