@@ -41,6 +41,7 @@ def test_the_second_run_compiles_nothing(tiny, tmp_path, always):  # noqa: F811
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == written
 
 
+@pytest.mark.slow
 def test_variables_of_jax_win(tiny, tmp_path, always):  # noqa: F811
     own = tmp_path / "own"
     home = tmp_path / "home"

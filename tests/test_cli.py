@@ -400,11 +400,12 @@ def few_formats(monkeypatch):
             (4, 5),
             marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             "auto",
             ("--budget-bytes", LINEAR // 2, "--factors", "dense"),
             {"nf_quantized"},
             (3, 4),
+            marks=pytest.mark.slow,
         ),
         ("lord", ("--keep", "0.6", "--factors", "nf8"), {"low_rank"}, (8, 16)),
     ],

@@ -54,9 +54,9 @@ def check(result, original, directory):
 
 
 def pairs(methods, often):
-    """Every method on two blocks, every block with ``often``; all other pairs are slow."""
+    """Every method on one block, every block with ``often``; all other pairs are slow."""
     for method, block in itertools.product(methods, BLOCKS):
-        quick = method in often or block in ("gpt2", "gemma3")
+        quick = method in often or block == "gpt2"
         yield pytest.param(method, block, marks=[] if quick else pytest.mark.slow)
 
 

@@ -101,8 +101,12 @@ def test_round_trip_with_rotary_indices(tmp_path, method):
     assert all(a.dtype == np.int32 and a.shape[0] == CONFIG.num_kv_heads for a in index)
 
 
-@pytest.mark.parametrize("config", [BIASED, STATIC], ids=["biased", "static"])
-@pytest.mark.parametrize("method", ["modegpt-cr", "modegpt"])
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(BIASED, marks=pytest.mark.slow), STATIC],
+    ids=["biased", "static"],
+)
+@pytest.mark.parametrize("method", ["modegpt-cr", pytest.param("modegpt", marks=pytest.mark.slow)])
 def test_a_compressed_model_is_compressed_again(config, method):
     first = compress(InMemory(config, model(config)), TOKENS, method=method, keep=0.8)
     again = compress(InMemory(config, first.params), TOKENS, method=method, keep=0.8)

@@ -307,6 +307,7 @@ def test_times_below_a_trace_and_warns_of_what_fails(one_gpu):
     assert found == [FEW]
 
 
+@pytest.mark.slow
 def test_the_script_times_every_way(monkeypatch):
     monkeypatch.setattr(nf_choice, "candidates", lambda rows: [FEW])
     host = ["--shapes", "64x16", "--rows", "1", "--dtype", "float32", "--json"]

@@ -83,8 +83,8 @@ def make(run, directory):
         output.finish(result, hf_config={"model_type": "llama"})
 
 
-# The others keep nothing that these do not.
-QUICK = ("lord", "modegpt-published", "rom", "ranks", "auto")
+# The others keep nothing that these do not, or take long (auto: tables of formats).
+QUICK = ("lord", "modegpt-published", "rom", "ranks")
 KILLED = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in RUNS]
 
 
