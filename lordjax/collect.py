@@ -158,7 +158,9 @@ def observe_pair(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "window"), donate_argnames=("stats",))
+@functools.partial(
+    jax.jit, static_argnames=("config", "window", "shares"), donate_argnames=("stats",)
+)
 def observe_gradients(
     block: Any,
     x: Float[Array, "b s m"],
@@ -169,6 +171,7 @@ def observe_gradients(
     *,
     config: ModelConfig,
     window: int | None,
+    shares: int = 1,
 ) -> tuple[Float[Array, "b s m"], dict[str, dict[str, Any]]]:
     """Runs a block backwards and adds the gradients at its linear outputs.
 
@@ -189,6 +192,7 @@ def observe_gradients(
         all of them without rotary positions.
       config: the architecture.
       window: sliding window of this layer.
+      shares: how many devices share the rows; what is done window by window each does with its own.
 
     Returns:
       Gradient at the block's input, and the accumulators.
@@ -213,7 +217,7 @@ def observe_gradients(
     zero |= {tap: jnp.zeros((*x.shape[:2], queries), x.dtype) for tap in gates}
     _, pull, taps = jax.vjp(run, x, zero, has_aux=True)
     grad_x, grads = pull(cotangent)
-    return grad_x, _add_gradients(stats, sites, taps, grads, bases, mask)
+    return grad_x, _add_gradients(stats, sites, taps, grads, bases, mask, shares)
 
 
 def _add_gradients(
@@ -223,6 +227,7 @@ def _add_gradients(
     grads: Mapping[str, Array],
     bases: Mapping[str, Any],
     mask: Bool[Array, "b s"] | None,
+    shares: int,
 ) -> dict[str, dict[str, Any]]:
     """Accumulators of `observe_gradients` with one batch more, from activations and gradients."""
 
@@ -233,13 +238,20 @@ def _add_gradients(
         return moment.update(g, mask)
 
     def fisher(path: str, total: Array) -> Array:
-        def window(total: Array, pair: tuple[Array, Array]) -> tuple[Array, None]:
-            gradient = jnp.matmul(pair[0].T, pair[1], precision="highest")
-            return total + (gradient**2 if total.ndim == 2 else jnp.sum(gradient**2, axis=1)), None
+        def window(totals: Array, pair: tuple[Array, Array]) -> tuple[Array, None]:
+            gradient = jnp.matmul(jnp.swapaxes(pair[0], 1, 2), pair[1], precision="highest")
+            square = gradient**2
+            return totals + (square if total.ndim == 2 else jnp.sum(square, axis=-1)), None
+
+        def cut(a: Array) -> Array:  # [windows of a share, shares, ...]
+            return jnp.swapaxes(a.reshape(shares, -1, *a.shape[1:]), 0, 1)
 
         # One after the other: weight gradients of a whole batch may not fit.
         site = sites[path]
-        return jax.lax.scan(window, total, (taps[site.input_tap], grads[site.output_tap]))[0]
+        others = jnp.zeros((shares - 1, *total.shape), total.dtype)
+        start = jnp.concatenate([total[None], others])
+        pairs = (cut(taps[site.input_tap]), cut(grads[site.output_tap]))
+        return jnp.sum(jax.lax.scan(window, start, pairs)[0], axis=0)
 
     def weighted_inputs(path: str, total: SecondMoment) -> SecondMoment:
         return total.update(taps[sites[path].input_tap], energy(grads[sites[path].output_tap]))

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from lordjax import linalg, objective, trees
 from lordjax.calibrate import QUERIES, on_device, state_shapes
 from lordjax.collect import embed, observe, observe_gradients
-from lordjax.mesh import AXIS, gathered, share_rows
+from lordjax.mesh import AXIS, Mesh, gathered, over_rows, share_rows, shares
 from lordjax.methods import Method
 from lordjax.models.config import ModelConfig
 from lordjax.objective import loss_gradient
@@ -134,10 +134,12 @@ class _Sweeps:
         before, after = 2 * layers * number, 2 * layers * (count - number - 1)
         if back.at is None:
             self._forward(windows, states, before, after + layers)
-            rest = self.rest()
+            rest, step = self.rest(), loss_gradient
+            if windows.mesh is not None:
+                step = functools.partial(_shared_gradient, mesh=windows.mesh)
             for j, batch in enumerate(windows.batches()):
                 goals = objective.targets(config, *batch)
-                gradient = loss_gradient(rest, states[j], goals, config=config)
+                gradient = step(rest, states[j], goals, config=config)
                 back[j] = share_rows(gradient, windows.mesh)
             del rest
             back.commit(layers)
@@ -190,9 +192,17 @@ class _Sweeps:
                 stats,
                 config=config,
                 window=config.window(i),
+                shares=shares(len(states[j]), windows.mesh),
             )
             back[j] = share_rows(gradient, windows.mesh)
         self.work[key] = gathered(stats, windows.mesh)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "mesh"))
+def _shared_gradient(rest: Any, x: Any, goals: Any, *, config: ModelConfig, mesh: Mesh) -> Any:
+    """`loss_gradient` of a batch of `share_rows`."""
+    run = functools.partial(loss_gradient, config=config)
+    return over_rows(run, len(x), mesh)(rest, x, goals)
 
 
 @jax.jit

@@ -12,7 +12,9 @@ import contextlib
 import json
 import os
 import re
+import socket
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
@@ -21,6 +23,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 AUTO = "auto"  # in place of an address: the launcher knows
+PATIENCE = 300.0  # seconds that a process waits for the first one
+PIECE = 2**28  # bytes that processes exchange at a time
 # What a runtime says when a collective fails because of others: Gloo, NCCL, gRPC.
 BROKEN = re.compile(r"gloo|nccl|coordination|connection|unavailable|heartbeat|barrier|remote", re.I)
 
@@ -63,8 +67,9 @@ def job(
         yield
         return
     try:
-        _join(coordinator, process_id, num_processes)
-        yield
+        with _quiet_stdout():
+            _join(coordinator, process_id, num_processes)
+            yield
     except jax.errors.JaxRuntimeError as error:
         _leave_at_once()
         if BROKEN.search(str(error)) is None:
@@ -76,6 +81,20 @@ def job(
     except BaseException:
         _leave_at_once()
         raise
+
+
+@contextlib.contextmanager
+def _quiet_stdout() -> Iterator[None]:
+    """What is printed goes to stderr: Gloo prints who is connected, and stdout is for results."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _check(coordinator: str | None, process_id: int | None, num_processes: int | None) -> None:
@@ -101,6 +120,7 @@ def _check(coordinator: str | None, process_id: int | None, num_processes: int |
 
 def _join(coordinator: str, process_id: int | None, num_processes: int | None) -> None:
     if coordinator != AUTO:
+        _reach(coordinator, process_id == 0)
         jax.distributed.initialize(
             coordinator, num_processes, process_id, cluster_detection_method="deactivate"
         )
@@ -112,6 +132,36 @@ def _join(coordinator: str, process_id: int | None, num_processes: int | None) -
             f"--coordinator {AUTO}: no launcher that JAX knows has started this process ({error}); "
             "give HOST:PORT, --process-id and --num-processes"
         ) from error
+
+
+def _reach(coordinator: str, own: bool) -> None:
+    """Raises ConnectionError if there is nobody at an address; of one's own, if there is somebody.
+
+    JAX ends the process instead.
+    """
+    host, port = coordinator.rsplit(":", 1)
+    if own:
+        with socket.socket() as there:
+            there.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                there.bind(("", int(port)))
+            except OSError as error:
+                raise ConnectionError(
+                    f"--coordinator {coordinator}: port {port} of this machine cannot be used "
+                    f"({error}); choose another one for all processes"
+                ) from error
+        return
+    end = time.monotonic() + PATIENCE
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=1).close()
+            return
+        except OSError as error:
+            if time.monotonic() > end:
+                raise ConnectionError(
+                    f"--coordinator {coordinator}: process 0 cannot be reached there ({error})"
+                ) from error
+        time.sleep(0.1)
 
 
 def _leave_at_once() -> None:
@@ -127,14 +177,23 @@ def _leave_at_once() -> None:
 
 def gather(data: bytes) -> list[bytes]:
     """What every process gave, in their order."""
-    length = multihost_utils.process_allgather(np.array([len(data)], np.int32))
-    lengths = np.asarray(length).ravel().tolist()
-    # Of few lengths, as each is compiled for.
-    room = 1 << max(8, (max(lengths) - 1).bit_length())
-    padded = np.zeros(room, np.uint8)
-    padded[: len(data)] = np.frombuffer(data, np.uint8)
-    rows = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(lengths), room)
-    return [row[:length].tobytes() for row, length in zip(rows, lengths, strict=True)]
+    halves = _rows(np.array(divmod(len(data), 1 << 16), np.uint32))  # jax has no 64 bits
+    lengths = [int(high) << 16 | int(low) for high, low in halves]
+    found = [bytearray() for _ in lengths]
+    for start in range(0, max(lengths), PIECE):
+        sizes = [min(max(length - start, 0), PIECE) for length in lengths]
+        # Of few lengths, as each is compiled for.
+        padded = np.zeros(1 << max(8, (max(sizes) - 1).bit_length()), np.uint8)
+        piece = np.frombuffer(data[start : start + PIECE], np.uint8)
+        padded[: len(piece)] = piece
+        for own, row, size in zip(found, _rows(padded), sizes, strict=True):
+            own += row[:size].tobytes()
+    return [bytes(own) for own in found]
+
+
+def _rows(array: np.ndarray) -> np.ndarray:
+    """The vectors of all processes, which have one length."""
+    return np.asarray(multihost_utils.process_allgather(array)).reshape(count(), -1)
 
 
 def tell(value: Any) -> list[Any]:

@@ -82,6 +82,12 @@ def _place(array: Any, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
 
+def shares(rows: int, mesh: Mesh | None) -> int:
+    """Into how many parts `share_rows` cuts a batch: as many as `AXIS` has, or one."""
+    count = 1 if mesh is None else mesh.shape.get(AXIS, 1)
+    return 1 if rows % count else count
+
+
 def _row_sharding(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     even = AXIS in mesh.shape and shape[0] % mesh.shape[AXIS] == 0
     return NamedSharding(mesh, PartitionSpec(AXIS if even else None))
@@ -93,6 +99,23 @@ def share_rows(x: Any, mesh: Mesh | None) -> Any:
     Without a mesh, as it is.
     """
     return x if mesh is None else _place(x, _row_sharding(x.shape, mesh))
+
+
+def over_rows(run: Callable[..., Any], rows: int, mesh: Mesh | None) -> Callable[..., Any]:
+    """``run(parameters, *batches)``, each device on its own rows: for loops over rows.
+
+    The compiler would have every device run such a loop over all of them.
+    """
+    if mesh is None or shares(rows, mesh) == 1:
+        return run
+
+    def each(parameters: Any, *batches: Any) -> Any:
+        specs = (PartitionSpec(), *[PartitionSpec(AXIS)] * len(batches))
+        out = PartitionSpec(AXIS)
+        own = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)
+        return own(parameters, *batches)
+
+    return each
 
 
 def own_rows(shape: tuple[int, ...], mesh: Mesh | None) -> slice:

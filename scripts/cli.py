@@ -270,8 +270,8 @@ def compress(
 
     with job(coordinator, process_id, num_processes):
         result = compress_model(**settings)
-        if leads():
-            output(result, as_json, show)
+    if leads():
+        output(result, as_json, show)
 
 
 @cli.command()

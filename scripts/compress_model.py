@@ -59,18 +59,18 @@ def compress_model(
     run, settings, needs_tokens, share = _job(method, options)
     run, settings = _on_mesh(run, settings, options["mesh"])
     opened = _open_original(model, directory, share, options["dtype"])
-    write_tokenizer = tokenizer_writer(opened)
+    write_tokenizer = tokenizer_writer(opened) if hosts.leads() else None
     is_elastic = "elastic" in settings
     tokens, facts, masks = None, None, None
     if needs_tokens:
-        if calibration is None:
+        if calibration is None and hosts.leads():
             say("calibrating on the sources of Python's standard library (--calibration to change)")
         masks = mask_token(opened)
         tokens, facts = read_tokens(
             opened, calibration, seq_len=seq_len, samples=samples, seed=seed
         )
         facts |= objective_protocol(opened.config, masks)
-    elif calibration is not None:
+    elif calibration is not None and hosts.leads():
         say(f"note: method {method!r} as asked for needs no calibration; {calibration} is not read")
     settings = {
         "model": model,

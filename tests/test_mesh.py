@@ -1,6 +1,10 @@
 """Several devices share the work of a compression, and come to what one comes to."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -87,6 +91,34 @@ def test_rows_that_do_not_divide_lie_everywhere():
     assert results[0] == results[1]
 
 
+@pytest.mark.slow
+def test_weight_gradients_of_windows_are_those_of_one_device():
+    """Each device squares and adds those of its own windows."""
+    one, four = (
+        gradient_statistics(
+            MODEL, checked(MODEL.config, TOKENS, None, 4, mesh=m), METHODS["fwsvd"], Clock()
+        )
+        for m in (None, mesh.make_mesh({"data": 4}))
+    )
+    for i, stats in one.items():
+        for path, fisher in stats["row_fisher"].items():
+            found = four[i]["row_fisher"][path]
+            assert np.abs(found - fisher).max() <= 1e-5 * np.abs(fisher).max()
+
+
+def test_each_device_loops_over_its_own_rows():
+    devices, seen = mesh.make_mesh({"data": 4}), []
+
+    def run(scale, x):
+        seen.append(x.shape)
+        return scale * x
+
+    for rows, own in ((8, 2), (6, 6)):  # what does not divide is run as a whole
+        x = np.arange(3 * rows, dtype=np.float32).reshape(rows, 3)
+        np.testing.assert_array_equal(mesh.over_rows(run, rows, devices)(2.0, x), 2 * x)
+        assert seen.pop() == (own, 3)
+
+
 def test_a_block_is_shared_out_by_rules():
     devices = mesh.make_mesh({"data": 1, "model": 4})
     shared = trees.flatten(on_device(MODEL.block(0), devices))
@@ -142,3 +174,20 @@ def test_the_command_line(tiny, text, tmp_path):  # noqa: F811
     found = run(*command, "--mesh", "data=4", "--json")
     assert found.exit_code == 0, found.stderr
     assert json.loads(found.stdout)["settings"]["mesh"] == "data=4"
+
+
+QUICK = ("factorize", "nbytes", "matmul", "eigenvalues", "stats.moments")
+
+
+@pytest.mark.parametrize(
+    "names", [pytest.param(QUICK, id="quick"), pytest.param((), id="all", marks=pytest.mark.slow)]
+)
+def test_functions_under_pmap_on_eight_devices(names):
+    """What a user's own pipeline may call on its devices: `pmapped.CASES`."""
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, str(Path(__file__).with_name("pmapped.py")), *names]
+    found = subprocess.run(
+        command, env=os.environ | flags, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "functions on 8 devices" in found.stdout

@@ -734,13 +734,13 @@ def test_dead_value_directions_are_harmless():
 # --- all ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(n for n, m in METHODS.items() if m.modules))
-def test_modules_are_jittable_and_read_only_what_they_declare(name):
+def problems():
+    """Kind of module -> its kernels, and every statistic that a method may ask for."""
     z, mlp_kernels = mlp_problem()
     x, qk_kernels = qk_problem()
     vo_kernels, vx, probabilities = vo_problem()
     values = mixed(vo_kernels, vx, probabilities)
-    problems = {
+    return {
         "mlp": (mlp_kernels, {"moments": moments(z), "gradients": gradients(10)}),
         "qk": (
             qk_kernels,
@@ -759,8 +759,13 @@ def test_modules_are_jittable_and_read_only_what_they_declare(name):
             },
         ),
     }
+
+
+@pytest.mark.parametrize("name", sorted(n for n, m in METHODS.items() if m.modules))
+def test_modules_are_jittable_and_read_only_what_they_declare(name):
+    given_problems = problems()
     for kind, module in METHODS[name].modules.items():
-        kernels, stats = problems[kind]
+        kernels, stats = given_problems[kind]
         arrays = {n: jnp.asarray(a) for n, a in kernels.items()}
         given = {need: stats[need] for need in module.needs}
         eager, jitted = module.factor(arrays, given), jax.jit(module.factor)(arrays, given)
