@@ -43,9 +43,9 @@ def on_device(tree: Any, mesh: devices.Mesh | None = None) -> Any:
         return asarray(a, jnp.float32 if jnp.issubdtype(a.dtype, jnp.floating) else a.dtype)
 
     tree = jax.tree.map(put, tree)
-    if not devices.cuts(mesh):
-        return tree
-    return trees.unflatten(devices.share_block(trees.flatten(tree), mesh))
+    if devices.cuts(mesh):
+        return trees.unflatten(devices.share_block(trees.flatten(tree), mesh))
+    return tree
 
 
 def embedded(source: Source, calibration: Calibration) -> Iterator[Any]:

@@ -16,7 +16,7 @@ import functools
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import jax
 import numpy as np
@@ -141,14 +141,14 @@ def give_rows(rows: Any, shape: tuple[int, ...], mesh: Mesh | None) -> Any:
         return rows
     first = own_rows(shape, mesh).start
 
-    def part(index: tuple[slice, ...]) -> Any:
+    def part(index: Any) -> Any:
         start, stop, _ = index[0].indices(shape[0])
         return rows[start - first : stop - first]
 
     return jax.make_array_from_callback(shape, _row_sharding(shape, mesh), part)
 
 
-def cuts(mesh: Mesh | None) -> bool:
+def cuts(mesh: Mesh | None) -> TypeGuard[Mesh]:
     """Whether blocks are cut into parts; else the compiler copies them where they are needed."""
     return mesh is not None and MODEL in mesh.shape
 
