@@ -286,6 +286,8 @@ def unpack(words: UInt[Array, "words"], bits: int, count: int) -> UInt[Array, "n
         places = jnp.arange(WORD, dtype=jnp.uint32)[None, None]
         planes = (words.reshape(-1, 3, 1) >> places) & 1
         codes = planes[:, 0] | planes[:, 1] << 1 | planes[:, 2] << 2
+    elif bits == 8:  # bytes are there: nothing to compute
+        codes = lax.bitcast_convert_type(words, jnp.uint8)
     else:
         shifts = bits * jnp.arange(WORD // bits, dtype=jnp.uint32)[None]
         codes = (words[:, None] >> shifts) & (2**bits - 1)

@@ -14,6 +14,7 @@ import functools
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -21,7 +22,9 @@ from jaxtyping import Array, Float
 
 from lordjax import nf, order
 
-TILE = 2**19  # decoded values: 2 MB, of which two cores each hold a half in their caches
+TILE = 2**18  # decoded values: 1 MB, of which two cores each hold a half in their caches
+ROW_TILE = 2**20  # weights of which one row's products are found in one go
+FEW = 32  # rows up to which a tile is multiplied as it lies
 LEAST = 8  # rows of a tile; shorter ones are not worth a turn of the loop
 
 
@@ -33,7 +36,7 @@ def supported(quantized: Any) -> bool:
         quantized.codes.ndim == 1
         and whole
         and fan_in % form.block == 0
-        and _tile_rows(fan_in, quantized.fan_out) >= min(LEAST, quantized.fan_out)
+        and _tile_rows(fan_in, quantized.fan_out, TILE) >= min(LEAST, quantized.fan_out)
     )
 
 
@@ -43,27 +46,49 @@ def product(x: Float[Array, "... in"], quantized: Any) -> Float[Array, "... out"
     codes, scales = _after(x, quantized)
     if len(rows) == 1 and _group(quantized.format):
         y = _one_row(rows[0], codes, scales, quantized)[None].astype(x.dtype)
+    elif len(rows) <= FEW:
+        y = _few_rows(rows, codes, scales, quantized)
     else:
-        tiles, tables = _tiles(codes, scales, quantized)
-        inputs = [rows[:, k :: len(tables)] for k in range(len(tables))]
-
-        height = tiles[0].shape[1]
-
-        def product_of(tile: tuple[Array, Array]) -> Array:
-            decoded = _decoded(tile[0], tile[1], tables, x.dtype)
-            parts = (a @ w.T for a, w in zip(inputs, decoded, strict=True))
-            return functools.reduce(jnp.add, parts)
-
-        def turn(y: Array, numbered: tuple[Array, tuple[Array, Array]]) -> tuple[Array, None]:
-            number, tile = numbered
-            return lax.dynamic_update_slice_in_dim(y, product_of(tile), number * height, 1), None
-
-        if len(tiles[0]) == 1:  # a loop of one turn takes longer to compile
-            y = product_of((tiles[0][0], tiles[1][0]))
-        else:
-            y = _zeros_after(x, (len(rows), quantized.fan_out))
-            y, _ = lax.scan(turn, y, (jnp.arange(len(tiles[0])), tiles))
+        y = _many_rows(rows, codes, scales, quantized)
     return y.reshape(*x.shape[:-1], quantized.fan_out)
+
+
+def _few_rows(rows: Array, codes: Array, scales: Array, quantized: Any) -> Array:
+    """``rows @ W`` as the transpose of ``W.T @ rows.T``, for which a tile needs no repacking."""
+    tiles, tables = _tiles(codes, scales, quantized)
+    inputs = [rows[:, k :: len(tables)].T for k in range(len(tables))]
+
+    def part(tile: tuple[Array, Array]) -> Array:
+        decoded = _decoded(*tile, tables, rows.dtype)
+        return functools.reduce(jnp.add, map(jnp.matmul, decoded, inputs))
+
+    return _mapped(part, tiles).reshape(quantized.fan_out, len(rows)).T
+
+
+def _many_rows(rows: Array, codes: Array, scales: Array, quantized: Any) -> Array:
+    """``rows @ W``, whose columns are written tile by tile."""
+    tiles, tables = _tiles(codes, scales, quantized)
+    inputs = [rows[:, k :: len(tables)] for k in range(len(tables))]
+    height = tiles[0].shape[1]
+
+    def turn(y: Array, numbered: tuple[Array, tuple[Array, Array]]) -> tuple[Array, None]:
+        number, tile = numbered
+        decoded = _decoded(*tile, tables, rows.dtype)
+        parts = (a @ w.T for a, w in zip(inputs, decoded, strict=True))
+        part = functools.reduce(jnp.add, parts)
+        return lax.dynamic_update_slice_in_dim(y, part, number * height, 1), None
+
+    y = _zeros_after(rows, (len(rows), quantized.fan_out))
+    if len(tiles[0]) == 1:
+        return turn(y, (jnp.int32(0), (tiles[0][0], tiles[1][0])))[0]
+    return lax.scan(turn, y, (jnp.arange(len(tiles[0])), tiles))[0]
+
+
+def _mapped(fn: Any, tiles: tuple[Array, Array]) -> Array:
+    """``fn`` of every tile; a loop of one turn would take longer to compile."""
+    if len(tiles[0]) == 1:
+        return fn((tiles[0][0], tiles[1][0]))
+    return lax.map(fn, tiles)
 
 
 def transposed_product(g: Float[Array, "... out"], quantized: Any) -> Float[Array, "... in"]:
@@ -103,9 +128,9 @@ def _zeros_after(x: Array, shape: tuple[int, ...]) -> Array:
     return jnp.broadcast_to(order.never(x).astype(x.dtype), shape)
 
 
-def _tile_rows(fan_in: int, fan_out: int) -> int:
-    """The largest divisor of ``fan_out`` with which a tile is no larger than `TILE`."""
-    limit = max(1, TILE // fan_in)
+def _tile_rows(fan_in: int, fan_out: int, tile: int) -> int:
+    """The largest divisor of ``fan_out`` with which a tile is no larger than ``tile``."""
+    limit = max(1, tile // fan_in)
     return max(d for d in range(1, min(limit, fan_out) + 1) if fan_out % d == 0)
 
 
@@ -126,7 +151,7 @@ def _tiles(codes: Array, scales: Array, quantized: Any) -> tuple[tuple[Array, Ar
         places = nf.unpack(codes, bits, fan_in * fan_out)
     else:
         places = lax.bitcast_convert_type(codes, jnp.uint8)
-    height = _tile_rows(fan_in, fan_out)
+    height = _tile_rows(fan_in, fan_out, TILE)
     places = places.reshape(fan_out // height, height, -1)
     tables = [jnp.asarray(table) for table in _tables(bits)]
     return (places, scales.reshape(*places.shape[:2], -1)), tables
@@ -157,16 +182,48 @@ def _group(form: nf.Format) -> bool:
 
 def _one_row(x: Array, codes: Array, scales: Array, quantized: Any) -> Array:
     """``x [in] @ W``, float32."""
-    form = quantized.format
-    per_word = nf.WORD // form.bits
-    words = codes.reshape(quantized.fan_out, -1)
-    table = jnp.asarray(nf.levels(form.bits))
-    inputs = x.astype(jnp.float32).reshape(-1, per_word).T
+    bits, rows = quantized.format.bits, quantized.fan_out
+    # Transposed here, once: a division is not repeated for every row of the matrix.
+    inputs = x.astype(jnp.float32).reshape(-1, nf.WORD // bits).T
+    inputs /= jnp.maximum(((inputs != inputs) & (inputs == inputs)).astype(jnp.float32), 1)
+    words = codes.reshape(rows, -1)
+    ones = jnp.ones(words.shape[1], jnp.float32)
 
-    def part(place: int) -> Array:
-        found = words >> np.uint32(form.bits * place) & np.uint32(2**form.bits - 1)
-        return _taken(table, found) * inputs[place : place + 1]
+    def sums(tile: tuple[Array, Array]) -> Array:
+        words, scales = tile
+        # A product with ones: XLA would take a sum for the centre of a fusion of its own.
+        return (_word_products(words, inputs, bits) * _wide(scales, len(ones))) @ ones
 
-    sums = functools.reduce(jnp.add, map(part, range(per_word)))
-    # A product with ones: XLA's sums over one axis of two take ten times as long.
-    return (sums * _wide(scales, words.shape[1])) @ jnp.ones(words.shape[1], jnp.float32)
+    height = _tile_rows(quantized.fan_in, rows, ROW_TILE)
+    tiles = (words.reshape(-1, height, len(ones)), scales.reshape(rows // height, height, -1))
+    return _mapped(sums, tiles).reshape(rows)
+
+
+def _word_products(words: Array, inputs: Array, bits: int) -> Array:
+    """Levels of the codes in words ``[rows, w]`` times inputs ``[codes per word, w]``, summed."""
+    terms = []
+    for byte in range(nf.WORD // 8):
+        index = words >> np.uint32(8 * byte) & np.uint32(255)
+        found = [level for table in _byte_tables(bits) for level in _levels(table, index)]
+        parts = inputs[byte * len(found) : (byte + 1) * len(found)]
+        terms += [level * part[None] for level, part in zip(found, parts, strict=True)]
+    return functools.reduce(jnp.add, terms)
+
+
+def _byte_tables(bits: int) -> list[np.ndarray]:
+    """Levels of the codes in a byte, first to last: one, or pairs ``[256, 2]``."""
+    tables = _tables(bits)
+    if bits == 8:
+        return tables
+    return [np.stack(pair, 1) for pair in zip(tables[::2], tables[1::2], strict=True)]
+
+
+def _levels(table: np.ndarray, index: Array) -> list[Array]:
+    """``table[index]``, a level or two that are read at once, as the bits of one float64."""
+    if table.ndim == 1:
+        return [_taken(jnp.asarray(table), index)]
+    with jax.enable_x64(True):
+        found = _taken(jnp.asarray(table.view(np.float64)[:, 0]), index)
+        pair = lax.bitcast_convert_type(found, jnp.uint64)
+        halves = pair.astype(jnp.uint32), (pair >> np.uint64(32)).astype(jnp.uint32)
+        return [lax.bitcast_convert_type(half, jnp.float32) for half in halves]
