@@ -50,10 +50,10 @@ Arrays = Mapping[str, Array]
 
 
 def _metric(stats: Mapping[str, Any]) -> Callable[[Float[Array, "n m"]], Float[Array, "n m"]]:
-    """Rows times ``M^½`` of the gradient metric; as they are without gradients."""
+    """Rows times a root of the gradient metric M; as they are without gradients."""
     if "gradients" not in stats:
         return lambda rows: rows
-    root, _ = linalg.sqrt_pair(stats["gradients"].second_moment(), linalg.GRADIENT_DAMPING)
+    root, _ = linalg.root_pair(stats["gradients"].second_moment(), linalg.GRADIENT_DAMPING)
     return lambda rows: mm(rows, root)
 
 
