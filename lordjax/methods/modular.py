@@ -41,6 +41,7 @@ from jaxtyping import Array, Float, Int
 
 from lordjax import linalg
 from lordjax.linalg import mm
+from lordjax.methods import mlp_on_host
 from lordjax.methods.base import Module, ModuleFactors
 
 RIDGE = 1e-4  # of the leverage scores, relative to the mean energy of a column
@@ -339,8 +340,11 @@ def narrow_value_output(
 
 def mlp_module(needs: tuple[str, ...], **options: Any) -> Module:
     """A `Module` of `mlp`."""
-    bias = options.get("intercept", False)
-    return Module(functools.partial(mlp, **options), narrow_mlp, needs, bias=bias)
+    bias, score, host = options.get("intercept", False), options["score"], {}
+    if score in mlp_on_host.SCORES and options.get("fit", True):
+        run = functools.partial(mlp_on_host.mlp, score=score, ridge=RIDGE, intercept=bias)
+        host = {"host": run, "host_work": functools.partial(mlp_on_host.work, score=score)}
+    return Module(functools.partial(mlp, **options), narrow_mlp, needs, bias=bias, **host)
 
 
 def query_key_module(needs: tuple[str, ...], **options: Any) -> Module:
