@@ -23,7 +23,7 @@ from lordjax.calibrate import (
 from lordjax.gradients import site_gradients
 from lordjax.kernels import LowRank, NFQuantized, is_kernel
 from lordjax.mesh import Mesh, map_kernels
-from lordjax.methods import METHODS, Factors, ModuleFactors, method_at, truncate
+from lordjax.methods import METHODS, Factors, Module, ModuleFactors, method_at, truncate
 from lordjax.modules import gather, scatter, site_size, widen
 from lordjax.plan import Size
 from lordjax.progress import Clock
@@ -49,6 +49,14 @@ def factor_program(method: str, kind: str) -> Any:
     return jax.jit(run)
 
 
+def on_host(method: str, kind: str) -> Module | None:
+    """The module of a kind of site, if it is factored on the host: where all arrays are there."""
+    module = METHODS[method].modules.get(kind)
+    if module is None or module.host is None or jax.default_backend() != "cpu":
+        return None
+    return module
+
+
 def factor_site(method: str, site: Site, path: str, kernels: Any, stats: Any) -> AnyFactors:
     """A method's factors of one site, computed in float64, as float32 arrays on the host.
 
@@ -65,14 +73,22 @@ def factor_site(method: str, site: Site, path: str, kernels: Any, stats: Any) ->
     Raises:
       ValueError: if a factor is not finite; names the site.
     """
-    return _finished(method, path, kernels, _started(method, site, kernels, stats))
+    return _finished(method, path, kernels, _started(method, site, kernels, dict(stats)))
 
 
-def _started(method: str, site: Site, kernels: Any, stats: Any) -> AnyFactors:
-    """The factors of a site while they are computed, on a device."""
+def _started(
+    method: str, site: Site, kernels: Any, stats: dict[str, Any], mesh: Mesh | None = None
+) -> AnyFactors:
+    """The factors of a site while they are computed, on a device; ``stats`` may be emptied.
+
+    Devices of a mesh take turns, and processes tell from shapes what others do: no work on hosts.
+    """
+    module = None if mesh is not None else on_host(method, site.kind)
+    if module is not None and module.host is not None:
+        return module.host(kernels, stats)
     name = method_at(method, site.layer) if site.kind == "linear" else method
     with jax.enable_x64(True):
-        return factor_program(name, site.kind)(kernels, dict(stats))
+        return factor_program(name, site.kind)(kernels, stats)
 
 
 def _finished(method: str, path: str, kernels: Any, running: AnyFactors) -> AnyFactors:
@@ -151,6 +167,7 @@ def factor_all(
         inputs = {
             site: {name: stats[key] for name, key in keys[site.path].items()} for site in left_sites
         }
+        del stats  # a site's sums go when it is factored
         made = _factor_block(
             method, i, block, inputs, gradients.get(i, {}), config, clock, calibration.mesh
         )
@@ -169,21 +186,24 @@ def _factor_block(
     method: str,
     i: int,
     block: Mapping[str, Any],
-    inputs: Mapping[Site, dict[str, Any]],
+    inputs: dict[Site, dict[str, Any]],
     gradients: Mapping[str, Mapping[str, Any]],
     config: Any,
     clock: Clock,
     mesh: Mesh | None,
 ) -> Iterator[tuple[str, AnyFactors]]:
-    """Path and factors of the sites of ``inputs``, on the devices of a mesh in turn."""
+    """Path and factors of the sites of ``inputs``, on the devices of a mesh in turn.
+
+    ``inputs`` is emptied.
+    """
 
     def start(site: Site) -> AnyFactors:
         with clock.part(f"factors of {site.kind} sites"):
             kernels = site_kernels(site, block, config)
-            stats = inputs[site] | site_gradients(gradients, METHODS[method], site, kernels)
-            return _started(method, site, kernels, stats)
+            stats = inputs.pop(site) | site_gradients(gradients, METHODS[method], site, kernels)
+            return _started(method, site, kernels, stats, mesh)
 
-    for site, running in map_kernels(start, inputs, mesh):
+    for site, running in map_kernels(start, list(inputs), mesh):
         path = site_path(i, site)
         with clock.part(f"factors of {site.kind} sites"):
             found = _finished(method, path, site_kernels(site, block, config), running)

@@ -22,9 +22,11 @@ import jax
 
 from lordjax import flops, trees
 from lordjax.allocation import INFLUENCED
+from lordjax.factoring import on_host
 from lordjax.flops import Work
 from lordjax.gradients import STATE_BYTES
 from lordjax.kernels import LowRank, is_kernel, nbytes, weights
+from lordjax.modules import LAST_NAME
 from lordjax.objective import CHUNK
 from lordjax.prepared import TEMPERATURES
 from lordjax.sites import Site
@@ -33,7 +35,7 @@ from lordjax.stages import Job, gradient_shapes, inputs, statistics
 
 PROCESS = 600e6  # bytes of Python with JAX, the rest of the library and a tokenizer
 PROGRAM = 250e3  # bytes of compiled code and what made it, per equation, on the host
-# Float64 arrays of a factorisation beside its inputs, as large as the largest; XLA: < 3.5.
+# Float64 arrays of a factor program beside its inputs, as large as the largest; XLA: < 3.5.
 COPIES = 5
 PAGES = 2.0**26  # bytes of the model's files that stay mapped (conversions/tensors.py)
 SPREAD = 1.5  # a forecast of time is right within this factor, if nothing else changes
@@ -134,7 +136,12 @@ class _Parts:
         """Of the largest factorisation."""
 
         def of_site(site: Site) -> float:
-            leaves = jax.tree.leaves(inputs(self.job, site))
+            kernels, stats = inputs(self.job, site)
+            if on_host(self.job.method, site.kind) is not None:
+                # The Gram; the last layer's kernel, rounded from float64.
+                fan_in, fan_out = kernels[LAST_NAME[site.kind]].shape
+                return 8.0 * fan_in**2 + 12.0 * fan_in * fan_out
+            leaves = jax.tree.leaves((kernels, stats))
             largest = max((leaf.size for leaf in leaves), default=0)
             return 8.0 * (sum(leaf.size for leaf in leaves) + COPIES * largest)
 

@@ -2,9 +2,9 @@
 
 Products run at HIGHEST precision (float32 is otherwise TF32 on GPU and bfloat16 on TPU). Callers
 that want float64 pass float64 arrays under ``jax.enable_x64``. The low-rank methods use no Cholesky
-factorisation of a second moment and no inverse: both fail on the singular ones that few
-calibration tokens give. Column selection needs them (one triangular factor serves every width) and
-adds a jitter.
+factorisation of a second moment of activations and no inverse: both fail on the singular ones that
+few calibration tokens give. Gradient metrics are damped before. Column selection needs factors (one
+triangular factor serves every width) and adds a jitter.
 """
 
 from __future__ import annotations
@@ -70,15 +70,16 @@ def eigh_descending(
     return jnp.maximum(values[..., ::-1], 0), vectors[..., ::-1]
 
 
-def sqrt_pair(
+def root_pair(
     a: Float[Array, "n n"], damping: float
 ) -> tuple[Float[Array, "n n"], Float[Array, "n n"]]:
-    """``(a + δI)^½`` and its inverse, ``δ = damping · trace(a)/n``; identity for ``a = 0``."""
-    values, vectors = eigh_descending(a)
-    values = values + damping * jnp.mean(values)
-    values = jnp.where(values > 0, values, 1)
-    root = jnp.sqrt(values)
-    return mm(vectors * root[None], vectors.mT), mm(vectors / root[None], vectors.mT)
+    """R with ``a + δI = R Rᵀ`` and its inverse, ``δ = damping · trace(a)/n``.
+
+    Whatever is measured in a metric is the same by any root. The damping makes this one, a Cholesky
+    factor, safe; the symmetric one takes an eigendecomposition, tens of times as long.
+    """
+    root = jittered(a, damping)
+    return root, lower_inverse(root)
 
 
 def orthonormal_rows(a: Float[Array, "k n"]) -> Float[Array, "k n"]:
@@ -120,7 +121,7 @@ def metric_pca(
     kernel: Float[Array, "in m"],
     outputs: Float[Array, "m m"],
     metric: Float[Array, "m m"] | None = None,
-    damping: float = 0.0,
+    damping: float = GRADIENT_DAMPING,
 ) -> tuple[Float[Array, "in m"], Float[Array, "m m"], Float[Array, "m"]]:
     """Best low-rank approximations of ``kernel`` for all ranks at once.
 
@@ -137,7 +138,7 @@ def metric_pca(
       kernel: ``K``.
       outputs: ``E yᵀy``, or the covariance if the mean is corrected by a bias.
       metric: positive semi-definite, or None for the identity.
-      damping: share of the mean eigenvalue of ``metric`` added to its diagonal.
+      damping: share of the mean eigenvalue of ``metric`` added to its diagonal; above 0.
 
     Returns:
       left, right, spectrum (non-increasing). Without a metric ``right`` is orthonormal; with one,
@@ -148,8 +149,8 @@ def metric_pca(
     if metric is None:
         spectrum, basis = eigh_descending(outputs)
         return mm(kernel, basis), basis.T, spectrum
-    root, inverse = sqrt_pair(metric, damping)
-    spectrum, basis = eigh_descending(mm(root, outputs, root))
+    root, inverse = root_pair(metric, damping)
+    spectrum, basis = eigh_descending(mm(root.T, outputs, root))
     left, right = mm(kernel, root, basis), mm(basis.T, inverse)
     # Any diagonal may move between the factors. Gradients are tiny, so without this one factor
     # would be subnormal in float16 and the other near overflow.

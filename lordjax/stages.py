@@ -31,7 +31,7 @@ from lordjax.collect import (
     windows_per_step,
 )
 from lordjax.compression import GRADIENT_WINDOWS, HELD_OUT
-from lordjax.factoring import factor_program, site_kernels
+from lordjax.factoring import factor_program, on_host, site_kernels
 from lordjax.flops import Work
 from lordjax.gradients import (
     STATE_BYTES,
@@ -306,6 +306,9 @@ def _factors(job: Job, site: Site) -> Work:
     """Of a site in all blocks."""
     name = method_at(job.method, site.layer) if site.kind == "linear" else job.method
     kernels, names = inputs(job, site)
+    module = on_host(job.method, site.kind)
+    if module is not None and module.host_work is not None:
+        return flops.scaled(module.host_work(kernels, names), job.config.num_layers)
     found: list[Work] = []
     if names.get("basis") is not None:
         found.append(flops.of(gradient_basis, kernels))

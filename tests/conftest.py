@@ -3,10 +3,18 @@
 import os
 from pathlib import Path
 
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+from flags import faster
+
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=4",
+        *faster(),
+    ]
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Also in commands that run in processes of their own; what is measured runs elsewhere.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 # What commands compile in processes of their own is not left behind.
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
 # Small matrices in as many processes as cores: threads of BLAS and torch would wait for each other.
@@ -19,9 +27,6 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
-# Compiling is most of the time of tests; what is measured runs elsewhere.
-jax.config.update("jax_disable_most_optimizations", True)
-
 
 MAPPINGS = Path("/proc/self/maps")
 

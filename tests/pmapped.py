@@ -87,7 +87,7 @@ def taken(kind):
 
 
 ON_GRAMS = {
-    "sqrt_pair": lambda a: linalg.sqrt_pair(a, 0.01),
+    "root_pair": lambda a: linalg.root_pair(a, 0.01),
     "eigenvalues": lambda a: linalg.eigh_descending(a)[0],
     "jittered": lambda a: linalg.jittered(a, 1e-6),
     "lower_inverse": lambda a: linalg.lower_inverse(jnp.linalg.cholesky(a)),

@@ -1,5 +1,6 @@
 """Counted operations: those of XLA where it counts them, and those that a compression runs."""
 
+import dataclasses
 import functools
 import itertools
 from collections import Counter
@@ -108,6 +109,18 @@ def counting(work, stage, fn):
     return run
 
 
+def on_host_counted(module, done):
+    """A module whose work on the host is counted."""
+    if module.host is None:
+        return module
+
+    def run(kernels, stats):
+        done["factors"] += flops.total(module.host_work(kernels, stats))
+        return module.host(kernels, stats)
+
+    return dataclasses.replace(module, host=run)
+
+
 @pytest.mark.parametrize(
     ("method", "name"),
     [
@@ -135,6 +148,10 @@ def test_a_preparation_runs_what_was_counted(method, name, monkeypatch):
     monkeypatch.setattr(
         factoring, "factor_program", lambda *key: counting(done, "factors", program(*key))
     )
+    rows = factoring.METHODS
+    modules = {kind: on_host_counted(m, done) for kind, m in rows[method].modules.items()}
+    row = dataclasses.replace(rows[method], modules=modules)
+    monkeypatch.setitem(rows, method, row)
     prepare(model, tokens, method=method, gradient_windows=few, mask_token=1)
     prepared = {name: expected[name] for name in expected if name in PREPARES}
     counted = sum(map(flops.total, prepared.values()))

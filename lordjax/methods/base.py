@@ -6,6 +6,7 @@ A method sees matrices and statistics; it knows no model, no file, no device.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -64,12 +65,17 @@ class Module:
         fed), ``queries``, ``keys``, ``values`` (second moments of heads), ``gradients`` (at the
         module's output), ``gates`` (of rotary pairs).
       bias: whether the result carries a bias correction.
+      host: ``factor`` for arrays that are the host's, in less memory and time; empties its
+        ``stats``. None: there is no such form.
+      host_work: operations of ``host`` on arrays of some shapes, by the kinds of `flops`.
     """
 
     factor: Callable[[Kernels, Mapping[str, Any]], ModuleFactors]
     narrow: Callable[[Kernels, ModuleFactors, int], dict[str, Any]]
     needs: tuple[str, ...]
     bias: bool = False
+    host: Callable[[Kernels, dict[str, Any]], ModuleFactors] | None = None
+    host_work: Callable[[Mapping[str, Any], Mapping[str, Any]], Counter[str]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,6 +41,7 @@ from jaxtyping import Array, Float, Int
 
 from lordjax import linalg
 from lordjax.linalg import mm
+from lordjax.methods import mlp_on_host
 from lordjax.methods.base import Module, ModuleFactors
 
 RIDGE = 1e-4  # of the leverage scores, relative to the mean energy of a column
@@ -50,10 +51,10 @@ Arrays = Mapping[str, Array]
 
 
 def _metric(stats: Mapping[str, Any]) -> Callable[[Float[Array, "n m"]], Float[Array, "n m"]]:
-    """Rows times ``M^½`` of the gradient metric; as they are without gradients."""
+    """Rows times a root of the gradient metric M; as they are without gradients."""
     if "gradients" not in stats:
         return lambda rows: rows
-    root, _ = linalg.sqrt_pair(stats["gradients"].second_moment(), linalg.GRADIENT_DAMPING)
+    root, _ = linalg.root_pair(stats["gradients"].second_moment(), linalg.GRADIENT_DAMPING)
     return lambda rows: mm(rows, root)
 
 
@@ -339,8 +340,11 @@ def narrow_value_output(
 
 def mlp_module(needs: tuple[str, ...], **options: Any) -> Module:
     """A `Module` of `mlp`."""
-    bias = options.get("intercept", False)
-    return Module(functools.partial(mlp, **options), narrow_mlp, needs, bias=bias)
+    bias, score, host = options.get("intercept", False), options["score"], {}
+    if score in mlp_on_host.SCORES and options.get("fit", True):
+        run = functools.partial(mlp_on_host.mlp, score=score, ridge=RIDGE, intercept=bias)
+        host = {"host": run, "host_work": functools.partial(mlp_on_host.work, score=score)}
+    return Module(functools.partial(mlp, **options), narrow_mlp, needs, bias=bias, **host)
 
 
 def query_key_module(needs: tuple[str, ...], **options: Any) -> Module:

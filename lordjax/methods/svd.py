@@ -94,7 +94,7 @@ def factor(
         case _:
             raise ValueError(f"unknown input statistic {inputs!r}")
     metric = stats["gradients"].second_moment() if gradient_metric else None
-    left, right, spectrum = linalg.metric_pca(narrow, outputs, metric, linalg.GRADIENT_DAMPING)
+    left, right, spectrum = linalg.metric_pca(narrow, outputs, metric)
     if basis is not None:
         right = mm(right, basis.T)
     means = {}
