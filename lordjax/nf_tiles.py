@@ -183,9 +183,8 @@ def _group(form: nf.Format) -> bool:
 def _one_row(x: Array, codes: Array, scales: Array, quantized: Any) -> Array:
     """``x [in] @ W``, float32."""
     bits, rows = quantized.format.bits, quantized.fan_out
-    # Transposed here, once: a division is not repeated for every row of the matrix.
-    inputs = x.astype(jnp.float32).reshape(-1, nf.WORD // bits).T
-    inputs /= jnp.maximum(((inputs != inputs) & (inputs == inputs)).astype(jnp.float32), 1)
+    # Transposed once, not for every row of the matrix.
+    inputs = order.once(x.astype(jnp.float32).reshape(-1, nf.WORD // bits).T)
     words = codes.reshape(rows, -1)
     ones = jnp.ones(words.shape[1], jnp.float32)
 
