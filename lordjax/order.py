@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 
@@ -25,6 +26,14 @@ def after(x: Array, *others: Array) -> Array:
     for other in others:
         x = x + never(other).astype(x.dtype)
     return x
+
+
+def once(x: Array) -> Array:
+    """``x``, floating, computed once: XLA's CPU backend would do it anew wherever it is read.
+
+    A division is not repeated for every element that needs its result; this one is by 1.
+    """
+    return x / jnp.maximum(((x != x) & (x == x)).astype(x.dtype), 1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lordjax import kernels, nf, nf_tiles
+from lordjax import kernels, nf, nf_tiles, order
 from lordjax.kernels import NFQuantized
 
 FORMATS = ["nf2", "nf3", "nf4", "nf8", "nf4-8-float32-16-16", "nf3-4-bfloat16-16-16"]
@@ -31,6 +31,7 @@ def close(found, expected, rtol=1e-5):
 @pytest.mark.parametrize("form", FORMATS)
 def test_is_the_product_with_the_decoded_matrix(form, shape, lead, monkeypatch):
     monkeypatch.setattr(nf_tiles, "TILE", 2048)  # so that there are several
+    monkeypatch.setattr(nf_tiles, "ROW_TILE", 2048)
     matrix, rng = some(shape, form)
     assert nf_tiles.supported(matrix)
     x = jnp.asarray(rng.normal(size=(*lead, shape[0])), jnp.float32)
@@ -38,6 +39,22 @@ def test_is_the_product_with_the_decoded_matrix(form, shape, lead, monkeypatch):
     dense = matrix.materialize()
     close(jax.jit(nf_tiles.product)(x, matrix), x @ dense)
     close(jax.jit(nf_tiles.transposed_product)(g, matrix), g @ dense.T)
+
+
+@pytest.mark.parametrize("tile", [2048, 2**18])  # three tiles, one
+@pytest.mark.parametrize("form", ["nf3", "nf4"])
+def test_many_rows_give_what_few_give(form, tile, monkeypatch):
+    monkeypatch.setattr(nf_tiles, "TILE", tile)
+    matrix, rng = some((192, 24), form)
+    x = jnp.asarray(rng.normal(size=(nf_tiles.FEW + 1, 192)), jnp.float32)
+    few = [nf_tiles.product(part, matrix) for part in (x[:1], x[1:])]
+    close(nf_tiles.product(x, matrix), jnp.concatenate(few))
+
+
+def test_what_is_computed_once_keeps_its_bits():
+    x = jnp.asarray([0.0, -0.0, 1.5, -1e-30, jnp.inf, -jnp.inf, jnp.nan], jnp.float32)
+    np.testing.assert_array_equal(np.signbit(order.once(x)), np.signbit(x))
+    np.testing.assert_array_equal(order.once(x), x)
 
 
 @pytest.mark.parametrize("rows", [1, 4])
