@@ -9,10 +9,12 @@ their speed depends on. Multiply and add count as two. Counted are::
     cholesky [dtype]             n³/3; a triangle solved for m columns n²·m; LU ⅔ n³; QR 4 m·n²
     svd [dtype]                  m×n           22 m·n·min(m, n)
 
-``exp`` (numbers that a softmax or an activation takes; no operation in the sums) and ``equations``
-(of the programs, each once: what compiling depends on) are counted besides, and by `stages`
-``read``, ``put`` (on the device) and ``write``, in bytes. Loops count as often as they run; those
-that end by a condition, here retries after a failure, not at all.
+Counted besides, and no operations in the sums, are ``exp`` (numbers that a softmax or an
+activation takes), ``select`` and ``gather`` (numbers that are chosen between two, or taken from a
+table: what codes are found by), ``steps`` (of loops: each starts small programs), ``equations`` (of
+the programs, each once: what compiling depends on), and by `stages` ``read``, ``put`` (on the
+device) and ``write``, in bytes. Loops count as often as they run; those that end by a condition,
+here retries after a failure, not at all.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ import jax.numpy as jnp
 
 Work = Counter[str]  # kind of work -> operations
 THIN = 128
-COUNTS = ("exp", "equations", "read", "put", "write")  # kinds that are no operations
+# Kinds that are no operations.
+COUNTS = ("exp", "select", "gather", "steps", "equations", "read", "put", "write")
 EXPONENTIALS = ("exp", "logistic", "tanh", "erf", "exp2")
 
 
@@ -35,6 +38,12 @@ def of(fn: Callable[..., Any], *args: Any) -> Work:
     """Work of a function of arrays, or of their shapes; a jitted one is not compiled for it."""
     closed = jax.make_jaxpr(fn)(*args)
     return _walk(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
+
+
+def in_loops(fn: Callable[..., Any], *args: Any) -> Work:
+    """What of `of` is done in loops, which a compiler does not cut into parts for devices."""
+    closed = jax.make_jaxpr(fn)(*args)
+    return _walk(closed.jaxpr, [True] * len(closed.jaxpr.outvars), loops=True)
 
 
 def total(work: Work) -> float:
@@ -55,8 +64,8 @@ def merged(works: Sequence[Work]) -> Work:
     return found
 
 
-def _walk(jaxpr: Any, used: Sequence[bool]) -> Work:
-    """Work of a program, but for what leads to outputs that nobody uses."""
+def _walk(jaxpr: Any, used: Sequence[bool], *, loops: bool = False) -> Work:
+    """Work of a program, or of its loops alone, but for what leads to outputs that nobody uses."""
     live = {v for v, wanted in zip(jaxpr.outvars, used, strict=True) if wanted and _named(v)}
     found: Work = Counter()
     for equation in reversed(jaxpr.eqns):
@@ -64,7 +73,7 @@ def _walk(jaxpr: Any, used: Sequence[bool]) -> Work:
         if not any(wanted) and not equation.effects:
             continue
         live.update(v for v in equation.invars if _named(v))
-        found.update(_equation(equation, wanted))
+        found.update(_equation(equation, wanted, loops))
     return found
 
 
@@ -73,19 +82,25 @@ def _named(variable: Any) -> bool:
     return not hasattr(variable, "val")
 
 
-def _equation(equation: Any, wanted: Sequence[bool]) -> Work:
+def _equation(equation: Any, wanted: Sequence[bool], loops: bool) -> Work:
     name, params = equation.primitive.name, equation.params
+    loops = loops and name != "scan"
     if name == "while":
         return Counter()
     if name == "cond":
-        branches = [_walk(b.jaxpr, wanted) for b in params["branches"]]
+        branches = [_walk(b.jaxpr, wanted, loops=loops) for b in params["branches"]]
         return max(branches, key=total)
     inner = [j for j in map(_program, params.values()) if j is not None]
     if inner:
         program = inner[0]
         same = name != "scan" and len(program.outvars) == len(wanted)
-        work = _walk(program, wanted if same else [True] * len(program.outvars))
-        return scaled(work, params.get("length", 1))
+        used = wanted if same else [True] * len(program.outvars)
+        work = _walk(program, used, loops=loops)
+        if name != "scan":
+            return work
+        return scaled(work, params["length"]) + Counter({"steps": params["length"]})
+    if loops:
+        return Counter()
     found: Work = Counter({"equations": 1})
     if name in OPERATIONS:
         kind, count = OPERATIONS[name](equation)
@@ -136,8 +151,8 @@ def _triangle(equation: Any) -> tuple[str, float]:
     return f"cholesky {dtype}", float(number * rows * equation.invars[1].aval.size)
 
 
-def _exponential(equation: Any) -> tuple[str, float]:
-    return "exp", float(equation.outvars[0].aval.size)
+def _numbers(kind: str) -> Callable[[Any], tuple[str, float]]:
+    return lambda equation: (kind, float(equation.outvars[0].aval.size))
 
 
 OPERATIONS: dict[str, Callable[[Any], tuple[str, float]]] = {
@@ -151,5 +166,7 @@ OPERATIONS: dict[str, Callable[[Any], tuple[str, float]]] = {
     "geqrf": _square("cholesky", 2.0),
     "householder_product": _square("cholesky", 2.0),
     "triangular_solve": _triangle,
-    **dict.fromkeys(EXPONENTIALS, _exponential),
+    "select_n": _numbers("select"),
+    "gather": _numbers("gather"),
+    **dict.fromkeys(EXPONENTIALS, _numbers("exp")),
 }

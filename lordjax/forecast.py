@@ -22,7 +22,7 @@ import jax
 
 from lordjax import flops, trees
 from lordjax.allocation import INFLUENCED
-from lordjax.factoring import on_host
+from lordjax.coded import CodedJob, weights_of
 from lordjax.flops import Work
 from lordjax.gradients import STATE_BYTES
 from lordjax.kernels import LowRank, is_kernel, nbytes, weights
@@ -35,9 +35,13 @@ from lordjax.stages import Job, gradient_shapes, inputs, statistics
 
 PROCESS = 600e6  # bytes of Python with JAX, the rest of the library and a tokenizer
 PROGRAM = 250e3  # bytes of compiled code and what made it, per equation, on the host
+# The same of programs that look for codes, which are long and simple; the stages that run them.
+CODE_PROGRAM, CODING = 25e3, ("predictions", "decomposition")
 # Float64 arrays of a factor program beside its inputs, as large as the largest; XLA: < 3.5.
 COPIES = 5
+CODE_COPIES = 16  # float32 arrays of the largest matrix, while its codes are looked for
 PAGES = 2.0**26  # bytes of the model's files that stay mapped (conversions/tensors.py)
+ROWS = ("device: hidden states",)  # what devices share; the rest each has, or may have
 SPREAD = 1.5  # a forecast of time is right within this factor, if nothing else changes
 SHARD = 2 * 2**30  # bytes that are written at a time
 
@@ -57,7 +61,14 @@ def _seconds(work: Work, rates: Rates) -> float:
     return time + work["equations"] / rates["compile"]
 
 
-def memory(job: Job, work: Mapping[str, Work], before: Any, after: Any) -> dict[str, Memory]:
+def memory(
+    job: Job,
+    work: Mapping[str, Work],
+    before: Any,
+    after: Any,
+    devices: int = 1,
+    processes: int = 1,
+) -> dict[str, Memory]:
     """Peak bytes of ``in memory`` and ``with a work directory``.
 
     Args:
@@ -65,32 +76,40 @@ def memory(job: Job, work: Mapping[str, Work], before: Any, after: Any) -> dict[
       work: of its stages.
       before: shapes of the stored model, as a nested dict.
       after: shapes of the result.
+      devices: that share the work.
+      processes: that have them; what is counted is one's.
 
     Returns:
       for each ``host``, ``device`` (0 on CPU, where it is counted to the host) and the ``stage`` of
       the peak; ``parts``: stage -> part -> bytes. With a work directory ``disk``, too.
+      Of several devices ``device`` is what each holds, also on CPU.
     """
-    equations = sum(of_stage["equations"] for of_stage in work.values())
-    parts = _Parts(job, before, after, PROCESS + PROGRAM * equations)
+    compiled = sum(
+        of_stage["equations"] * (CODE_PROGRAM if name in CODING else PROGRAM)
+        for name, of_stage in work.items()
+    )
+    about = (before, after, PROCESS + compiled)
+    parts = _CodedParts(job, *about) if isinstance(job, CodedJob) else _Parts(job, *about)
     whole = {name: getattr(parts, name)() for name in work}
     streamed = {name: _streamed(parts, name) for name in work}
     return {
-        "in memory": _peak(whole),
-        "with a work directory": _peak(streamed) | {"disk": parts.disk()},
+        "in memory": _peak(whole, devices, processes),
+        "with a work directory": _peak(streamed, devices, processes) | {"disk": parts.disk()},
     }
 
 
-def _peak(stages: Mapping[str, dict[str, float]]) -> Memory:
-    """The largest stage on the host and on the device; names on a device begin with ``device``."""
+def _peak(stages: Mapping[str, dict[str, float]], devices: int, processes: int) -> Memory:
+    """The largest stage on the host and on a device; names on a device begin with ``device``."""
     on_cpu = jax.default_backend() == "cpu"
     sums = {}
     for name, parts in stages.items():
-        device = sum(n for part, n in parts.items() if part.startswith("device"))
-        sums[name] = (sum(parts.values()) - device, device)
-    both = {name: host + device for name, (host, device) in sums.items()}
+        own = {part: n for part, n in parts.items() if part.startswith("device")}
+        each = sum(n / (devices if part in ROWS else 1) for part, n in own.items())
+        sums[name] = (sum(parts.values()) - sum(own.values()), each)
+    both = {name: host + devices // processes * each for name, (host, each) in sums.items()}
     at = max(both, key=lambda name: both[name])
     host = both[at] if on_cpu else max(host for host, _ in sums.values())
-    device = 0 if on_cpu else max(device for _, device in sums.values())
+    device = 0 if on_cpu and devices == 1 else max(each for _, each in sums.values())
     table = {n: {part: round(v) for part, v in parts.items() if v} for n, parts in stages.items()}
     return {"host": round(host), "device": round(device), "stage": at, "parts": table}
 
@@ -104,10 +123,14 @@ class _Parts:
         self.stored, self.result = nbytes(before), nbytes(after)
         self.block, self.rest = nbytes(job.block), nbytes(job.rest)
         self.after = after
-        self.kept = [_factor_bytes(job, site) for site in job.sites]
+        self.kept = self._kept()
         gradients, bases = gradient_shapes(job) if job.backward[0] else ({}, {})
         self.gradient, self.bases = nbytes(gradients), nbytes(bases)
         self.statistic = nbytes(statistics(job)) if job.factors_first else 0
+
+    def _kept(self) -> list[int]:
+        """Bytes of the factors of a block's sites."""
+        return [_factor_bytes(self.job, site) for site in self.job.sites]
 
     def _begun(self) -> dict[str, float]:
         return {"process": self.process, "pages of the model": min(PAGES, float(self.stored))}
@@ -137,7 +160,7 @@ class _Parts:
 
         def of_site(site: Site) -> float:
             kernels, stats = inputs(self.job, site)
-            if on_host(self.job.method, site.kind) is not None:
+            if self.job.on_host(site) is not None:
                 # The Gram; the last layer's kernel, rounded from float64.
                 fan_in, fan_out = kernels[LAST_NAME[site.kind]].shape
                 return 8.0 * fan_in**2 + 12.0 * fan_in * fan_out
@@ -217,13 +240,47 @@ class _Parts:
         return round(states + self.layers * (sum(self.kept) + self.gradient) + self.result)
 
 
+class _CodedParts(_Parts):
+    """The same where matrices become codes: there are no factors, and a pass or two."""
+
+    def __init__(self, job: CodedJob, before: Any, after: Any, process: float):
+        super().__init__(job, before, after, process)
+        costs = [weights_of(job, site) for site in job.sites]
+        self.costs = float(nbytes([cost for _, cost in costs]))
+        self.largest = max(4.0 * kernel.size for kernel, _ in costs)
+        self.statistic = nbytes(statistics(job)) if job.reads else 0
+
+    def predictions(self) -> dict[str, float]:
+        """While a block's inputs are collected and its options are tried."""
+        states = self._states(self.job.windows) if self.statistic else 0.0
+        ahead = self.activations(self.job.batch, backward=False) if self.statistic else 0.0
+        return self._begun() | {
+            "factors": float(self.gradient) * self.layers,  # of all blocks, until they are used
+            "device: hidden states": states,
+            "device: a block": 2.0 * self.block,
+            "device: statistics": float(self.statistic) + self.costs,
+            "device: workspace": max(ahead, CODE_COPIES * self.largest),
+        }
+
+    def decomposition(self) -> dict[str, float]:
+        """The same, while results are there in part."""
+        return self.predictions() | {"result": float(self.result)}
+
+    def apply(self) -> dict[str, float]:
+        """When what is no block is put beside the result."""
+        return self._begun() | {"result": float(self.result)}
+
+    def _kept(self) -> list[int]:
+        return []
+
+
 def _streamed(parts: _Parts, stage: str) -> dict[str, float]:
     """A stage where everything but one block's part is on disk."""
     job, table = parts.job, getattr(parts, stage)()
     batch = job.backward[1] if stage == "gradients" else job.batch
     small = {
         "pages of the model": parts.stored / parts.layers,
-        "factors": float(max(parts.kept, default=0)),
+        "factors": float(max(parts.kept, default=parts.gradient)),
         "device: hidden states": 2.0 * parts._states(batch),
         "device: gradient statistics": float(parts.gradient + parts.bases),
         "result": float(max(parts.rest, parts.result / parts.layers)),

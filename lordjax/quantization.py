@@ -101,12 +101,7 @@ def prepare_quantized(
         found = {site_path(i, s): flat[s.path].shape for s in LINEAR_SITES if s.path in flat}
         shapes |= found
     rank = row.rank if rank is None else rank
-    narrow = [path for path, shape in shapes.items() if rank is not None and rank >= min(shape)]
-    if narrow:
-        raise ValueError(
-            f"rank {rank} is not below the smaller side of {narrow[0]} {shapes[narrow[0]]}; "
-            "ask for less"
-        )
+    check_rank(rank, shapes)
     work = Memory() if work is None else work
     calibration: Calibration | None = None
     gradients: Mapping[int, Mapping[str, Mapping[str, Any]]] = {}
@@ -171,6 +166,16 @@ def _check_names(
         raise ValueError(
             f"feedback needs a second moment of inputs, which weighting {weighting!r} does not "
             f"take; use {' or '.join(MOMENTS)}"
+        )
+
+
+def check_rank(rank: int | None, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises ValueError if a rank of all products is too large for a matrix."""
+    narrow = [path for path, shape in shapes.items() if rank is not None and rank >= min(shape)]
+    if narrow:
+        raise ValueError(
+            f"rank {rank} is not below the smaller side of {narrow[0]} {shapes[narrow[0]]}; "
+            "ask for less"
         )
 
 

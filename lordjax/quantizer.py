@@ -115,6 +115,43 @@ class Option:
     rank: int | None
 
 
+def option_bytes(
+    option: Option,
+    shape: tuple[int, ...],
+    itemsize: int,
+    factors: nf.Format | None,
+    *,
+    products: bool = True,
+) -> int:
+    """Bytes of a matrix ``[in, out]`` as an option says.
+
+    Args:
+      option: what it becomes.
+      shape: of it.
+      itemsize: bytes of a number that is no code.
+      factors: format of a product's factors; None: they are no codes.
+      products: whether a product counts.
+    """
+    fan_in, fan_out = shape
+    if option == Option(None, None):
+        return fan_in * fan_out * itemsize
+    codes = 0 if option.form is None else option.form.nbytes(fan_in * fan_out)
+    if option.rank is None or not products:
+        return codes
+    counts = (fan_in * option.rank, option.rank * fan_out)
+    return codes + sum(n * itemsize if factors is None else factors.nbytes(n) for n in counts)
+
+
+def ranks_tried(
+    method: str, rank: int | None, shape: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Ranks that a matrix's table holds: on top of codes (0: none), and without codes."""
+    all_in = QUANTIZERS[method].all_in
+    above = (0, *RANKS) if all_in else (rank or 0,)
+    alone = ALONE if all_in else ()
+    return tuple(r for r in above if r < min(shape)), tuple(r for r in alone if r < min(shape))
+
+
 @dataclasses.dataclass(frozen=True)
 class Table:
     """What one matrix may become, by rising size.
@@ -382,8 +419,7 @@ class Quantizer:
     def _table(self, kernel: Any, weights: Weights) -> Table:
         """What a matrix may become."""
         row, shape = QUANTIZERS[self.method], tuple(kernel.shape)
-        ranks = (0, *RANKS) if row.all_in else (self.rank or 0,)
-        ranks = tuple(rank for rank in ranks if rank < min(shape))
+        ranks, alone = ranks_tried(self.method, self.rank, shape)
         errors = np.asarray(predict(kernel, weights, forms=tuple(self.formats), ranks=ranks), float)
         rows = [
             (Option(form, rank or None), errors[i, j])
@@ -391,7 +427,6 @@ class Quantizer:
             for j, rank in enumerate(ranks)
             if form.bits < 8 or j == 0  # of 8 bits nothing is left to make up for
         ]
-        alone = tuple(rank for rank in ALONE if rank < min(shape)) if row.all_in else ()
         if alone:
             errors = np.asarray(predict(kernel, weights, forms=(None,), ranks=alone), float)[0]
             rows += [(Option(None, r), e) for r, e in zip(alone, errors, strict=True)]
@@ -401,17 +436,8 @@ class Quantizer:
 
     def _size(self, option: Option, shape: tuple[int, ...]) -> int:
         """Bytes that a budget counts."""
-        fan_in, fan_out = shape
-        item = self._dense.itemsize
-        if option == Option(None, None):
-            return fan_in * fan_out * item
-        codes = 0 if option.form is None else option.form.nbytes(fan_in * fan_out)
-        if option.rank is None or not QUANTIZERS[self.method].all_in:
-            return codes
-        counts = (fan_in * option.rank, option.rank * fan_out)
-        return codes + sum(
-            n * item if self.factors is None else self.factors.nbytes(n) for n in counts
-        )
+        products = QUANTIZERS[self.method].all_in
+        return option_bytes(option, shape, self._dense.itemsize, self.factors, products=products)
 
     def _kernels(
         self,
@@ -433,7 +459,7 @@ class Quantizer:
             costs = [weights[site] for site in sites]
             found = decompose_all(kernels, ranks, costs, form=form, width=width, steps=self.steps)
             for site, rank, each in zip(sites, ranks, found, strict=True):
-                packed = jax.device_get(_pack(each.codes, form=form))
+                packed = jax.device_get(pack(each.codes, form=form))
                 pair = self._pair(np.asarray(each.left)[:, :rank], np.asarray(each.right)[:rank])
                 new[site] = LowRankPlusQuantized(NFQuantized.of(packed, shape, form), pair)
         return new
@@ -441,12 +467,12 @@ class Quantizer:
     def _simple(self, kernel: Any, option: Option, weights: Weights, width: int) -> Any:
         """A matrix that needs no alternation."""
         if option.form is not None:
-            packed = jax.device_get(_encode(kernel, weights.feedback, form=option.form))
+            packed = jax.device_get(encode_kernel(kernel, weights.feedback, form=option.form))
             return NFQuantized.of(packed, kernel.shape, option.form)
         if option.rank is None:
             return cast(kernel, self._dense)
         basis, rank = start_basis(kernel.shape, width), jnp.asarray(option.rank)
-        found = _best(kernel, rank, weights, basis, width=width, powers=FIRST_POWERS)
+        found = best_pair(kernel, rank, weights, basis, width=width, powers=FIRST_POWERS)
         left, right = np.asarray(found.left), np.asarray(found.right)
         return self._pair(left[:, : option.rank], right[: option.rank])
 
@@ -494,13 +520,13 @@ class Quantizer:
         return {path: Option(forms.get(path), rank) for path, rank in plan.ranks.items()}
 
 
-_best = jax.jit(best_product, static_argnames=("width", "powers"))
-_pack = jax.jit(nf.pack_codes, static_argnames="form")
+best_pair = jax.jit(best_product, static_argnames=("width", "powers"))
+pack = jax.jit(nf.pack_codes, static_argnames="form")
 _feedback = jax.jit(feedback_of)
 
 
 @functools.partial(jax.jit, static_argnames="form")
-def _encode(kernel: Any, feedback: Any, *, form: nf.Format) -> nf.Packed:
+def encode_kernel(kernel: Any, feedback: Any, *, form: nf.Format) -> nf.Packed:
     """A kernel's codes, as they are stored."""
     return nf.pack_codes(codes_of(kernel.T, form, feedback), form)
 
@@ -537,7 +563,7 @@ _cost = jax.jit(cost_of)
 
 
 @jax.jit
-def _measures(kernel: Any, new: Any, weights: Weights) -> tuple[Any, Any]:
+def measures(kernel: Any, new: Any, weights: Weights) -> tuple[Any, Any]:
     """Shares of the weights' energy, and of the measure, that a replacement loses."""
     error = kernel - new.astype(kernel.dtype)
     lost, whole = (jnp.stack([jnp.sum(a**2), weights.measure(a)]) for a in (error, kernel))
@@ -565,7 +591,7 @@ def _check_finite(params: Any, layers: Mapping[str, Mapping[str, Any]]) -> None:
 
 def _layer(kernel: Any, new: Any, weights: Weights, option: Option) -> dict[str, Any]:
     """What became of a matrix, for the report."""
-    plain, weighted = _measures(kernel, materialize(new), weights)
+    plain, weighted = measures(kernel, materialize(new), weights)
     return {
         "format": None if option.form is None else str(option.form),
         "rank": option.rank,

@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lordjax import flops
+from lordjax import flops, nf
+from lordjax.methods import feedback
 
 RUNS, PATIENCE = 3, 0.25  # of a program; seconds
 EIGH = (160, 448)  # sizes
@@ -49,6 +50,7 @@ def measure(directory: str | os.PathLike[str] | None = None) -> Rates:
         rates["product float32 highest"] = _rate(_highest, ones, ones)
         rates["thin float32 highest"] = _rate(_highest, ones[:, :64], ones[:64])
     rates["exp"] = _softmax_rate()
+    rates |= _code_rates()
     with jax.enable_x64(True):
         wide = jnp.ones((min(n, 1024), min(n, 1024)), jnp.float64)
         rates["product float64"] = _rate(jnp.matmul, wide, wide)
@@ -109,9 +111,11 @@ def _times(fn: Callable[..., Any], *args: Any) -> list[float]:
     return found
 
 
-def _rate(fn: Callable[..., Any], *args: Any) -> float:
-    times = _times(jax.jit(fn), *args)
-    return flops.total(flops.of(fn, *args)) * len(times) / sum(times)
+def _rate(fn: Callable[..., Any], *args: Any, kind: str | None = None) -> float:
+    """Of a program's operations, or of the one kind of its work that it is made for."""
+    times, work = _times(jax.jit(fn), *args), flops.of(fn, *args)
+    count = flops.total(work) if kind is None else work[kind]
+    return count * len(times) / sum(times)
 
 
 def _softmax_rate() -> float:
@@ -125,6 +129,24 @@ def _softmax_rate() -> float:
     logits = jnp.ones((8, 256, 512), jnp.float32)
     times = _times(jax.jit(weights), logits)
     return logits.size * len(times) / sum(times)
+
+
+def _code_rates() -> Rates:
+    """Of finding codes and looking them up: few levels, many, and one row after the other."""
+    numbers = jnp.cos(jnp.arange(2.0**18))
+    moment = jnp.eye(512) + 0.1
+
+    def coded(form: nf.Format) -> Callable[[Any], Any]:
+        return lambda x: nf.dequantize(nf.quantize(x, form), form)
+
+    def in_turn(rows: Any) -> Any:
+        return feedback.quantize(rows, nf.Format.parse("nf2"), feedback.feedback_of(moment)).codes
+
+    return {
+        "select": _rate(coded(nf.Format.parse("nf4")), numbers, kind="select"),
+        "gather": _rate(coded(nf.Format.parse("nf8")), numbers, kind="gather"),
+        "steps": _rate(in_turn, numbers[: 16 * 512].reshape(16, 512), kind="steps"),
+    }
 
 
 def _compiling() -> float:

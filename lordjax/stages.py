@@ -41,7 +41,7 @@ from lordjax.gradients import (
     site_gradients,
 )
 from lordjax.kernels import nbytes
-from lordjax.methods import METHODS, Method, method_at
+from lordjax.methods import METHODS, Method, Module, method_at
 from lordjax.models.config import ModelConfig
 from lordjax.objective import loss_gradient, losses
 from lordjax.prepared import TEMPERATURES
@@ -67,6 +67,7 @@ class Job:
       keep: 1: nothing is compressed.
       temperature: None: chosen on held-out windows, where the policy has one.
       gradient_windows: at most as many see the backward pass; None = all.
+      meshed: whether devices of a mesh take turns; then nothing is factored on the host.
 
     Raises:
       ValueError: if there are no windows, or too few to hold one out.
@@ -82,6 +83,7 @@ class Job:
     keep: float = 0.8
     temperature: float | None = None
     gradient_windows: int | None = GRADIENT_WINDOWS
+    meshed: bool = False
 
     def __post_init__(self) -> None:
         if self.windows < 1 or self.length < 2:
@@ -95,6 +97,10 @@ class Job:
     def row(self) -> Method:
         """The method's row."""
         return METHODS[self.method]
+
+    def on_host(self, site: Site) -> Module | None:
+        """The module of a site, if it is factored on the host."""
+        return None if self.meshed else on_host(self.method, site.kind)
 
     @property
     def policy(self) -> str:
@@ -167,18 +173,18 @@ def stages(job: Job) -> dict[str, Work]:
     weights = nbytes(job.block) * job.config.num_layers
     windows, batch = job.backward
     if windows:
-        found["gradients"] = _gradients(job, windows, batch)
-        found["gradients"].update(_loaded(2 * sweeps(job) * weights))
+        found["gradients"] = backward_work(job, windows, batch)
+        found["gradients"].update(loaded(2 * sweeps(job) * weights))
     if job.factors_first:
-        found["statistics"] = _statistics(job)
-        found["statistics"].update(_loaded(weights))
-        found["factors"] = _all_factors(job)
+        found["statistics"] = forward_work(job)
+        found["statistics"].update(loaded(weights))
+        found["factors"] = all_factors(job)
     if job.compares:
         found["comparison"] = _comparison(job)
-        found["comparison"].update(_loaded((1 + len(TEMPERATURES)) * weights))
+        found["comparison"].update(loaded((1 + len(TEMPERATURES)) * weights))
     if job.walks:
         found["sequential"] = _sequential(job)
-        found["sequential"].update(_loaded(weights))
+        found["sequential"].update(loaded(weights))
     found["apply"]["read"] += weights + nbytes(job.rest)
     return {name: work for name, work in found.items() if work}
 
@@ -189,7 +195,7 @@ def recomputed(job: Job) -> float:
     return flops.total(flops.scaled(_pass(job, batch, {}), windows / batch)) if windows else 0.0
 
 
-def _loaded(count: int) -> Work:
+def loaded(count: int) -> Work:
     """Bytes of weights that are read and put on the device."""
     return Counter({"read": count, "put": count})
 
@@ -222,7 +228,7 @@ def inputs(job: Job, site: Site) -> tuple[Any, dict[str, Any]]:
     return kernels, names
 
 
-def _every_layer(job: Job, program: Callable[[int | None], Work]) -> Work:
+def every_layer(job: Job, program: Callable[[int | None], Work]) -> Work:
     """Work of a program in all blocks; of one window it is compiled once."""
     layers = Counter(job.config.window(i) for i in range(job.config.num_layers))
     return flops.merged([flops.scaled(program(w), count) for w, count in layers.items()])
@@ -235,7 +241,7 @@ def _pass(job: Job, rows: int, stats: Any, *, forward: bool = True) -> Work:
         step = functools.partial(observe, config=job.config, window=window, forward=forward)
         return flops.of(step, job.block, job.stream(rows), None, stats)
 
-    return _every_layer(job, block)
+    return every_layer(job, block)
 
 
 def _tokens(job: Job, rows: int) -> Any:
@@ -252,7 +258,8 @@ def _embedding(job: Job, rows: int) -> Work:
     return flops.of(functools.partial(embed, config=job.config), tables, _tokens(job, rows))
 
 
-def _gradients(job: Job, windows: int, batch: int) -> Work:
+def backward_work(job: Job, windows: int, batch: int) -> Work:
+    """Of the sweeps that take gradients, for some windows, as many at a time."""
     stats, bases = gradient_shapes(job)
     objective.of(job.config)  # raises where there is no loss
 
@@ -267,7 +274,7 @@ def _gradients(job: Job, windows: int, batch: int) -> Work:
             _embedding(job, batch),
             _pass(job, batch, {}),
             flops.of(loss, job.rest, job.stream(batch), _targets(job, batch)),
-            _every_layer(job, backward),
+            every_layer(job, backward),
         ]
     )
     flat = trees.flatten(job.block)
@@ -280,7 +287,8 @@ def _gradients(job: Job, windows: int, batch: int) -> Work:
     )
 
 
-def _statistics(job: Job) -> Work:
+def forward_work(job: Job) -> Work:
+    """Of the pass that collects what `statistics` says; nothing, if that is nothing."""
     stats = statistics(job)
     if not stats:
         return Counter()
@@ -288,7 +296,7 @@ def _statistics(job: Job) -> Work:
     return flops.scaled(steps, (job.windows - job.held_out) / job.batch)
 
 
-def _all_factors(job: Job) -> Work:
+def all_factors(job: Job) -> Work:
     """Of all sites; those of equal shapes share a program."""
     known: dict[str, Work] = {}
     found: Work = Counter()
@@ -296,17 +304,17 @@ def _all_factors(job: Job) -> Work:
         name = method_at(job.method, site.layer) if site.kind == "linear" else site.kind
         shape = f"{name} {inputs(job, site)}"
         again = shape in known
-        known[shape] = known[shape] if again else _factors(job, site)
+        known[shape] = known[shape] if again else site_factors(job, site)
         work = known[shape]
         found.update({k: n for k, n in work.items() if not (again and k == "equations")})
     return found
 
 
-def _factors(job: Job, site: Site) -> Work:
+def site_factors(job: Job, site: Site) -> Work:
     """Of a site in all blocks."""
     name = method_at(job.method, site.layer) if site.kind == "linear" else job.method
     kernels, names = inputs(job, site)
-    module = on_host(job.method, site.kind)
+    module = job.on_host(site)
     if module is not None and module.host_work is not None:
         return flops.scaled(module.host_work(kernels, names), job.config.num_layers)
     found: list[Work] = []
@@ -361,8 +369,8 @@ def _sequential(job: Job) -> Work:
             stats = {key: stat for key, stat in statistics(job).items() if key in wanted}
             found.append(flops.scaled(_pass(job, job.batch, stats, forward=False), share))
         if corrective:
-            found.append(flops.scaled(_every_layer(job, _pairs(job, group)), share))
-        factors += [flops.scaled(_factors(job, site), share) for site in group]
+            found.append(flops.scaled(every_layer(job, _pairs(job, group)), share))
+        factors += [flops.scaled(site_factors(job, site), share) for site in group]
     steps = flops.scaled(flops.merged(found), (job.windows - job.held_out) / job.batch)
     return flops.merged([steps, *factors])
 

@@ -279,6 +279,24 @@ def compress(
 @click.option("--method", default="modegpt", show_default=True, help="A wrong name lists them all.")
 @click.option("--keep", type=float, callback=share, help="As of compress.  [default: 0.8]")
 @ranks_option
+@click.option("--bits", type=click.FloatRange(min=0, min_open=True), help="As of compress.")
+@click.option("--budget-bytes", type=click.IntRange(min=1), help="As of compress.")
+@click.option("--format", "form", metavar="NAME", help="As of compress.")
+@click.option(
+    "--weighting",
+    type=click.Choice(["none", "fisher", "input", "both"]),
+    help="As of compress.",
+)
+@click.option("--feedback/--no-feedback", default=None, help="As of compress.")
+@click.option("--factors", metavar="NAME", help="As of compress.")
+@click.option("--elastic", is_flag=True, default=None, help="As of compress.")
+@click.option("--mesh", metavar="data=N", help="As of compress.")
+@click.option(
+    "--num-processes",
+    type=click.IntRange(min=1),
+    default=1,
+    help="That share the devices of --mesh; memory and time are one's.",
+)
 @click.option("--allocation", help="As of compress.  [default: the method's own]")
 @click.option("--temperature", type=click.FloatRange(min=0, min_open=True), help="As of compress.")
 @click.option(
@@ -310,7 +328,9 @@ def compress(
 )
 @click.option("--batch", type=click.IntRange(min=1), default=8, help="As of finetune.")
 @click.option("--accumulate", type=click.IntRange(min=1), help="As of finetune.")
-@click.option("--rank", type=click.IntRange(min=1), help="As of finetune.")
+@click.option(
+    "--rank", type=click.IntRange(min=1), help="As of compress; with --finetune, as of finetune."
+)
 @as_json_option
 def plan(as_json: bool, **settings: Any) -> None:
     """Count what MODEL will weigh and cost when it is compressed.

@@ -56,7 +56,7 @@ def compress_model(
     directory = Path(out).expanduser()
     if hosts.leads() and not partial(directory).exists():  # else it may be complete: see `output`
         check_output(directory)
-    run, settings, needs_tokens, share = _job(method, options)
+    run, settings, needs_tokens, share = job_of(method, options)
     run, settings = _on_mesh(run, settings, options["mesh"])
     opened = _open_original(model, directory, share, options["dtype"])
     write_tokenizer = tokenizer_writer(opened) if hosts.leads() else None
@@ -161,16 +161,14 @@ def _identity(
 def _forecast(
     model: Model, tokens: Any, settings: dict[str, Any], directory: Path
 ) -> dict[str, Any] | None:
-    """What will be paid; None of codes, elastic models and several devices: not counted."""
-    from lordjax.methods import METHODS
-
-    coded = settings["method"] not in METHODS or settings["factors"] is not None
-    if coded or settings.keys() & {"elastic", "mesh"}:
+    """What will be paid; None of blocks that are cut into parts: not counted."""
+    if "model=" in settings.get("mesh", ""):
         return None
-    return of_compression(model.config, model.leaves(), tokens.shape, settings, directory)
+    shape = (0, 0) if tokens is None else tokens.shape
+    return of_compression(model.config, model.leaves(), shape, settings, directory)
 
 
-def _job(method: str, options: dict[str, Any]) -> tuple[Run, dict[str, Any], bool, float]:
+def job_of(method: str, options: dict[str, Any]) -> tuple[Run, dict[str, Any], bool, float]:
     """What to run, its settings, whether it needs tokens, and about the share that stays.
 
     Raises:
@@ -344,3 +342,6 @@ def _show_forecast(predicted: dict[str, Any], happened: dict[str, Any]) -> None:
         expected = predicted["seconds"]["total"] - predicted["seconds"].get("write", 0.0)
         line += f", {happened['seconds']['total']:.0f} s (expected {expected:.0f} s)"
     print(line)
+    for name, row in happened.get("devices", {}).items():
+        each = ", ".join(f"{share:.2f}" for share in row["shares"])
+        print(f"{name}: {row['seconds']:.1f} s; of its operations each device did {each}")

@@ -6,11 +6,13 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lordjax.scripts.common import KEEP, quiet_transformers, size
-from lordjax.scripts.predict import ESTIMATED, EXACT, cost, planned
+from lordjax.scripts.common import quiet_transformers, size
+from lordjax.scripts.compress_model import QUANTIZED, job_of
+from lordjax.scripts.predict import EXACT, asked, cost
 
 if TYPE_CHECKING:
     from lordjax.models.config import ModelConfig
+    from lordjax.plan import Plan
     from lordjax.source import InMemory
 
 STORED = ("float32", "bfloat16", "float16")
@@ -33,10 +35,15 @@ def plan_model(
     prefix: str | None = None,
     temperature: float | None = None,
     measure: bool = True,
+    elastic: bool | None = None,
+    mesh: str | None = None,
+    num_processes: int = 1,
+    **coding: Any,
 ) -> dict[str, Any]:
     """Counts weights, bytes, operations, memory and seconds; arguments are the flags.
 
-    Of the model its config and the headers of its files are read.
+    Of the model its config and the headers of its files are read. ``coding`` are those of methods
+    with codes.
 
     Raises:
       KeyError: if the method, the policy or a layer of ``ranks`` is unknown.
@@ -44,54 +51,58 @@ def plan_model(
     """
     from lordjax import sizing, speed
     from lordjax.checkpoint import is_compressed
-    from lordjax.compression import check_method
-    from lordjax.methods import METHODS
-    from lordjax.plan import Plan
-    from lordjax.prepared import check_policy
     from lordjax.scripts.common import WINDOW
-    from lordjax.stages import Job
 
     quiet_transformers()
-    check_method(method)
     if is_compressed(Path(model).expanduser()):
         raise ValueError(f"{model}: is compressed already; give the original model")
-    policy = allocation or METHODS[method].allocation
-    check_policy(policy, temperature)
+    options = {"keep": keep, "ranks": ranks, "temperature": temperature, "prefix": prefix}
+    options |= {"allocation": allocation, "dtype": dtype, "elastic": elastic, **coding}
+    options |= {"rank": None if recipe is not None else rank}
+    _, settings, needs_tokens, _ = job_of(method, dict.fromkeys((*QUANTIZED, "factors")) | options)
     config, source = open_shapes(model, dtype)
     length = seq_len or min(WINDOW, config.max_positions)
-    share = KEEP if keep is None else keep
-    plan, exact = planned(config, method, share, ranks, policy)
-    target = sizing.stored(config, _leaves(source), dtype)
-    after = sizing.outline(config, plan, target)
-    used = "uniform" if ranks is not None else policy
-    given = plan.ranks if exact else None
-    job = Job(config, method, samples, length, used, prefix, given, share, temperature)
+    shape = (samples if needs_tokens else 0, length)
+    settings = {"method": method, **settings} | ({} if mesh is None else {"mesh": mesh})
+    job, after, sure, plan = asked(config, source, shape, settings)
     rates = speed.measure() if measure else None
     found = {
         "model": model,
-        "settings": {"method": method, "policy": plan.policy if exact else policy}
-        | {"keep": plan.keep, "ranks": ranks, "samples": samples, "seq_len": length}
-        | {"prefix": prefix, "temperature": temperature, "dtype": dtype},
+        "settings": settings
+        | {"policy": _policy(settings, plan, sure)}
+        | {"samples": shape[0], "seq_len": length},
         "before": _counts(source.params, config, length),
         "after": _counts(after, config, length),
-        "ranks": dict(plan.ranks),
-        "ranks_are": EXACT if exact else ESTIMATED,
-        "cost": cost(job, source, after, rates),
+        "ranks": plan.ranks if plan else {path: o.rank for path, o in job.options.items()},
+        "formats": {} if plan else {path: str(o.form) for path, o in job.options.items()},
+        "ranks_are": sure,
+        "cost": cost(job, source, after, rates, mesh, num_processes),
     }
     if recipe is not None:
-        if not exact:
+        if plan is None:
+            raise ValueError(f"--finetune counts factor pairs; method {method!r} makes codes")
+        if sure != EXACT:
             raise ValueError(
                 "--finetune needs ranks, which depend on calibration data here; give --ranks, or "
                 "an --allocation that needs none"
             )
         stored = dtype or "float32"
         memory = {"recipe": recipe, "rank": rank, "batch": batch, "accumulate": accumulate}
+        from lordjax.plan import Plan
+
         untouched = Plan(method, dict.fromkeys(plan.ranks), 1.0, "uniform")
         for name, tree in (("before", untouched), ("after", plan)):
             shapes = sizing.outline(config, tree)
             memory[name] = _memory(config, shapes, recipe, rank, batch, accumulate, length, stored)
         found["finetune"] = memory
     return found
+
+
+def _policy(settings: dict[str, Any], plan: Plan | None, sure: str) -> str:
+    """How a budget is shared out."""
+    if plan is None:
+        return "uniform" if settings["form"] else settings["solver"]
+    return plan.policy if sure == EXACT else settings["allocation"]
 
 
 def open_shapes(model: str, dtype: str | None) -> tuple[ModelConfig, InMemory]:
@@ -162,7 +173,8 @@ def _counts(tree: Any, config: Any, seq_len: int) -> dict[str, int]:
 def show(result: dict[str, Any]) -> None:
     """Prints the counts for people."""
     settings, before, after = (result[key] for key in ("settings", "before", "after"))
-    print(f"{result['model']}: {settings['method']}, {settings['policy']} ranks\n")
+    what = "ranks" if not result["formats"] else "formats"
+    print(f"{result['model']}: {settings['method']}, {settings['policy']} {what}\n")
     print(f"{'':30}{'before':>22}{'after':>22}{'ratio':>8}")
     names = {"multiplications": f"multiplications, {settings['seq_len']} tokens"}
     for key, count in before.items():
@@ -182,15 +194,21 @@ def _show_ranks(result: dict[str, Any]) -> None:
 
     if result["ranks_are"] != EXACT:
         print(f"\nranks and what follows from them: {result['ranks_are']}")
-    print(f"\n{'layer':24}{'rank':>8}{'blocks':>8}")
-    found = Counter((layer_type(path), rank) for path, rank in result["ranks"].items())
-    for (name, rank), count in found.items():
-        print(f"{name:24}{'dense' if rank is None else rank:>8}{count:>8}")
+    forms, nothing = result["formats"], "no product" if result["formats"] else "dense"
+    print(f"\n{'layer':24}{'rank':>12}{'blocks':>8}")
+    found = Counter(
+        (layer_type(path), forms.get(path, ""), rank) for path, rank in result["ranks"].items()
+    )
+    for (name, form, rank), count in found.items():
+        print(f"{name:24}{nothing if rank is None else rank:>12}{count:>8}  {form}")
 
 
 def _show_cost(found: dict[str, Any], settings: dict[str, Any]) -> None:
     seconds = found.get("seconds", {})
-    print(f"\n{settings['samples']} windows of {settings['seq_len']} tokens")
+    if settings["samples"]:
+        print(f"\n{settings['samples']} windows of {settings['seq_len']} tokens")
+    else:
+        print("\nno calibration")
     print(f"{'stage':24}{'TFLOP':>12}{'seconds':>12}")
     names = [name for name in {**found["flops"], **seconds} if name not in ("total", "compiling")]
     for name in names:
@@ -205,8 +223,11 @@ def _show_cost(found: dict[str, Any], settings: dict[str, Any]) -> None:
             f"about {duration(seconds['compiling'])} of it compiling; reading calibration data is "
             "not counted"
         )
+    for name, row in found.get("devices", {}).items():
+        print(f"share of each device, {name}: {', '.join(f'{s:.2f}' for s in row['shares'])}")
     for name, memory in found["memory"].items():
-        device = f", {size(memory['device'])} on the device" if memory["device"] else ""
+        where = "each device" if "devices" in found else "the device"
+        device = f", {size(memory['device'])} on {where}" if memory["device"] else ""
         disk = f", {size(memory['disk'])} of disk" if "disk" in memory else ""
         print(f"peak memory {name}: {size(memory['host'])}{device}{disk} ({memory['stage']})")
 

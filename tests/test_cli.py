@@ -667,3 +667,32 @@ def test_demo_measures_every_budget_and_saves_the_middle_one(tiny, tmp_path, mon
     assert shown.exit_code == 0, shown.stderr
     assert f"lordjax evaluate {out}" in shown.stdout
     assert "perplexity" in shown.stdout
+
+
+def test_codes_are_planned_as_they_come_out(tiny, text, tmp_path):
+    options = ("--method", "nf", "--format", "nf4")
+    planned = json.loads(run("plan", tiny, *options, "--no-measure", "--json").stdout)
+    assert run("compress", tiny, tmp_path / "out", *options).exit_code == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert planned["after"]["bytes"] == report["bytes"] == report["predicted"]["bytes"]
+    assert report["happened"]["seconds"].keys() >= {"decomposition", "apply"}
+    shown = run("plan", tiny, "--method", "auto", "--bits", "9", *calibration(text)[2:])
+    assert "an estimate: formats next to the budget" in shown.stdout
+    assert "predictions" in shown.stdout
+
+
+def test_devices_have_shares_in_plan_and_report(tiny, text, tmp_path):
+    options = (*calibration(text), "--method", "lord", "--keep", "0.7", "--mesh", "data=2")
+    shown = run("compress", tiny, tmp_path / "out", *options)
+    assert shown.exit_code == 0, shown.stderr
+    assert "of its operations each device did" in shown.stdout
+    devices = json.loads((tmp_path / "out" / "report.json").read_text())["happened"]["devices"]
+    assert set(devices) == {"gradients", "statistics", "factors"}
+    for row in devices.values():
+        assert row["seconds"] > 0
+        assert len(row["flops"]) == len(row["shares"]) == 2
+        assert sum(row["shares"]) >= 1 - 1e-9
+    planned = json.loads(run("plan", tiny, *options[2:], "--no-measure", "--json").stdout)["cost"]
+    assert {name: row["shares"] for name, row in planned["devices"].items()} == {
+        name: row["shares"] for name, row in devices.items()
+    }

@@ -47,6 +47,8 @@ ORDER = [
     ["lordjax.prepared", "lordjax.sizing"],
     ["lordjax.compression", "lordjax.quantizer", "lordjax.speed"],
     ["lordjax.stages"],
+    ["lordjax.coded"],
+    ["lordjax.sharing"],
     ["lordjax.forecast"],
     ["lordjax.quantization"],
     ["lordjax.checkpoint"],
