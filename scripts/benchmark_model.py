@@ -8,6 +8,7 @@ the first model's bytes and operations: the best that a compressed model can do 
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import statistics
@@ -71,18 +72,22 @@ class Theirs:
 
         self.name = f"{name} (transformers, torch)"
         self.model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
+        known = inspect.signature(self.model.forward).parameters
+        self.cache_name = "cache" if "cache" in known else "past_key_values"  # before 5.24
 
     def run(self, prompts: Any, new: int) -> tuple[float, float]:
         """See `Runner`."""
         import torch
+        from transformers import DynamicCache
 
+        kept = {self.cache_name: DynamicCache(), "use_cache": True}
         with torch.inference_mode():
             start = time.perf_counter()
-            out = self.model(torch.from_numpy(prompts), use_cache=True, logits_to_keep=1)
+            out = self.model(torch.from_numpy(prompts), logits_to_keep=1, **kept)
             token = out.logits[:, -1:].argmax(-1)
             first = time.perf_counter()
             for _ in range(new - 1):
-                out = self.model(token, past_key_values=out.past_key_values, use_cache=True)
+                out = self.model(token, **kept)
                 token = out.logits[:, -1:].argmax(-1)
             return first - start, time.perf_counter() - first
 
