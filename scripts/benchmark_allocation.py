@@ -19,7 +19,6 @@ from typing import Any
 import click
 
 BITS = "2.5,2.75,3,3.25,3.5,3.75,4,4.13"
-TOGETHER = 12  # formats per compilation
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -61,7 +60,6 @@ def tables(source: Any) -> tuple[list[Any], int]:
     """Tables of all block matrices, and the number of their weights."""
     import jax
     import jax.numpy as jnp
-    import numpy as np
 
     from lordjax import nf, trees
     from lordjax.methods.low_rank_quantized import Weights, predict
@@ -69,15 +67,13 @@ def tables(source: Any) -> tuple[list[Any], int]:
     from lordjax.sites import LINEAR_SITES
 
     grid, found, count = nf.grid(), [], 0
-    parts = [tuple(grid[i : i + TOGETHER]) for i in range(0, len(grid), TOGETHER)]
     for i in range(source.config.num_layers):
         flat = trees.flatten(source.block(i))
         for site in LINEAR_SITES:
             if site.path not in flat:
                 continue
             kernel = jnp.asarray(flat[site.path], jnp.float32)
-            errors = [predict(kernel, Weights(), forms=part, ranks=(0,)) for part in parts]
-            errors = np.concatenate(jax.device_get(errors))[:, 0]
+            errors = jax.device_get(predict(kernel, Weights(), forms=tuple(grid), ranks=(0,)))[:, 0]
             rows = zip(grid, errors, strict=True)
             found.append(Table.of((f.nbytes(kernel.size), e, Option(f, None)) for f, e in rows))
             count += kernel.size

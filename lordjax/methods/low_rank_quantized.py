@@ -287,7 +287,6 @@ def decompose_all(
     return [jax.tree.map(lambda a, k=k: a[k], found) for k in range(len(kernels))]
 
 
-@functools.partial(jax.jit, static_argnames=("forms", "ranks"))
 def predict(
     kernel: Float[Array, "in out"],
     weights: Weights,
@@ -299,7 +298,7 @@ def predict(
 
     Without feedback: the codes, then the best product for what they miss. With: rounding errors at
     their own prices, which takes no codes with feedback; and what a product saves of them, from
-    the middle format for all.
+    the middle format for all. A program per format: one's arrays go before the next one's come.
 
     Args:
       kernel: the matrix.
@@ -307,40 +306,68 @@ def predict(
       forms: of the codes; None: there are none.
       ranks: of products; those that the kernel does not have count as the largest one it has.
     """
-    rows = kernel.T
-    if weights.feedback is None:
-        left = [_after_product(rows, weights, form, ranks) for form in forms]
-        return jnp.stack(left)
+    rows = _as_rows(kernel)
     coded = tuple(form for form in forms if form is not None)
-    priced = Weights(weights.feedback.prices, weights.outputs)
-    middle = coded[len(coded) // 2] if coded else None
-    shares = {form: best_shares(rows, form, weights.feedback) for form in coded}
-
-    def left_by(form: nf.Format, target: Array) -> Array:
-        flat = target.reshape(-1)
-        codes = nf.round_to(flat, scaled_by(flat, shares[form], form), form)
-        return priced.measure(missed(target, codes, form).T)
-
-    left = {form: left_by(form, rows) for form in coded}
-    saved = jnp.ones(len(ranks))
-    if middle is not None and max(ranks) > 0:
-        width = max(ranks)
-        found = _widest_product(rows, weights, width)
-
-        def left_at(rank: Array) -> Array:
-            kept = jnp.where(jnp.arange(width, dtype=jnp.float32)[:, None] < rank, found.right, 0)
-            # A product that is fitted to what codes miss takes its own share of a white error.
-            free = jnp.prod(1 - rank / jnp.asarray(kernel.shape, jnp.float32))
-            return free * left_by(middle, rows - mm(kept.T, found.left.T))
-
-        most = jnp.where(left[middle] > 0, left[middle], 1)
-        saved = lax.map(left_at, jnp.asarray(ranks, jnp.float32)) / most
+    if weights.feedback is None or not coded:
+        return jnp.stack([_after_product(rows, weights, form=form, ranks=ranks) for form in forms])
+    shares = {form: _best_shares(rows, weights.feedback, form=form) for form in coded}
+    left = {form: _after_codes(rows, shares[form], weights, form=form) for form in coded}
+    middle = coded[len(coded) // 2]
+    saved = _saved(rows, shares[middle], left[middle], weights, form=middle, ranks=ranks)
     return jnp.stack(
         [
-            _after_product(rows, weights, None, ranks) if form is None else left[form] * saved
+            _after_product(rows, weights, form=None, ranks=ranks)
+            if form is None
+            else left[form] * saved
             for form in forms
         ]
     )
+
+
+_best_shares = jax.jit(
+    lambda rows, feedback, form: best_shares(rows, form, feedback), static_argnames="form"
+)
+
+
+@functools.partial(jax.jit, static_argnames="form")
+def _after_codes(
+    target: Float[Array, "out in"],
+    shares: Float[Array, "blocks"],
+    weights: Weights,
+    *,
+    form: nf.Format,
+) -> Float[Array, ""]:
+    """What codes of such scales lose at their own prices."""
+    flat = target.reshape(-1)
+    codes = nf.round_to(flat, scaled_by(flat, shares, form), form)
+    priced = Weights(weights.feedback.prices, weights.outputs)
+    return priced.measure(missed(target, codes, form).T)
+
+
+@functools.partial(jax.jit, static_argnames=("form", "ranks"))
+def _saved(
+    rows: Float[Array, "out in"],
+    shares: Float[Array, "blocks"],
+    alone: Float[Array, ""],
+    weights: Weights,
+    *,
+    form: nf.Format,
+    ranks: tuple[int, ...],
+) -> Float[Array, "ranks"]:
+    """Shares of the loss of codes alone that are left with products of some ranks."""
+    width = max(ranks)
+    if width == 0:
+        return jnp.ones(len(ranks))
+    found = _widest_product(rows, weights, width)
+
+    def left_at(rank: Array) -> Array:
+        kept = jnp.where(jnp.arange(width, dtype=jnp.float32)[:, None] < rank, found.right, 0)
+        # A product that is fitted to what codes miss takes its own share of a white error.
+        free = jnp.prod(1 - rank / jnp.asarray(rows.shape, jnp.float32))
+        return free * _after_codes(rows - mm(kept.T, found.left.T), shares, weights, form=form)
+
+    most = jnp.where(alone > 0, alone, 1)
+    return lax.map(left_at, jnp.asarray(ranks, jnp.float32)) / most
 
 
 def _widest_product(rows: Float[Array, "out in"], weights: Weights, width: int) -> Product:
@@ -349,8 +376,13 @@ def _widest_product(rows: Float[Array, "out in"], weights: Weights, width: int) 
     return best_product(rows.T, most, weights, basis, width=width, powers=FIRST_POWERS)
 
 
+@functools.partial(jax.jit, static_argnames=("form", "ranks"))
 def _after_product(
-    rows: Float[Array, "out in"], weights: Weights, form: nf.Format | None, ranks: tuple[int, ...]
+    rows: Float[Array, "out in"],
+    weights: Weights,
+    *,
+    form: nf.Format | None,
+    ranks: tuple[int, ...],
 ) -> Float[Array, "ranks"]:
     """What the best product leaves of a kernel, or of what codes miss of it."""
     width = max(ranks)
