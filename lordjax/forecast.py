@@ -122,6 +122,7 @@ class _Parts:
         self.layers = job.config.num_layers
         self.stored, self.result = nbytes(before), nbytes(after)
         self.block, self.rest = nbytes(job.block), nbytes(job.rest)
+        self.block_stored = float(nbytes(before["layer_0"]))
         self.after = after
         self.kept = self._kept()
         gradients, bases = gradient_shapes(job) if job.backward[0] else ({}, {})
@@ -161,9 +162,9 @@ class _Parts:
         def of_site(site: Site) -> float:
             kernels, stats = inputs(self.job, site)
             if self.job.on_host(site) is not None:
-                # The Gram; the last layer's kernel, rounded from float64.
+                # The Gram; a triangle of factors; the last layer's kernel, rounded from float64.
                 fan_in, fan_out = kernels[LAST_NAME[site.kind]].shape
-                return 8.0 * fan_in**2 + 12.0 * fan_in * fan_out
+                return 10.0 * fan_in**2 + 12.0 * fan_in * fan_out
             leaves = jax.tree.leaves((kernels, stats))
             largest = max((leaf.size for leaf in leaves), default=0)
             return 8.0 * (sum(leaf.size for leaf in leaves) + COPIES * largest)
@@ -177,27 +178,31 @@ class _Parts:
         return self._begun() | {
             "device: hidden states": min(states, max(STATE_BYTES, states * batch / windows)),
             "device: gradient statistics": float(self.layers * (self.gradient + self.bases)),
-            "device: a block": 2.0 * self.block,
+            "device: a block": float(self.block),
+            "device: activations": self.activations(batch, backward=True),
             "device: embedding and head": float(self.rest),
-            "device: activations": self.activations(batch, backward=True) + self.logits(batch),
+            "device: logits": self.logits(batch),
         }
 
     def statistics(self) -> dict[str, float]:
-        """While a block's inputs are collected and factored; the last block."""
+        """While a block's inputs are collected; the last block."""
         windows = self.job.windows - self.job.held_out
         reads = bool(self.statistic) or self.job.policy in INFLUENCED
         return self._begun() | {
             "factors": float(max(sum(self.kept), self.gradient)) * self.layers,
             "device: hidden states": self._states(windows) if reads else 0.0,
-            "device: a block": 2.0 * self.block,
+            "device: a block": float(self.block),
             "device: statistics": float(self.statistic),
-            "device: workspace": max(
-                self.activations(self.job.batch, backward=False) if reads else 0.0,
-                self.workspace(),
-            ),
+            "device: activations": self.activations(self.job.batch, backward=False) * reads,
         }
 
-    factors = statistics
+    def factors(self) -> dict[str, float]:
+        """While a block's sites are factored, whose kernels are read again as they are stored."""
+        return self.statistics() | {
+            "device: a block": self.block_stored,
+            "device: activations": 0.0,
+            "device: workspace": self.workspace(),
+        }
 
     def comparison(self) -> dict[str, float]:
         """While a temperature is chosen."""
@@ -218,6 +223,7 @@ class _Parts:
             "factors": float(sum(self.kept) + self.gradient) * self.layers,
             "device: hidden states": both * self._states(self.job.windows),
             "device: a block": 3.0 * self.block,
+            "device: workspace": self.workspace(),
         }
 
     def apply(self) -> dict[str, float]:
@@ -286,6 +292,14 @@ def _streamed(parts: _Parts, stage: str) -> dict[str, float]:
         "result": float(max(parts.rest, parts.result / parts.layers)),
         "a file": float(parts.result / parts.layers),
     }
+    if stage == "factors":  # the largest ones are in their own workspace
+        small["factors"] = float(sorted([0, *parts.kept])[-2])
+    if stage == "gradients":  # the head is read for the loss, and gone before the blocks
+        alone = ("device: embedding and head", "device: logits")
+        blocks = ("device: a block", "device: activations", "device: gradient statistics")
+        table |= {part: min(n, small.get(part, math.inf)) for part, n in table.items()}
+        less = min(alone, blocks, key=lambda parts: sum(table[part] for part in parts))
+        small |= dict.fromkeys(less, 0.0)
     return {part: min(n, small.get(part, math.inf)) for part, n in table.items()}
 
 

@@ -164,11 +164,16 @@ class _Sweeps:
             states.commit(0, keep=True)
         start = states.at or 0
         for i in self.clock.run("gradients", range(start, layers), done + start, left):
-            block, window = on_device(self.source.block(i), windows.mesh), config.window(i)
-            for j, mask in enumerate(windows.masks()):
-                y, _ = observe(block, states[j], mask, {}, config=config, window=window)
-                states[j] = share_rows(y, windows.mesh)
+            self._ahead(i, windows, states)
             states.commit(i + 1, keep=True)
+
+    def _ahead(self, i: int, windows: Calibration, states: States) -> None:
+        """Block ``i`` on all windows; its parameters go before the next one's come."""
+        block = on_device(self.source.block(i), windows.mesh)
+        config, window = self.source.config, self.source.config.window(i)
+        for j, mask in enumerate(windows.masks()):
+            y, _ = observe(block, states[j], mask, {}, config=config, window=window)
+            states[j] = share_rows(y, windows.mesh)
 
     def _backward(
         self, i: int, windows: Calibration, states: States, back: States, *, more: bool
