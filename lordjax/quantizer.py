@@ -38,6 +38,7 @@ from lordjax.methods.low_rank_quantized import (
     Weights,
     best_product,
     decompose_all,
+    in_stacks,
     predict,
     start_basis,
 )
@@ -61,6 +62,10 @@ WEIGHTINGS: dict[str, tuple[str, ...]] = {
     "both": ("weighted_inputs", "weighted_squares"),
 }
 MOMENTS = ("input", "both")  # weightings with a second moment of inputs, which feedback needs
+
+
+# A site -> its kernel, and what errors of it cost.
+Matrices = Callable[[Site], tuple[Any, Weights]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,12 +256,8 @@ class Quantizer:
         def done(i: int) -> bool:
             return f"{name}/{i}" in work
 
-        for i, block, weights in self.walk(clock, "predictions", done):
-            flat = trees.flatten(block)
-            tables = {
-                site_path(i, site): self._table(flat[site.path], weight).rows()
-                for site, weight in weights.items()
-            }
+        for i, sites, matrix in self.walk(clock, "predictions", done):
+            tables = {site_path(i, site): self._table(*matrix(site)).rows() for site in sites}
             work[f"{name}/{i}"] = tables
         self.report["seconds"] |= clock.seconds
         rows = [item for i in layers for item in work[f"{name}/{i}"].items()]
@@ -335,8 +336,9 @@ class Quantizer:
         def done(i: int) -> bool:
             return f"layer_{i}" in parts
 
-        for i, block, weights in self.walk(clock, "decomposition", done):
-            make = functools.partial(self._block, block, weights, options, width)
+        for i, sites, matrix in self.walk(clock, "decomposition", done):
+            chosen = {site: options[site_path(i, site)] for site in sites}
+            make = functools.partial(self._block, chosen, matrix, width)
             put(parts, self.work, f"layer_{i}", make)
         abouts += [self.work[f"about/layer_{i}"] for i in range(self.source.config.num_layers)]
         seconds = {**self.report["seconds"], **clock.seconds, "apply": time.perf_counter() - start}
@@ -361,31 +363,25 @@ class Quantizer:
         return part, {"bytes": nbytes(part), "matrices": 0, "layers": {}}
 
     def _block(
-        self,
-        block: Mapping[str, Any],
-        weights: Mapping[Site, Weights],
-        options: Mapping[str, Option],
-        width: int,
-        name: str,
+        self, chosen: Mapping[Site, Option], matrix: Matrices, width: int, name: str
     ) -> tuple[Any, dict[str, Any]]:
         """A block with its matrices as their options say, and what to know of it."""
-        dense, i = trees.flatten(block), layer_index(name)
+        i = layer_index(name)
         flat = dict(trees.flatten(self._stored(self.source.block(i))))
-        chosen = {site: options[site_path(i, site)] for site in weights}
         layers, size = {}, 0
-        for site, new in self._kernels(dense, chosen, weights, width).items():
-            path = site_path(i, site)
-            layers[path] = _layer(dense[site.path], new, weights[site], options[path])
-            flat[site.path] = new
-            size += nbytes(new)
+        for sites in _groups(chosen, {site: flat[site.path].shape for site in chosen}):
+            found = self._kernels({site: chosen[site] for site in sites}, matrix, width)
+            for site, (new, about) in found.items():
+                layers[site_path(i, site)], flat[site.path] = about, new
+                size += nbytes(new)
         part = trees.unflatten(flat)
         _check_finite({name: part}, layers)
         return part, {"bytes": nbytes(part), "matrices": size, "layers": layers}
 
     def walk(
         self, clock: Clock, stage: str, done: Callable[[int], bool]
-    ) -> Iterator[tuple[int, dict[str, Any], dict[Site, Weights]]]:
-        """Number, parameters on the device, and what errors cost, block after block.
+    ) -> Iterator[tuple[int, tuple[Site, ...], Matrices]]:
+        """Number, sites, and what finds a site's kernel and what errors of it cost, per block.
 
         Blocks that are ``done`` are left out, up to the first that is not.
         """
@@ -394,27 +390,38 @@ class Quantizer:
         reads = self.calibration if needs_activations(row) else None
         states, layers = resume_pass(self.work, stage, self.source, reads, done)
         for i in clock.run(stage, layers, layers.start):
-            block = on_device(self.source.block(i))
+            block = self.source.block(i)
             flat = trees.flatten(block)
             sites = tuple(site for site in LINEAR_SITES if site.path in flat)
             stats: dict[str, Any] = {}
             keys = activation_keys(block, sites, row)
             if states is not None and self.calibration is not None:
-                stats = block_statistics(block, i, states, self.calibration, sites, keys, config)
-            gradients = self.gradients.get(i, {})
-            costs = {}
-            for site in sites:
-                own = {name: stats[key] for name, key in keys[site.path].items()}
-                own |= site_gradients(gradients, row, site, flat[site.path])
-                cost = _cost(flat[site.path], own)
-                costs[site] = (
-                    cost._replace(feedback=_feedback(cost.inputs)) if self.feedback else cost
-                )
-            yield i, block, costs
+                given = on_device(block), i, states, self.calibration, sites, keys, config
+                stats = block_statistics(*given)
+                del given
+            own = {s: {name: stats[key] for name, key in keys[s.path].items()} for s in sites}
+            yield i, sites, functools.partial(self._matrix, flat, own, self.gradients.get(i, {}))
             if states is not None:
                 states.commit(i + 1)
         if states is not None:
             states.close()
+
+    def _matrix(
+        self,
+        flat: Mapping[str, Any],
+        stats: Mapping[Site, Mapping[str, Any]],
+        gradients: Mapping[str, Mapping[str, Any]],
+        site: Site,
+    ) -> tuple[Any, Weights]:
+        """A kernel, float32 on the device, and what errors of it cost.
+
+        Made when it is asked for, so that one of a block is in memory at a time.
+        """
+        kernel = on_device(flat[site.path])
+        own = {**stats[site]}
+        own |= site_gradients(gradients, statistics_of(self.weighting), site, kernel)
+        cost = _cost(kernel, own)
+        return kernel, cost._replace(feedback=_feedback(cost.inputs)) if self.feedback else cost
 
     def _table(self, kernel: Any, weights: Weights) -> Table:
         """What a matrix may become."""
@@ -440,31 +447,34 @@ class Quantizer:
         return option_bytes(option, shape, self._dense.itemsize, self.factors, products=products)
 
     def _kernels(
-        self,
-        dense: Mapping[str, Any],
-        options: Mapping[Site, Option],
-        weights: Mapping[Site, Weights],
-        width: int,
-    ) -> dict[Site, Any]:
-        """A block's matrices as their options say, on the host; like ones in one go."""
-        new, groups = {}, {}
-        for site, option in options.items():
-            if option.form is None or option.rank is None:
-                new[site] = self._simple(dense[site.path], option, weights[site], width)
-                continue
-            groups.setdefault((dense[site.path].shape, option.form), []).append(site)
-        for (shape, form), sites in groups.items():
-            ranks = [options[site].rank or 0 for site in sites]
-            kernels = [dense[site.path] for site in sites]
-            costs = [weights[site] for site in sites]
-            found = decompose_all(kernels, ranks, costs, form=form, width=width, steps=self.steps)
-            for site, rank, each in zip(sites, ranks, found, strict=True):
-                packed = jax.device_get(pack(each.codes, form=form))
-                pair = self._pair(np.asarray(each.left)[:, :rank], np.asarray(each.right)[:rank])
-                new[site] = LowRankPlusQuantized(NFQuantized.of(packed, shape, form), pair)
+        self, options: Mapping[Site, Option], matrix: Matrices, width: int
+    ) -> dict[Site, tuple[Any, dict[str, Any]]]:
+        """Matrices of one of `_groups` as their options say, on the host; what to know of them."""
+        found = [matrix(site) for site in options]
+        new = self._decomposed(list(options.values()), found, width)
+        return {
+            site: (kernel, _layer(*before, kernel, options[site]))
+            for site, before, kernel in zip(options, found, new, strict=True)
+        }
+
+    def _decomposed(
+        self, options: Sequence[Option], found: Sequence[tuple[Any, Weights]], width: int
+    ) -> list[Any]:
+        """The same matrices, from their kernels and what errors of them cost."""
+        form = options[0].form
+        if form is None or options[0].rank is None:
+            return [self._simple(*found[0], options[0], width)]
+        kernels, costs = zip(*found, strict=True)
+        ranks = [option.rank or 0 for option in options]
+        made = decompose_all(kernels, ranks, costs, form=form, width=width, steps=self.steps)
+        new = []
+        for kernel, rank, each in zip(kernels, ranks, made, strict=True):
+            packed = jax.device_get(pack(each.codes, form=form))
+            pair = self._pair(np.asarray(each.left)[:, :rank], np.asarray(each.right)[:rank])
+            new.append(LowRankPlusQuantized(NFQuantized.of(packed, kernel.shape, form), pair))
         return new
 
-    def _simple(self, kernel: Any, option: Option, weights: Weights, width: int) -> Any:
+    def _simple(self, kernel: Any, weights: Weights, option: Option, width: int) -> Any:
         """A matrix that needs no alternation."""
         if option.form is not None:
             packed = jax.device_get(encode_kernel(kernel, weights.feedback, form=option.form))
@@ -571,6 +581,15 @@ def measures(kernel: Any, new: Any, weights: Weights) -> tuple[Any, Any]:
     return shares[0], shares[1]
 
 
+def _groups(chosen: Mapping[Site, Option], shapes: Mapping[Site, Any]) -> list[list[Site]]:
+    """Sites whose matrices are found in one go: each alone, or like ones that are decomposed."""
+    groups: dict[Any, list[Site]] = {}
+    for site, option in chosen.items():
+        alone = option.form is None or option.rank is None or not in_stacks()
+        groups.setdefault(site if alone else (shapes[site], option.form), []).append(site)
+    return list(groups.values())
+
+
 def _check_finite(params: Any, layers: Mapping[str, Mapping[str, Any]]) -> None:
     """Raises ValueError if a number that was read or is stored is not finite; names all of them."""
     # Codes hide what is broken: minima and maxima may pass over NaN.
@@ -589,7 +608,7 @@ def _check_finite(params: Any, layers: Mapping[str, Mapping[str, Any]]) -> None:
         raise ValueError("the quantised model is broken: " + "; ".join(wrong))
 
 
-def _layer(kernel: Any, new: Any, weights: Weights, option: Option) -> dict[str, Any]:
+def _layer(kernel: Any, weights: Weights, new: Any, option: Option) -> dict[str, Any]:
     """What became of a matrix, for the report."""
     plain, weighted = measures(kernel, materialize(new), weights)
     return {

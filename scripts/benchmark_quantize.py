@@ -82,8 +82,8 @@ def _moments(source: Any, tokens: Any) -> dict[str, Any]:
 
     prepared = prepare_quantized(source, tokens, method="nf", weighting="input")
     found = {}
-    for i, _, costs in prepared.walk(Clock(None), "moments", lambda _: False):
-        found |= {site_path(i, site): np.asarray(cost.inputs) for site, cost in costs.items()}
+    for i, sites, matrix in prepared.walk(Clock(None), "moments", lambda _: False):
+        found |= {site_path(i, site): np.asarray(matrix(site)[1].inputs) for site in sites}
     return found
 
 

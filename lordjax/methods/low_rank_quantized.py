@@ -265,6 +265,14 @@ _stacked = functools.partial(jax.jit, static_argnames=("form", "width", "steps")
 )
 
 
+def in_stacks() -> bool:
+    """Whether like kernels are best decomposed together: an accelerator wants to be filled.
+
+    A CPU is full, batched factorisations are slow there, and every length would compile again.
+    """
+    return jax.default_backend() != "cpu"
+
+
 def decompose_all(
     kernels: Sequence[Float[Array, "in out"]],
     ranks: Sequence[int],
@@ -274,12 +282,9 @@ def decompose_all(
     width: int,
     steps: int = STEPS,
 ) -> list[Decomposition]:
-    """`decompose` of kernels of one shape; an accelerator, which wants to be filled, gets a stack.
-
-    A CPU is full, batched factorisations are slow there, and every length would compile again.
-    """
+    """`decompose` of kernels of one shape; of several as a stack where it is `in_stacks`."""
     fixed: dict[str, Any] = {"form": form, "width": width, "steps": steps}
-    if jax.default_backend() == "cpu" or len(kernels) == 1:
+    if not in_stacks() or len(kernels) == 1:
         rows = zip(kernels, ranks, weights, strict=True)
         return [decompose(kernel, jnp.asarray(rank), own, **fixed) for kernel, rank, own in rows]
     stack = jax.tree.map(lambda *a: jnp.stack(a), *weights)
