@@ -42,6 +42,7 @@ COPIES = 5
 CODE_COPIES = 16  # float32 arrays of the largest matrix, while its codes are looked for
 PAGES = 2.0**26  # bytes of the model's files that stay mapped (conversions/tensors.py)
 ROWS = ("device: hidden states",)  # what devices share; the rest each has, or may have
+GROUPED = ("statistics", "factors")  # stages that work on several blocks, with a mesh
 SPREAD = 1.5  # a forecast of time is right within this factor, if nothing else changes
 SHARD = 2 * 2**30  # bytes that are written at a time
 
@@ -92,6 +93,9 @@ def memory(
     parts = _CodedParts(job, *about) if isinstance(job, CodedJob) else _Parts(job, *about)
     whole = {name: getattr(parts, name)() for name in work}
     streamed = {name: _streamed(parts, name) for name in work}
+    if devices > 1:  # which factor the sites of as many blocks together (`factor_pass`)
+        for table in (each[name] for each in (whole, streamed) for name in GROUPED if name in each):
+            table["statistics of other blocks"] = parts.statistic * (devices / processes - 1)
     return {
         "in memory": _peak(whole, devices, processes),
         "with a work directory": _peak(streamed, devices, processes) | {"disk": parts.disk()},

@@ -12,6 +12,7 @@ from blocks import GPT2, random_model
 from lordjax import checkpoint, elastic
 from lordjax.compression import compress
 from lordjax.files import TensorWriter
+from lordjax.mesh import make_mesh
 from lordjax.models import Rope
 from lordjax.nf import Format
 from lordjax.output import Output, partial
@@ -45,6 +46,10 @@ def low_rank(**options):
     return run
 
 
+def on_two_devices(**given):
+    return low_rank(method="svd-llm", keep=0.6, mesh=make_mesh({"data": 2}))(**given)
+
+
 def quantized(method, **options):
     def run(*, work=None, into=None):
         prepared = prepare_quantized(
@@ -64,6 +69,7 @@ RUNS = {
     "rom": low_rank(method="rom", keep=0.6),
     "corrective": low_rank(method="lord", keep=0.6, prefix="corrective"),
     "ranks": low_rank(method="svd", ranks={"mlp/down": 5}),
+    "mesh": on_two_devices,  # which factor two blocks at a time, then the third
     "codes of pairs": low_rank(method="svd", keep=0.6, factors="nf4"),
     "lq": quantized("lq", weighting="fisher", rank=2),
     "auto": quantized("auto"),
@@ -84,7 +90,7 @@ def make(run, directory):
 
 
 # The others keep nothing that these do not, or take long (auto: tables of formats).
-QUICK = ("lord", "modegpt-published", "rom", "ranks")
+QUICK = ("lord", "modegpt-published", "rom", "ranks", "mesh")
 KILLED = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in RUNS]
 
 
@@ -138,10 +144,10 @@ def same(a, b):
 
 def test_work_is_not_done_again(tmp_path, monkeypatch):
     """What a killed process finished is read, not made."""
-    from lordjax import factoring
+    from lordjax import factor_pass
 
     count = []
-    original = factoring._finished
+    original = factor_pass.finish
 
     def counted(*arguments):
         count.append(arguments[1])
@@ -149,7 +155,7 @@ def test_work_is_not_done_again(tmp_path, monkeypatch):
             raise Killed
         return original(*arguments)
 
-    monkeypatch.setattr(factoring, "_finished", counted)
+    monkeypatch.setattr(factor_pass, "finish", counted)
     with pytest.raises(Killed):
         make(RUNS["lord"], tmp_path / "out")
     make(RUNS["lord"], tmp_path / "out")
