@@ -49,7 +49,7 @@ def mlp(
     else:
         order = np.argsort(lapack.leverage_complement(gram, ridge), kind="stable")
     _fill(gram, moments, order, centred=intercept)
-    parts = {"order": order.astype(np.int32)}
+    parts: dict[str, Any] = {"order": order.astype(np.int32)}
     if intercept:
         parts["mean"] = np.asarray(moments.mean, np.float32)[order]
     del moments
