@@ -211,8 +211,9 @@ def _pair(exponents: list[float | None]) -> str:
     "--length", type=click.IntRange(min=2), default=256, show_default=True, help="Of a window."
 )
 @click.option("--vocabulary", type=click.IntRange(min=2), default=1024, show_default=True)
-@click.option("--method", default="modegpt", show_default=True, help="A low-rank one.")
-@click.option("--keep", type=float, default=0.8, show_default=True)
+@click.option("--method", default="modegpt", show_default=True)
+@click.option("--keep", type=float, default=0.8, show_default=True, help="Of low rank.")
+@click.option("--bits", type=float, default=3.0, show_default=True, help="Of codes.")
 @click.option(
     "--repeats",
     type=click.IntRange(min=1),
@@ -227,18 +228,22 @@ def main(
     windows: tuple[int, ...],
     method: str,
     keep: float,
+    bits: float,
     as_json: bool,
     **settings: Any,
 ) -> None:
     """Measures how a compression's seconds and memory grow."""
     from lordjax.methods import METHODS
+    from lordjax.quantizer import QUANTIZERS
 
-    if method not in METHODS:
-        raise click.BadParameter(
-            f"{method!r} is none of {', '.join(METHODS)}", param_hint="--method"
-        )
+    if method not in (*METHODS, *QUANTIZERS):
+        names = ", ".join((*METHODS, *QUANTIZERS))
+        raise click.BadParameter(f"{method!r} is none of {names}", param_hint="--method")
+    budget = {"keep": keep} if method in METHODS else {"bits": bits}
     along = cases(shrinks, depths, windows)
-    options, rows = ["--method", method, "--keep", str(keep)], {}
+    options, rows = ["--method", method], {}
+    for name, value in budget.items():
+        options += [f"--{name}", str(value)]
     try:
         for shrink in shrinks:  # before anything runs
             config_like(settings["like"], 1, shrink)
@@ -252,14 +257,14 @@ def main(
         "cases": sorted(rows.values(), key=lambda row: [row[axis] for axis in AXES]),
         "bare_bytes": bare,
         "growth": {axis: growth([rows[c] for c in of], axis, bare) for axis, of in along.items()},
-        "settings": {**settings, "method": method, "keep": keep},
+        "settings": {**settings, "method": method, **budget},
         "environment": environment(),
     }
     if as_json:
         click.echo(json.dumps(found, indent=1))
         return
     click.echo(", ".join(f"{key} {value}" for key, value in found["environment"].items()))
-    click.echo(f"{method}, keep {keep}, windows of {settings['length']} tokens\n")
+    click.echo(f"{' '.join(options)}, windows of {settings['length']} tokens\n")
     click.echo(markdown(found))
 
 

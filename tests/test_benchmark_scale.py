@@ -53,10 +53,11 @@ def test_growth_leaves_out_what_a_process_takes_without_work():
     assert "| width | 2.00 / 2.00 | 3.00 / 3.00 | 3.00 / 3.00 |" in table
 
 
-def test_the_smallest_sizes_run():
+@pytest.mark.parametrize("method", ["svd", "nf"])
+def test_the_smallest_sizes_run(method):
     """In processes of their own."""
     flags = ["--shrinks", "32", "--depths", "1", "--windows", "2", "--length", "8"]
-    flags += ["--vocabulary", "64", "--method", "svd", "--json"]
+    flags += ["--vocabulary", "64", "--method", method, "--json"]
     result = CliRunner().invoke(main, flags, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
@@ -70,7 +71,7 @@ def test_the_smallest_sizes_run():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--method", "nf"], "'nf' is none of svd"),
+        (["--method", "nf4"], "'nf4' is none of svd"),
         (["--shrinks", "3"], "cannot be divided"),
         (["--depths", "2,x"], "is not a list"),
     ],
