@@ -400,27 +400,23 @@ class Quantizer:
                 stats = block_statistics(*given)
                 del given
             own = {s: {name: stats[key] for name, key in keys[s.path].items()} for s in sites}
-            yield i, sites, functools.partial(self._matrix, flat, own, self.gradients.get(i, {}))
+            yield i, sites, functools.partial(self._matrix, i, flat, own)
             if states is not None:
                 states.commit(i + 1)
         if states is not None:
             states.close()
 
     def _matrix(
-        self,
-        flat: Mapping[str, Any],
-        stats: Mapping[Site, Mapping[str, Any]],
-        gradients: Mapping[str, Mapping[str, Any]],
-        site: Site,
+        self, i: int, flat: Mapping[str, Any], stats: Mapping[Site, Mapping[str, Any]], site: Site
     ) -> tuple[Any, Weights]:
         """A kernel, float32 on the device, and what errors of it cost.
 
-        Made when it is asked for, so that one of a block is in memory at a time.
+        Made when it is asked for, so that one of a block is in memory at a time; that goes for
+        gradients, too, of which a work directory maps each array until it is let go.
         """
         kernel = on_device(flat[site.path])
-        own = {**stats[site]}
-        own |= site_gradients(gradients, statistics_of(self.weighting), site, kernel)
-        cost = _cost(kernel, own)
+        gradients, row = self.gradients.get(i, {}), statistics_of(self.weighting)
+        cost = _cost(kernel, {**stats[site], **site_gradients(gradients, row, site, kernel)})
         return kernel, cost._replace(feedback=_feedback(cost.inputs)) if self.feedback else cost
 
     def _table(self, kernel: Any, weights: Weights) -> Table:
