@@ -107,8 +107,11 @@ def resume_pass(
     if start == layers or calibration is None:
         return None, range(start, layers)
     states = start_pass(work, name, source, calibration)
-    # States may be behind what is done: a process was killed before it could write them.
-    return states, range(min(start, states.at or 0), layers)
+    # States may be behind what is done: a process was killed before it could write them. They are
+    # ahead of it in the middle of a group of blocks.
+    if (states.at or 0) > start:
+        states.back(start)
+    return states, range(states.at or 0, layers)
 
 
 def state_shapes(source: Source, calibration: Calibration) -> list[tuple[int, ...]]:

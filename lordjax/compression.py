@@ -22,7 +22,8 @@ from lordjax import nf, objective, trees
 from lordjax.allocation import CURVELESS, INFLUENCED
 from lordjax.calibrate import checked
 from lordjax.data import fingerprint
-from lordjax.factoring import AnyFactors, factor_all, site_sizes
+from lordjax.factor_pass import factor_all
+from lordjax.factoring import AnyFactors, site_sizes
 from lordjax.gradients import few_gradients
 from lordjax.mesh import Mesh
 from lordjax.methods import DEFAULT_METHOD, METHODS

@@ -1,35 +1,27 @@
-"""Factors of every site of a model, and putting them back."""
+"""Factors of a site, and putting them back."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lordjax import nf, trees
-from lordjax.calibrate import (
-    INFLUENCE,
-    activation_keys,
-    block_statistics,
-    needs_activations,
-    on_device,
-    resume_pass,
-)
-from lordjax.gradients import site_gradients
+from lordjax import flops, nf, trees
+from lordjax.calibrate import activation_keys, statistic_width
+from lordjax.collect import empty
+from lordjax.gradients import gradient_basis, site_gradients
 from lordjax.kernels import LowRank, NFQuantized, is_kernel
-from lordjax.mesh import Mesh, map_kernels
 from lordjax.methods import METHODS, Factors, Module, ModuleFactors, method_at, truncate
 from lordjax.modules import gather, scatter, site_size, widen
 from lordjax.plan import Size
-from lordjax.progress import Clock
 from lordjax.sites import Site, counted_sites, site_path, sites_for
-from lordjax.source import Calibration, Source
-from lordjax.work import Entries, Work, once
+from lordjax.source import Source
+from lordjax.work import Work, once
 
 AnyFactors = Factors | ModuleFactors
 
@@ -73,17 +65,17 @@ def factor_site(method: str, site: Site, path: str, kernels: Any, stats: Any) ->
     Raises:
       ValueError: if a factor is not finite; names the site.
     """
-    return _finished(method, path, kernels, _started(method, site, kernels, dict(stats)))
+    return finish(method, path, kernels, start(method, site, kernels, dict(stats), meshed=False))
 
 
-def _started(
-    method: str, site: Site, kernels: Any, stats: dict[str, Any], mesh: Mesh | None = None
+def start(
+    method: str, site: Site, kernels: Any, stats: dict[str, Any], *, meshed: bool
 ) -> AnyFactors:
     """The factors of a site while they are computed, on a device; ``stats`` may be emptied.
 
     Devices of a mesh take turns, and processes tell from shapes what others do: no work on hosts.
     """
-    module = None if mesh is not None else on_host(method, site.kind)
+    module = None if meshed else on_host(method, site.kind)
     if module is not None and module.host is not None:
         return module.host(kernels, stats)
     name = method_at(method, site.layer) if site.kind == "linear" else method
@@ -91,7 +83,8 @@ def _started(
         return factor_program(name, site.kind)(kernels, stats)
 
 
-def _finished(method: str, path: str, kernels: Any, running: AnyFactors) -> AnyFactors:
+def finish(method: str, path: str, kernels: Any, running: AnyFactors) -> AnyFactors:
+    """The factors that `start` computes, once they are there; errors as of `factor_site`."""
     small = jax.tree.map(np.asarray, running)
     if not all(np.isfinite(a).all() for a in jax.tree.leaves(small)):
         raise ValueError(
@@ -123,91 +116,59 @@ def site_kernels(site: Site, block: Mapping[str, Any], config: Any) -> Any:
     return flat[site.path] if site.kind == "linear" else gather(site.kind, flat, config)
 
 
-def factor_all(
-    source: Source,
-    calibration: Calibration,
-    method: str,
-    gradients: Mapping[int, Mapping[str, Mapping[str, Any]]],
-    clock: Clock,
-    work: Work,
-    *,
-    keep_gradients: bool,
-    influence: bool,
-) -> tuple[Mapping[str, AnyFactors], dict[int, float]]:
-    """One pass over the untouched model: statistics of a block, its factors, the next block.
+def site_work(method: str, site: Site, kernels: Any, stats: Any, *, meshed: bool) -> flops.Work:
+    """Operations of the factors of one site.
 
-    Returns:
-      site path -> factors, which are in ``work``; layer -> block influence, if asked for.
+    Args:
+      method: a key of `METHODS`.
+      site: of the block.
+      kernels: shapes of what is factored (`input_shapes`).
+      stats: of what the method reads.
+      meshed: whether devices of a mesh take turns; then nothing is factored on the host.
     """
-    config, row = source.config, METHODS[method]
-    sites = sites_for(row.kinds, config)
-    factors = Entries(work, "factors")
-    influences = Entries(work, "influence", int)
-
-    def done(i: int) -> bool:
-        lacks = any(site_path(i, site) not in factors for site in sites)
-        return not lacks and (i in influences or not influence)
-
-    reads = calibration if influence or needs_activations(row) else None
-    states, left = resume_pass(work, "statistics", source, reads, done)
-    for i in clock.run("statistics and factors", left, left.start):
-        block = on_device(source.block(i), calibration.mesh)
-        keys = activation_keys(block, sites, row)
-        stats = {}
-        if states is not None:
-            stats = block_statistics(
-                block, i, states, calibration, sites, keys, config, influence=influence
-            )
-        if influence:
-            work[f"influence/{i}"] = float(stats.pop(INFLUENCE).mean())
-        # As it is stored: on the device a program's own arguments are enough.
-        block = source.block(i)
-        # A process that was killed before the block's last one has made the others.
-        left_sites = [site for site in sites if site_path(i, site) not in factors]
-        inputs = {
-            site: {name: stats[key] for name, key in keys[site.path].items()} for site in left_sites
-        }
-        del stats  # a site's sums go when it is factored
-        made = _factor_block(
-            method, i, block, inputs, gradients.get(i, {}), config, clock, calibration.mesh
-        )
-        for path, found in made:
-            work[f"factors/{path}"] = found
-        if not keep_gradients:
-            work.release(f"gradients/{i}")
-        if states is not None:
-            states.commit(i + 1)
-    if states is not None:
-        states.close()
-    return factors, dict(influences)
+    leaves, tree = jax.tree.flatten((kernels, stats))
+    return _site_work(method, site, meshed, tree, tuple(leaves))
 
 
-def _factor_block(
+@functools.cache
+def _site_work(method: str, site: Site, meshed: bool, tree: Any, leaves: Any) -> flops.Work:
+    kernels, stats = jax.tree.unflatten(tree, leaves)
+    module = None if meshed else on_host(method, site.kind)
+    if module is not None and module.host_work is not None:
+        return module.host_work(kernels, stats)
+    name = method_at(method, site.layer) if site.kind == "linear" else method
+    found: list[flops.Work] = []
+    if stats.get("basis") is not None:
+        found.append(flops.of(gradient_basis, kernels))
+    with jax.enable_x64(True):
+        found.append(flops.of(factor_program(name, site.kind), kernels, stats))
+    return flops.merged(found)
+
+
+def input_shapes(
     method: str,
-    i: int,
+    site: Site,
     block: Mapping[str, Any],
-    inputs: dict[Site, dict[str, Any]],
     gradients: Mapping[str, Mapping[str, Any]],
     config: Any,
-    clock: Clock,
-    mesh: Mesh | None,
-) -> Iterator[tuple[str, AnyFactors]]:
-    """Path and factors of the sites of ``inputs``, on the devices of a mesh in turn.
+) -> tuple[Any, dict[str, Any]]:
+    """Shapes of what `factor_site` reads of a site: its kernels and statistics.
 
-    ``inputs`` is emptied.
+    Args:
+      method: a key of `METHODS`.
+      site: of the block.
+      block: its parameters, or their shapes.
+      gradients: statistics of its backward pass, or their shapes.
+      config: the architecture.
     """
-
-    def start(site: Site) -> AnyFactors:
-        with clock.part(f"factors of {site.kind} sites"):
-            kernels = site_kernels(site, block, config)
-            stats = inputs.pop(site) | site_gradients(gradients, METHODS[method], site, kernels)
-            return _started(method, site, kernels, stats, mesh)
-
-    for site, running in map_kernels(start, list(inputs), mesh):
-        path = site_path(i, site)
-        with clock.part(f"factors of {site.kind} sites"):
-            found = _finished(method, path, site_kernels(site, block, config), running)
-        yield path, found
+    row, flat = METHODS[method], trees.flatten(block)
+    kernels = jax.eval_shape(lambda block: site_kernels(site, block, config), block)
+    keys = activation_keys(block, (site,), row)[site.path]
+    widths = {key: statistic_width(key, flat, config) for key in keys.values()}
+    sums = jax.eval_shape(lambda: empty(widths))
+    stats = {name: sums[key] for name, key in keys.items()}
+    read = jax.eval_shape(lambda g, k: site_gradients(g, row, site, k), gradients, kernels)
+    return kernels, stats | read
 
 
 def replace_kernels(

@@ -4,7 +4,8 @@ Training is data parallel and fully sharded: one axis of devices, over which the
 shared out and, on their longest axis that divides, the arrays of the model and of the optimiser.
 
 Calibration shares out rows over the axis ``data`` and, of a model too big for one device, a block's
-matrices over the axis ``model``. Matrices are factored one on each device.
+matrices over the axis ``model``. Matrices of as many blocks as there are devices are factored
+together, each on one device.
 
 The compiler inserts what is sent between devices. Those of several processes (`hosts`) form one
 mesh: of an array every process holds what lies on its own devices.
@@ -13,9 +14,8 @@ mesh: of an array every process holds what lies on its own devices.
 from __future__ import annotations
 
 import functools
-import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeGuard, TypeVar
 
 import jax
@@ -178,26 +178,53 @@ def gathered(tree: Any, mesh: Mesh | None) -> Any:
     return jax.tree.map(whole, tree)
 
 
+def share_jobs(costs: Mapping[Job, float], count: int) -> list[list[Job]]:
+    """The jobs of each of so many devices, in the order in which it does them.
+
+    The largest job that is left goes to the device with the least work so far, of equal ones the
+    first: at most 4/3 of the best that is possible (Graham 1969), the same in every process.
+
+    Args:
+      costs: job -> its work.
+      count: of devices.
+    """
+    shares: list[list[Job]] = [[] for _ in range(count)]
+    sums = [0.0] * count
+    for job in sorted(costs, key=lambda job: -costs[job]):
+        k = sums.index(min(sums))
+        shares[k].append(job)
+        sums[k] += costs[job]
+    return shares
+
+
+def own_jobs(shares: Sequence[Sequence[Job]], mesh: Mesh) -> set[Job]:
+    """Those of `share_jobs` that devices of this process do."""
+    pairs = zip(shares, mesh.devices.flat, strict=True)
+    return {j for jobs, device in pairs if device.process_index == hosts.process() for j in jobs}
+
+
 def map_kernels(
-    run: Callable[[Job], Any], jobs: Iterable[Job], mesh: Mesh | None
+    run: Callable[[Job], Any], shares: Sequence[Sequence[Job]], mesh: Mesh | None
 ) -> Iterator[tuple[Job, Any]]:
-    """``(job, run(job))`` for every job, in order; as many at a time as the mesh has devices.
+    """``(job, run(job))`` for every job; as many at a time as the mesh has devices.
 
     Args:
       run: starts a job on the default device, with arguments that no device holds fast; returns a
-        tree of arrays.
-      jobs: anything, such as a site to factor.
-      mesh: whose devices take turns; None: one job after the other where it is. With several
-        processes, each runs those of its devices, and all get all results.
+        tree of arrays. Of jobs of other processes it is only traced.
+      shares: what each device does, in order (`share_jobs`), such as sites to factor.
+      mesh: the devices; None: one job after the other where it is. With several processes, each
+        runs those of its devices, and all get all results.
     """
     if mesh is None:
-        yield from ((job, run(job)) for job in jobs)
+        yield from ((job, run(job)) for share in shares for job in share)
         return
-    devices, jobs = list(mesh.devices.flat), iter(jobs)
-    while started := list(zip(itertools.islice(jobs, len(devices)), devices, strict=False)):
+    devices = list(mesh.devices.flat)
+    for turn in range(max(map(len, shares))):
+        pairs = zip(shares, devices, strict=True)
+        started = [(share[turn], device) for share, device in pairs if turn < len(share)]
         running = []
         for job, device in started:
-            if device.process_index == jax.process_index():
+            if device.process_index == hosts.process():
                 with jax.default_device(device):
                     running.append(run(job))  # returns before it is finished
             else:

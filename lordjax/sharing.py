@@ -2,9 +2,9 @@
 
 Of a pass over the blocks devices share the windows of every batch that divides; those of one that
 does not are everybody's. A compiler does not share out loops, which attention is on CPU: every
-device does all of them. Matrices to factor go round, a block's first one to the first device. What
-is not shared at all - codes, comparisons - is the first device's. Of ``sequential`` nothing is
-said.
+device does all of them. Of as many blocks as there are devices, the largest matrix that is left
+goes to the device with the least to factor. What is not shared at all - codes, comparisons - is the
+first device's. Of ``sequential`` nothing is said.
 """
 
 from __future__ import annotations
@@ -20,7 +20,16 @@ from lordjax import flops
 from lordjax.coded import CodedJob
 from lordjax.collect import observe, observe_gradients, windows_per_step
 from lordjax.flops import Work
-from lordjax.stages import Job, every_layer, forward_work, gradient_shapes, site_factors
+from lordjax.mesh import share_jobs
+from lordjax.sites import Site
+from lordjax.stages import (
+    Job,
+    all_factors,
+    every_layer,
+    forward_work,
+    gradient_shapes,
+    site_factors,
+)
 
 UNKNOWN = ("sequential",)  # stages of which nothing is said
 
@@ -42,7 +51,7 @@ def shared(job: Job, work: Mapping[str, Work], count: int) -> dict[str, list[Wor
         elif name == "statistics":
             found[name] = _pass(job, whole, count, backward=False)
         elif name == "factors":
-            found[name] = _in_turn(job, count)
+            found[name] = _in_groups(job, count)
         elif isinstance(job, CodedJob) and job.reads:  # a pass, and what the first device does
             forward = forward_work(job)
             parts = _pass(job, forward, count, backward=False)
@@ -121,12 +130,17 @@ def _attention(job: Job, *, backward: bool) -> Work:
     return Counter({kind: n for kind, n in found.items() if kind != "equations"})
 
 
-def _in_turn(job: Job, count: int) -> list[Work]:
-    """Of factors: sites of a block go to the devices in turn (`mesh.map_kernels`)."""
-    found: list[Work] = [Counter() for _ in range(count)]
-    for k, site in enumerate(job.sites):
-        found[k % count].update(site_factors(job, site))
-    return found
+def _in_groups(job: Job, count: int) -> list[Work]:
+    """Of factors: sites of as many blocks as there are devices at a time (`factor_pass`)."""
+    layers, sites = job.config.num_layers, job.sites
+    each = {site: flops.total(site_factors(job, site)) for site in sites}
+    counts: list[Counter[Site]] = [Counter() for _ in range(count)]
+    for first in range(0, layers, count):
+        group = range(first, min(first + count, layers))
+        shares = share_jobs({(i, site): each[site] for i in group for site in sites}, count)
+        for found, jobs in zip(counts, shares, strict=True):
+            found.update(site for _, site in jobs)
+    return [all_factors(job, found) for found in counts]
 
 
 def _minus(whole: Work, part: Work) -> Work:

@@ -31,14 +31,13 @@ from lordjax.collect import (
     windows_per_step,
 )
 from lordjax.compression import GRADIENT_WINDOWS, HELD_OUT
-from lordjax.factoring import factor_program, on_host, site_kernels
+from lordjax.factoring import input_shapes, on_host, site_work
 from lordjax.flops import Work
 from lordjax.gradients import (
     STATE_BYTES,
     empty_gradients,
     gradient_basis,
     needs_gradients,
-    site_gradients,
 )
 from lordjax.kernels import nbytes
 from lordjax.methods import METHODS, Method, Module, method_at
@@ -216,16 +215,8 @@ def statistics(job: Job) -> dict[str, Any]:
 
 def inputs(job: Job, site: Site) -> tuple[Any, dict[str, Any]]:
     """Shapes of what `factor` reads of a site: its kernels and statistics."""
-    kernels = jax.eval_shape(lambda block: site_kernels(site, block, job.config), job.block)
-    stats = statistics(job)
-    keys = activation_keys(job.block, (site,), job.row)
-    names = {name: stats[key] for name, key in keys[site.path].items()}
-    if job.backward[0]:
-        gradients = gradient_shapes(job)[0]
-        names |= jax.eval_shape(
-            lambda g, k: site_gradients(g, job.row, site, k), gradients, kernels
-        )
-    return kernels, names
+    gradients = gradient_shapes(job)[0] if job.backward[0] else {}
+    return input_shapes(job.method, site, job.block, gradients, job.config)
 
 
 def every_layer(job: Job, program: Callable[[int | None], Work]) -> Work:
@@ -296,33 +287,23 @@ def forward_work(job: Job) -> Work:
     return flops.scaled(steps, (job.windows - job.held_out) / job.batch)
 
 
-def all_factors(job: Job) -> Work:
-    """Of all sites; those of equal shapes share a program."""
-    known: dict[str, Work] = {}
+def all_factors(job: Job, counts: Mapping[Site, int] | None = None) -> Work:
+    """Of so many of each site, or of all; those of equal shapes share a program."""
+    known: set[str] = set()
     found: Work = Counter()
-    for site in job.sites:
+    counts = dict.fromkeys(job.sites, job.config.num_layers) if counts is None else counts
+    for site, count in counts.items():
         name = method_at(job.method, site.layer) if site.kind == "linear" else site.kind
-        shape = f"{name} {inputs(job, site)}"
-        again = shape in known
-        known[shape] = known[shape] if again else site_factors(job, site)
-        work = known[shape]
-        found.update({k: n for k, n in work.items() if not (again and k == "equations")})
+        program = f"{name} {inputs(job, site)}"
+        work = flops.scaled(site_factors(job, site), count)
+        found.update({k: n for k, n in work.items() if k != "equations" or program not in known})
+        known.add(program)
     return found
 
 
 def site_factors(job: Job, site: Site) -> Work:
-    """Of a site in all blocks."""
-    name = method_at(job.method, site.layer) if site.kind == "linear" else job.method
-    kernels, names = inputs(job, site)
-    module = job.on_host(site)
-    if module is not None and module.host_work is not None:
-        return flops.scaled(module.host_work(kernels, names), job.config.num_layers)
-    found: list[Work] = []
-    if names.get("basis") is not None:
-        found.append(flops.of(gradient_basis, kernels))
-    with jax.enable_x64(True):
-        found.append(flops.of(factor_program(name, site.kind), kernels, names))
-    return flops.scaled(flops.merged(found), job.config.num_layers)
+    """Of a site in one block."""
+    return site_work(job.method, site, *inputs(job, site), meshed=job.meshed)
 
 
 def _comparison(job: Job) -> Work:
@@ -370,7 +351,7 @@ def _sequential(job: Job) -> Work:
             found.append(flops.scaled(_pass(job, job.batch, stats, forward=False), share))
         if corrective:
             found.append(flops.scaled(every_layer(job, _pairs(job, group)), share))
-        factors += [flops.scaled(site_factors(job, site), share) for site in group]
+        factors += [flops.scaled(site_factors(job, site), share * layers) for site in group]
     steps = flops.scaled(flops.merged(found), (job.windows - job.held_out) / job.batch)
     return flops.merged([steps, *factors])
 

@@ -16,7 +16,7 @@ A pass over the blocks::
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -44,7 +44,7 @@ class States(Protocol):
         ...
 
     def back(self, at: int) -> None:
-        """Goes back to states that were kept; those that it leaves go."""
+        """Goes back to the last states that were kept up to block ``at``; later ones go."""
         ...
 
     def close(self) -> None:
@@ -69,14 +69,13 @@ class MemoryStates:
     def commit(self, at: int, *, keep: bool = False) -> None:
         """See `States`."""
         self.at = at
-        if keep:
-            self._kept[at] = dict(self._now)
+        self._kept = {**self._kept, at: dict(self._now)} if keep else {}
 
     def back(self, at: int) -> None:
         """See `States`."""
-        if self.at is not None and self.at != at:
-            self._kept.pop(self.at, None)
-        self.at, self._now = at, dict(self._kept[at])
+        self._kept = {kept: states for kept, states in self._kept.items() if kept <= at}
+        self.at = max(self._kept)
+        self._now = dict(self._kept[self.at])
 
     def close(self) -> None:
         """See `States`."""
@@ -97,9 +96,9 @@ class DiskStates:
         self._stream: Stream | None = None
         self._file: Mapping[str, Any] = {}
         self.at: int | None = None
-        found = work.below(f"{name}/")
+        found = self._all()
         if found:  # the last one, if it was killed before the one before could go
-            self._open(int(found[-1].rsplit("/", 1)[1]))
+            self._open(found[-1])
 
     def __getitem__(self, j: int) -> Any:
         # Mapped when it is asked for: what stays mapped counts as memory.
@@ -124,20 +123,25 @@ class DiskStates:
             self._stream.close(f"{self._name}/{at}")
             self._stream = None
         hosts.wait()
-        if not keep and self.at is not None:
-            self._work.discard(f"{self._name}/{self.at}")
+        if not keep:
+            self._discard(lambda kept: kept != at)
         self._open(at)
 
     def back(self, at: int) -> None:
         """See `States`."""
-        if self.at != at:
-            self._work.discard(f"{self._name}/{self.at}")
-        self._open(at)
+        self._discard(lambda kept: kept > at)
+        self._open(max(self._all()))
 
     def close(self) -> None:
         """See `States`."""
-        for key in self._work.below(f"{self._name}/"):
-            self._work.discard(key)
+        self._discard(lambda _: True)
+
+    def _all(self) -> list[int]:
+        """The blocks before which there are states, the oldest first."""
+        return [int(key.rsplit("/", 1)[1]) for key in self._work.below(f"{self._name}/")]
+
+    def _discard(self, which: Callable[[int], bool]) -> None:
+        self._work.discard(*(f"{self._name}/{at}" for at in self._all() if which(at)))
 
     def _open(self, at: int) -> None:
         self.at, self._file = at, self._work.arrays(f"{self._name}/{at}")

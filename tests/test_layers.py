@@ -43,7 +43,7 @@ ORDER = [
     ["lordjax.gradients"],
     ["lordjax.modules", "lordjax.evaluate.perplexity", "lordjax.evaluate.classification"],
     ["lordjax.factoring", "lordjax.evaluate.comparison"],
-    ["lordjax.sequential"],
+    ["lordjax.sequential", "lordjax.factor_pass"],
     ["lordjax.prepared", "lordjax.sizing"],
     ["lordjax.compression", "lordjax.quantizer", "lordjax.speed"],
     ["lordjax.stages"],

@@ -136,7 +136,8 @@ def test_jobs_take_turns_on_the_devices():
     devices = mesh.make_mesh({"data": 4})
     double = jax.jit(lambda x: 2 * x)
     jobs = [np.full(3, float(i), np.float32) for i in range(6)]
-    found = list(mesh.map_kernels(double, jobs, devices))
+    shares = mesh.share_jobs(dict.fromkeys(range(6), 1.0), 4)
+    found = [(jobs[k], y) for k, y in mesh.map_kernels(lambda k: double(jobs[k]), shares, devices)]
     assert [float(job[0]) for job, _ in found] == list(range(6))
     for job, out in found:
         np.testing.assert_array_equal(out, 2 * job)

@@ -138,10 +138,10 @@ def same(a, b):
 
 def test_work_is_not_done_again(tmp_path, monkeypatch):
     """What a killed process finished is read, not made."""
-    from lordjax import factoring
+    from lordjax import factor_pass
 
     count = []
-    original = factoring._finished
+    original = factor_pass.finish
 
     def counted(*arguments):
         count.append(arguments[1])
@@ -149,7 +149,7 @@ def test_work_is_not_done_again(tmp_path, monkeypatch):
             raise Killed
         return original(*arguments)
 
-    monkeypatch.setattr(factoring, "_finished", counted)
+    monkeypatch.setattr(factor_pass, "finish", counted)
     with pytest.raises(Killed):
         make(RUNS["lord"], tmp_path / "out")
     make(RUNS["lord"], tmp_path / "out")
