@@ -123,10 +123,8 @@ class _Pass:
         ]
         if mesh is None:
             return [jobs]
-        costs, blocks = (
-            {},
-            {i: jax.eval_shape(functools.partial(self.source.block, i)) for i in layers},
-        )
+        blocks = {i: jax.eval_shape(functools.partial(self.source.block, i)) for i in layers}
+        costs = {}
         for i, site in jobs:
             gradients = self.gradients.get(i, {})
             shapes = input_shapes(self.method, site, blocks[i], gradients, config)
