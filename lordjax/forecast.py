@@ -8,8 +8,8 @@
     with a work directory   one block, its statistics, hidden states of one batch; the rest is on
                          disk, the states before every block while gradients are taken included
 
-and in both the activations of one batch and the float64 workspace of the largest site. On CPU what
-would be on a device is on the host.
+and in both the activations of one batch, the float64 workspace of the largest site, and with N
+devices the statistics of N blocks, on the host. On CPU what would be on a device is on the host.
 """
 
 from __future__ import annotations
@@ -42,7 +42,6 @@ COPIES = 5
 CODE_COPIES = 16  # float32 arrays of the largest matrix, while its codes are looked for
 PAGES = 2.0**26  # bytes of the model's files that stay mapped (conversions/tensors.py)
 ROWS = ("device: hidden states",)  # what devices share; the rest each has, or may have
-GROUPED = ("statistics", "factors")  # stages that work on several blocks, with a mesh
 SPREAD = 1.5  # a forecast of time is right within this factor, if nothing else changes
 SHARD = 2 * 2**30  # bytes that are written at a time
 
@@ -89,13 +88,10 @@ def memory(
         of_stage["equations"] * (CODE_PROGRAM if name in CODING else PROGRAM)
         for name, of_stage in work.items()
     )
-    about = (before, after, PROCESS + compiled)
+    about = (before, after, PROCESS + compiled, min(devices, job.config.num_layers), processes)
     parts = _CodedParts(job, *about) if isinstance(job, CodedJob) else _Parts(job, *about)
     whole = {name: getattr(parts, name)() for name in work}
     streamed = {name: _streamed(parts, name) for name in work}
-    if devices > 1:  # which factor the sites of as many blocks together (`factor_pass`)
-        for table in (each[name] for each in (whole, streamed) for name in GROUPED if name in each):
-            table["statistics of other blocks"] = parts.statistic * (devices / processes - 1)
     return {
         "in memory": _peak(whole, devices, processes),
         "with a work directory": _peak(streamed, devices, processes) | {"disk": parts.disk()},
@@ -119,10 +115,15 @@ def _peak(stages: Mapping[str, dict[str, float]], devices: int, processes: int) 
 
 
 class _Parts:
-    """What is alive in each stage, in bytes, by name."""
+    """What is alive in each stage, in bytes, by name.
 
-    def __init__(self, job: Job, before: Any, after: Any, process: float):
-        self.job, self.process = job, process
+    ``group`` blocks are factored together; a process keeps the statistics of its own sites.
+    """
+
+    def __init__(
+        self, job: Job, before: Any, after: Any, process: float, group: int, processes: int
+    ):
+        self.job, self.process, self.group, self.processes = job, process, group, processes
         self.layers = job.config.num_layers
         self.stored, self.result = nbytes(before), nbytes(after)
         self.block, self.rest = nbytes(job.block), nbytes(job.rest)
@@ -189,11 +190,15 @@ class _Parts:
         }
 
     def statistics(self) -> dict[str, float]:
-        """While a block's inputs are collected; the last block."""
+        """While a block's inputs, or a group's, are collected; the last block."""
         windows = self.job.windows - self.job.held_out
         reads = bool(self.statistic) or self.job.policy in INFLUENCED
+        made, others = sum(self.kept), self.group - 1  # whose gradients are there beside factors
+        collected = self.statistic * self.group / self.processes if others else 0.0
         return self._begun() | {
-            "factors": float(max(sum(self.kept), self.gradient)) * self.layers,
+            "factors": float(max(made, self.gradient)) * self.layers
+            + min(made, self.gradient) * others,
+            "statistics of a group": collected,
             "device: hidden states": self._states(windows) if reads else 0.0,
             "device: a block": float(self.block),
             "device: statistics": float(self.statistic),
@@ -225,6 +230,7 @@ class _Parts:
         both = 2 if (self.job.prefix or self.job.row.prefix) == "corrective" else 1
         return self.statistics() | {
             "factors": float(sum(self.kept) + self.gradient) * self.layers,
+            "statistics of a group": 0.0,
             "device: hidden states": both * self._states(self.job.windows),
             "device: a block": 3.0 * self.block,
             "device: workspace": self.workspace(),
@@ -246,15 +252,16 @@ class _Parts:
     def disk(self) -> int:
         """In a work directory when it is fullest, with the result."""
         windows = self.job.backward[0]
-        states = max(self._states(windows) * (self.layers + 3), self._states(self.job.windows) * 2)
+        kept = self._states(self.job.windows) * (self.group + 1)
+        states = max(self._states(windows) * (self.layers + 3), kept)
         return round(states + self.layers * (sum(self.kept) + self.gradient) + self.result)
 
 
 class _CodedParts(_Parts):
     """The same where matrices become codes: there are no factors, and a pass or two."""
 
-    def __init__(self, job: CodedJob, before: Any, after: Any, process: float):
-        super().__init__(job, before, after, process)
+    def __init__(self, job: CodedJob, before: Any, after: Any, *others: Any):
+        super().__init__(job, before, after, *others)
         costs = [weights_of(job, site) for site in job.sites]
         self.costs = float(nbytes([cost for _, cost in costs]))
         self.largest = max(4.0 * kernel.size for kernel, _ in costs)

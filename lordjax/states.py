@@ -44,7 +44,7 @@ class States(Protocol):
         ...
 
     def back(self, at: int) -> None:
-        """Goes back to the last states that were kept before block ``at`` or an earlier one."""
+        """Goes back to the last states that were kept up to block ``at``; later ones go."""
         ...
 
     def close(self) -> None:

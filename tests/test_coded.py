@@ -195,16 +195,6 @@ def test_devices_share_all_but_loops(name):
     assert min(four["factors"]["shares"]) > 0
 
 
-@pytest.mark.parametrize("layers", [4, 8])
-def test_sites_of_several_blocks_are_shared_out_evenly(layers):
-    """One site of a block is most of its work; a device each has one."""
-    config = dataclasses.replace(BLOCKS["qwen3"], num_layers=layers, mlp_size=256)
-    one = Job(config, "modegpt", 16, 40, meshed=True)
-    assert max(shares(one, 4)["factors"]["shares"]) < 0.3
-    alone = dataclasses.replace(one, config=dataclasses.replace(config, num_layers=1))
-    assert max(shares(alone, 4)["factors"]["shares"]) > 0.7
-
-
 def test_one_device_does_it_all():
     for row in shares(job(), 1).values():
         assert row["shares"] == [pytest.approx(1)]

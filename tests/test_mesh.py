@@ -1,5 +1,7 @@
 """Several devices share the work of a compression, and come to what one comes to."""
 
+import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -9,11 +11,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from blocks import random_model
 from jax.sharding import PartitionSpec
 from test_cli import calibration, fails, run, text, tiny  # noqa: F401
-from test_output import MODEL, TOKENS
+from test_output import MODEL, TOKENS, Killed
 
-from lordjax import mesh, trees
+from lordjax import factor_pass, flops, mesh, sharing, trees
 from lordjax.calibrate import activation_keys, block_statistics, checked, hidden_states, on_device
 from lordjax.compression import compress
 from lordjax.gradients import gradient_statistics
@@ -21,7 +24,10 @@ from lordjax.methods import METHODS
 from lordjax.progress import Clock
 from lordjax.quantization import quantize
 from lordjax.sites import sites_for
+from lordjax.stages import Job, site_factors, stages
+from lordjax.workspace import Workspace
 
+FOUR = functools.partial(mesh.make_mesh, {"data": 4})
 MESHES = [{"data": 4}, {"data": 2, "model": 2}, {"model": 4}]
 
 
@@ -143,6 +149,89 @@ def test_jobs_take_turns_on_the_devices():
         np.testing.assert_array_equal(out, 2 * job)
     ids = [next(iter(out.devices())).id for _, out in found]
     assert ids == [0, 1, 2, 3, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("costs", "sums"),
+    [
+        ([5, 1, 1, 1, 5, 1, 1, 1], [5, 5, 3, 3]),
+        ([7, 7, 6, 6, 5, 4, 4], [11, 11, 10, 7]),
+        ([2, 3], [3, 2, 0, 0]),
+    ],
+)
+def test_the_largest_job_goes_to_the_device_with_the_least(costs, sums):
+    shares = mesh.share_jobs(dict(enumerate(costs)), 4)
+    assert sorted(job for share in shares for job in share) == list(range(len(costs)))
+    for share in shares:
+        assert [costs[k] for k in share] == sorted((costs[k] for k in share), reverse=True)
+    found = [sum(costs[k] for k in share) for share in shares]
+    assert max(found) <= 4 / 3 * max(max(costs), sum(costs) / 4) + 1e-9
+    assert sorted(found) == sorted(sums)
+
+
+def test_devices_factor_equally_much(monkeypatch):
+    """Nearly all work of a block is its MLP's; what is counted is what devices are given."""
+    given = []
+
+    def seen(run, shares, devices):
+        given.append(shares)
+        return mesh.map_kernels(run, shares, devices)
+
+    monkeypatch.setattr(factor_pass, "map_kernels", seen)
+    config = dataclasses.replace(MODEL.config, num_layers=6)
+    compress(random_model(config), TOKENS, method="modegpt", keep=0.6, mesh=FOUR())
+    job = Job(config, "modegpt", *TOKENS.shape, meshed=True)
+    work = {site: flops.total(site_factors(job, site)) for site in job.sites}
+    assert max(work.values()) > 0.5 * sum(work.values())
+    done = [
+        sum(work[site] for shares in given for _, site in shares[k]) / (6 * sum(work.values()))
+        for k in range(4)
+    ]
+    assert [len({i for share in shares for i, _ in share}) for shares in given] == [4, 2]
+    assert max(done) < 0.3 and sum(done) == pytest.approx(1)
+    told = sharing.report(sharing.shared(job, stages(job), 4), stages(job), {})
+    assert told["factors"]["shares"] == pytest.approx(done)
+
+
+@pytest.mark.parametrize("dying", range(2, 28, 4))
+def test_a_group_that_is_killed_goes_on_to_the_same_bits(dying, tmp_path, monkeypatch):
+    """Before some line of the journal; no factors are made twice but those that it lost."""
+    config = dataclasses.replace(MODEL.config, num_layers=6)
+    model, left, made = random_model(config), [0], []
+    record, finish = Workspace._record, factor_pass.finish
+
+    def killing(self, row):
+        left[0] -= 1
+        if left[0] == 0:
+            raise Killed
+        record(self, row)
+
+    def counted(*arguments):
+        made.append(arguments[1])
+        return finish(*arguments)
+
+    monkeypatch.setattr(Workspace, "_record", killing)
+    monkeypatch.setattr(factor_pass, "finish", counted)
+
+    def factors(name):
+        calibrated = checked(config, TOKENS, None, None, mesh=FOUR())
+        options = {"keep_gradients": True, "influence": False}
+        with Workspace(tmp_path / name, {}) as work:
+            found = factor_pass.factor_all(
+                model, calibrated, "modegpt-published", {}, Clock(), work, **options
+            )[0]
+            assert not work.below("statistics/")
+            return {path: jax.tree.map(np.array, found[path]) for path in found}
+
+    whole, sites = factors("whole"), len(made)
+    made.clear()
+    left[0] = dying
+    with pytest.raises(Killed):
+        factors("killed")
+    again = factors("killed")
+    assert again.keys() == whole.keys()
+    jax.tree.map(np.testing.assert_array_equal, again, whole)
+    assert len(set(made)) == sites and len(made) <= sites + 1
 
 
 def test_codes_are_those_of_one_device():
