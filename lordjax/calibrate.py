@@ -104,8 +104,11 @@ def resume_pass(
     """
     layers = source.config.num_layers
     start = next((i for i in range(layers) if not done(i)), layers)
-    if start == layers or calibration is None:
+    if calibration is None:
         return None, range(start, layers)
+    if start == layers:
+        open_states(work, name, []).close()  # of a process that was killed before it could
+        return None, range(layers, layers)
     states = start_pass(work, name, source, calibration)
     # States may be behind what is done: a process was killed before it could write them. They are
     # ahead of it in the middle of a group of blocks.
