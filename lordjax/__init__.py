@@ -22,7 +22,7 @@ _WHERE = {
     "Plan": "lordjax.plan",
     "Prepared": "lordjax.prepared",
     "RECIPES": "lordjax.recipes",
-    "QUANTIZERS": "lordjax.quantizer",
+    "QUANTIZERS": "lordjax.options",
     "Quantizer": "lordjax.quantizer",
     "Result": "lordjax.prepared",
     "Transformer": "lordjax.models",

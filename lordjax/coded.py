@@ -36,23 +36,12 @@ from lordjax.methods.low_rank_quantized import (
     start_basis,
 )
 from lordjax.models.config import ModelConfig
-from lordjax.quantizer import (
-    FORMATS,
-    QUANTIZERS,
-    WEIGHTINGS,
-    Option,
-    best_pair,
-    cost_of,
-    encode_kernel,
-    measures,
-    option_bytes,
-    pack,
-    ranks_tried,
-    statistics_of,
-)
+from lordjax.options import FORMATS, QUANTIZERS, Option, option_bytes, ranks_tried
+from lordjax.quantizer import best_pair, encode_kernel, measures, pack
 from lordjax.sites import Site, site_path
 from lordjax.source import InMemory
-from lordjax.stages import Job, backward_work, forward_work, inputs, loaded, sweeps
+from lordjax.stages import Job, forward_work, gradient_work, inputs, loaded
+from lordjax.weightings import WEIGHTINGS, cost_of, statistics_of
 
 MIDDLE_RANK = 16  # of products where a solver chooses: what it gave most matrices (SmolLM2)
 
@@ -162,10 +151,7 @@ def coded_stages(job: CodedJob) -> dict[str, Work]:
     """Stage -> its work; stages without any are absent."""
     found = {name: Counter() for name in ("gradients", "predictions", "decomposition", "apply")}
     weights = nbytes(job.block) * job.config.num_layers
-    windows, batch = job.backward
-    if windows:
-        found["gradients"] = backward_work(job, windows, batch)
-        found["gradients"].update(loaded(2 * sweeps(job) * weights))
+    found["gradients"] = gradient_work(job)
     if job.chosen:
         found["predictions"] = flops.merged([_walk(job), _predictions(job)])
         found["predictions"].update(loaded(weights))

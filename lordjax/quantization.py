@@ -26,11 +26,13 @@ from lordjax.data import fingerprint
 from lordjax.gradients import few_gradients
 from lordjax.mesh import Mesh
 from lordjax.methods.low_rank_quantized import STEPS
+from lordjax.options import FORMATS, QUANTIZERS
 from lordjax.prepared import Result
 from lordjax.progress import Clock, Progress
-from lordjax.quantizer import FORMATS, MOMENTS, QUANTIZERS, WEIGHTINGS, Quantizer, statistics_of
+from lordjax.quantizer import Quantizer
 from lordjax.sites import LINEAR_SITES, site_path
 from lordjax.source import Calibration, Materialized, Source
+from lordjax.weightings import MOMENTS, WEIGHTINGS, statistics_of
 from lordjax.work import Memory, Work
 
 

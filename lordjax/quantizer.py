@@ -1,9 +1,7 @@
-"""What a model's matrices may become, chosen under one budget: options, tables, `Quantizer`.
+"""A model's matrices as codes, products or both (`options`), chosen under one budget.
 
-The choice for one matrix is an `Option`: a format of codes or none, and a rank or none; so dense,
-low rank, codes, and codes with a product are one problem. What an option loses is predicted from
-its own codes and the best product for what they miss; the chosen one is then found by alternation
-(`methods.low_rank_quantized`).
+What an option loses is predicted from its own codes and the best product for what they miss; the
+chosen one is then found by alternation (`methods.low_rank_quantized`).
 """
 
 from __future__ import annotations
@@ -11,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,7 +28,6 @@ from lordjax.calibrate import (
 from lordjax.factoring import cast, quantize_pair
 from lordjax.gradients import site_gradients
 from lordjax.kernels import LowRank, LowRankPlusQuantized, NFQuantized, materialize, nbytes
-from lordjax.methods.base import Method
 from lordjax.methods.feedback import feedback_of
 from lordjax.methods.feedback import quantize as codes_of
 from lordjax.methods.low_rank_quantized import (
@@ -42,159 +39,18 @@ from lordjax.methods.low_rank_quantized import (
     predict,
     start_basis,
 )
+from lordjax.options import QUANTIZERS, Option, Table, option_bytes, ranks_tried
 from lordjax.parts import REST, join
 from lordjax.plan import Plan
 from lordjax.prepared import Result, claim, put
 from lordjax.progress import Clock, Progress, peak_rss
 from lordjax.sites import LINEAR_SITES, Site, layer_index, site_path
 from lordjax.source import Calibration, Source
+from lordjax.weightings import cost_of, statistics_of
 from lordjax.work import Memory, Work, digest
-
-# Share of the mean added to the inputs' second moment. GPTQ's 0.01 of a mean that a few huge
-# activations make is more than all the others have, and misleads the choice of formats.
-DAMPING = 1e-3
-
-# Weighting -> statistics it reads; see `methods.low_rank_quantized`.
-WEIGHTINGS: dict[str, tuple[str, ...]] = {
-    "none": (),
-    "fisher": ("fisher",),
-    "input": ("inputs",),
-    "both": ("weighted_inputs", "weighted_squares"),
-}
-MOMENTS = ("input", "both")  # weightings with a second moment of inputs, which feedback needs
-
 
 # A site -> its kernel, and what errors of it cost.
 Matrices = Callable[[Site], tuple[Any, Weights]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Kind:
-    """One row of `QUANTIZERS`.
-
-    Attributes:
-      summary: one line for tables and ``--help``.
-      weighting: the default key of `WEIGHTINGS`.
-      rank: the default rank of the products; None: there are none.
-      all_in: a budget counts products too, and the solver chooses ranks.
-      factors: default format of the products' factors; None: 16 bits.
-    """
-
-    summary: str
-    weighting: str
-    rank: int | None = None
-    all_in: bool = False
-    factors: str | None = None
-
-
-QUANTIZERS: dict[str, Kind] = {
-    "nf": Kind("NormalFloat codes, format chosen per matrix", "none"),
-    "lq": Kind("LQ-LoRA: codes and a product of one rank on top", "none", rank=32),
-    "auto": Kind(
-        "dense, low rank, codes or both, chosen per matrix under one budget",
-        "both",
-        all_in=True,
-        factors="nf8-8-bfloat16-64-256",
-    ),
-}
-
-# Formats that a budget may mix: what the published grid offers, without near duplicates.
-FORMATS = (
-    *(nf.Format(b, 4, "bfloat16", block, 256) for b in (2, 3, 4) for block in (64, 32, 16)),
-    nf.Format(8, 8, "bfloat16", 64, 256),
-)
-RANKS = (4, 8, 16, 24, 32, 48, 64)  # on top of codes, where the solver chooses
-ALONE = (64, 128, 192, 256)  # without codes
-
-
-@dataclasses.dataclass(frozen=True)
-class Option:
-    """What one matrix may become.
-
-    Attributes:
-      form: of its codes; None: it has none.
-      rank: of its product; None: it has none. Neither: it stays dense.
-    """
-
-    form: nf.Format | None
-    rank: int | None
-
-
-def option_bytes(
-    option: Option,
-    shape: tuple[int, ...],
-    itemsize: int,
-    factors: nf.Format | None,
-    *,
-    products: bool = True,
-) -> int:
-    """Bytes of a matrix ``[in, out]`` as an option says.
-
-    Args:
-      option: what it becomes.
-      shape: of it.
-      itemsize: bytes of a number that is no code.
-      factors: format of a product's factors; None: they are no codes.
-      products: whether a product counts.
-    """
-    fan_in, fan_out = shape
-    if option == Option(None, None):
-        return fan_in * fan_out * itemsize
-    codes = 0 if option.form is None else option.form.nbytes(fan_in * fan_out)
-    if option.rank is None or not products:
-        return codes
-    counts = (fan_in * option.rank, option.rank * fan_out)
-    return codes + sum(n * itemsize if factors is None else factors.nbytes(n) for n in counts)
-
-
-def ranks_tried(
-    method: str, rank: int | None, shape: tuple[int, ...]
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Ranks that a matrix's table holds: on top of codes (0: none), and without codes."""
-    all_in = QUANTIZERS[method].all_in
-    above = (0, *RANKS) if all_in else (rank or 0,)
-    alone = ALONE if all_in else ()
-    return tuple(r for r in above if r < min(shape)), tuple(r for r in alone if r < min(shape))
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """What one matrix may become, by rising size.
-
-    Attributes:
-      options: of the matrix.
-      sizes: ``[n]`` bytes that a budget counts.
-      errors: ``[n]`` predicted.
-    """
-
-    options: list[Option]
-    sizes: np.ndarray
-    errors: np.ndarray
-
-    @classmethod
-    def of(cls, rows: Iterable[tuple[int, float, Option]]) -> Table:
-        """Of (size, error, option), without options that another one beats in both."""
-        best: list[tuple[int, float, Option]] = []
-        for size, error, option in sorted(rows, key=lambda each: each[:2]):
-            if not best or error < best[-1][1]:
-                best.append((size, error, option))
-        sizes, errors = (np.array([each[k] for each in best], float) for k in range(2))
-        return cls([option for _, _, option in best], sizes, errors)
-
-    def rows(self) -> list[list[Any]]:
-        """The table as JSON."""
-        forms = [None if option.form is None else str(option.form) for option in self.options]
-        ranks = [option.rank for option in self.options]
-        columns = self.sizes.tolist(), self.errors.tolist(), forms, ranks
-        return [list(row) for row in zip(*columns, strict=True)]
-
-    @classmethod
-    def parse(cls, rows: Iterable[Sequence[Any]]) -> Table:
-        """Inverse of `rows`."""
-        return cls.of(
-            (size, error, Option(None if form is None else nf.Format.parse(form), rank))
-            for size, error, form, rank in rows
-        )
 
 
 @dataclasses.dataclass
@@ -535,33 +391,6 @@ _feedback = jax.jit(feedback_of)
 def encode_kernel(kernel: Any, feedback: Any, *, form: nf.Format) -> nf.Packed:
     """A kernel's codes, as they are stored."""
     return nf.pack_codes(codes_of(kernel.T, form, feedback), form)
-
-
-def cost_of(kernel: Any, stats: Mapping[str, Any]) -> Weights:
-    """What errors of a kernel cost, from the statistics that its weighting reads."""
-    del kernel
-    if "fisher" in stats:
-        fisher = stats["fisher"]
-        return Weights(jnp.mean(fisher, axis=1), jnp.mean(fisher, axis=0), fisher)
-    if not stats:
-        return Weights()
-    inputs, outputs = stats.get("inputs"), None
-    if inputs is None:
-        # Of all tokens' products of x xᵀ and g gᵀ the closest Kronecker product: each weighted by
-        # the other's energy, and the trace that of the sum. Attention sinks have huge activations
-        # and next to no gradient.
-        inputs, squares = stats["weighted_inputs"], stats["weighted_squares"].total
-        total = jnp.trace(inputs.total)
-        outputs = squares * (inputs.count / jnp.where(total > 0, total, 1))
-    moment = inputs.second_moment()
-    mean = jnp.mean(jnp.diagonal(moment))
-    return Weights(moment + DAMPING * mean * jnp.eye(len(moment)), outputs)
-
-
-def statistics_of(weighting: str) -> Method:
-    """A weighting as what the calibration passes know: statistics, and a function of them."""
-    cost: Any = cost_of
-    return Method(weighting, cost, WEIGHTINGS[weighting])
 
 
 # Compiled, so that the same bits come of arrays on the host: NumPy would round otherwise.

@@ -159,7 +159,7 @@ class Job:
         return jax.ShapeDtypeStruct((rows, self.length, self.config.hidden_size), jnp.float32)
 
 
-def sweeps(job: Job) -> int:
+def _sweeps(job: Job) -> int:
     """How many times the backward pass walks over the blocks."""
     windows, batch = job.backward
     together = max(1, STATE_BYTES // (nbytes(job.stream(batch)) * job.config.num_layers))
@@ -170,10 +170,7 @@ def stages(job: Job) -> dict[str, Work]:
     """Stage -> its work; stages without any are absent."""
     found = {name: Counter() for name in STAGES}
     weights = nbytes(job.block) * job.config.num_layers
-    windows, batch = job.backward
-    if windows:
-        found["gradients"] = backward_work(job, windows, batch)
-        found["gradients"].update(loaded(2 * sweeps(job) * weights))
+    found["gradients"] = gradient_work(job)
     if job.factors_first:
         found["statistics"] = forward_work(job)
         found["statistics"].update(loaded(weights))
@@ -186,6 +183,16 @@ def stages(job: Job) -> dict[str, Work]:
         found["sequential"].update(loaded(weights))
     found["apply"]["read"] += weights + nbytes(job.rest)
     return {name: work for name, work in found.items() if work}
+
+
+def gradient_work(job: Job) -> Work:
+    """Of taking loss gradients; nothing, if the method reads none."""
+    windows, batch = job.backward
+    if not windows:
+        return Counter()
+    found = _backward(job, windows, batch)
+    found.update(loaded(2 * _sweeps(job) * nbytes(job.block) * job.config.num_layers))
+    return found
 
 
 def recomputed(job: Job) -> float:
@@ -249,7 +256,7 @@ def _embedding(job: Job, rows: int) -> Work:
     return flops.of(functools.partial(embed, config=job.config), tables, _tokens(job, rows))
 
 
-def backward_work(job: Job, windows: int, batch: int) -> Work:
+def _backward(job: Job, windows: int, batch: int) -> Work:
     """Of the sweeps that take gradients, for some windows, as many at a time."""
     stats, bases = gradient_shapes(job)
     objective.of(job.config)  # raises where there is no loss

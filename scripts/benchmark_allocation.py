@@ -63,7 +63,7 @@ def tables(source: Any) -> tuple[list[Any], int]:
 
     from lordjax import nf, trees
     from lordjax.methods.low_rank_quantized import Weights, predict
-    from lordjax.quantizer import Option, Table
+    from lordjax.options import Option, Table
     from lordjax.sites import LINEAR_SITES
 
     grid, found, count = nf.grid(), [], 0

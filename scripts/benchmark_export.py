@@ -139,8 +139,8 @@ def tiny(kind: str) -> list[dict[str, Any]]:
 def _tiny_result(opened: Any, method: str, tokens: Any) -> Any:
     from lordjax import nf
     from lordjax.compression import compress
+    from lordjax.options import QUANTIZERS
     from lordjax.quantization import quantize
-    from lordjax.quantizer import QUANTIZERS
 
     if method not in QUANTIZERS:
         return compress(opened, tokens, method=method, keep=0.5, mask_token=MASK_TOKEN)
@@ -197,8 +197,8 @@ def real(
 ) -> None:
     """Fills ``results`` with rows of a real model and the seconds of starts."""
     from lordjax.compression import compress
+    from lordjax.options import QUANTIZERS
     from lordjax.quantization import quantize
-    from lordjax.quantizer import QUANTIZERS
     from lordjax.scripts.common import open_model, protocol_tokens
 
     opened = open_model(model)

@@ -99,7 +99,8 @@ def _prepare(source: Any, tokens: Any, weighting: str) -> tuple[Any, float]:
 def _quantizer(gradients: Any, what: str) -> tuple[Any, float]:
     """The `Quantizer` of a case, and the seconds that its gradients took."""
     from lordjax import nf
-    from lordjax.quantizer import QUANTIZERS, WEIGHTINGS
+    from lordjax.options import QUANTIZERS
+    from lordjax.weightings import WEIGHTINGS
 
     method, *options = what.split(":")
     row = QUANTIZERS[method]

@@ -234,7 +234,7 @@ def main(
 ) -> None:
     """Measures how a compression's seconds and memory grow."""
     from lordjax.methods import METHODS
-    from lordjax.quantizer import QUANTIZERS
+    from lordjax.options import QUANTIZERS
 
     if method not in (*METHODS, *QUANTIZERS):
         names = ", ".join((*METHODS, *QUANTIZERS))

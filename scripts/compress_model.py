@@ -177,7 +177,7 @@ def job_of(method: str, options: dict[str, Any]) -> tuple[Run, dict[str, Any], b
     """
     from lordjax import trees
     from lordjax.methods import METHODS
-    from lordjax.quantizer import QUANTIZERS
+    from lordjax.options import QUANTIZERS
 
     if method not in METHODS and method not in QUANTIZERS:
         hint = trees.did_you_mean(method, [*METHODS, *QUANTIZERS])

@@ -137,8 +137,9 @@ def coded(
 
     from lordjax import nf, quantization, sizing
     from lordjax.coded import CodedJob, estimate
-    from lordjax.quantizer import MOMENTS, QUANTIZERS, Option
+    from lordjax.options import QUANTIZERS, Option
     from lordjax.sites import LINEAR_SITES, site_path
+    from lordjax.weightings import MOMENTS
 
     quantization.check_settings(method, **settings)
     row, form, factors = QUANTIZERS[method], settings["form"], settings["factors"]
@@ -230,8 +231,8 @@ def asked(
     from lordjax import nf, sizing
     from lordjax.coded import coded_outline, coded_pairs
     from lordjax.factoring import site_sizes
+    from lordjax.options import QUANTIZERS
     from lordjax.plan import Plan
-    from lordjax.quantizer import QUANTIZERS
     from lordjax.stages import Job
 
     method, dtype = settings["method"], settings["dtype"]

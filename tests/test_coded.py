@@ -13,7 +13,19 @@ import pytest
 from blocks import BLOCKS, source
 from test_forecast import RATES
 
-from lordjax import calibrate, flops, forecast, gradients, nf, quantizer, sharing, sizing, trees
+from lordjax import (
+    calibrate,
+    flops,
+    forecast,
+    gradients,
+    nf,
+    options,
+    quantizer,
+    sharing,
+    sizing,
+    trees,
+    weightings,
+)
 from lordjax.coded import coded_stages
 from lordjax.collect import observe
 from lordjax.elastic import check_settings
@@ -72,9 +84,9 @@ def test_an_estimate_uses_its_budget_and_no_more(method, bits):
     assert len(job.options) == 14
     block = trees.flatten(sizing.shapes(config).block(0))
     shapes = {path: block[path.split("/", 1)[1]].shape for path in job.options}
-    all_in = quantizer.QUANTIZERS[method].all_in
+    all_in = options.QUANTIZERS[method].all_in
     used = sum(
-        quantizer.option_bytes(option, shapes[path], 2, job.factors, products=all_in)
+        options.option_bytes(option, shapes[path], 2, job.factors, products=all_in)
         for path, option in job.options.items()
     )
     budget = bits * sum(map(math.prod, shapes.values())) / 8
@@ -125,7 +137,7 @@ def test_a_quantisation_runs_what_was_counted(method, flags, monkeypatch):
     assert counted["select"] == pytest.approx(done["select"], rel=1e-5)
 
 
-@pytest.mark.parametrize("weighting", quantizer.WEIGHTINGS)
+@pytest.mark.parametrize("weighting", weightings.WEIGHTINGS)
 def test_every_weighting_has_stages_seconds_and_memory(weighting):
     config = BLOCKS["qwen3"]
     job = coded(config, "lq", bits=3.4, rank=3, weighting=weighting)
@@ -248,7 +260,7 @@ def test_a_mesh_that_cuts_blocks_is_not_forecast():
 
 def test_formats_of_estimates_are_those_that_a_budget_mixes():
     used = {o.form for o in coded(BLOCKS["qwen3"], "nf", bits=3.5).options.values()}
-    assert used <= set(quantizer.FORMATS)
+    assert used <= set(options.FORMATS)
     assert {nf.Format.parse("nf4")} == {
         o.form for o in coded(BLOCKS["qwen3"], "nf", form="nf4").options.values()
     }

@@ -14,8 +14,8 @@ from lordjax.evaluate import perplexity
 from lordjax.kernels import weights
 from lordjax.methods import METHODS
 from lordjax.models import Transformer
+from lordjax.options import FORMATS, QUANTIZERS
 from lordjax.quantization import prepare_quantized
-from lordjax.quantizer import FORMATS, QUANTIZERS
 
 TOKENS = np.random.default_rng(0).integers(0, GPT2.vocab_size, (10, 24), np.int32)
 MASK_TOKEN = 60

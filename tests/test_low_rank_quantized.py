@@ -24,7 +24,7 @@ from lordjax.methods.low_rank_quantized import (
     start_basis,
 )
 from lordjax.models import ModelConfig, init
-from lordjax.quantizer import cost_of
+from lordjax.weightings import cost_of
 
 SHAPE = (48, 40)
 WIDTH = 8

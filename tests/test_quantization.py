@@ -13,10 +13,10 @@ from lordjax.compression import compress, prepare
 from lordjax.evaluate import perplexity
 from lordjax.kernels import LowRank, LowRankPlusQuantized, NFQuantized, nbytes
 from lordjax.models import ModelConfig, Transformer, init
+from lordjax.options import QUANTIZERS, Option
 from lordjax.plan import Plan
 from lordjax.prepared import verify
 from lordjax.quantization import check_settings, prepare_quantized, quantize
-from lordjax.quantizer import QUANTIZERS, Option
 from lordjax.sites import LINEAR_SITES, site_path
 from lordjax.source import InMemory
 
