@@ -36,10 +36,10 @@ from lordjax.stages import Job, gradient_shapes, inputs, statistics
 PROCESS = 600e6  # bytes of Python with JAX, the rest of the library and a tokenizer
 PROGRAM = 250e3  # bytes of compiled code and what made it, per equation, on the host
 # The same of programs that look for codes, which are long and simple; the stages that run them.
-CODE_PROGRAM, CODING = 25e3, ("predictions", "decomposition")
+CODE_PROGRAM, CODING = 5e3, ("predictions", "decomposition")
 # Float64 arrays of a factor program beside its inputs, as large as the largest; XLA: < 3.5.
 COPIES = 5
-CODE_COPIES = 16  # float32 arrays of the largest matrix, while its codes are looked for
+CODE_COPIES = 8  # float32 arrays of the largest matrix, while its codes are looked for
 PAGES = 2.0**26  # bytes of the model's files that stay mapped (conversions/tensors.py)
 ROWS = ("device: hidden states",)  # what devices share; the rest each has, or may have
 SPREAD = 1.5  # a forecast of time is right within this factor, if nothing else changes
@@ -262,21 +262,24 @@ class _CodedParts(_Parts):
 
     def __init__(self, job: CodedJob, before: Any, after: Any, *others: Any):
         super().__init__(job, before, after, *others)
-        costs = [weights_of(job, site) for site in job.sites]
-        self.costs = float(nbytes([cost for _, cost in costs]))
-        self.largest = max(4.0 * kernel.size for kernel, _ in costs)
+        matrices = [weights_of(job, site) for site in job.sites]
+        # A kernel, and what its errors cost beside the sums that say so.
+        self.matrix = max(4.0 * kernel.size + 2.0 * nbytes(cost) for kernel, cost in matrices)
+        self.largest = max(4.0 * kernel.size for kernel, _ in matrices)
         self.statistic = nbytes(statistics(job)) if job.reads else 0
 
     def predictions(self) -> dict[str, float]:
-        """While a block's inputs are collected and its options are tried."""
+        """While a block's inputs are collected, or its options are tried, a matrix at a time."""
         states = self._states(self.job.windows) if self.statistic else 0.0
-        ahead = self.activations(self.job.batch, backward=False) if self.statistic else 0.0
+        ahead = self.activations(self.job.batch, backward=False) + self.block
         return self._begun() | {
             "factors": float(self.gradient) * self.layers,  # of all blocks, until they are used
+            "a block, as it is stored": 2.0 * self.block_stored,
             "device: hidden states": states,
-            "device: a block": 2.0 * self.block,
-            "device: statistics": float(self.statistic) + self.costs,
-            "device: workspace": max(ahead, CODE_COPIES * self.largest),
+            "device: statistics": float(self.statistic),
+            "device: workspace": max(
+                ahead if self.statistic else 0.0, self.matrix + CODE_COPIES * self.largest
+            ),
         }
 
     def decomposition(self) -> dict[str, float]:
@@ -303,6 +306,9 @@ def _streamed(parts: _Parts, stage: str) -> dict[str, float]:
         "result": float(max(parts.rest, parts.result / parts.layers)),
         "a file": float(parts.result / parts.layers),
     }
+    if isinstance(parts, _CodedParts) and stage != "apply":
+        small["factors"] = 0.0  # gradients are mapped with their matrix
+        small["result"] = parts.result / parts.layers
     if stage == "factors":  # the largest ones are in their own workspace
         small["factors"] = float(sorted([0, *parts.kept])[-2])
     if stage == "gradients":  # the head is read for the loss, and gone before the blocks
