@@ -19,11 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from lordjax import nf, objective, trees
-from lordjax.allocation import SOLVERS
 from lordjax.calibrate import checked
 from lordjax.compression import GRADIENT_WINDOWS
 from lordjax.data import fingerprint
 from lordjax.gradients import few_gradients
+from lordjax.knapsack import SOLVERS
 from lordjax.mesh import Mesh
 from lordjax.methods.low_rank_quantized import STEPS
 from lordjax.options import FORMATS, QUANTIZERS

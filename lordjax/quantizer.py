@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from lordjax import nf, trees
-from lordjax.allocation import SOLVERS
 from lordjax.calibrate import (
     activation_keys,
     block_statistics,
@@ -28,6 +27,7 @@ from lordjax.calibrate import (
 from lordjax.factoring import cast, quantize_pair
 from lordjax.gradients import site_gradients
 from lordjax.kernels import LowRank, LowRankPlusQuantized, NFQuantized, materialize, nbytes
+from lordjax.knapsack import SOLVERS
 from lordjax.methods.feedback import feedback_of
 from lordjax.methods.feedback import quantize as codes_of
 from lordjax.methods.low_rank_quantized import (
@@ -131,7 +131,7 @@ class Quantizer:
         Args:
           bits: average per block weight that the options may take; see `Kind.all_in`.
           budget_bytes: the same as bytes of all block kernels together.
-          solver: a key of `allocation.SOLVERS`.
+          solver: a key of `knapsack.SOLVERS`.
 
         Raises:
           KeyError: if the solver is unknown.

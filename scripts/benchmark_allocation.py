@@ -27,7 +27,7 @@ BITS = "2.5,2.75,3,3.25,3.5,3.75,4,4.13"
 @click.option("--out", type=click.Path(dir_okay=False), help="JSON file of results")
 def main(model: str, bits: str, out: str | None) -> None:
     """Times the choice of formats for MODEL."""
-    from lordjax.allocation import SOLVERS
+    from lordjax.knapsack import SOLVERS
     from lordjax.scripts.common import environment, open_model
 
     start = time.perf_counter()

@@ -11,16 +11,8 @@ import scipy.optimize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lordjax.allocation import (
-    CURVELESS,
-    POLICIES,
-    SOLVERS,
-    Curve,
-    allocate,
-    choose,
-    choose_exactly,
-    influence_removal,
-)
+from lordjax.allocation import CURVELESS, POLICIES, Curve, allocate, influence_removal
+from lordjax.knapsack import SOLVERS, choose, choose_exactly
 from lordjax.models import ModelConfig, init
 from lordjax.modules import site_size
 from lordjax.nf import grid
