@@ -381,7 +381,6 @@ def _widest_product(rows: Float[Array, "out in"], weights: Weights, width: int) 
     return best_product(rows.T, most, weights, basis, width=width, powers=FIRST_POWERS)
 
 
-@functools.partial(jax.jit, static_argnames=("form", "ranks"))
 def _after_product(
     rows: Float[Array, "out in"],
     weights: Weights,
@@ -390,8 +389,24 @@ def _after_product(
     ranks: tuple[int, ...],
 ) -> Float[Array, "ranks"]:
     """What the best product leaves of a kernel, or of what codes miss of it."""
+    error = rows if form is None else _missed_alone(rows, form=form)
+    return _left_by_products(error, weights, ranks=ranks)
+
+
+@functools.partial(jax.jit, static_argnames="form")
+def _missed_alone(rows: Float[Array, "out in"], *, form: nf.Format) -> Float[Array, "out in"]:
+    """What codes miss that know nothing of each other."""
+    return missed(rows, nf.quantize(rows.reshape(-1), form), form)
+
+
+@functools.partial(
+    jax.jit, static_argnames="ranks"
+)  # one for all formats: it is what compiles long
+def _left_by_products(
+    error: Float[Array, "out in"], weights: Weights, *, ranks: tuple[int, ...]
+) -> Float[Array, "ranks"]:
+    """What the best products of some ranks leave of a matrix."""
     width = max(ranks)
-    error = rows if form is None else missed(rows, nf.quantize(rows.reshape(-1), form), form)
     if width == 0:
         return jnp.full(len(ranks), weights.measure(error.T))
     found = _widest_product(error, weights, width)
