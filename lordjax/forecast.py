@@ -249,6 +249,12 @@ class _Parts:
         """While a file is made: its arrays in order, and their bytes."""
         return self.apply() | {"a file": 2.0 * min(SHARD, self.result)}
 
+    def alone(self, stage: str) -> dict[str, float]:
+        """Parts of a stage of which less than a block's is in memory."""
+        if stage != "factors":
+            return {}
+        return {"factors": float(sorted([0, *self.kept])[-2])}  # the largest: in its workspace
+
     def disk(self) -> int:
         """In a work directory when it is fullest, with the result."""
         windows = self.job.backward[0]
@@ -290,6 +296,12 @@ class _CodedParts(_Parts):
         """When what is no block is put beside the result."""
         return self._begun() | {"result": float(self.result)}
 
+    def alone(self, stage: str) -> dict[str, float]:
+        """Gradients are mapped with their matrix; what is no block is written first."""
+        if stage == "apply":
+            return {}
+        return {"factors": 0.0, "result": self.result / self.layers}
+
     def _kept(self) -> list[int]:
         return []
 
@@ -306,11 +318,7 @@ def _streamed(parts: _Parts, stage: str) -> dict[str, float]:
         "result": float(max(parts.rest, parts.result / parts.layers)),
         "a file": float(parts.result / parts.layers),
     }
-    if isinstance(parts, _CodedParts) and stage != "apply":
-        small["factors"] = 0.0  # gradients are mapped with their matrix
-        small["result"] = parts.result / parts.layers
-    if stage == "factors":  # the largest ones are in their own workspace
-        small["factors"] = float(sorted([0, *parts.kept])[-2])
+    small |= parts.alone(stage)
     if stage == "gradients":  # the head is read for the loss, and gone before the blocks
         alone = ("device: embedding and head", "device: logits")
         blocks = ("device: a block", "device: activations", "device: gradient statistics")

@@ -399,13 +399,14 @@ def _missed_alone(rows: Float[Array, "out in"], *, form: nf.Format) -> Float[Arr
     return missed(rows, nf.quantize(rows.reshape(-1), form), form)
 
 
-@functools.partial(
-    jax.jit, static_argnames="ranks"
-)  # one for all formats: it is what compiles long
+@functools.partial(jax.jit, static_argnames="ranks")
 def _left_by_products(
     error: Float[Array, "out in"], weights: Weights, *, ranks: tuple[int, ...]
 ) -> Float[Array, "ranks"]:
-    """What the best products of some ranks leave of a matrix."""
+    """What the best products of some ranks leave of a matrix.
+
+    Knows no format: it takes longest to compile, and one program serves all of them.
+    """
     width = max(ranks)
     if width == 0:
         return jnp.full(len(ranks), weights.measure(error.T))
