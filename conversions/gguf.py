@@ -137,8 +137,11 @@ class Gguf:
         from gguf.quants import dequantize
 
         tensor = self._tensors[name]
-        # Plain arrays: every slice of a memmap costs a Python call, which was half of the time.
-        rows = _longer_rows(np.asarray(tensor.data))
+        # Read, not mapped: every slice of a memmap costs a Python call, which was half of the time,
+        # and its pages count as memory as long as the file is open.
+        data, at = tensor.data, int(tensor.data_offset)
+        stored = np.fromfile(self.path, data.dtype, data.size, offset=at).reshape(data.shape)
+        rows = _longer_rows(stored)
         values = np.asarray(dequantize(rows, tensor.tensor_type), np.float32)
         values = values.reshape(self.shape(name))
         if self._architecture != "llama" or not (which := re.search(r"self_attn\.([qk])_", name)):

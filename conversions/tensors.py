@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ import numpy as np
 from lordjax.checkpoint import header
 
 BFLOAT16 = np.dtype(jnp.bfloat16)
-PAGES = 2**26  # bytes of a file that may stay mapped after they were read
+PAGES = 2**24  # bytes of all files that may stay mapped after they were read
 
 
 class TensorFiles(Protocol):
@@ -41,93 +42,116 @@ class TensorFiles(Protocol):
         ...
 
 
-class Safetensors:
-    """One or several safetensors files, memory-mapped."""
+class _Mapped:
+    """Files whose tensors are mapped into memory.
+
+    Pages that were read count as memory until their mapping goes, so it is made anew once there are
+    more than `PAGES` bytes of them.
+    """
 
     def __init__(self, files: list[Path]):
+        self._handle = {file: self._open(file) for file in files}
         self._file: dict[str, Path] = {}
-        self._handle: dict[Path, Any] = {}
-        self._pages: dict[Path, int] = {}  # bytes of a mapping that were read
-        for file in files:
-            self._open(file)
-            self._file |= dict.fromkeys(self._handle[file].keys(), file)
+        for file, handle in self._handle.items():
+            self._file |= dict.fromkeys(handle.keys(), file)
+        self._pages: Counter[Path] = Counter()  # bytes of a mapping that were read
 
-    def _open(self, file: Path) -> None:
+    def _open(self, file: Path) -> Any:
+        """Tensors by name."""
+        raise NotImplementedError
+
+    def _maps(self, file: Path) -> bool:
+        """Whether it is mapped at all, and not in memory as a whole."""
+        del file
+        return True
+
+    def _values(self, name: str) -> np.ndarray:
+        raise NotImplementedError
+
+    def _tensors(self, name: str) -> Any:
+        """What `_open` gave for the file of a tensor."""
+        return self._handle[self._file[name]]
+
+    def names(self) -> Iterable[str]:
+        """Names of all tensors."""
+        return self._file.keys()
+
+    def read(self, name: str) -> np.ndarray:
+        """Values of a tensor, in the stored dtype."""
+        values = self._values(name)
+        if self._maps(self._file[name]):
+            self._pages[self._file[name]] += values.nbytes
+        if self._pages.total() > PAGES:
+            self._handle |= {file: self._open(file) for file in self._pages}
+            self._pages.clear()
+        return values
+
+    def where(self, name: str) -> str:
+        """How error messages call a tensor: file and name."""
+        return f"{self._file[name]}: tensor {name}"
+
+
+class Safetensors(_Mapped):
+    """One or several safetensors files."""
+
+    def _open(self, file: Path) -> Any:
         from safetensors import SafetensorError, safe_open
 
         try:
-            self._handle[file] = safe_open(file, framework="numpy")
+            return safe_open(file, framework="numpy")
         except SafetensorError as error:
             raise ValueError(
                 f"{file}: not a complete safetensors file ({error}); it has "
                 f"{file.stat().st_size} bytes: truncated or corrupt, download it again"
             ) from error
-        self._pages[file] = 0
 
-    def names(self) -> Iterable[str]:  # noqa: D102
-        return self._file.keys()
+    def _values(self, name: str) -> np.ndarray:
+        return self._tensors(name).get_tensor(name)
 
     def shape(self, name: str) -> tuple[int, ...]:  # noqa: D102
-        return header(self._handle[self._file[name]], name).shape
+        return header(self._tensors(name), name).shape
 
     def dtype(self, name: str) -> np.dtype:  # noqa: D102
-        return header(self._handle[self._file[name]], name).dtype
-
-    def read(self, name: str) -> np.ndarray:  # noqa: D102
-        file = self._file[name]
-        tensor = self._handle[file].get_tensor(name)
-        self._pages[file] += tensor.nbytes
-        if self._pages[file] > PAGES:
-            self._open(file)  # pages that were read count as memory until their mapping goes
-        return tensor
-
-    def where(self, name: str) -> str:  # noqa: D102
-        return f"{self._file[name]}: tensor {name}"
+        return header(self._tensors(name), name).dtype
 
 
-class TorchBin:
+class TorchBin(_Mapped):
     """One or several ``pytorch_model.bin`` files; needs torch, and runs no pickled code."""
 
-    def __init__(self, files: list[Path]):
+    def _open(self, file: Path) -> Any:
         try:
             import torch
         except ImportError as error:
             raise ImportError(
-                f"{files[0]}: reading a torch file needs torch, which is not installed; "
+                f"{file}: reading a torch file needs torch, which is not installed; "
                 "install torch (pip install torch), or save the model as safetensors"
             ) from error
-        self._tensor: dict[str, tuple[Path, Any]] = {}
-        for file in files:
-            try:
-                mapped = zipfile.is_zipfile(file)  # files of torch < 1.6 cannot be mapped
-                state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-                tensors = {name: (file, tensor.detach()) for name, tensor in state.items()}
-            except Exception as error:  # torch raises whatever the damage provokes
-                raise ValueError(
-                    f"{file}: torch cannot load it as plain tensors ({_first_line(error)});"
-                    " truncated, corrupt, or it holds more than tensors"
-                ) from error
-            self._tensor |= tensors
+        try:
+            mapped = self._maps(file)
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+            return {name: tensor.detach() for name, tensor in state.items()}
+        except Exception as error:  # torch raises whatever the damage provokes
+            raise ValueError(
+                f"{file}: torch cannot load it as plain tensors ({_first_line(error)});"
+                " truncated, corrupt, or it holds more than tensors"
+            ) from error
 
-    def names(self) -> Iterable[str]:  # noqa: D102
-        return self._tensor.keys()
+    def _maps(self, file: Path) -> bool:
+        return zipfile.is_zipfile(file)  # those of torch < 1.6 cannot be
 
-    def shape(self, name: str) -> tuple[int, ...]:  # noqa: D102
-        return tuple(self._tensor[name][1].shape)
-
-    def dtype(self, name: str) -> np.dtype:  # noqa: D102
-        return np.dtype(jnp.dtype(str(self._tensor[name][1].dtype).removeprefix("torch.")))
-
-    def read(self, name: str) -> np.ndarray:  # noqa: D102
+    def _values(self, name: str) -> np.ndarray:
         import torch
 
-        tensor = self._tensor[name][1]
+        tensor = self._tensors(name)[name]
         if tensor.dtype == torch.bfloat16:  # NumPy has no such dtype; same bits
             return tensor.view(torch.int16).numpy().view(BFLOAT16)
         return tensor.numpy()
 
-    def where(self, name: str) -> str:  # noqa: D102
-        return f"{self._tensor[name][0]}: tensor {name}"
+    def shape(self, name: str) -> tuple[int, ...]:  # noqa: D102
+        return tuple(self._tensors(name)[name].shape)
+
+    def dtype(self, name: str) -> np.dtype:  # noqa: D102
+        return np.dtype(jnp.dtype(str(self._tensors(name)[name].dtype).removeprefix("torch.")))
 
 
 def _first_line(error: Exception) -> str:

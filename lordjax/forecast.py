@@ -40,7 +40,7 @@ CODE_PROGRAM, CODING = 5e3, ("predictions", "decomposition")
 # Float64 arrays of a factor program beside its inputs, as large as the largest; XLA: < 3.5.
 COPIES = 5
 CODE_COPIES = 8  # float32 arrays of the largest matrix, while its codes are looked for
-PAGES = 2.0**26  # bytes of the model's files that stay mapped (conversions/tensors.py)
+PAGES = 2.0**24  # bytes of the model's files that stay mapped (conversions/tensors.py)
 ROWS = ("device: hidden states",)  # what devices share; the rest each has, or may have
 SPREAD = 1.5  # a forecast of time is right within this factor, if nothing else changes
 SHARD = 2 * 2**30  # bytes that are written at a time

@@ -86,13 +86,40 @@ def test_blocks_are_read_alone(directory, monkeypatch):
         checkpoint.block(2)
 
 
-def test_what_was_read_of_a_file_does_not_stay_mapped(directory, monkeypatch):
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_what_was_read_of_files_does_not_stay_mapped(directory, kind, monkeypatch):
     expected = open_checkpoint(directory).params()
+    if kind == "bin":
+        state = load_file(directory / "model.safetensors")
+        (directory / "model.safetensors").unlink()
+        half = len(state) // 2
+        parts = {"a.bin": list(state)[:half], "b.bin": list(state)[half:]}
+        for file, names in parts.items():
+            values = {name: torch.from_numpy(state[name]) for name in names}
+            torch.save(values, directory / file)
+        index = {name: file for file, names in parts.items() for name in names}
+        text = json.dumps({"weight_map": index})
+        (directory / "pytorch_model.bin.index.json").write_text(text)
     monkeypatch.setattr(tensors, "PAGES", 1000)
     opened = open_checkpoint(directory)
-    assert same(opened.params(), expected)  # of handles that are gone
-    (files,) = [value for value in vars(opened).values() if isinstance(value, tensors.Safetensors)]
-    assert all(count <= 1000 for count in files._pages.values())
+    (files,) = [value for value in vars(opened).values() if isinstance(value, tensors._Mapped)]
+    first = dict(files._handle)
+    assert same(opened.params(), expected)
+    assert files._pages.total() <= 1000  # of all files together
+    assert all(files._handle[file] is not handle for file, handle in first.items())
+
+
+def test_a_file_that_cannot_be_mapped_is_read_once(directory, monkeypatch):
+    expected = open_checkpoint(directory).params()
+    state = {n: torch.from_numpy(a) for n, a in load_file(directory / "model.safetensors").items()}
+    (directory / "model.safetensors").unlink()
+    file = directory / "pytorch_model.bin"
+    torch.save(state, file, _use_new_zipfile_serialization=False)
+    monkeypatch.setattr(tensors, "PAGES", 1000)
+    opened, read = open_checkpoint(directory), []
+    monkeypatch.setattr(torch, "load", lambda *args, **options: read.append(args))
+    assert same(opened.params(), expected)
+    assert not read
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
