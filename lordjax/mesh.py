@@ -206,7 +206,7 @@ def own_jobs(shares: Sequence[Sequence[Job]], mesh: Mesh) -> set[Job]:
 def map_kernels(
     run: Callable[[Job], Any], shares: Sequence[Sequence[Job]], mesh: Mesh | None
 ) -> Iterator[tuple[Job, Any]]:
-    """``(job, run(job))`` for every job; as many at a time as the mesh has devices.
+    """``(job, run(job))`` for every job; as many at a time as the mesh has devices, on CPU one.
 
     Args:
       run: starts a job on the default device, with arguments that no device holds fast; returns a
@@ -227,6 +227,10 @@ def map_kernels(
             if device.process_index == hosts.process():
                 with jax.default_device(device):
                     running.append(run(job))  # returns before it is finished
+                if device.platform == "cpu":
+                    # Its devices share cores, and of programs with loops and large products that
+                    # run at once a product lacks a part now and then (jaxlib 0.10.2; CHANGELOG).
+                    jax.block_until_ready(running[-1])
             else:
                 running.append(jax.eval_shape(functools.partial(run, job)))
         owners = [device.process_index for _, device in started]

@@ -151,6 +151,20 @@ def test_jobs_take_turns_on_the_devices():
     assert ids == [0, 1, 2, 3, 0, 1]
 
 
+def test_devices_that_share_cores_take_turns():
+    """Programs of several CPU devices at once make mistakes (`mesh.map_kernels`)."""
+    slow, before, made = jax.jit(lambda x: jax.lax.fori_loop(0, 300, lambda i, y: x @ y, x)), [], []
+
+    def run(k):
+        before.append(not made or made[-1].is_ready())
+        made.append(slow(np.eye(200, dtype=np.float32) * k))
+        return made[-1]
+
+    shares = mesh.share_jobs(dict.fromkeys(range(8), 1.0), 4)
+    assert len(list(mesh.map_kernels(run, shares, FOUR()))) == 8
+    assert all(before)
+
+
 @pytest.mark.parametrize(
     ("costs", "sums"),
     [
