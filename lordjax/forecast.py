@@ -38,7 +38,7 @@ PROGRAM = 250e3  # bytes of compiled code and what made it, per equation, on the
 # The same of programs that look for codes, which are long and simple; the stages that run them.
 CODE_PROGRAM, CODING = 5e3, ("predictions", "decomposition")
 # Float64 arrays of a factor program beside its inputs, as large as the largest; XLA: < 3.5.
-COPIES = 5
+COPIES = 4
 CODE_COPIES = 8  # float32 arrays of the largest matrix, while its codes are looked for
 PAGES = 2.0**24  # bytes of the model's files that stay mapped (conversions/tensors.py)
 ROWS = ("device: hidden states",)  # what devices share; the rest each has, or may have

@@ -10,21 +10,22 @@ written. To LAPACK, which counts along columns, that is the upper one of the tra
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from jaxtyping import Float, Int
 from scipy.linalg import blas, lapack
 
-from lordjax.linalg import JITTER
+from lordjax.linalg import JITTER, mean_unit, own_unit
 
 PANEL = 512  # rows that are worked on at a time: what they make fits the cache
 PENDING = 256  # removed columns whose effect on the inverse is carried out in one product
 SHRINK = 7 / 8  # of the columns are left: time to move them together
 
 
-def cholesky(a: Float[np.ndarray, "n n"], first: float) -> None:
-    """The lower factor of ``a + τI`` in place of ``a``; τ as of `linalg.jittered`."""
+def cholesky(a: Float[np.ndarray, "n n"], first: float, unit: Any) -> None:
+    """The lower factor of ``a + τ diag(unit)`` in place of ``a``; as `linalg.jittered`."""
     diagonal = a.diagonal().copy()
-    unit = diagonal.mean() if diagonal.mean() > 0 else 1.0
     share, index = first, np.arange(len(a))
     # The other triangle keeps what a failed attempt has to be undone with.
     for p, q in panels(len(a)):
@@ -54,7 +55,7 @@ def panels(n: int) -> list[tuple[int, int]]:
 def leverage_complement(gram: Float[np.ndarray, "n n"], ridge: float) -> Float[np.ndarray, "n"]:
     """`linalg.leverage_complement`; ``gram`` is lost."""
     empty = ~(gram.diagonal() > 0)
-    cholesky(gram, ridge)
+    cholesky(gram, ridge, mean_unit(gram.diagonal()))
     lapack.dtrtri(gram.T, lower=0, overwrite_c=1)
     h = np.zeros(len(gram))
     for p, q in panels(len(gram)):
@@ -65,10 +66,10 @@ def leverage_complement(gram: Float[np.ndarray, "n n"], ridge: float) -> Float[n
 
 
 def nested_refit(
-    gram: Float[np.ndarray, "n n"], kernel: Float[np.ndarray, "n m"]
+    gram: Float[np.ndarray, "n n"], kernel: Float[np.ndarray, "n m"], ridge: float = JITTER
 ) -> tuple[Float[np.ndarray, "n n"], Float[np.ndarray, "n m"]]:
     """`linalg.nested_refit` in float32; ``gram`` is lost, and ``kernel`` if it is in order F."""
-    cholesky(gram, JITTER)
+    cholesky(gram, ridge, own_unit(gram.diagonal()))
     right = blas.dtrmm(1.0, gram.T, kernel, lower=0, overwrite_b=1)
     del kernel
     right = right.astype(np.float32, order="C")
@@ -81,7 +82,10 @@ def nested_refit(
 
 
 def elimination_order(
-    gram: Float[np.ndarray, "n n"], kernel: Float[np.ndarray, "n m"], block: int = 32
+    gram: Float[np.ndarray, "n n"],
+    kernel: Float[np.ndarray, "n m"],
+    ridge: float = JITTER,
+    block: int = 32,
 ) -> Int[np.ndarray, "n"]:
     """`linalg.elimination_order`; ``gram`` and ``kernel`` (float32 will do) are lost.
 
@@ -92,7 +96,7 @@ def elimination_order(
     """
     n = len(gram)
     floor = np.where(gram.diagonal() > 0, 0.0, -1.0)
-    _invert(gram)
+    _invert(gram, ridge)
     order = np.full(n, -1, np.int32)
     if not np.isfinite(gram.diagonal()).all():
         return np.arange(n, dtype=np.int32)
@@ -105,9 +109,9 @@ def elimination_order(
     return order
 
 
-def _invert(gram: Float[np.ndarray, "n n"]) -> None:
-    """``gram`` becomes ``(gram + τI)⁻¹``, τ as of `linalg.jittered`."""
-    cholesky(gram, JITTER)
+def _invert(gram: Float[np.ndarray, "n n"], ridge: float) -> None:
+    """``gram`` becomes its inverse; as `linalg.inverse_psd`."""
+    cholesky(gram, ridge, own_unit(gram.diagonal()))
     lapack.dpotri(gram.T, lower=0, overwrite_c=1)
 
 

@@ -23,11 +23,14 @@ from jaxtyping import Array, Float, Int
 # Share of the mean eigenvalue added to a gradient metric: directions in which few calibration
 # tokens saw a gradient must not be free. 0.01 and 0.1 measured the same (CHANGELOG, "Tried").
 GRADIENT_DAMPING = 1e-2
-JITTER = 1e-6  # first share of the mean diagonal added before a Cholesky factorisation
+JITTER = 1e-6  # least ridge of a refit, see `own_unit`
+EMPTY = 1e-10  # share of the mean energy that an empty column counts as
 PANELS = 8  # that a product is subtracted in
 WIDE = 512  # columns from which `gram` saves time
 ROWS_SHIFT = 1e-5  # of Gram-Schmidt, above the rounding of products of unit rows in float32
 LEAF = 256  # columns up to which a triangle is inverted by a solve; 48 to 384 are as fast
+
+Ridge = float | Float[Array, ""]
 
 
 def mm(*factors: Array) -> Array:
@@ -78,7 +81,7 @@ def root_pair(
     Whatever is measured in a metric is the same by any root. The damping makes this one, a Cholesky
     factor, safe; the symmetric one takes an eigendecomposition, tens of times as long.
     """
-    root = jittered(a, damping)
+    root = jittered(a, damping, mean_unit(jnp.diagonal(a)))
     return root, lower_inverse(root)
 
 
@@ -170,16 +173,33 @@ def solve_psd(
     return mm(vectors * inverse[None], mm(vectors.T, b))
 
 
-def jittered(a: Float[Array, "n n"], first: float) -> Float[Array, "n n"]:
-    """Lower Cholesky factor of ``a + τI``; only the upper triangle of ``a`` is read.
+def mean_unit(diagonal: Any) -> Any:
+    """What a share of the mean energy of columns is a share of; 1 where all are zero."""
+    mean = diagonal.mean()
+    return mean + (mean == 0).astype(mean.dtype)
 
-    τ is the least of ``first``, 10 ``first``, … times the mean of the diagonal that works: fewer
-    tokens than columns, or columns that are always zero, make a Gram singular. A matrix that is not
-    finite gives a factor that is not finite either.
+
+def own_unit(diagonal: Any) -> Any:
+    """What a share of each column's own energy is a share of: the same whatever their units.
+
+    Beside outliers, which a mean is made of, other columns would drown in a share of that.
+    """
+    return diagonal + EMPTY * mean_unit(diagonal)
+
+
+def jittered(a: Float[Array, "n n"], first: Ridge, unit: Any) -> Float[Array, "n n"]:
+    """Lower Cholesky factor of ``a + τ diag(unit)``; only the upper triangle of ``a`` is read.
+
+    τ is the least of ``first``, 10 ``first``, … that works: fewer tokens than columns, or columns
+    that are always zero, make a Gram singular. A matrix that is not finite gives a factor that is
+    not finite either.
+
+    Args:
+      a: symmetric.
+      first: the least τ.
+      unit: a number or ``[n]``; `mean_unit` or `own_unit` of the diagonal.
     """
     diagonal = jnp.diagonal(a)
-    mean = jnp.mean(diagonal)
-    unit = jnp.where(mean > 0, mean, 1)
     index = jnp.arange(len(a))
 
     def factor(share: Array) -> Array:
@@ -223,15 +243,16 @@ def leverage_complement(gram: Float[Array, "n n"], ridge: float) -> Float[Array,
     ``C + λI = L Lᵀ`` they are the squared column norms of ``L⁻¹``.
     """
     first, below, last = (
-        jnp.sum(part**2, axis=0) for part in _inverse_corners(jittered(gram, ridge))
+        jnp.sum(part**2, axis=0)
+        for part in _inverse_corners(jittered(gram, ridge, mean_unit(jnp.diagonal(gram))))
     )
     h = jnp.concatenate([first + below, last])
     return jnp.where(jnp.diagonal(gram) > 0, h, jnp.inf)
 
 
-def inverse_psd(gram: Float[Array, "n n"]) -> Float[Array, "n n"]:
-    """``(C + τI)⁻¹``, τ as of `jittered`, by its corners."""
-    first, below, last = _inverse_corners(jittered(gram, JITTER))
+def inverse_psd(gram: Float[Array, "n n"], ridge: Ridge = JITTER) -> Float[Array, "n n"]:
+    """``(C + τD)⁻¹``, τ and D as of `nested_refit`, by its corners."""
+    first, below, last = _inverse_corners(jittered(gram, ridge, own_unit(jnp.diagonal(gram))))
     half, across = len(first), mm(last.T, below)
     inverse = jnp.zeros_like(gram).at[half:, half:].set(mm(last.T, last))
     inverse = inverse.at[half:, :half].set(across).at[:half, half:].set(across.T)
@@ -239,19 +260,24 @@ def inverse_psd(gram: Float[Array, "n n"]) -> Float[Array, "n n"]:
 
 
 def nested_refit(
-    gram: Float[Array, "n n"], kernel: Float[Array, "n m"]
+    gram: Float[Array, "n n"], kernel: Float[Array, "n m"], ridge: Ridge = JITTER
 ) -> tuple[Float[Array, "n n"], Float[Array, "n m"]]:
     """Least-squares refits of ``z @ kernel`` from the first k columns of z, for every k at once.
 
-    With ``C + τI = L Lᵀ`` and ``R = Lᵀ kernel`` the refit is ``L[:k,:k]⁻ᵀ R[:k]`` (`refit`), and
+    With ``C + τD = L Lᵀ`` and ``R = Lᵀ kernel`` the refit is ``L[:k,:k]⁻ᵀ R[:k]`` (`refit`), and
     ``Σ_{i≥k} ‖R[i]‖²`` its squared error per token.
+
+    Args:
+      gram: C.
+      kernel: to refit.
+      ridge: least τ (see `jittered`), a share of every column's own energy (`own_unit`).
 
     Returns:
       L, R.
 
     Source: block form of the normal equations; specs of MoDeGPT §2.3.
     """
-    lower = jittered(gram, JITTER)
+    lower = jittered(gram, ridge, own_unit(jnp.diagonal(gram)))
     return lower, mm(lower.T, kernel)
 
 
@@ -282,7 +308,7 @@ def _subtract_product(
 
 
 def elimination_order(
-    gram: Float[Array, "n n"], kernel: Float[Array, "n m"], block: int = 32
+    gram: Float[Array, "n n"], kernel: Float[Array, "n m"], ridge: Ridge = JITTER, block: int = 32
 ) -> Int[Array, "n"]:
     """Columns by falling importance: backward elimination with exact refits (OBS).
 
@@ -292,6 +318,12 @@ def elimination_order(
     carried out at once, and on the rest when the block is full. So of two columns that replace each
     other one stays, and n removals cost a few products instead of n updates of everything.
 
+    Args:
+      gram: C.
+      kernel: W before anything goes.
+      ridge: as for `nested_refit`.
+      block: columns that go at once.
+
     Source: Optimal Brain Surgeon (Hassibi and Stork, 1993), with many outputs.
     """
     n, pad = gram.shape[0], -gram.shape[0] % block
@@ -299,7 +331,7 @@ def elimination_order(
     gram, kernel = jnp.pad(gram, ((0, pad), (0, pad))), jnp.pad(kernel, ((0, pad), (0, 0)))
     index = jnp.arange(n + pad)
     floor = jnp.where(index >= n, -2.0, jnp.where(jnp.diagonal(gram) <= 0, -1.0, 0.0))
-    inverse = inverse_psd(gram)
+    inverse = inverse_psd(gram, ridge)
 
     def costs(inverse: Array, kernel: Array, floor: Array, alive: Array) -> Array:
         diagonal = jnp.where(alive, jnp.diagonal(inverse), 1)

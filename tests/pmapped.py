@@ -89,7 +89,7 @@ def taken(kind):
 ON_GRAMS = {
     "root_pair": lambda a: linalg.root_pair(a, 0.01),
     "eigenvalues": lambda a: linalg.eigh_descending(a)[0],
-    "jittered": lambda a: linalg.jittered(a, 1e-6),
+    "jittered": lambda a: linalg.jittered(a, 1e-6, 1.0),
     "lower_inverse": lambda a: linalg.lower_inverse(jnp.linalg.cholesky(a)),
     "inverse_psd": linalg.inverse_psd,
     "leverage_complement": lambda a: linalg.leverage_complement(a, 0.1),

@@ -12,6 +12,7 @@ from blocks import source
 
 from lordjax import factoring, lapack, linalg
 from lordjax.compression import prepare
+from lordjax.linalg import mean_unit, own_unit
 from lordjax.methods import METHODS, mlp_on_host
 from lordjax.methods.modular import RIDGE, mlp
 from lordjax.stats import Moments, SecondMoment
@@ -64,35 +65,38 @@ def test_a_factor_tries_harder_until_it_works_and_gives_up_on_what_is_broken(mon
     """As `linalg.jittered`; only the lower triangle is read."""
     monkeypatch.setattr(lapack, "PANEL", 5)
     rng = np.random.default_rng(0)
-    for lowest, share in ((0.5, 1e-6), (-3e-4, 1e-3)):
+    pairs = ((0.5, 1e-6), (-3e-4, 1e-3))
+    cases = [(unit, *pair) for unit in (mean_unit, own_unit) for pair in pairs]
+    for unit, lowest, share in cases:
         q = np.linalg.qr(rng.normal(size=(12, 12)))[0]
         a = (q * np.r_[np.ones(11), lowest]) @ q.T
-        shifted = a + share * np.mean(np.diag(a)) * np.eye(12)
+        shifted = a + share * np.diag(unit(np.diag(a)) * np.ones(12))
         found = np.tril(a) + np.triu(np.full((12, 12), np.nan), 1)
-        lapack.cholesky(found, 1e-6)
+        lapack.cholesky(found, 1e-6, unit(np.diag(a)))
         lower = np.tril(found)
         np.testing.assert_allclose(lower @ lower.T, shifted, atol=1e-12)
     for at in ((3, 3), (7, 2)):
         broken = np.eye(12)
         broken[at] = np.nan
-        lapack.cholesky(broken, 1e-6)
+        lapack.cholesky(broken, 1e-6, 1.0)
         assert np.isnan(broken).all()
 
 
 @pytest.mark.usefixtures("double")
 @pytest.mark.parametrize("score", mlp_on_host.SCORES)
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("intercept", [False, True])
-def test_an_mlp_is_factored_alike_on_the_host(score, weighted, intercept):
+@pytest.mark.parametrize(("intercept", "shrinkage"), [(False, 0.0), (True, 0.0), (True, 0.5)])
+def test_an_mlp_is_factored_alike_on_the_host(score, weighted, intercept, shrinkage):
     z, kernel = problem(70)
     stats = {"moments": Moments.zeros(70).update(jnp.asarray(z, jnp.float32))}
     if weighted:
         g = np.random.default_rng(1).normal(size=(9, 12)) * np.arange(12)  # fewer than outputs
         stats["gradients"] = SecondMoment.zeros(12).update(jnp.asarray(g, jnp.float32))
     wide = jax.tree.map(lambda a: a.astype(jnp.float64), stats)
-    expected = mlp({"down": jnp.asarray(kernel)}, wide, score=score, intercept=intercept)
+    options = {"score": score, "intercept": intercept, "shrinkage": shrinkage}
+    expected = mlp({"down": jnp.asarray(kernel)}, wide, **options)
     given = dict(stats)
-    found = mlp_on_host.mlp({"down": kernel}, given, score=score, ridge=RIDGE, intercept=intercept)
+    found = mlp_on_host.mlp({"down": kernel}, given, ridge=RIDGE, **options)
     assert not given
     np.testing.assert_array_equal(found.parts["order"], expected.parts["order"])
     np.testing.assert_allclose(found.spectrum, expected.spectrum, rtol=1e-4)

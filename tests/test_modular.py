@@ -14,6 +14,7 @@ from lordjax.factoring import factor_program
 from lordjax.methods import METHODS
 from lordjax.methods.modular import (
     RIDGE,
+    SHRINKAGE,
     mlp,
     narrow_mlp,
     narrow_query_key,
@@ -132,6 +133,63 @@ def test_without_jitter_refit_and_error_are_exact(monkeypatch):
         assert float(factors.spectrum[width:].sum()) == pytest.approx(trace, rel=1e-8)
 
 
+def test_shrinking_is_a_ridge_on_every_neuron_by_its_own_energy():
+    z, kernels = mlp_problem(tokens=60)
+    factors, new = run_mlp(z, kernels, 9, "elimination", shrinkage=0.5)
+    order = np.asarray(factors.parts["order"])
+    c = z.T @ z / len(z)
+    c += 0.5 * 24 / 60 * np.diag(np.diag(c))
+    s, down = order[:9], kernels["down"]
+    expected = np.linalg.solve(c[np.ix_(s, s)], c[s] @ down)
+    np.testing.assert_allclose(new["down"], expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+    # The predicted error is that of correlations that are shrunk, energies as they are.
+    gap = down - np.eye(24)[:, s] @ expected
+    error = np.trace(gap.T @ c @ gap) / (1 + 0.5 * 24 / 60)
+    assert float(factors.spectrum[9:].sum()) == pytest.approx(error, rel=1e-4)
+    # Neurons in other units: the same function of the same inputs.
+    units = np.logspace(-2, 2, 24)
+    scaled = kernels | {"down": down / units[:, None]}
+    again, other = run_mlp(z * units, scaled, 9, "elimination", shrinkage=0.5)
+    np.testing.assert_array_equal(again.parts["order"], order)
+    np.testing.assert_allclose(other["down"] * units[s, None], expected, rtol=0, atol=0.01)
+
+
+def test_shrinking_does_better_on_tokens_that_were_not_seen():
+    errors = np.zeros((8, 2))
+    for seed in range(8):
+        z, kernels = mlp_problem(tokens=1024, seed=seed)
+        few, fresh = z[:24], z[24:]
+        for i, share in enumerate((0.0, SHRINKAGE)):
+            result = run_mlp(few, kernels, 12, "elimination", shrinkage=share)
+            errors[seed, i] = mlp_error(fresh, kernels, *result)
+    assert (errors[:, 1] < errors[:, 0]).all()
+
+
+def test_units_of_what_is_added_to_energies():
+    energies = np.array([4.0, 0.0, 2.0])
+    assert linalg.mean_unit(energies) == 2
+    np.testing.assert_allclose(linalg.own_unit(energies), energies, atol=1e-5)
+    assert (linalg.own_unit(energies) > 0).all()
+    for unit in (linalg.mean_unit, linalg.own_unit):
+        assert (unit(np.zeros(3)) > 0).all()  # a matrix of zeros has a factor, too
+        np.testing.assert_allclose(unit(jnp.asarray(energies)), unit(energies))
+
+
+def test_with_shrinking_rounding_does_not_choose_the_neurons():
+    """Of fewer tokens than neurons, where a factor of the sums as they are works by luck."""
+    z, kernels = mlp_problem(tokens=16)
+    z[:, 3] *= 300  # an outlier, beside which a jitter by the mean is coarse
+    orders, curves = [], []
+    for seed in range(4):
+        noise = 1 + 1e-7 * np.random.default_rng(seed).normal(size=z.shape)
+        factors = run_mlp(z * noise, kernels, 9, "elimination", shrinkage=SHRINKAGE)[0]
+        orders.append(factors.parts["order"].tolist())
+        curves.append(np.asarray(factors.spectrum))
+    assert all(order == orders[0] for order in orders)
+    for curve in curves:
+        np.testing.assert_allclose(curve, curves[0], rtol=1e-5)
+
+
 def test_nystroem_bound():
     z, kernels = mlp_problem()
     factors, new = run_mlp(z, kernels, 12)
@@ -218,15 +276,16 @@ def test_a_triangle_is_inverted_by_halves(n):
     np.testing.assert_allclose(inverse @ lower, np.eye(n), rtol=0, atol=1e-12)
 
 
-def test_jitter_is_the_least_share_of_the_mean_diagonal_that_works():
+@pytest.mark.parametrize("unit", [linalg.mean_unit, linalg.own_unit])
+def test_jitter_is_the_least_share_that_works(unit):
     rng = np.random.default_rng(0)
     basis = np.linalg.qr(rng.normal(size=(12, 12)))[0]
     a = (basis * np.append(np.ones(11), -5e-5)) @ basis.T  # 1e-4 of the mean is the first above
     for first, share in ((1e-6, 1e-4), (1e-3, 1e-3)):
-        lower = np.asarray(linalg.jittered(jnp.asarray(a), first))
-        shift = share * np.trace(a) / 12
-        np.testing.assert_allclose(lower @ lower.T, a + shift * np.eye(12), rtol=0, atol=1e-12)
-    broken = linalg.jittered(jnp.asarray(a).at[3, 3].set(jnp.nan), 1e-6)
+        lower = np.asarray(linalg.jittered(jnp.asarray(a), first, unit(np.diag(a))))
+        shift = share * np.diag(unit(np.diag(a)) * np.ones(12))
+        np.testing.assert_allclose(lower @ lower.T, a + shift, rtol=0, atol=1e-12)
+    broken = linalg.jittered(jnp.asarray(a).at[3, 3].set(jnp.nan), 1e-6, unit(np.diag(a)))
     assert not np.isfinite(broken).all()
 
 

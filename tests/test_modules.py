@@ -479,8 +479,13 @@ def test_queries_and_keys_have_a_rate_of_their_own():
     assert high["qk"] > high["mlp"]
 
 
-def test_corrective_prefix_fits_the_untouched_output():
+def test_corrective_prefix_fits_the_untouched_output(monkeypatch):
     """Ẑ_Sᵀ (Z W_D - Ẑ_S W_D') = 0 up to the ridge: least squares with the dense target."""
+    row = METHODS["modegpt-cr"]
+    # Its correlations as they are.
+    plain = mlp_module(("moments", "gradients"), score="elimination")
+    unshrunk = dataclasses.replace(row, modules={**row.modules, "mlp": plain})
+    monkeypatch.setitem(METHODS, "unshrunk", unshrunk)
     source, angles = InMemory(CONFIG, model(CONFIG)), {}
 
     def taps(params):
@@ -490,7 +495,7 @@ def test_corrective_prefix_fits_the_untouched_output():
         return [np.asarray(a, float).reshape(-1, a.shape[-1]) for a in both]
 
     for prefix in ("compressed", "corrective"):
-        prepared = prepare(source, TOKENS, method="modegpt-cr", prefix=prefix)
+        prepared = prepare(source, TOKENS, method="unshrunk", prefix=prefix)
         kept, out = taps(prepared.apply(by_hand(prepared, mlp=24)).params)
         target = taps(model(CONFIG))[1]
         gap = kept.T @ (target - out)

@@ -3,10 +3,15 @@
 from typing import Any
 
 from lordjax.methods.base import Factors, Method, Module, ModuleFactors, truncate
-from lordjax.methods.modular import mlp_module, query_key_module, value_output_module
+from lordjax.methods.modular import (
+    SHRINKAGE,
+    mlp_module,
+    query_key_module,
+    value_output_module,
+)
 from lordjax.methods.svd import SVD_METHODS
 
-_LOSS_MLP = mlp_module(("moments", "gradients"), score="elimination")
+_LOSS_MLP = mlp_module(("moments", "gradients"), score="elimination", shrinkage=SHRINKAGE)
 
 
 def _published(summary: str, **mlp: Any) -> Method:

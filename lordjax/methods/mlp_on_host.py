@@ -30,6 +30,7 @@ def mlp(
     score: str,
     ridge: float,
     intercept: bool = False,
+    shrinkage: float = 0.0,
 ) -> ModuleFactors:
     """`modular.mlp` with a fit, by one of `SCORES`; arrays of the result are NumPy's.
 
@@ -39,13 +40,15 @@ def mlp(
       score: one of `SCORES`.
       ridge: of the leverage scores.
       intercept: as there.
+      shrinkage: as there.
     """
     moments, down = stats.pop("moments"), np.asarray(kernels["down"])
     root = _root(stats.pop("gradients", None))
+    shrunk = max(linalg.JITTER, shrinkage * len(down) / float(moments.count))
     gram = np.empty((len(down), len(down)))
     _fill(gram, moments, np.arange(len(down)), centred=intercept)
     if score == "elimination":
-        order = lapack.elimination_order(gram, _weighed(down, root))
+        order = lapack.elimination_order(gram, _weighed(down, root), shrunk)
     else:
         order = np.argsort(lapack.leverage_complement(gram, ridge), kind="stable")
     _fill(gram, moments, order, centred=intercept)
@@ -53,11 +56,12 @@ def mlp(
     if intercept:
         parts["mean"] = np.asarray(moments.mean, np.float32)[order]
     del moments
-    parts["lower"], parts["right"] = lapack.nested_refit(gram, _ordered(down, order))
+    parts["lower"], parts["right"] = lapack.nested_refit(gram, _ordered(down, order), shrunk)
     del gram
     spectrum = np.empty(len(down))
     for p, q in lapack.panels(len(down)):
         spectrum[p:q] = (_weighed(parts["right"][p:q], root).astype(np.float64) ** 2).sum(axis=1)
+    spectrum /= 1 + shrunk
     return ModuleFactors(spectrum, parts)
 
 
@@ -76,7 +80,7 @@ def _root(gradients: Any) -> Float[np.ndarray, "m m"] | None:
     if gradients is None:
         return None
     moment = np.asarray(gradients.total, np.float64) / float(gradients.count)
-    lapack.cholesky(moment, linalg.GRADIENT_DAMPING)
+    lapack.cholesky(moment, linalg.GRADIENT_DAMPING, linalg.mean_unit(moment.diagonal()))
     return np.tril(moment).astype(np.float32)
 
 

@@ -45,6 +45,10 @@ from lordjax.methods import mlp_on_host
 from lordjax.methods.base import Module, ModuleFactors
 
 RIDGE = 1e-4  # of the leverage scores, relative to the mean energy of a column
+# Ridge λ of an MLP's fit, of every neuron's own energy, in neurons per token. That shrinks the
+# correlations by 1 + λ: those of many neurons are not believed as few tokens show them (CHANGELOG).
+# And which neurons stay no longer hangs on the rounding of a singular matrix.
+SHRINKAGE = 1.0
 RANK_TOLERANCE = 1e-12  # eigenvalues of a head's second moment below this share count as zero
 
 Arrays = Mapping[str, Array]
@@ -68,6 +72,7 @@ def mlp(
     score: str,
     fit: bool = True,
     intercept: bool = False,
+    shrinkage: float = 0.0,
     seed: int = 0,
 ) -> ModuleFactors:
     """Orders the neurons of an MLP and fits ``down`` for every width.
@@ -80,6 +85,7 @@ def mlp(
         (`linalg.elimination_order`: what the output loses), ``energy`` (``C_ii``), ``random``.
       fit: fit ``down`` by least squares; False only slices it.
       intercept: fit a bias besides.
+      shrinkage: ridge of the fit in neurons per token, see `SHRINKAGE`.
       seed: of ``random``.
 
     Raises:
@@ -88,11 +94,12 @@ def mlp(
     moments, down = stats["moments"], kernels["down"]
     gram = _gram(moments, intercept)
     weigh = _metric(stats)
+    shrunk = jnp.maximum(linalg.JITTER, shrinkage * len(down) / moments.count)
     match score:
         case "leverage":
             order = jnp.argsort(linalg.leverage_complement(gram, RIDGE))
         case "elimination":
-            order = linalg.elimination_order(gram, weigh(down))
+            order = linalg.elimination_order(gram, weigh(down), shrunk)
         case "energy":
             order = jnp.argsort(-jnp.diagonal(gram))
         case "random":
@@ -103,8 +110,8 @@ def mlp(
     gram, down = _gram(moments.take(order), intercept), down[order]
     parts = {"order": order}
     if fit:
-        parts["lower"], parts["right"] = linalg.nested_refit(gram, down)
-        spectrum = jnp.sum(weigh(parts["right"]) ** 2, axis=1)
+        parts["lower"], parts["right"] = linalg.nested_refit(gram, down, shrunk)
+        spectrum = jnp.sum(weigh(parts["right"]) ** 2, axis=1) / (1 + shrunk)
     else:
         rows = weigh(down)
         spectrum = _dropped(gram * mm(rows, rows.T))
@@ -342,7 +349,8 @@ def mlp_module(needs: tuple[str, ...], **options: Any) -> Module:
     """A `Module` of `mlp`."""
     bias, score, host = options.get("intercept", False), options["score"], {}
     if score in mlp_on_host.SCORES and options.get("fit", True):
-        run = functools.partial(mlp_on_host.mlp, score=score, ridge=RIDGE, intercept=bias)
+        own = {name: value for name, value in options.items() if name != "fit"}
+        run = functools.partial(mlp_on_host.mlp, ridge=RIDGE, **own)
         host = {"host": run, "host_work": functools.partial(mlp_on_host.work, score=score)}
     return Module(functools.partial(mlp, **options), narrow_mlp, needs, bias=bias, **host)
 
