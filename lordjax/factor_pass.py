@@ -162,17 +162,16 @@ class _Pass:
 
         def begin(job: Job) -> AnyFactors:
             i, site = job
-            with clock.part(f"factors of {site.kind} sites"):
-                begun[job], stats = inputs.pop(job)  # a site's sums go when it is factored
-                stats |= site_gradients(self.gradients.get(i, {}), row, site, begun[job])
-                return start(self.method, site, begun[job], stats, meshed=mesh is not None)
+            begun[job], stats = inputs.pop(job)  # a site's sums go when it is factored
+            stats |= site_gradients(self.gradients.get(i, {}), row, site, begun[job])
+            return start(self.method, site, begun[job], stats, meshed=mesh is not None)
 
-        for job, running in map_kernels(begin, shares, mesh):
-            path = site_path(*job)
-            with clock.part(f"factors of {job[1].kind} sites"):
+        with clock.part("factors"):
+            for job, running in map_kernels(begin, shares, mesh):
+                path = site_path(*job)
                 found = finish(self.method, path, begun.pop(job), running)
-            self.work[f"factors/{path}"] = found
-            del running, found  # before the next one begins
+                self.work[f"factors/{path}"] = found
+                del running, found  # before the next one begins
 
 
 def _shapes(tree: Any) -> Any:

@@ -290,10 +290,9 @@ def happened(report: dict[str, Any], predicted: dict[str, Any]) -> dict[str, Any
     ``flops_per_second`` are achieved ones, of what had to be done.
     """
     seconds = dict(report["seconds"])
-    factors = [n for stage, n in seconds.items() if stage.startswith("factors of")]
     both = seconds.get("statistics and factors")
     if both is not None:
-        seconds |= {"statistics": both - sum(factors), "factors": sum(factors)}
+        seconds["statistics"] = both - seconds.get("factors", 0.0)
     stages = {name: seconds[name] for name in TIMED if name in seconds}
     for part in ("sequential", "decomposition"):  # are part of putting the result together
         if part in stages:

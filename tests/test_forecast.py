@@ -241,8 +241,7 @@ def test_what_happened_is_told_in_the_forecasts_terms():
     report = {
         "seconds": {
             "gradients": 4.0,
-            "factors of mlp sites": 1.0,
-            "factors of linear sites": 2.0,
+            "factors": 3.0,
             "statistics and factors": 8.0,
             "apply": 1.0,
         },
