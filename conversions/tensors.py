@@ -46,7 +46,7 @@ class _Mapped:
     """Files whose tensors are mapped into memory.
 
     Pages that were read count as memory until their mapping goes, so it is made anew once there are
-    more than `PAGES` bytes of them.
+    more than `PAGES` bytes of them. No values are views of a mapping, which would hold it.
     """
 
     def __init__(self, files: list[Path]):
@@ -143,9 +143,9 @@ class TorchBin(_Mapped):
         import torch
 
         tensor = self._tensors(name)[name]
-        if tensor.dtype == torch.bfloat16:  # NumPy has no such dtype; same bits
-            return tensor.view(torch.int16).numpy().view(BFLOAT16)
-        return tensor.numpy()
+        is_bfloat16 = tensor.dtype == torch.bfloat16  # NumPy has no such dtype; same bits
+        values = tensor.view(torch.int16).numpy().view(BFLOAT16) if is_bfloat16 else tensor.numpy()
+        return values.copy() if self._maps(self._file[name]) else values
 
     def shape(self, name: str) -> tuple[int, ...]:  # noqa: D102
         return tuple(self._tensors(name)[name].shape)

@@ -110,7 +110,7 @@ def elimination_order(
 
 
 def _invert(gram: Float[np.ndarray, "n n"], ridge: float) -> None:
-    """``gram`` becomes its inverse; as `linalg.inverse_psd`."""
+    """``gram`` becomes the inverse of ``gram + τD``; as `linalg.inverse_psd`."""
     cholesky(gram, ridge, own_unit(gram.diagonal()))
     lapack.dpotri(gram.T, lower=0, overwrite_c=1)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -251,7 +252,7 @@ def leverage_complement(gram: Float[Array, "n n"], ridge: float) -> Float[Array,
 
 
 def inverse_psd(gram: Float[Array, "n n"], ridge: Ridge = JITTER) -> Float[Array, "n n"]:
-    """``(C + τD)⁻¹``, τ and D as of `nested_refit`, by its corners."""
+    """``(C + τD)⁻¹``, τ as of `jittered` and D of `own_unit`, by its corners."""
     first, below, last = _inverse_corners(jittered(gram, ridge, own_unit(jnp.diagonal(gram))))
     half, across = len(first), mm(last.T, below)
     inverse = jnp.zeros_like(gram).at[half:, half:].set(mm(last.T, last))
@@ -260,24 +261,29 @@ def inverse_psd(gram: Float[Array, "n n"], ridge: Ridge = JITTER) -> Float[Array
 
 
 def nested_refit(
-    gram: Float[Array, "n n"], kernel: Float[Array, "n m"], ridge: Ridge = JITTER
+    gram: Float[Array, "n n"],
+    kernel: Float[Array, "n m"],
+    ridge: Ridge = JITTER,
+    unit: Callable[[Any], Any] = own_unit,
 ) -> tuple[Float[Array, "n n"], Float[Array, "n m"]]:
-    """Least-squares refits of ``z @ kernel`` from the first k columns of z, for every k at once.
+    """Ridge refits of ``z @ kernel`` from the first k columns of z, for every k at once.
 
     With ``C + τD = L Lᵀ`` and ``R = Lᵀ kernel`` the refit is ``L[:k,:k]⁻ᵀ R[:k]`` (`refit`), and
-    ``Σ_{i≥k} ‖R[i]‖²`` its squared error per token.
+    ``Σ_{i≥k} ‖R[i]‖²`` its squared error per token if ``C + τD`` is the second moment of z.
 
     Args:
       gram: C.
       kernel: to refit.
-      ridge: least τ (see `jittered`), a share of every column's own energy (`own_unit`).
+      ridge: least τ (see `jittered`); `JITTER` gives least squares.
+      unit: D of the diagonal of C: `own_unit`, or `mean_unit` where columns without energy may have
+        some, or less than none, by rounding.
 
     Returns:
       L, R.
 
     Source: block form of the normal equations; specs of MoDeGPT §2.3.
     """
-    lower = jittered(gram, ridge, own_unit(jnp.diagonal(gram)))
+    lower = jittered(gram, ridge, unit(jnp.diagonal(gram)))
     return lower, mm(lower.T, kernel)
 
 
@@ -312,14 +318,15 @@ def elimination_order(
 ) -> Int[Array, "n"]:
     """Columns by falling importance: backward elimination with exact refits (OBS).
 
-    Without column i the refit error of ``z @ kernel`` grows by ``‖W_i‖² / [C⁻¹]_ii``, W being the
-    refit kernel so far. Columns go one after the other; of each ``block`` the choice is among the
-    ``2 · block`` that were cheapest when it began, on whose part of W and ``C⁻¹`` every removal is
-    carried out at once, and on the rest when the block is full. So of two columns that replace each
-    other one stays, and n removals cost a few products instead of n updates of everything.
+    Without column i the refit error of ``z @ kernel`` grows by ``‖W_i‖² / [C⁻¹]_ii``, C being the
+    second moment with the ridge of `nested_refit` and W the refit kernel so far. Columns go one
+    after the other; of each ``block`` the choice is among the ``2 · block`` that were cheapest when
+    it began, on whose part of W and ``C⁻¹`` every removal is carried out at once, and on the rest
+    when the block is full. So of two columns that replace each other one stays, and n removals cost
+    a few products instead of n updates of everything.
 
     Args:
-      gram: C.
+      gram: C without the ridge.
       kernel: W before anything goes.
       ridge: as for `nested_refit`.
       block: columns that go at once.

@@ -115,6 +115,14 @@ def test_broken_statistics_give_factors_that_are_not_finite():
         assert not np.isfinite(found.parts["lower"]).all()
 
 
+def test_no_tokens_are_not_finite():
+    stats = {"moments": Moments.zeros(8)}
+    kernel = np.ones((8, 3), np.float32)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found = mlp_on_host.mlp({"down": kernel}, stats, score="elimination", ridge=RIDGE)
+    assert not np.isfinite(found.parts["lower"]).all()
+
+
 @pytest.mark.parametrize("score", mlp_on_host.SCORES)
 def test_an_mlp_is_factored_in_the_memory_of_one_gram(score):
     """Of float64; and while it is rounded, of what is kept."""

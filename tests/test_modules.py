@@ -479,6 +479,20 @@ def test_queries_and_keys_have_a_rate_of_their_own():
     assert high["qk"] > high["mlp"]
 
 
+@pytest.mark.parametrize("method", ["modegpt", "modegpt-cr"])
+def test_values_that_leave_directions_out(method):
+    """Fewer tokens than directions: what is left over is rounding, of either sign."""
+    source = InMemory(CONFIG, model(CONFIG))
+    tokens = TOKENS[:1, :6]
+    result = compress(source, tokens, method=method, keep=0.6)
+    assert all(np.isfinite(a).all() for a in jax.tree.leaves(result.params))
+    before, after = (
+        np.asarray(Transformer(CONFIG).apply({"params": params}, tokens))
+        for params in (model(CONFIG), result.params)
+    )
+    assert np.abs(after).max() < 3 * np.abs(before).max()
+
+
 def test_corrective_prefix_fits_the_untouched_output(monkeypatch):
     """Ẑ_Sᵀ (Z W_D - Ẑ_S W_D') = 0 up to the ridge: least squares with the dense target."""
     row = METHODS["modegpt-cr"]

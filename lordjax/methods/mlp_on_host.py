@@ -44,7 +44,8 @@ def mlp(
     """
     moments, down = stats.pop("moments"), np.asarray(kernels["down"])
     root = _root(stats.pop("gradients", None))
-    shrunk = max(linalg.JITTER, shrinkage * len(down) / float(moments.count))
+    with np.errstate(invalid="ignore", divide="ignore"):  # no tokens: not finite, as the rest
+        shrunk = np.maximum(linalg.JITTER, shrinkage * len(down) / np.float64(moments.count))
     gram = np.empty((len(down), len(down)))
     _fill(gram, moments, np.arange(len(down)), centred=intercept)
     if score == "elimination":

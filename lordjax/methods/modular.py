@@ -47,7 +47,7 @@ from lordjax.methods.base import Module, ModuleFactors
 RIDGE = 1e-4  # of the leverage scores, relative to the mean energy of a column
 # Ridge λ of an MLP's fit, of every neuron's own energy, in neurons per token. That shrinks the
 # correlations by 1 + λ: those of many neurons are not believed as few tokens show them (CHANGELOG).
-# And which neurons stay no longer hangs on the rounding of a singular matrix.
+# And with few tokens it is not the rounding of a singular matrix that chooses the neurons.
 SHRINKAGE = 1.0
 RANK_TOLERANCE = 1e-12  # eigenvalues of a head's second moment below this share count as zero
 
@@ -85,7 +85,8 @@ def mlp(
         (`linalg.elimination_order`: what the output loses), ``energy`` (``C_ii``), ``random``.
       fit: fit ``down`` by least squares; False only slices it.
       intercept: fit a bias besides.
-      shrinkage: ridge of the fit in neurons per token, see `SHRINKAGE`.
+      shrinkage: ridge of the fit in neurons per token, see `SHRINKAGE`. Predicted errors are those
+        of correlations over 1 + λ, energies (with an intercept, variances) as they are.
       seed: of ``random``.
 
     Raises:
@@ -294,7 +295,10 @@ def value_output(kernels: Arrays, stats: Mapping[str, Any], *, fit: bool) -> Mod
     each = jnp.repeat(basis, heads // groups, axis=0)
     gram = jnp.einsum("hdr,hdje,jes->rhsj", each, whole, each, precision="highest")
     gram = gram.reshape(heads * width, -1)
-    lower, right = linalg.nested_refit(gram, turned.transpose(1, 0, 2).reshape(-1, out))
+    # Directions in which the values never go have the energy of rounding, of either sign.
+    lower, right = linalg.nested_refit(
+        gram, turned.transpose(1, 0, 2).reshape(-1, out), unit=linalg.mean_unit
+    )
     spectrum = jnp.sum(weigh(right) ** 2, axis=1).reshape(width, heads).sum(axis=1)
     return ModuleFactors(spectrum, {"basis": basis, "lower": lower, "right": right})
 
