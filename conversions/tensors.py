@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import json
 import zipfile
 from collections import Counter
@@ -42,7 +43,7 @@ class TensorFiles(Protocol):
         ...
 
 
-class _Mapped:
+class _Mapped(abc.ABC):
     """Files whose tensors are mapped into memory.
 
     Pages that were read count as memory until their mapping goes, so it is made anew once there are
@@ -50,23 +51,25 @@ class _Mapped:
     """
 
     def __init__(self, files: list[Path]):
+        self._mapped = {file for file in files if self._maps(file)}
         self._handle = {file: self._open(file) for file in files}
         self._file: dict[str, Path] = {}
         for file, handle in self._handle.items():
             self._file |= dict.fromkeys(handle.keys(), file)
         self._pages: Counter[Path] = Counter()  # bytes of a mapping that were read
 
+    @abc.abstractmethod
     def _open(self, file: Path) -> Any:
         """Tensors by name."""
-        raise NotImplementedError
 
     def _maps(self, file: Path) -> bool:
         """Whether it is mapped at all, and not in memory as a whole."""
         del file
         return True
 
+    @abc.abstractmethod
     def _values(self, name: str) -> np.ndarray:
-        raise NotImplementedError
+        """Values of a tensor, in the stored dtype."""
 
     def _tensors(self, name: str) -> Any:
         """What `_open` gave for the file of a tensor."""
@@ -79,7 +82,7 @@ class _Mapped:
     def read(self, name: str) -> np.ndarray:
         """Values of a tensor, in the stored dtype."""
         values = self._values(name)
-        if self._maps(self._file[name]):
+        if self._file[name] in self._mapped:
             self._pages[self._file[name]] += values.nbytes
         if self._pages.total() > PAGES:
             self._handle |= {file: self._open(file) for file in self._pages}
@@ -127,7 +130,7 @@ class TorchBin(_Mapped):
                 "install torch (pip install torch), or save the model as safetensors"
             ) from error
         try:
-            mapped = self._maps(file)
+            mapped = file in self._mapped
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
             return {name: tensor.detach() for name, tensor in state.items()}
         except Exception as error:  # torch raises whatever the damage provokes
@@ -145,7 +148,7 @@ class TorchBin(_Mapped):
         tensor = self._tensors(name)[name]
         is_bfloat16 = tensor.dtype == torch.bfloat16  # NumPy has no such dtype; same bits
         values = tensor.view(torch.int16).numpy().view(BFLOAT16) if is_bfloat16 else tensor.numpy()
-        return values.copy() if self._maps(self._file[name]) else values
+        return values.copy() if self._file[name] in self._mapped else values
 
     def shape(self, name: str) -> tuple[int, ...]:  # noqa: D102
         return tuple(self._tensors(name)[name].shape)
