@@ -108,7 +108,7 @@ def tiny(kind: str) -> list[dict[str, Any]]:
     import numpy as np
     import transformers
 
-    from lordjax.conversions.export import EXPORTS
+    from lordjax.conversions.exporters.export import EXPORTS
     from lordjax.conversions.families import FAMILIES
     from lordjax.conversions.huggingface import open_checkpoint
 
@@ -159,8 +159,8 @@ def _saved(directory: Path, opened: Any, result: Any) -> Any:
 
 def _exported(saved: Any, to: str, tokens: Any) -> dict[str, Any]:
     """Exports beside the saved model; what `verify` finds."""
-    from lordjax.conversions.export import export
-    from lordjax.conversions.verify import verify
+    from lordjax.conversions.exporters.export import export
+    from lordjax.conversions.exporters.verify import verify
     from lordjax.scripts.common import directory_bytes
 
     directory = saved.directory.with_name(f"{saved.directory.name}-{to}")
@@ -266,7 +266,7 @@ def starts(source: Any, folder: Path, prompt: Any, repeats: int) -> dict[str, An
     import time
 
     from lordjax import checkpoint
-    from lordjax.conversions.export import export
+    from lordjax.conversions.exporters.export import export
     from lordjax.kernels import astype
 
     params = astype(source.params(), "float32")

@@ -102,7 +102,7 @@ def _their_steps(opened: Any, tokens: Any, rank: int, directory: Path) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from lordjax.conversions.export import export
+    from lordjax.conversions.exporters.export import export
 
     export(opened.source, directory, "dense", dtype="float32")
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)

@@ -55,7 +55,7 @@ def _hf(
     model: Model, directory: Path, dtype: str | None, shard_bytes: int | None, write_tokenizer: Any
 ) -> None:
     from lordjax.checkpoint import SHARD_BYTES
-    from lordjax.conversions.export import export
+    from lordjax.conversions.exporters.export import export
 
     export(
         model.source,

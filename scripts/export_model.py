@@ -45,9 +45,9 @@ def export_model(
         from lordjax import elastic
 
         source = elastic.open_cut(opened.path, keep)
-    from lordjax.conversions import verify as verification
-    from lordjax.conversions.export import export
-    from lordjax.conversions.export_factored import VLLM_RANK, adapter_rank
+    from lordjax.conversions.exporters import verify as verification
+    from lordjax.conversions.exporters.export import export
+    from lordjax.conversions.exporters.factored import VLLM_RANK, adapter_rank
 
     ids = None
     if verify:

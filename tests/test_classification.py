@@ -367,7 +367,7 @@ def test_a_new_head_is_saved_and_exported(tmp_path, kind, head):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     from test_families import hf_model, some_tokens
 
-    from lordjax.conversions.export import export
+    from lordjax.conversions.exporters.export import export
     from lordjax.conversions.huggingface import open_checkpoint
 
     options = {"num_labels": 5} if head == "SequenceClassification" else {}

@@ -15,14 +15,14 @@ from test_families import CASES, hf_model, logits, some_tokens
 
 from lordjax import factorize, kernels, modules, nf, save, trees
 from lordjax.checkpoint import open_saved
-from lordjax.conversions import modeling_lordjax as code
-from lordjax.conversions import verify as verification
-from lordjax.conversions.compressed_layer import arrays_of, spec_of
-from lordjax.conversions.export import EXPORTS, export
-from lordjax.conversions.export_orbax import restore_orbax
+from lordjax.conversions.exporters import modeling_lordjax as code
+from lordjax.conversions.exporters import verify as verification
+from lordjax.conversions.exporters.export import EXPORTS, export
+from lordjax.conversions.exporters.orbax import restore_orbax
+from lordjax.conversions.exporters.torch_layer import arrays_of, spec_of
+from lordjax.conversions.exporters.verify import RELOAD, verify
 from lordjax.conversions.families import FAMILIES, tensor_table
 from lordjax.conversions.huggingface import open_checkpoint
-from lordjax.conversions.verify import RELOAD, verify
 from lordjax.kernels import LowRank, LowRankPlusQuantized, NFQuantized
 
 torch = pytest.importorskip("torch")

@@ -10,7 +10,7 @@ from test_cli import WINDOW, calibration, compressed, fails, run, text, tiny  # 
 
 from lordjax import load, nf, trees
 from lordjax.checkpoint import open_saved
-from lordjax.conversions import verify
+from lordjax.conversions.exporters import verify
 from lordjax.conversions.huggingface import open_checkpoint
 
 pytestmark = pytest.mark.filterwarnings(
@@ -55,7 +55,7 @@ def test_an_adapter(quantized, text, tmp_path, monkeypatch):  # noqa: F811
     found = run(*arguments, "--tokens", text, "--json")
     assert found.exit_code == 0, found.stderr
     assert json.loads(found.stdout)["notes"] == []
-    monkeypatch.setattr("lordjax.conversions.export_factored.VLLM_RANK", 8)
+    monkeypatch.setattr("lordjax.conversions.exporters.factored.VLLM_RANK", 8)
     found = run("export", quantized, tmp_path / "again", "--to", "peft")
     assert "--max-lora-rank 12" in found.stderr
 

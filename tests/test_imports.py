@@ -50,7 +50,7 @@ MAY_NOT_KNOW = {
     "lordjax.allocation.knapsack": {"lordjax.kernels"},
     "lordjax.conversions": {"lordjax.scripts"},
 }
-COPIED = "lordjax.conversions.modeling_lordjax"  # into exports, for transformers to run
+COPIED = "lordjax.conversions.exporters.modeling_lordjax"  # into exports, for transformers
 # What runs beside ours in these benchmarks is torch's.
 TORCH_PEERS = {
     *(f"lordjax.scripts.benchmark_{name}" for name in ("decompose", "export", "finetune")),

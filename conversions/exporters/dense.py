@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 
 from lordjax import kernels, modules, trees
-from lordjax.conversions.families import TensorSource, family_of, tensor_table
-from lordjax.conversions.writing import (
+from lordjax.conversions.exporters.hf_files import (
     Job,
     Opened,
     flat_block,
@@ -25,6 +24,7 @@ from lordjax.conversions.writing import (
     write_config,
     write_shards,
 )
+from lordjax.conversions.families import TensorSource, family_of, tensor_table
 from lordjax.models.config import ModelConfig
 from lordjax.sites import layer_type
 

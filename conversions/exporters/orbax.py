@@ -16,8 +16,8 @@ from typing import Any
 import orbax.checkpoint as ocp
 
 from lordjax import checkpoint, parts, trees
+from lordjax.conversions.exporters.hf_files import Job
 from lordjax.conversions.tensors import read_json
-from lordjax.conversions.writing import Job
 from lordjax.models.config import ModelConfig
 
 PARAMS, MANIFEST = "params", "manifest.json"

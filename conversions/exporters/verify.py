@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lordjax.conversions.export_factored import architecture_of, auto_class
-from lordjax.conversions.export_orbax import restore_orbax
+from lordjax.conversions.exporters.factored import architecture_of, auto_class
+from lordjax.conversions.exporters.hf_files import Opened
+from lordjax.conversions.exporters.orbax import restore_orbax
 from lordjax.conversions.tensors import read_json
-from lordjax.conversions.writing import Opened
 from lordjax.kernels import astype
 from lordjax.models.config import ModelConfig
 from lordjax.models.transformer import Transformer

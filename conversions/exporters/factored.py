@@ -17,10 +17,7 @@ import numpy as np
 import safetensors.numpy
 
 from lordjax import modules, trees
-from lordjax.conversions.compressed_layer import Layer, Part
-from lordjax.conversions.families import TensorSource, family_of, tensor_table
-from lordjax.conversions.tensors import read_json
-from lordjax.conversions.writing import (
+from lordjax.conversions.exporters.hf_files import (
     Job,
     flat_block,
     of_block,
@@ -30,6 +27,9 @@ from lordjax.conversions.writing import (
     write_json,
     write_shards,
 )
+from lordjax.conversions.exporters.torch_layer import Layer, Part
+from lordjax.conversions.families import TensorSource, family_of, tensor_table
+from lordjax.conversions.tensors import read_json
 from lordjax.kernels import Kernel, LowRankPlusQuantized, materialize
 
 FORMAT = 1  # of config.lordjax_export

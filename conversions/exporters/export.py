@@ -21,11 +21,11 @@ import numpy as np
 
 from lordjax import trees
 from lordjax.checkpoint import SHARD_BYTES, check_destination, check_room, staged
-from lordjax.conversions.export_dense import dense
-from lordjax.conversions.export_factored import factored, peft
-from lordjax.conversions.export_orbax import orbax
+from lordjax.conversions.exporters.dense import dense
+from lordjax.conversions.exporters.factored import factored, peft
+from lordjax.conversions.exporters.hf_files import Job, Opened
+from lordjax.conversions.exporters.orbax import orbax
 from lordjax.conversions.families import model_config, tensor_table
-from lordjax.conversions.writing import Job, Opened
 from lordjax.kernels import nbytes
 
 EXPORTS: dict[str, Callable[[Job, Path], None]] = {
