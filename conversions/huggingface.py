@@ -24,7 +24,12 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from lordjax.conversions.families import TensorSource, family_of, model_config, tensor_table
+from lordjax.conversions.families.registry import (
+    TensorSource,
+    family_of,
+    model_config,
+    tensor_table,
+)
 from lordjax.conversions.tensors import BFLOAT16, TensorFiles, open_directory, read_json
 from lordjax.models.config import ModelConfig
 from lordjax.trees import unflatten

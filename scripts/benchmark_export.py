@@ -80,7 +80,7 @@ with torch.no_grad():
 @click.option("--out", type=click.Path(dir_okay=False), help="JSON file of results")
 def main(families: str | None, model: str | None, out: str | None, **options: Any) -> None:
     """Measures exports."""
-    from lordjax.conversions.families import FAMILIES
+    from lordjax.conversions.families.registry import FAMILIES
     from lordjax.scripts.common import environment, quiet_transformers
 
     quiet_transformers()
@@ -109,7 +109,7 @@ def tiny(kind: str) -> list[dict[str, Any]]:
     import transformers
 
     from lordjax.conversions.exporters.export import EXPORTS
-    from lordjax.conversions.families import FAMILIES
+    from lordjax.conversions.families.registry import FAMILIES
     from lordjax.conversions.huggingface import open_checkpoint
 
     transformers.set_seed(0)

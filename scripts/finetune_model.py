@@ -143,7 +143,7 @@ def _task(
     import jax
 
     from lordjax import examples, instructions, labelled
-    from lordjax.conversions.families import with_labels
+    from lordjax.conversions.families.registry import with_labels
     from lordjax.models.heads import with_classes
 
     task = task or BY_SUFFIX.get(Path(path).suffix, "text")

@@ -124,7 +124,7 @@ def tensors(config: dict[str, Any], seed: int) -> Iterator[tuple[str, dict[str, 
     """Names and arrays of shard after shard: what is outside the blocks, then a block each."""
     import numpy as np
 
-    from lordjax.conversions.families import tensor_table
+    from lordjax.conversions.families.registry import tensor_table
     from lordjax.sites import is_block_linear
 
     shards: dict[str, dict[str, Any]] = {}

@@ -13,7 +13,7 @@ from tokenizers.processors import ByteLevel
 
 from lordjax import factorize, materialize, save
 from lordjax.checkpoint import open_saved
-from lordjax.conversions.families import FAMILIES, model_config, with_labels
+from lordjax.conversions.families.registry import FAMILIES, model_config, with_labels
 from lordjax.evaluate.classification import classify, scores
 from lordjax.examples import Examples
 from lordjax.labelled import classification

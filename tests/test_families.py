@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lordjax.conversions.families import FAMILIES, model_config, tensor_table
+from lordjax.conversions.families.registry import FAMILIES, model_config, tensor_table
 from lordjax.conversions.huggingface import open_checkpoint
 from lordjax.models.layers import RMSNorm, attend
 from lordjax.models.transformer import Transformer, init

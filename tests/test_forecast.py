@@ -13,7 +13,7 @@ from blocks import BLOCKS, source
 
 from lordjax import flops, forecast, sizing, speed, trees
 from lordjax.compression import compress
-from lordjax.conversions.families import tensor_table
+from lordjax.conversions.families.registry import tensor_table
 from lordjax.kernels import nbytes
 from lordjax.scripts import predict
 from lordjax.scripts.make_checkpoint import config_like

@@ -8,7 +8,7 @@ import torch
 import transformers
 from click.testing import CliRunner
 
-from lordjax.conversions.families import model_config
+from lordjax.conversions.families.registry import model_config
 from lordjax.conversions.huggingface import open_checkpoint
 from lordjax.models import transformer
 from lordjax.scripts.make_checkpoint import config_like, main, make, matrix

@@ -9,7 +9,7 @@ import pytest
 
 from lordjax import InMemory, compress, sizing, trees
 from lordjax.compression import prepare
-from lordjax.conversions.families import model_config
+from lordjax.conversions.families.registry import model_config
 from lordjax.factoring import site_sizes
 from lordjax.kernels import weights
 from lordjax.methods import METHODS

@@ -24,7 +24,7 @@ from lordjax.conversions.exporters.hf_files import (
     write_config,
     write_shards,
 )
-from lordjax.conversions.families import TensorSource, family_of, tensor_table
+from lordjax.conversions.families.registry import TensorSource, family_of, tensor_table
 from lordjax.models.config import ModelConfig
 from lordjax.sites import layer_type
 

@@ -28,7 +28,7 @@ from lordjax.conversions.exporters.hf_files import (
     write_shards,
 )
 from lordjax.conversions.exporters.torch_layer import Layer, Part
-from lordjax.conversions.families import TensorSource, family_of, tensor_table
+from lordjax.conversions.families.registry import TensorSource, family_of, tensor_table
 from lordjax.conversions.tensors import read_json
 from lordjax.kernels import Kernel, LowRankPlusQuantized, materialize
 

@@ -14,7 +14,7 @@ import safetensors.numpy
 
 from lordjax import trees
 from lordjax.checkpoint import INDEX, SHARD_BYTES
-from lordjax.conversions.family import TensorSource
+from lordjax.conversions.families.family import TensorSource
 from lordjax.models.config import ModelConfig
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lordjax.conversions.family import (
+from lordjax.conversions.families.family import (
     BIAS_FIELDS,
     BLOCK,
     HEAD,
@@ -21,8 +21,8 @@ from lordjax.conversions.family import (
     no_windows,
     norm,
 )
-from lordjax.conversions.neox import by_heads
-from lordjax.conversions.rope import half_split, no_rope
+from lordjax.conversions.families.neox import by_heads
+from lordjax.conversions.families.rope import half_split, no_rope
 from lordjax.models.config import ModelConfig, Rope
 
 ALL_BIASES = dict.fromkeys(BIAS_FIELDS, True)

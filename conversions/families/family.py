@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lordjax.conversions.rope import read_rope
+from lordjax.conversions.families.rope import read_rope
 from lordjax.models.config import ModelConfig, Rope
 from lordjax.models.layers import ACTIVATIONS
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from lordjax.conversions.family import (
+from lordjax.conversions.families.family import (
     BIAS_FIELDS,
     BLOCK,
     HEAD,
@@ -18,7 +18,7 @@ from lordjax.conversions.family import (
     norm,
     one_window,
 )
-from lordjax.conversions.rope import ROPE_KEYS
+from lordjax.conversions.families.rope import ROPE_KEYS
 
 _LAYER = "model.layers.{i}"
 LLAMA = Family(

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from lordjax.conversions.family import (
+from lordjax.conversions.families.family import (
     BLOCK,
     Family,
     TensorRow,
@@ -14,8 +14,8 @@ from lordjax.conversions.family import (
     alternating_windows,
     head_norms,
 )
-from lordjax.conversions.llama import LLAMA
-from lordjax.conversions.rope import read_rope
+from lordjax.conversions.families.llama import LLAMA
+from lordjax.conversions.families.rope import read_rope
 from lordjax.models.config import Rope
 
 _LAYER = "model.layers.{i}"

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lordjax.conversions.bert import BERT, ROBERTA
-from lordjax.conversions.family import (
+from lordjax.conversions.families.bert import BERT, ROBERTA
+from lordjax.conversions.families.family import (
     Family,
     TensorSource,
     Values,
@@ -19,11 +19,11 @@ from lordjax.conversions.family import (
     read_keys,
     sizes_of,
 )
-from lordjax.conversions.gemma import GEMMA2, GEMMA3
-from lordjax.conversions.gpt import CODEGEN, GPT2, GPT_BIGCODE, OPT
-from lordjax.conversions.llama import LLAMA, MISTRAL, QWEN2, QWEN3, STARCODER2
-from lordjax.conversions.neox import GPT_NEOX
-from lordjax.conversions.phi3 import PHI3
+from lordjax.conversions.families.gemma import GEMMA2, GEMMA3
+from lordjax.conversions.families.gpt import CODEGEN, GPT2, GPT_BIGCODE, OPT
+from lordjax.conversions.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3, STARCODER2
+from lordjax.conversions.families.neox import GPT_NEOX
+from lordjax.conversions.families.phi3 import PHI3
 from lordjax.models.config import ModelConfig
 
 _ROWS = (

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from lordjax.conversions.family import (
+from lordjax.conversions.families.family import (
     BIAS_FIELDS,
     BLOCK,
     Family,
@@ -16,7 +16,7 @@ from lordjax.conversions.family import (
     no_windows,
     norm,
 )
-from lordjax.conversions.rope import no_rope
+from lordjax.conversions.families.rope import no_rope
 
 # Dropout; how old versions counted labels; sizes of a pooler that no model of transformers has.
 _IGNORED = """

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lordjax.conversions.family import (
+from lordjax.conversions.families.family import (
     BLOCK,
     Family,
     TensorRow,
@@ -18,7 +18,13 @@ from lordjax.conversions.family import (
     no_windows,
     norm,
 )
-from lordjax.conversions.rope import ROPE_KEYS, half_split, read_rope, rotary_size, take_share
+from lordjax.conversions.families.rope import (
+    ROPE_KEYS,
+    half_split,
+    read_rope,
+    rotary_size,
+    take_share,
+)
 from lordjax.models.config import ModelConfig, Rope
 
 

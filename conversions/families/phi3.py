@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from lordjax.conversions.family import BLOCK, TensorRow, Values, fused, linear
-from lordjax.conversions.llama import LLAMA, MISTRAL
-from lordjax.conversions.rope import half_split, read_rope, rotary_size, take_share
+from lordjax.conversions.families.family import BLOCK, TensorRow, Values, fused, linear
+from lordjax.conversions.families.llama import LLAMA, MISTRAL
+from lordjax.conversions.families.rope import half_split, read_rope, rotary_size, take_share
 from lordjax.models.config import ModelConfig, Rope
 
 _LAYER = "model.layers.{i}"
