@@ -110,7 +110,7 @@ def tiny(kind: str) -> list[dict[str, Any]]:
 
     from lordjax.conversions.exporters.export import EXPORTS
     from lordjax.conversions.families.registry import FAMILIES
-    from lordjax.conversions.huggingface import open_checkpoint
+    from lordjax.conversions.readers.checkpoint import open_checkpoint
 
     transformers.set_seed(0)
     fields = FAMILIES[kind].fields

@@ -240,7 +240,7 @@ def memory(config: str, batch: int, seq_len: int, rank: int, dtype: str, ranks: 
 
     from lordjax import memory as sizes
     from lordjax import recipes, sizing
-    from lordjax.conversions.huggingface import read_config
+    from lordjax.conversions.readers.checkpoint import read_config
     from lordjax.factoring import site_sizes
     from lordjax.finetune import Settings
     from lordjax.kernels import astype

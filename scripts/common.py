@@ -86,7 +86,7 @@ def open_model(name: str) -> Model:
 
 
 def _original(name: str) -> Model:
-    from lordjax.conversions.huggingface import open_checkpoint
+    from lordjax.conversions.readers.checkpoint import open_checkpoint
 
     opened = open_checkpoint(name)
     return Model(
@@ -105,7 +105,7 @@ def _original(name: str) -> Model:
 
 def _native(name: str, path: Path) -> Model:
     from lordjax import checkpoint
-    from lordjax.conversions.huggingface import DirectoryTokenizer
+    from lordjax.conversions.readers.checkpoint import DirectoryTokenizer
 
     saved = checkpoint.open_saved(path)
     tokens = DirectoryTokenizer(path)

@@ -112,7 +112,7 @@ def open_shapes(model: str, dtype: str | None) -> tuple[ModelConfig, InMemory]:
     config's dtype, or of the one that is asked for.
     """
     from lordjax import sizing
-    from lordjax.conversions.huggingface import open_checkpoint, read_config
+    from lordjax.conversions.readers.checkpoint import open_checkpoint, read_config
 
     path = Path(model).expanduser()
     if path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.safetensors*"))):

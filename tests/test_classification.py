@@ -368,7 +368,7 @@ def test_a_new_head_is_saved_and_exported(tmp_path, kind, head):
     from test_families import hf_model, some_tokens
 
     from lordjax.conversions.exporters.export import export
-    from lordjax.conversions.huggingface import open_checkpoint
+    from lordjax.conversions.readers.checkpoint import open_checkpoint
 
     options = {"num_labels": 5} if head == "SequenceClassification" else {}
     hf_model(kind, options, head).save_pretrained(tmp_path / "in")

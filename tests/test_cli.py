@@ -199,7 +199,7 @@ def test_inspect_prints_blocks_in_order(compressed):
 
 
 def test_evaluate_is_the_library_function(tiny, text):
-    from lordjax.conversions.huggingface import open_checkpoint
+    from lordjax.conversions.readers.checkpoint import open_checkpoint
     from lordjax.data import load_tokens
     from lordjax.evaluate import perplexity
 

@@ -22,7 +22,7 @@ from lordjax.conversions.exporters.orbax import restore_orbax
 from lordjax.conversions.exporters.torch_layer import arrays_of, spec_of
 from lordjax.conversions.exporters.verify import RELOAD, verify
 from lordjax.conversions.families.registry import FAMILIES, tensor_table
-from lordjax.conversions.huggingface import open_checkpoint
+from lordjax.conversions.readers.checkpoint import open_checkpoint
 from lordjax.kernels import LowRank, LowRankPlusQuantized, NFQuantized
 
 torch = pytest.importorskip("torch")

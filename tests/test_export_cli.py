@@ -11,7 +11,7 @@ from test_cli import WINDOW, calibration, compressed, fails, run, text, tiny  # 
 from lordjax import load, nf, trees
 from lordjax.checkpoint import open_saved
 from lordjax.conversions.exporters import verify
-from lordjax.conversions.huggingface import open_checkpoint
+from lordjax.conversions.readers.checkpoint import open_checkpoint
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"  # PEFT asks for it

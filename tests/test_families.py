@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lordjax.conversions.families.registry import FAMILIES, model_config, tensor_table
-from lordjax.conversions.huggingface import open_checkpoint
+from lordjax.conversions.readers.checkpoint import open_checkpoint
 from lordjax.models.layers import RMSNorm, attend
 from lordjax.models.transformer import Transformer, init
 

@@ -9,7 +9,7 @@ import transformers
 from click.testing import CliRunner
 
 from lordjax.conversions.families.registry import model_config
-from lordjax.conversions.huggingface import open_checkpoint
+from lordjax.conversions.readers.checkpoint import open_checkpoint
 from lordjax.models import transformer
 from lordjax.scripts.make_checkpoint import config_like, main, make, matrix
 from lordjax.sizing import shapes

@@ -29,7 +29,7 @@ from lordjax.conversions.exporters.hf_files import (
 )
 from lordjax.conversions.exporters.torch_layer import Layer, Part
 from lordjax.conversions.families.registry import TensorSource, family_of, tensor_table
-from lordjax.conversions.tensors import read_json
+from lordjax.conversions.readers.tensor_files import read_json
 from lordjax.kernels import Kernel, LowRankPlusQuantized, materialize
 
 FORMAT = 1  # of config.lordjax_export

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 
 from lordjax import checkpoint, parts, trees
 from lordjax.conversions.exporters.hf_files import Job
-from lordjax.conversions.tensors import read_json
+from lordjax.conversions.readers.tensor_files import read_json
 from lordjax.models.config import ModelConfig
 
 PARAMS, MANIFEST = "params", "manifest.json"

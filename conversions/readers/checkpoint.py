@@ -30,7 +30,12 @@ from lordjax.conversions.families.registry import (
     model_config,
     tensor_table,
 )
-from lordjax.conversions.tensors import BFLOAT16, TensorFiles, open_directory, read_json
+from lordjax.conversions.readers.tensor_files import (
+    BFLOAT16,
+    TensorFiles,
+    open_directory,
+    read_json,
+)
 from lordjax.models.config import ModelConfig
 from lordjax.trees import unflatten
 
@@ -239,7 +244,7 @@ def open_checkpoint(path_or_id: str | Path) -> Checkpoint:
     if path.is_file():
         if path.suffix != ".gguf":
             raise ValueError(f"{path}: cannot read this file; {_EXPECTED}")
-        from lordjax.conversions.gguf import Gguf
+        from lordjax.conversions.readers.gguf import Gguf
 
         file = Gguf(path)
         return Checkpoint(path, file.hf_config, file, file)
@@ -266,7 +271,7 @@ def read_config(path_or_id: str | Path) -> tuple[dict[str, Any], ModelConfig]:
     if not path.exists():
         path = _download(str(path_or_id), ["config.json"])
     if path.suffix == ".gguf":
-        from lordjax.conversions.gguf import Gguf
+        from lordjax.conversions.readers.gguf import Gguf
 
         hf_config = Gguf(path).hf_config
         return hf_config, model_config(hf_config, str(path))

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from lordjax.conversions.gguf_tokenizer import read_tokenizer
+from lordjax.conversions.readers.gguf_tokenizer import read_tokenizer
 from lordjax.models.config import Rope
 from lordjax.models.layers import rope_frequencies
 
