@@ -20,7 +20,7 @@ from jaxtyping import Array
 
 from lordjax import functional, trees
 from lordjax.kernels import LowRank, LowRankPlusQuantized, is_kernel, materialize, weights
-from lordjax.sites import is_block_linear
+from lordjax.names import is_block_linear
 
 
 def add_adapters(

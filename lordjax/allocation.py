@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from lordjax.knapsack import choose, fill
+from lordjax.names import layer_index, layer_type
 from lordjax.plan import Size
-from lordjax.sites import layer_index, layer_type
 
 INFLUENCE_CAP = 0.95  # most that `block_influence` removes of a block
 TILE = 8  # ranks are multiples of this; what matrix units and vector registers divide well

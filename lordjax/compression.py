@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from lordjax import nf, objective, trees
+from lordjax import names, nf, objective
 from lordjax.allocation import CURVELESS, INFLUENCED
 from lordjax.calibrate import checked
 from lordjax.data import fingerprint
@@ -45,7 +45,7 @@ __all__ = ["InMemory", "Prepared", "Result", "Source", "compress", "prepare"]
 def check_method(name: str) -> None:
     """Raises KeyError with a hint if there is no such method."""
     if name not in METHODS:
-        raise KeyError(f"no method {name!r}; {trees.did_you_mean(name, METHODS)}")
+        raise KeyError(f"no method {name!r}; {names.did_you_mean(name, METHODS)}")
 
 
 def _check_options(

@@ -15,18 +15,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from lordjax import hosts, nf, trees
+from lordjax import hosts, names, nf, trees
 from lordjax.allocation import CURVELESS, INFLUENCED, POLICIES, TILE, Curve, allocate
 from lordjax.evaluate.comparison import compare
 from lordjax.factoring import AnyFactors, cast, quantize_pairs, replace_kernels
 from lordjax.kernels import nbytes, weights
 from lordjax.methods import METHODS, ModuleFactors, corrects_bias
 from lordjax.models import ModelConfig
+from lordjax.names import layer_index, layer_type
 from lordjax.parts import REST, join
 from lordjax.plan import Plan, Size, summary
 from lordjax.progress import Clock, Progress, peak_rss
 from lordjax.sequential import sequential
-from lordjax.sites import counted_sites, layer_index, layer_type
+from lordjax.sites import counted_sites
 from lordjax.source import Calibration, Source
 from lordjax.work import Memory, Work, digest, once
 
@@ -414,7 +415,7 @@ def check_policy(name: str, temperature: float | None = None) -> None:
       ValueError: if a temperature is given to a policy that has none.
     """
     if name not in POLICIES:
-        raise KeyError(f"no allocation policy {name!r}; {trees.did_you_mean(name, POLICIES)}")
+        raise KeyError(f"no allocation policy {name!r}; {names.did_you_mean(name, POLICIES)}")
     if temperature is not None and name not in INFLUENCED:
         raise ValueError(
             f"policy {name!r} has no temperature; leave it out or use {', '.join(INFLUENCED)}"

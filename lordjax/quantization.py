@@ -26,6 +26,7 @@ from lordjax.gradients import few_gradients
 from lordjax.knapsack import SOLVERS
 from lordjax.mesh import Mesh
 from lordjax.methods.low_rank_quantized import STEPS
+from lordjax.names import did_you_mean
 from lordjax.options import FORMATS, QUANTIZERS
 from lordjax.prepared import Result
 from lordjax.progress import Clock, Progress
@@ -152,7 +153,7 @@ def _check_names(
         ("weighting", weighting, WEIGHTINGS),
     ):
         if name is not None and name not in table:
-            raise KeyError(f"no {what} {name!r}; {trees.did_you_mean(name, table)}")
+            raise KeyError(f"no {what} {name!r}; {did_you_mean(name, table)}")
     row = QUANTIZERS[method]
     if rank is not None and row.rank is None:
         which = "chooses ranks itself" if row.all_in else "has no low-rank part"
@@ -215,7 +216,7 @@ def check_settings(
     if row.all_in and form is not None:
         raise ValueError(f"method {method!r} chooses formats itself; give bits or budget_bytes")
     if solver not in SOLVERS:
-        raise KeyError(f"no solver {solver!r}; {trees.did_you_mean(solver, SOLVERS)}")
+        raise KeyError(f"no solver {solver!r}; {did_you_mean(solver, SOLVERS)}")
     if form is not None:
         nf.Format.parse(form)
     if dtype is not None:

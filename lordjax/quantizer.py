@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lordjax import nf, trees
+from lordjax import names, nf, trees
 from lordjax.calibrate import (
     activation_keys,
     block_statistics,
@@ -39,12 +39,13 @@ from lordjax.methods.low_rank_quantized import (
     predict,
     start_basis,
 )
+from lordjax.names import layer_index
 from lordjax.options import QUANTIZERS, Option, Table, option_bytes, ranks_tried
 from lordjax.parts import REST, join
 from lordjax.plan import Plan
 from lordjax.prepared import Result, claim, put
 from lordjax.progress import Clock, Progress, peak_rss
-from lordjax.sites import LINEAR_SITES, Site, layer_index, site_path
+from lordjax.sites import LINEAR_SITES, Site, site_path
 from lordjax.source import Calibration, Source
 from lordjax.weightings import cost_of, statistics_of
 from lordjax.work import Memory, Work, digest
@@ -146,7 +147,7 @@ class Quantizer:
                 f"give exactly one of bits and budget_bytes, got {bits} and {budget_bytes}"
             )
         if solver not in SOLVERS:
-            raise KeyError(f"no solver {solver!r}; {trees.did_you_mean(solver, SOLVERS)}")
+            raise KeyError(f"no solver {solver!r}; {names.did_you_mean(solver, SOLVERS)}")
         tables = self.tables.values()
         bad = [path for path, table in self.tables.items() if not np.isfinite(table.errors).all()]
         if bad:

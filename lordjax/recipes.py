@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from lordjax import adapters, trees
 from lordjax.kernels import is_kernel
-from lordjax.sites import is_block_linear
+from lordjax.names import did_you_mean, is_block_linear
 
 PRODUCTS = r"kernel/low_rank/(left|right)$"
 FACTORS = r"layer_\d+/.*/kernel/(left|right)$"
@@ -86,7 +86,7 @@ def named(name: str) -> Recipe:
       KeyError: if there is none.
     """
     if name not in RECIPES:
-        raise KeyError(f"no recipe {name!r}; {trees.did_you_mean(name, RECIPES)}")
+        raise KeyError(f"no recipe {name!r}; {did_you_mean(name, RECIPES)}")
     return RECIPES[name]
 
 
@@ -142,7 +142,7 @@ def start(
     if not patterns:
         raise KeyError(
             f"this recipe trains {' and '.join(recipe.train)}, of which the model has nothing; "
-            f"{trees.did_you_mean(recipe.train[0], able)}"
+            f"{did_you_mean(recipe.train[0], able)}"
         )
     return params, adapters.trainable(params, (*patterns, *([HEAD] if classes else [])))
 

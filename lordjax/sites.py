@@ -15,7 +15,6 @@ a norm runs over each head of the queries and keys there is no ``qk``: it would 
 from __future__ import annotations
 
 import dataclasses
-import re
 from typing import Protocol
 
 
@@ -139,18 +138,3 @@ def _alone(modules: tuple[Site, ...], config: Architecture) -> tuple[Site, ...]:
 def site_path(layer: int, site: Site) -> str:
     """The site's path in the whole model."""
     return f"layer_{layer}/{site.path}"
-
-
-def layer_type(path: str) -> str:
-    """``layer_7/mlp/up/kernel`` -> ``mlp/up``: the same layer in every block."""
-    return path.split("/", 1)[1].removesuffix("/kernel")
-
-
-def layer_index(path: str) -> int:
-    """``layer_12/mlp/up/kernel`` -> 12."""
-    return int(path.split("/", 1)[0].removeprefix("layer_"))
-
-
-def is_block_linear(path: str) -> bool:
-    """Whether a parameter counts for a budget: the kernel of a linear layer of a block."""
-    return re.fullmatch(r"layer_\d+/.*/kernel", path) is not None

@@ -25,15 +25,9 @@ from lordjax.methods import METHODS, corrects_bias
 from lordjax.models.config import ModelConfig
 from lordjax.models.transformer import init
 from lordjax.modules import narrowed
+from lordjax.names import did_you_mean, is_block_linear, layer_type
 from lordjax.plan import Plan, Size
-from lordjax.sites import (
-    Site,
-    counted_sites,
-    is_block_linear,
-    layer_type,
-    site_path,
-    sites_for,
-)
+from lordjax.sites import Site, counted_sites, site_path, sites_for
 from lordjax.source import InMemory
 
 GIVEN = "given"  # the policy of a plan whose ranks were
@@ -94,7 +88,7 @@ def ranks_by_pattern(sizes: Mapping[str, Size], patterns: Mapping[str, int]) -> 
     if unused:
         first = min(unused)
         types = dict.fromkeys(layer_type(path) for path in sizes)
-        raise KeyError(f"no layer is left for {first!r}; {trees.did_you_mean(first, types)}")
+        raise KeyError(f"no layer is left for {first!r}; {did_you_mean(first, types)}")
     return ranks
 
 

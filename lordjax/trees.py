@@ -6,7 +6,6 @@ entry of the table, so that plans, statistics and parameters share one key space
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import jax
 
 from lordjax.kernels import is_kernel
+from lordjax.names import did_you_mean
 
 
 def path_str(keys: tuple[Any, ...]) -> str:
@@ -113,15 +113,6 @@ def select(paths: Iterable[str], pattern: str) -> list[str]:
     if not found:
         raise KeyError(f"no parameter matches {pattern!r}; {did_you_mean(pattern, paths)}")
     return found
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A hint for an error message: the closest of the known words, or the first of them."""
-    known = list(known)
-    close = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
-    if close:
-        return "did you mean " + ", ".join(close) + "?"
-    return "known: " + ", ".join(known[:16]) + (", …" if len(known) > 16 else "")
 
 
 def update(tree: Any, new: Mapping[str, Any]) -> Any:

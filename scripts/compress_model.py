@@ -175,12 +175,12 @@ def job_of(method: str, options: dict[str, Any]) -> tuple[Run, dict[str, Any], b
       KeyError: if the method, the policy or the weighting is unknown.
       ValueError: if options do not go together.
     """
-    from lordjax import trees
     from lordjax.methods import METHODS
+    from lordjax.names import did_you_mean
     from lordjax.options import QUANTIZERS
 
     if method not in METHODS and method not in QUANTIZERS:
-        hint = trees.did_you_mean(method, [*METHODS, *QUANTIZERS])
+        hint = did_you_mean(method, [*METHODS, *QUANTIZERS])
         raise KeyError(f"no method {method!r}; {hint}")
     quantized = method in QUANTIZERS
     for name in UNQUANTIZED if quantized else QUANTIZED:
@@ -299,7 +299,7 @@ def estimated_bytes(model: Model, keep: float, dtype: str | None) -> int:
     """What the compressed weights will take on disk."""
     import jax.numpy as jnp
 
-    from lordjax.sites import is_block_linear
+    from lordjax.names import is_block_linear
 
     total = 0.0
     for path, leaf in model.leaves().items():

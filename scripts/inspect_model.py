@@ -16,7 +16,7 @@ def inspect_model(model: str) -> dict[str, Any]:
 
     from lordjax import trees
     from lordjax.models import init
-    from lordjax.sites import is_block_linear
+    from lordjax.names import is_block_linear
 
     opened = open_model(model)
     # Modules may have become narrower: what is left is a share of the original shapes.

@@ -125,7 +125,7 @@ def tensors(config: dict[str, Any], seed: int) -> Iterator[tuple[str, dict[str, 
     import numpy as np
 
     from lordjax.conversions.families.registry import tensor_table
-    from lordjax.sites import is_block_linear
+    from lordjax.names import is_block_linear
 
     shards: dict[str, dict[str, Any]] = {}
     for path, source in tensor_table(config).items():

@@ -156,7 +156,7 @@ def _counts(tree: Any, config: Any, seq_len: int) -> dict[str, int]:
 
     from lordjax import sizing, trees
     from lordjax.kernels import nbytes, weights
-    from lordjax.sites import is_block_linear
+    from lordjax.names import is_block_linear
 
     flat = trees.flatten(tree)
     floating = [leaf for leaf in flat.values() if jnp.issubdtype(leaf.dtype, jnp.floating)]
@@ -190,7 +190,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 def _show_ranks(result: dict[str, Any]) -> None:
-    from lordjax.sites import layer_type
+    from lordjax.names import layer_type
 
     if result["ranks_are"] != EXACT:
         print(f"\nranks and what follows from them: {result['ranks_are']}")

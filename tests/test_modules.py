@@ -19,10 +19,10 @@ from lordjax.methods.modular import mlp_module, narrow_mlp
 from lordjax.models import ModelConfig, Rope, Transformer, init
 from lordjax.models.transformer import MLP, Block
 from lordjax.modules import gather, scatter
+from lordjax.names import layer_index
 from lordjax.plan import Plan
 from lordjax.prepared import TEMPERATURES
 from lordjax.progress import Clock
-from lordjax.sites import layer_index
 from lordjax.source import Calibration
 
 CONFIG = ModelConfig(97, 48, 80, 3, 6, 2, 8, 256, tie_embeddings=True)

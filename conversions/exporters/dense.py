@@ -26,7 +26,7 @@ from lordjax.conversions.exporters.hf_files import (
 )
 from lordjax.conversions.families.registry import TensorSource, family_of, tensor_table
 from lordjax.models.config import ModelConfig
-from lordjax.sites import layer_type
+from lordjax.names import layer_type
 
 # Field of `ModelConfig` that says whether a layer has a bias.
 _SWITCHES = {

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from lordjax import trees
+from lordjax import names
 from lordjax.checkpoint import SHARD_BYTES, check_destination, check_room, staged
 from lordjax.conversions.exporters.dense import dense
 from lordjax.conversions.exporters.factored import factored, peft
@@ -66,7 +66,7 @@ def export(
       ValueError: if the model cannot be expressed in this kind, or belongs to another config.
     """
     if to not in EXPORTS:
-        raise KeyError(f"no export {to!r}; {trees.did_you_mean(to, EXPORTS)}")
+        raise KeyError(f"no export {to!r}; {names.did_you_mean(to, EXPORTS)}")
     check_source(source)
     leaves = source.leaves()
     dtype = np.dtype(dtype or leaves["embed/embedding"].dtype)
