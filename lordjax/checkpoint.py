@@ -30,12 +30,12 @@ import numpy as np
 import safetensors
 
 from lordjax import kernels, nf, parts, trees
+from lordjax.allocation.plan import Plan
 from lordjax.files import DTYPES, sync_directory, write_json
 from lordjax.kernels import KINDS, Kernel, check, nbytes
 from lordjax.models.config import ModelConfig
 from lordjax.models.transformer import init
 from lordjax.parts import SHARD_BYTES, Parts, split
-from lordjax.plan import Plan
 from lordjax.work import Memory
 
 FORMAT = 1  # of the directory; raised when a reader of the old one would misread the new one

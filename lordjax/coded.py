@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from lordjax import flops, nf, trees
+from lordjax.allocation.candidates import FORMATS, QUANTIZERS, Option, option_bytes, ranks_tried
 from lordjax.flops import Work
 from lordjax.kernels import (
     LowRank,
@@ -36,7 +37,6 @@ from lordjax.methods.low_rank_quantized import (
     start_basis,
 )
 from lordjax.models.config import ModelConfig
-from lordjax.options import FORMATS, QUANTIZERS, Option, option_bytes, ranks_tried
 from lordjax.quantizer import best_pair, encode_kernel, measures, pack
 from lordjax.sites import Site, site_path
 from lordjax.source import InMemory

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from lordjax import names, nf, objective
-from lordjax.allocation import CURVELESS, INFLUENCED
+from lordjax.allocation.plan import Plan
+from lordjax.allocation.policies import CURVELESS, GIVEN, INFLUENCED, check_policy, ranks_by_pattern
 from lordjax.calibrate import checked
 from lordjax.data import fingerprint
 from lordjax.factor_pass import factor_all
@@ -27,10 +28,8 @@ from lordjax.factoring import AnyFactors, site_sizes
 from lordjax.gradients import few_gradients
 from lordjax.mesh import Mesh
 from lordjax.methods import DEFAULT_METHOD, METHODS
-from lordjax.plan import Plan
-from lordjax.prepared import Prepared, Result, check_policy
+from lordjax.prepared import Prepared, Result
 from lordjax.progress import Clock, Progress
-from lordjax.sizing import GIVEN, ranks_by_pattern
 from lordjax.source import InMemory, Materialized, Source
 from lordjax.work import Memory, Work
 

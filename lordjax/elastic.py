@@ -25,13 +25,13 @@ import jax
 import numpy as np
 
 from lordjax import checkpoint, trees
+from lordjax.allocation.plan import Size
 from lordjax.compression import check_method, prepare
 from lordjax.entries import decode
 from lordjax.files import TensorFile, Written, checksum, write_json
 from lordjax.methods import METHODS
 from lordjax.models.config import ModelConfig
 from lordjax.parts import REST, Parts
-from lordjax.plan import Size
 from lordjax.prepared import Prepared, Result
 from lordjax.progress import Progress
 from lordjax.source import Calibration, InMemory, Materialized, Source

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from lordjax.allocation.plan import Plan
 from lordjax.methods import Factors, ModuleFactors
-from lordjax.plan import Plan
 from lordjax.stats import AbsMean, HeadMoments, MeanSquare, Moments, SecondMoment
 
 TYPES = {

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 
 from lordjax import flops, trees
-from lordjax.allocation import INFLUENCED
+from lordjax.allocation.policies import INFLUENCED
 from lordjax.coded import CodedJob, weights_of
 from lordjax.flops import Work
 from lordjax.gradients import STATE_BYTES

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lordjax import nf, trees
+from lordjax.allocation.plan import Size
 from lordjax.kernels import Kernel, LowRank, NFQuantized
-from lordjax.plan import Size
 
 
 def _svd(kernel: Float[Array, "... in out"], rank: int) -> tuple[Array, Array]:

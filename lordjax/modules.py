@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from lordjax import trees
+from lordjax.allocation.plan import Size
 from lordjax.models.config import ModelConfig
-from lordjax.plan import Size
 from lordjax.sites import LAST_LAYER, Site
 
 # Name in head form -> parameter, and which axis is split into heads: ``h`` or ``k``, the last into

@@ -15,8 +15,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from lordjax import hosts, names, nf, trees
-from lordjax.allocation import CURVELESS, INFLUENCED, POLICIES, TILE, Curve, allocate
+from lordjax import hosts, nf, trees
+from lordjax.allocation.plan import Plan, Size, summary
+from lordjax.allocation.policies import (
+    CURVELESS,
+    INFLUENCED,
+    TILE,
+    Curve,
+    allocate,
+    check_policy,
+)
 from lordjax.evaluate.comparison import compare
 from lordjax.factoring import AnyFactors, cast, quantize_pairs, replace_kernels
 from lordjax.kernels import nbytes, weights
@@ -24,7 +32,6 @@ from lordjax.methods import METHODS, ModuleFactors, corrects_bias
 from lordjax.models import ModelConfig
 from lordjax.names import layer_index, layer_type
 from lordjax.parts import REST, join
-from lordjax.plan import Plan, Size, summary
 from lordjax.progress import Clock, Progress, peak_rss
 from lordjax.sequential import sequential
 from lordjax.sites import counted_sites
@@ -405,18 +412,3 @@ def verify(params: Any, plan: Plan, sizes: Mapping[str, Size], config: ModelConf
             wrong.append(f"{path} is not finite (does it overflow in {leaf.dtype}?)")
     if wrong:
         raise ValueError("the compressed model is not what was planned: " + "; ".join(wrong))
-
-
-def check_policy(name: str, temperature: float | None = None) -> None:
-    """Checks the name of an allocation policy and its option.
-
-    Raises:
-      KeyError: with a hint if there is no such policy.
-      ValueError: if a temperature is given to a policy that has none.
-    """
-    if name not in POLICIES:
-        raise KeyError(f"no allocation policy {name!r}; {names.did_you_mean(name, POLICIES)}")
-    if temperature is not None and name not in INFLUENCED:
-        raise ValueError(
-            f"policy {name!r} has no temperature; leave it out or use {', '.join(INFLUENCED)}"
-        )

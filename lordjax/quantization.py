@@ -19,15 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from lordjax import nf, objective, trees
+from lordjax.allocation.candidates import FORMATS, QUANTIZERS
+from lordjax.allocation.knapsack import SOLVERS
 from lordjax.calibrate import checked
 from lordjax.compression import GRADIENT_WINDOWS
 from lordjax.data import fingerprint
 from lordjax.gradients import few_gradients
-from lordjax.knapsack import SOLVERS
 from lordjax.mesh import Mesh
 from lordjax.methods.low_rank_quantized import STEPS
 from lordjax.names import did_you_mean
-from lordjax.options import FORMATS, QUANTIZERS
 from lordjax.prepared import Result
 from lordjax.progress import Clock, Progress
 from lordjax.quantizer import Quantizer

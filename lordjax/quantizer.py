@@ -17,6 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lordjax import names, nf, trees
+from lordjax.allocation.candidates import QUANTIZERS, Option, Table, option_bytes, ranks_tried
+from lordjax.allocation.knapsack import SOLVERS
+from lordjax.allocation.plan import Plan
 from lordjax.calibrate import (
     activation_keys,
     block_statistics,
@@ -27,7 +30,6 @@ from lordjax.calibrate import (
 from lordjax.factoring import cast, quantize_pair
 from lordjax.gradients import site_gradients
 from lordjax.kernels import LowRank, LowRankPlusQuantized, NFQuantized, materialize, nbytes
-from lordjax.knapsack import SOLVERS
 from lordjax.methods.feedback import feedback_of
 from lordjax.methods.feedback import quantize as codes_of
 from lordjax.methods.low_rank_quantized import (
@@ -40,9 +42,7 @@ from lordjax.methods.low_rank_quantized import (
     start_basis,
 )
 from lordjax.names import layer_index
-from lordjax.options import QUANTIZERS, Option, Table, option_bytes, ranks_tried
 from lordjax.parts import REST, join
-from lordjax.plan import Plan
 from lordjax.prepared import Result, claim, put
 from lordjax.progress import Clock, Progress, peak_rss
 from lordjax.sites import LINEAR_SITES, Site, site_path

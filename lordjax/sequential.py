@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lordjax import linalg, trees
+from lordjax.allocation.plan import Plan
 from lordjax.calibrate import (
     activation_keys,
     block_statistics,
@@ -36,7 +37,6 @@ from lordjax.mesh import gathered
 from lordjax.methods import METHODS, Method, method_at
 from lordjax.models.config import ModelConfig
 from lordjax.modules import LAST_NAME
-from lordjax.plan import Plan
 from lordjax.progress import Clock
 from lordjax.sites import LAST_LAYER, LINEAR_SITES, Site, site_path, sites_for
 from lordjax.source import Calibration, Source

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,19 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from lordjax import trees
-from lordjax.allocation import CURVELESS, Curve, Ranks, allocate
+from lordjax.allocation.plan import Plan
+from lordjax.allocation.policies import CURVELESS, Curve, allocate
 from lordjax.factoring import site_sizes
 from lordjax.kernels import LowRank, weights
 from lordjax.methods import METHODS, corrects_bias
 from lordjax.models.config import ModelConfig
 from lordjax.models.transformer import init
 from lordjax.modules import narrowed
-from lordjax.names import did_you_mean, is_block_linear, layer_type
-from lordjax.plan import Plan, Size
+from lordjax.names import is_block_linear, layer_type
 from lordjax.sites import Site, counted_sites, site_path, sites_for
 from lordjax.source import InMemory
-
-GIVEN = "given"  # the policy of a plan whose ranks were
 
 
 @functools.cache
@@ -56,40 +53,6 @@ def stored(config: ModelConfig, leaves: Mapping[str, Any], dtype: Any = None) ->
         for path, leaf in leaves.items()
     }
     return InMemory(config, trees.unflatten(table))
-
-
-def ranks_by_pattern(sizes: Mapping[str, Size], patterns: Mapping[str, int]) -> Ranks:
-    """Ranks of all sites: that of the first pattern that matches, else dense.
-
-    Args:
-      sizes: site path -> its size.
-      patterns: regular expression -> rank. It has to match a layer type (``mlp/down``) or a layer
-        (``layer_3/mlp/down``) in full.
-
-    Raises:
-      KeyError: if a pattern decides no site; suggests layer types.
-      ValueError: if a rank saves nothing or is no multiple of the site's step.
-    """
-    ranks: Ranks = dict.fromkeys(sizes, None)
-    unused = dict(patterns)
-    for path, size in sizes.items():
-        names = (layer_type(path), path.removesuffix("/kernel"))
-        for pattern, rank in patterns.items():
-            if not size.fixed and any(re.fullmatch(pattern, name) for name in names):
-                unused.pop(pattern, None)
-                if not 1 <= rank < size.limit or rank % size.step:
-                    step = f" and a multiple of {size.step}" if size.step > 1 else ""
-                    raise ValueError(
-                        f"{path}: rank {rank} saves nothing; expected one from 1 to "
-                        f"{math.ceil(size.limit) - 1}{step}, or leave the layer out"
-                    )
-                ranks[path] = rank
-                break
-    if unused:
-        first = min(unused)
-        types = dict.fromkeys(layer_type(path) for path in sizes)
-        raise KeyError(f"no layer is left for {first!r}; {did_you_mean(first, types)}")
-    return ranks
 
 
 def plan_by_shapes(config: ModelConfig, method: str, keep: float, policy: str) -> Plan:

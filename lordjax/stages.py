@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from lordjax import flops, objective, sizing, trees
-from lordjax.allocation import CURVELESS, INFLUENCED
+from lordjax.allocation.policies import CURVELESS, INFLUENCED
 from lordjax.calibrate import INFLUENCE, activation_keys, statistic_width
 from lordjax.collect import (
     EMBEDDINGS,

@@ -27,7 +27,7 @@ BITS = "2.5,2.75,3,3.25,3.5,3.75,4,4.13"
 @click.option("--out", type=click.Path(dir_okay=False), help="JSON file of results")
 def main(model: str, bits: str, out: str | None) -> None:
     """Times the choice of formats for MODEL."""
-    from lordjax.knapsack import SOLVERS
+    from lordjax.allocation.knapsack import SOLVERS
     from lordjax.scripts.common import environment, open_model
 
     start = time.perf_counter()
@@ -62,8 +62,8 @@ def tables(source: Any) -> tuple[list[Any], int]:
     import jax.numpy as jnp
 
     from lordjax import nf, trees
+    from lordjax.allocation.candidates import Option, Table
     from lordjax.methods.low_rank_quantized import Weights, predict
-    from lordjax.options import Option, Table
     from lordjax.sites import LINEAR_SITES
 
     grid, found, count = nf.grid(), [], 0

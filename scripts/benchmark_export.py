@@ -138,8 +138,8 @@ def tiny(kind: str) -> list[dict[str, Any]]:
 
 def _tiny_result(opened: Any, method: str, tokens: Any) -> Any:
     from lordjax import nf
+    from lordjax.allocation.candidates import QUANTIZERS
     from lordjax.compression import compress
-    from lordjax.options import QUANTIZERS
     from lordjax.quantization import quantize
 
     if method not in QUANTIZERS:
@@ -196,8 +196,8 @@ def real(
     repeats: int,
 ) -> None:
     """Fills ``results`` with rows of a real model and the seconds of starts."""
+    from lordjax.allocation.candidates import QUANTIZERS
     from lordjax.compression import compress
-    from lordjax.options import QUANTIZERS
     from lordjax.quantization import quantize
     from lordjax.scripts.common import open_model, protocol_tokens
 

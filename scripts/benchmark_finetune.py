@@ -240,16 +240,17 @@ def memory(config: str, batch: int, seq_len: int, rank: int, dtype: str, ranks: 
 
     from lordjax import memory as sizes
     from lordjax import recipes, sizing
+    from lordjax.allocation.plan import Plan
+    from lordjax.allocation.policies import policies
     from lordjax.conversions.readers.checkpoint import read_config
     from lordjax.factoring import site_sizes
     from lordjax.finetune import Settings
     from lordjax.kernels import astype
-    from lordjax.plan import Plan
     from lordjax.scripts.common import environment
 
     model = read_config(config)[1]
     cut = {name: int(r) for name, r in (part.split("=") for part in ranks.split(","))}
-    chosen = sizing.ranks_by_pattern(site_sizes(sizing.shapes(model), "lord"), cut)
+    chosen = policies.ranks_by_pattern(site_sizes(sizing.shapes(model), "lord"), cut)
     plans = {"dense": dict.fromkeys(chosen), "LoRD": chosen}
     recipe = recipes.changed(recipes.named("qlora"), rank=rank)
     settings = Settings(1, batch, dtype=dtype)
@@ -257,7 +258,7 @@ def memory(config: str, batch: int, seq_len: int, rank: int, dtype: str, ranks: 
     click.echo("|---|---|---|---|---|---|---|")
     totals = []
     for name, planned in plans.items():
-        shapes = sizing.outline(model, Plan("lord", planned, None, sizing.GIVEN))
+        shapes = sizing.outline(model, Plan("lord", planned, None, policies.GIVEN))
         shapes = jax.eval_shape(lambda tree: astype(tree, dtype), shapes)
         said = sizes.predict(model, shapes, recipe, settings, seq_len)
         found = sizes.compiled(model, shapes, recipe, settings, seq_len)

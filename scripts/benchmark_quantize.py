@@ -99,7 +99,7 @@ def _prepare(source: Any, tokens: Any, weighting: str) -> tuple[Any, float]:
 def _quantizer(gradients: Any, what: str) -> tuple[Any, float]:
     """The `Quantizer` of a case, and the seconds that its gradients took."""
     from lordjax import nf
-    from lordjax.options import QUANTIZERS
+    from lordjax.allocation.candidates import QUANTIZERS
     from lordjax.weightings import WEIGHTINGS
 
     method, *options = what.split(":")

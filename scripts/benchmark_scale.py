@@ -233,8 +233,8 @@ def main(
     **settings: Any,
 ) -> None:
     """Measures how a compression's seconds and memory grow."""
+    from lordjax.allocation.candidates import QUANTIZERS
     from lordjax.methods import METHODS
-    from lordjax.options import QUANTIZERS
 
     if method not in (*METHODS, *QUANTIZERS):
         names = ", ".join((*METHODS, *QUANTIZERS))

@@ -175,9 +175,9 @@ def job_of(method: str, options: dict[str, Any]) -> tuple[Run, dict[str, Any], b
       KeyError: if the method, the policy or the weighting is unknown.
       ValueError: if options do not go together.
     """
+    from lordjax.allocation.candidates import QUANTIZERS
     from lordjax.methods import METHODS
     from lordjax.names import did_you_mean
-    from lordjax.options import QUANTIZERS
 
     if method not in METHODS and method not in QUANTIZERS:
         hint = did_you_mean(method, [*METHODS, *QUANTIZERS])
@@ -192,9 +192,9 @@ def job_of(method: str, options: dict[str, Any]) -> tuple[Run, dict[str, Any], b
 
 def _low_rank_job(method: str, options: dict[str, Any]) -> tuple[Run, dict[str, Any], bool, float]:
     from lordjax import nf
+    from lordjax.allocation.policies import check_policy
     from lordjax.compression import compress
     from lordjax.methods import METHODS
-    from lordjax.prepared import check_policy
 
     row = METHODS[method]
     if options["elastic"]:
@@ -223,8 +223,8 @@ def _low_rank_job(method: str, options: dict[str, Any]) -> tuple[Run, dict[str, 
 
 def _elastic_job(method: str, options: dict[str, Any]) -> tuple[Run, dict[str, Any], bool, float]:
     from lordjax import elastic
+    from lordjax.allocation.policies import check_policy
     from lordjax.methods import METHODS
-    from lordjax.prepared import check_policy
 
     for name in ("keep", "ranks", "factors", "dtype"):
         if options[name] is not None:

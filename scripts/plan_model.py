@@ -11,8 +11,8 @@ from lordjax.scripts.compress_model import QUANTIZED, job_of
 from lordjax.scripts.predict import EXACT, asked, cost
 
 if TYPE_CHECKING:
+    from lordjax.allocation.plan import Plan
     from lordjax.models.config import ModelConfig
-    from lordjax.plan import Plan
     from lordjax.source import InMemory
 
 STORED = ("float32", "bfloat16", "float16")
@@ -88,7 +88,7 @@ def plan_model(
             )
         stored = dtype or "float32"
         memory = {"recipe": recipe, "rank": rank, "batch": batch, "accumulate": accumulate}
-        from lordjax.plan import Plan
+        from lordjax.allocation.plan import Plan
 
         untouched = Plan(method, dict.fromkeys(plan.ranks), 1.0, "uniform")
         for name, tree in (("before", untouched), ("after", plan)):

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lordjax.allocation.plan import Plan
     from lordjax.coded import CodedJob
     from lordjax.models.config import ModelConfig
-    from lordjax.plan import Plan
     from lordjax.source import InMemory
     from lordjax.speed import Rates
     from lordjax.stages import Job
@@ -34,14 +34,14 @@ def planned(
       ValueError: if ranks do not fit, or the budget cannot be met.
     """
     from lordjax import sizing
-    from lordjax.allocation import CURVELESS
+    from lordjax.allocation.plan import Plan
+    from lordjax.allocation.policies import CURVELESS
     from lordjax.factoring import site_sizes
-    from lordjax.plan import Plan
 
     sizes = site_sizes(sizing.shapes(config), method)
     if ranks is not None:
-        chosen = sizing.ranks_by_pattern(sizes, ranks)
-        return Plan(method, chosen, None, sizing.GIVEN), True
+        chosen = policies.ranks_by_pattern(sizes, ranks)
+        return Plan(method, chosen, None, policies.GIVEN), True
     if keep == 1 and policy not in CURVELESS:
         return Plan(method, dict.fromkeys(sizes), keep, policy), True
     exact = policy in CURVELESS
@@ -136,8 +136,8 @@ def coded(
     import jax.numpy as jnp
 
     from lordjax import nf, quantization, sizing
+    from lordjax.allocation.candidates import QUANTIZERS, Option
     from lordjax.coded import CodedJob, estimate
-    from lordjax.options import QUANTIZERS, Option
     from lordjax.sites import LINEAR_SITES, site_path
     from lordjax.weightings import MOMENTS
 
@@ -229,10 +229,10 @@ def asked(
       ValueError: if a budget cannot be met, or ranks do not fit.
     """
     from lordjax import nf, sizing
+    from lordjax.allocation.candidates import QUANTIZERS
+    from lordjax.allocation.plan import Plan
     from lordjax.coded import coded_outline, coded_pairs
     from lordjax.factoring import site_sizes
-    from lordjax.options import QUANTIZERS
-    from lordjax.plan import Plan
     from lordjax.stages import Job
 
     method, dtype = settings["method"], settings["dtype"]

@@ -11,12 +11,12 @@ import scipy.optimize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lordjax.allocation import CURVELESS, POLICIES, Curve, allocate, influence_removal
-from lordjax.knapsack import SOLVERS, choose, choose_exactly
+from lordjax.allocation.knapsack import SOLVERS, choose, choose_exactly
+from lordjax.allocation.plan import Size
+from lordjax.allocation.policies import CURVELESS, POLICIES, Curve, allocate, influence_removal
 from lordjax.models import ModelConfig, init
 from lordjax.modules import site_size
 from lordjax.nf import grid
-from lordjax.plan import Size
 from lordjax.sites import MODULE_SITES
 
 # --- published numbers: LLaMA-7B (specs §4.3, §7, §9 items 21, 22, 24) ---------------------------

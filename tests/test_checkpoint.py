@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from lordjax import InMemory, LowRank, Plan, compress, factorize, load, nbytes, parts, save, trees
+from lordjax.allocation.plan import Size
 from lordjax.checkpoint import INDEX, is_compressed, open_saved
 from lordjax.files import write_tensors
 from lordjax.kernels import LowRankPlusQuantized, NFQuantized
 from lordjax.models import ModelConfig, Rope, Transformer, init
 from lordjax.nf import Format
-from lordjax.plan import Size
 
 CONFIG = ModelConfig(
     vocab_size=31,

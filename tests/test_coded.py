@@ -19,13 +19,13 @@ from lordjax import (
     forecast,
     gradients,
     nf,
-    options,
     quantizer,
     sharing,
     sizing,
     trees,
     weightings,
 )
+from lordjax.allocation.policies import candidates
 from lordjax.coded import coded_stages
 from lordjax.collect import observe
 from lordjax.elastic import check_settings
@@ -84,9 +84,9 @@ def test_an_estimate_uses_its_budget_and_no_more(method, bits):
     assert len(job.options) == 14
     block = trees.flatten(sizing.shapes(config).block(0))
     shapes = {path: block[path.split("/", 1)[1]].shape for path in job.options}
-    all_in = options.QUANTIZERS[method].all_in
+    all_in = candidates.QUANTIZERS[method].all_in
     used = sum(
-        options.option_bytes(option, shapes[path], 2, job.factors, products=all_in)
+        candidates.option_bytes(option, shapes[path], 2, job.factors, products=all_in)
         for path, option in job.options.items()
     )
     budget = bits * sum(map(math.prod, shapes.values())) / 8
@@ -260,7 +260,7 @@ def test_a_mesh_that_cuts_blocks_is_not_forecast():
 
 def test_formats_of_estimates_are_those_that_a_budget_mixes():
     used = {o.form for o in coded(BLOCKS["qwen3"], "nf", bits=3.5).options.values()}
-    assert used <= set(options.FORMATS)
+    assert used <= set(candidates.FORMATS)
     assert {nf.Format.parse("nf4")} == {
         o.form for o in coded(BLOCKS["qwen3"], "nf", form="nf4").options.values()
     }

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lordjax import collect, trees
+from lordjax.allocation.plan import Plan, Size
 from lordjax.compression import PREFIXES, InMemory, compress, prepare
 from lordjax.gradients import gradient_statistics
 from lordjax.kernels import LowRank, nbytes
@@ -16,7 +17,6 @@ from lordjax.linalg import row_space
 from lordjax.methods import METHODS
 from lordjax.models import ModelConfig, Transformer, init
 from lordjax.objective import loss_gradient
-from lordjax.plan import Plan, Size
 from lordjax.prepared import verify
 from lordjax.progress import Clock
 from lordjax.sites import LINEAR_SITES, site_path, sites_for

@@ -10,9 +10,9 @@ from test_cli import calibration, fails, run, text, tiny  # noqa: F401
 from test_output import MODEL, TOKENS
 
 from lordjax import elastic, load
+from lordjax.allocation.plan import Plan
 from lordjax.compression import compress
 from lordjax.output import Output, partial
-from lordjax.plan import Plan
 
 METHODS = ("lord", "modegpt")
 

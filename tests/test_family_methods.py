@@ -9,12 +9,12 @@ import pytest
 from blocks import BLOCKS, GPT2, source
 
 from lordjax import load, nbytes, save, trees
+from lordjax.allocation.candidates import FORMATS, QUANTIZERS
 from lordjax.compression import prepare
 from lordjax.evaluate import perplexity
 from lordjax.kernels import weights
 from lordjax.methods import METHODS
 from lordjax.models import Transformer
-from lordjax.options import FORMATS, QUANTIZERS
 from lordjax.quantization import prepare_quantized
 
 TOKENS = np.random.default_rng(0).integers(0, GPT2.vocab_size, (10, 24), np.int32)

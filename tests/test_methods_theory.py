@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from lordjax import linalg
+from lordjax.allocation.plan import Size
 from lordjax.methods import METHODS, truncate
 from lordjax.methods.svd import SVD_METHODS
-from lordjax.plan import Size
 from lordjax.sequential import _regress
 from lordjax.stats import AbsMean, Moments
 

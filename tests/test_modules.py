@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from lordjax import InMemory, checkpoint, compress, elastic, prepare, trees
+from lordjax.allocation.plan import Plan
 from lordjax.evaluate import perplexity
 from lordjax.factoring import replace_kernels
 from lordjax.gradients import gradient_statistics
@@ -20,7 +21,6 @@ from lordjax.models import ModelConfig, Rope, Transformer, init
 from lordjax.models.transformer import MLP, Block
 from lordjax.modules import gather, scatter
 from lordjax.names import layer_index
-from lordjax.plan import Plan
 from lordjax.prepared import TEMPERATURES
 from lordjax.progress import Clock
 from lordjax.source import Calibration

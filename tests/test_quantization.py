@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from lordjax import checkpoint, elastic, nf, trees
+from lordjax.allocation.candidates import QUANTIZERS, Option
+from lordjax.allocation.plan import Plan
 from lordjax.compression import compress, prepare
 from lordjax.evaluate import perplexity
 from lordjax.kernels import LowRank, LowRankPlusQuantized, NFQuantized, nbytes
 from lordjax.models import ModelConfig, Transformer, init
-from lordjax.options import QUANTIZERS, Option
-from lordjax.plan import Plan
 from lordjax.prepared import verify
 from lordjax.quantization import check_settings, prepare_quantized, quantize
 from lordjax.sites import LINEAR_SITES, site_path

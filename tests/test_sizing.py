@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from lordjax import InMemory, compress, sizing, trees
+from lordjax.allocation.plan import Plan
+from lordjax.allocation.policies import policies
 from lordjax.compression import prepare
 from lordjax.conversions.families.registry import model_config
 from lordjax.factoring import site_sizes
 from lordjax.kernels import weights
 from lordjax.methods import METHODS
 from lordjax.models import ModelConfig, Transformer, init
-from lordjax.plan import Plan
 
 LLAMA = ModelConfig(
     vocab_size=61,
@@ -82,7 +83,7 @@ def test_lordcoder_sizes(rank, billions):
     """The released models of LoRD (specs §2.3): one MLP matrix of every StarCoder block."""
     config = model_config(STARCODER)
     sizes = site_sizes(sizing.shapes(config), "lord-linear")
-    plan = Plan("lord-linear", sizing.ranks_by_pattern(sizes, {"mlp/down": rank}), None, "given")
+    plan = Plan("lord-linear", policies.ranks_by_pattern(sizes, {"mlp/down": rank}), None, "given")
     leaves = trees.flatten(sizing.outline(config, plan)).values()
     assert round(sum(map(weights, leaves)) / 1e9, 3) == billions
 
@@ -128,7 +129,7 @@ def test_multiplications_are_those_of_the_program(method, config):
     """On windows that attention takes in one piece, where it computes its whole square."""
     patterns = {".*": 4} if method == "svd" else {"attention/.*": 4, "mlp": 12}
     sizes = site_sizes(sizing.shapes(config), method)
-    plan = Plan(method, sizing.ranks_by_pattern(sizes, patterns), None, "given")
+    plan = Plan(method, policies.ranks_by_pattern(sizes, patterns), None, "given")
     tree = sizing.outline(config, plan)
 
     def logits(params):
@@ -140,7 +141,7 @@ def test_multiplications_are_those_of_the_program(method, config):
 
 def test_first_pattern_decides_and_others_stay_dense():
     sizes = site_sizes(sizing.shapes(LLAMA), "svd")
-    ranks = sizing.ranks_by_pattern(sizes, {"layer_0/mlp/up": 3, "mlp/.*": 5})
+    ranks = policies.ranks_by_pattern(sizes, {"layer_0/mlp/up": 3, "mlp/.*": 5})
     assert ranks["layer_0/mlp/up/kernel"] == 3
     assert ranks["layer_1/mlp/up/kernel"] == ranks["layer_0/mlp/down/kernel"] == 5
     assert ranks["layer_1/attention/q/kernel"] is None
@@ -156,7 +157,7 @@ def test_first_pattern_decides_and_others_stay_dense():
 )
 def test_bad_ranks(patterns, error, message):
     with pytest.raises(error, match=message):
-        sizing.ranks_by_pattern(site_sizes(sizing.shapes(LLAMA), "svd"), patterns)
+        policies.ranks_by_pattern(site_sizes(sizing.shapes(LLAMA), "svd"), patterns)
 
 
 def test_compress_by_ranks():

@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from lordjax.knapsack import choose, fill
-from lordjax.names import layer_index, layer_type
-from lordjax.plan import Size
+from lordjax import names
+from lordjax.allocation.knapsack import choose, fill
+from lordjax.allocation.plan import Size
+from lordjax.names import did_you_mean, layer_index, layer_type
 
 INFLUENCE_CAP = 0.95  # most that `block_influence` removes of a block
 TILE = 8  # ranks are multiples of this; what matrix units and vector registers divide well
@@ -335,3 +337,55 @@ def allocate(
             f"{spent / dense:.4g}; ask for a larger keep"
         )
     return ranks, gap
+
+
+GIVEN = "given"  # the policy of a plan whose ranks were
+
+
+def ranks_by_pattern(sizes: Mapping[str, Size], patterns: Mapping[str, int]) -> Ranks:
+    """Ranks of all sites: that of the first pattern that matches, else dense.
+
+    Args:
+      sizes: site path -> its size.
+      patterns: regular expression -> rank. It has to match a layer type (``mlp/down``) or a layer
+        (``layer_3/mlp/down``) in full.
+
+    Raises:
+      KeyError: if a pattern decides no site; suggests layer types.
+      ValueError: if a rank saves nothing or is no multiple of the site's step.
+    """
+    ranks: Ranks = dict.fromkeys(sizes, None)
+    unused = dict(patterns)
+    for path, size in sizes.items():
+        names = (layer_type(path), path.removesuffix("/kernel"))
+        for pattern, rank in patterns.items():
+            if not size.fixed and any(re.fullmatch(pattern, name) for name in names):
+                unused.pop(pattern, None)
+                if not 1 <= rank < size.limit or rank % size.step:
+                    step = f" and a multiple of {size.step}" if size.step > 1 else ""
+                    raise ValueError(
+                        f"{path}: rank {rank} saves nothing; expected one from 1 to "
+                        f"{math.ceil(size.limit) - 1}{step}, or leave the layer out"
+                    )
+                ranks[path] = rank
+                break
+    if unused:
+        first = min(unused)
+        types = dict.fromkeys(layer_type(path) for path in sizes)
+        raise KeyError(f"no layer is left for {first!r}; {did_you_mean(first, types)}")
+    return ranks
+
+
+def check_policy(name: str, temperature: float | None = None) -> None:
+    """Checks the name of an allocation policy and its option.
+
+    Raises:
+      KeyError: with a hint if there is no such policy.
+      ValueError: if a temperature is given to a policy that has none.
+    """
+    if name not in POLICIES:
+        raise KeyError(f"no allocation policy {name!r}; {names.did_you_mean(name, POLICIES)}")
+    if temperature is not None and name not in INFLUENCED:
+        raise ValueError(
+            f"policy {name!r} has no temperature; leave it out or use {', '.join(INFLUENCED)}"
+        )
