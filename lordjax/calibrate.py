@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lordjax import mesh as devices
 from lordjax import objective, trees
 from lordjax.collect import (
     BLOCK,
@@ -22,6 +21,7 @@ from lordjax.collect import (
 )
 from lordjax.methods import Method
 from lordjax.models.config import ModelConfig
+from lordjax.runtime import mesh as devices
 from lordjax.sites import LINEAR_SITES, Site
 from lordjax.source import Calibration, Source, check_tokens
 from lordjax.states import States, open_states

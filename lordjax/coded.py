@@ -15,9 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lordjax import flops, nf, trees
+from lordjax import nf, trees
 from lordjax.allocation.candidates import FORMATS, QUANTIZERS, Option, option_bytes, ranks_tried
-from lordjax.flops import Work
 from lordjax.kernels import (
     LowRank,
     LowRankPlusQuantized,
@@ -38,6 +37,8 @@ from lordjax.methods.low_rank_quantized import (
 )
 from lordjax.models.config import ModelConfig
 from lordjax.quantizer import best_pair, encode_kernel, measures, pack
+from lordjax.runtime import flops
+from lordjax.runtime.flops import Work
 from lordjax.sites import Site, site_path
 from lordjax.source import InMemory
 from lordjax.stages import Job, forward_work, gradient_work, inputs, loaded

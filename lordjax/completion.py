@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from lordjax.generate import NOTHING, generate, stream
 from lordjax.models.config import ModelConfig
-from lordjax.progress import Progress
+from lordjax.runtime.progress import Progress
 from lordjax.sampling import GREEDY, Sampling
 
 

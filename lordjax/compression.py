@@ -26,10 +26,10 @@ from lordjax.data import fingerprint
 from lordjax.factor_pass import factor_all
 from lordjax.factoring import AnyFactors, site_sizes
 from lordjax.gradients import few_gradients
-from lordjax.mesh import Mesh
 from lordjax.methods import DEFAULT_METHOD, METHODS
 from lordjax.prepared import Prepared, Result
-from lordjax.progress import Clock, Progress
+from lordjax.runtime.mesh import Mesh
+from lordjax.runtime.progress import Clock, Progress
 from lordjax.source import InMemory, Materialized, Source
 from lordjax.work import Memory, Work
 

@@ -33,7 +33,7 @@ from lordjax.methods import METHODS
 from lordjax.models.config import ModelConfig
 from lordjax.parts import REST, Parts
 from lordjax.prepared import Prepared, Result
-from lordjax.progress import Progress
+from lordjax.runtime.progress import Progress
 from lordjax.source import Calibration, InMemory, Materialized, Source
 from lordjax.work import Entries, Memory
 from lordjax.workspace import Workspace

@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from lordjax import flops
 from lordjax.calibrate import (
     INFLUENCE,
     activation_keys,
@@ -26,9 +25,10 @@ from lordjax.calibrate import (
 )
 from lordjax.factoring import AnyFactors, finish, input_shapes, site_kernels, site_work, start
 from lordjax.gradients import site_gradients
-from lordjax.mesh import map_kernels, own_jobs, share_jobs
 from lordjax.methods import METHODS
-from lordjax.progress import Clock
+from lordjax.runtime import flops
+from lordjax.runtime.mesh import map_kernels, own_jobs, share_jobs
+from lordjax.runtime.progress import Clock
 from lordjax.sites import Site, site_path, sites_for
 from lordjax.source import Calibration, Source
 from lordjax.states import States

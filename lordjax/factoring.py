@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lordjax import flops, nf, trees
+from lordjax import nf, trees
 from lordjax.allocation.plan import Size
 from lordjax.calibrate import activation_keys, statistic_width
 from lordjax.collect import empty
@@ -19,6 +19,7 @@ from lordjax.gradients import gradient_basis, site_gradients
 from lordjax.kernels import LowRank, NFQuantized, is_kernel
 from lordjax.methods import METHODS, Factors, Method, Module, ModuleFactors, method_at, truncate
 from lordjax.modules import gather, scatter, site_size, widen
+from lordjax.runtime import flops
 from lordjax.sites import Site, counted_sites, site_path, sites_for
 from lordjax.source import Source
 from lordjax.work import Work, once

@@ -28,11 +28,11 @@ from jaxtyping import Array, Float, Int
 from lordjax import objective, recipes, trees
 from lordjax.examples import Examples, batch_indices
 from lordjax.kernels import astype
-from lordjax.mesh import Mesh, fully_sharded, put, rows_sharded
 from lordjax.models.config import ModelConfig
 from lordjax.models.transformer import BLOCKS, Transformer, default_positions
-from lordjax.order import block_by_block
 from lordjax.recipes import Recipe
+from lordjax.runtime.mesh import Mesh, fully_sharded, put, rows_sharded
+from lordjax.runtime.xla_scheduling import block_by_block
 
 
 class State(NamedTuple):

@@ -20,15 +20,16 @@ from typing import Any
 
 import jax
 
-from lordjax import flops, trees
+from lordjax import trees
 from lordjax.allocation.policies import INFLUENCED
 from lordjax.coded import CodedJob, weights_of
-from lordjax.flops import Work
 from lordjax.gradients import STATE_BYTES
 from lordjax.kernels import LowRank, is_kernel, nbytes, weights
 from lordjax.modules import LAST_NAME
 from lordjax.objective import CHUNK
 from lordjax.prepared import TEMPERATURES
+from lordjax.runtime import flops
+from lordjax.runtime.flops import Work
 from lordjax.sites import Site
 from lordjax.speed import Rates, rate
 from lordjax.stages import Job, gradient_shapes, inputs, statistics

@@ -14,11 +14,11 @@ from jaxtyping import Array, Float
 from lordjax import linalg, objective, trees
 from lordjax.calibrate import QUERIES, on_device, state_shapes
 from lordjax.collect import embed, observe, observe_gradients
-from lordjax.mesh import AXIS, Mesh, gathered, over_rows, share_rows, shares
 from lordjax.methods import Method
 from lordjax.models.config import ModelConfig
 from lordjax.objective import loss_gradient
-from lordjax.progress import Clock
+from lordjax.runtime.mesh import AXIS, Mesh, gathered, over_rows, share_rows, shares
+from lordjax.runtime.progress import Clock
 from lordjax.sites import LAST_LAYER, Site, sites_for
 from lordjax.source import Calibration, Source
 from lordjax.states import States, open_states

@@ -27,7 +27,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lordjax import nf, nf_tiles, order
+from lordjax import nf, nf_tiles
+from lordjax.runtime import xla_scheduling
 
 
 class Kernel(abc.ABC):
@@ -165,7 +166,7 @@ class NFQuantized(Kernel):
         Nothing else keeps a compiler from decoding the matrices of all layers first, or once for
         all turns of a loop, and holding them.
         """
-        codes = self.codes + order.never(x).astype(self.codes.dtype)
+        codes = self.codes + xla_scheduling.never(x).astype(self.codes.dtype)
         return dataclasses.replace(self, codes=codes).materialize().astype(x.dtype)
 
 

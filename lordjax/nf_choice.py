@@ -22,8 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from lordjax import nf_pallas, order
+from lordjax import nf_pallas
 from lordjax.nf_pallas import Tile
+from lordjax.runtime import xla_scheduling
 
 MARGIN = 1.05  # the kernel must be faster by more than times differ from run to run
 ROWS = 4096  # of x at most: more take longer in proportion
@@ -142,7 +143,7 @@ def seconds(fn: Callable[[Array, Any], Array], x: Array, operands: list[Any]) ->
         found = []
         for operand in operands:
             found.append(fn(x, operand))
-            x = order.after(x, found[-1])
+            x = xla_scheduling.after(x, found[-1])
         return found
 
     program = chain.lower(x, operands).compile()

@@ -25,7 +25,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from lordjax import nf, order
+from lordjax import nf
+from lordjax.runtime import xla_scheduling
 
 TILE = 2**18  # decoded values: 1 MB, of which two cores each hold a half in their caches
 ROW_TILE = 2**20  # weights of which one row's products are found in one go
@@ -118,7 +119,7 @@ def transposed_product(g: Float[Array, "... out"], quantized: Any) -> Float[Arra
 def _after(x: Array, quantized: Any) -> tuple[Array, Array]:
     """Packed codes, once ``x`` is there, as of `NFQuantized.decoded_after`; scales ``[out, b]``."""
     form, shape = quantized.format, (quantized.fan_out, quantized.fan_in // quantized.format.block)
-    codes = quantized.codes + order.never(x).astype(quantized.codes.dtype)
+    codes = quantized.codes + xla_scheduling.never(x).astype(quantized.codes.dtype)
     scales = nf.dequantize_scales(
         nf.unpack(quantized.scales, form.scale_bits, math.prod(shape)),
         quantized.supers,
@@ -130,7 +131,7 @@ def _after(x: Array, quantized: Any) -> tuple[Array, Array]:
 
 def _zeros_after(x: Array, shape: tuple[int, ...]) -> Array:
     """Zeros, once ``x`` is there: XLA would make those of all layers first, and hold them."""
-    return jnp.broadcast_to(order.never(x).astype(x.dtype), shape)
+    return jnp.broadcast_to(xla_scheduling.never(x).astype(x.dtype), shape)
 
 
 def _tile_rows(fan_in: int, fan_out: int, tile: int) -> int:
@@ -189,7 +190,7 @@ def _one_row(x: Array, codes: Array, scales: Array, quantized: Any) -> Array:
     """``x [in] @ W``, float32."""
     bits, rows = quantized.format.bits, quantized.fan_out
     # Transposed once, not for every row of the matrix.
-    inputs = order.once(x.astype(jnp.float32).reshape(-1, nf.WORD // bits).T)
+    inputs = xla_scheduling.once(x.astype(jnp.float32).reshape(-1, nf.WORD // bits).T)
     words = codes.reshape(rows, -1)
     ones = jnp.ones(words.shape[1], jnp.float32)
 

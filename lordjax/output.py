@@ -21,9 +21,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lordjax import checkpoint, hosts
+from lordjax import checkpoint
 from lordjax.parts import REST, Parts
 from lordjax.prepared import Result
+from lordjax.runtime import multihost
 from lordjax.work import Work
 from lordjax.workspace import Workspace, differences
 
@@ -73,26 +74,26 @@ class Output:
 
     def __init__(self, directory: str | os.PathLike[str], identity: Mapping[str, Any]):
         self.directory = Path(directory).resolve()
-        own = partial(directory, hosts.process())
-        if hosts.leads() and not own.exists():
+        own = partial(directory, multihost.process())
+        if multihost.leads() and not own.exists():
             checkpoint.check_destination(directory)
         self.work = Workspace(own, identity)
         self._stage = self.work.directory / "model"
         try:
             self.finished = self._agree(identity)
-            if hosts.leads() and self.finished is None:
+            if multihost.leads() and self.finished is None:
                 checkpoint.check_destination(directory)
                 self._stage.mkdir(exist_ok=True)
         except (OSError, ValueError):
             self._leave()
             raise
-        self.parts = Parts(self._stage, self.work) if hosts.leads() else Unwritten(self.work)
+        self.parts = Parts(self._stage, self.work) if multihost.leads() else Unwritten(self.work)
         self.resumed = not self.work.empty
 
     def _agree(self, identity: Mapping[str, Any]) -> Any:
         """Forgets what not all processes have finished; returns what the first one finished."""
         keys = self.work.below("")
-        told = hosts.tell([identity, keys, self.work[FINISHED] if FINISHED in keys else None])
+        told = multihost.tell([identity, keys, self.work[FINISHED] if FINISHED in keys else None])
         for k, (other, _, _) in enumerate(told):
             changes = list(differences(told[0][0], other))
             if changes:
@@ -137,10 +138,10 @@ class Output:
           FileExistsError: if the directory is no longer free.
           ValueError: if a file that an earlier process wrote is damaged.
         """
-        if hosts.leads():
+        if multihost.leads():
             self._complete(result, hf_config, report, write_tokenizer, also)
             self.work[FINISHED] = summary
-        hosts.wait()
+        multihost.wait()
         self.publish()
 
     def _complete(
@@ -170,11 +171,11 @@ class Output:
 
         The first process comes last: as long as its work is there, it is seen to be finished.
         """
-        if not hosts.leads():
+        if not multihost.leads():
             self.work.remove()
-            hosts.wait()
+            multihost.wait()
             return
-        hosts.wait()
+        multihost.wait()
         if self._stage.exists():
             checkpoint.publish(self._stage, checkpoint.check_destination(self.directory))
         # Large files take a while to go; until they have, the work must be seen to be finished.

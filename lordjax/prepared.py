@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lordjax import hosts, nf, trees
+from lordjax import nf, trees
 from lordjax.allocation.plan import Plan, Size, summary
 from lordjax.allocation.policies import (
     CURVELESS,
@@ -32,7 +32,8 @@ from lordjax.methods import METHODS, ModuleFactors, corrects_bias
 from lordjax.models import ModelConfig
 from lordjax.names import layer_index, layer_type
 from lordjax.parts import REST, join
-from lordjax.progress import Clock, Progress, peak_rss
+from lordjax.runtime import multihost
+from lordjax.runtime.progress import Clock, Progress, peak_rss
 from lordjax.sequential import sequential
 from lordjax.sites import counted_sites
 from lordjax.source import Calibration, Source
@@ -203,7 +204,7 @@ class Prepared:
             losses = compare(
                 source, self.held_out, change, len(plans), clock, mask_token=mask_token
             )
-            return hosts.tell(losses)[0]  # all processes must come to the same plan
+            return multihost.tell(losses)[0]  # all processes must come to the same plan
 
         key = f"losses-{digest([dict(plan.ranks) for plan in plans])}"
         losses = once(self.work, key, measured)

@@ -25,12 +25,12 @@ from lordjax.calibrate import checked
 from lordjax.compression import GRADIENT_WINDOWS
 from lordjax.data import fingerprint
 from lordjax.gradients import few_gradients
-from lordjax.mesh import Mesh
 from lordjax.methods.low_rank_quantized import STEPS
 from lordjax.names import did_you_mean
 from lordjax.prepared import Result
-from lordjax.progress import Clock, Progress
 from lordjax.quantizer import Quantizer
+from lordjax.runtime.mesh import Mesh
+from lordjax.runtime.progress import Clock, Progress
 from lordjax.sites import LINEAR_SITES, site_path
 from lordjax.source import Calibration, Materialized, Source
 from lordjax.weightings import MOMENTS, WEIGHTINGS, statistics_of

@@ -44,7 +44,7 @@ from lordjax.methods.low_rank_quantized import (
 from lordjax.names import layer_index
 from lordjax.parts import REST, join
 from lordjax.prepared import Result, claim, put
-from lordjax.progress import Clock, Progress, peak_rss
+from lordjax.runtime.progress import Clock, Progress, peak_rss
 from lordjax.sites import LINEAR_SITES, Site, site_path
 from lordjax.source import Calibration, Source
 from lordjax.weightings import cost_of, statistics_of

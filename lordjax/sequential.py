@@ -33,11 +33,11 @@ from lordjax.calibrate import (
 from lordjax.collect import observe_pair
 from lordjax.factoring import AnyFactors, factor_site, replace_kernels, site_kernels
 from lordjax.gradients import site_gradients
-from lordjax.mesh import gathered
 from lordjax.methods import METHODS, Method, method_at
 from lordjax.models.config import ModelConfig
 from lordjax.modules import LAST_NAME
-from lordjax.progress import Clock
+from lordjax.runtime.mesh import gathered
+from lordjax.runtime.progress import Clock
 from lordjax.sites import LAST_LAYER, LINEAR_SITES, Site, site_path, sites_for
 from lordjax.source import Calibration, Source
 from lordjax.states import Shifted

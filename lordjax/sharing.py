@@ -16,11 +16,11 @@ from typing import Any
 
 import jax
 
-from lordjax import flops
 from lordjax.coded import CodedJob
 from lordjax.collect import observe, observe_gradients, windows_per_step
-from lordjax.flops import Work
-from lordjax.mesh import share_jobs
+from lordjax.runtime import flops
+from lordjax.runtime.flops import Work
+from lordjax.runtime.mesh import share_jobs
 from lordjax.sites import Site
 from lordjax.stages import (
     Job,

@@ -11,8 +11,8 @@ import numpy as np
 from lordjax import objective
 from lordjax.data import check_ids
 from lordjax.kernels import materialize
-from lordjax.mesh import Mesh
 from lordjax.models.config import ModelConfig
+from lordjax.runtime.mesh import Mesh
 
 
 class Source(Protocol):

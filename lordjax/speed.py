@@ -20,8 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lordjax import flops, nf
+from lordjax import nf
 from lordjax.methods import feedback
+from lordjax.runtime import flops
 
 RUNS, PATIENCE = 3, 0.25  # of a program; seconds
 EIGH = (160, 448)  # sizes

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lordjax import flops, objective, sizing, trees
+from lordjax import objective, sizing, trees
 from lordjax.allocation.policies import CURVELESS, INFLUENCED
 from lordjax.calibrate import INFLUENCE, activation_keys, statistic_width
 from lordjax.collect import (
@@ -32,7 +32,6 @@ from lordjax.collect import (
 )
 from lordjax.compression import GRADIENT_WINDOWS, HELD_OUT
 from lordjax.factoring import input_shapes, on_host, site_work
-from lordjax.flops import Work
 from lordjax.gradients import (
     STATE_BYTES,
     empty_gradients,
@@ -44,6 +43,8 @@ from lordjax.methods import METHODS, Method, Module, method_at
 from lordjax.models.config import ModelConfig
 from lordjax.objective import loss_gradient, losses
 from lordjax.prepared import TEMPERATURES
+from lordjax.runtime import flops
+from lordjax.runtime.flops import Work
 from lordjax.sequential import groups
 from lordjax.sites import LAST_LAYER, LINEAR_SITES, Site, site_path, sites_for
 from lordjax.stats import Moments

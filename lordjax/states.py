@@ -22,8 +22,8 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from lordjax import hosts
-from lordjax.mesh import Mesh, give_rows, own_rows, take_rows
+from lordjax.runtime import multihost
+from lordjax.runtime.mesh import Mesh, give_rows, own_rows, take_rows
 from lordjax.work import Work
 from lordjax.workspace import Stream, Workspace
 
@@ -122,7 +122,7 @@ class DiskStates:
         if self._stream is not None:
             self._stream.close(f"{self._name}/{at}")
             self._stream = None
-        hosts.wait()
+        multihost.wait()
         if not keep:
             self._discard(lambda kept: kept != at)
         self._open(at)

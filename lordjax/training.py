@@ -29,9 +29,9 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from lordjax import finetune
 from lordjax.examples import Data, Examples
 from lordjax.finetune import Settings, State
-from lordjax.mesh import Mesh
 from lordjax.models.config import ModelConfig
 from lordjax.recipes import Recipe
+from lordjax.runtime.mesh import Mesh
 
 METRICS = "metrics.jsonl"
 Report = Callable[[dict[str, Any]], None]

@@ -194,7 +194,7 @@ def _forward_seconds(source: Any, tokens: Any) -> float:
 
 def _cost(config: Any, prepared: Any, shape: tuple[int, int]) -> float | None:
     """Operations that `prepare` must spend; None if it only collected what it was not asked for."""
-    from lordjax import flops
+    from lordjax.runtime import flops
     from lordjax.stages import Job, recomputed, stages
 
     if not prepared.factors:

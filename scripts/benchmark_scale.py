@@ -39,7 +39,7 @@ CHILD = "from lordjax.scripts.cli import main; main()"
 # A process that has imported what a compression takes, and started the device.
 BARE = """
 import jax, lordjax.compression
-from lordjax.progress import peak_rss
+from lordjax.runtime.progress import peak_rss
 jax.block_until_ready(jax.numpy.zeros(1))
 print(peak_rss())
 """

@@ -62,7 +62,7 @@ def compress(
 
     OUT is a directory that must be new or empty.
     """
-    from lordjax.hosts import job, leads
+    from lordjax.runtime.multihost import job, leads
     from lordjax.scripts.compress_model import compress_model, show
 
     with job(coordinator, process_id, num_processes):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from lordjax.models.config import ModelConfig
-    from lordjax.progress import Progress
+    from lordjax.runtime.progress import Progress
     from lordjax.source import Source
 
 KEEP = 0.8  # share of the block linear weights that stays, where nothing is said

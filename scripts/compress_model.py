@@ -48,29 +48,31 @@ def compress_model(
     Everything that can be wrong with the arguments is found before the work begins.
     """
     start = time.perf_counter()
-    from lordjax import hosts
     from lordjax.elastic import keep_entries
     from lordjax.objective import protocol as objective_protocol
     from lordjax.output import Output, partial
+    from lordjax.runtime import multihost
 
     directory = Path(out).expanduser()
-    if hosts.leads() and not partial(directory).exists():  # else it may be complete: see `output`
+    if (
+        multihost.leads() and not partial(directory).exists()
+    ):  # else it may be complete: see `output`
         check_output(directory)
     run, settings, needs_tokens, share = job_of(method, options)
     run, settings = _on_mesh(run, settings, options["mesh"])
     opened = _open_original(model, directory, share, options["dtype"])
-    write_tokenizer = tokenizer_writer(opened) if hosts.leads() else None
+    write_tokenizer = tokenizer_writer(opened) if multihost.leads() else None
     is_elastic = "elastic" in settings
     tokens, facts, masks = None, None, None
     if needs_tokens:
-        if calibration is None and hosts.leads():
+        if calibration is None and multihost.leads():
             say("calibrating on the sources of Python's standard library (--calibration to change)")
         masks = mask_token(opened)
         tokens, facts = read_tokens(
             opened, calibration, seq_len=seq_len, samples=samples, seed=seed
         )
         facts |= objective_protocol(opened.config, masks)
-    elif calibration is not None and hosts.leads():
+    elif calibration is not None and multihost.leads():
         say(f"note: method {method!r} as asked for needs no calibration; {calibration} is not read")
     settings = {
         "model": model,
@@ -82,7 +84,7 @@ def compress_model(
         "seed": seed,
     }
     with Output(directory, _identity(opened, facts, settings)) as output:
-        if output.resumed and hosts.leads():
+        if output.resumed and multihost.leads():
             say(f"going on with what is finished in {output.work.directory}")
         summary = output.finished
         if summary is not None:
@@ -90,7 +92,7 @@ def compress_model(
             return summary
         # Of a run that goes on, only a part happens here.
         predicted = None if output.resumed else _forecast(opened, tokens, settings, directory)
-        with progress_report() if hosts.leads() else contextlib.nullcontext() as progress:
+        with progress_report() if multihost.leads() else contextlib.nullcontext() as progress:
             result = run(
                 opened.source,
                 tokens,
@@ -127,10 +129,10 @@ def _on_mesh(run: Run, settings: dict[str, Any], axes: str | None) -> tuple[Run,
     """Adds the devices that share the work, if there is more than one."""
     import jax
 
-    from lordjax import hosts
-    from lordjax.mesh import make_mesh, parse
+    from lordjax.runtime import multihost
+    from lordjax.runtime.mesh import make_mesh, parse
 
-    if axes is None and hosts.count() > 1:
+    if axes is None and multihost.count() > 1:
         axes = f"data={jax.device_count()}"
     if axes is None:
         return run, settings
@@ -144,10 +146,11 @@ def _identity(
     """What decides every bit of the result, apart from where it was read from."""
     import jax
 
-    from lordjax import __version__, hosts
+    from lordjax import __version__
+    from lordjax.runtime import multihost
 
     names = ("model", "calibration", "seed", "samples")  # contents count
-    processes = {"processes": hosts.count()} if hosts.count() > 1 else {}
+    processes = {"processes": multihost.count()} if multihost.count() > 1 else {}
     return processes | {
         "lordjax": __version__,
         "jax": jax.__version__,

@@ -11,7 +11,7 @@ from lordjax.scripts.common import check_file, open_model, progress_report, writ
 
 if TYPE_CHECKING:
     from lordjax.evaluate.programs import Complete
-    from lordjax.progress import Progress
+    from lordjax.runtime.progress import Progress
 
 KS = (1, 10, 100)  # of pass@k, those that there are samples for
 

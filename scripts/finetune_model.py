@@ -43,8 +43,8 @@ def finetune_model(
     from lordjax import adapters, checkpoint, examples
     from lordjax.evaluate.classification import classify
     from lordjax.finetune import Settings
-    from lordjax.mesh import make_mesh
     from lordjax.recipes import changed, named
+    from lordjax.runtime.mesh import make_mesh
     from lordjax.training import METRICS, Keeping, train
 
     directory = Path(out).expanduser()
@@ -200,7 +200,7 @@ def _progress(steps: int) -> Iterator[Callable[[dict[str, Any]], None]]:
     last = [-10.0]
 
     def text(line: dict[str, Any]) -> str:
-        from lordjax.progress import peak_rss
+        from lordjax.runtime.progress import peak_rss
 
         if "validation" in line:
             return f"step {line['step']}: validation {line['validation']:.4f} nats"

@@ -29,7 +29,7 @@ def generate_model(
     quiet: bool,
 ) -> dict[str, Any]:
     """Generates, and shows the text as it comes unless ``quiet``; arguments are the flags."""
-    from lordjax.progress import peak_rss
+    from lordjax.runtime.progress import peak_rss
     from lordjax.sampling import Sampling
 
     if (prompt is None) != interactive:

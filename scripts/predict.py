@@ -70,9 +70,10 @@ def cost(
     Raises:
       ValueError: if a mesh has an axis besides ``data``, or processes do not divide it.
     """
-    from lordjax import flops, forecast, sharing
+    from lordjax import forecast, sharing
     from lordjax.coded import CodedJob, coded_stages
     from lordjax.kernels import nbytes
+    from lordjax.runtime import flops
     from lordjax.stages import stages
 
     count, job = devices(mesh), dataclasses.replace(job, meshed=mesh is not None)
@@ -109,7 +110,7 @@ def devices(mesh: str | None) -> int:
     Raises:
       ValueError: if the mesh cuts blocks, of which nothing is forecast.
     """
-    from lordjax.mesh import AXIS, parse
+    from lordjax.runtime.mesh import AXIS, parse
 
     axes = {AXIS: 1} if mesh is None else parse(mesh)
     if set(axes) != {AXIS}:
@@ -195,14 +196,15 @@ def of_compression(
       settings: of `lordjax.compress`, and the method.
       directory: where the result goes.
     """
-    from lordjax import hosts, sizing, speed
+    from lordjax import sizing, speed
     from lordjax.kernels import is_kernel
+    from lordjax.runtime import multihost
 
     if any(map(is_kernel, leaves.values())):
         leaves = dict(_flat(sizing.shapes(config)))
     before = sizing.stored(config, leaves)
     job, after, are, _ = asked(config, before, shape, settings)
-    among = (settings.get("mesh"), hosts.count())
+    among = (settings.get("mesh"), multihost.count())
     found = cost(job, before, after, None, *among)
     if worth_measuring(sum(found["flops"].values())):
         there = next(p for p in directory.absolute().parents if p.exists())

@@ -15,7 +15,6 @@ from test_forecast import RATES
 
 from lordjax import (
     calibrate,
-    flops,
     forecast,
     gradients,
     nf,
@@ -30,9 +29,10 @@ from lordjax.coded import coded_stages
 from lordjax.collect import observe
 from lordjax.elastic import check_settings
 from lordjax.kernels import nbytes
-from lordjax.mesh import make_mesh, share_rows
 from lordjax.methods import low_rank_quantized
 from lordjax.quantization import quantize
+from lordjax.runtime import flops
+from lordjax.runtime.mesh import make_mesh, share_rows
 from lordjax.scripts import predict
 from lordjax.stages import Job, stages
 

@@ -18,7 +18,7 @@ from lordjax.methods import METHODS
 from lordjax.models import ModelConfig, Transformer, init
 from lordjax.objective import loss_gradient
 from lordjax.prepared import verify
-from lordjax.progress import Clock
+from lordjax.runtime.progress import Clock
 from lordjax.sites import LINEAR_SITES, site_path, sites_for
 from lordjax.source import Calibration
 

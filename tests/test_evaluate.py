@@ -14,7 +14,7 @@ from lordjax.evaluate.perplexity import _token_nll
 from lordjax.kernels import LowRank
 from lordjax.models.config import ModelConfig
 from lordjax.models.transformer import Transformer, init
-from lordjax.progress import Clock
+from lordjax.runtime.progress import Clock
 from lordjax.source import InMemory
 
 CONFIG = ModelConfig(

@@ -21,9 +21,9 @@ from lordjax.examples import Data, Examples, next_tokens
 from lordjax.finetune import Settings
 from lordjax.functional import encode, factorize
 from lordjax.kernels import LowRank, LowRankPlusQuantized, materialize, matmul, nbytes, weights
-from lordjax.mesh import make_mesh
 from lordjax.models import ModelConfig, Transformer, init
 from lordjax.recipes import RECIPES, Recipe
+from lordjax.runtime.mesh import make_mesh
 from lordjax.training import Keeping, train
 
 CONFIG = ModelConfig(

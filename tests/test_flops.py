@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from blocks import BLOCKS, source
 
-from lordjax import calibrate, factoring, flops, gradients, linalg
+from lordjax import calibrate, factoring, gradients, linalg
 from lordjax.compression import prepare
 from lordjax.models.transformer import MLP
+from lordjax.runtime import flops
 from lordjax.sizing import shapes
 from lordjax.stages import Job, recomputed, stages
 

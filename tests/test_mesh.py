@@ -16,13 +16,14 @@ from jax.sharding import PartitionSpec
 from test_cli import calibration, fails, run, text, tiny  # noqa: F401
 from test_output import MODEL, TOKENS, Killed
 
-from lordjax import factor_pass, flops, mesh, sharing, trees
+from lordjax import factor_pass, sharing, trees
 from lordjax.calibrate import activation_keys, block_statistics, checked, hidden_states, on_device
 from lordjax.compression import compress
 from lordjax.gradients import gradient_statistics
 from lordjax.methods import METHODS
-from lordjax.progress import Clock
 from lordjax.quantization import quantize
+from lordjax.runtime import flops, mesh
+from lordjax.runtime.progress import Clock
 from lordjax.sites import sites_for
 from lordjax.stages import Job, site_factors, stages
 from lordjax.workspace import Workspace

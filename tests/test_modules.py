@@ -22,7 +22,7 @@ from lordjax.models.transformer import MLP, Block
 from lordjax.modules import gather, scatter
 from lordjax.names import layer_index
 from lordjax.prepared import TEMPERATURES
-from lordjax.progress import Clock
+from lordjax.runtime.progress import Clock
 from lordjax.source import Calibration
 
 CONFIG = ModelConfig(97, 48, 80, 3, 6, 2, 8, 256, tie_embeddings=True)

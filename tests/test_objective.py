@@ -14,8 +14,8 @@ from lordjax.evaluate.comparison import compare
 from lordjax.gradients import gradient_statistics
 from lordjax.methods import METHODS
 from lordjax.models import ModelConfig, Transformer, init
-from lordjax.progress import Clock
 from lordjax.quantization import prepare_quantized
+from lordjax.runtime.progress import Clock
 from lordjax.sites import LINEAR_SITES
 from lordjax.source import Calibration
 

@@ -12,11 +12,11 @@ from blocks import GPT2, random_model
 from lordjax import checkpoint, elastic
 from lordjax.compression import compress
 from lordjax.files import TensorWriter
-from lordjax.mesh import make_mesh
 from lordjax.models import Rope
 from lordjax.nf import Format
 from lordjax.output import Output, partial
 from lordjax.quantization import prepare_quantized
+from lordjax.runtime.mesh import make_mesh
 from lordjax.scripts.benchmark_resume import contents
 from lordjax.workspace import Workspace
 

@@ -14,7 +14,7 @@ import numpy as np
 from lordjax.evaluate.likelihood import BATCH, Pair, log_likelihoods
 from lordjax.evaluate.questions import TASKS, Question, QuestionSet
 from lordjax.models.config import ModelConfig
-from lordjax.progress import Progress
+from lordjax.runtime.progress import Progress
 
 LENGTHS = {  # what a score is divided by
     "acc": lambda choice: 1,

@@ -13,7 +13,7 @@ from lordjax.calibrate import hidden_states, on_device
 from lordjax.collect import observe, windows_per_step
 from lordjax.evaluate.perplexity import check_finite, check_windows
 from lordjax.objective import decisions, losses
-from lordjax.progress import Clock
+from lordjax.runtime.progress import Clock
 from lordjax.source import Calibration, Source
 
 

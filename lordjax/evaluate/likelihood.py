@@ -25,7 +25,7 @@ from lordjax.data import check_ids
 from lordjax.generate import bucket
 from lordjax.models.config import ModelConfig
 from lordjax.models.transformer import Transformer
-from lordjax.progress import Progress
+from lordjax.runtime.progress import Progress
 
 BATCH = 16  # rows of a forward pass, where nothing is said
 CHUNK = 128  # positions whose logits are held at once

@@ -13,7 +13,7 @@ from typing import Any
 from lordjax.evaluate import sandbox
 from lordjax.evaluate.problems import Problem, ProblemSet
 from lordjax.evaluate.sandbox import Limits, Result
-from lordjax.progress import Progress
+from lordjax.runtime.progress import Progress
 
 Complete = Callable[[list[str]], list[str]]  # prompts -> one completion each
 

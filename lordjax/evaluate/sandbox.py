@@ -46,7 +46,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from lordjax.progress import Progress
+from lordjax.runtime.progress import Progress
 
 PASSED, FAILED, TIMED_OUT, OUT_OF_MEMORY = "passed", "failed", "timed out", "out of memory"
 SUPERVISOR = Path(__file__).with_name("supervisor.py")

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from lordjax import order
 from lordjax.kernels import Kernel, matmul
 from lordjax.models.config import Rope
+from lordjax.runtime import xla_scheduling
 from lordjax.stats import tap
 
 # Keys are Hugging Face's names.
@@ -223,7 +223,10 @@ def rotate(
     frequencies = frequencies[None, None]
     angles = steps * frequencies  # [b, s, h, half]
     factor = jnp.where(frequencies == 0, 1.0, scale)  # pairs that stand still are left alone
-    cos, sin = order.once(factor * jnp.cos(angles)), order.once(factor * jnp.sin(angles))
+    cos, sin = (
+        xla_scheduling.once(factor * jnp.cos(angles)),
+        xla_scheduling.once(factor * jnp.sin(angles)),
+    )
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)

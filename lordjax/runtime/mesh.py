@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lordjax import hosts
+from lordjax.runtime import multihost
 
 AXIS, MODEL = "data", "model"
 Job = TypeVar("Job")
@@ -61,9 +61,9 @@ def make_mesh(axes: Mapping[str, int]) -> Mesh:
     devices, count = jax.devices(), int(np.prod(list(axes.values())))
     if not 1 <= count <= len(devices):
         raise ValueError(f"{count} devices asked for; there are {len(devices)}")
-    if hosts.count() > 1 and count < len(devices):
+    if multihost.count() > 1 and count < len(devices):
         raise ValueError(
-            f"{count} devices asked for; the {hosts.count()} processes have {len(devices)}, all of "
+            f"{count} devices asked for; the {multihost.count()} processes have {len(devices)}, all of "
             "which must take part"
         )
     # The rows of a process lie side by side.
@@ -200,7 +200,9 @@ def share_jobs(costs: Mapping[Job, float], count: int) -> list[list[Job]]:
 def own_jobs(shares: Sequence[Sequence[Job]], mesh: Mesh) -> set[Job]:
     """Those of `share_jobs` that devices of this process do."""
     pairs = zip(shares, mesh.devices.flat, strict=True)
-    return {j for jobs, device in pairs if device.process_index == hosts.process() for j in jobs}
+    return {
+        j for jobs, device in pairs if device.process_index == multihost.process() for j in jobs
+    }
 
 
 def map_kernels(
@@ -224,7 +226,7 @@ def map_kernels(
         started = [(share[turn], device) for share, device in pairs if turn < len(share)]
         running = []
         for job, device in started:
-            if device.process_index == hosts.process():
+            if device.process_index == multihost.process():
                 with jax.default_device(device):
                     running.append(run(job))  # returns before it is finished
                 if device.platform == "cpu":
@@ -244,10 +246,10 @@ def _exchanged(trees: list[Any], owners: list[int]) -> list[Any]:
       trees: arrays of this process, shapes and dtypes of others.
       owners: which process has the arrays.
     """
-    if hosts.count() == 1:
+    if multihost.count() == 1:
         return trees
     own = [tree for tree, owner in zip(trees, owners, strict=True) if owner == jax.process_index()]
-    data = hosts.gather(b"".join(np.asarray(a).tobytes() for a in jax.tree.leaves(own)))
+    data = multihost.gather(b"".join(np.asarray(a).tobytes() for a in jax.tree.leaves(own)))
     at = [0] * len(data)
 
     def read(a: Any, owner: int) -> np.ndarray:
