@@ -18,8 +18,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from lordjax import functional, trees
-from lordjax.kernels import LowRank, LowRankPlusQuantized, is_kernel, materialize, weights
+from lordjax.kernels import convert, trees
+from lordjax.kernels.base import is_kernel, materialize
+from lordjax.kernels.kinds import weights
+from lordjax.kernels.low_rank import LowRank
+from lordjax.kernels.quantized import LowRankPlusQuantized
 from lordjax.names import is_block_linear
 
 
@@ -74,7 +77,7 @@ def encode_bases(params: Any, form: str) -> Any:
     for path, leaf in flat.items():
         if isinstance(leaf, LowRank):
             plain |= {f"{path}/{name}": getattr(leaf, name) for name in ("left", "right")}
-    coded = functional.encode(plain, form, where="") if plain else {}
+    coded = convert.encode(plain, form, where="") if plain else {}
     new = {path: coded[path] for path, leaf in flat.items() if not is_kernel(leaf)}
     for path, leaf in flat.items():
         if isinstance(leaf, LowRank):

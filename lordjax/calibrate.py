@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lordjax import objective, trees
+from lordjax import objective
 from lordjax.collect import (
     BLOCK,
     EMBEDDINGS,
@@ -19,6 +19,7 @@ from lordjax.collect import (
     observe,
     windows_per_step,
 )
+from lordjax.kernels import trees
 from lordjax.methods import Method
 from lordjax.models.config import ModelConfig
 from lordjax.runtime import mesh as devices

@@ -29,10 +29,12 @@ import jax
 import numpy as np
 import safetensors
 
-from lordjax import kernels, nf, parts, trees
+from lordjax import parts
 from lordjax.allocation.plan import Plan
 from lordjax.files import DTYPES, sync_directory, write_json
-from lordjax.kernels import KINDS, Kernel, check, nbytes
+from lordjax.kernels import base, normal_float, trees
+from lordjax.kernels.base import Kernel, nbytes
+from lordjax.kernels.kinds import KINDS, check
 from lordjax.models.config import ModelConfig
 from lordjax.models.transformer import init
 from lordjax.parts import SHARD_BYTES, Parts, split
@@ -45,7 +47,7 @@ INDEX = "model.safetensors.index.json"
 def _kernel(kind: str, tensors: Mapping[str, Any], constants: Mapping[str, Any]) -> Kernel:
     """A kernel from its tensors and what `_constants` wrote."""
     if "format" in constants:
-        constants = {**constants, "format": nf.Format.parse(constants["format"])}
+        constants = {**constants, "format": normal_float.Format.parse(constants["format"])}
     return KINDS[kind](**tensors, **constants)
 
 
@@ -414,7 +416,7 @@ def _check_parts(directory: Path, meta: Mapping[str, Any], files: Mapping[str, s
     """Raises ValueError if a kernel of the directory lacks a tensor or another field."""
     lacking, constants = [], meta.get("constants", {})
     for path, kind in meta["kinds"].items():
-        tensors, others = kernels.parts(KINDS[kind])
+        tensors, others = base.kernel_fields(KINDS[kind])
         there = files.keys() | meta["kinds"].keys()
         lacking += [f"{path}/{name}" for name in tensors if f"{path}/{name}" not in there]
         lacking += [f"{path}/{name}" for name in others if name not in constants.get(path, {})]

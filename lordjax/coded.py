@@ -15,16 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lordjax import nf, trees
 from lordjax.allocation.candidates import FORMATS, QUANTIZERS, Option, option_bytes, ranks_tried
-from lordjax.kernels import (
-    LowRank,
-    LowRankPlusQuantized,
-    NFQuantized,
-    is_kernel,
-    materialize,
-    nbytes,
-)
+from lordjax.kernels import normal_float, trees
+from lordjax.kernels.base import is_kernel, materialize, nbytes
+from lordjax.kernels.low_rank import LowRank
+from lordjax.kernels.quantized import LowRankPlusQuantized, NFQuantized
 from lordjax.methods import Method
 from lordjax.methods.feedback import feedback_of
 from lordjax.methods.low_rank_quantized import (
@@ -68,7 +63,7 @@ class CodedJob(Job):
     chosen: bool = False
     rank: int | None = None
     feedback: bool = False
-    factors: nf.Format | None = None
+    factors: normal_float.Format | None = None
     dtype: str = "float16"
 
     def __post_init__(self) -> None:
@@ -106,9 +101,9 @@ def estimate(
     method: str,
     budget: float,
     rank: int | None,
-    factors: nf.Format | None,
+    factors: normal_float.Format | None,
     itemsize: int,
-    formats: Sequence[nf.Format] = FORMATS,
+    formats: Sequence[normal_float.Format] = FORMATS,
 ) -> dict[str, Option]:
     """About what a budget of so many bytes gives: small formats, then larger ones while they fit.
 
@@ -118,11 +113,11 @@ def estimate(
     all_in = QUANTIZERS[method].all_in
     most = MIDDLE_RANK if all_in else rank or 0
 
-    def option(path: str, form: nf.Format) -> Option:
+    def option(path: str, form: normal_float.Format) -> Option:
         fits = [r for r in ranks_tried(method, rank, shapes[path])[0] if r <= most]
         return Option(form, max(fits, default=0) or None)
 
-    def size(path: str, form: nf.Format) -> int:
+    def size(path: str, form: normal_float.Format) -> int:
         made = option(path, form)
         return option_bytes(made, shapes[path], itemsize, factors, products=all_in)
 
@@ -243,7 +238,7 @@ def _decomposition(
 
 
 def kernel_shapes(
-    shape: tuple[int, ...], option: Option, dtype: str, factors: nf.Format | None
+    shape: tuple[int, ...], option: Option, dtype: str, factors: normal_float.Format | None
 ) -> Any:
     """A matrix ``[in, out]`` as an option says: shapes and dtypes."""
 
@@ -259,13 +254,13 @@ def kernel_shapes(
     return pair if base is None else LowRankPlusQuantized(base, pair)
 
 
-def _codes(shape: tuple[int, ...], form: nf.Format) -> NFQuantized:
+def _codes(shape: tuple[int, ...], form: normal_float.Format) -> NFQuantized:
     return jax.eval_shape(
         functools.partial(NFQuantized.encode, form=form), jax.ShapeDtypeStruct(shape, jnp.float32)
     )
 
 
-def coded_pairs(tree: Any, form: nf.Format) -> Any:
+def coded_pairs(tree: Any, form: normal_float.Format) -> Any:
     """Shapes of parameters with all factor pairs as codes: those of `factoring.quantize_pairs`."""
 
     def pair(leaf: Any) -> Any:
@@ -281,7 +276,7 @@ def coded_outline(
     options: Options,
     source: InMemory,
     dtype: str | None,
-    factors: nf.Format | None,
+    factors: normal_float.Format | None,
 ) -> dict[str, Any]:
     """Shapes and dtypes of the parameters of a quantised model: nested dict, kernels included.
 

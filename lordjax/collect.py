@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from lordjax import trees
+from lordjax.kernels import trees
 from lordjax.models.config import ModelConfig
 from lordjax.models.transformer import BLOCKS, Transformer, default_positions
 from lordjax.sites import LINEAR_SITES, Site

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from lordjax import names, nf, objective
+from lordjax import names, objective
 from lordjax.allocation.plan import Plan
 from lordjax.allocation.policies import CURVELESS, GIVEN, INFLUENCED, check_policy, ranks_by_pattern
 from lordjax.calibrate import checked
@@ -26,6 +26,7 @@ from lordjax.data import fingerprint
 from lordjax.factor_pass import factor_all
 from lordjax.factoring import AnyFactors, site_sizes
 from lordjax.gradients import few_gradients
+from lordjax.kernels import normal_float
 from lordjax.methods import DEFAULT_METHOD, METHODS
 from lordjax.prepared import Prepared, Result
 from lordjax.runtime.mesh import Mesh
@@ -188,7 +189,7 @@ def compress(
     if not 0 < keep <= 1:
         raise ValueError(f"keep must be in (0, 1], got {keep}")
     if factors is not None:
-        nf.Format.parse(factors)
+        normal_float.Format.parse(factors)
     if ranks is not None:
         method = options.get("method", DEFAULT_METHOD)
         check_method(method)

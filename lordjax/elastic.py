@@ -24,11 +24,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from lordjax import checkpoint, trees
+from lordjax import checkpoint
 from lordjax.allocation.plan import Size
 from lordjax.compression import check_method, prepare
 from lordjax.entries import decode
 from lordjax.files import TensorFile, Written, checksum, write_json
+from lordjax.kernels import trees
 from lordjax.methods import METHODS
 from lordjax.models.config import ModelConfig
 from lordjax.parts import REST, Parts

@@ -11,12 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lordjax import nf, trees
 from lordjax.allocation.plan import Size
 from lordjax.calibrate import activation_keys, statistic_width
 from lordjax.collect import empty
 from lordjax.gradients import gradient_basis, site_gradients
-from lordjax.kernels import LowRank, NFQuantized, is_kernel
+from lordjax.kernels import trees
 from lordjax.methods import METHODS, Factors, Method, Module, ModuleFactors, method_at, truncate
 from lordjax.modules import gather, scatter, site_size, widen
 from lordjax.runtime import flops
@@ -228,42 +227,6 @@ def _factored(
         old = np.asarray(flat.get(f"{site.layer}/bias", 0), np.float32)
         leaves[f"{site.layer}/bias"] = np.asarray(bias + old, dtype)
     return leaves
-
-
-def cast(a: Any, dtype: Any) -> np.ndarray:
-    """In another dtype, on the host, unless it is an index; what overflows the caller must find."""
-    a = np.asarray(a)
-    with np.errstate(over="ignore"):
-        return a if np.issubdtype(a.dtype, np.integer) else a.astype(dtype)
-
-
-@functools.partial(jax.jit, static_argnames=("form",))
-def encode(kernel: Any, form: nf.Format) -> NFQuantized:
-    """`NFQuantized.encode`, compiled once per shape and format."""
-    return NFQuantized.encode(kernel, form)
-
-
-def quantize_pair(pair: LowRank, form: nf.Format) -> LowRank:
-    """A factor pair as codes, on the host, of columns and rows of equal lengths.
-
-    The product allows any scaling between the two; equal lengths measured best, before all of it in
-    one factor (specs of LoRD §2.6; CHANGELOG).
-    """
-    left, right = (np.asarray(a, np.float32) for a in (pair.left, pair.right))
-    lengths = np.linalg.norm(left, axis=-2), np.linalg.norm(right, axis=-1)
-    usable = (lengths[0] > 0) & (lengths[1] > 0)
-    root = np.sqrt(np.where(usable, lengths[1], 1) / np.where(usable, lengths[0], 1))
-    codes = (encode(a, form) for a in (left * root[..., None, :], right / root[..., None]))
-    return LowRank(*jax.device_get(tuple(codes)))
-
-
-def quantize_pairs(params: Any, form: nf.Format) -> Any:
-    """Parameters with all factor pairs of arrays as codes: QLoRA's base under LoRD."""
-    return jax.tree.map(
-        lambda leaf: quantize_pair(leaf, form) if isinstance(leaf, LowRank) else leaf,
-        params,
-        is_leaf=is_kernel,
-    )
 
 
 def site_sizes(source: Source, method: str, work: Work | None = None) -> dict[str, Size]:

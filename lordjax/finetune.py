@@ -25,9 +25,10 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from lordjax import objective, recipes, trees
+from lordjax import objective, recipes
 from lordjax.examples import Examples, batch_indices
-from lordjax.kernels import astype
+from lordjax.kernels import trees
+from lordjax.kernels.kinds import astype
 from lordjax.models.config import ModelConfig
 from lordjax.models.transformer import BLOCKS, Transformer, default_positions
 from lordjax.recipes import Recipe

@@ -20,11 +20,13 @@ from typing import Any
 
 import jax
 
-from lordjax import trees
 from lordjax.allocation.policies import INFLUENCED
 from lordjax.coded import CodedJob, weights_of
 from lordjax.gradients import STATE_BYTES
-from lordjax.kernels import LowRank, is_kernel, nbytes, weights
+from lordjax.kernels import trees
+from lordjax.kernels.base import is_kernel, nbytes
+from lordjax.kernels.kinds import weights
+from lordjax.kernels.low_rank import LowRank
 from lordjax.modules import LAST_NAME
 from lordjax.objective import CHUNK
 from lordjax.prepared import TEMPERATURES

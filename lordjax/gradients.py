@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lordjax import linalg, objective, trees
+from lordjax import linalg, objective
 from lordjax.calibrate import QUERIES, on_device, state_shapes
 from lordjax.collect import embed, observe, observe_gradients
+from lordjax.kernels import trees
 from lordjax.methods import Method
 from lordjax.models.config import ModelConfig
 from lordjax.objective import loss_gradient

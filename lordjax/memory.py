@@ -19,9 +19,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lordjax import finetune, kernels, recipes, trees
+from lordjax import finetune, recipes
 from lordjax.examples import Examples
 from lordjax.finetune import Settings, State
+from lordjax.kernels import base, quantized, trees
 from lordjax.models.config import ModelConfig
 from lordjax.objective import CHUNK
 from lordjax.recipes import Recipe
@@ -74,8 +75,8 @@ def predict(
     scores = 2 * heads * seq_len**2 * 4
     logits = 3 * rows * min(CHUNK, seq_len) * config.vocab_size * 4
     found = {
-        "base": kernels.nbytes(frozen),
-        "trained": COPIES * kernels.nbytes(state.params),
+        "base": base.nbytes(frozen),
+        "trained": COPIES * base.nbytes(state.params),
         "activations": (config.num_layers + 1) * stream
         + max(logits, 2 * hidden + 4 * stream, scores + 6 * stream)
         + 4 * decoded,
@@ -85,10 +86,10 @@ def predict(
 
 def _decoded(leaf: Any, size: int) -> int:
     """Bytes of the matrix that codes become when they are used."""
-    if isinstance(leaf, kernels.NFQuantized):
+    if isinstance(leaf, quantized.NFQuantized):
         return leaf.fan_in * leaf.fan_out * size
-    if isinstance(leaf, kernels.Kernel):
-        return max(_decoded(getattr(leaf, name), size) for name in kernels.parts(leaf)[0])
+    if isinstance(leaf, base.Kernel):
+        return max(_decoded(getattr(leaf, name), size) for name in base.kernel_fields(leaf)[0])
     return 0
 
 

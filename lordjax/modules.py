@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from lordjax import trees
 from lordjax.allocation.plan import Size
+from lordjax.kernels import trees
 from lordjax.models.config import ModelConfig
 from lordjax.sites import LAST_LAYER, Site
 

@@ -13,9 +13,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lordjax import kernels, nf, trees
 from lordjax.files import Written, checksum, sync_directory, write_tensors
-from lordjax.kernels import Kernel, kind_of, nbytes
+from lordjax.kernels import base, normal_float, trees
+from lordjax.kernels.base import Kernel, nbytes
+from lordjax.kernels.kinds import kind_of
 from lordjax.work import Work
 
 REST = "rest"  # the name of the part that is no block
@@ -42,7 +43,7 @@ def _parts(params: Any) -> Iterator[tuple[str, Any]]:
         path, leaf = todo.pop()
         yield path, leaf
         if isinstance(leaf, Kernel):
-            inner = kernels.parts(leaf)[0]
+            inner = base.kernel_fields(leaf)[0]
             todo += reversed([(f"{path}/{name}", getattr(leaf, name)) for name in inner])
 
 
@@ -53,8 +54,8 @@ def tensors(params: Any) -> dict[str, Any]:
 
 def _constants(kernel: Kernel) -> dict[str, Any]:
     """The fields of a kernel that are no tensors, as JSON."""
-    values = {name: getattr(kernel, name) for name in kernels.parts(kernel)[1]}
-    return {k: str(v) if isinstance(v, nf.Format) else v for k, v in values.items()}
+    values = {name: getattr(kernel, name) for name in base.kernel_fields(kernel)[1]}
+    return {k: str(v) if isinstance(v, normal_float.Format) else v for k, v in values.items()}
 
 
 def describe(params: Any) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from lordjax import nf, trees
 from lordjax.allocation.plan import Plan, Size, summary
 from lordjax.allocation.policies import (
     CURVELESS,
@@ -26,8 +25,11 @@ from lordjax.allocation.policies import (
     check_policy,
 )
 from lordjax.evaluate.comparison import compare
-from lordjax.factoring import AnyFactors, cast, quantize_pairs, replace_kernels
-from lordjax.kernels import nbytes, weights
+from lordjax.factoring import AnyFactors, replace_kernels
+from lordjax.kernels import normal_float, trees
+from lordjax.kernels.base import nbytes
+from lordjax.kernels.convert import cast, quantize_pairs
+from lordjax.kernels.kinds import weights
 from lordjax.methods import METHODS, ModuleFactors, corrects_bias
 from lordjax.models import ModelConfig
 from lordjax.names import layer_index, layer_type
@@ -304,7 +306,7 @@ class Prepared:
         if dtype is not None:
             part = jax.tree.map(lambda a: cast(a, dtype), part)
         if plan.factors is not None:
-            part = quantize_pairs(part, nf.Format.parse(plan.factors))
+            part = quantize_pairs(part, normal_float.Format.parse(plan.factors))
         own = {path: rank for path, rank in plan.ranks.items() if path.startswith(f"{name}/")}
         whole = part if name == REST else {name: part}
         verify(whole, dataclasses.replace(plan, ranks=own), self.sizes, config)

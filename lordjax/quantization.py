@@ -18,13 +18,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lordjax import nf, objective, trees
+from lordjax import objective
 from lordjax.allocation.candidates import FORMATS, QUANTIZERS
 from lordjax.allocation.knapsack import SOLVERS
 from lordjax.calibrate import checked
 from lordjax.compression import GRADIENT_WINDOWS
 from lordjax.data import fingerprint
 from lordjax.gradients import few_gradients
+from lordjax.kernels import normal_float, trees
 from lordjax.methods.low_rank_quantized import STEPS
 from lordjax.names import did_you_mean
 from lordjax.prepared import Result
@@ -44,7 +45,7 @@ def prepare_quantized(
     method: str = "lq",
     weighting: str | None = None,
     rank: int | None = None,
-    formats: Sequence[nf.Format] = FORMATS,
+    formats: Sequence[normal_float.Format] = FORMATS,
     factors: str | None = None,
     dtype: Any | None = None,
     steps: int = STEPS,
@@ -128,7 +129,7 @@ def prepare_quantized(
         weighting=weighting,
         formats=tuple(formats),
         rank=rank,
-        factors=None if form is None else nf.Format.parse(form),
+        factors=None if form is None else normal_float.Format.parse(form),
         dtype=dtype,
         steps=steps,
         feedback=weighting in MOMENTS if feedback is None else feedback,
@@ -163,7 +164,7 @@ def _check_names(
     if factors is not None and row.rank is None and not row.all_in:
         raise ValueError(f"method {method!r} has no low-rank part; leave out factors")
     if factors not in (None, "dense"):
-        nf.Format.parse(factors)
+        normal_float.Format.parse(factors)
     weighting = weighting or row.weighting
     if feedback and weighting not in MOMENTS:
         raise ValueError(
@@ -218,7 +219,7 @@ def check_settings(
     if solver not in SOLVERS:
         raise KeyError(f"no solver {solver!r}; {did_you_mean(solver, SOLVERS)}")
     if form is not None:
-        nf.Format.parse(form)
+        normal_float.Format.parse(form)
     if dtype is not None:
         jnp.dtype(dtype)
     return bool(WEIGHTINGS[weighting or row.weighting])
@@ -260,6 +261,6 @@ def quantize(
     check_settings(method, form=form, solver=solver, **budget, **shared)
     prepared = prepare_quantized(source, tokens, method=method, **options)
     if form is not None:
-        plan = prepared.uniform(nf.Format.parse(form), prepared.rank)
+        plan = prepared.uniform(normal_float.Format.parse(form), prepared.rank)
         return prepared.apply(plan, into=into)
     return prepared.compress(solver=solver, into=into, **budget)

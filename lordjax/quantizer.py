@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lordjax import names, nf, trees
+from lordjax import names
 from lordjax.allocation.candidates import QUANTIZERS, Option, Table, option_bytes, ranks_tried
 from lordjax.allocation.knapsack import SOLVERS
 from lordjax.allocation.plan import Plan
@@ -27,9 +27,12 @@ from lordjax.calibrate import (
     on_device,
     resume_pass,
 )
-from lordjax.factoring import cast, quantize_pair
 from lordjax.gradients import site_gradients
-from lordjax.kernels import LowRank, LowRankPlusQuantized, NFQuantized, materialize, nbytes
+from lordjax.kernels import normal_float, trees
+from lordjax.kernels.base import materialize, nbytes
+from lordjax.kernels.convert import cast, quantize_pair
+from lordjax.kernels.low_rank import LowRank
+from lordjax.kernels.quantized import LowRankPlusQuantized, NFQuantized
 from lordjax.methods.feedback import feedback_of
 from lordjax.methods.feedback import quantize as codes_of
 from lordjax.methods.low_rank_quantized import (
@@ -80,9 +83,9 @@ class Quantizer:
     calibration: Calibration | None
     method: str
     weighting: str
-    formats: Sequence[nf.Format]
+    formats: Sequence[normal_float.Format]
     rank: int | None
-    factors: nf.Format | None
+    factors: normal_float.Format | None
     dtype: Any | None
     steps: int
     feedback: bool
@@ -163,7 +166,7 @@ class Quantizer:
         chosen = {path: table.options[i] for (path, table), i in index}
         return self._plan(chosen, solver, found.gap, 8 * budget / self.count)
 
-    def uniform(self, form: nf.Format | None, rank: int | None = None) -> Plan:
+    def uniform(self, form: normal_float.Format | None, rank: int | None = None) -> Plan:
         """The plan that gives all matrices the same option."""
         return self._plan(dict.fromkeys(self.shapes, Option(form, rank)), "uniform", None, None)
 
@@ -183,7 +186,7 @@ class Quantizer:
         """
         start = time.perf_counter()
         options = self._options(plan)
-        factors = None if plan.factors is None else nf.Format.parse(plan.factors)
+        factors = None if plan.factors is None else normal_float.Format.parse(plan.factors)
         if factors != self.factors:  # an edited plan
             return dataclasses.replace(self, factors=factors).apply(plan, into=into)
         width = max((o.rank for o in options.values() if o.rank is not None), default=1)
@@ -379,19 +382,19 @@ class Quantizer:
                 wrong.append(f"{path}: rank {rank} is not in [1, {min(self.shapes[path])})")
         if wrong:
             raise ValueError("the plan does not fit the model: " + "; ".join(sorted(wrong)))
-        forms = {path: nf.Format.parse(text) for path, text in plan.formats.items()}
+        forms = {path: normal_float.Format.parse(text) for path, text in plan.formats.items()}
         return {path: Option(forms.get(path), rank) for path, rank in plan.ranks.items()}
 
 
 best_pair = jax.jit(best_product, static_argnames=("width", "powers"))
-pack = jax.jit(nf.pack_codes, static_argnames="form")
+pack = jax.jit(normal_float.pack_codes, static_argnames="form")
 _feedback = jax.jit(feedback_of)
 
 
 @functools.partial(jax.jit, static_argnames="form")
-def encode_kernel(kernel: Any, feedback: Any, *, form: nf.Format) -> nf.Packed:
+def encode_kernel(kernel: Any, feedback: Any, *, form: normal_float.Format) -> normal_float.Packed:
     """A kernel's codes, as they are stored."""
-    return nf.pack_codes(codes_of(kernel.T, form, feedback), form)
+    return normal_float.pack_codes(codes_of(kernel.T, form, feedback), form)
 
 
 # Compiled, so that the same bits come of arrays on the host: NumPy would round otherwise.

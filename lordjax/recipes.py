@@ -13,8 +13,9 @@ import jax
 import optax
 from jaxtyping import Array
 
-from lordjax import adapters, trees
-from lordjax.kernels import is_kernel
+from lordjax import adapters
+from lordjax.kernels import trees
+from lordjax.kernels.base import is_kernel
 from lordjax.names import did_you_mean, is_block_linear
 
 PRODUCTS = r"kernel/low_rank/(left|right)$"

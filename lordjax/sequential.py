@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lordjax import linalg, trees
+from lordjax import linalg
 from lordjax.allocation.plan import Plan
 from lordjax.calibrate import (
     activation_keys,
@@ -33,6 +33,7 @@ from lordjax.calibrate import (
 from lordjax.collect import observe_pair
 from lordjax.factoring import AnyFactors, factor_site, replace_kernels, site_kernels
 from lordjax.gradients import site_gradients
+from lordjax.kernels import trees
 from lordjax.methods import METHODS, Method, method_at
 from lordjax.models.config import ModelConfig
 from lordjax.modules import LAST_NAME

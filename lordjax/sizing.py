@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lordjax import trees
 from lordjax.allocation.plan import Plan
 from lordjax.allocation.policies import CURVELESS, Curve, allocate
 from lordjax.factoring import site_sizes
-from lordjax.kernels import LowRank, weights
+from lordjax.kernels import trees
+from lordjax.kernels.kinds import weights
+from lordjax.kernels.low_rank import LowRank
 from lordjax.methods import METHODS, corrects_bias
 from lordjax.models.config import ModelConfig
 from lordjax.models.transformer import init

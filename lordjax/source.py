@@ -10,7 +10,7 @@ import numpy as np
 
 from lordjax import objective
 from lordjax.data import check_ids
-from lordjax.kernels import materialize
+from lordjax.kernels.base import materialize
 from lordjax.models.config import ModelConfig
 from lordjax.runtime.mesh import Mesh
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lordjax import nf
+from lordjax.kernels import normal_float
 from lordjax.methods import feedback
 from lordjax.runtime import flops
 
@@ -137,15 +137,17 @@ def _code_rates() -> Rates:
     numbers = jnp.cos(jnp.arange(2.0**18))
     moment = jnp.eye(512) + 0.1
 
-    def coded(form: nf.Format) -> Callable[[Any], Any]:
-        return lambda x: nf.dequantize(nf.quantize(x, form), form)
+    def coded(form: normal_float.Format) -> Callable[[Any], Any]:
+        return lambda x: normal_float.dequantize(normal_float.quantize(x, form), form)
 
     def in_turn(rows: Any) -> Any:
-        return feedback.quantize(rows, nf.Format.parse("nf2"), feedback.feedback_of(moment)).codes
+        return feedback.quantize(
+            rows, normal_float.Format.parse("nf2"), feedback.feedback_of(moment)
+        ).codes
 
     return {
-        "select": _rate(coded(nf.Format.parse("nf4")), numbers, kind="select"),
-        "gather": _rate(coded(nf.Format.parse("nf8")), numbers, kind="gather"),
+        "select": _rate(coded(normal_float.Format.parse("nf4")), numbers, kind="select"),
+        "gather": _rate(coded(normal_float.Format.parse("nf8")), numbers, kind="gather"),
         "steps": _rate(in_turn, numbers[: 16 * 512].reshape(16, 512), kind="steps"),
     }
 

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lordjax import objective, sizing, trees
+from lordjax import objective, sizing
 from lordjax.allocation.policies import CURVELESS, INFLUENCED
 from lordjax.calibrate import INFLUENCE, activation_keys, statistic_width
 from lordjax.collect import (
@@ -38,7 +38,8 @@ from lordjax.gradients import (
     gradient_basis,
     needs_gradients,
 )
-from lordjax.kernels import nbytes
+from lordjax.kernels import trees
+from lordjax.kernels.base import nbytes
 from lordjax.methods import METHODS, Method, Module, method_at
 from lordjax.models.config import ModelConfig
 from lordjax.objective import loss_gradient, losses

@@ -61,12 +61,12 @@ def tables(source: Any) -> tuple[list[Any], int]:
     import jax
     import jax.numpy as jnp
 
-    from lordjax import nf, trees
     from lordjax.allocation.candidates import Option, Table
+    from lordjax.kernels import normal_float, trees
     from lordjax.methods.low_rank_quantized import Weights, predict
     from lordjax.sites import LINEAR_SITES
 
-    grid, found, count = nf.grid(), [], 0
+    grid, found, count = normal_float.grid(), [], 0
     for i in range(source.config.num_layers):
         flat = trees.flatten(source.block(i))
         for site in LINEAR_SITES:

@@ -55,7 +55,7 @@ def main(
     out: str | None,
 ) -> None:
     """Compares decompositions of MODEL's kernels."""
-    from lordjax import nf
+    from lordjax.kernels import normal_float
     from lordjax.scripts.common import environment, open_model
 
     rows = []
@@ -64,7 +64,7 @@ def main(
             row = {"kernel": path, "shape": kernel.shape, "format": name, "rank": rank}
             row |= {"steps": steps, "published_steps": published_steps}
             both = (steps, published_steps)
-            row |= measure(kernel, nf.Format.parse(name), rank, both, repeats)
+            row |= measure(kernel, normal_float.Format.parse(name), rank, both, repeats)
             rows.append({**row, "environment": environment()})
             click.echo(json.dumps(row))
     if out is not None:
@@ -76,7 +76,7 @@ def kernels(block: Any, shapes: dict[str, tuple[int, int]] | None) -> Iterator[t
     """Paths and kernels of a block, or of random ones with its singular values."""
     import numpy as np
 
-    from lordjax import trees
+    from lordjax.kernels import trees
     from lordjax.sites import LINEAR_SITES
 
     flat = trees.flatten(block)
@@ -108,7 +108,7 @@ def measure(
     import numpy as np
     import torch
 
-    from lordjax import nf
+    from lordjax.kernels import normal_float
     from lordjax.methods.low_rank_quantized import Weights, decompose
 
     device = jnp.asarray(kernel)
@@ -121,7 +121,7 @@ def measure(
 
     @jax.jit
     def plain(kernel: Any) -> Any:
-        values = nf.dequantize(nf.quantize(kernel.T.reshape(-1), form), form)
+        values = normal_float.dequantize(normal_float.quantize(kernel.T.reshape(-1), form), form)
         return jnp.linalg.norm(kernel.T.reshape(-1) - values)
 
     start = time.perf_counter()
@@ -169,9 +169,9 @@ def published_codes(weight: Any, form: Any) -> Any:
     """NormalFloat with scales that are quantised, and back, in PyTorch."""
     import torch
 
-    from lordjax import nf
+    from lordjax.kernels import normal_float
 
-    table = torch.from_numpy(nf.levels(form.bits).copy())
+    table = torch.from_numpy(normal_float.levels(form.bits).copy())
     runs = weight.reshape(-1, form.block)
     scales = runs.abs().amax(dim=1)
     offset, top = scales.min(), 2**form.scale_bits - 1

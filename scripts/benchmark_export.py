@@ -137,14 +137,14 @@ def tiny(kind: str) -> list[dict[str, Any]]:
 
 
 def _tiny_result(opened: Any, method: str, tokens: Any) -> Any:
-    from lordjax import nf
     from lordjax.allocation.candidates import QUANTIZERS
     from lordjax.compression import compress
+    from lordjax.kernels import normal_float
     from lordjax.quantization import quantize
 
     if method not in QUANTIZERS:
         return compress(opened, tokens, method=method, keep=0.5, mask_token=MASK_TOKEN)
-    forms = [nf.Format(bits, 8, "float32", 64, 256) for bits in (3, 4)]
+    forms = [normal_float.Format(bits, 8, "float32", 64, 256) for bits in (3, 4)]
     return quantize(
         opened, None, method=method, bits=3.8, rank=4, formats=forms, steps=2, dtype="float32"
     )
@@ -267,7 +267,7 @@ def starts(source: Any, folder: Path, prompt: Any, repeats: int) -> dict[str, An
 
     from lordjax import checkpoint
     from lordjax.conversions.exporters.export import export
-    from lordjax.kernels import astype
+    from lordjax.kernels.kinds import astype
 
     params = astype(source.params(), "float32")
     checkpoint.save(folder / "ours", source.config, params, hf_config=source.hf_config)

@@ -167,7 +167,7 @@ def recovery(
 
 def _compressed(opened: Any, what: str, tokens: Any) -> Any:
     from lordjax.compression import compress
-    from lordjax.functional import encode
+    from lordjax.kernels.convert import encode
     from lordjax.quantization import quantize
 
     if what == "dense":
@@ -200,7 +200,8 @@ def _recovered(
     from lordjax import adapters, finetune, recipes
     from lordjax.evaluate import perplexity
     from lordjax.examples import Examples, next_tokens
-    from lordjax.kernels import astype, nbytes
+    from lordjax.kernels.base import nbytes
+    from lordjax.kernels.kinds import astype
 
     start = time.perf_counter()
     config, params = opened.config, astype(params, "float32")
@@ -245,7 +246,7 @@ def memory(config: str, batch: int, seq_len: int, rank: int, dtype: str, ranks: 
     from lordjax.conversions.readers.checkpoint import read_config
     from lordjax.factoring import site_sizes
     from lordjax.finetune import Settings
-    from lordjax.kernels import astype
+    from lordjax.kernels.kinds import astype
     from lordjax.scripts.common import environment
 
     model = read_config(config)[1]

@@ -51,7 +51,7 @@ def measure(models: tuple[str, ...], batch: int, length: int, repeats: int) -> l
     import jax.numpy as jnp
     import numpy as np
 
-    from lordjax.kernels import nbytes
+    from lordjax.kernels.base import nbytes
     from lordjax.models import Transformer
     from lordjax.scripts.common import open_model
 
@@ -79,8 +79,8 @@ def measure(models: tuple[str, ...], batch: int, length: int, repeats: int) -> l
 
 def operations(config: Any, params: Any, batch: int, length: int) -> float:
     """Multiplications and additions of a forward pass: all kernels, causal attention, the head."""
-    from lordjax import trees
-    from lordjax.kernels import weights
+    from lordjax.kernels import trees
+    from lordjax.kernels.kinds import weights
 
     flat, total = trees.flatten(params), 0.0
     for path, leaf in flat.items():

@@ -80,7 +80,7 @@ def bandwidth(size: int) -> float:
     """Bytes per second, read and written, of a copy of ``size`` bytes."""
     import jax.numpy as jnp
 
-    from lordjax.nf_choice import seconds
+    from lordjax.kernels.nf_gpu_autotune import seconds
 
     x = jnp.zeros(size // 4, jnp.float32)
     return 2 * size / seconds(lambda x, one: x + one, x, [jnp.float32(1)])
@@ -93,13 +93,17 @@ def measure(
     import jax
     import jax.numpy as jnp
 
-    from lordjax import nf, nf_choice, nf_pallas
-    from lordjax.kernels import LowRank, LowRankPlusQuantized, NFQuantized, materialize, nbytes
-    from lordjax.kernels import matmul as product
+    from lordjax.kernels import nf_gpu, nf_gpu_autotune, normal_float
+    from lordjax.kernels.base import materialize, nbytes
+    from lordjax.kernels.base import matmul as product
+    from lordjax.kernels.low_rank import LowRank
+    from lordjax.kernels.quantized import LowRankPlusQuantized, NFQuantized
 
     keys = jax.random.split(jax.random.key(0), 4)
     x = jax.random.normal(keys[0], (rows, shape[0]), dtype)
-    quantized = NFQuantized.encode(jax.random.normal(keys[1], shape), nf.Format.parse(form))
+    quantized = NFQuantized.encode(
+        jax.random.normal(keys[1], shape), normal_float.Format.parse(form)
+    )
     low_rank = None
     if rank:
         factors = [(keys[2], (shape[0], rank)), (keys[3], (rank, shape[1]))]
@@ -112,18 +116,20 @@ def measure(
     moved = x.nbytes + rows * shape[1] * x.dtype.itemsize
     packed = nbytes((quantized, low_rank)) + moved
     copies = [dense] if interpret else [dense + i for i in range(4)]
-    ways = [("dense", nf_choice.seconds(jnp.matmul, x, copies), dense.nbytes + moved, x @ dense)]
+    ways = [
+        ("dense", nf_gpu_autotune.seconds(jnp.matmul, x, copies), dense.nbytes + moved, x @ dense)
+    ]
     if interpret or jax.default_backend() == "gpu":
-        times = nf_choice.measure(nf_choice.Case.of(x, quantized, low_rank), interpret)
-        ways.append(("XLA", times.pop(None), packed, nf_pallas.decoded(x, quantized, low_rank)))
+        times = nf_gpu_autotune.measure(nf_gpu_autotune.Case.of(x, quantized, low_rank), interpret)
+        ways.append(("XLA", times.pop(None), packed, nf_gpu.decoded(x, quantized, low_rank)))
         tile = min(times, key=lambda tile: times[tile])
-        y = nf_pallas.matmul(x, quantized, low_rank, tile=tile, interpret=interpret)
+        y = nf_gpu.matmul(x, quantized, low_rank, tile=tile, interpret=interpret)
         ways.append((str(tile), times[tile], packed, y))
     else:
         kernel = quantized if low_rank is None else LowRankPlusQuantized(quantized, low_rank)
         whole = functools.partial(_whole, low_rank)
         for name, way, operand in (("whole", whole, quantized), ("in tiles", product, kernel)):
-            ways.append((name, nf_choice.seconds(way, x, [operand]), packed, way(x, operand)))
+            ways.append((name, nf_gpu_autotune.seconds(way, x, [operand]), packed, way(x, operand)))
     return [
         {
             "shape": "x".join(map(str, shape)),
@@ -139,9 +145,9 @@ def measure(
 
 def _whole(low_rank: Any, x: Any, quantized: Any) -> Any:
     """The product with the whole decoded matrix."""
-    from lordjax import nf_pallas
+    from lordjax.kernels import nf_gpu
 
-    return nf_pallas.decoded(x, quantized, low_rank)
+    return nf_gpu.decoded(x, quantized, low_rank)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ class Ours:
     """A model of this library."""
 
     def __init__(self, name: str):
-        from lordjax.kernels import nbytes
+        from lordjax.kernels.base import nbytes
 
         self.name, self.opened = name, open_model(name)
         self.config = self.opened.config
@@ -177,8 +177,8 @@ def row_of(
 
 def operations(config: Any, params: Any, batch: int, length: int) -> float:
     """Multiplications and additions of a forward pass: all kernels, causal attention, the head."""
-    from lordjax import trees
-    from lordjax.kernels import weights
+    from lordjax.kernels import trees
+    from lordjax.kernels.kinds import weights
 
     flat, total = trees.flatten(params), 0.0
     for path, leaf in flat.items():

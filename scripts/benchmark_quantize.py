@@ -98,8 +98,8 @@ def _prepare(source: Any, tokens: Any, weighting: str) -> tuple[Any, float]:
 
 def _quantizer(gradients: Any, what: str) -> tuple[Any, float]:
     """The `Quantizer` of a case, and the seconds that its gradients took."""
-    from lordjax import nf
     from lordjax.allocation.candidates import QUANTIZERS
+    from lordjax.kernels import normal_float
     from lordjax.weightings import WEIGHTINGS
 
     method, *options = what.split(":")
@@ -108,7 +108,7 @@ def _quantizer(gradients: Any, what: str) -> tuple[Any, float]:
     factors = next((option for option in options if option.startswith("nf")), row.factors)
     rank = next((int(option) for option in options if option.isdigit()), row.rank)
     prepared, seconds = gradients(weighting)
-    form = None if factors is None else nf.Format.parse(factors)
+    form = None if factors is None else normal_float.Format.parse(factors)
     feedback = prepared.feedback and "no-feedback" not in options
     new = {"method": method, "rank": rank, "factors": form, "feedback": feedback}
     return dataclasses.replace(prepared, **new), seconds
@@ -118,14 +118,14 @@ def measure(quantizers: Any, judge: dict[str, Any], held_out: Any, case: str) ->
     """One row."""
     import jax
 
-    from lordjax import nf
     from lordjax.evaluate import perplexity
+    from lordjax.kernels import normal_float
 
     what, budget = case.split("@")
     quantizer, seconds = quantizers(what)
     start = time.perf_counter()
     if budget.startswith("nf"):
-        plan = quantizer.uniform(nf.Format.parse(budget), quantizer.rank)
+        plan = quantizer.uniform(normal_float.Format.parse(budget), quantizer.rank)
     else:
         plan = quantizer.plan(bits=float(budget))
     chosen = time.perf_counter()
@@ -150,8 +150,8 @@ def errors(source: Any, params: Any, judge: dict[str, Any]) -> tuple[float, floa
     """Relative errors of the weights and of the layers' outputs, over all matrices."""
     import numpy as np
 
-    from lordjax import trees
-    from lordjax.kernels import materialize
+    from lordjax.kernels import trees
+    from lordjax.kernels.base import materialize
 
     sums = np.zeros(4)
     for i in range(source.config.num_layers):

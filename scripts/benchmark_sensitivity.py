@@ -99,8 +99,8 @@ def _slopes(prepared: Any, tokens: Any) -> dict[str, float]:
     import jax
     import jax.numpy as jnp
 
-    from lordjax import trees
     from lordjax.evaluate import perplexity
+    from lordjax.kernels import trees
     from lordjax.methods import truncate
 
     config = prepared.source.config

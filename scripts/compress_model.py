@@ -194,9 +194,9 @@ def job_of(method: str, options: dict[str, Any]) -> tuple[Run, dict[str, Any], b
 
 
 def _low_rank_job(method: str, options: dict[str, Any]) -> tuple[Run, dict[str, Any], bool, float]:
-    from lordjax import nf
     from lordjax.allocation.policies import check_policy
     from lordjax.compression import compress
+    from lordjax.kernels import normal_float
     from lordjax.methods import METHODS
 
     row = METHODS[method]
@@ -216,7 +216,7 @@ def _low_rank_job(method: str, options: dict[str, Any]) -> tuple[Run, dict[str, 
     }
     check_policy(settings["allocation"], settings["temperature"])
     if settings["factors"] is not None:
-        nf.Format.parse(settings["factors"])
+        normal_float.Format.parse(settings["factors"])
 
     def run(source: Any, tokens: Any, **given: Any) -> Any:
         return compress(source, tokens, method=method, **given, **settings)

@@ -33,7 +33,7 @@ def _native(
     import numpy as np
 
     from lordjax import checkpoint
-    from lordjax.kernels import astype
+    from lordjax.kernels.kinds import astype
 
     params = model.params()
     with np.errstate(over="ignore"):  # what overflows is reported below
@@ -75,7 +75,7 @@ def _check_finite(params: Any) -> None:
     import jax
     import numpy as np
 
-    from lordjax import trees
+    from lordjax.kernels import trees
 
     for path, leaf in trees.flatten(params).items():
         if not all(np.isfinite(np.asarray(a, np.float32)).all() for a in jax.tree.leaves(leaf)):

@@ -84,7 +84,7 @@ def measure(
     from lordjax.compression import prepare
     from lordjax.data import fingerprint
     from lordjax.evaluate import perplexity
-    from lordjax.kernels import nbytes
+    from lordjax.kernels.base import nbytes
 
     rows: list[dict[str, Any]] = []
     middle = keeps[len(keeps) // 2]

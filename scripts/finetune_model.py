@@ -274,7 +274,7 @@ def show(result: dict[str, Any]) -> None:
 def merge_model(model: str, out: str, *, to: str) -> dict[str, Any]:
     """Folds adapters in; arguments are the flags. Returns the summary."""
     from lordjax import adapters, checkpoint
-    from lordjax.kernels import materialize, nbytes
+    from lordjax.kernels.base import materialize, nbytes
 
     directory = Path(out).expanduser()
     check_output(directory)

@@ -14,7 +14,7 @@ def inspect_model(model: str) -> dict[str, Any]:
 
     import jax
 
-    from lordjax import trees
+    from lordjax.kernels import trees
     from lordjax.models import init
     from lordjax.names import is_block_linear
 
@@ -52,7 +52,8 @@ def describe(leaf: Any, original: Any = None) -> dict[str, Any]:
     """
     import math
 
-    from lordjax.kernels import kind_of, nbytes, weights
+    from lordjax.kernels.base import nbytes
+    from lordjax.kernels.kinds import kind_of, weights
 
     dense = math.prod(leaf.shape if original is None else original.shape)
     count = weights(leaf)

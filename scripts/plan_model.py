@@ -125,7 +125,7 @@ def open_shapes(model: str, dtype: str | None) -> tuple[ModelConfig, InMemory]:
 
 
 def _leaves(source: InMemory) -> dict[str, Any]:
-    from lordjax import trees
+    from lordjax.kernels import trees
 
     return trees.flatten(source.params)
 
@@ -154,8 +154,10 @@ def _counts(tree: Any, config: Any, seq_len: int) -> dict[str, int]:
     """Of a model's shapes: parameters, block linear weights, bytes, multiplications."""
     import jax.numpy as jnp
 
-    from lordjax import sizing, trees
-    from lordjax.kernels import nbytes, weights
+    from lordjax import sizing
+    from lordjax.kernels import trees
+    from lordjax.kernels.base import nbytes
+    from lordjax.kernels.kinds import weights
     from lordjax.names import is_block_linear
 
     flat = trees.flatten(tree)

@@ -72,7 +72,7 @@ def cost(
     """
     from lordjax import forecast, sharing
     from lordjax.coded import CodedJob, coded_stages
-    from lordjax.kernels import nbytes
+    from lordjax.kernels.base import nbytes
     from lordjax.runtime import flops
     from lordjax.stages import stages
 
@@ -136,16 +136,17 @@ def coded(
     """
     import jax.numpy as jnp
 
-    from lordjax import nf, quantization, sizing
+    from lordjax import quantization, sizing
     from lordjax.allocation.candidates import QUANTIZERS, Option
     from lordjax.coded import CodedJob, estimate
+    from lordjax.kernels import normal_float
     from lordjax.sites import LINEAR_SITES, site_path
     from lordjax.weightings import MOMENTS
 
     quantization.check_settings(method, **settings)
     row, form, factors = QUANTIZERS[method], settings["form"], settings["factors"]
     factors = row.factors if factors is None else None if factors == "dense" else factors
-    factors = None if factors is None else nf.Format.parse(factors)
+    factors = None if factors is None else normal_float.Format.parse(factors)
     weighting, dtype = settings["weighting"] or row.weighting, settings["dtype"] or "float16"
     rank = row.rank if settings["rank"] is None else settings["rank"]
     block = dict(_flat_tree(sizing.shapes(config).block(0)))
@@ -157,7 +158,7 @@ def coded(
     }
     quantization.check_rank(rank, shapes)
     if form is not None:
-        options = dict.fromkeys(shapes, Option(nf.Format.parse(form), rank))
+        options = dict.fromkeys(shapes, Option(normal_float.Format.parse(form), rank))
     else:
         count = sum(fan_in * fan_out for fan_in, fan_out in shapes.values())
         bits, whole = settings["bits"], settings["budget_bytes"]
@@ -197,7 +198,7 @@ def of_compression(
       directory: where the result goes.
     """
     from lordjax import sizing, speed
-    from lordjax.kernels import is_kernel
+    from lordjax.kernels.base import is_kernel
     from lordjax.runtime import multihost
 
     if any(map(is_kernel, leaves.values())):
@@ -230,11 +231,12 @@ def asked(
       KeyError: if a pattern of ranks decides no site.
       ValueError: if a budget cannot be met, or ranks do not fit.
     """
-    from lordjax import nf, sizing
+    from lordjax import sizing
     from lordjax.allocation.candidates import QUANTIZERS
     from lordjax.allocation.plan import Plan
     from lordjax.coded import coded_outline, coded_pairs
     from lordjax.factoring import site_sizes
+    from lordjax.kernels import normal_float
     from lordjax.stages import Job
 
     method, dtype = settings["method"], settings["dtype"]
@@ -257,7 +259,7 @@ def asked(
         config, plan, sizing.stored(config, dict(_flat(before)), None if dtype is None else dtype)
     )
     if settings.get("factors") is not None:
-        after = coded_pairs(after, nf.Format.parse(settings["factors"]))
+        after = coded_pairs(after, normal_float.Format.parse(settings["factors"]))
     return job, after, EXACT if exact else ESTIMATED, plan
 
 
@@ -272,7 +274,7 @@ def _flat(source: InMemory) -> dict[str, Any]:
 
 
 def _flat_tree(tree: Any) -> dict[str, Any]:
-    from lordjax import trees
+    from lordjax.kernels import trees
 
     return trees.flatten(tree)
 

@@ -4,7 +4,8 @@ import dataclasses
 
 import jax
 
-from lordjax import InMemory, trees
+from lordjax import InMemory
+from lordjax.kernels import trees
 from lordjax.models import ModelConfig, Rope, init
 
 GPT2 = ModelConfig(

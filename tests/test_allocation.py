@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from lordjax.allocation.knapsack import SOLVERS, choose, choose_exactly
 from lordjax.allocation.plan import Size
 from lordjax.allocation.policies import CURVELESS, POLICIES, Curve, allocate, influence_removal
+from lordjax.kernels.normal_float import grid
 from lordjax.models import ModelConfig, init
 from lordjax.modules import site_size
-from lordjax.nf import grid
 from lordjax.sites import MODULE_SITES
 
 # --- published numbers: LLaMA-7B (specs §4.3, §7, §9 items 21, 22, 24) ---------------------------

@@ -18,7 +18,7 @@ from test_cli import fails, run, tiny  # noqa: F401
 from lordjax.evaluate import choices, likelihood
 from lordjax.evaluate.likelihood import log_likelihoods
 from lordjax.evaluate.questions import TASKS, read_questions, task_of
-from lordjax.functional import encode as encoded
+from lordjax.kernels.convert import encode as encoded
 from lordjax.models import Rope, Transformer
 from lordjax.scripts.common import open_model
 

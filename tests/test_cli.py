@@ -379,9 +379,10 @@ LINEAR = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)  # block weights of the t
 @pytest.fixture
 def few_formats(monkeypatch):
     """Two formats in place of ten: every one is a compilation per shape."""
-    from lordjax import nf, quantization
+    from lordjax import quantization
+    from lordjax.kernels import normal_float
 
-    forms = tuple(nf.Format(bits, 4, "bfloat16", 32, 256) for bits in (2, 4))
+    forms = tuple(normal_float.Format(bits, 4, "bfloat16", 32, 256) for bits in (2, 4))
     small = functools.partial(quantization.prepare_quantized, formats=forms, steps=1)
     monkeypatch.setattr(quantization, "prepare_quantized", small)
 

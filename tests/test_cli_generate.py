@@ -8,9 +8,9 @@ import pytest
 from click.testing import CliRunner
 from test_cli import fails, run, text, tiny  # noqa: F401
 
-from lordjax import trees
 from lordjax.completion import complete, pieces
-from lordjax.functional import encode, factorize
+from lordjax.kernels import trees
+from lordjax.kernels.convert import encode, factorize
 from lordjax.sampling import Sampling
 from lordjax.scripts.benchmark_model import operations
 from lordjax.scripts.cli import cli

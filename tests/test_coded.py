@@ -13,22 +13,13 @@ import pytest
 from blocks import BLOCKS, source
 from test_forecast import RATES
 
-from lordjax import (
-    calibrate,
-    forecast,
-    gradients,
-    nf,
-    quantizer,
-    sharing,
-    sizing,
-    trees,
-    weightings,
-)
+from lordjax import calibrate, forecast, gradients, quantizer, sharing, sizing, weightings
 from lordjax.allocation.policies import candidates
 from lordjax.coded import coded_stages
 from lordjax.collect import observe
 from lordjax.elastic import check_settings
-from lordjax.kernels import nbytes
+from lordjax.kernels import normal_float, trees
+from lordjax.kernels.base import nbytes
 from lordjax.methods import low_rank_quantized
 from lordjax.quantization import quantize
 from lordjax.runtime import flops
@@ -261,6 +252,6 @@ def test_a_mesh_that_cuts_blocks_is_not_forecast():
 def test_formats_of_estimates_are_those_that_a_budget_mixes():
     used = {o.form for o in coded(BLOCKS["qwen3"], "nf", bits=3.5).options.values()}
     assert used <= set(candidates.FORMATS)
-    assert {nf.Format.parse("nf4")} == {
+    assert {normal_float.Format.parse("nf4")} == {
         o.form for o in coded(BLOCKS["qwen3"], "nf", form="nf4").options.values()
     }

@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lordjax import collect, trees
+from lordjax import collect
 from lordjax.allocation.plan import Plan, Size
 from lordjax.compression import PREFIXES, InMemory, compress, prepare
 from lordjax.gradients import gradient_statistics
-from lordjax.kernels import LowRank, nbytes
+from lordjax.kernels import trees
+from lordjax.kernels.base import nbytes
+from lordjax.kernels.low_rank import LowRank
 from lordjax.linalg import row_space
 from lordjax.methods import METHODS
 from lordjax.models import ModelConfig, Transformer, init

@@ -16,9 +16,9 @@ from lordjax import forecast
 from lordjax.conversions.readers import tensor_files
 from lordjax.conversions.readers.checkpoint import open_checkpoint
 from lordjax.conversions.readers.gguf import ROW_BYTES, TYPES, Gguf, _longer_rows, llama3_scaling
+from lordjax.kernels.trees import flatten
 from lordjax.models.config import Rope
 from lordjax.models.layers import rope_frequencies
-from lordjax.trees import flatten
 
 torch = pytest.importorskip("torch")
 gguf = pytest.importorskip("gguf")

@@ -11,7 +11,7 @@ from lordjax.data import fingerprint
 from lordjax.evaluate import perplexity
 from lordjax.evaluate.comparison import compare
 from lordjax.evaluate.perplexity import _token_nll
-from lordjax.kernels import LowRank
+from lordjax.kernels.low_rank import LowRank
 from lordjax.models.config import ModelConfig
 from lordjax.models.transformer import Transformer, init
 from lordjax.runtime.progress import Clock

@@ -8,10 +8,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from test_cli import WINDOW, calibration, compressed, fails, run, text, tiny  # noqa: F401
 
-from lordjax import load, nf, trees
+from lordjax import load
 from lordjax.checkpoint import open_saved
 from lordjax.conversions.exporters import verify
 from lordjax.conversions.readers.checkpoint import open_checkpoint
+from lordjax.kernels import normal_float, trees
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"  # PEFT asks for it
@@ -142,7 +143,7 @@ def test_codes_keep_their_dtypes(quantized, tmp_path):
     (_, before), (_, after) = load(quantized), load(tmp_path / "out")
     a, b = (tree["layer_0"]["mlp"]["up"]["kernel"] for tree in (before, after))
     assert a.base.format == b.base.format
-    equal(*({n: getattr(k.base, n) for n in nf.Packed._fields} for k in (a, b)))
+    equal(*({n: getattr(k.base, n) for n in normal_float.Packed._fields} for k in (a, b)))
     assert b.low_rank.dtype == after["final_norm"]["scale"].dtype == np.float16
     assert open_saved(tmp_path / "out").plan() == open_saved(quantized).plan()
 

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from blocks import BLOCKS, GPT2, source
 
-from lordjax import load, nbytes, save, trees
+from lordjax import load, nbytes, save
 from lordjax.allocation.candidates import FORMATS, QUANTIZERS
 from lordjax.compression import prepare
 from lordjax.evaluate import perplexity
-from lordjax.kernels import weights
+from lordjax.kernels import trees
+from lordjax.kernels.kinds import weights
 from lordjax.methods import METHODS
 from lordjax.models import Transformer
 from lordjax.quantization import prepare_quantized

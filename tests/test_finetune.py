@@ -16,11 +16,15 @@ import numpy as np
 import optax
 import pytest
 
-from lordjax import adapters, finetune, memory, recipes, training, trees
+from lordjax import adapters, finetune, memory, recipes, training
 from lordjax.examples import Data, Examples, next_tokens
 from lordjax.finetune import Settings
-from lordjax.functional import encode, factorize
-from lordjax.kernels import LowRank, LowRankPlusQuantized, materialize, matmul, nbytes, weights
+from lordjax.kernels import trees
+from lordjax.kernels.base import materialize, matmul, nbytes
+from lordjax.kernels.convert import encode, factorize
+from lordjax.kernels.kinds import weights
+from lordjax.kernels.low_rank import LowRank
+from lordjax.kernels.quantized import LowRankPlusQuantized
 from lordjax.models import ModelConfig, Transformer, init
 from lordjax.recipes import RECIPES, Recipe
 from lordjax.runtime.mesh import make_mesh

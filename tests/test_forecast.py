@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from blocks import BLOCKS, source
 
-from lordjax import forecast, sizing, speed, trees
+from lordjax import forecast, sizing, speed
 from lordjax.compression import compress
 from lordjax.conversions.families.registry import tensor_table
-from lordjax.kernels import nbytes
+from lordjax.kernels import trees
+from lordjax.kernels.base import nbytes
 from lordjax.runtime import flops
 from lordjax.scripts import predict
 from lordjax.scripts.make_checkpoint import config_like

@@ -10,7 +10,7 @@ import pytest
 from blocks import BLOCKS, GPT2, source
 
 from lordjax import compress, generate
-from lordjax.functional import encode, factorize
+from lordjax.kernels.convert import encode, factorize
 from lordjax.models import Rope, Transformer, init
 from lordjax.models.transformer import CACHE
 from lordjax.sampling import Sampling, filtered, pick

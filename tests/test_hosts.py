@@ -16,7 +16,7 @@ from test_output import MODEL, TOKENS, Killed
 
 from lordjax import checkpoint, elastic
 from lordjax.compression import compress
-from lordjax.kernels import materialize
+from lordjax.kernels.base import materialize
 from lordjax.output import Output, partial
 from lordjax.runtime import multihost
 from lordjax.scripts.benchmark_resume import contents

@@ -16,10 +16,11 @@ from jax.sharding import PartitionSpec
 from test_cli import calibration, fails, run, text, tiny  # noqa: F401
 from test_output import MODEL, TOKENS, Killed
 
-from lordjax import factor_pass, sharing, trees
+from lordjax import factor_pass, sharing
 from lordjax.calibrate import activation_keys, block_statistics, checked, hidden_states, on_device
 from lordjax.compression import compress
 from lordjax.gradients import gradient_statistics
+from lordjax.kernels import trees
 from lordjax.methods import METHODS
 from lordjax.quantization import quantize
 from lordjax.runtime import flops, mesh

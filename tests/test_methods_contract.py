@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lordjax.kernels import LowRank
+from lordjax.kernels.low_rank import LowRank
 from lordjax.methods import METHODS, truncate
 from lordjax.stats import AbsMean, Moments
 

@@ -9,12 +9,14 @@ import numpy as np
 import optax
 import pytest
 
-from lordjax import InMemory, checkpoint, compress, elastic, prepare, trees
+from lordjax import InMemory, checkpoint, compress, elastic, prepare
 from lordjax.allocation.plan import Plan
 from lordjax.evaluate import perplexity
 from lordjax.factoring import replace_kernels
 from lordjax.gradients import gradient_statistics
-from lordjax.kernels import LowRank, nbytes
+from lordjax.kernels import trees
+from lordjax.kernels.base import nbytes
+from lordjax.kernels.low_rank import LowRank
 from lordjax.methods import METHODS, ModuleFactors
 from lordjax.methods.modular import mlp_module, narrow_mlp
 from lordjax.models import ModelConfig, Rope, Transformer, init

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lordjax import InMemory, objective, trees
+from lordjax import InMemory, objective
 from lordjax.compression import prepare
 from lordjax.evaluate import perplexity
 from lordjax.evaluate.comparison import compare
 from lordjax.gradients import gradient_statistics
+from lordjax.kernels import trees
 from lordjax.methods import METHODS
 from lordjax.models import ModelConfig, Transformer, init
 from lordjax.quantization import prepare_quantized

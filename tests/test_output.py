@@ -12,8 +12,8 @@ from blocks import GPT2, random_model
 from lordjax import checkpoint, elastic
 from lordjax.compression import compress
 from lordjax.files import TensorWriter
+from lordjax.kernels.normal_float import Format
 from lordjax.models import Rope
-from lordjax.nf import Format
 from lordjax.output import Output, partial
 from lordjax.quantization import prepare_quantized
 from lordjax.runtime.mesh import make_mesh

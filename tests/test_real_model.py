@@ -8,7 +8,7 @@ import pytest
 from lordjax import checkpoint
 from lordjax.compression import prepare
 from lordjax.evaluate import perplexity
-from lordjax.kernels import nbytes
+from lordjax.kernels.base import nbytes
 from lordjax.quantization import quantize
 from lordjax.scripts import demo
 from lordjax.scripts.common import open_model

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lordjax import InMemory, compress, sizing, trees
+from lordjax import InMemory, compress, sizing
 from lordjax.allocation.plan import Plan
 from lordjax.allocation.policies import policies
 from lordjax.compression import prepare
 from lordjax.conversions.families.registry import model_config
 from lordjax.factoring import site_sizes
-from lordjax.kernels import weights
+from lordjax.kernels import trees
+from lordjax.kernels.kinds import weights
 from lordjax.methods import METHODS
 from lordjax.models import ModelConfig, Transformer, init
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from lordjax import kernels, modules, trees
+from lordjax import modules
 from lordjax.conversions.exporters.hf_files import (
     Job,
     Opened,
@@ -25,6 +25,7 @@ from lordjax.conversions.exporters.hf_files import (
     write_shards,
 )
 from lordjax.conversions.families.registry import TensorSource, family_of, tensor_table
+from lordjax.kernels import base, trees
 from lordjax.models.config import ModelConfig
 from lordjax.names import layer_type
 
@@ -47,7 +48,7 @@ def dense(job: Job, stage: Path) -> None:
 
 def _tensors(job: Job, table: Mapping[str, TensorSource]) -> Iterator[tuple[str, np.ndarray]]:
     source = job.source
-    rest = kernels.materialize(trees.flatten(source.rest()))
+    rest = base.materialize(trees.flatten(source.rest()))
     yield from stored(outside(table), rest, job.dtype)
     for i in range(source.config.num_layers):
         rows = of_block(table, i)
@@ -97,7 +98,7 @@ def widened(
             wide[path] = leaf
             continue
         inputs, outputs = places[kernel]
-        leaf = np.asarray(kernels.materialize(leaf))
+        leaf = np.asarray(base.materialize(leaf))
         full = np.zeros(rows[path].loaded_shape, leaf.dtype)
         full[np.ix_(inputs, outputs) if path == kernel else outputs] = leaf
         wide[path] = full

@@ -26,7 +26,7 @@ from lordjax.conversions.exporters.factored import factored, peft
 from lordjax.conversions.exporters.hf_files import Job, Opened
 from lordjax.conversions.exporters.orbax import orbax
 from lordjax.conversions.families.registry import model_config, tensor_table
-from lordjax.kernels import nbytes
+from lordjax.kernels.base import nbytes
 
 EXPORTS: dict[str, Callable[[Job, Path], None]] = {
     "dense": dense,

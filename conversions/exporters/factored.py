@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from lordjax import modules, trees
+from lordjax import modules
 from lordjax.conversions.exporters.hf_files import (
     Job,
     flat_block,
@@ -30,7 +30,9 @@ from lordjax.conversions.exporters.hf_files import (
 from lordjax.conversions.exporters.torch_layer import Layer, Part
 from lordjax.conversions.families.registry import TensorSource, family_of, tensor_table
 from lordjax.conversions.readers.tensor_files import read_json
-from lordjax.kernels import Kernel, LowRankPlusQuantized, materialize
+from lordjax.kernels import trees
+from lordjax.kernels.base import Kernel, materialize
+from lordjax.kernels.quantized import LowRankPlusQuantized
 
 FORMAT = 1  # of config.lordjax_export
 CODE = "modeling_lordjax"

@@ -12,9 +12,9 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from lordjax import trees
 from lordjax.checkpoint import INDEX, SHARD_BYTES
 from lordjax.conversions.families.family import TensorSource
+from lordjax.kernels import trees
 from lordjax.models.config import ModelConfig
 
 

@@ -15,9 +15,10 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
-from lordjax import checkpoint, parts, trees
+from lordjax import checkpoint, parts
 from lordjax.conversions.exporters.hf_files import Job
 from lordjax.conversions.readers.tensor_files import read_json
+from lordjax.kernels import trees
 from lordjax.models.config import ModelConfig
 
 PARAMS, MANIFEST = "params", "manifest.json"

@@ -8,14 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from lordjax.kernels import (
-    Kernel,
-    LowRankPlusQuantized,
-    NFQuantized,
-    kind_of,
-    materialize,
-    parts,
-)
+from lordjax.kernels.base import Kernel, kernel_fields, materialize
+from lordjax.kernels.kinds import kind_of
+from lordjax.kernels.quantized import LowRankPlusQuantized, NFQuantized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +32,7 @@ class Part:
 class Layer:
     """One of their linear layers, of our kernels; sizes are those that it has now."""
 
-    parts: list[Part]
+    kernel_fields: list[Part]
     shape: tuple[int, int]
     bias: np.ndarray | None
 
@@ -109,7 +104,7 @@ def spec_of(kernel: Any) -> dict[str, Any]:
         return {**spec, "shape": list(kernel.shape)}
     if isinstance(kernel, NFQuantized):
         return {**spec, "shape": list(kernel.shape), **dataclasses.asdict(kernel.format)}
-    return {**spec, **{name: spec_of(getattr(kernel, name)) for name in parts(kernel)[0]}}
+    return {**spec, **{name: spec_of(getattr(kernel, name)) for name in kernel_fields(kernel)[0]}}
 
 
 def arrays_of(kernel: Any) -> Iterator[tuple[str, np.ndarray]]:
@@ -117,7 +112,7 @@ def arrays_of(kernel: Any) -> Iterator[tuple[str, np.ndarray]]:
     if not isinstance(kernel, Kernel):
         yield "weight", np.asarray(kernel).T
         return
-    for name in parts(kernel)[0]:
+    for name in kernel_fields(kernel)[0]:
         part = getattr(kernel, name)
         if isinstance(kernel, NFQuantized):
             array = np.asarray(part)

@@ -21,7 +21,7 @@ from lordjax.conversions.exporters.factored import architecture_of, auto_class
 from lordjax.conversions.exporters.hf_files import Opened
 from lordjax.conversions.exporters.orbax import restore_orbax
 from lordjax.conversions.readers.tensor_files import read_json
-from lordjax.kernels import astype
+from lordjax.kernels.kinds import astype
 from lordjax.models.config import ModelConfig
 from lordjax.models.transformer import Transformer
 from lordjax.source import InMemory

@@ -36,8 +36,8 @@ from lordjax.conversions.readers.tensor_files import (
     open_directory,
     read_json,
 )
+from lordjax.kernels.trees import unflatten
 from lordjax.models.config import ModelConfig
-from lordjax.trees import unflatten
 
 DTYPES = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
 TOKENIZER_FILES = (

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lordjax import nf
+from lordjax.kernels import normal_float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +47,12 @@ QUANTIZERS: dict[str, Kind] = {
 
 # Formats that a budget may mix: what the published grid offers, without near duplicates.
 FORMATS = (
-    *(nf.Format(b, 4, "bfloat16", block, 256) for b in (2, 3, 4) for block in (64, 32, 16)),
-    nf.Format(8, 8, "bfloat16", 64, 256),
+    *(
+        normal_float.Format(b, 4, "bfloat16", block, 256)
+        for b in (2, 3, 4)
+        for block in (64, 32, 16)
+    ),
+    normal_float.Format(8, 8, "bfloat16", 64, 256),
 )
 RANKS = (4, 8, 16, 24, 32, 48, 64)  # on top of codes, where the solver chooses
 ALONE = (64, 128, 192, 256)  # without codes
@@ -63,7 +67,7 @@ class Option:
       rank: of its product; None: it has none. Neither: it stays dense.
     """
 
-    form: nf.Format | None
+    form: normal_float.Format | None
     rank: int | None
 
 
@@ -71,7 +75,7 @@ def option_bytes(
     option: Option,
     shape: tuple[int, ...],
     itemsize: int,
-    factors: nf.Format | None,
+    factors: normal_float.Format | None,
     *,
     products: bool = True,
 ) -> int:
@@ -139,6 +143,6 @@ class Table:
     def parse(cls, rows: Iterable[Sequence[Any]]) -> Table:
         """Inverse of `rows`."""
         return cls.of(
-            (size, error, Option(None if form is None else nf.Format.parse(form), rank))
+            (size, error, Option(None if form is None else normal_float.Format.parse(form), rank))
             for size, error, form, rank in rows
         )

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lordjax import nf
+from lordjax.kernels import normal_float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Plan:
             plan = cls(**json.loads(path.read_text()))
             bad = {p: r for p, r in plan.ranks.items() if not _is_rank(r)}
             for text in [*plan.formats.values(), *([] if plan.factors is None else [plan.factors])]:
-                nf.Format.parse(text)
+                normal_float.Format.parse(text)
         except (TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path}: not a plan ({error})") from error
         if bad:

@@ -13,7 +13,7 @@ from typing import Any
 import flax.struct
 from jaxtyping import Array, Float
 
-from lordjax.kernels import LowRank
+from lordjax.kernels.low_rank import LowRank
 from lordjax.linalg import mm
 
 

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from lordjax import nf
+from lordjax.kernels import normal_float
 from lordjax.linalg import mm
 
 DAMPING = 1e-2  # share of the mean second moment added to all, as GPTQ's
@@ -60,17 +60,24 @@ def feedback_of(moment: Float[Array, "in in"]) -> Feedback:
 
 
 def best_shares(
-    rows: Float[Array, "out in"], form: nf.Format, feedback: Feedback
+    rows: Float[Array, "out in"], form: normal_float.Format, feedback: Feedback
 ) -> Float[Array, "blocks"]:
     """Of each block the share of `SHARES` with which its codes lose least at their prices."""
     flat = rows.reshape(-1)
-    prices = nf.runs(jnp.tile(feedback.prices, len(rows)), form.block)
-    values, largest = nf.runs(flat, form.block), nf.block_scales(flat, form.block)
+    prices = normal_float.runs(jnp.tile(feedback.prices, len(rows)), form.block)
+    values, largest = (
+        normal_float.runs(flat, form.block),
+        normal_float.block_scales(flat, form.block),
+    )
     largest = jnp.where(largest > 0, largest, 1)
 
     def step(best: tuple[Array, Array], share: Array) -> tuple[tuple[Array, Array], None]:
         scales = (largest * share)[:, None]
-        error = values - nf.lookup(nf.nearest(values / scales, form.bits), form.bits) * scales
+        error = (
+            values
+            - normal_float.lookup(normal_float.nearest(values / scales, form.bits), form.bits)
+            * scales
+        )
         loss = jnp.sum(prices * error**2, axis=1)
         better = loss < best[0]
         return (jnp.where(better, loss, best[0]), jnp.where(better, share, best[1])), None
@@ -79,21 +86,26 @@ def best_shares(
     return lax.scan(step, start, jnp.asarray(SHARES))[0][1]
 
 
-def scaled_by(flat: Float[Array, "n"], shares: Float[Array, "blocks"], form: nf.Format) -> nf.Codes:
+def scaled_by(
+    flat: Float[Array, "n"], shares: Float[Array, "blocks"], form: normal_float.Format
+) -> normal_float.Codes:
     """Scales that are shares of the blocks' largest magnitudes; no codes yet."""
-    return nf.Codes(None, *nf.quantize_scales(nf.block_scales(flat, form.block) * shares, form))
+    return normal_float.Codes(
+        None,
+        *normal_float.quantize_scales(normal_float.block_scales(flat, form.block) * shares, form),
+    )
 
 
 def quantize(
-    rows: Float[Array, "out in"], form: nf.Format, feedback: Feedback | None = None
-) -> nf.Codes:
+    rows: Float[Array, "out in"], form: normal_float.Format, feedback: Feedback | None = None
+) -> normal_float.Codes:
     """`nf.quantize` of a transposed kernel, flattened; with feedback if there is one."""
     flat = rows.astype(jnp.float32).reshape(-1)
     if feedback is None:
-        return nf.quantize(flat, form)
+        return normal_float.quantize(flat, form)
     fan_out, fan_in = rows.shape
     scaled = scaled_by(flat, best_shares(flat.reshape(rows.shape), form, feedback), form)
-    decoded = nf.dequantize_scales(scaled.scales, scaled.supers, scaled.offset, form)
+    decoded = normal_float.dequantize_scales(scaled.scales, scaled.supers, scaled.offset, form)
     scales = jnp.repeat(decoded, form.block)[: flat.size].reshape(rows.shape)
     # Inputs along rows, in their order, filled up to whole blocks.
     pad = -fan_in % BLOCK
@@ -113,8 +125,8 @@ def quantize(
 
         def one(own: Array, k: Array) -> tuple[Array, Array]:
             wanted = shifted[k] + mm(inner[k][None], own)[0]
-            codes = nf.nearest(wanted / safe[k], form.bits)
-            error = kernel[k] - nf.lookup(codes, form.bits) * scales[k]
+            codes = normal_float.nearest(wanted / safe[k], form.bits)
+            error = kernel[k] - normal_float.lookup(codes, form.bits) * scales[k]
             return own.at[k].set(error), codes
 
         own, codes = lax.scan(one, jnp.zeros_like(kernel), jnp.arange(BLOCK))

@@ -39,7 +39,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from lordjax import nf
+from lordjax.kernels import normal_float
 from lordjax.linalg import mm, orthonormal_rows
 from lordjax.methods.feedback import best_shares, quantize, scaled_by
 
@@ -190,7 +190,7 @@ def decompose(
     rank: Int[Array, ""],
     weights: Weights,
     *,
-    form: nf.Format,
+    form: normal_float.Format,
     width: int,
     steps: int = STEPS,
 ) -> Decomposition:
@@ -219,7 +219,7 @@ def _decompose(
     rank: Int[Array, ""],
     weights: Weights,
     *,
-    form: nf.Format,
+    form: normal_float.Format,
     width: int,
     steps: int,
 ) -> Decomposition:
@@ -232,7 +232,7 @@ def _decompose(
         kept = jnp.arange(len(found.energies)) < rank
         return found, found.total - jnp.sum(jnp.where(kept, found.energies, 0))
 
-    def codes_of(target: Array) -> tuple[nf.Codes, Array]:
+    def codes_of(target: Array) -> tuple[normal_float.Codes, Array]:
         codes = quantize(target, form, weights.feedback)
         return codes, missed(rows, codes, form)
 
@@ -278,7 +278,7 @@ def decompose_all(
     ranks: Sequence[int],
     weights: Sequence[Weights],
     *,
-    form: nf.Format,
+    form: normal_float.Format,
     width: int,
     steps: int = STEPS,
 ) -> list[Decomposition]:
@@ -296,7 +296,7 @@ def predict(
     kernel: Float[Array, "in out"],
     weights: Weights,
     *,
-    forms: tuple[nf.Format | None, ...],
+    forms: tuple[normal_float.Format | None, ...],
     ranks: tuple[int, ...],
 ) -> Float[Array, "forms ranks"]:
     """What will be left of a kernel, without alternation: about what `decompose` reaches, or above.
@@ -340,11 +340,11 @@ def _after_codes(
     shares: Float[Array, "blocks"],
     weights: Weights,
     *,
-    form: nf.Format,
+    form: normal_float.Format,
 ) -> Float[Array, ""]:
     """What codes of such scales lose at their own prices."""
     flat = target.reshape(-1)
-    codes = nf.round_to(flat, scaled_by(flat, shares, form), form)
+    codes = normal_float.round_to(flat, scaled_by(flat, shares, form), form)
     priced = Weights(weights.feedback.prices, weights.outputs)
     return priced.measure(missed(target, codes, form).T)
 
@@ -356,7 +356,7 @@ def _saved(
     alone: Float[Array, ""],
     weights: Weights,
     *,
-    form: nf.Format,
+    form: normal_float.Format,
     ranks: tuple[int, ...],
 ) -> Float[Array, "ranks"]:
     """Shares of the loss of codes alone that are left with products of some ranks."""
@@ -385,7 +385,7 @@ def _after_product(
     rows: Float[Array, "out in"],
     weights: Weights,
     *,
-    form: nf.Format | None,
+    form: normal_float.Format | None,
     ranks: tuple[int, ...],
 ) -> Float[Array, "ranks"]:
     """What the best product leaves of a kernel, or of what codes miss of it."""
@@ -394,9 +394,11 @@ def _after_product(
 
 
 @functools.partial(jax.jit, static_argnames="form")
-def _missed_alone(rows: Float[Array, "out in"], *, form: nf.Format) -> Float[Array, "out in"]:
+def _missed_alone(
+    rows: Float[Array, "out in"], *, form: normal_float.Format
+) -> Float[Array, "out in"]:
     """What codes miss that know nothing of each other."""
-    return missed(rows, nf.quantize(rows.reshape(-1), form), form)
+    return missed(rows, normal_float.quantize(rows.reshape(-1), form), form)
 
 
 @functools.partial(jax.jit, static_argnames="ranks")
@@ -420,7 +422,7 @@ def _left_by_products(
 
 
 def missed(
-    rows: Float[Array, "out in"], codes: nf.Codes, form: nf.Format
+    rows: Float[Array, "out in"], codes: normal_float.Codes, form: normal_float.Format
 ) -> Float[Array, "out in"]:
     """What codes of a transposed kernel miss."""
-    return rows - nf.dequantize(codes, form).reshape(rows.shape)
+    return rows - normal_float.dequantize(codes, form).reshape(rows.shape)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from lordjax.kernels import Kernel, matmul
+from lordjax.kernels.base import Kernel, matmul
 from lordjax.models.config import Rope
 from lordjax.runtime import xla_scheduling
 from lordjax.stats import tap

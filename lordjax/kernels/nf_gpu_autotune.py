@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from lordjax import nf_pallas
-from lordjax.nf_pallas import Tile
+from lordjax.kernels import nf_gpu
+from lordjax.kernels.nf_gpu import Tile
 from lordjax.runtime import xla_scheduling
 
 MARGIN = 1.05  # the kernel must be faster by more than times differ from run to run
@@ -42,12 +42,12 @@ def product(x: Array, quantized: Any, low_rank: Any = None) -> Array | None:
     """
     if jax.default_backend() != "gpu" or jax.device_count() > 1:
         return None
-    if nf_pallas.unsupported(x, quantized, low_rank):
+    if nf_gpu.unsupported(x, quantized, low_rank):
         return None
     tile = fastest(Case.of(x, quantized, low_rank))
     if tile is None:
         return None
-    return nf_pallas.matmul(x, quantized, low_rank, tile=tile)
+    return nf_gpu.matmul(x, quantized, low_rank, tile=tile)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +92,7 @@ def candidates(rows: int) -> list[Tile]:
         tiles += [Tile(1, 16), Tile(1, 16, splits=4), Tile(1, 32, splits=4)]
         tiles += [Tile(1, 16, splits=4, gather=False)]
     if rows <= 64:
-        least = max(nf_pallas.LEAST, 2 ** (rows - 1).bit_length())
+        least = max(nf_gpu.LEAST, 2 ** (rows - 1).bit_length())
         tiles += [Tile(least, 32, stages=1), Tile(least, 32, gather=False)]
         tiles += [Tile(least, 64, splits=4, gather=False), Tile(least, 32, splits=4, stages=1)]
     if rows > 32:
@@ -131,8 +131,8 @@ def measure(case: Case, interpret: bool = False) -> dict[Tile | None, float]:
 
 def _one(tile: Tile | None, interpret: bool, x: Array, operands: Any) -> Array:
     if tile is None:
-        return nf_pallas.decoded(x, *operands)
-    return nf_pallas.matmul(x, *operands, tile=tile, interpret=interpret)
+        return nf_gpu.decoded(x, *operands)
+    return nf_gpu.matmul(x, *operands, tile=tile, interpret=interpret)
 
 
 def seconds(fn: Callable[[Array, Any], Array], x: Array, operands: list[Any]) -> float:

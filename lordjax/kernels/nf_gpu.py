@@ -26,7 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float
 
-from lordjax import nf
+from lordjax.kernels import normal_float
 
 DTYPES = ("bfloat16", "float16", "float32")
 UNROLL = 8  # places that are written out; all of them would take long to compile
@@ -76,7 +76,7 @@ def default_tile(rows: int) -> Tile:
 
 def places(bits: int) -> int:
     """Codes of a group."""
-    return nf.WORD if bits == 3 else nf.WORD // bits
+    return normal_float.WORD if bits == 3 else normal_float.WORD // bits
 
 
 def unsupported(x: Any, quantized: Any, low_rank: Any = None) -> str:
@@ -206,10 +206,10 @@ def _launch(tile: Tile, interpret: bool, x: Array, inner: Any, right: Any, quant
     more = tiles[0] * tile.rows - rows
     planes = jnp.pad(x.reshape(rows, -1, size), ((0, more), (0, groups - fan_in // size), (0, 0)))
     planes = planes.transpose(0, 2, 1)
-    high, low = nf.scale_steps(quantized.supers, form)
+    high, low = normal_float.scale_steps(quantized.supers, form)
     # A reference of one dimension: also the offset, and a format of 8 bits reads 256 levels.
     operands = [planes, quantized.codes, quantized.scales, high, low, quantized.offset.reshape(1)]
-    operands.append(jnp.asarray(nf.levels(form.bits)))
+    operands.append(jnp.asarray(normal_float.levels(form.bits)))
     whole = [pl.BlockSpec()] * 6
     specs = [pl.BlockSpec((tile.rows, size, groups), lambda i, j, k: (i, 0, 0)), *whole]
     if inner is not None:
@@ -231,7 +231,9 @@ def _launch(tile: Tile, interpret: bool, x: Array, inner: Any, right: Any, quant
     return y[:rows, :fan_out]
 
 
-def _kernel(tile: Tile, form: nf.Format, sizes: tuple[int, int], steps: int, *refs: Any) -> None:
+def _kernel(
+    tile: Tile, form: normal_float.Format, sizes: tuple[int, int], steps: int, *refs: Any
+) -> None:
     """One program; ``sizes`` are the groups of a column and the columns."""
     x_ref, codes_ref, *scale_refs, table_ref = refs[:7]
     low_rank_refs, y_ref = refs[7:-1], refs[-1]
@@ -298,10 +300,10 @@ def _code(words: list[Array], place: Any, bits: int) -> Array:
 def _levels(ref: Any, codes: Array, bits: int, gather: bool) -> Array:
     if gather or bits == 8:
         return ref[codes.astype(jnp.int32)]
-    return nf.lookup(codes, bits)
+    return normal_float.lookup(codes, bits)
 
 
-def _scale(refs: Any, index: Array, *, form: nf.Format, mask: Array | None) -> Array:
+def _scale(refs: Any, index: Array, *, form: normal_float.Format, mask: Array | None) -> Array:
     """Scales of the values at flat indices, as `nf.dequantize_scales`."""
     scales_ref, high_ref, low_ref, offset_ref = refs
     size, words = places(form.scale_bits), 3 if form.scale_bits == 3 else 1

@@ -25,7 +25,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from lordjax import nf
+from lordjax.kernels import normal_float
 from lordjax.runtime import xla_scheduling
 
 TILE = 2**18  # decoded values: 1 MB, of which two cores each hold a half in their caches
@@ -37,7 +37,11 @@ LEAST = 8  # rows of a tile; shorter ones are not worth a turn of the loop
 def supported(quantized: Any) -> bool:
     """Whether a `kernels.NFQuantized` can be cut: one matrix, whose outputs begin with a word."""
     form, fan_in = quantized.format, quantized.fan_in
-    whole = fan_in % nf.WORD == 0 if form.bits == 3 else fan_in * form.bits % nf.WORD == 0
+    whole = (
+        fan_in % normal_float.WORD == 0
+        if form.bits == 3
+        else fan_in * form.bits % normal_float.WORD == 0
+    )
     return (
         quantized.codes.ndim == 1
         and whole
@@ -120,8 +124,8 @@ def _after(x: Array, quantized: Any) -> tuple[Array, Array]:
     """Packed codes, once ``x`` is there, as of `NFQuantized.decoded_after`; scales ``[out, b]``."""
     form, shape = quantized.format, (quantized.fan_out, quantized.fan_in // quantized.format.block)
     codes = quantized.codes + xla_scheduling.never(x).astype(quantized.codes.dtype)
-    scales = nf.dequantize_scales(
-        nf.unpack(quantized.scales, form.scale_bits, math.prod(shape)),
+    scales = normal_float.dequantize_scales(
+        normal_float.unpack(quantized.scales, form.scale_bits, math.prod(shape)),
         quantized.supers,
         quantized.offset,
         form,
@@ -142,7 +146,7 @@ def _tile_rows(fan_in: int, fan_out: int, tile: int) -> int:
 
 def _tables(bits: int) -> list[np.ndarray]:
     """Levels of the codes in a byte, first to last ``[256]``; of 3 bits, levels of codes."""
-    levels = nf.levels(bits)
+    levels = normal_float.levels(bits)
     if bits == 3:
         return [levels]
     byte = np.arange(256)
@@ -154,7 +158,7 @@ def _tiles(codes: Array, scales: Array, quantized: Any) -> tuple[tuple[Array, Ar
     fan_in, fan_out = quantized.fan_in, quantized.fan_out
     bits = quantized.format.bits
     if bits == 3:
-        places = nf.unpack(codes, bits, fan_in * fan_out)
+        places = normal_float.unpack(codes, bits, fan_in * fan_out)
     else:
         places = lax.bitcast_convert_type(codes, jnp.uint8)
     height = _tile_rows(fan_in, fan_out, TILE)
@@ -181,16 +185,16 @@ def _taken(table: Array, index: Array) -> Array:
     return table.at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
-def _group(form: nf.Format) -> bool:
+def _group(form: normal_float.Format) -> bool:
     """Whether a block is a number of whole words, so that sums over words can be scaled."""
-    return form.bits != 3 and form.block * form.bits % nf.WORD == 0
+    return form.bits != 3 and form.block * form.bits % normal_float.WORD == 0
 
 
 def _one_row(x: Array, codes: Array, scales: Array, quantized: Any) -> Array:
     """``x [in] @ W``, float32."""
     bits, rows = quantized.format.bits, quantized.fan_out
     # Transposed once, not for every row of the matrix.
-    inputs = xla_scheduling.once(x.astype(jnp.float32).reshape(-1, nf.WORD // bits).T)
+    inputs = xla_scheduling.once(x.astype(jnp.float32).reshape(-1, normal_float.WORD // bits).T)
     words = codes.reshape(rows, -1)
     ones = jnp.ones(words.shape[1], jnp.float32)
 
@@ -207,7 +211,7 @@ def _one_row(x: Array, codes: Array, scales: Array, quantized: Any) -> Array:
 def _word_products(words: Array, inputs: Array, bits: int) -> Array:
     """Levels of the codes in words ``[rows, w]`` times inputs ``[codes per word, w]``, summed."""
     terms = []
-    for byte in range(nf.WORD // 8):
+    for byte in range(normal_float.WORD // 8):
         index = words >> np.uint32(8 * byte) & np.uint32(255)
         found = [level for table in _byte_tables(bits) for level in _levels(table, index)]
         parts = inputs[byte * len(found) : (byte + 1) * len(found)]

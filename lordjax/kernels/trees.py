@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from lordjax.kernels import is_kernel
+from lordjax.kernels.base import is_kernel
 from lordjax.names import did_you_mean
 
 

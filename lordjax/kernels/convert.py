@@ -10,11 +10,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
-from lordjax import nf, trees
 from lordjax.allocation.plan import Size
-from lordjax.kernels import Kernel, LowRank, NFQuantized
+from lordjax.kernels import normal_float, trees
+from lordjax.kernels.base import Kernel, is_kernel
+from lordjax.kernels.low_rank import LowRank
+from lordjax.kernels.quantized import NFQuantized
 
 
 def _svd(kernel: Float[Array, "... in out"], rank: int) -> tuple[Array, Array]:
@@ -108,12 +111,48 @@ def encode(params: Any, form: str = "nf4", *, where: str = "kernel$") -> Any:
       KeyError: if no leaf matches ``where``; suggests paths.
       ValueError: if a matching leaf is no real matrix, or there is no such format.
     """
-    chosen, parsed = _matrices(params, where), nf.Format.parse(form)
+    chosen, parsed = _matrices(params, where), normal_float.Format.parse(form)
     leaves = {p: leaf for p, leaf in trees.flatten(params).items() if p in chosen}
     arrays = {path: leaf for path, leaf in leaves.items() if not isinstance(leaf, Kernel)}
-    return trees.update(params, _encode(arrays, parsed))
+    return trees.update(params, _encode_stack(arrays, parsed))
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _encode(arrays: dict[str, Any], form: nf.Format) -> dict[str, NFQuantized]:
+def _encode_stack(arrays: dict[str, Any], form: normal_float.Format) -> dict[str, NFQuantized]:
     return {path: NFQuantized.encode(array, form) for path, array in arrays.items()}
+
+
+def cast(a: Any, dtype: Any) -> np.ndarray:
+    """In another dtype, on the host, unless it is an index; what overflows the caller must find."""
+    a = np.asarray(a)
+    with np.errstate(over="ignore"):
+        return a if np.issubdtype(a.dtype, np.integer) else a.astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("form",))
+def quantize_jit(kernel: Any, form: normal_float.Format) -> NFQuantized:
+    """`NFQuantized.encode`, compiled once per shape and format."""
+    return NFQuantized.encode(kernel, form)
+
+
+def quantize_pair(pair: LowRank, form: normal_float.Format) -> LowRank:
+    """A factor pair as codes, on the host, of columns and rows of equal lengths.
+
+    The product allows any scaling between the two; equal lengths measured best, before all of it in
+    one factor (specs of LoRD §2.6; CHANGELOG).
+    """
+    left, right = (np.asarray(a, np.float32) for a in (pair.left, pair.right))
+    lengths = np.linalg.norm(left, axis=-2), np.linalg.norm(right, axis=-1)
+    usable = (lengths[0] > 0) & (lengths[1] > 0)
+    root = np.sqrt(np.where(usable, lengths[1], 1) / np.where(usable, lengths[0], 1))
+    codes = (quantize_jit(a, form) for a in (left * root[..., None, :], right / root[..., None]))
+    return LowRank(*jax.device_get(tuple(codes)))
+
+
+def quantize_pairs(params: Any, form: normal_float.Format) -> Any:
+    """Parameters with all factor pairs of arrays as codes: QLoRA's base under LoRD."""
+    return jax.tree.map(
+        lambda leaf: quantize_pair(leaf, form) if isinstance(leaf, LowRank) else leaf,
+        params,
+        is_leaf=is_kernel,
+    )
