@@ -63,8 +63,8 @@ def make_mesh(axes: Mapping[str, int]) -> Mesh:
         raise ValueError(f"{count} devices asked for; there are {len(devices)}")
     if multihost.count() > 1 and count < len(devices):
         raise ValueError(
-            f"{count} devices asked for; the {multihost.count()} processes have {len(devices)}, all of "
-            "which must take part"
+            f"{count} devices asked for; the {multihost.count()} processes have {len(devices)}, "
+            "all of which must take part"
         )
     # The rows of a process lie side by side.
     devices = sorted(devices, key=lambda device: (device.process_index, device.id))
