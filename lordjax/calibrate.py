@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lordjax import objective
 from lordjax.collect import (
     BLOCK,
     EMBEDDINGS,
@@ -21,10 +20,12 @@ from lordjax.collect import (
 )
 from lordjax.kernels import trees
 from lordjax.methods import Method
+from lordjax.models import objective
 from lordjax.models.config import ModelConfig
+from lordjax.models.sites import LINEAR_SITES, Site
+from lordjax.models.source import Source
 from lordjax.runtime import mesh as devices
-from lordjax.sites import LINEAR_SITES, Site
-from lordjax.source import Calibration, Source, check_tokens
+from lordjax.source import Calibration, check_tokens
 from lordjax.states import States, open_states
 from lordjax.work import Work
 

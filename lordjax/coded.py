@@ -31,11 +31,11 @@ from lordjax.methods.low_rank_quantized import (
     start_basis,
 )
 from lordjax.models.config import ModelConfig
+from lordjax.models.sites import Site, site_path
+from lordjax.models.source import InMemory
 from lordjax.quantizer import best_pair, encode_kernel, measures, pack
 from lordjax.runtime import flops
 from lordjax.runtime.flops import Work
-from lordjax.sites import Site, site_path
-from lordjax.source import InMemory
 from lordjax.stages import Job, forward_work, gradient_work, inputs, loaded
 from lordjax.weightings import WEIGHTINGS, cost_of, statistics_of
 

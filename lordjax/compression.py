@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from lordjax import names, objective
+from lordjax import names
 from lordjax.allocation.plan import Plan
 from lordjax.allocation.policies import CURVELESS, GIVEN, INFLUENCED, check_policy, ranks_by_pattern
 from lordjax.calibrate import checked
@@ -28,10 +28,11 @@ from lordjax.factoring import AnyFactors, site_sizes
 from lordjax.gradients import few_gradients
 from lordjax.kernels import normal_float
 from lordjax.methods import DEFAULT_METHOD, METHODS
+from lordjax.models import objective
+from lordjax.models.source import InMemory, Materialized, Source
 from lordjax.prepared import Prepared, Result
 from lordjax.runtime.mesh import Mesh
 from lordjax.runtime.progress import Clock, Progress
-from lordjax.source import InMemory, Materialized, Source
 from lordjax.work import Memory, Work
 
 # The backward pass costs about four forward passes; more windows than this gain little (CHANGELOG).

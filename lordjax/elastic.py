@@ -32,10 +32,11 @@ from lordjax.files import TensorFile, Written, checksum, write_json
 from lordjax.kernels import trees
 from lordjax.methods import METHODS
 from lordjax.models.config import ModelConfig
+from lordjax.models.source import InMemory, Materialized, Source
 from lordjax.parts import REST, Parts
 from lordjax.prepared import Prepared, Result
 from lordjax.runtime.progress import Progress
-from lordjax.source import Calibration, InMemory, Materialized, Source
+from lordjax.source import Calibration
 from lordjax.work import Entries, Memory
 from lordjax.workspace import Workspace
 

@@ -26,11 +26,12 @@ from lordjax.calibrate import (
 from lordjax.factoring import AnyFactors, finish, input_shapes, site_kernels, site_work, start
 from lordjax.gradients import site_gradients
 from lordjax.methods import METHODS
+from lordjax.models.sites import Site, site_path, sites_for
+from lordjax.models.source import Source
 from lordjax.runtime import flops
 from lordjax.runtime.mesh import map_kernels, own_jobs, share_jobs
 from lordjax.runtime.progress import Clock
-from lordjax.sites import Site, site_path, sites_for
-from lordjax.source import Calibration, Source
+from lordjax.source import Calibration
 from lordjax.states import States
 from lordjax.work import Entries, Work
 

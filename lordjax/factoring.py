@@ -17,10 +17,10 @@ from lordjax.collect import empty
 from lordjax.gradients import gradient_basis, site_gradients
 from lordjax.kernels import trees
 from lordjax.methods import METHODS, Factors, Method, Module, ModuleFactors, method_at, truncate
-from lordjax.modules import gather, scatter, site_size, widen
+from lordjax.models.head_axes import gather, scatter, site_size, widen
+from lordjax.models.sites import Site, counted_sites, site_path, sites_for
+from lordjax.models.source import Source
 from lordjax.runtime import flops
-from lordjax.sites import Site, counted_sites, site_path, sites_for
-from lordjax.source import Source
 from lordjax.work import Work, once
 
 AnyFactors = Factors | ModuleFactors

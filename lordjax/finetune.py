@@ -25,12 +25,14 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from lordjax import objective, recipes
+from lordjax import recipes
 from lordjax.examples import Examples, batch_indices
 from lordjax.kernels import trees
 from lordjax.kernels.kinds import astype
+from lordjax.models import objective
+from lordjax.models.blocks import BLOCKS
 from lordjax.models.config import ModelConfig
-from lordjax.models.transformer import BLOCKS, Transformer, default_positions
+from lordjax.models.transformer import Transformer, default_positions
 from lordjax.recipes import Recipe
 from lordjax.runtime.mesh import Mesh, fully_sharded, put, rows_sharded
 from lordjax.runtime.xla_scheduling import block_by_block

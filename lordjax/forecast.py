@@ -27,12 +27,12 @@ from lordjax.kernels import trees
 from lordjax.kernels.base import is_kernel, nbytes
 from lordjax.kernels.kinds import weights
 from lordjax.kernels.low_rank import LowRank
-from lordjax.modules import LAST_NAME
-from lordjax.objective import CHUNK
+from lordjax.models.head_axes import LAST_NAME
+from lordjax.models.objective import CHUNK
+from lordjax.models.sites import Site
 from lordjax.prepared import TEMPERATURES
 from lordjax.runtime import flops
 from lordjax.runtime.flops import Work
-from lordjax.sites import Site
 from lordjax.speed import Rates, rate
 from lordjax.stages import Job, gradient_shapes, inputs, statistics
 

@@ -11,17 +11,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lordjax import linalg, objective
+from lordjax import linalg
 from lordjax.calibrate import QUERIES, on_device, state_shapes
 from lordjax.collect import embed, observe, observe_gradients
 from lordjax.kernels import trees
 from lordjax.methods import Method
+from lordjax.models import objective
 from lordjax.models.config import ModelConfig
-from lordjax.objective import loss_gradient
+from lordjax.models.objective import loss_gradient
+from lordjax.models.sites import LAST_LAYER, Site, sites_for
+from lordjax.models.source import Source
 from lordjax.runtime.mesh import AXIS, Mesh, gathered, over_rows, share_rows, shares
 from lordjax.runtime.progress import Clock
-from lordjax.sites import LAST_LAYER, Site, sites_for
-from lordjax.source import Calibration, Source
+from lordjax.source import Calibration
 from lordjax.states import States, open_states
 from lordjax.stats import HeadMoments, MeanSquare, SecondMoment
 from lordjax.work import Entries, Memory, Work

@@ -24,7 +24,7 @@ from lordjax.examples import Examples
 from lordjax.finetune import Settings, State
 from lordjax.kernels import base, quantized, trees
 from lordjax.models.config import ModelConfig
-from lordjax.objective import CHUNK
+from lordjax.models.objective import CHUNK
 from lordjax.recipes import Recipe
 
 COPIES = 7  # of what is trained, see above

@@ -32,13 +32,14 @@ from lordjax.kernels.convert import cast, quantize_pairs
 from lordjax.kernels.kinds import weights
 from lordjax.methods import METHODS, ModuleFactors, corrects_bias
 from lordjax.models import ModelConfig
+from lordjax.models.sites import counted_sites
+from lordjax.models.source import Source
 from lordjax.names import layer_index, layer_type
 from lordjax.parts import REST, join
 from lordjax.runtime import multihost
 from lordjax.runtime.progress import Clock, Progress, peak_rss
 from lordjax.sequential import sequential
-from lordjax.sites import counted_sites
-from lordjax.source import Calibration, Source
+from lordjax.source import Calibration
 from lordjax.work import Memory, Work, digest, once
 
 # MoDeGPT's temperatures, of which held-out calibration windows choose one. Closer ones, between

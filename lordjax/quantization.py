@@ -18,7 +18,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lordjax import objective
 from lordjax.allocation.candidates import FORMATS, QUANTIZERS
 from lordjax.allocation.knapsack import SOLVERS
 from lordjax.calibrate import checked
@@ -27,13 +26,15 @@ from lordjax.data import fingerprint
 from lordjax.gradients import few_gradients
 from lordjax.kernels import normal_float, trees
 from lordjax.methods.low_rank_quantized import STEPS
+from lordjax.models import objective
+from lordjax.models.sites import LINEAR_SITES, site_path
+from lordjax.models.source import Materialized, Source
 from lordjax.names import did_you_mean
 from lordjax.prepared import Result
 from lordjax.quantizer import Quantizer
 from lordjax.runtime.mesh import Mesh
 from lordjax.runtime.progress import Clock, Progress
-from lordjax.sites import LINEAR_SITES, site_path
-from lordjax.source import Calibration, Materialized, Source
+from lordjax.source import Calibration
 from lordjax.weightings import MOMENTS, WEIGHTINGS, statistics_of
 from lordjax.work import Memory, Work
 

@@ -44,12 +44,13 @@ from lordjax.methods.low_rank_quantized import (
     predict,
     start_basis,
 )
+from lordjax.models.sites import LINEAR_SITES, Site, site_path
+from lordjax.models.source import Source
 from lordjax.names import layer_index
 from lordjax.parts import REST, join
 from lordjax.prepared import Result, claim, put
 from lordjax.runtime.progress import Clock, Progress, peak_rss
-from lordjax.sites import LINEAR_SITES, Site, site_path
-from lordjax.source import Calibration, Source
+from lordjax.source import Calibration
 from lordjax.weightings import cost_of, statistics_of
 from lordjax.work import Memory, Work, digest
 

@@ -36,11 +36,12 @@ from lordjax.gradients import site_gradients
 from lordjax.kernels import trees
 from lordjax.methods import METHODS, Method, method_at
 from lordjax.models.config import ModelConfig
-from lordjax.modules import LAST_NAME
+from lordjax.models.head_axes import LAST_NAME
+from lordjax.models.sites import LAST_LAYER, LINEAR_SITES, Site, site_path, sites_for
+from lordjax.models.source import Source
 from lordjax.runtime.mesh import gathered
 from lordjax.runtime.progress import Clock
-from lordjax.sites import LAST_LAYER, LINEAR_SITES, Site, site_path, sites_for
-from lordjax.source import Calibration, Source
+from lordjax.source import Calibration
 from lordjax.states import Shifted
 from lordjax.stats import Moments
 from lordjax.work import Entries, Memory, Work, digest

@@ -18,10 +18,10 @@ import jax
 
 from lordjax.coded import CodedJob
 from lordjax.collect import observe, observe_gradients, windows_per_step
+from lordjax.models.sites import Site
 from lordjax.runtime import flops
 from lordjax.runtime.flops import Work
 from lordjax.runtime.mesh import share_jobs
-from lordjax.sites import Site
 from lordjax.stages import (
     Job,
     all_factors,

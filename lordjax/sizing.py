@@ -24,11 +24,11 @@ from lordjax.kernels.kinds import weights
 from lordjax.kernels.low_rank import LowRank
 from lordjax.methods import METHODS, corrects_bias
 from lordjax.models.config import ModelConfig
+from lordjax.models.head_axes import narrowed
+from lordjax.models.sites import Site, counted_sites, site_path, sites_for
+from lordjax.models.source import InMemory
 from lordjax.models.transformer import init
-from lordjax.modules import narrowed
 from lordjax.names import is_block_linear, layer_type
-from lordjax.sites import Site, counted_sites, site_path, sites_for
-from lordjax.source import InMemory
 
 
 @functools.cache

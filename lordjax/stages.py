@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lordjax import objective, sizing
+from lordjax import sizing
 from lordjax.allocation.policies import CURVELESS, INFLUENCED
 from lordjax.calibrate import INFLUENCE, activation_keys, statistic_width
 from lordjax.collect import (
@@ -41,13 +41,14 @@ from lordjax.gradients import (
 from lordjax.kernels import trees
 from lordjax.kernels.base import nbytes
 from lordjax.methods import METHODS, Method, Module, method_at
+from lordjax.models import objective
 from lordjax.models.config import ModelConfig
-from lordjax.objective import loss_gradient, losses
+from lordjax.models.objective import loss_gradient, losses
+from lordjax.models.sites import LAST_LAYER, LINEAR_SITES, Site, site_path, sites_for
 from lordjax.prepared import TEMPERATURES
 from lordjax.runtime import flops
 from lordjax.runtime.flops import Work
 from lordjax.sequential import groups
-from lordjax.sites import LAST_LAYER, LINEAR_SITES, Site, site_path, sites_for
 from lordjax.stats import Moments
 
 STAGES = ("gradients", "statistics", "factors", "comparison", "sequential", "apply", "write")

@@ -13,29 +13,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lordjax import linalg
-
-TAPS = "taps"
-PERTURBATIONS = "perturbations"
-
-
-def tap(module: nn.Module, name: str, x: Array) -> Array:
-    """Marks ``x`` as a place where statistics can be taken, and returns it.
-
-    The value is recorded as ``taps/<module path>/<name>`` if that collection is mutable. If the
-    collection ``perturbations`` holds an array of that name it is added, so that the gradient with
-    respect to a zero perturbation is the gradient with respect to ``x``.
-    """
-    if module.has_variable(PERTURBATIONS, name):
-        x = x + module.get_variable(PERTURBATIONS, name)
-    module.sow(TAPS, name, x, reduce_fn=lambda _, new: new, init_fn=lambda: None)
-    return x
 
 
 def _rows(x: Array, weights: Array | None, dtype: Any) -> tuple[Array, Array | None]:

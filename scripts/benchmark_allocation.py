@@ -64,7 +64,7 @@ def tables(source: Any) -> tuple[list[Any], int]:
     from lordjax.allocation.candidates import Option, Table
     from lordjax.kernels import normal_float, trees
     from lordjax.methods.low_rank_quantized import Weights, predict
-    from lordjax.sites import LINEAR_SITES
+    from lordjax.models.sites import LINEAR_SITES
 
     grid, found, count = normal_float.grid(), [], 0
     for i in range(source.config.num_layers):

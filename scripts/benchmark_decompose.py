@@ -77,7 +77,7 @@ def kernels(block: Any, shapes: dict[str, tuple[int, int]] | None) -> Iterator[t
     import numpy as np
 
     from lordjax.kernels import trees
-    from lordjax.sites import LINEAR_SITES
+    from lordjax.models.sites import LINEAR_SITES
 
     flat = trees.flatten(block)
     own = [site.path for site in LINEAR_SITES if site.path in flat]

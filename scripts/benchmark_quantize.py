@@ -76,9 +76,9 @@ def _moments(source: Any, tokens: Any) -> dict[str, Any]:
     """Site path -> second moment of its inputs, on the host."""
     import numpy as np
 
+    from lordjax.models.sites import site_path
     from lordjax.quantization import prepare_quantized
     from lordjax.runtime.progress import Clock
-    from lordjax.sites import site_path
 
     prepared = prepare_quantized(source, tokens, method="nf", weighting="input")
     found = {}

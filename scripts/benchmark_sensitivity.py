@@ -78,8 +78,8 @@ def _mean_squared_gradients(prepared: Any) -> dict[str, float]:
 
     from lordjax.gradients import gradient_statistics
     from lordjax.methods import METHODS
+    from lordjax.models.sites import LINEAR_SITES, site_path
     from lordjax.runtime.progress import Clock
-    from lordjax.sites import LINEAR_SITES, site_path
 
     stats = gradient_statistics(prepared.source, prepared.calibration, METHODS["lord"], Clock())
     return {

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from lordjax.models.config import ModelConfig
+    from lordjax.models.source import Source
     from lordjax.runtime.progress import Progress
-    from lordjax.source import Source
 
 KEEP = 0.8  # share of the block linear weights that stays, where nothing is said
 WINDOW = 1024  # tokens per window of text, unless the model is shorter

@@ -49,7 +49,7 @@ def compress_model(
     """
     start = time.perf_counter()
     from lordjax.elastic import keep_entries
-    from lordjax.objective import protocol as objective_protocol
+    from lordjax.models.objective import protocol as objective_protocol
     from lordjax.output import Output, partial
     from lordjax.runtime import multihost
 

@@ -144,7 +144,7 @@ def _task(
 
     from lordjax import examples, instructions, labelled
     from lordjax.conversions.families.registry import with_labels
-    from lordjax.models.heads import with_classes
+    from lordjax.models.output_heads import with_classes
 
     task = task or BY_SUFFIX.get(Path(path).suffix, "text")
     config, params, hf_config = opened.config, opened.params(), opened.hf_config

@@ -13,7 +13,7 @@ from lordjax.scripts.predict import EXACT, asked, cost
 if TYPE_CHECKING:
     from lordjax.allocation.plan import Plan
     from lordjax.models.config import ModelConfig
-    from lordjax.source import InMemory
+    from lordjax.models.source import InMemory
 
 STORED = ("float32", "bfloat16", "float16")
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from lordjax.allocation.plan import Plan
     from lordjax.coded import CodedJob
     from lordjax.models.config import ModelConfig
-    from lordjax.source import InMemory
+    from lordjax.models.source import InMemory
     from lordjax.speed import Rates
     from lordjax.stages import Job
 
@@ -140,7 +140,7 @@ def coded(
     from lordjax.allocation.candidates import QUANTIZERS, Option
     from lordjax.coded import CodedJob, estimate
     from lordjax.kernels import normal_float
-    from lordjax.sites import LINEAR_SITES, site_path
+    from lordjax.models.sites import LINEAR_SITES, site_path
     from lordjax.weightings import MOMENTS
 
     quantization.check_settings(method, **settings)

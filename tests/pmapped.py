@@ -15,12 +15,12 @@ from blocks import GPT2, random_model
 from test_methods_contract import METHOD_NAMES, inputs
 from test_modular import problems
 
-from lordjax import adapters, encode, factorize, linalg, nbytes, objective
+from lordjax import adapters, encode, factorize, linalg, nbytes
 from lordjax.collect import embed, observe, observe_gradients
 from lordjax.kernels import base, kinds, normal_float
 from lordjax.methods import METHODS, low_rank_quantized
-from lordjax.models import Transformer
-from lordjax.sites import LINEAR_SITES
+from lordjax.models import Transformer, objective
+from lordjax.models.sites import LINEAR_SITES
 from lordjax.stats import STATISTICS
 
 CONFIG = dataclasses.replace(GPT2, num_layers=1)

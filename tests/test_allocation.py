@@ -16,8 +16,8 @@ from lordjax.allocation.plan import Size
 from lordjax.allocation.policies import CURVELESS, POLICIES, Curve, allocate, influence_removal
 from lordjax.kernels.normal_float import grid
 from lordjax.models import ModelConfig, init
-from lordjax.modules import site_size
-from lordjax.sites import MODULE_SITES
+from lordjax.models.head_axes import site_size
+from lordjax.models.sites import MODULE_SITES
 
 # --- published numbers: LLaMA-7B (specs §4.3, §7, §9 items 21, 22, 24) ---------------------------
 

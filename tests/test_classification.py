@@ -18,7 +18,7 @@ from lordjax.evaluate.classification import classify, scores
 from lordjax.examples import Examples
 from lordjax.labelled import classification
 from lordjax.models import ModelConfig, Transformer, init
-from lordjax.models.heads import with_classes
+from lordjax.models.output_heads import with_classes
 
 VOCAB = 300
 ENCODER = ModelConfig(

@@ -18,10 +18,10 @@ from lordjax.kernels.low_rank import LowRank
 from lordjax.linalg import row_space
 from lordjax.methods import METHODS
 from lordjax.models import ModelConfig, Transformer, init
-from lordjax.objective import loss_gradient
+from lordjax.models.objective import loss_gradient
+from lordjax.models.sites import LINEAR_SITES, site_path, sites_for
 from lordjax.prepared import verify
 from lordjax.runtime.progress import Clock
-from lordjax.sites import LINEAR_SITES, site_path, sites_for
 from lordjax.source import Calibration
 
 CONFIG = ModelConfig(97, 48, 80, 3, 6, 2, 8, 256, tie_embeddings=True)

@@ -13,9 +13,9 @@ from lordjax.evaluate.comparison import compare
 from lordjax.evaluate.perplexity import _token_nll
 from lordjax.kernels.low_rank import LowRank
 from lordjax.models.config import ModelConfig
+from lordjax.models.source import InMemory
 from lordjax.models.transformer import Transformer, init
 from lordjax.runtime.progress import Clock
-from lordjax.source import InMemory
 
 CONFIG = ModelConfig(
     vocab_size=61,

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lordjax import objective
 from lordjax.examples import (
     Examples,
     batch_indices,
@@ -18,7 +17,7 @@ from lordjax.examples import (
     split_documents,
 )
 from lordjax.instructions import instructions
-from lordjax.models import ModelConfig
+from lordjax.models import ModelConfig, objective
 
 VOCAB = 300
 CONFIG = ModelConfig(

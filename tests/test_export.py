@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from test_families import CASES, hf_model, logits, some_tokens
 
-from lordjax import factorize, modules, save
+from lordjax import factorize, save
 from lordjax.checkpoint import open_saved
 from lordjax.conversions.exporters import modeling_lordjax as code
 from lordjax.conversions.exporters import verify as verification
@@ -27,6 +27,7 @@ from lordjax.kernels import kinds, normal_float, trees
 from lordjax.kernels.base import materialize, nbytes
 from lordjax.kernels.low_rank import LowRank
 from lordjax.kernels.quantized import LowRankPlusQuantized, NFQuantized
+from lordjax.models import head_axes
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -86,8 +87,8 @@ def narrow(config, params):
     for i in range(config.num_layers):
         block = trees.flatten(params[f"layer_{i}"])
         for kind in ("vo", "mlp") if config.qk_norm else ("qk", "vo", "mlp"):
-            arrays = modules.gather(kind, block, config)
-            block = modules.scatter(kind, NARROWED[kind](arrays, i, config, rng), block)
+            arrays = head_axes.gather(kind, block, config)
+            block = head_axes.scatter(kind, NARROWED[kind](arrays, i, config, rng), block)
         flat |= {f"layer_{i}/{path}": leaf for path, leaf in block.items()}
     return {p: a for p, a in trees.flatten(params).items() if not p.startswith("layer_")} | flat
 

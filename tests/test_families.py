@@ -12,7 +12,8 @@ import pytest
 
 from lordjax.conversions.families.registry import FAMILIES, model_config, tensor_table
 from lordjax.conversions.readers.checkpoint import open_checkpoint
-from lordjax.models.layers import RMSNorm, attend
+from lordjax.models.attention import attend
+from lordjax.models.layers import RMSNorm
 from lordjax.models.transformer import Transformer, init
 
 torch = pytest.importorskip("torch")

@@ -13,7 +13,7 @@ from blocks import BLOCKS, source
 
 from lordjax import calibrate, factoring, gradients, linalg
 from lordjax.compression import prepare
-from lordjax.models.transformer import MLP
+from lordjax.models.blocks import MLP
 from lordjax.runtime import flops
 from lordjax.sizing import shapes
 from lordjax.stages import Job, recomputed, stages

@@ -16,11 +16,11 @@ from lordjax.compression import compress
 from lordjax.conversions.families.registry import tensor_table
 from lordjax.kernels import trees
 from lordjax.kernels.base import nbytes
+from lordjax.models.source import InMemory
 from lordjax.runtime import flops
 from lordjax.scripts import predict
 from lordjax.scripts.make_checkpoint import config_like
 from lordjax.scripts.plan_model import plan_model
-from lordjax.source import InMemory
 from lordjax.stages import Job, stages
 
 OPTIONS = {

@@ -12,7 +12,7 @@ from blocks import BLOCKS, GPT2, source
 from lordjax import compress, generate
 from lordjax.kernels.convert import encode, factorize
 from lordjax.models import Rope, Transformer, init
-from lordjax.models.transformer import CACHE
+from lordjax.models.attention import CACHE
 from lordjax.sampling import Sampling, filtered, pick
 
 CAUSAL = [name for name, config in BLOCKS.items() if config.head == "causal"]

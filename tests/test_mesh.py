@@ -22,10 +22,10 @@ from lordjax.compression import compress
 from lordjax.gradients import gradient_statistics
 from lordjax.kernels import trees
 from lordjax.methods import METHODS
+from lordjax.models.sites import sites_for
 from lordjax.quantization import quantize
 from lordjax.runtime import flops, mesh
 from lordjax.runtime.progress import Clock
-from lordjax.sites import sites_for
 from lordjax.stages import Job, site_factors, stages
 from lordjax.workspace import Workspace
 

@@ -22,7 +22,7 @@ from lordjax.methods.modular import (
     query_key,
     value_output,
 )
-from lordjax.models.layers import rotate
+from lordjax.models.rope import rotate
 from lordjax.stats import HeadMoments, Moments, SecondMoment
 
 SCORES = ("leverage", "elimination", "energy", "random")

@@ -20,8 +20,8 @@ from lordjax.kernels.low_rank import LowRank
 from lordjax.methods import METHODS, ModuleFactors
 from lordjax.methods.modular import mlp_module, narrow_mlp
 from lordjax.models import ModelConfig, Rope, Transformer, init
-from lordjax.models.transformer import MLP, Block
-from lordjax.modules import gather, scatter
+from lordjax.models.blocks import MLP, Block
+from lordjax.models.head_axes import gather, scatter
 from lordjax.names import layer_index
 from lordjax.prepared import TEMPERATURES
 from lordjax.runtime.progress import Clock

@@ -18,10 +18,10 @@ from lordjax.kernels.base import nbytes
 from lordjax.kernels.low_rank import LowRank
 from lordjax.kernels.quantized import LowRankPlusQuantized, NFQuantized
 from lordjax.models import ModelConfig, Transformer, init
+from lordjax.models.sites import LINEAR_SITES, site_path
+from lordjax.models.source import InMemory
 from lordjax.prepared import verify
 from lordjax.quantization import check_settings, prepare_quantized, quantize
-from lordjax.sites import LINEAR_SITES, site_path
-from lordjax.source import InMemory
 
 # One shape of kernels and three formats: compiling is what takes the time. Others: test_cli.
 CONFIG = ModelConfig(97, 64, 64, 2, 4, 4, 16, 128, tie_embeddings=True)

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lordjax.collect import empty, observe
 from lordjax.models import Block, ModelConfig, Transformer, init
-from lordjax.sites import LINEAR_SITES
+from lordjax.models.sites import LINEAR_SITES
 from lordjax.stats import (
     STATISTICS,
     AbsMean,

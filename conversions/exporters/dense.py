@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from lordjax import modules
 from lordjax.conversions.exporters.hf_files import (
     Job,
     Opened,
@@ -26,6 +25,7 @@ from lordjax.conversions.exporters.hf_files import (
 )
 from lordjax.conversions.families.registry import TensorSource, family_of, tensor_table
 from lordjax.kernels import base, trees
+from lordjax.models import head_axes
 from lordjax.models.config import ModelConfig
 from lordjax.names import layer_type
 
@@ -71,7 +71,7 @@ def with_biases(source: Opened) -> tuple[dict[str, Any], dict[str, TensorSource]
     homeless = []
     for path in sorted(leaves.keys() - table.keys()):
         block, _, inside = path.partition("/")
-        if inside == modules.ROPE_INDEX or (
+        if inside == head_axes.ROPE_INDEX or (
             inside == OUTPUT_BIAS
             and _has_room(*(of_block(a, int(block.split("_")[1])) for a in (leaves, table)))
         ):
@@ -91,7 +91,7 @@ def widened(
     flat: Mapping[str, Any], rows: Mapping[str, TensorSource], config: ModelConfig
 ) -> dict[str, Any]:
     """A block's parameters by path, dense and in the shapes of ``rows``, zeros where none were."""
-    places, wide = modules.places(flat, config), {}
+    places, wide = head_axes.places(flat, config), {}
     for path, leaf in flat.items():
         kernel = path.replace("/bias", "/kernel")
         if kernel not in places or path not in rows:

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from lordjax import modules
 from lordjax.conversions.exporters.hf_files import (
     Job,
     flat_block,
@@ -33,6 +32,7 @@ from lordjax.conversions.readers.tensor_files import read_json
 from lordjax.kernels import trees
 from lordjax.kernels.base import Kernel, materialize
 from lordjax.kernels.quantized import LowRankPlusQuantized
+from lordjax.models import head_axes
 
 FORMAT = 1  # of config.lordjax_export
 CODE = "modeling_lordjax"
@@ -124,7 +124,9 @@ def _write(job: Job, stage: Path, change: Callable[[str, Layer], Layer]) -> None
             flat = flat_block(source, i)
             width = flat["mlp/down/kernel"].shape[0]
             rows = of_block(of_width(width), i)
-            layers = _replaced(flat, rows, of_block(whole, i), modules.places(flat, source.config))
+            layers = _replaced(
+                flat, rows, of_block(whole, i), head_axes.places(flat, source.config)
+            )
             others = {p: row for p, row in rows.items() if _module(row) not in layers}
             yield from stored(others, flat)
             for name, layer in layers.items():

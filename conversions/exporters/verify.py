@@ -23,8 +23,8 @@ from lordjax.conversions.exporters.orbax import restore_orbax
 from lordjax.conversions.readers.tensor_files import read_json
 from lordjax.kernels.kinds import astype
 from lordjax.models.config import ModelConfig
+from lordjax.models.source import InMemory
 from lordjax.models.transformer import Transformer
-from lordjax.source import InMemory
 
 TOLERANCE = 1e-3
 STEPS = 16

@@ -26,7 +26,7 @@ from jaxtyping import Float
 
 from lordjax.conversions.readers.gguf_tokenizer import read_tokenizer
 from lordjax.models.config import Rope
-from lordjax.models.layers import rope_frequencies
+from lordjax.models.rope import rope_frequencies
 
 # GGML types by name; each has a parity test.
 TYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")

@@ -10,7 +10,7 @@ import numpy as np
 from lordjax.allocation.plan import Size
 from lordjax.kernels import trees
 from lordjax.models.config import ModelConfig
-from lordjax.sites import LAST_LAYER, Site
+from lordjax.models.sites import LAST_LAYER, Site
 
 # Name in head form -> parameter, and which axis is split into heads: ``h`` or ``k``, the last into
 # query or key heads; ``H``, the one before it into query heads.
