@@ -16,8 +16,6 @@ from jaxtyping import Array, Float
 
 from lordjax.kernels.base import Kernel, matmul
 
-pass
-
 # Keys are Hugging Face's names.
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
