@@ -6,8 +6,8 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from test_cli import calibration, fails, run, text, tiny  # noqa: F401
-from test_output import MODEL, TOKENS
+from commands import calibration, fails, run
+from interrupted import MODEL, TOKENS
 
 from lordjax import elastic, load
 from lordjax.compression import compress
@@ -94,7 +94,7 @@ def test_damage_is_found_and_named(models, tmp_path):
         load(broken, keep=0.7)
 
 
-def test_the_command_line_writes_the_files_of_a_direct_compression(tiny, text, tmp_path):  # noqa: F811
+def test_the_command_line_writes_the_files_of_a_direct_compression(tiny, text, tmp_path):
     whole, small, direct = (tmp_path / name for name in ("whole", "small", "direct"))
     method = ("--method", "modegpt", *calibration(text))
     found = run("compress", tiny, whole, *method, "--elastic")
@@ -115,7 +115,7 @@ def test_the_command_line_writes_the_files_of_a_direct_compression(tiny, text, t
     assert run("evaluate", whole, "--tokens", text, "--windows", 1).exit_code == 0
 
 
-def test_wrong_options_end_in_one_line(tiny, text, tmp_path):  # noqa: F811
+def test_wrong_options_end_in_one_line(tiny, text, tmp_path):
     out = tmp_path / "out"
     start = ("compress", tiny, out, *calibration(text), "--elastic")
     fails("leave --keep out", *start, "--keep", 0.5)

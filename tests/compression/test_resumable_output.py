@@ -1,40 +1,23 @@
 """A model directory in the making: killed anywhere, it goes on to the same bits."""
 
 import contextlib
-import dataclasses
 import random
 
 import jax
 import numpy as np
 import pytest
-from blocks import GPT2, random_model
+from interrupted import MODEL, TOKENS, Killed
 
 from lordjax import checkpoint, elastic
 from lordjax.compression import compress
 from lordjax.files import TensorWriter
 from lordjax.mesh import make_mesh
-from lordjax.models import Rope
 from lordjax.nf import Format
 from lordjax.output import Output, partial
 from lordjax.quantization import prepare_quantized
 from lordjax.scripts.benchmark_resume import contents
 from lordjax.workspace import Workspace
 
-CONFIG = dataclasses.replace(
-    GPT2,
-    num_layers=3,
-    num_kv_heads=2,
-    norm="rms",
-    activation="silu",
-    gated=True,
-    rope=Rope(),
-    position_rows=None,
-    qkv_bias=False,
-    out_bias=False,
-    mlp_bias=False,
-)
-MODEL = random_model(CONFIG)
-TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (12, 16), np.int32)
 IDENTITY = {"made of": "test"}
 FORMATS = tuple(Format(bits, 4, "bfloat16", 32, 256) for bits in (2, 4))
 
@@ -74,10 +57,6 @@ RUNS = {
     "lq": quantized("lq", weighting="fisher", rank=2),
     "auto": quantized("auto"),
 }
-
-
-class Killed(BaseException):
-    """Nothing in the library may catch this."""
 
 
 def make(run, directory):

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hf_models import CASES, hf_model, logits, some_tokens
 from safetensors.numpy import load_file, save_file
-from test_families import CASES, hf_model, logits, some_tokens
 
 from lordjax import factorize, kernels, modules, nf, save, trees
 from lordjax.checkpoint import open_saved

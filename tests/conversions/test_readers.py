@@ -9,8 +9,8 @@ import weakref
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hf_models import TINY, hf_logits, hf_model, logits, some_tokens
 from safetensors.numpy import load_file, save_file
-from test_families import TINY, hf_logits, hf_model, logits, some_tokens
 
 from lordjax import forecast
 from lordjax.conversions import tensors

@@ -11,36 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from blocks import BLOCKS, source
+from commands import fails, run
 from hypothesis import given
 from hypothesis import strategies as st
-from test_cli import fails, run, tiny  # noqa: F401
+from questions import PUBLISHED, alone, log_probabilities, tokenizer_of, write
 
 from lordjax.evaluate import choices, likelihood
 from lordjax.evaluate.likelihood import log_likelihoods
 from lordjax.evaluate.questions import TASKS, read_questions, task_of
 from lordjax.functional import encode as encoded
-from lordjax.models import Rope, Transformer
+from lordjax.models import Rope
 from lordjax.scripts.common import open_model
 
 LINEAR = r"layer_\d+/.*/kernel$"
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def log_probabilities(config, params, tokens):
-    logits = Transformer(config).apply({"params": params}, tokens)
-    return jax.nn.log_softmax(logits[0], axis=-1)
-
-
-def alone(config, params, pair, length=None):
-    """A pair by a plain pass over all of its tokens, filled up to a length."""
-    context, continuation = pair
-    tokens = np.zeros((1, length or len(context) + len(continuation) - 1), np.int32)
-    inputs = [*context, *continuation][:-1]
-    tokens[0, : len(inputs)] = inputs
-    found = np.asarray(log_probabilities(config, params, tokens), np.float64)
-    rows = found[len(context) - 1 : len(inputs)]
-    best = list(rows.argmax(axis=-1)) == list(continuation)
-    return rows[np.arange(len(rows)), continuation].sum(), best
 
 
 def some_pairs(config, most):
@@ -174,22 +157,6 @@ def test_wrong_pairs_are_errors(model):
     assert score([]) == []
 
 
-def tokenizer_of(words, **special):
-    """A byte-pair tokenizer whose tokens begin with spaces."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, initial_alphabet=alphabet, special_tokens=list(special.values())
-    )
-    made.train_from_iterator([words] * 4, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=made, **special)
-
-
 @pytest.fixture(scope="module")
 def tokenizer():
     return tokenizer_of("the cat sat on the mat and the hat", eos_token="<end>")
@@ -238,41 +205,6 @@ def test_scores_are_normalised_by_characters_and_by_bytes():
     assert choices.pick([-1.0, -1.0], ("a", "b"), "acc") == 0  # of equal ones the first
 
 
-PUBLISHED = {
-    "arc_easy": {
-        "question": "What?",
-        "choices": {"text": ["one", "two"], "label": ["1", "2"]},
-        "answerKey": "2",
-    },
-    "arc_challenge": {
-        "question": "What?",
-        "choices": {"text": ["one", "two"], "label": ["A", "B"]},
-        "answerKey": "B",
-    },
-    "openbookqa": {
-        "question_stem": "What?",
-        "choices": {"text": ["one", "two"], "label": ["A", "B"]},
-        "answerKey": " B",
-    },
-    "piqa": {"goal": "What?", "sol1": "one", "sol2": "two", "label": 1},
-    "boolq": {"question": "is it", "passage": "It is.", "label": 1},
-    "social_iqa": {
-        "context": "It is.",
-        "question": "What?",
-        "answerA": "one",
-        "answerB": "two",
-        "answerC": "three",
-        "label": "2",
-    },
-    "winogrande": {"sentence": "He saw _ there .", "option1": "A", "option2": "B", "answer": "2"},
-    "hellaswag": {
-        "activity_label": "Sewing",
-        "ctx_a": "A man [substeps] sits.",
-        "ctx_b": "he  Sews [title] well.",
-        "endings": ["one [x]", " two"],
-        "label": "1",
-    },
-}
 PLAIN = {
     "arc_easy": ("What?", ["one", "two"]),
     "arc_challenge": ("What?", ["one", "two"]),
@@ -296,11 +228,6 @@ PROMPTS = {
     ],
 }
 PROMPTS |= {"arc_challenge": PROMPTS["arc_easy"], "piqa": PROMPTS["arc_easy"]}
-
-
-def write(path, *records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -370,7 +297,7 @@ def sets(tmp_path_factory):
     return directory
 
 
-def test_accuracies_are_those_of_the_scores(tiny, sets):  # noqa: F811
+def test_accuracies_are_those_of_the_scores(tiny, sets):
     opened = open_model(str(tiny))
     config, params, tokenizer = opened.config, opened.params(), opened.tokenizer()
     questions = read_questions(sets / "openbookqa.jsonl", "openbookqa")
@@ -395,7 +322,7 @@ def test_accuracies_are_those_of_the_scores(tiny, sets):  # noqa: F811
     assert short["protocol"]["truncated"] == n  # "a? ab" is five tokens, of which four count
 
 
-def test_evaluate_choices(tiny, sets, tmp_path):  # noqa: F811
+def test_evaluate_choices(tiny, sets, tmp_path):
     out = tmp_path / "new" / "rows.jsonl"
     result = run("evaluate-choices", tiny, "--data", sets, "--json", "--out", out)
     found = json.loads(result.stdout)
@@ -413,7 +340,7 @@ def test_evaluate_choices(tiny, sets, tmp_path):  # noqa: F811
     assert "(2 questions)" in shown.stdout and "acc_norm" in shown.stdout
 
 
-def test_wrong_flags_of_evaluate_choices(tiny, sets, tmp_path):  # noqa: F811
+def test_wrong_flags_of_evaluate_choices(tiny, sets, tmp_path):
     other = write(tmp_path / "mine.jsonl", PUBLISHED["piqa"])
     write(tmp_path / "siqa.jsonl", PUBLISHED["social_iqa"])
     write(tmp_path / "social_i_qa.jsonl", PUBLISHED["social_iqa"])

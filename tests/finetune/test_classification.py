@@ -365,7 +365,7 @@ def test_no_new_head():
 @pytest.mark.parametrize("head", ["MaskedLM", "", "SequenceClassification"])
 def test_a_new_head_is_saved_and_exported(tmp_path, kind, head):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    from test_families import hf_model, some_tokens
+    from hf_models import hf_model, some_tokens
 
     from lordjax.conversions.export import export
     from lordjax.conversions.huggingface import open_checkpoint

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from blocks import BLOCKS, source
+from rates import RATES
 
 from lordjax import flops, forecast, sizing, speed, trees
 from lordjax.compression import compress
@@ -157,27 +158,6 @@ def test_memory_grows_with_windows_only_where_states_stay():
     kind = "with a work directory"
     states = {n: memory(job(windows=n))[kind]["parts"]["statistics"] for n in (64, 4096)}
     assert states[64] == states[4096]
-
-
-RATES = {
-    "compile": 100.0,
-    "product float32": 2e9,
-    "product float32 highest": 2e9,
-    "thin float32": 1e9,
-    "thin float32 highest": 1e9,
-    "product float64": 1e9,
-    "thin float64": 5e8,
-    "cholesky float64": 5e8,
-    "eigh float64 160": 1e8,
-    "eigh float64 448": 4e8,
-    "exp": 1e8,
-    "select": 1e9,
-    "gather": 1e8,
-    "steps": 1e4,
-    "read": 1e9,
-    "put": 1e9,
-    "write": 1e8,
-}
 
 
 def test_seconds_are_work_over_rate():

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from blocks import BLOCKS, source
-from test_forecast import RATES
+from rates import RATES
 
 from lordjax import (
     calibrate,

@@ -5,28 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from problems import METHOD_NAMES, inputs, problems
 
 from lordjax.kernels import LowRank
 from lordjax.methods import METHODS, truncate
-from lordjax.stats import AbsMean, Moments
 
 SHAPES = [(24, 24), (24, 16), (16, 40)]
-METHOD_NAMES = sorted(name for name, method in METHODS.items() if method.factor is not None)
-
-
-def inputs(shape, seed=0):
-    """A kernel and every statistic that a method may ask for."""
-    rng = np.random.default_rng(seed)
-    kernel = jnp.asarray(rng.normal(size=shape), jnp.float32)
-    x = jnp.asarray(rng.normal(size=(300, shape[0])) + 0.5, jnp.float32)
-    g = jnp.asarray(rng.normal(size=(300, min(shape))), jnp.float32)
-    stats = {
-        "input": Moments.zeros(shape[0]).update(x),
-        "abs_mean": AbsMean.zeros(shape[0]).update(x),
-        "row_fisher": jnp.asarray(rng.uniform(0.5, 2, shape[0]), jnp.float32),
-        "gradients": Moments.zeros(min(shape)).update(g),
-    }
-    return kernel, stats
 
 
 @pytest.fixture(params=METHOD_NAMES)
@@ -121,3 +105,17 @@ def test_reads_only_what_it_declares(name):
 @pytest.mark.parametrize("name", METHOD_NAMES)
 def test_has_a_summary_for_the_command_line(name):
     assert 10 < len(METHODS[name].summary) < 90
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("name", sorted(n for n, m in METHODS.items() if m.modules))
+def test_modules_are_jittable_and_read_only_what_they_declare(name):
+    given_problems = problems()
+    for kind, module in METHODS[name].modules.items():
+        kernels, stats = given_problems[kind]
+        arrays = {n: jnp.asarray(a) for n, a in kernels.items()}
+        given = {need: stats[need] for need in module.needs}
+        eager, jitted = module.factor(arrays, given), jax.jit(module.factor)(arrays, given)
+        np.testing.assert_allclose(jitted.spectrum, eager.spectrum, atol=1e-8)
+        for have, want in zip(*map(jax.tree.leaves, (jitted.parts, eager.parts)), strict=True):
+            np.testing.assert_allclose(have, want, atol=1e-6)

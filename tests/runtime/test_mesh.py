@@ -12,9 +12,9 @@ import jax
 import numpy as np
 import pytest
 from blocks import random_model
+from commands import calibration, fails, run
+from interrupted import MODEL, TOKENS, Killed
 from jax.sharding import PartitionSpec
-from test_cli import calibration, fails, run, text, tiny  # noqa: F401
-from test_output import MODEL, TOKENS, Killed
 
 from lordjax import factor_pass, flops, mesh, sharing, trees
 from lordjax.calibrate import activation_keys, block_statistics, checked, hidden_states, on_device
@@ -269,7 +269,7 @@ def test_a_mesh_is_named_by_its_axes(wrong):
         mesh.parse(wrong)
 
 
-def test_the_command_line(tiny, text, tmp_path):  # noqa: F811
+def test_the_command_line(tiny, text, tmp_path):
     out = tmp_path / "out"
     command = ("compress", tiny, out, *calibration(text), "--keep", 0.6, "--method", "lord")
     fails("9 devices asked for; there are 4", *command, "--mesh", "data=9")
@@ -289,7 +289,7 @@ QUICK = ("factorize", "nbytes", "matmul", "eigenvalues", "stats.moments")
 def test_functions_under_pmap_on_eight_devices(names):
     """What a user's own pipeline may call on its devices: `pmapped.CASES`."""
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, str(Path(__file__).with_name("pmapped.py")), *names]
+    command = [sys.executable, str(Path(__file__).parents[1] / "pmapped.py"), *names]
     found = subprocess.run(
         command, env=os.environ | flags, capture_output=True, text=True, timeout=300, check=False
     )

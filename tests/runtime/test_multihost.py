@@ -11,8 +11,8 @@ import sys
 import jax
 import numpy as np
 import pytest
-from test_cli import fails
-from test_output import MODEL, TOKENS, Killed
+from commands import fails
+from interrupted import MODEL, TOKENS, Killed
 
 from lordjax import checkpoint, elastic, hosts
 from lordjax.compression import compress

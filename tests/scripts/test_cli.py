@@ -12,79 +12,11 @@ import zipfile
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from commands import WINDOW, calibration, fails, run
 
 from lordjax import speed
 from lordjax.methods import DEFAULT_METHOD
 from lordjax.scripts import benchmark_resume, demo
-from lordjax.scripts.cli import cli
-
-WINDOW = 32
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """A random Llama with a byte-level tokenizer, as a Hugging Face directory."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    directory = tmp_path_factory.mktemp("tiny")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {"<end>": 0} | {c: i for i, c in enumerate(alphabet, 1)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
-    fast.save_pretrained(directory)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(vocab),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(f"def f{i}(x):\n    return x + {i * i}\n" for i in range(200)))
-    return path
-
-
-@pytest.fixture(scope="module")
-def compressed(tiny, text, tmp_path_factory):
-    """The tiny model at keep 0.5, and what the command printed."""
-    out = tmp_path_factory.mktemp("compressed") / "model"
-    result = run("compress", tiny, out, *calibration(text), "--keep", "0.5", "--json")
-    assert result.exit_code == 0, result.stderr
-    return out, result
-
-
-def run(*arguments):
-    return CliRunner().invoke(cli, [str(a) for a in arguments], catch_exceptions=False)
-
-
-def calibration(path):
-    return "--calibration", path, "--samples", 4, "--seq-len", WINDOW
-
-
-def fails(message, *arguments):
-    """Runs a command that must end as one line of error and exit code 2."""
-    result = run(*arguments)
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: ")
-    assert message in last
-    assert "Traceback" not in result.stderr
 
 
 def test_help_is_instant():

@@ -5,8 +5,8 @@ import shutil
 
 import numpy as np
 import pytest
+from commands import WINDOW, calibration, fails, run
 from safetensors.numpy import load_file, save_file
-from test_cli import WINDOW, calibration, compressed, fails, run, text, tiny  # noqa: F401
 
 from lordjax import load, nf, trees
 from lordjax.checkpoint import open_saved
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 @pytest.fixture(scope="module")
-def quantized(tiny, tmp_path_factory):  # noqa: F811
+def quantized(tiny, tmp_path_factory):
     """The tiny model as codes and products of rank 12."""
     out = tmp_path_factory.mktemp("quantized") / "model"
     options = ("--method", "lq", "--format", "nf4", "--rank", 12, "--dtype", "float32")
@@ -28,7 +28,7 @@ def quantized(tiny, tmp_path_factory):  # noqa: F811
 
 
 @pytest.mark.parametrize("to", ["dense", "factored", "orbax"])
-def test_export_and_verification(compressed, text, tmp_path, to):  # noqa: F811
+def test_export_and_verification(compressed, text, tmp_path, to):
     model, out = compressed[0], tmp_path / "out"
     found = run("export", model, out, "--to", to, "--verify", "--tokens", text, "--json")
     assert found.exit_code == 0, found.stderr
@@ -40,7 +40,7 @@ def test_export_and_verification(compressed, text, tmp_path, to):  # noqa: F811
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_methods_and_default_tokens(tiny, text, tmp_path):  # noqa: F811
+def test_methods_and_default_tokens(tiny, text, tmp_path):
     """Modules that became narrower; the standard library where there are no other tokens."""
     options = (*calibration(text), "--method", "modegpt-cr", "--keep", 0.5)
     assert run("compress", tiny, tmp_path / "model", *options).exit_code == 0
@@ -50,7 +50,7 @@ def test_methods_and_default_tokens(tiny, text, tmp_path):  # noqa: F811
         assert "largest difference of logits" in found.stdout
 
 
-def test_an_adapter(quantized, text, tmp_path, monkeypatch):  # noqa: F811
+def test_an_adapter(quantized, text, tmp_path, monkeypatch):
     arguments = ("export", quantized, tmp_path / "out", "--to", "peft", "--verify")
     found = run(*arguments, "--tokens", text, "--json")
     assert found.exit_code == 0, found.stderr
@@ -60,7 +60,7 @@ def test_an_adapter(quantized, text, tmp_path, monkeypatch):  # noqa: F811
     assert "--max-lora-rank 12" in found.stderr
 
 
-def test_a_difference_is_an_error(compressed, text, tmp_path, monkeypatch):  # noqa: F811
+def test_a_difference_is_an_error(compressed, text, tmp_path, monkeypatch):
     monkeypatch.setattr(verify, "TOLERANCE", 0)
     monkeypatch.setattr(verify, "STEPS", 0)
     options = ("--to", "dense", "--verify", "--tokens", text)
@@ -69,7 +69,7 @@ def test_a_difference_is_an_error(compressed, text, tmp_path, monkeypatch):  # n
     assert "error: " in found.stderr and "not the model that it was made from" in found.stderr
 
 
-def test_wrong_exports(tiny, compressed, text, tmp_path, monkeypatch):  # noqa: F811
+def test_wrong_exports(tiny, compressed, text, tmp_path, monkeypatch):
     model, out = compressed[0], tmp_path / "out"
     fails("no such file", "export", tmp_path / "nothing", out, "--to", "dense")
     fails("--to", "export", model, out)
@@ -101,7 +101,7 @@ def equal(a, b):
         np.testing.assert_array_equal(a[path], b[path])
 
 
-def test_there_and_back(tiny, text, tmp_path):  # noqa: F811
+def test_there_and_back(tiny, text, tmp_path):
     """Hugging Face to ours to Hugging Face; every verb takes what is ours."""
     ours, back = tmp_path / "ours", tmp_path / "back"
     for source, out, to in ((tiny, ours, "native"), (ours, back, "hf")):
@@ -130,7 +130,7 @@ def test_there_and_back(tiny, text, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("to", ["native", "hf"])
-def test_another_dtype(tiny, tmp_path, to):  # noqa: F811
+def test_another_dtype(tiny, tmp_path, to):
     out = tmp_path / "out"
     assert run("convert", tiny, out, "--to", to, "--dtype", "bfloat16").exit_code == 0
     rows = json.loads(run("inspect", out, "--json").stdout)["parameters"].values()
@@ -147,7 +147,7 @@ def test_codes_keep_their_dtypes(quantized, tmp_path):
     assert open_saved(tmp_path / "out").plan() == open_saved(quantized).plan()
 
 
-def test_wrong_conversions(tiny, tmp_path):  # noqa: F811
+def test_wrong_conversions(tiny, tmp_path):
     out = tmp_path / "out"
     fails("not an empty directory", "convert", tiny, tiny)
     fails("--dtype", "convert", tiny, out, "--dtype", "int8")

@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from test_cli import WINDOW, calibration, fails, run, text, tiny  # noqa: F401
+from commands import WINDOW, calibration, fails, run
 
 from lordjax import load, perplexity, trees
 from lordjax.kernels import LowRankPlusQuantized
@@ -14,7 +14,7 @@ QUICK = ("--steps", 12, "--batch", 4, "--every", 6, "--learning-rate", "1e-2")
 
 
 @pytest.fixture(scope="module")
-def documents(text, tmp_path_factory):  # noqa: F811
+def documents(text, tmp_path_factory):
     """The lines of the text, eight to a document."""
     lines = text.read_text().splitlines()
     path = tmp_path_factory.mktemp("documents") / "text.jsonl"
@@ -30,7 +30,7 @@ def finetune(*arguments):
 
 
 @pytest.fixture(scope="module")
-def qlora(tiny, documents, tmp_path_factory):  # noqa: F811
+def qlora(tiny, documents, tmp_path_factory):
     out = tmp_path_factory.mktemp("qlora") / "model"
     options = ("--data", documents, "--seq-len", WINDOW, "--recipe", "qlora", "--rank", 4)
     return (out, *finetune(tiny, out, *options, "--validation", 0.2))
@@ -52,7 +52,7 @@ def test_what_is_written(qlora):
     assert isinstance(flat["layer_0/mlp/up/kernel"], LowRankPlusQuantized)
 
 
-def test_merging_to_dense_is_the_same_model(qlora, text, tmp_path):  # noqa: F811
+def test_merging_to_dense_is_the_same_model(qlora, text, tmp_path):
     out = qlora[0]
     result = run("merge", out, tmp_path / "dense", "--to", "dense", "--json")
     assert result.exit_code == 0, result.stderr
@@ -63,7 +63,7 @@ def test_merging_to_dense_is_the_same_model(qlora, text, tmp_path):  # noqa: F81
     assert a == pytest.approx(b, rel=1e-5)
 
 
-def test_a_run_goes_on_where_it_is_the_same(qlora, tiny, documents, tmp_path):  # noqa: F811
+def test_a_run_goes_on_where_it_is_the_same(qlora, tiny, documents, tmp_path):
     out, summary, _ = qlora
     options = ["--data", documents, "--seq-len", WINDOW, "--recipe", "qlora", "--rank", 4]
     options += ["--validation", 0.2, "--run", summary["run"], *QUICK]
@@ -78,7 +78,7 @@ def test_a_run_goes_on_where_it_is_the_same(qlora, tiny, documents, tmp_path):  
     )
 
 
-def test_recovery_keeps_the_kind_of_the_model(tiny, documents, text, tmp_path):  # noqa: F811
+def test_recovery_keeps_the_kind_of_the_model(tiny, documents, text, tmp_path):
     small = tmp_path / "small"
     made = run(
         *("compress", tiny, small, "--method", "lord", "--keep", 0.6, *calibration(text), "--json")
@@ -95,7 +95,7 @@ def test_recovery_keeps_the_kind_of_the_model(tiny, documents, text, tmp_path): 
     assert shapes[0] == shapes[1]
 
 
-def test_instructions(tiny, tmp_path):  # noqa: F811
+def test_instructions(tiny, tmp_path):
     records = [{"instruction": f"add {i} and 1", "output": str(i + 1)} for i in range(24)]
     (tmp_path / "data.json").write_text(json.dumps(records))
     summary, _ = finetune(
@@ -106,7 +106,7 @@ def test_instructions(tiny, tmp_path):  # noqa: F811
     assert LowRankPlusQuantized not in kinds  # folded in
 
 
-def test_bad_arguments(tiny, documents, tmp_path):  # noqa: F811
+def test_bad_arguments(tiny, documents, tmp_path):
     out, data = tmp_path / "out", ("--data", documents, "--seq-len", WINDOW)
     for message, *options in (
         ("no recipe 'qlor'; did you mean qlora", *data, "--recipe", "qlor"),
@@ -129,7 +129,7 @@ def _labelled(folder):
     return path
 
 
-def test_plan_counts_a_step(tiny):  # noqa: F811
+def test_plan_counts_a_step(tiny):
     options = ("--method", "svd", "--keep", 0.5, "--allocation", "uniform", "--seq-len", WINDOW)
     result = run("plan", tiny, *options, "--finetune", "qlora", "--rank", 4, "--json")
     assert result.exit_code == 0, result.stderr

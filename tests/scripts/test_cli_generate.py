@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from test_cli import fails, run, text, tiny  # noqa: F401
+from commands import fails, run
 
 from lordjax import trees
 from lordjax.completion import complete, pieces
@@ -29,7 +29,7 @@ PROBLEMS = [
 
 
 @pytest.fixture(scope="module")
-def opened(tiny):  # noqa: F811
+def opened(tiny):
     return open_model(str(tiny))
 
 
@@ -52,7 +52,7 @@ def test_parameters_block_by_block_are_those_at_once(opened):
         assert isinstance(array, jax.Array) and np.array_equal(array, expected[path])
 
 
-def test_generate(tiny, opened):  # noqa: F811
+def test_generate(tiny, opened):
     (expected,) = texts(opened, ["def f(x):"])
     shown = run("generate", tiny, "def f(x):", "--max-new-tokens", 16)
     assert shown.exit_code == 0
@@ -84,7 +84,7 @@ def test_an_answer_does_not_depend_on_the_batch(opened):
     assert len({answer.text for answer in together}) == len(prompts)
 
 
-def test_interactive(tiny, opened):  # noqa: F811
+def test_interactive(tiny, opened):
     arguments = ["generate", str(tiny), "--interactive", "--max-new-tokens", "8"]
     result = CliRunner().invoke(cli, arguments, input="one\ntwo\n")
     given = opened.params(), opened.config, opened.tokenizer()
@@ -103,11 +103,11 @@ def test_interactive(tiny, opened):  # noqa: F811
         (["x" * 60], "the model's longest sequence is 64"),
     ],
 )
-def test_wrong_flags_of_generate(tiny, arguments, message):  # noqa: F811
+def test_wrong_flags_of_generate(tiny, arguments, message):
     fails(message, "generate", tiny, *arguments)
 
 
-def test_evaluate_code(tiny, problems, tmp_path):  # noqa: F811
+def test_evaluate_code(tiny, problems, tmp_path):
     out = tmp_path / "results.jsonl"
     common = ("--problems", problems, "--json")
     refused = run("evaluate-code", tiny, *common, "--out", out)
@@ -131,7 +131,7 @@ def test_codes_multiply_as_often_as_what_they_stand_for(opened):
     assert operations(config, thin, 2, 16) < dense
 
 
-def test_benchmark(tiny, text, tmp_path):  # noqa: F811
+def test_benchmark(tiny, text, tmp_path):
     small = tmp_path / "small"
     options = ("--calibration", text, "--seq-len", 32, "--method", "lord", "--keep", 0.5)
     assert run("compress", tiny, small, *options).exit_code == 0

@@ -10,8 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from test_choices import PUBLISHED, alone, tokenizer_of, write
-from test_cli import tiny  # noqa: F401
+from questions import PUBLISHED, alone, tokenizer_of, write
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install lordjax[eval])")
 
@@ -46,7 +45,7 @@ def harness(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def model(tiny, harness):  # noqa: F811
+def model(tiny, harness):
     return harness.LordjaxLM(str(tiny), batch_size=4)
 
 
@@ -133,7 +132,7 @@ def test_texts_are_encoded_as_the_harness_does(harness, special):
         assert (start, rest) == choices.encode_pair(tokenizer, *pair), pair
 
 
-def test_scores_are_those_of_the_harness_s_own_class(tiny, model):  # noqa: F811
+def test_scores_are_those_of_the_harness_s_own_class(tiny, model):
     import torch
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -211,7 +210,7 @@ def test_results_are_cached(model, tmp_path):
         model.set_cache_hook(CacheHook(None))
 
 
-def test_wrong_arguments(harness, tiny, tmp_path):  # noqa: F811
+def test_wrong_arguments(harness, tiny, tmp_path):
     with pytest.raises(ValueError, match="batch_size 'many'; expected a number, or auto"):
         harness.LordjaxLM(str(tiny), batch_size="many")
     with pytest.raises(FileNotFoundError):
@@ -221,7 +220,7 @@ def test_wrong_arguments(harness, tiny, tmp_path):  # noqa: F811
     assert made.batch_size == 16
 
 
-def test_the_harness_finds_the_model_by_its_name(harness, tiny):  # noqa: F811
+def test_the_harness_finds_the_model_by_its_name(harness, tiny):
     from lm_eval.api.registry import get_model
 
     assert get_model("lordjax") is harness.LordjaxLM
@@ -238,7 +237,7 @@ def test_the_entry_point_is_the_class(harness):
     assert next(iter(points)).load() is harness.LordjaxLM
 
 
-def test_the_harness_s_command_with_our_model(harness, tiny, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_the_harness_s_command_with_our_model(harness, tiny, tmp_path, monkeypatch, capsys):
     data = write(tmp_path / "piqa.jsonl", *records("piqa"))
     task_file(tmp_path, "piqa", data)
     command = ["lm_eval", "--model", "lordjax", "--model_args", f"pretrained={tiny}"]

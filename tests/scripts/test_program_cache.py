@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import pytest
-from test_cli import tiny  # noqa: F401
 
 from lordjax.scripts.caching import keep_programs, processor, prune, writable
 
@@ -30,7 +29,7 @@ def always(monkeypatch):
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
-def test_the_second_run_compiles_nothing(tiny, tmp_path, always):  # noqa: F811
+def test_the_second_run_compiles_nothing(tiny, tmp_path, always):
     text, first = generate(tiny, tmp_path)
     folder = tmp_path / "lordjax" / "programs" / processor()
     for name in ("decode", "prefill"):
@@ -42,7 +41,7 @@ def test_the_second_run_compiles_nothing(tiny, tmp_path, always):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_variables_of_jax_win(tiny, tmp_path, always):  # noqa: F811
+def test_variables_of_jax_win(tiny, tmp_path, always):
     own = tmp_path / "own"
     home = tmp_path / "home"
     home.mkdir()
