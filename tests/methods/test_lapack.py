@@ -88,6 +88,8 @@ def test_a_factor_tries_harder_until_it_works_and_gives_up_on_what_is_broken(mon
 @pytest.mark.parametrize(("intercept", "shrinkage"), [(False, 0.0), (True, 0.0), (True, 0.5)])
 def test_an_mlp_is_factored_alike_on_the_host(score, weighted, intercept, shrinkage):
     z, kernel = problem(70)
+    if score == "leverage":  # rounding decides which of two equal columns comes first
+        kernel[5] = kernel[3]
     stats = {"moments": Moments.zeros(70).update(jnp.asarray(z, jnp.float32))}
     if weighted:
         g = np.random.default_rng(1).normal(size=(9, 12)) * np.arange(12)  # fewer than outputs
@@ -98,7 +100,10 @@ def test_an_mlp_is_factored_alike_on_the_host(score, weighted, intercept, shrink
     given = dict(stats)
     found = mlp_on_host.mlp({"down": kernel}, given, ridge=RIDGE, **options)
     assert not given
-    np.testing.assert_array_equal(found.parts["order"], expected.parts["order"])
+    orders = [np.asarray(parts["order"]) for parts in (found.parts, expected.parts)]
+    if score == "leverage":
+        orders = [np.where(order == 5, 3, order) for order in orders]
+    np.testing.assert_array_equal(*orders)
     np.testing.assert_allclose(found.spectrum, expected.spectrum, rtol=1e-4)
     assert found.parts.keys() == expected.parts.keys()
     for name in ("lower", "right", *(["mean"] if intercept else [])):
