@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from blocks import GPT2, random_model
-from test_methods_contract import METHOD_NAMES, inputs
-from test_modular import problems
+from problems import METHOD_NAMES, inputs, problems
 
 from lordjax import adapters, encode, factorize, linalg, nbytes
 from lordjax.collect import embed, observe, observe_gradients
