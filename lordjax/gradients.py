@@ -11,11 +11,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lordjax import linalg
 from lordjax.calibrate import QUERIES, on_device, state_shapes
 from lordjax.collect import embed, observe, observe_gradients
 from lordjax.kernels import trees
-from lordjax.methods import Method
+from lordjax.methods import Method, linalg
 from lordjax.models import objective
 from lordjax.models.config import ModelConfig
 from lordjax.models.objective import loss_gradient

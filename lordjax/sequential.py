@@ -22,7 +22,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lordjax import linalg
 from lordjax.allocation.plan import Plan
 from lordjax.calibrate import (
     activation_keys,
@@ -34,7 +33,7 @@ from lordjax.collect import observe_pair
 from lordjax.factoring import AnyFactors, factor_site, replace_kernels, site_kernels
 from lordjax.gradients import site_gradients
 from lordjax.kernels import trees
-from lordjax.methods import METHODS, Method, method_at
+from lordjax.methods import METHODS, Method, linalg, method_at
 from lordjax.models.config import ModelConfig
 from lordjax.models.head_axes import LAST_NAME
 from lordjax.models.sites import LAST_LAYER, LINEAR_SITES, Site, site_path, sites_for

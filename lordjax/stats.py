@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lordjax import linalg
+from lordjax.methods import linalg
 
 
 def _rows(x: Array, weights: Array | None, dtype: Any) -> tuple[Array, Array | None]:

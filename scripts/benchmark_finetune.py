@@ -241,8 +241,8 @@ def memory(config: str, batch: int, seq_len: int, rank: int, dtype: str, ranks: 
 
     from lordjax import memory as sizes
     from lordjax import recipes, sizing
-    from lordjax.allocation.plan import Plan
     from lordjax.allocation import policies
+    from lordjax.allocation.plan import Plan
     from lordjax.conversions.readers.checkpoint import read_config
     from lordjax.factoring import site_sizes
     from lordjax.finetune import Settings

@@ -14,10 +14,10 @@ import numpy as np
 from blocks import GPT2, random_model
 from problems import METHOD_NAMES, inputs, problems
 
-from lordjax import adapters, encode, factorize, linalg, nbytes
+from lordjax import adapters, encode, factorize, nbytes
 from lordjax.collect import embed, observe, observe_gradients
 from lordjax.kernels import base, kinds, normal_float
-from lordjax.methods import METHODS, low_rank_quantized
+from lordjax.methods import METHODS, linalg, low_rank_quantized
 from lordjax.models import Transformer, objective
 from lordjax.models.sites import LINEAR_SITES
 from lordjax.stats import STATISTICS

@@ -3,8 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from lordjax import linalg
-from lordjax.methods import METHODS
+from lordjax.methods import METHODS, linalg
 from lordjax.models.rope import rotate
 from lordjax.stats import AbsMean, HeadMoments, Moments, SecondMoment
 

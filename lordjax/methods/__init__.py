@@ -3,13 +3,13 @@
 from typing import Any
 
 from lordjax.methods.base import Factors, Method, Module, ModuleFactors, truncate
+from lordjax.methods.low_rank import SVD_METHODS
 from lordjax.methods.modular import (
     SHRINKAGE,
     mlp_module,
     query_key_module,
     value_output_module,
 )
-from lordjax.methods.svd import SVD_METHODS
 
 _LOSS_MLP = mlp_module(("moments", "gradients"), score="elimination", shrinkage=SHRINKAGE)
 

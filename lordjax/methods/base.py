@@ -14,7 +14,7 @@ import flax.struct
 from jaxtyping import Array, Float
 
 from lordjax.kernels.low_rank import LowRank
-from lordjax.linalg import mm
+from lordjax.methods.linalg import mm
 
 
 @flax.struct.dataclass

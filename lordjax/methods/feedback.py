@@ -25,7 +25,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from lordjax.kernels import normal_float
-from lordjax.linalg import mm
+from lordjax.methods.linalg import mm
 
 DAMPING = 1e-2  # share of the mean second moment added to all, as GPTQ's
 BLOCK = 64  # inputs between two large products

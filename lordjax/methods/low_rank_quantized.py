@@ -40,8 +40,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from lordjax.kernels import normal_float
-from lordjax.linalg import mm, orthonormal_rows
 from lordjax.methods.feedback import best_shares, quantize, scaled_by
+from lordjax.methods.linalg import mm, orthonormal_rows
 
 STEPS = 10  # alternations; the first five gain most, at 2 bits more lose (CHANGELOG)
 OVERSAMPLING = 10  # columns of the subspace beyond the rank

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from lordjax import lapack, linalg
+from lordjax.methods import lapack, linalg
 from lordjax.methods.base import ModuleFactors
 
 SCORES = ("elimination", "leverage")

@@ -39,10 +39,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from lordjax import linalg
-from lordjax.linalg import mm
-from lordjax.methods import mlp_on_host
+from lordjax.methods import linalg, mlp_on_host
 from lordjax.methods.base import Module, ModuleFactors
+from lordjax.methods.linalg import mm
 
 RIDGE = 1e-4  # of the leverage scores, relative to the mean energy of a column
 # Ridge λ of an MLP's fit, of every neuron's own energy, in neurons per token. That shrinks the

@@ -15,8 +15,8 @@ from lordjax.gradients import gradient_statistics
 from lordjax.kernels import trees
 from lordjax.kernels.base import nbytes
 from lordjax.kernels.low_rank import LowRank
-from lordjax.linalg import row_space
 from lordjax.methods import METHODS
+from lordjax.methods.linalg import row_space
 from lordjax.models import ModelConfig, Transformer, init
 from lordjax.models.objective import loss_gradient
 from lordjax.models.sites import LINEAR_SITES, site_path, sites_for

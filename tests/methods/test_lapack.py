@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from blocks import source
 
-from lordjax import factoring, lapack, linalg
+from lordjax import factoring
 from lordjax.compression import prepare
-from lordjax.linalg import mean_unit, own_unit
-from lordjax.methods import METHODS, mlp_on_host
+from lordjax.methods import METHODS, lapack, linalg, mlp_on_host
+from lordjax.methods.linalg import mean_unit, own_unit
 from lordjax.methods.modular import RIDGE, mlp
 from lordjax.stats import Moments, SecondMoment
 

@@ -5,10 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lordjax import linalg
 from lordjax.allocation.plan import Size
-from lordjax.methods import METHODS, truncate
-from lordjax.methods.svd import SVD_METHODS
+from lordjax.methods import METHODS, linalg, truncate
+from lordjax.methods.low_rank import SVD_METHODS
 from lordjax.sequential import _regress
 from lordjax.stats import AbsMean, Moments
 

@@ -12,8 +12,8 @@ from lordjax import factorize
 from lordjax.kernels import normal_float, trees
 from lordjax.kernels.low_rank import LowRank
 from lordjax.kernels.quantized import LowRankPlusQuantized, NFQuantized
-from lordjax.linalg import orthonormal_rows
 from lordjax.methods.feedback import feedback_of
+from lordjax.methods.linalg import orthonormal_rows
 from lordjax.methods.low_rank_quantized import (
     FIRST_POWERS,
     OVERSAMPLING,

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from problems import gradients, metric, mlp_problem, moments
 
-from lordjax import linalg
 from lordjax.factoring import factor_program
+from lordjax.methods import linalg
 from lordjax.methods.modular import (
     RIDGE,
     SHRINKAGE,

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from blocks import BLOCKS, source
 
-from lordjax import calibrate, factoring, gradients, linalg
+from lordjax import calibrate, factoring, gradients
 from lordjax.compression import prepare
+from lordjax.methods import linalg
 from lordjax.models.blocks import MLP
 from lordjax.runtime import flops
 from lordjax.sizing import shapes

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.linalg import blas, lapack
 
-from lordjax.linalg import JITTER, mean_unit, own_unit
+from lordjax.methods.linalg import JITTER, mean_unit, own_unit
 
 PANEL = 512  # rows that are worked on at a time: what they make fits the cache
 PENDING = 256  # removed columns whose effect on the inverse is carried out in one product

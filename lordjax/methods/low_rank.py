@@ -39,9 +39,9 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
-from lordjax import linalg
-from lordjax.linalg import mm
+from lordjax.methods import linalg
 from lordjax.methods.base import Factors, Method
+from lordjax.methods.linalg import mm
 
 ASVD_ALPHA = 0.5  # ASVD's published exponent on the mean magnitude
 
