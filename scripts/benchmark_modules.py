@@ -21,7 +21,8 @@ import click
 def variants() -> dict[str, Any]:
     """Name -> `Method`."""
     from lordjax.methods import METHODS
-    from lordjax.methods.modular import mlp_module, value_output_module
+    from lordjax.methods.modular.mlp import mlp_module
+    from lordjax.methods.modular.value_output import value_output_module
 
     base = METHODS["modegpt-published"]
 

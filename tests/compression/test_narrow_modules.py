@@ -18,7 +18,7 @@ from lordjax.kernels import trees
 from lordjax.kernels.base import nbytes
 from lordjax.kernels.low_rank import LowRank
 from lordjax.methods import METHODS, ModuleFactors
-from lordjax.methods.modular import mlp_module, narrow_mlp
+from lordjax.methods.modular.mlp import mlp_module, narrow_mlp
 from lordjax.models import ModelConfig, Rope, Transformer, init
 from lordjax.models.blocks import MLP, Block
 from lordjax.models.head_axes import gather, scatter

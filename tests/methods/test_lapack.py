@@ -12,9 +12,10 @@ from blocks import source
 
 from lordjax import factoring
 from lordjax.compression import prepare
-from lordjax.methods import METHODS, lapack, linalg, mlp_on_host
+from lordjax.methods import METHODS, lapack, linalg
 from lordjax.methods.linalg import mean_unit, own_unit
-from lordjax.methods.modular import RIDGE, mlp
+from lordjax.methods.modular import mlp_on_host
+from lordjax.methods.modular.mlp import RIDGE, mlp
 from lordjax.stats import Moments, SecondMoment
 
 

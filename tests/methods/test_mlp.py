@@ -9,12 +9,7 @@ from problems import gradients, metric, mlp_problem, moments
 
 from lordjax.factoring import factor_program
 from lordjax.methods import linalg
-from lordjax.methods.modular import (
-    RIDGE,
-    SHRINKAGE,
-    mlp,
-    narrow_mlp,
-)
+from lordjax.methods.modular.mlp import RIDGE, SHRINKAGE, mlp, narrow_mlp
 
 pytestmark = pytest.mark.usefixtures("double")
 

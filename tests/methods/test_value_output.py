@@ -16,10 +16,7 @@ from problems import (
     vo_problem,
 )
 
-from lordjax.methods.modular import (
-    narrow_value_output,
-    value_output,
-)
+from lordjax.methods.modular.value_output import narrow_value_output, value_output
 from lordjax.stats import HeadMoments
 
 pytestmark = pytest.mark.usefixtures("double")
