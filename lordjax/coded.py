@@ -21,15 +21,11 @@ from lordjax.kernels.base import is_kernel, materialize, nbytes
 from lordjax.kernels.low_rank import LowRank
 from lordjax.kernels.quantized import LowRankPlusQuantized, NFQuantized
 from lordjax.methods import Method
-from lordjax.methods.feedback import feedback_of
-from lordjax.methods.low_rank_quantized import (
-    FIRST_POWERS,
-    STEPS,
-    Weights,
-    decompose,
-    predict,
-    start_basis,
-)
+from lordjax.methods.quantized.best_product import FIRST_POWERS, start_basis
+from lordjax.methods.quantized.error_feedback import feedback_of
+from lordjax.methods.quantized.lq import STEPS, decompose
+from lordjax.methods.quantized.predicted_loss import predict
+from lordjax.methods.quantized.weightings import WEIGHTINGS, Weights, cost_of, statistics_of
 from lordjax.models.config import ModelConfig
 from lordjax.models.sites import Site, site_path
 from lordjax.models.source import InMemory
@@ -37,7 +33,6 @@ from lordjax.quantizer import best_pair, encode_kernel, measures, pack
 from lordjax.runtime import flops
 from lordjax.runtime.flops import Work
 from lordjax.stages import Job, forward_work, gradient_work, inputs, loaded
-from lordjax.weightings import WEIGHTINGS, cost_of, statistics_of
 
 MIDDLE_RANK = 16  # of products where a solver chooses: what it gave most matrices (SmolLM2)
 

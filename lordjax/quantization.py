@@ -25,7 +25,8 @@ from lordjax.compression import GRADIENT_WINDOWS
 from lordjax.data import fingerprint
 from lordjax.gradients import few_gradients
 from lordjax.kernels import normal_float, trees
-from lordjax.methods.low_rank_quantized import STEPS
+from lordjax.methods.quantized.lq import STEPS
+from lordjax.methods.quantized.weightings import MOMENTS, WEIGHTINGS, statistics_of
 from lordjax.models import objective
 from lordjax.models.sites import LINEAR_SITES, site_path
 from lordjax.models.source import Materialized, Source
@@ -35,7 +36,6 @@ from lordjax.quantizer import Quantizer
 from lordjax.runtime.mesh import Mesh
 from lordjax.runtime.progress import Clock, Progress
 from lordjax.source import Calibration
-from lordjax.weightings import MOMENTS, WEIGHTINGS, statistics_of
 from lordjax.work import Memory, Work
 
 

@@ -33,17 +33,12 @@ from lordjax.kernels.base import materialize, nbytes
 from lordjax.kernels.convert import cast, quantize_pair
 from lordjax.kernels.low_rank import LowRank
 from lordjax.kernels.quantized import LowRankPlusQuantized, NFQuantized
-from lordjax.methods.feedback import feedback_of
-from lordjax.methods.feedback import quantize as codes_of
-from lordjax.methods.low_rank_quantized import (
-    FIRST_POWERS,
-    Weights,
-    best_product,
-    decompose_all,
-    in_stacks,
-    predict,
-    start_basis,
-)
+from lordjax.methods.quantized.best_product import FIRST_POWERS, best_product, start_basis
+from lordjax.methods.quantized.error_feedback import feedback_of
+from lordjax.methods.quantized.error_feedback import quantize as codes_of
+from lordjax.methods.quantized.lq import decompose_all, in_stacks
+from lordjax.methods.quantized.predicted_loss import predict
+from lordjax.methods.quantized.weightings import Weights, cost_of, statistics_of
 from lordjax.models.sites import LINEAR_SITES, Site, site_path
 from lordjax.models.source import Source
 from lordjax.names import layer_index
@@ -51,7 +46,6 @@ from lordjax.parts import REST, join
 from lordjax.prepared import Result, claim, put
 from lordjax.runtime.progress import Clock, Progress, peak_rss
 from lordjax.source import Calibration
-from lordjax.weightings import cost_of, statistics_of
 from lordjax.work import Memory, Work, digest
 
 # A site -> its kernel, and what errors of it cost.

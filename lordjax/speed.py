@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lordjax.kernels import normal_float
-from lordjax.methods import feedback
+from lordjax.methods.quantized import error_feedback
 from lordjax.runtime import flops
 
 RUNS, PATIENCE = 3, 0.25  # of a program; seconds
@@ -141,8 +141,8 @@ def _code_rates() -> Rates:
         return lambda x: normal_float.dequantize(normal_float.quantize(x, form), form)
 
     def in_turn(rows: Any) -> Any:
-        return feedback.quantize(
-            rows, normal_float.Format.parse("nf2"), feedback.feedback_of(moment)
+        return error_feedback.quantize(
+            rows, normal_float.Format.parse("nf2"), error_feedback.feedback_of(moment)
         ).codes
 
     return {

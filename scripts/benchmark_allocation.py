@@ -63,7 +63,8 @@ def tables(source: Any) -> tuple[list[Any], int]:
 
     from lordjax.allocation.candidates import Option, Table
     from lordjax.kernels import normal_float, trees
-    from lordjax.methods.low_rank_quantized import Weights, predict
+    from lordjax.methods.quantized.predicted_loss import predict
+    from lordjax.methods.quantized.weightings import Weights
     from lordjax.models.sites import LINEAR_SITES
 
     grid, found, count = normal_float.grid(), [], 0

@@ -109,7 +109,8 @@ def measure(
     import torch
 
     from lordjax.kernels import normal_float
-    from lordjax.methods.low_rank_quantized import Weights, decompose
+    from lordjax.methods.quantized.lq import decompose
+    from lordjax.methods.quantized.weightings import Weights
 
     device = jnp.asarray(kernel)
     weight = torch.from_numpy(np.ascontiguousarray(kernel.T))

@@ -100,7 +100,7 @@ def _quantizer(gradients: Any, what: str) -> tuple[Any, float]:
     """The `Quantizer` of a case, and the seconds that its gradients took."""
     from lordjax.allocation.candidates import QUANTIZERS
     from lordjax.kernels import normal_float
-    from lordjax.weightings import WEIGHTINGS
+    from lordjax.methods.quantized.weightings import WEIGHTINGS
 
     method, *options = what.split(":")
     row = QUANTIZERS[method]

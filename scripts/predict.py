@@ -140,8 +140,8 @@ def coded(
     from lordjax.allocation.candidates import QUANTIZERS, Option
     from lordjax.coded import CodedJob, estimate
     from lordjax.kernels import normal_float
+    from lordjax.methods.quantized.weightings import MOMENTS
     from lordjax.models.sites import LINEAR_SITES, site_path
-    from lordjax.weightings import MOMENTS
 
     quantization.check_settings(method, **settings)
     row, form, factors = QUANTIZERS[method], settings["form"], settings["factors"]

@@ -17,7 +17,8 @@ from problems import METHOD_NAMES, inputs, problems
 from lordjax import adapters, encode, factorize, nbytes
 from lordjax.collect import embed, observe, observe_gradients
 from lordjax.kernels import base, kinds, normal_float
-from lordjax.methods import METHODS, linalg, low_rank_quantized
+from lordjax.methods import METHODS, linalg
+from lordjax.methods.quantized import lq, weightings
 from lordjax.models import Transformer, objective
 from lordjax.models.sites import LINEAR_SITES
 from lordjax.stats import STATISTICS
@@ -69,9 +70,7 @@ def merged(params):
 
 
 def decomposed(kernel):
-    found = low_rank_quantized.decompose(
-        kernel, jnp.asarray(2), low_rank_quantized.Weights(), form=FORM, width=2, steps=2
-    )
+    found = lq.decompose(kernel, jnp.asarray(2), weightings.Weights(), form=FORM, width=2, steps=2)
     return found.error, found.left @ found.right
 
 

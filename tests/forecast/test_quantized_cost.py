@@ -13,14 +13,14 @@ import pytest
 from blocks import BLOCKS, source
 from rates import RATES
 
-from lordjax import calibrate, forecast, gradients, quantizer, sharing, sizing, weightings
+from lordjax import calibrate, forecast, gradients, quantizer, sharing, sizing
 from lordjax.allocation import candidates
 from lordjax.coded import coded_stages
 from lordjax.collect import observe
 from lordjax.elastic import check_settings
 from lordjax.kernels import normal_float, trees
 from lordjax.kernels.base import nbytes
-from lordjax.methods import low_rank_quantized
+from lordjax.methods.quantized import lq, weightings
 from lordjax.quantization import quantize
 from lordjax.runtime import flops
 from lordjax.runtime.mesh import make_mesh, share_rows
@@ -116,7 +116,7 @@ def test_a_quantisation_runs_what_was_counted(method, flags, monkeypatch):
         calibrate: ("observe", "embed"),
         gradients: ("observe", "observe_gradients", "loss_gradient", "embed"),
         quantizer: ("predict", "encode_kernel", "best_pair", "pack", "measures", "materialize"),
-        low_rank_quantized: ("decompose",),
+        lq: ("decompose",),
     }.items():
         for name in names:
             monkeypatch.setattr(module, name, counting(done, getattr(module, name)))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lordjax.kernels import normal_float
-from lordjax.methods.feedback import (
+from lordjax.methods.quantized.error_feedback import (
     BLOCK,
     DAMPING,
     SHARES,

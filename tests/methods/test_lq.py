@@ -12,21 +12,18 @@ from lordjax import factorize
 from lordjax.kernels import normal_float, trees
 from lordjax.kernels.low_rank import LowRank
 from lordjax.kernels.quantized import LowRankPlusQuantized, NFQuantized
-from lordjax.methods.feedback import feedback_of
 from lordjax.methods.linalg import orthonormal_rows
-from lordjax.methods.low_rank_quantized import (
+from lordjax.methods.quantized.best_product import (
     FIRST_POWERS,
     OVERSAMPLING,
-    Weights,
-    _decompose,
     best_product,
-    decompose,
-    decompose_all,
-    predict,
     start_basis,
 )
+from lordjax.methods.quantized.error_feedback import feedback_of
+from lordjax.methods.quantized.lq import _decompose, decompose, decompose_all
+from lordjax.methods.quantized.predicted_loss import predict
+from lordjax.methods.quantized.weightings import Weights, cost_of
 from lordjax.models import ModelConfig, init
-from lordjax.weightings import cost_of
 
 SHAPE = (48, 40)
 WIDTH = 8

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from lordjax.methods.base import Method
-from lordjax.methods.low_rank_quantized import Weights
+from lordjax.methods.linalg import mm
 
 # Share of the mean added to the inputs' second moment. GPTQ's 0.01 of a mean that a few huge
 # activations make is more than all the others have, and misleads the choice of formats.
@@ -49,3 +50,42 @@ def statistics_of(weighting: str) -> Method:
     """A weighting as what the calibration passes know: statistics, and a function of them."""
     cost: Any = cost_of
     return Method(weighting, cost, WEIGHTINGS[weighting])
+
+
+FLOOR = 1e-8  # share of their mean that weights are raised by: a weight of 0 has no inverse
+
+
+class Weights(NamedTuple):
+    """What an error of a kernel ``[in, out]`` costs.
+
+    Attributes:
+      inputs: ``[in, in]`` second moment of the inputs, its diagonal ``[in]``, or None.
+      outputs: ``[out]``, or None.
+      elements: ``[in, out]``, or None: measures errors in place of the others' product.
+      feedback: `feedback.Feedback` of ``inputs``: how codes are found; None: each by itself.
+    """
+
+    inputs: Any = None
+    outputs: Any = None
+    elements: Any = None
+    feedback: Any = None
+
+    def times_inputs(self, a: Float[Array, "n in"]) -> Float[Array, "n in"]:
+        """``a H``."""
+        if self.inputs is None:
+            return a
+        return mm(a, self.inputs) if self.inputs.ndim == 2 else a * self.inputs[None]
+
+    def root_outputs(self) -> Float[Array, "out 1"] | Float[Array, "1 1"]:
+        """``√c``, all above 0."""
+        if self.outputs is None:
+            return jnp.ones((1, 1))
+        mean = jnp.mean(self.outputs)
+        return jnp.sqrt(self.outputs + FLOOR * jnp.where(mean > 0, mean, 1))[:, None]
+
+    def measure(self, error: Float[Array, "in out"]) -> Float[Array, ""]:
+        """What an error costs."""
+        if self.elements is not None:
+            return jnp.sum(self.elements * error**2)
+        scaled = error.T * self.root_outputs()
+        return jnp.sum(scaled * self.times_inputs(scaled))
