@@ -40,7 +40,7 @@ _WHERE = {
     "prepare": "lordjax.compression",
     "prepare_quantized": "lordjax.quantization",
     "quantize": "lordjax.quantization",
-    "save": "lordjax.checkpoint",
+    "save": "lordjax.storage.checkpoint",
     "train": "lordjax.training",
 }
 

@@ -27,7 +27,7 @@ from lordjax.models.source import Source
 from lordjax.runtime import mesh as devices
 from lordjax.source import Calibration, check_tokens
 from lordjax.states import States, open_states
-from lordjax.work import Work
+from lordjax.storage.store import Work
 
 QUERIES = "attention/queries"
 INFLUENCE = f"{BLOCK}:influence"

@@ -33,7 +33,7 @@ from lordjax.models.source import InMemory, Materialized, Source
 from lordjax.prepared import Prepared, Result
 from lordjax.runtime.mesh import Mesh
 from lordjax.runtime.progress import Clock, Progress
-from lordjax.work import Memory, Work
+from lordjax.storage.store import Memory, Work
 
 # The backward pass costs about four forward passes; more windows than this gain little (CHANGELOG).
 GRADIENT_WINDOWS = 32

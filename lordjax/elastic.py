@@ -24,21 +24,21 @@ from typing import Any
 import jax
 import numpy as np
 
-from lordjax import checkpoint
 from lordjax.allocation.plan import Size
 from lordjax.compression import check_method, prepare
-from lordjax.entries import decode
-from lordjax.files import TensorFile, Written, checksum, write_json
 from lordjax.kernels import trees
 from lordjax.methods import METHODS
 from lordjax.models.config import ModelConfig
 from lordjax.models.source import InMemory, Materialized, Source
-from lordjax.parts import REST, Parts
 from lordjax.prepared import Prepared, Result
 from lordjax.runtime.progress import Progress
 from lordjax.source import Calibration
-from lordjax.work import Entries, Memory
-from lordjax.workspace import Workspace
+from lordjax.storage import atomic_directory, checkpoint, saved_model
+from lordjax.storage.disk_store import Workspace
+from lordjax.storage.serialize import decode
+from lordjax.storage.shards import REST, Parts
+from lordjax.storage.store import Entries, Memory
+from lordjax.storage.tensor_files import TensorFile, Written, checksum, write_json
 
 DIRECTORY, INDEX = "elastic", "index.json"
 FACTS = "elastic"  # entry: everything besides the factors
@@ -206,7 +206,7 @@ def cut(
     facts = archive[FACTS]
     mask = None if facts["mask"] is None else np.asarray(facts["mask"], bool)
     prepared = Prepared(
-        source=Materialized(checkpoint.open_saved(directory)),
+        source=Materialized(saved_model.open_saved(directory)),
         calibration=Calibration(facts["tokens"], mask, facts["batch_size"], facts["mask_token"]),
         held_out=facts["held_out"],
         method=facts["method"],
@@ -236,7 +236,7 @@ class Cut(InMemory):
 def open_cut(directory: str | os.PathLike[str], keep: float) -> Cut:
     """`cut`, as something to evaluate or to export."""
     result = cut(directory, keep)
-    return Cut(result.config, result.params, checkpoint.open_saved(directory).hf_config)
+    return Cut(result.config, result.params, saved_model.open_saved(directory).hf_config)
 
 
 def load(
@@ -253,7 +253,7 @@ def load(
       ValueError: see `checkpoint.open_saved` and `cut`.
     """
     if keep is None:
-        saved = checkpoint.open_saved(directory)
+        saved = saved_model.open_saved(directory)
         return saved.config, saved.params()
     source = open_cut(directory, keep)
     return source.config, dict(source.params)
@@ -282,10 +282,10 @@ def export(
       ValueError: see `cut`.
     """
     check_elastic(directory)
-    out = checkpoint.check_destination(out)
-    saved = checkpoint.open_saved(directory)
-    checkpoint.check_room(out, saved.file_bytes())
-    with checkpoint.staged(out) as stage:
+    out = atomic_directory.check_destination(out)
+    saved = saved_model.open_saved(directory)
+    atomic_directory.check_room(out, saved.file_bytes())
+    with atomic_directory.staged(out) as stage:
         parts = Parts(stage, Memory())
         result = cut(directory, keep, into=parts, progress=progress)
         stored = saved.report()

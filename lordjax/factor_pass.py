@@ -33,7 +33,7 @@ from lordjax.runtime.mesh import map_kernels, own_jobs, share_jobs
 from lordjax.runtime.progress import Clock
 from lordjax.source import Calibration
 from lordjax.states import States
-from lordjax.work import Entries, Work
+from lordjax.storage.store import Entries, Work
 
 Job = tuple[int, Site]  # a site of a block
 Gradients = Mapping[int, Mapping[str, Mapping[str, Any]]]

@@ -21,7 +21,7 @@ from lordjax.models.head_axes import gather, scatter, site_size, widen
 from lordjax.models.sites import Site, counted_sites, site_path, sites_for
 from lordjax.models.source import Source
 from lordjax.runtime import flops
-from lordjax.work import Work, once
+from lordjax.storage.store import Work, once
 
 AnyFactors = Factors | ModuleFactors
 

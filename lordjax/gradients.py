@@ -25,7 +25,7 @@ from lordjax.runtime.progress import Clock
 from lordjax.source import Calibration
 from lordjax.states import States, open_states
 from lordjax.stats import HeadMoments, MeanSquare, SecondMoment
-from lordjax.work import Entries, Memory, Work
+from lordjax.storage.store import Entries, Memory, Work
 
 # Hidden states that a backward sweep may hold; a few batches already hide the reading of blocks.
 STATE_BYTES = 2**28

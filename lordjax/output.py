@@ -21,12 +21,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lordjax import checkpoint
-from lordjax.parts import REST, Parts
 from lordjax.prepared import Result
 from lordjax.runtime import multihost
-from lordjax.work import Work
-from lordjax.workspace import Workspace, differences
+from lordjax.storage import atomic_directory, checkpoint
+from lordjax.storage.disk_store import Workspace, differences
+from lordjax.storage.shards import REST, Parts
+from lordjax.storage.store import Work
 
 PARTIAL = ".partial"  # ends the name of the directory where the work is kept
 FINISHED = "finished"  # entry: the directory is complete, and may have its name already
@@ -76,13 +76,13 @@ class Output:
         self.directory = Path(directory).resolve()
         own = partial(directory, multihost.process())
         if multihost.leads() and not own.exists():
-            checkpoint.check_destination(directory)
+            atomic_directory.check_destination(directory)
         self.work = Workspace(own, identity)
         self._stage = self.work.directory / "model"
         try:
             self.finished = self._agree(identity)
             if multihost.leads() and self.finished is None:
-                checkpoint.check_destination(directory)
+                atomic_directory.check_destination(directory)
                 self._stage.mkdir(exist_ok=True)
         except (OSError, ValueError):
             self._leave()
@@ -177,7 +177,9 @@ class Output:
             return
         multihost.wait()
         if self._stage.exists():
-            checkpoint.publish(self._stage, checkpoint.check_destination(self.directory))
+            atomic_directory.publish(
+                self._stage, atomic_directory.check_destination(self.directory)
+            )
         # Large files take a while to go; until they have, the work must be seen to be finished.
         self.work.discard(*(key for key in self.work.below("") if key != FINISHED))
         self.work.remove()

@@ -35,12 +35,12 @@ from lordjax.models import ModelConfig
 from lordjax.models.sites import counted_sites
 from lordjax.models.source import Source
 from lordjax.names import layer_index, layer_type
-from lordjax.parts import REST, join
 from lordjax.runtime import multihost
 from lordjax.runtime.progress import Clock, Progress, peak_rss
 from lordjax.sequential import sequential
 from lordjax.source import Calibration
-from lordjax.work import Memory, Work, digest, once
+from lordjax.storage.shards import REST, claim, join, put
+from lordjax.storage.store import Memory, Work, digest, once
 
 # MoDeGPT's temperatures, of which held-out calibration windows choose one. Closer ones, between
 # which four windows choose by chance, gained nothing (CHANGELOG, "Tried").
@@ -333,38 +333,6 @@ def _tails(spectrum: Any) -> np.ndarray:
     """``tails[r] = sum(spectrum[r:])`` for r = 0…m, added from small to large."""
     sums = np.cumsum(np.asarray(spectrum, float)[::-1])[::-1]
     return np.concatenate([sums, np.zeros(1)])
-
-
-def claim(into: Any, work: Work, plan: Plan) -> Any:
-    """Where the parts of a plan's model go: ``into``, or a dictionary.
-
-    Raises:
-      ValueError: if ``into`` has parts of another plan.
-    """
-    if into is None:
-        return {}
-    if once(work, "applied", lambda: plan) != plan:
-        raise ValueError("the output has parts of another plan; choose another one")
-    return into
-
-
-def put(
-    parts: Any, work: Work, name: str, make: Callable[[str], tuple[Any, dict[str, Any]]]
-) -> dict[str, Any]:
-    """Makes a part of a model, unless it is there, and puts it there; returns what to know of it.
-
-    Args:
-      parts: name -> part.
-      work: keeps what to know of parts.
-      name: of the part.
-      make: the part of a name, and what to know of it.
-    """
-    if name in parts:
-        return work[f"about/{name}"]
-    part, about = make(name)
-    work[f"about/{name}"] = about
-    parts[name] = part
-    return about
 
 
 def _layer_report(factors: Mapping[str, AnyFactors], plan: Plan) -> dict[str, dict[str, Any]]:

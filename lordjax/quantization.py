@@ -36,7 +36,7 @@ from lordjax.quantizer import Quantizer
 from lordjax.runtime.mesh import Mesh
 from lordjax.runtime.progress import Clock, Progress
 from lordjax.source import Calibration
-from lordjax.work import Memory, Work
+from lordjax.storage.store import Memory, Work
 
 
 def prepare_quantized(

@@ -42,11 +42,11 @@ from lordjax.methods.quantized.weightings import Weights, cost_of, statistics_of
 from lordjax.models.sites import LINEAR_SITES, Site, site_path
 from lordjax.models.source import Source
 from lordjax.names import layer_index
-from lordjax.parts import REST, join
-from lordjax.prepared import Result, claim, put
+from lordjax.prepared import Result
 from lordjax.runtime.progress import Clock, Progress, peak_rss
 from lordjax.source import Calibration
-from lordjax.work import Memory, Work, digest
+from lordjax.storage.shards import REST, claim, join, put
+from lordjax.storage.store import Memory, Work, digest
 
 # A site -> its kernel, and what errors of it cost.
 Matrices = Callable[[Site], tuple[Any, Weights]]

@@ -43,7 +43,7 @@ from lordjax.runtime.progress import Clock
 from lordjax.source import Calibration
 from lordjax.states import Shifted
 from lordjax.stats import Moments
-from lordjax.work import Entries, Memory, Work, digest
+from lordjax.storage.store import Entries, Memory, Work, digest
 
 RIDGE = 1e-4  # of the regression on the compressed inputs, relative to their mean variance
 

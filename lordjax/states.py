@@ -24,8 +24,8 @@ import jax.numpy as jnp
 
 from lordjax.runtime import multihost
 from lordjax.runtime.mesh import Mesh, give_rows, own_rows, take_rows
-from lordjax.work import Work
-from lordjax.workspace import Stream, Workspace
+from lordjax.storage.disk_store import Stream, Workspace
+from lordjax.storage.store import Work
 
 
 class States(Protocol):

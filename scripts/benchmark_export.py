@@ -151,10 +151,10 @@ def _tiny_result(opened: Any, method: str, tokens: Any) -> Any:
 
 
 def _saved(directory: Path, opened: Any, result: Any) -> Any:
-    from lordjax import checkpoint
+    from lordjax.storage import checkpoint
 
     checkpoint.save(directory, result.config, result.params, hf_config=opened.hf_config)
-    return checkpoint.open_saved(directory)
+    return saved_model.open_saved(directory)
 
 
 def _exported(saved: Any, to: str, tokens: Any) -> dict[str, Any]:
@@ -265,9 +265,9 @@ def starts(source: Any, folder: Path, prompt: Any, repeats: int) -> dict[str, An
     """Median seconds of new processes up to the first logits of a model in float32."""
     import time
 
-    from lordjax import checkpoint
     from lordjax.conversions.exporters.export import export
     from lordjax.kernels.kinds import astype
+    from lordjax.storage import checkpoint
 
     params = astype(source.params(), "float32")
     checkpoint.save(folder / "ours", source.config, params, hf_config=source.hf_config)

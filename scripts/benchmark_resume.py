@@ -28,7 +28,7 @@ import click
 
 from lordjax.output import partial
 from lordjax.scripts.common import environment, say
-from lordjax.workspace import JOURNAL
+from lordjax.storage.disk_store import JOURNAL
 
 TIMED = ("seconds", "peak_rss_bytes", "predicted", "happened")  # of report.json
 POLL = 0.02  # seconds

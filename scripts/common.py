@@ -78,11 +78,9 @@ def open_model(name: str) -> Model:
       FileNotFoundError: if there is no such model.
       ValueError: if it cannot be read or is not supported.
     """
-    from lordjax import checkpoint
-
     quiet_transformers()
     path = Path(name).expanduser()
-    return _native(name, path) if checkpoint.is_compressed(path) else _original(name)
+    return _native(name, path) if saved_model.is_compressed(path) else _original(name)
 
 
 def _original(name: str) -> Model:
@@ -104,10 +102,10 @@ def _original(name: str) -> Model:
 
 
 def _native(name: str, path: Path) -> Model:
-    from lordjax import checkpoint
     from lordjax.conversions.readers.checkpoint import DirectoryTokenizer
+    from lordjax.storage import saved_model
 
-    saved = checkpoint.open_saved(path)
+    saved = saved_model.open_saved(path)
     tokens = DirectoryTokenizer(path)
     return Model(
         name=name,
@@ -137,7 +135,7 @@ def file_bytes(path: Path) -> int:
 
 def model_checksums(path: Path) -> dict[str, str]:
     """File -> sha256, of a model's weights and ``config.json``."""
-    from lordjax.files import checksum
+    from lordjax.storage.tensor_files import checksum
 
     files = [*weight_files(path), *path.glob("config.json")]
     return {file.name: checksum(file).sha256 for file in files}
@@ -267,7 +265,7 @@ def check_output(directory: Path) -> None:
       FileExistsError: if something is there already.
       PermissionError: if it cannot be made.
     """
-    from lordjax.checkpoint import check_destination
+    from lordjax.storage.atomic_directory import check_destination
 
     check_destination(directory)
     parent = directory.absolute().parent

@@ -275,7 +275,7 @@ def _quantized_job(method: str, options: dict[str, Any]) -> tuple[Run, dict[str,
 
 def _open_original(name: str, directory: Path, keep: float, dtype: str | None) -> Model:
     """Opens a model that can be compressed, if there is room for the result."""
-    from lordjax.checkpoint import check_room
+    from lordjax.storage.atomic_directory import check_room
 
     model = open_model(name)
     if model.kind == "compressed":

@@ -32,14 +32,14 @@ def _native(
 ) -> None:
     import numpy as np
 
-    from lordjax import checkpoint
     from lordjax.kernels.kinds import astype
+    from lordjax.storage import checkpoint, saved_model
 
     params = model.params()
     with np.errstate(over="ignore"):  # what overflows is reported below
         params = params if dtype is None else astype(params, dtype)
     _check_finite(params)
-    saved = model.source if isinstance(model.source, checkpoint.Saved) else None
+    saved = model.source if isinstance(model.source, saved_model.Saved) else None
     checkpoint.save(
         directory,
         model.config,
@@ -54,8 +54,8 @@ def _native(
 def _hf(
     model: Model, directory: Path, dtype: str | None, shard_bytes: int | None, write_tokenizer: Any
 ) -> None:
-    from lordjax.checkpoint import SHARD_BYTES
     from lordjax.conversions.exporters.export import export
+    from lordjax.storage.checkpoint import SHARD_BYTES
 
     export(
         model.source,

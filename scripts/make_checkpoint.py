@@ -168,7 +168,7 @@ def make(
     import jax.numpy as jnp
     import safetensors.numpy
 
-    from lordjax.checkpoint import staged
+    from lordjax.storage.atomic_directory import staged
 
     config, total, index = config_like(like, layers, shrink, vocabulary), 0, {}
     with staged(out) as stage:

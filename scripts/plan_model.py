@@ -50,8 +50,8 @@ def plan_model(
       ValueError: if ranks do not fit, or the budget cannot be met.
     """
     from lordjax import sizing, speed
-    from lordjax.checkpoint import is_compressed
     from lordjax.scripts.common import WINDOW
+    from lordjax.storage.saved_model import is_compressed
 
     quiet_transformers()
     if is_compressed(Path(model).expanduser()):

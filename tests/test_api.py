@@ -31,7 +31,7 @@ def test_no_public_name_is_a_module():
         assert importlib.util.find_spec(f"lordjax.{name}") is None
 
 
-@pytest.mark.parametrize("module", ["compression", "allocation", "kernels", "checkpoint"])
+@pytest.mark.parametrize("module", ["compression", "allocation", "kernels", "storage"])
 def test_importing_a_module_leaves_the_functions(module):
     before = {name: getattr(lordjax, name) for name in lordjax.__all__}
     importlib.import_module(f"lordjax.{module}")

@@ -20,13 +20,14 @@ from typing import Any
 import numpy as np
 
 from lordjax import names
-from lordjax.checkpoint import SHARD_BYTES, check_destination, check_room, staged
 from lordjax.conversions.exporters.dense import dense
 from lordjax.conversions.exporters.factored import factored, peft
 from lordjax.conversions.exporters.hf_files import Job, Opened
 from lordjax.conversions.exporters.orbax import orbax
 from lordjax.conversions.families.registry import model_config, tensor_table
 from lordjax.kernels.base import nbytes
+from lordjax.storage.atomic_directory import check_destination, check_room, staged
+from lordjax.storage.checkpoint import SHARD_BYTES
 
 EXPORTS: dict[str, Callable[[Job, Path], None]] = {
     "dense": dense,

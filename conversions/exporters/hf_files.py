@@ -12,10 +12,10 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from lordjax.checkpoint import INDEX, SHARD_BYTES
 from lordjax.conversions.families.family import TensorSource
 from lordjax.kernels import trees
 from lordjax.models.config import ModelConfig
+from lordjax.storage.checkpoint import INDEX, SHARD_BYTES
 
 
 class Opened(Protocol):

@@ -15,11 +15,11 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
-from lordjax import checkpoint, parts
 from lordjax.conversions.exporters.hf_files import Job
 from lordjax.conversions.readers.tensor_files import read_json
 from lordjax.kernels import trees
 from lordjax.models.config import ModelConfig
+from lordjax.storage import checkpoint, saved_model, shards
 
 PARAMS, MANIFEST = "params", "manifest.json"
 
@@ -30,7 +30,7 @@ def orbax(job: Job, stage: Path) -> None:
     blocks = {f"layer_{i}": source.block(i) for i in range(source.config.num_layers)}
     params = {**source.rest(), **blocks}
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(stage / PARAMS, trees.unflatten(parts.tensors(params)))
+        checkpointer.save(stage / PARAMS, trees.unflatten(shards.tensors(params)))
     manifest = {
         "lordjax": checkpoint.describe(source.config, params),
         "config": dict(source.hf_config),
@@ -51,6 +51,6 @@ def restore_orbax(directory: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
         tree = checkpointer.restore(directory / PARAMS)
     try:
         meta = manifest["lordjax"]
-        return ModelConfig.from_json(meta["model"]), checkpoint.assemble(trees.flatten(tree), meta)
+        return ModelConfig.from_json(meta["model"]), saved_model.assemble(trees.flatten(tree), meta)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{directory / MANIFEST}: damaged ({error!r})") from error

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import jax.numpy as jnp
 import numpy as np
 
-from lordjax.checkpoint import header
+from lordjax.storage.saved_model import header
 
 BFLOAT16 = np.dtype(jnp.bfloat16)
 PAGES = 2**24  # bytes of all files that may stay mapped after they were read

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from lordjax import InMemory, checkpoint, compress, elastic, prepare
+from lordjax import InMemory, compress, elastic, prepare
 from lordjax.allocation.plan import Plan
 from lordjax.evaluate import perplexity
 from lordjax.factoring import replace_kernels
@@ -26,6 +26,7 @@ from lordjax.names import layer_index
 from lordjax.prepared import TEMPERATURES
 from lordjax.runtime.progress import Clock
 from lordjax.source import Calibration
+from lordjax.storage import checkpoint
 
 CONFIG = ModelConfig(97, 48, 80, 3, 6, 2, 8, 256, tie_embeddings=True)
 BIASED = dataclasses.replace(CONFIG, qkv_bias=True, out_bias=True, mlp_bias=True)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lordjax import checkpoint, elastic
+from lordjax import elastic
 from lordjax.allocation.candidates import QUANTIZERS, Option
 from lordjax.allocation.plan import Plan
 from lordjax.compression import compress, prepare
@@ -22,6 +22,7 @@ from lordjax.models.sites import LINEAR_SITES, site_path
 from lordjax.models.source import InMemory
 from lordjax.prepared import verify
 from lordjax.quantization import check_settings, prepare_quantized, quantize
+from lordjax.storage import checkpoint
 
 # One shape of kernels and three formats: compiling is what takes the time. Others: test_cli.
 CONFIG = ModelConfig(97, 64, 64, 2, 4, 4, 16, 128, tie_embeddings=True)

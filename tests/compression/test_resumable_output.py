@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 from interrupted import MODEL, TOKENS, Killed
 
-from lordjax import checkpoint, elastic
+from lordjax import elastic
 from lordjax.compression import compress
-from lordjax.files import TensorWriter
 from lordjax.kernels.normal_float import Format
 from lordjax.output import Output, partial
 from lordjax.quantization import prepare_quantized
 from lordjax.runtime.mesh import make_mesh
 from lordjax.scripts.benchmark_resume import contents
-from lordjax.workspace import Workspace
+from lordjax.storage import checkpoint
+from lordjax.storage.disk_store import Workspace
+from lordjax.storage.tensor_files import TensorWriter
 
 IDENTITY = {"made of": "test"}
 FORMATS = tuple(Format(bits, 4, "bfloat16", 32, 256) for bits in (2, 4))

@@ -14,7 +14,6 @@ from hf_models import CASES, hf_model, logits, some_tokens
 from safetensors.numpy import load_file, save_file
 
 from lordjax import factorize, save
-from lordjax.checkpoint import open_saved
 from lordjax.conversions.exporters import modeling_lordjax as code
 from lordjax.conversions.exporters import verify as verification
 from lordjax.conversions.exporters.export import EXPORTS, export
@@ -28,6 +27,7 @@ from lordjax.kernels.base import materialize, nbytes
 from lordjax.kernels.low_rank import LowRank
 from lordjax.kernels.quantized import LowRankPlusQuantized, NFQuantized
 from lordjax.models import head_axes
+from lordjax.storage.saved_model import open_saved
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -27,7 +27,7 @@ from lordjax.quantization import quantize
 from lordjax.runtime import flops, mesh
 from lordjax.runtime.progress import Clock
 from lordjax.stages import Job, site_factors, stages
-from lordjax.workspace import Workspace
+from lordjax.storage.disk_store import Workspace
 
 FOUR = functools.partial(mesh.make_mesh, {"data": 4})
 MESHES = [{"data": 4}, {"data": 2, "model": 2}, {"model": 4}]

@@ -14,18 +14,19 @@ import pytest
 from commands import fails
 from interrupted import MODEL, TOKENS, Killed
 
-from lordjax import checkpoint, elastic
+from lordjax import elastic
 from lordjax.compression import compress
 from lordjax.kernels.base import materialize
 from lordjax.output import Output, partial
 from lordjax.runtime import multihost
 from lordjax.scripts.benchmark_resume import contents
+from lordjax.storage import checkpoint
 
 SECONDS = 60  # a job must never hang
 # Dies before it writes some line of its journal.
 DYING = """
 import os, signal
-from lordjax.workspace import Workspace
+from lordjax.storage.disk_store import Workspace
 left, record = [LINES], Workspace._record
 def dying(self, row):
     left[0] -= 1

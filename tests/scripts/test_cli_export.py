@@ -9,10 +9,10 @@ from commands import WINDOW, calibration, fails, run
 from safetensors.numpy import load_file, save_file
 
 from lordjax import load
-from lordjax.checkpoint import open_saved
 from lordjax.conversions.exporters import verify
 from lordjax.conversions.readers.checkpoint import open_checkpoint
 from lordjax.kernels import normal_float, trees
+from lordjax.storage.saved_model import open_saved
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"  # PEFT asks for it

@@ -9,14 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lordjax import InMemory, LowRank, Plan, compress, factorize, load, nbytes, parts, save
+from lordjax import InMemory, LowRank, Plan, compress, factorize, load, nbytes, save
 from lordjax.allocation.plan import Size
-from lordjax.checkpoint import INDEX, is_compressed, open_saved
-from lordjax.files import write_tensors
 from lordjax.kernels import trees
 from lordjax.kernels.normal_float import Format
 from lordjax.kernels.quantized import LowRankPlusQuantized, NFQuantized
 from lordjax.models import ModelConfig, Rope, Transformer, init
+from lordjax.storage import shards as parts
+from lordjax.storage.checkpoint import INDEX
+from lordjax.storage.saved_model import is_compressed, open_saved
+from lordjax.storage.tensor_files import write_tensors
 
 CONFIG = ModelConfig(
     vocab_size=31,

@@ -1,27 +1,12 @@
-"""A model, compressed or not, as a directory that describes itself.
-
-::
-
-    model-00001-of-0000N.safetensors …   what is no block, then a block each: tensors by "/"-path
-    model.safetensors.index.json         tensor -> file
-    config.json                          the original Hugging Face config, plus "lordjax": {...}
-    plan.json, report.json               what was decided, what came of it
-    tokenizer files                      if a writer was given
-
-Nothing is pickled. A directory is written beside its destination and renamed when it is complete
-and on disk, so that a crash leaves nothing half-written.
-"""
+"""A saved model: opened by its manifest, read block by block or whole."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +14,14 @@ import jax
 import numpy as np
 import safetensors
 
-from lordjax import parts
 from lordjax.allocation.plan import Plan
-from lordjax.files import DTYPES, sync_directory, write_json
 from lordjax.kernels import base, normal_float, trees
-from lordjax.kernels.base import Kernel, nbytes
+from lordjax.kernels.base import Kernel
 from lordjax.kernels.kinds import KINDS, check
 from lordjax.models.config import ModelConfig
 from lordjax.models.transformer import init
-from lordjax.parts import SHARD_BYTES, Parts, split
-from lordjax.work import Memory
-
-FORMAT = 1  # of the directory; raised when a reader of the old one would misread the new one
-INDEX = "model.safetensors.index.json"
+from lordjax.storage.checkpoint import FORMAT, INDEX
+from lordjax.storage.tensor_files import DTYPES
 
 
 def _kernel(kind: str, tensors: Mapping[str, Any], constants: Mapping[str, Any]) -> Kernel:
@@ -49,70 +29,6 @@ def _kernel(kind: str, tensors: Mapping[str, Any], constants: Mapping[str, Any])
     if "format" in constants:
         constants = {**constants, "format": normal_float.Format.parse(constants["format"])}
     return KINDS[kind](**tensors, **constants)
-
-
-def check_destination(directory: str | os.PathLike[str]) -> Path:
-    """Where a model is to be written.
-
-    Raises:
-      FileExistsError: if something is there already (an empty directory is fine).
-    """
-    directory = Path(directory).resolve()
-    if directory.is_mount() or directory == Path.cwd():
-        raise FileExistsError(
-            f"{directory}: is in use as a mount point or working directory and cannot be replaced; "
-            "name a directory inside it"
-        )
-    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
-        raise FileExistsError(
-            f"{directory}: exists and is not an empty directory; choose another output or remove it"
-        )
-    return directory
-
-
-@contextlib.contextmanager
-def staged(directory: Path) -> Iterator[Path]:
-    """A fresh directory beside ``directory`` that takes its name when the block succeeds.
-
-    Raises:
-      FileExistsError: if the destination is not free.
-    """
-    directory = check_destination(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    try:
-        yield stage
-        sync(stage)
-        stage.chmod(0o777 & ~_umask())  # mkdtemp makes it private
-        publish(stage, directory)
-    except BaseException:
-        shutil.rmtree(stage, ignore_errors=True)
-        raise
-
-
-def sync(stage: Path) -> None:
-    """Brings all files below a directory to disk."""
-    for file in stage.rglob("*"):
-        if file.is_file():
-            file.chmod(0o666 & ~_umask())  # safetensors makes its files private
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-    sync_directory(stage)
-
-
-def publish(stage: Path, directory: Path) -> None:
-    """Gives a complete directory its name, where nothing but an empty directory may be."""
-    if directory.exists():
-        directory.rmdir()
-    stage.rename(directory)
-    sync_directory(directory.parent)
-
-
-def _umask() -> int:
-    """The process' umask, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def assemble(arrays: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,117 +54,6 @@ def assemble(arrays: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[str, An
     for path, leaf in trees.flatten(tree).items():
         check(leaf, path)
     return tree
-
-
-def save(
-    directory: str | os.PathLike[str],
-    config: ModelConfig,
-    params: Any,
-    *,
-    hf_config: Mapping[str, Any],
-    plan: Plan | None = None,
-    report: Mapping[str, Any] | None = None,
-    write_tokenizer: Callable[[Path], Any] | None = None,
-    shard_bytes: int = SHARD_BYTES,
-) -> Path:
-    """Writes a model directory; see the module's docstring for its files.
-
-    Args:
-      directory: destination; must be free (see `check_destination`).
-      config: the architecture.
-      params: the parameters; kernels of any kind.
-      hf_config: the original ``config.json``.
-      plan: written as ``plan.json``.
-      report: written as ``report.json``.
-      write_tokenizer: called with the directory to put tokenizer files into.
-      shard_bytes: most tensor bytes per file.
-
-    Returns:
-      The directory.
-
-    Raises:
-      FileExistsError: if the destination is not free.
-      OSError: if there is not enough room; says how much is needed and how much there is.
-    """
-    directory = check_destination(directory)
-    check_room(directory, nbytes(params))
-    with staged(directory) as stage:
-        writer, pieces = Parts(stage, Memory(), shard_bytes), split(params)
-        for name, part in pieces.items():
-            writer[name] = part
-        write_about(
-            stage,
-            writer.finish(list(pieces)),
-            config,
-            hf_config=hf_config,
-            plan=plan,
-            report=report,
-            write_tokenizer=write_tokenizer,
-        )
-    return directory
-
-
-def describe(config: ModelConfig, params: Any) -> dict[str, Any]:
-    """What `assemble` must know besides the tensors, as JSON: kinds, static fields, the model."""
-    return _about(config, parts.describe(params))
-
-
-def _about(config: ModelConfig, found: Mapping[str, Any]) -> dict[str, Any]:
-    from lordjax import __version__
-
-    own = {"format": FORMAT, "version": __version__}
-    own |= {"kinds": found["kinds"], "constants": found["constants"]}
-    return {**own, "model": config.to_json()}
-
-
-def write_about(
-    stage: Path,
-    found: Mapping[str, Any],
-    config: ModelConfig,
-    *,
-    hf_config: Mapping[str, Any],
-    plan: Plan | None = None,
-    report: Mapping[str, Any] | None = None,
-    write_tokenizer: Callable[[Path], Any] | None = None,
-) -> None:
-    """Writes what a directory holds besides tensors.
-
-    Args:
-      stage: the directory.
-      found: what `Parts.finish` says.
-      config: the architecture.
-      hf_config: see `save`.
-      plan: see `save`.
-      report: see `save`.
-      write_tokenizer: see `save`.
-    """
-    lordjax = {
-        **_about(config, found),
-        "method": None if plan is None else plan.method,
-        "calibration": (report or {}).get("calibration"),
-        "settings": (report or {}).get("settings"),
-    }
-    total = {"total_size": found["nbytes"]}
-    write_json(stage / INDEX, {"metadata": total, "weight_map": found["index"]})
-    write_json(stage / "config.json", {**hf_config, "lordjax": lordjax})
-    if plan is not None:
-        plan.write(stage / "plan.json")
-    if report is not None:
-        write_json(stage / "report.json", {**report, "file_bytes": found["file_bytes"]})
-    if write_tokenizer is not None:
-        write_tokenizer(stage)
-    sync(stage)
-
-
-def check_room(directory: Path, need: int) -> None:
-    """Raises OSError if the disk of ``directory`` has less than ``need`` bytes and 16 MiB."""
-    there = next(p for p in [directory, *directory.absolute().parents] if p.exists())
-    free = shutil.disk_usage(there).free
-    if free < need + 2**24:
-        raise OSError(
-            f"{directory}: needs about {need / 1e6:.0f} MB of disk, {free / 1e6:.0f} MB are free; "
-            "make room or choose another output"
-        )
 
 
 def is_compressed(path: str | os.PathLike[str]) -> bool:

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lordjax.files import Written, checksum, sync_directory, write_tensors
+from lordjax.allocation.plan import Plan
 from lordjax.kernels import base, normal_float, trees
 from lordjax.kernels.base import Kernel, nbytes
 from lordjax.kernels.kinds import kind_of
-from lordjax.work import Work
+from lordjax.storage.store import Work, once
+from lordjax.storage.tensor_files import Written, checksum, sync_directory, write_tensors
 
 REST = "rest"  # the name of the part that is no block
 SHARD_BYTES = 2 * 2**30
@@ -149,3 +150,35 @@ class Parts:
                 f"{self.directory.parent} to start over"
             )
         os.replace(path, new)
+
+
+def claim(into: Any, work: Work, plan: Plan) -> Any:
+    """Where the parts of a plan's model go: ``into``, or a dictionary.
+
+    Raises:
+      ValueError: if ``into`` has parts of another plan.
+    """
+    if into is None:
+        return {}
+    if once(work, "applied", lambda: plan) != plan:
+        raise ValueError("the output has parts of another plan; choose another one")
+    return into
+
+
+def put(
+    parts: Any, work: Work, name: str, make: Callable[[str], tuple[Any, dict[str, Any]]]
+) -> dict[str, Any]:
+    """Makes a part of a model, unless it is there, and puts it there; returns what to know of it.
+
+    Args:
+      parts: name -> part.
+      work: keeps what to know of parts.
+      name: of the part.
+      make: the part of a name, and what to know of it.
+    """
+    if name in parts:
+        return work[f"about/{name}"]
+    part, about = make(name)
+    work[f"about/{name}"] = about
+    parts[name] = part
+    return about

@@ -24,8 +24,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lordjax.entries import decode, encode
-from lordjax.files import (
+from lordjax.storage.serialize import decode, encode
+from lordjax.storage.tensor_files import (
     TensorFile,
     TensorWriter,
     Written,
