@@ -22,7 +22,7 @@ from lordjax import names
 from lordjax.allocation.plan import Plan
 from lordjax.allocation.policies import CURVELESS, GIVEN, INFLUENCED, check_policy, ranks_by_pattern
 from lordjax.calibrate import checked
-from lordjax.data import fingerprint
+from lordjax.data.token_windows import fingerprint
 from lordjax.factor_pass import factor_all
 from lordjax.factoring import AnyFactors, site_sizes
 from lordjax.gradients import few_gradients

@@ -26,7 +26,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from lordjax import recipes
-from lordjax.examples import Examples, batch_indices
+from lordjax.data.examples import Examples, batch_indices
 from lordjax.kernels import trees
 from lordjax.kernels.kinds import astype
 from lordjax.models import objective

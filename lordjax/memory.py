@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from lordjax import finetune, recipes
-from lordjax.examples import Examples
+from lordjax.data.examples import Examples
 from lordjax.finetune import Settings, State
 from lordjax.kernels import base, quantized, trees
 from lordjax.models.config import ModelConfig

@@ -22,7 +22,7 @@ from lordjax.allocation.candidates import FORMATS, QUANTIZERS
 from lordjax.allocation.knapsack import SOLVERS
 from lordjax.calibrate import checked
 from lordjax.compression import GRADIENT_WINDOWS
-from lordjax.data import fingerprint
+from lordjax.data.token_windows import fingerprint
 from lordjax.gradients import few_gradients
 from lordjax.kernels import normal_float, trees
 from lordjax.methods.quantized.lq import STEPS

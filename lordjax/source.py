@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lordjax.data import check_ids
+from lordjax.data.token_windows import check_ids
 from lordjax.models import objective
 from lordjax.models.config import ModelConfig
 from lordjax.runtime.mesh import Mesh

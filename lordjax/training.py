@@ -27,7 +27,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from lordjax import finetune
-from lordjax.examples import Data, Examples
+from lordjax.data.examples import Data, Examples
 from lordjax.finetune import Settings, State
 from lordjax.models.config import ModelConfig
 from lordjax.recipes import Recipe

@@ -87,7 +87,7 @@ def _our_steps(opened: Any, tokens: Any, recipe: str, rank: int, *, remat: bool)
     import numpy as np
 
     from lordjax import finetune, recipes
-    from lordjax.examples import Examples, next_tokens
+    from lordjax.data.examples import Examples, next_tokens
 
     settings = finetune.Settings(10_000, len(tokens), remat=remat)
     row = recipes.changed(recipes.named(recipe), rank=rank)
@@ -198,8 +198,8 @@ def _recovered(
     import numpy as np
 
     from lordjax import adapters, finetune, recipes
+    from lordjax.data.examples import Examples, next_tokens
     from lordjax.evaluate import perplexity
-    from lordjax.examples import Examples, next_tokens
     from lordjax.kernels.base import nbytes
     from lordjax.kernels.kinds import astype
 

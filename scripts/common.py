@@ -154,7 +154,7 @@ def quiet_transformers() -> None:
 
 def window_length(path: Any, asked: int | None, config: ModelConfig) -> int:
     """What was asked for, else an array's own length, else `WINDOW` or the model's context."""
-    from lordjax.data import array_length
+    from lordjax.data.token_windows import array_length
 
     own = None if path is None else array_length(path)
     return asked or own or min(WINDOW, config.max_positions)
@@ -169,7 +169,7 @@ def read_tokens(
     """
     import numpy as np
 
-    from lordjax.data import fingerprint, load_tokens, standard_library
+    from lordjax.data.token_windows import fingerprint, load_tokens, standard_library
 
     is_array = path is not None and Path(path).suffix == ".npy"
     # Ids need no tokenizer, and a model may come without one.

@@ -59,7 +59,7 @@ def run_demo(out: str, keeps: tuple[float, ...], samples: int, windows: int) -> 
 
 def corpora(model: Model, samples: int, windows: int) -> tuple[Any, Any]:
     """Calibration windows from modules a-m and evaluation windows from n-z, drawn with seed 0."""
-    from lordjax.data import load_tokens, standard_library
+    from lordjax.data.token_windows import load_tokens, standard_library
 
     tokenizer = model.tokenizer()
 
@@ -81,7 +81,7 @@ def measure(
 ) -> tuple[list[dict[str, Any]], float]:
     """One row per budget, the dense model first; saves the model of the middle budget."""
     from lordjax.compression import prepare
-    from lordjax.data import fingerprint
+    from lordjax.data.token_windows import fingerprint
     from lordjax.evaluate import perplexity
     from lordjax.kernels.base import nbytes
     from lordjax.storage import checkpoint

@@ -40,7 +40,8 @@ def finetune_model(
 ) -> dict[str, Any]:
     """Fine-tunes a model into a directory; arguments are the flags. Returns the summary."""
     start = time.perf_counter()
-    from lordjax import adapters, examples
+    from lordjax import adapters
+    from lordjax.data import examples
     from lordjax.evaluate.classification import classify
     from lordjax.finetune import Settings
     from lordjax.recipes import changed, named
@@ -143,8 +144,8 @@ def _task(
     """Examples, and the model with the head that they need."""
     import jax
 
-    from lordjax import examples, instructions, labelled
     from lordjax.conversions.families.registry import with_labels
+    from lordjax.data import classification, examples, instructions
     from lordjax.models.output_heads import with_classes
 
     task = task or BY_SUFFIX.get(Path(path).suffix, "text")
@@ -163,7 +164,7 @@ def _task(
         return examples.packed(path, **given), config, params, hf_config
     if task == "instructions":
         return instructions.instructions(path, **given), config, params, hf_config
-    found = labelled.classification(path, labels=_named_classes(config, hf_config), **given)
+    found = classification.classification(path, labels=_named_classes(config, hf_config), **given)
     labels = found.facts["labels"]
     if config.num_classes != len(labels):
         config, params = with_classes(config, params, len(labels), jax.random.key(seed))

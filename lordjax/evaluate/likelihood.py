@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from lordjax.data import check_ids
+from lordjax.data.token_windows import check_ids
 from lordjax.generate import bucket
 from lordjax.models.config import ModelConfig
 from lordjax.models.transformer import Transformer

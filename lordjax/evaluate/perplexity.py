@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from lordjax.data import check_ids, fingerprint
+from lordjax.data.token_windows import check_ids, fingerprint
 from lordjax.models import objective
 from lordjax.models.config import ModelConfig
 from lordjax.models.objective import check_finite, check_windows

@@ -17,7 +17,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from lordjax import documents
+from lordjax.data import documents
 
 # What ends a completion. The first five of HumanEval are those of Chen et al. (section 3.2); the
 # others of both sets are those of the BigCode evaluation harness.

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lordjax import documents
+from lordjax.data import documents
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lordjax.examples import (
+from lordjax.data.examples import (
     Examples,
     batch_indices,
     check,
@@ -16,7 +16,7 @@ from lordjax.examples import (
     pad,
     split_documents,
 )
-from lordjax.instructions import instructions
+from lordjax.data.instructions import instructions
 from lordjax.models import ModelConfig, objective
 
 VOCAB = 300

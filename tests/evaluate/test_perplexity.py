@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lordjax.data import fingerprint
+from lordjax.data.token_windows import fingerprint
 from lordjax.evaluate import perplexity
 from lordjax.evaluate.comparison import compare
 from lordjax.evaluate.perplexity import _token_nll

@@ -13,9 +13,9 @@ from tokenizers.processors import ByteLevel
 
 from lordjax import factorize, materialize, save
 from lordjax.conversions.families.registry import FAMILIES, model_config, with_labels
+from lordjax.data.classification import classification
+from lordjax.data.examples import Examples
 from lordjax.evaluate.classification import classify, scores
-from lordjax.examples import Examples
-from lordjax.labelled import classification
 from lordjax.models import ModelConfig, Transformer, init
 from lordjax.models.output_heads import with_classes
 from lordjax.storage.saved_model import open_saved

@@ -17,7 +17,7 @@ import optax
 import pytest
 
 from lordjax import adapters, finetune, memory, recipes, training
-from lordjax.examples import Data, Examples, next_tokens
+from lordjax.data.examples import Data, Examples, next_tokens
 from lordjax.finetune import Settings
 from lordjax.kernels import trees
 from lordjax.kernels.base import materialize, matmul, nbytes

@@ -132,7 +132,7 @@ def test_inspect_prints_blocks_in_order(compressed):
 
 def test_evaluate_is_the_library_function(tiny, text):
     from lordjax.conversions.readers.checkpoint import open_checkpoint
-    from lordjax.data import load_tokens
+    from lordjax.data.token_windows import load_tokens
     from lordjax.evaluate import perplexity
 
     arguments = ("--tokens", text, "--windows", 3, "--seq-len", WINDOW)

@@ -2,7 +2,7 @@
 
 What is held out is decided document by document, from a hash of the seed and the document's text:
 a document that is held out stays so, wherever it stands and whatever comes beside it, and no
-document lies in both parts. For packed text a document is one of `lordjax.documents` (of an array,
+document lies in both parts. For packed text a document is one of `lordjax.data.documents` (of an array,
 a row); for instructions the first question; for classification the sentence or pair.
 """
 
@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lordjax import data
-from lordjax.documents import documents, located
+from lordjax.data import token_windows
+from lordjax.data.documents import documents, located
 from lordjax.models.config import ModelConfig
 
 VALIDATION = 0.05  # share of the documents that is held out
@@ -82,7 +82,7 @@ def check(config: ModelConfig, examples: Examples) -> None:
             f"examples of {length} tokens, but the model was made for {config.max_positions}; "
             "give a shorter length (--seq-len)"
         )
-    data.check_ids(examples.tokens, config.vocab_size, "examples")
+    token_windows.check_ids(examples.tokens, config.vocab_size, "examples")
     if (classes is None) != (examples.targets.shape[1] == length):
         raise ValueError(
             f"targets {list(examples.targets.shape)} for a model with head {config.head!r}; "
@@ -173,7 +173,7 @@ def _hash(text: str | bytes, seed: int) -> int:
 
 def packed(
     path: str | Path | Sequence[Path],
-    tokenizer: data.Tokenizer | None,
+    tokenizer: token_windows.Tokenizer | None,
     *,
     seq_len: int,
     vocab_size: int,
@@ -198,7 +198,7 @@ def packed(
     paths, where = located(path)
     own: dict[str, Any] = {"seq_len": seq_len, "vocab_size": vocab_size}
     if len(paths) == 1 and paths[0].suffix == ".npy":
-        tokens = data.load_tokens(path, tokenizer=None, **own)
+        tokens = token_windows.load_tokens(path, tokenizer=None, **own)
         texts: list[Any] = [row.tobytes() for row in tokens]
         held = split_documents(texts, share=share, seed=seed)
         parts = [tokens[~held], tokens[held]]
@@ -210,7 +210,7 @@ def packed(
             chosen = [text for text, h in zip(texts, held, strict=True) if h == i]
             if chosen or not i:
                 name = f"{where} ({part} documents)"
-                parts[i] = data.windows(chosen, tokenizer, where=name, **own)
+                parts[i] = token_windows.windows(chosen, tokenizer, where=name, **own)
     train, validation = (Examples(t, next_tokens(t, np.ones(t.shape, bool))) for t in parts)
     counts = {"train": int((~held).sum()), "validation": int(held.sum())}
     facts = {"source": where, "documents": counts, "share": share, "seed": seed}

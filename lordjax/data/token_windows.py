@@ -16,7 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
-from lordjax.documents import documents, located, walk
+from lordjax.data.documents import documents, located, walk
 
 # Not code by people: tests, other packages, and tables written by programs.
 _NOT_LIBRARY = frozenset(

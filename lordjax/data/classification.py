@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lordjax import data, documents
-from lordjax.examples import VALIDATION, Data, Examples, pad, split
+from lordjax.data import documents, token_windows
+from lordjax.data.examples import VALIDATION, Data, Examples, pad, split
 
 
 class Columns(NamedTuple):
@@ -93,7 +93,7 @@ def classification(
         return_attention_mask=False,
     )
     tokens, mask = pad(encoded["input_ids"], seq_len)
-    data.check_ids(tokens, vocab_size, str(path))
+    token_windows.check_ids(tokens, vocab_size, str(path))
     types, _ = pad(encoded["token_type_ids"], seq_len)
     numbers = np.array([[names.index(label)] for label in found], np.int32)
     examples = Examples(tokens, numbers, mask, types if types.any() else None)

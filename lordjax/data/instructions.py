@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lordjax import data, documents
-from lordjax.examples import VALIDATION, Data, Examples, next_tokens, pad, split
+from lordjax.data import documents, token_windows
+from lordjax.data.examples import VALIDATION, Data, Examples, next_tokens, pad, split
 
 Message = dict[str, str]  # role and content
 Piece = tuple[str, bool]  # a part of a text, and whether it is to be learned
@@ -82,7 +82,7 @@ def instructions(
             "begin behind them; give instructions, or a longer length (--seq-len)"
         )
     tokens, mask = pad(rows, seq_len)
-    data.check_ids(tokens, vocab_size, str(path))
+    token_windows.check_ids(tokens, vocab_size, str(path))
     targets = next_tokens(tokens, pad(wanted, seq_len)[0].astype(bool))
     facts = {"source": str(path), "template": "chat" if chat else "headings"}
     facts |= {"left_out": left_out, "cut": cut, "targets": int((targets >= 0).sum())}
