@@ -52,7 +52,7 @@ class Ours:
 
     def run(self, prompts: Any, new: int) -> tuple[float, float]:
         """See `Runner`."""
-        from lordjax.generate import stream
+        from lordjax.generation.decode import stream
 
         start = time.perf_counter()
         chunks = stream(self.config, self.params, prompts.tolist(), max_new_tokens=new)

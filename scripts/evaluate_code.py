@@ -103,8 +103,8 @@ def _completer(settings: dict[str, Any], stops: tuple[str, ...], progress: Progr
     """Completes prompts with a model, a batch at a time; opens it when it is called."""
 
     def complete(prompts: list[str]) -> list[str]:
-        from lordjax import completion
-        from lordjax.sampling import Sampling
+        from lordjax.generation import completion
+        from lordjax.generation.sampling import Sampling
 
         opened = open_model(settings["model"])
         if opened.config.head != "causal":

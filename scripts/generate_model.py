@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lordjax.scripts.common import Model, open_model, say
 
 if TYPE_CHECKING:
-    from lordjax.sampling import Sampling
+    from lordjax.generation.sampling import Sampling
 
 
 def generate_model(
@@ -29,8 +29,8 @@ def generate_model(
     quiet: bool,
 ) -> dict[str, Any]:
     """Generates, and shows the text as it comes unless ``quiet``; arguments are the flags."""
+    from lordjax.generation.sampling import Sampling
     from lordjax.runtime.progress import peak_rss
-    from lordjax.sampling import Sampling
 
     if (prompt is None) != interactive:
         raise ValueError("give a PROMPT ('-' reads it from standard input), or --interactive")
@@ -102,7 +102,7 @@ class Writer:
 
     def answer(self, messages: list[dict[str, str]]) -> Iterator[str]:
         """The answer to the last of the messages, as it comes."""
-        from lordjax.completion import encode, pieces
+        from lordjax.generation.completion import encode, pieces
 
         if self._chat:
             ids = self._tokenizer.apply_chat_template(

@@ -26,7 +26,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from lordjax.evaluate import choices
 from lordjax.evaluate.likelihood import BATCH, Score, log_likelihoods
-from lordjax.sampling import Sampling
+from lordjax.generation.sampling import Sampling
 from lordjax.scripts.common import open_model, progress_report
 
 MAX_NEW_TOKENS = 256  # of an answer, where a task says nothing; the harness's own default
@@ -165,7 +165,7 @@ class LordjaxLM(TemplateLM):
         return answers
 
     def _completed(self, prompts: list[str], settings: dict[str, Any], quiet: bool) -> list[str]:
-        from lordjax import completion
+        from lordjax.generation import completion
 
         sampling, stops, new = generation(settings, self.max_gen_toks)
         room = self.max_length - new

@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from lordjax.data.token_windows import check_ids
-from lordjax.generate import bucket
+from lordjax.generation.decode import bucket
 from lordjax.models.config import ModelConfig
 from lordjax.models.transformer import Transformer
 from lordjax.runtime.progress import Progress

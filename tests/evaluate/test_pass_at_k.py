@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lordjax import completion
 from lordjax.evaluate import programs
 from lordjax.evaluate.problems import (
     HUMANEVAL_STOPS,
@@ -22,7 +21,8 @@ from lordjax.evaluate.problems import (
 )
 from lordjax.evaluate.programs import evaluate, judge, pass_at_k, truncate
 from lordjax.evaluate.sandbox import Limits
-from lordjax.sampling import Sampling
+from lordjax.generation import completion
+from lordjax.generation.sampling import Sampling
 from lordjax.scripts import evaluate_code as script
 
 HUMANEVAL = [

@@ -14,10 +14,10 @@ from questions import PUBLISHED, alone, tokenizer_of, write
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install lordjax[eval])")
 
-from lordjax.completion import complete
 from lordjax.evaluate import choices
 from lordjax.evaluate.questions import TASKS, read_questions
-from lordjax.sampling import Sampling
+from lordjax.generation.completion import complete
+from lordjax.generation.sampling import Sampling
 from lordjax.scripts.common import open_model
 
 FILES = {  # of the harness's tasks

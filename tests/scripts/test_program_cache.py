@@ -63,7 +63,7 @@ def test_nothing_is_kept_where_nothing_can_be_written(tmp_path, monkeypatch):
 
 
 def test_the_library_keeps_nothing():
-    code = "import lordjax.generate, lordjax.scripts.cli, jax; print(jax.config.values"
+    code = "import lordjax.generation.decode, lordjax.scripts.cli, jax; print(jax.config.values"
     code += "['jax_compilation_cache_dir'])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout == "None\n"

@@ -19,11 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from lordjax.generation.sampling import GREEDY, Kind, Sampling, Values, pick
 from lordjax.models.attention import CACHE
 from lordjax.models.blocks import BLOCKS
 from lordjax.models.config import ModelConfig
 from lordjax.models.transformer import Transformer, default_positions
-from lordjax.sampling import GREEDY, Kind, Sampling, Values, pick
 
 CHUNK = 16  # tokens between two looks of the host
 LEAST = 16  # the smallest bucket

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from lordjax.generate import NOTHING, generate, stream
+from lordjax.generation.decode import NOTHING, generate, stream
+from lordjax.generation.sampling import GREEDY, Sampling
 from lordjax.models.config import ModelConfig
 from lordjax.runtime.progress import Progress
-from lordjax.sampling import GREEDY, Sampling
 
 
 class Completion(NamedTuple):
