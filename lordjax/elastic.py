@@ -30,6 +30,7 @@ from lordjax.kernels import trees
 from lordjax.methods import METHODS
 from lordjax.models.config import ModelConfig
 from lordjax.models.source import InMemory, Materialized, Source
+from lordjax.output import TYPES
 from lordjax.prepared import Prepared, Result
 from lordjax.runtime.progress import Progress
 from lordjax.source import Calibration
@@ -81,14 +82,14 @@ class Archive(Memory):
             return super().__getitem__(key)
         row = self._rows[key]
         if "file" not in row:
-            return decode(row["value"], {})
+            return decode(row["value"], {}, TYPES)
         path = self.directory / row["file"]
         if key not in self._checked:
             if not path.is_file() or checksum(path) != Written(row["bytes"], row["sha256"]):
                 raise ValueError(f"{path}: is missing, or damaged (its checksum differs)")
             self._checked.add(key)
         file = TensorFile(path)
-        return decode(json.loads(file.metadata["tree"]), file)
+        return decode(json.loads(file.metadata["tree"]), file, TYPES)
 
     def below(self, prefix: str) -> list[str]:
         """Keys that begin like that, the oldest first."""

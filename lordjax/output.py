@@ -21,12 +21,24 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lordjax.allocation.plan import Plan
+from lordjax.methods import Factors, ModuleFactors
 from lordjax.prepared import Result
 from lordjax.runtime import multihost
+from lordjax.stats import AbsMean, HeadMoments, MeanSquare, Moments, SecondMoment
 from lordjax.storage import atomic_directory, checkpoint
 from lordjax.storage.disk_store import Workspace, differences
 from lordjax.storage.shards import REST, Parts
 from lordjax.storage.store import Work
+
+# Dataclasses that intermediate results consist of, by their names in files.
+TYPES = {
+    kind.__name__: kind
+    for kind in (
+        *(Factors, ModuleFactors, Plan),
+        *(AbsMean, HeadMoments, MeanSquare, Moments, SecondMoment),
+    )
+}
 
 PARTIAL = ".partial"  # ends the name of the directory where the work is kept
 FINISHED = "finished"  # entry: the directory is complete, and may have its name already
@@ -77,7 +89,7 @@ class Output:
         own = partial(directory, multihost.process())
         if multihost.leads() and not own.exists():
             atomic_directory.check_destination(directory)
-        self.work = Workspace(own, identity)
+        self.work = Workspace(own, identity, TYPES)
         self._stage = self.work.directory / "model"
         try:
             self.finished = self._agree(identity)

@@ -151,7 +151,7 @@ def _tiny_result(opened: Any, method: str, tokens: Any) -> Any:
 
 
 def _saved(directory: Path, opened: Any, result: Any) -> Any:
-    from lordjax.storage import checkpoint
+    from lordjax.storage import checkpoint, saved_model
 
     checkpoint.save(directory, result.config, result.params, hf_config=opened.hf_config)
     return saved_model.open_saved(directory)

@@ -78,6 +78,8 @@ def open_model(name: str) -> Model:
       FileNotFoundError: if there is no such model.
       ValueError: if it cannot be read or is not supported.
     """
+    from lordjax.storage import saved_model
+
     quiet_transformers()
     path = Path(name).expanduser()
     return _native(name, path) if saved_model.is_compressed(path) else _original(name)

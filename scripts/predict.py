@@ -34,6 +34,7 @@ def planned(
       ValueError: if ranks do not fit, or the budget cannot be met.
     """
     from lordjax import sizing
+    from lordjax.allocation import policies
     from lordjax.allocation.plan import Plan
     from lordjax.allocation.policies import CURVELESS
     from lordjax.factoring import site_sizes

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lordjax.storage.serialize import decode, encode
+from lordjax.storage.serialize import Types, decode, encode
 from lordjax.storage.tensor_files import (
     TensorFile,
     TensorWriter,
@@ -44,6 +44,7 @@ class Workspace:
     Args:
       directory: is made, or taken up where it was left.
       identity: JSON that says what is made of what; all of it decides whether this is the same.
+      types: dataclasses that entries may hold, by their names; see `serialize`.
 
     Raises:
       BlockingIOError: if another process works there.
@@ -53,8 +54,14 @@ class Workspace:
 
     durable = True
 
-    def __init__(self, directory: str | os.PathLike[str], identity: Mapping[str, Any]):
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        identity: Mapping[str, Any],
+        types: Types | None = None,
+    ):
         self.directory = Path(directory).absolute()
+        self._types: Types = types or {}
         self._entries: dict[str, dict[str, Any]] = {}
         self._checked: set[str] = set()
         self._streams: list[TensorWriter] = []
@@ -116,9 +123,9 @@ class Workspace:
           ValueError: if its file is not what was written.
         """
         if "file" not in self._entries[key]:
-            return decode(self._entries[key]["value"], {})
+            return decode(self._entries[key]["value"], {}, self._types)
         file = self.arrays(key)
-        return decode(json.loads(file.metadata["tree"]), file)
+        return decode(json.loads(file.metadata["tree"]), file, self._types)
 
     def arrays(self, key: str) -> TensorFile:
         """The arrays of an entry, in their order; errors as of reading it."""
@@ -134,7 +141,7 @@ class Workspace:
           OSError: if the disk is full; the older one is still there then.
         """
         arrays: dict[str, Any] = {}
-        value = encode(tree, arrays)
+        value = encode(tree, arrays, self._types)
         if not arrays:
             self._record({"key": key, "value": value})
             return

@@ -6,7 +6,7 @@ import random
 import jax
 import numpy as np
 import pytest
-from interrupted import MODEL, TOKENS, Killed
+from interrupted import CONFIG, MODEL, TOKENS, Killed
 
 from lordjax import elastic
 from lordjax.compression import compress
@@ -15,7 +15,7 @@ from lordjax.output import Output, partial
 from lordjax.quantization import prepare_quantized
 from lordjax.runtime.mesh import make_mesh
 from lordjax.scripts.benchmark_resume import contents
-from lordjax.storage import checkpoint
+from lordjax.storage import atomic_directory, checkpoint
 from lordjax.storage.disk_store import Workspace
 from lordjax.storage.tensor_files import TensorWriter
 
@@ -145,7 +145,7 @@ def test_work_is_not_done_again(tmp_path, monkeypatch):
 
 def test_a_finished_output_only_takes_its_name(tmp_path, monkeypatch):
     with monkeypatch.context() as killed:
-        killed.setattr(checkpoint, "publish", lambda *_: (_ for _ in ()).throw(Killed))
+        killed.setattr(atomic_directory, "publish", lambda *_: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             make(RUNS["ranks"], tmp_path / "out")
     assert not (tmp_path / "out").exists()

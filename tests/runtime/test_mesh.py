@@ -23,6 +23,7 @@ from lordjax.gradients import gradient_statistics
 from lordjax.kernels import trees
 from lordjax.methods import METHODS
 from lordjax.models.sites import sites_for
+from lordjax.output import TYPES
 from lordjax.quantization import quantize
 from lordjax.runtime import flops, mesh
 from lordjax.runtime.progress import Clock
@@ -232,7 +233,7 @@ def test_a_group_that_is_killed_goes_on_to_the_same_bits(dying, tmp_path, monkey
     def factors(name):
         calibrated = checked(config, TOKENS, None, None, mesh=FOUR())
         options = {"keep_gradients": True, "influence": False}
-        with Workspace(tmp_path / name, {}) as work:
+        with Workspace(tmp_path / name, {}, TYPES) as work:
             found = factor_pass.factor_all(
                 model, calibrated, "modegpt-published", {}, Clock(), work, **options
             )[0]

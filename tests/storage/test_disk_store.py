@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lordjax.methods import Factors, ModuleFactors
+from lordjax.output import TYPES
 from lordjax.states import open_states
 from lordjax.stats import Moments
 from lordjax.storage.disk_store import JOURNAL, Workspace
@@ -31,7 +32,7 @@ def tree():
 
 
 def opened(path, **changes):
-    return Workspace(path / "out.partial", {**IDENTITY, **changes})
+    return Workspace(path / "out.partial", {**IDENTITY, **changes}, TYPES)
 
 
 def same(a, b):

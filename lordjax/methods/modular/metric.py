@@ -39,14 +39,17 @@ def dropped(effects: Float[Array, "n n"]) -> Float[Array, "n"]:
 
 
 def double(a: Any) -> np.ndarray:
+    """Returns an array as float64 on the host."""
     return np.asarray(a, np.float64)
 
 
 def diagonals(c: Float[Array, "n d d"]) -> Float[Array, "n d"]:
+    """Returns the diagonals of a stack of square matrices."""
     return jnp.diagonal(c, axis1=1, axis2=2)
 
 
 def bmm(*factors: Array) -> Array:
+    """Returns the batched product of several stacks of matrices, at full precision."""
     return functools.reduce(lambda a, b: jnp.matmul(a, b, precision="highest"), factors)
 
 

@@ -40,7 +40,13 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from lordjax.kernels import normal_float
-from lordjax.methods.quantized.best_product import FIRST_POWERS, Product, best_product, start_basis
+from lordjax.methods.quantized.best_product import (
+    FIRST_POWERS,
+    POWERS,
+    Product,
+    best_product,
+    start_basis,
+)
 from lordjax.methods.quantized.error_feedback import quantize
 from lordjax.methods.quantized.weightings import Weights
 
