@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from lordjax.allocation.candidates import FORMATS, QUANTIZERS, Option, option_bytes, ranks_tried
+from lordjax.compression.quantized_matrix import best_pair, encode_kernel, measures, pack
 from lordjax.kernels import normal_float, trees
 from lordjax.kernels.base import is_kernel, materialize, nbytes
 from lordjax.kernels.low_rank import LowRank
@@ -29,7 +30,6 @@ from lordjax.methods.quantized.weightings import WEIGHTINGS, Weights, cost_of, s
 from lordjax.models.config import ModelConfig
 from lordjax.models.sites import Site, site_path
 from lordjax.models.source import InMemory
-from lordjax.quantizer import best_pair, encode_kernel, measures, pack
 from lordjax.runtime import flops
 from lordjax.runtime.flops import Work
 from lordjax.stages import Job, forward_work, gradient_work, inputs, loaded

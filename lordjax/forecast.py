@@ -22,6 +22,7 @@ import jax
 
 from lordjax.allocation.policies import INFLUENCED
 from lordjax.coded import CodedJob, weights_of
+from lordjax.compression.temperature import TEMPERATURES
 from lordjax.gradients import STATE_BYTES
 from lordjax.kernels import trees
 from lordjax.kernels.base import is_kernel, nbytes
@@ -30,7 +31,6 @@ from lordjax.kernels.low_rank import LowRank
 from lordjax.models.head_axes import LAST_NAME
 from lordjax.models.objective import CHUNK
 from lordjax.models.sites import Site
-from lordjax.prepared import TEMPERATURES
 from lordjax.runtime import flops
 from lordjax.runtime.flops import Work
 from lordjax.speed import Rates, rate

@@ -18,7 +18,7 @@ import numpy as np
 
 from lordjax.allocation.plan import Plan
 from lordjax.allocation.policies import CURVELESS, Curve, allocate
-from lordjax.factoring import site_sizes
+from lordjax.compression.site_factors import site_sizes
 from lordjax.kernels import trees
 from lordjax.kernels.kinds import weights
 from lordjax.kernels.low_rank import LowRank

@@ -30,8 +30,10 @@ from lordjax.collect import (
     observe_pair,
     windows_per_step,
 )
-from lordjax.compression import GRADIENT_WINDOWS, HELD_OUT
-from lordjax.factoring import input_shapes, on_host, site_work
+from lordjax.compression.low_rank import GRADIENT_WINDOWS, HELD_OUT
+from lordjax.compression.sequential import groups
+from lordjax.compression.site_factors import input_shapes, on_host, site_work
+from lordjax.compression.temperature import TEMPERATURES
 from lordjax.gradients import (
     STATE_BYTES,
     empty_gradients,
@@ -45,10 +47,8 @@ from lordjax.models import objective
 from lordjax.models.config import ModelConfig
 from lordjax.models.objective import loss_gradient, losses
 from lordjax.models.sites import LAST_LAYER, LINEAR_SITES, Site, site_path, sites_for
-from lordjax.prepared import TEMPERATURES
 from lordjax.runtime import flops
 from lordjax.runtime.flops import Work
-from lordjax.sequential import groups
 from lordjax.stats import Moments
 
 STAGES = ("gradients", "statistics", "factors", "comparison", "sequential", "apply", "write")

@@ -128,7 +128,7 @@ def measure(
     import jax
 
     from lordjax import speed
-    from lordjax.compression import prepare
+    from lordjax.compression.low_rank import prepare
     from lordjax.evaluate import perplexity
     from lordjax.scripts.common import environment, open_model, protocol_tokens
 

@@ -138,9 +138,9 @@ def tiny(kind: str) -> list[dict[str, Any]]:
 
 def _tiny_result(opened: Any, method: str, tokens: Any) -> Any:
     from lordjax.allocation.candidates import QUANTIZERS
-    from lordjax.compression import compress
+    from lordjax.compression.low_rank import compress
+    from lordjax.compression.quantized import quantize
     from lordjax.kernels import normal_float
-    from lordjax.quantization import quantize
 
     if method not in QUANTIZERS:
         return compress(opened, tokens, method=method, keep=0.5, mask_token=MASK_TOKEN)
@@ -197,8 +197,8 @@ def real(
 ) -> None:
     """Fills ``results`` with rows of a real model and the seconds of starts."""
     from lordjax.allocation.candidates import QUANTIZERS
-    from lordjax.compression import compress
-    from lordjax.quantization import quantize
+    from lordjax.compression.low_rank import compress
+    from lordjax.compression.quantized import quantize
     from lordjax.scripts.common import open_model, protocol_tokens
 
     opened = open_model(model)

@@ -166,9 +166,9 @@ def recovery(
 
 
 def _compressed(opened: Any, what: str, tokens: Any) -> Any:
-    from lordjax.compression import compress
+    from lordjax.compression.low_rank import compress
+    from lordjax.compression.quantized import quantize
     from lordjax.kernels.convert import encode
-    from lordjax.quantization import quantize
 
     if what == "dense":
         return opened.params()
@@ -243,8 +243,8 @@ def memory(config: str, batch: int, seq_len: int, rank: int, dtype: str, ranks: 
     from lordjax import recipes, sizing
     from lordjax.allocation import policies
     from lordjax.allocation.plan import Plan
+    from lordjax.compression.site_factors import site_sizes
     from lordjax.conversions.readers.checkpoint import read_config
-    from lordjax.factoring import site_sizes
     from lordjax.finetune import Settings
     from lordjax.kernels.kinds import astype
     from lordjax.scripts.common import environment

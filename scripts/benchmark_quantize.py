@@ -76,8 +76,8 @@ def _moments(source: Any, tokens: Any) -> dict[str, Any]:
     """Site path -> second moment of its inputs, on the host."""
     import numpy as np
 
+    from lordjax.compression.quantized import prepare_quantized
     from lordjax.models.sites import site_path
-    from lordjax.quantization import prepare_quantized
     from lordjax.runtime.progress import Clock
 
     prepared = prepare_quantized(source, tokens, method="nf", weighting="input")
@@ -89,7 +89,7 @@ def _moments(source: Any, tokens: Any) -> dict[str, Any]:
 
 def _prepare(source: Any, tokens: Any, weighting: str) -> tuple[Any, float]:
     """A `Quantizer` with the gradients of a weighting, and the seconds they took."""
-    from lordjax.quantization import prepare_quantized
+    from lordjax.compression.quantized import prepare_quantized
 
     start = time.perf_counter()
     prepared = prepare_quantized(source, tokens, method="nf", weighting=weighting)

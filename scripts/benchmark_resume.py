@@ -26,7 +26,7 @@ from typing import Any
 
 import click
 
-from lordjax.output import partial
+from lordjax.compression.resumable_output import partial
 from lordjax.scripts.common import environment, say
 from lordjax.storage.disk_store import JOURNAL
 

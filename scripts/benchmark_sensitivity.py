@@ -43,7 +43,7 @@ def main(
     out: str | None,
 ) -> None:
     """Perplexity of MODEL at one budget under different sensitivity weights."""
-    from lordjax.compression import prepare
+    from lordjax.compression.low_rank import prepare
     from lordjax.evaluate import perplexity
     from lordjax.scripts.common import open_model, protocol_tokens
 

@@ -48,9 +48,9 @@ def compress_model(
     Everything that can be wrong with the arguments is found before the work begins.
     """
     start = time.perf_counter()
-    from lordjax.elastic import keep_entries
+    from lordjax.compression.elastic import keep_entries
+    from lordjax.compression.resumable_output import Output, partial
     from lordjax.models.objective import protocol as objective_protocol
-    from lordjax.output import Output, partial
     from lordjax.runtime import multihost
 
     directory = Path(out).expanduser()
@@ -195,7 +195,7 @@ def job_of(method: str, options: dict[str, Any]) -> tuple[Run, dict[str, Any], b
 
 def _low_rank_job(method: str, options: dict[str, Any]) -> tuple[Run, dict[str, Any], bool, float]:
     from lordjax.allocation.policies import check_policy
-    from lordjax.compression import compress
+    from lordjax.compression.low_rank import compress
     from lordjax.kernels import normal_float
     from lordjax.methods import METHODS
 
@@ -225,8 +225,8 @@ def _low_rank_job(method: str, options: dict[str, Any]) -> tuple[Run, dict[str, 
 
 
 def _elastic_job(method: str, options: dict[str, Any]) -> tuple[Run, dict[str, Any], bool, float]:
-    from lordjax import elastic
     from lordjax.allocation.policies import check_policy
+    from lordjax.compression import elastic
     from lordjax.methods import METHODS
 
     for name in ("keep", "ranks", "factors", "dtype"):
@@ -257,7 +257,7 @@ def _elastic_job(method: str, options: dict[str, Any]) -> tuple[Run, dict[str, A
 
 
 def _quantized_job(method: str, options: dict[str, Any]) -> tuple[Run, dict[str, Any], bool, float]:
-    from lordjax import quantization
+    from lordjax.compression import quantized as quantization
 
     settings = {
         "solver": options["allocation"] or "bisection",

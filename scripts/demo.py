@@ -80,7 +80,7 @@ def measure(
     model: Model, calibration: Any, evaluation: Any, keeps: tuple[float, ...], directory: Path
 ) -> tuple[list[dict[str, Any]], float]:
     """One row per budget, the dense model first; saves the model of the middle budget."""
-    from lordjax.compression import prepare
+    from lordjax.compression.low_rank import prepare
     from lordjax.data.token_windows import fingerprint
     from lordjax.evaluate import perplexity
     from lordjax.kernels.base import nbytes

@@ -42,7 +42,7 @@ def export_model(
     opened = open_model(model)
     source = opened.source
     if keep is not None:
-        from lordjax import elastic
+        from lordjax.compression import elastic
 
         source = elastic.open_cut(opened.path, keep)
     from lordjax.conversions.exporters import verify as verification
@@ -66,7 +66,7 @@ def export_model(
 
 def _cut(model: str, directory: Path, keep: float, start: float) -> dict[str, Any]:
     """The model of one budget, as a directory of ours."""
-    from lordjax import elastic
+    from lordjax.compression import elastic
 
     opened = open_model(model)
     writer = tokenizer_writer(opened)

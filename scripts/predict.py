@@ -37,7 +37,7 @@ def planned(
     from lordjax.allocation import policies
     from lordjax.allocation.plan import Plan
     from lordjax.allocation.policies import CURVELESS
-    from lordjax.factoring import site_sizes
+    from lordjax.compression.site_factors import site_sizes
 
     sizes = site_sizes(sizing.shapes(config), method)
     if ranks is not None:
@@ -137,14 +137,15 @@ def coded(
     """
     import jax.numpy as jnp
 
-    from lordjax import quantization, sizing
+    from lordjax import sizing
     from lordjax.allocation.candidates import QUANTIZERS, Option
     from lordjax.coded import CodedJob, estimate
+    from lordjax.compression import quantized
     from lordjax.kernels import normal_float
     from lordjax.methods.quantized.weightings import MOMENTS
     from lordjax.models.sites import LINEAR_SITES, site_path
 
-    quantization.check_settings(method, **settings)
+    quantized.check_settings(method, **settings)
     row, form, factors = QUANTIZERS[method], settings["form"], settings["factors"]
     factors = row.factors if factors is None else None if factors == "dense" else factors
     factors = None if factors is None else normal_float.Format.parse(factors)
@@ -157,7 +158,7 @@ def coded(
         for site in LINEAR_SITES
         if site.path in block
     }
-    quantization.check_rank(rank, shapes)
+    quantized.check_rank(rank, shapes)
     if form is not None:
         options = dict.fromkeys(shapes, Option(normal_float.Format.parse(form), rank))
     else:
@@ -236,7 +237,7 @@ def asked(
     from lordjax.allocation.candidates import QUANTIZERS
     from lordjax.allocation.plan import Plan
     from lordjax.coded import coded_outline, coded_pairs
-    from lordjax.factoring import site_sizes
+    from lordjax.compression.site_factors import site_sizes
     from lordjax.kernels import normal_float
     from lordjax.stages import Job
 

@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from lordjax.compression import prepare
+from lordjax.compression.low_rank import prepare
+from lordjax.compression.quantized import quantize
 from lordjax.evaluate import perplexity
 from lordjax.kernels.base import nbytes
-from lordjax.quantization import quantize
 from lordjax.scripts import demo
 from lordjax.scripts.common import open_model
 from lordjax.storage import checkpoint

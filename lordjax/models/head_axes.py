@@ -7,10 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from lordjax.allocation.plan import Size
-from lordjax.kernels import trees
 from lordjax.models.config import ModelConfig
-from lordjax.models.sites import LAST_LAYER, Site
+from lordjax.models.sites import LAST_LAYER
 
 # Name in head form -> parameter, and which axis is split into heads: ``h`` or ``k``, the last into
 # query or key heads; ``H``, the one before it into query heads.
@@ -193,29 +191,3 @@ def _head_columns(size: int, heads: int, pairs: Any, config: ModelConfig) -> np.
         kept = _columns(pairs, _all_pairs(config))
         own = np.repeat(kept, heads // len(kept), axis=0)
     return (own + config.head_size * np.arange(heads)[:, None]).reshape(-1)
-
-
-def site_size(site: Site, block: Mapping[str, Any], config: ModelConfig) -> Size:
-    """How many weights a site of a block has at a rank."""
-    flat = trees.flatten(block)
-    shapes = [flat[path].shape for path in site.kernels if path in flat]
-    if site.kind == "linear":
-        return Size.matrix(*shapes[0])
-    dense = sum(fan_in * fan_out for fan_in, fan_out in shapes)
-    if site.kind == "dense":
-        return Size(dense, dense)
-    widths = {
-        "mlp": flat["mlp/down/kernel"].shape[0],
-        "qk": flat["attention/q/kernel"].shape[1] // config.num_heads,
-        "vo": flat["attention/o/kernel"].shape[0] // config.num_heads,
-    }
-    rotary = site.kind == "qk" and config.rope is not None
-    moved = site.kind == "vo" and "attention/v/bias" in flat and "attention/o/bias" not in flat
-    return Size(
-        dense,
-        dense // widths[site.kind],
-        bias=shapes[-1][1],
-        moved=shapes[-1][1] if moved else 0,
-        step=2 if rotary else 1,
-        tiles=4 if site.kind == "mlp" else 1,
-    )

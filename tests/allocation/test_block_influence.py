@@ -9,8 +9,8 @@ from problems import spent
 
 from lordjax.allocation.plan import Size
 from lordjax.allocation.policies import Curve, allocate, influence_removal
+from lordjax.compression.site_factors import site_size
 from lordjax.models import ModelConfig, init
-from lordjax.models.head_axes import site_size
 from lordjax.models.sites import MODULE_SITES
 
 # LLaMA-2-7B's scores (specs of MoDeGPT §5.4), layers 0 to 31.

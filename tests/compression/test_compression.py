@@ -10,7 +10,8 @@ import pytest
 
 from lordjax import collect
 from lordjax.allocation.plan import Plan, Size
-from lordjax.compression import PREFIXES, InMemory, compress, prepare
+from lordjax.compression.low_rank import PREFIXES, InMemory, compress, prepare
+from lordjax.compression.result import verify
 from lordjax.gradients import gradient_statistics
 from lordjax.kernels import trees
 from lordjax.kernels.base import nbytes
@@ -20,7 +21,6 @@ from lordjax.methods.linalg import row_space
 from lordjax.models import ModelConfig, Transformer, init
 from lordjax.models.objective import loss_gradient
 from lordjax.models.sites import LINEAR_SITES, site_path, sites_for
-from lordjax.prepared import verify
 from lordjax.runtime.progress import Clock
 from lordjax.source import Calibration
 

@@ -9,10 +9,12 @@ import numpy as np
 import optax
 import pytest
 
-from lordjax import InMemory, compress, elastic, prepare
+from lordjax import InMemory, compress, prepare
 from lordjax.allocation.plan import Plan
+from lordjax.compression import elastic
+from lordjax.compression.site_factors import replace_kernels
+from lordjax.compression.temperature import TEMPERATURES
 from lordjax.evaluate import perplexity
-from lordjax.factoring import replace_kernels
 from lordjax.gradients import gradient_statistics
 from lordjax.kernels import trees
 from lordjax.kernels.base import nbytes
@@ -23,7 +25,6 @@ from lordjax.models import ModelConfig, Rope, Transformer, init
 from lordjax.models.blocks import MLP, Block
 from lordjax.models.head_axes import gather, scatter
 from lordjax.names import layer_index
-from lordjax.prepared import TEMPERATURES
 from lordjax.runtime.progress import Clock
 from lordjax.source import Calibration
 from lordjax.storage import checkpoint

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lordjax import elastic
 from lordjax.allocation.candidates import QUANTIZERS, Option
 from lordjax.allocation.plan import Plan
-from lordjax.compression import compress, prepare
+from lordjax.compression import elastic
+from lordjax.compression.low_rank import compress, prepare
+from lordjax.compression.quantized import check_settings, prepare_quantized, quantize
+from lordjax.compression.result import verify
 from lordjax.evaluate import perplexity
 from lordjax.kernels import normal_float, trees
 from lordjax.kernels.base import nbytes
@@ -20,8 +22,6 @@ from lordjax.kernels.quantized import LowRankPlusQuantized, NFQuantized
 from lordjax.models import ModelConfig, Transformer, init
 from lordjax.models.sites import LINEAR_SITES, site_path
 from lordjax.models.source import InMemory
-from lordjax.prepared import verify
-from lordjax.quantization import check_settings, prepare_quantized, quantize
 from lordjax.storage import checkpoint
 
 # One shape of kernels and three formats: compiling is what takes the time. Others: test_cli.

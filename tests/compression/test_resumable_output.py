@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from interrupted import CONFIG, MODEL, TOKENS, Killed
 
-from lordjax import elastic
-from lordjax.compression import compress
+from lordjax.compression import elastic
+from lordjax.compression.low_rank import compress
+from lordjax.compression.quantized import prepare_quantized
+from lordjax.compression.resumable_output import Output, partial
 from lordjax.kernels.normal_float import Format
-from lordjax.output import Output, partial
-from lordjax.quantization import prepare_quantized
 from lordjax.runtime.mesh import make_mesh
 from lordjax.scripts.benchmark_resume import contents
 from lordjax.storage import atomic_directory, checkpoint
@@ -124,10 +124,10 @@ def same(a, b):
 
 def test_work_is_not_done_again(tmp_path, monkeypatch):
     """What a killed process finished is read, not made."""
-    from lordjax import factor_pass
+    from lordjax.compression import single_pass
 
     count = []
-    original = factor_pass.finish
+    original = single_pass.finish
 
     def counted(*arguments):
         count.append(arguments[1])
@@ -135,7 +135,7 @@ def test_work_is_not_done_again(tmp_path, monkeypatch):
             raise Killed
         return original(*arguments)
 
-    monkeypatch.setattr(factor_pass, "finish", counted)
+    monkeypatch.setattr(single_pass, "finish", counted)
     with pytest.raises(Killed):
         make(RUNS["lord"], tmp_path / "out")
     make(RUNS["lord"], tmp_path / "out")

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lordjax.compression.temperature import compare
 from lordjax.data.token_windows import fingerprint
 from lordjax.evaluate import perplexity
-from lordjax.evaluate.comparison import compare
 from lordjax.evaluate.perplexity import _token_nll
 from lordjax.kernels.low_rank import LowRank
 from lordjax.models.config import ModelConfig

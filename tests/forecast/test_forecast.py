@@ -13,7 +13,7 @@ from blocks import BLOCKS, source
 from rates import RATES
 
 from lordjax import forecast, sizing, speed
-from lordjax.compression import compress
+from lordjax.compression.low_rank import compress
 from lordjax.conversions.families.registry import tensor_table
 from lordjax.kernels import trees
 from lordjax.kernels.base import nbytes

@@ -13,15 +13,16 @@ import pytest
 from blocks import BLOCKS, source
 from rates import RATES
 
-from lordjax import calibrate, forecast, gradients, quantizer, sharing, sizing
+from lordjax import calibrate, forecast, gradients, sharing, sizing
 from lordjax.allocation import candidates
 from lordjax.coded import coded_stages
 from lordjax.collect import observe
-from lordjax.elastic import check_settings
+from lordjax.compression import quantizer
+from lordjax.compression.elastic import check_settings
+from lordjax.compression.quantized import quantize
 from lordjax.kernels import normal_float, trees
 from lordjax.kernels.base import nbytes
 from lordjax.methods.quantized import lq, weightings
-from lordjax.quantization import quantize
 from lordjax.runtime import flops
 from lordjax.runtime.mesh import make_mesh, share_rows
 from lordjax.scripts import predict

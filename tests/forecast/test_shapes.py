@@ -10,9 +10,9 @@ import pytest
 from lordjax import InMemory, compress, sizing
 from lordjax.allocation import policies
 from lordjax.allocation.plan import Plan
-from lordjax.compression import prepare
+from lordjax.compression.low_rank import prepare
+from lordjax.compression.site_factors import site_sizes
 from lordjax.conversions.families.registry import model_config
-from lordjax.factoring import site_sizes
 from lordjax.kernels import trees
 from lordjax.kernels.kinds import weights
 from lordjax.methods import METHODS

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from blocks import source
 
-from lordjax import factoring
-from lordjax.compression import prepare
+from lordjax.compression import site_factors
+from lordjax.compression.low_rank import prepare
 from lordjax.methods import METHODS, lapack, linalg
 from lordjax.methods.linalg import mean_unit, own_unit
 from lordjax.methods.modular import mlp_on_host
@@ -162,7 +162,7 @@ def test_sums_are_gone_before_a_factor_is_taken(monkeypatch):
 
     modules = {**METHODS[name].modules, "mlp": dataclasses.replace(module, host=host)}
     monkeypatch.setitem(
-        factoring.METHODS, name, dataclasses.replace(METHODS[name], modules=modules)
+        site_factors.METHODS, name, dataclasses.replace(METHODS[name], modules=modules)
     )
     monkeypatch.setattr(lapack, "nested_refit", watched)
     model = source("gpt2")

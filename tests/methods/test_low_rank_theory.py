@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from lordjax.allocation.plan import Size
+from lordjax.compression.sequential import _regress
 from lordjax.methods import METHODS, linalg, truncate
 from lordjax.methods.low_rank import SVD_METHODS
-from lordjax.sequential import _regress
 from lordjax.stats import AbsMean, Moments
 
 

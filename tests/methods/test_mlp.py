@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from problems import gradients, metric, mlp_problem, moments
 
-from lordjax.factoring import factor_program
+from lordjax.compression.site_factors import factor_program
 from lordjax.methods import linalg
 from lordjax.methods.modular.mlp import RIDGE, SHRINKAGE, mlp, narrow_mlp
 

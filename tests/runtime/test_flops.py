@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from blocks import BLOCKS, source
 
-from lordjax import calibrate, factoring, gradients
-from lordjax.compression import prepare
+from lordjax import calibrate, gradients
+from lordjax.compression import site_factors
+from lordjax.compression.low_rank import prepare
 from lordjax.methods import linalg
 from lordjax.models.blocks import MLP
 from lordjax.runtime import flops
@@ -146,11 +147,11 @@ def test_a_preparation_runs_what_was_counted(method, name, monkeypatch):
             if hasattr(module, each):
                 counted = counting(done, stage, getattr(module, each))
                 monkeypatch.setattr(module, each, counted)
-    program = factoring.factor_program
+    program = site_factors.factor_program
     monkeypatch.setattr(
-        factoring, "factor_program", lambda *key: counting(done, "factors", program(*key))
+        site_factors, "factor_program", lambda *key: counting(done, "factors", program(*key))
     )
-    rows = factoring.METHODS
+    rows = site_factors.METHODS
     modules = {kind: on_host_counted(m, done) for kind, m in rows[method].modules.items()}
     row = dataclasses.replace(rows[method], modules=modules)
     monkeypatch.setitem(rows, method, row)

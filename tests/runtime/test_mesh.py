@@ -16,15 +16,16 @@ from commands import calibration, fails, run
 from interrupted import MODEL, TOKENS, Killed
 from jax.sharding import PartitionSpec
 
-from lordjax import factor_pass, sharing
+from lordjax import sharing
 from lordjax.calibrate import activation_keys, block_statistics, checked, hidden_states, on_device
-from lordjax.compression import compress
+from lordjax.compression import single_pass
+from lordjax.compression.low_rank import compress
+from lordjax.compression.quantized import quantize
+from lordjax.compression.resumable_output import TYPES
 from lordjax.gradients import gradient_statistics
 from lordjax.kernels import trees
 from lordjax.methods import METHODS
 from lordjax.models.sites import sites_for
-from lordjax.output import TYPES
-from lordjax.quantization import quantize
 from lordjax.runtime import flops, mesh
 from lordjax.runtime.progress import Clock
 from lordjax.stages import Job, site_factors, stages
@@ -194,7 +195,7 @@ def test_devices_factor_equally_much(monkeypatch):
         given.append(shares)
         return mesh.map_kernels(run, shares, devices)
 
-    monkeypatch.setattr(factor_pass, "map_kernels", seen)
+    monkeypatch.setattr(single_pass, "map_kernels", seen)
     config = dataclasses.replace(MODEL.config, num_layers=6)
     compress(random_model(config), TOKENS, method="modegpt", keep=0.6, mesh=FOUR())
     job = Job(config, "modegpt", *TOKENS.shape, meshed=True)
@@ -215,7 +216,7 @@ def test_a_group_that_is_killed_goes_on_to_the_same_bits(dying, tmp_path, monkey
     """Before some line of the journal; no factors are made twice but those that it lost."""
     config = dataclasses.replace(MODEL.config, num_layers=6)
     model, left, made = random_model(config), [0], []
-    record, finish = Workspace._record, factor_pass.finish
+    record, finish = Workspace._record, single_pass.finish
 
     def killing(self, row):
         left[0] -= 1
@@ -228,13 +229,13 @@ def test_a_group_that_is_killed_goes_on_to_the_same_bits(dying, tmp_path, monkey
         return finish(*arguments)
 
     monkeypatch.setattr(Workspace, "_record", killing)
-    monkeypatch.setattr(factor_pass, "finish", counted)
+    monkeypatch.setattr(single_pass, "finish", counted)
 
     def factors(name):
         calibrated = checked(config, TOKENS, None, None, mesh=FOUR())
         options = {"keep_gradients": True, "influence": False}
         with Workspace(tmp_path / name, {}, TYPES) as work:
-            found = factor_pass.factor_all(
+            found = single_pass.factor_all(
                 model, calibrated, "modegpt-published", {}, Clock(), work, **options
             )[0]
             assert not work.below("statistics/")

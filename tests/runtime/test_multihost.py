@@ -14,10 +14,10 @@ import pytest
 from commands import fails
 from interrupted import MODEL, TOKENS, Killed
 
-from lordjax import elastic
-from lordjax.compression import compress
+from lordjax.compression import elastic
+from lordjax.compression.low_rank import compress
+from lordjax.compression.resumable_output import Output, partial
 from lordjax.kernels.base import materialize
-from lordjax.output import Output, partial
 from lordjax.runtime import multihost
 from lordjax.scripts.benchmark_resume import contents
 from lordjax.storage import checkpoint

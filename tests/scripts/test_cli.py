@@ -287,14 +287,14 @@ def test_killed_and_resumed(tiny, text, tmp_path):
 
 
 def test_work_of_another_command_is_refused(tiny, text, tmp_path, monkeypatch):
-    from lordjax import output
+    from lordjax.compression import resumable_output
 
     def killed(*_, **__):
         raise KeyboardInterrupt
 
     arguments = ("compress", tiny, tmp_path / "out", *calibration(text), "--method", "svd")
     with monkeypatch.context() as patch:
-        patch.setattr(output.Output, "finish", killed)
+        patch.setattr(resumable_output.Output, "finish", killed)
         assert run(*arguments, "--keep", "0.6").exit_code == 130
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
     fails("settings.keep: 0.6 -> 0.7; give the same again", *arguments, "--keep", "0.7")
@@ -311,12 +311,12 @@ LINEAR = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)  # block weights of the t
 @pytest.fixture
 def few_formats(monkeypatch):
     """Two formats in place of ten: every one is a compilation per shape."""
-    from lordjax import quantization
+    from lordjax.compression import quantized
     from lordjax.kernels import normal_float
 
     forms = tuple(normal_float.Format(bits, 4, "bfloat16", 32, 256) for bits in (2, 4))
-    small = functools.partial(quantization.prepare_quantized, formats=forms, steps=1)
-    monkeypatch.setattr(quantization, "prepare_quantized", small)
+    small = functools.partial(quantized.prepare_quantized, formats=forms, steps=1)
+    monkeypatch.setattr(quantized, "prepare_quantized", small)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lordjax.compression.resumable_output import TYPES
 from lordjax.methods import Factors, ModuleFactors
-from lordjax.output import TYPES
 from lordjax.states import open_states
 from lordjax.stats import Moments
 from lordjax.storage.disk_store import JOURNAL, Workspace

@@ -21,7 +21,9 @@ import numpy as np
 from lordjax.allocation.candidates import FORMATS, QUANTIZERS
 from lordjax.allocation.knapsack import SOLVERS
 from lordjax.calibrate import checked
-from lordjax.compression import GRADIENT_WINDOWS
+from lordjax.compression.low_rank import GRADIENT_WINDOWS
+from lordjax.compression.quantizer import Quantizer
+from lordjax.compression.result import Result
 from lordjax.data.token_windows import fingerprint
 from lordjax.gradients import few_gradients
 from lordjax.kernels import normal_float, trees
@@ -31,8 +33,6 @@ from lordjax.models import objective
 from lordjax.models.sites import LINEAR_SITES, site_path
 from lordjax.models.source import Materialized, Source
 from lordjax.names import did_you_mean
-from lordjax.prepared import Result
-from lordjax.quantizer import Quantizer
 from lordjax.runtime.mesh import Mesh
 from lordjax.runtime.progress import Clock, Progress
 from lordjax.source import Calibration

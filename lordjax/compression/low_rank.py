@@ -22,15 +22,16 @@ from lordjax import names
 from lordjax.allocation.plan import Plan
 from lordjax.allocation.policies import CURVELESS, GIVEN, INFLUENCED, check_policy, ranks_by_pattern
 from lordjax.calibrate import checked
+from lordjax.compression.prepared import Prepared
+from lordjax.compression.result import Result
+from lordjax.compression.single_pass import factor_all
+from lordjax.compression.site_factors import AnyFactors, site_sizes
 from lordjax.data.token_windows import fingerprint
-from lordjax.factor_pass import factor_all
-from lordjax.factoring import AnyFactors, site_sizes
 from lordjax.gradients import few_gradients
 from lordjax.kernels import normal_float
 from lordjax.methods import DEFAULT_METHOD, METHODS
 from lordjax.models import objective
 from lordjax.models.source import InMemory, Materialized, Source
-from lordjax.prepared import Prepared, Result
 from lordjax.runtime.mesh import Mesh
 from lordjax.runtime.progress import Clock, Progress
 from lordjax.storage.store import Memory, Work

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from lordjax.allocation.plan import Plan
+from lordjax.compression.result import Result
 from lordjax.methods import Factors, ModuleFactors
-from lordjax.prepared import Result
 from lordjax.runtime import multihost
 from lordjax.stats import AbsMean, HeadMoments, MeanSquare, Moments, SecondMoment
 from lordjax.storage import atomic_directory, checkpoint

@@ -25,13 +25,14 @@ import jax
 import numpy as np
 
 from lordjax.allocation.plan import Size
-from lordjax.compression import check_method, prepare
+from lordjax.compression.low_rank import check_method, prepare
+from lordjax.compression.prepared import Prepared
+from lordjax.compression.result import Result
+from lordjax.compression.resumable_output import TYPES
 from lordjax.kernels import trees
 from lordjax.methods import METHODS
 from lordjax.models.config import ModelConfig
 from lordjax.models.source import InMemory, Materialized, Source
-from lordjax.output import TYPES
-from lordjax.prepared import Prepared, Result
 from lordjax.runtime.progress import Progress
 from lordjax.source import Calibration
 from lordjax.storage import atomic_directory, checkpoint, saved_model

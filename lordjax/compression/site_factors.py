@@ -17,7 +17,8 @@ from lordjax.collect import empty
 from lordjax.gradients import gradient_basis, site_gradients
 from lordjax.kernels import trees
 from lordjax.methods import METHODS, Factors, Method, Module, ModuleFactors, method_at, truncate
-from lordjax.models.head_axes import gather, scatter, site_size, widen
+from lordjax.models.config import ModelConfig
+from lordjax.models.head_axes import gather, scatter, widen
 from lordjax.models.sites import Site, counted_sites, site_path, sites_for
 from lordjax.models.source import Source
 from lordjax.runtime import flops
@@ -243,3 +244,29 @@ def site_sizes(source: Source, method: str, work: Work | None = None) -> dict[st
 
     found = read() if work is None else once(work, "sizes", read)
     return {path: Size(**size) for path, size in found.items()}
+
+
+def site_size(site: Site, block: Mapping[str, Any], config: ModelConfig) -> Size:
+    """How many weights a site of a block has at a rank."""
+    flat = trees.flatten(block)
+    shapes = [flat[path].shape for path in site.kernels if path in flat]
+    if site.kind == "linear":
+        return Size.matrix(*shapes[0])
+    dense = sum(fan_in * fan_out for fan_in, fan_out in shapes)
+    if site.kind == "dense":
+        return Size(dense, dense)
+    widths = {
+        "mlp": flat["mlp/down/kernel"].shape[0],
+        "qk": flat["attention/q/kernel"].shape[1] // config.num_heads,
+        "vo": flat["attention/o/kernel"].shape[0] // config.num_heads,
+    }
+    rotary = site.kind == "qk" and config.rope is not None
+    moved = site.kind == "vo" and "attention/v/bias" in flat and "attention/o/bias" not in flat
+    return Size(
+        dense,
+        dense // widths[site.kind],
+        bias=shapes[-1][1],
+        moved=shapes[-1][1] if moved else 0,
+        step=2 if rotary else 1,
+        tiles=4 if site.kind == "mlp" else 1,
+    )

@@ -27,29 +27,35 @@ from lordjax.calibrate import (
     on_device,
     resume_pass,
 )
+from lordjax.compression.quantized_matrix import (
+    Matrices,
+    best_pair,
+    check_finite,
+    encode_kernel,
+    jitted_cost,
+    layer_summary,
+    pack,
+    quantize_with_feedback,
+    stage_groups,
+)
+from lordjax.compression.result import Result
 from lordjax.gradients import site_gradients
 from lordjax.kernels import normal_float, trees
-from lordjax.kernels.base import materialize, nbytes
+from lordjax.kernels.base import nbytes
 from lordjax.kernels.convert import cast, quantize_pair
 from lordjax.kernels.low_rank import LowRank
 from lordjax.kernels.quantized import LowRankPlusQuantized, NFQuantized
-from lordjax.methods.quantized.best_product import FIRST_POWERS, best_product, start_basis
-from lordjax.methods.quantized.error_feedback import feedback_of
-from lordjax.methods.quantized.error_feedback import quantize as codes_of
-from lordjax.methods.quantized.lq import decompose_all, in_stacks
+from lordjax.methods.quantized.best_product import FIRST_POWERS, start_basis
+from lordjax.methods.quantized.lq import decompose_all
 from lordjax.methods.quantized.predicted_loss import predict
-from lordjax.methods.quantized.weightings import Weights, cost_of, statistics_of
+from lordjax.methods.quantized.weightings import Weights, statistics_of
 from lordjax.models.sites import LINEAR_SITES, Site, site_path
 from lordjax.models.source import Source
 from lordjax.names import layer_index
-from lordjax.prepared import Result
 from lordjax.runtime.progress import Clock, Progress, peak_rss
 from lordjax.source import Calibration
 from lordjax.storage.shards import REST, claim, join, put
 from lordjax.storage.store import Memory, Work, digest
-
-# A site -> its kernel, and what errors of it cost.
-Matrices = Callable[[Site], tuple[Any, Weights]]
 
 
 @dataclasses.dataclass
@@ -214,7 +220,7 @@ class Quantizer:
     def _rest(self) -> tuple[Any, dict[str, Any]]:
         """What is no block, as it is stored, and what to know of it."""
         part = self._stored(self.source.rest())
-        _check_finite(part, {})
+        check_finite(part, {})
         return part, {"bytes": nbytes(part), "matrices": 0, "layers": {}}
 
     def _block(
@@ -224,13 +230,13 @@ class Quantizer:
         i = layer_index(name)
         flat = dict(trees.flatten(self._stored(self.source.block(i))))
         layers, size = {}, 0
-        for sites in _groups(chosen, {site: flat[site.path].shape for site in chosen}):
+        for sites in stage_groups(chosen, {site: flat[site.path].shape for site in chosen}):
             found = self._kernels({site: chosen[site] for site in sites}, matrix, width)
             for site, (new, about) in found.items():
                 layers[site_path(i, site)], flat[site.path] = about, new
                 size += nbytes(new)
         part = trees.unflatten(flat)
-        _check_finite({name: part}, layers)
+        check_finite({name: part}, layers)
         return part, {"bytes": nbytes(part), "matrices": size, "layers": layers}
 
     def walk(
@@ -271,8 +277,10 @@ class Quantizer:
         """
         kernel = on_device(flat[site.path])
         gradients, row = self.gradients.get(i, {}), statistics_of(self.weighting)
-        cost = _cost(kernel, {**stats[site], **site_gradients(gradients, row, site, kernel)})
-        return kernel, cost._replace(feedback=_feedback(cost.inputs)) if self.feedback else cost
+        cost = jitted_cost(kernel, {**stats[site], **site_gradients(gradients, row, site, kernel)})
+        return kernel, cost._replace(
+            feedback=quantize_with_feedback(cost.inputs)
+        ) if self.feedback else cost
 
     def _table(self, kernel: Any, weights: Weights) -> Table:
         """What a matrix may become."""
@@ -304,7 +312,7 @@ class Quantizer:
         found = [matrix(site) for site in options]
         new = self._decomposed(list(options.values()), found, width)
         return {
-            site: (kernel, _layer(*before, kernel, options[site]))
+            site: (kernel, layer_summary(*before, kernel, options[site]))
             for site, before, kernel in zip(options, found, new, strict=True)
         }
 
@@ -379,66 +387,3 @@ class Quantizer:
             raise ValueError("the plan does not fit the model: " + "; ".join(sorted(wrong)))
         forms = {path: normal_float.Format.parse(text) for path, text in plan.formats.items()}
         return {path: Option(forms.get(path), rank) for path, rank in plan.ranks.items()}
-
-
-best_pair = jax.jit(best_product, static_argnames=("width", "powers"))
-pack = jax.jit(normal_float.pack_codes, static_argnames="form")
-_feedback = jax.jit(feedback_of)
-
-
-@functools.partial(jax.jit, static_argnames="form")
-def encode_kernel(kernel: Any, feedback: Any, *, form: normal_float.Format) -> normal_float.Packed:
-    """A kernel's codes, as they are stored."""
-    return normal_float.pack_codes(codes_of(kernel.T, form, feedback), form)
-
-
-# Compiled, so that the same bits come of arrays on the host: NumPy would round otherwise.
-_cost = jax.jit(cost_of)
-
-
-@jax.jit
-def measures(kernel: Any, new: Any, weights: Weights) -> tuple[Any, Any]:
-    """Shares of the weights' energy, and of the measure, that a replacement loses."""
-    error = kernel - new.astype(kernel.dtype)
-    lost, whole = (jnp.stack([jnp.sum(a**2), weights.measure(a)]) for a in (error, kernel))
-    shares = lost / jnp.where(whole > 0, whole, 1)
-    return shares[0], shares[1]
-
-
-def _groups(chosen: Mapping[Site, Option], shapes: Mapping[Site, Any]) -> list[list[Site]]:
-    """Sites whose matrices are found in one go: each alone, or like ones that are decomposed."""
-    groups: dict[Any, list[Site]] = {}
-    for site, option in chosen.items():
-        alone = option.form is None or option.rank is None or not in_stacks()
-        groups.setdefault(site if alone else (shapes[site], option.form), []).append(site)
-    return list(groups.values())
-
-
-def _check_finite(params: Any, layers: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raises ValueError if a number that was read or is stored is not finite; names all of them."""
-    # Codes hide what is broken: minima and maxima may pass over NaN.
-    errors = ("relative_error", "weighted_error")
-    broken = [
-        path for path, row in layers.items() if not np.isfinite([row[e] for e in errors]).all()
-    ]
-    wrong = [f"{path} is not finite (broken in the model?)" for path in broken]
-    wrong += [
-        f"{path} is not finite (broken in the model, or does it overflow in {leaf.dtype}?)"
-        for path, leaf in trees.flatten(params).items()
-        if path not in broken
-        and not all(np.isfinite(np.asarray(a, np.float32)).all() for a in jax.tree.leaves(leaf))
-    ]
-    if wrong:
-        raise ValueError("the quantised model is broken: " + "; ".join(wrong))
-
-
-def _layer(kernel: Any, weights: Weights, new: Any, option: Option) -> dict[str, Any]:
-    """What became of a matrix, for the report."""
-    plain, weighted = measures(kernel, materialize(new), weights)
-    return {
-        "format": None if option.form is None else str(option.form),
-        "rank": option.rank,
-        "bytes": nbytes(new),
-        "relative_error": float(plain),
-        "weighted_error": float(weighted),
-    }

@@ -24,46 +24,22 @@ from lordjax.allocation.policies import (
     allocate,
     check_policy,
 )
-from lordjax.evaluate.comparison import compare
-from lordjax.factoring import AnyFactors, replace_kernels
-from lordjax.kernels import normal_float, trees
+from lordjax.compression.result import Result, layer_report, verify
+from lordjax.compression.sequential import sequential
+from lordjax.compression.site_factors import AnyFactors, replace_kernels
+from lordjax.compression.temperature import TEMPERATURES, compare
+from lordjax.kernels import normal_float
 from lordjax.kernels.base import nbytes
 from lordjax.kernels.convert import cast, quantize_pairs
-from lordjax.kernels.kinds import weights
-from lordjax.methods import METHODS, ModuleFactors, corrects_bias
-from lordjax.models import ModelConfig
+from lordjax.methods import METHODS, corrects_bias
 from lordjax.models.sites import counted_sites
 from lordjax.models.source import Source
 from lordjax.names import layer_index, layer_type
 from lordjax.runtime import multihost
 from lordjax.runtime.progress import Clock, Progress, peak_rss
-from lordjax.sequential import sequential
 from lordjax.source import Calibration
 from lordjax.storage.shards import REST, claim, join, put
 from lordjax.storage.store import Memory, Work, digest, once
-
-# MoDeGPT's temperatures, of which held-out calibration windows choose one. Closer ones, between
-# which four windows choose by chance, gained nothing (CHANGELOG, "Tried").
-TEMPERATURES = (0.05, 0.1, 0.2, 1e6)  # the last: all blocks alike
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """A compressed model: the same module with other leaves, and how it came about.
-
-    The leaves are host arrays; putting them on devices is the caller's choice.
-
-    Attributes:
-      config: the architecture.
-      params: nested dict; where the parts went, if that was given.
-      plan: what was decided.
-      report: what came of it.
-    """
-
-    config: ModelConfig
-    params: Any
-    plan: Plan
-    report: dict[str, Any]
 
 
 @dataclasses.dataclass
@@ -283,7 +259,7 @@ class Prepared:
             "plan": summary(plan, self.sizes)
             | {"gap": plan.gap, "policy": plan.policy, "temperature": plan.temperature},
             "bytes": size,
-            "layers": _layer_report(factors, plan),
+            "layers": layer_report(factors, plan),
             "peak_rss_bytes": peak_rss(),
         }
         return Result(config, join(parts) if into is None else into, plan, report)
@@ -333,54 +309,3 @@ def _tails(spectrum: Any) -> np.ndarray:
     """``tails[r] = sum(spectrum[r:])`` for r = 0…m, added from small to large."""
     sums = np.cumsum(np.asarray(spectrum, float)[::-1])[::-1]
     return np.concatenate([sums, np.zeros(1)])
-
-
-def _layer_report(factors: Mapping[str, AnyFactors], plan: Plan) -> dict[str, dict[str, Any]]:
-    """Per site: rank and relative error; of matrices the condition and the spectrum's shape."""
-    rows = {}
-    tiny, eps = np.finfo(float).tiny, np.finfo(float).eps
-    for path, rank in plan.ranks.items():
-        if path not in factors:
-            continue
-        factor = factors[path]
-        spectrum = np.asarray(factor.spectrum, float)
-        total = max(float(spectrum.sum()), tiny)
-        rows[path] = {
-            "rank": rank,
-            "relative_error": 0.0 if rank is None else float(spectrum[rank:].sum() / total),
-        }
-        if isinstance(factor, ModuleFactors):
-            continue
-        energy = np.cumsum(spectrum) / total
-        rows[path] |= {
-            # Capped at 1/eps: beyond it the spectrum's end is rounding error.
-            "condition": float(spectrum[0] / max(spectrum[-1], spectrum[0] * eps, tiny)),
-            "stable_rank": total / max(float(spectrum[0]), tiny),
-            "rank_of_energy": {
-                str(share): min(int(np.searchsorted(energy, share)) + 1, len(spectrum))
-                for share in (0.5, 0.9, 0.99)
-            },
-        }
-    return rows
-
-
-def verify(params: Any, plan: Plan, sizes: Mapping[str, Size], config: ModelConfig) -> None:
-    """Checks that every planned site was replaced and has the planned size, and all is finite.
-
-    Raises:
-      ValueError: names the sites that do not agree with the plan or are not finite.
-    """
-    flat, wrong = trees.flatten(params), []
-    sites = counted_sites(METHODS[plan.method].kinds, config)
-    for path, rank in plan.ranks.items():
-        layer, inside = path.split("/", 1)
-        kernels = [flat.get(f"{layer}/{kernel}") for kernel in sites[inside].kernels]
-        have = sum(weights(kernel) for kernel in kernels if kernel is not None)
-        want = sizes[path].weights(rank)
-        if have != want:
-            wrong.append(f"{path} has {have} weights, the plan says {want}")
-    for path, leaf in flat.items():
-        if not all(np.isfinite(np.asarray(a, np.float32)).all() for a in jax.tree.leaves(leaf)):
-            wrong.append(f"{path} is not finite (does it overflow in {leaf.dtype}?)")
-    if wrong:
-        raise ValueError("the compressed model is not what was planned: " + "; ".join(wrong))

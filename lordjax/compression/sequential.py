@@ -30,7 +30,7 @@ from lordjax.calibrate import (
     start_pass,
 )
 from lordjax.collect import observe_pair
-from lordjax.factoring import AnyFactors, factor_site, replace_kernels, site_kernels
+from lordjax.compression.site_factors import AnyFactors, factor_site, replace_kernels, site_kernels
 from lordjax.gradients import site_gradients
 from lordjax.kernels import trees
 from lordjax.methods import METHODS, Method, linalg, method_at

@@ -23,7 +23,14 @@ from lordjax.calibrate import (
     on_device,
     resume_pass,
 )
-from lordjax.factoring import AnyFactors, finish, input_shapes, site_kernels, site_work, start
+from lordjax.compression.site_factors import (
+    AnyFactors,
+    finish,
+    input_shapes,
+    site_kernels,
+    site_work,
+    start,
+)
 from lordjax.gradients import site_gradients
 from lordjax.methods import METHODS
 from lordjax.models.sites import Site, site_path, sites_for
