@@ -21,9 +21,9 @@ from typing import Any
 import jax
 
 from lordjax.allocation.policies import INFLUENCED
+from lordjax.calibration.backward_pass import STATE_BYTES
 from lordjax.coded import CodedJob, weights_of
 from lordjax.compression.temperature import TEMPERATURES
-from lordjax.gradients import STATE_BYTES
 from lordjax.kernels import trees
 from lordjax.kernels.base import is_kernel, nbytes
 from lordjax.kernels.kinds import weights

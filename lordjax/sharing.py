@@ -16,8 +16,8 @@ from typing import Any
 
 import jax
 
+from lordjax.calibration.observers import observe, observe_gradients, windows_per_step
 from lordjax.coded import CodedJob
-from lordjax.collect import observe, observe_gradients, windows_per_step
 from lordjax.models.sites import Site
 from lordjax.runtime import flops
 from lordjax.runtime.flops import Work

@@ -20,8 +20,14 @@ import jax.numpy as jnp
 
 from lordjax import sizing
 from lordjax.allocation.policies import CURVELESS, INFLUENCED
-from lordjax.calibrate import INFLUENCE, activation_keys, statistic_width
-from lordjax.collect import (
+from lordjax.calibration.backward_pass import (
+    STATE_BYTES,
+    empty_gradients,
+    gradient_basis,
+    needs_gradients,
+)
+from lordjax.calibration.forward_pass import INFLUENCE, activation_keys, statistic_width
+from lordjax.calibration.observers import (
     EMBEDDINGS,
     embed,
     empty,
@@ -30,16 +36,11 @@ from lordjax.collect import (
     observe_pair,
     windows_per_step,
 )
+from lordjax.calibration.statistics import Moments
 from lordjax.compression.low_rank import GRADIENT_WINDOWS, HELD_OUT
 from lordjax.compression.sequential import groups
 from lordjax.compression.site_factors import input_shapes, on_host, site_work
 from lordjax.compression.temperature import TEMPERATURES
-from lordjax.gradients import (
-    STATE_BYTES,
-    empty_gradients,
-    gradient_basis,
-    needs_gradients,
-)
 from lordjax.kernels import trees
 from lordjax.kernels.base import nbytes
 from lordjax.methods import METHODS, Method, Module, method_at
@@ -49,7 +50,6 @@ from lordjax.models.objective import loss_gradient, losses
 from lordjax.models.sites import LAST_LAYER, LINEAR_SITES, Site, site_path, sites_for
 from lordjax.runtime import flops
 from lordjax.runtime.flops import Work
-from lordjax.stats import Moments
 
 STAGES = ("gradients", "statistics", "factors", "comparison", "sequential", "apply", "write")
 

@@ -178,9 +178,9 @@ def _forward_seconds(source: Any, tokens: Any) -> float:
     """Calibration's forward passes without any statistics, compilation included."""
     import jax
 
-    from lordjax.calibrate import block_statistics, hidden_states, on_device
-    from lordjax.collect import windows_per_step
-    from lordjax.source import Calibration
+    from lordjax.calibration.calibration_set import Calibration
+    from lordjax.calibration.forward_pass import block_statistics, hidden_states, on_device
+    from lordjax.calibration.observers import windows_per_step
 
     start = time.perf_counter()
     calibration = Calibration(tokens, None, windows_per_step(*tokens.shape))

@@ -76,7 +76,7 @@ def _mean_squared_gradients(prepared: Any) -> dict[str, float]:
     """Kernel path -> mean squared loss gradient at the kernel's output."""
     import numpy as np
 
-    from lordjax.gradients import gradient_statistics
+    from lordjax.calibration.backward_pass import gradient_statistics
     from lordjax.methods import METHODS
     from lordjax.models.sites import LINEAR_SITES, site_path
     from lordjax.runtime.progress import Clock

@@ -15,13 +15,13 @@ from blocks import GPT2, random_model
 from problems import METHOD_NAMES, inputs, problems
 
 from lordjax import adapters, encode, factorize, nbytes
-from lordjax.collect import embed, observe, observe_gradients
+from lordjax.calibration.observers import embed, observe, observe_gradients
+from lordjax.calibration.statistics import STATISTICS
 from lordjax.kernels import base, kinds, normal_float
 from lordjax.methods import METHODS, linalg
 from lordjax.methods.quantized import lq, weightings
 from lordjax.models import Transformer, objective
 from lordjax.models.sites import LINEAR_SITES
-from lordjax.stats import STATISTICS
 
 CONFIG = dataclasses.replace(GPT2, num_layers=1)
 MODEL = random_model(CONFIG).params

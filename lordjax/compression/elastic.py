@@ -25,6 +25,7 @@ import jax
 import numpy as np
 
 from lordjax.allocation.plan import Size
+from lordjax.calibration.calibration_set import Calibration
 from lordjax.compression.low_rank import check_method, prepare
 from lordjax.compression.prepared import Prepared
 from lordjax.compression.result import Result
@@ -34,7 +35,6 @@ from lordjax.methods import METHODS
 from lordjax.models.config import ModelConfig
 from lordjax.models.source import InMemory, Materialized, Source
 from lordjax.runtime.progress import Progress
-from lordjax.source import Calibration
 from lordjax.storage import atomic_directory, checkpoint, saved_model
 from lordjax.storage.disk_store import Workspace
 from lordjax.storage.serialize import decode

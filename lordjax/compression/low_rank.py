@@ -21,13 +21,13 @@ import numpy as np
 from lordjax import names
 from lordjax.allocation.plan import Plan
 from lordjax.allocation.policies import CURVELESS, GIVEN, INFLUENCED, check_policy, ranks_by_pattern
-from lordjax.calibrate import checked
+from lordjax.calibration.backward_pass import few_gradients
+from lordjax.calibration.forward_pass import checked
 from lordjax.compression.prepared import Prepared
 from lordjax.compression.result import Result
 from lordjax.compression.single_pass import factor_all
 from lordjax.compression.site_factors import AnyFactors, site_sizes
 from lordjax.data.token_windows import fingerprint
-from lordjax.gradients import few_gradients
 from lordjax.kernels import normal_float
 from lordjax.methods import DEFAULT_METHOD, METHODS
 from lordjax.models import objective

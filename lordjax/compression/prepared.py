@@ -24,6 +24,7 @@ from lordjax.allocation.policies import (
     allocate,
     check_policy,
 )
+from lordjax.calibration.calibration_set import Calibration
 from lordjax.compression.result import Result, layer_report, verify
 from lordjax.compression.sequential import sequential
 from lordjax.compression.site_factors import AnyFactors, replace_kernels
@@ -37,7 +38,6 @@ from lordjax.models.source import Source
 from lordjax.names import layer_index, layer_type
 from lordjax.runtime import multihost
 from lordjax.runtime.progress import Clock, Progress, peak_rss
-from lordjax.source import Calibration
 from lordjax.storage.shards import REST, claim, join, put
 from lordjax.storage.store import Memory, Work, digest, once
 

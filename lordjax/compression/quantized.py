@@ -20,12 +20,13 @@ import numpy as np
 
 from lordjax.allocation.candidates import FORMATS, QUANTIZERS
 from lordjax.allocation.knapsack import SOLVERS
-from lordjax.calibrate import checked
+from lordjax.calibration.backward_pass import few_gradients
+from lordjax.calibration.calibration_set import Calibration
+from lordjax.calibration.forward_pass import checked
 from lordjax.compression.low_rank import GRADIENT_WINDOWS
 from lordjax.compression.quantizer import Quantizer
 from lordjax.compression.result import Result
 from lordjax.data.token_windows import fingerprint
-from lordjax.gradients import few_gradients
 from lordjax.kernels import normal_float, trees
 from lordjax.methods.quantized.lq import STEPS
 from lordjax.methods.quantized.weightings import MOMENTS, WEIGHTINGS, statistics_of
@@ -35,7 +36,6 @@ from lordjax.models.source import Materialized, Source
 from lordjax.names import did_you_mean
 from lordjax.runtime.mesh import Mesh
 from lordjax.runtime.progress import Clock, Progress
-from lordjax.source import Calibration
 from lordjax.storage.store import Memory, Work
 
 

@@ -20,7 +20,9 @@ from lordjax import names
 from lordjax.allocation.candidates import QUANTIZERS, Option, Table, option_bytes, ranks_tried
 from lordjax.allocation.knapsack import SOLVERS
 from lordjax.allocation.plan import Plan
-from lordjax.calibrate import (
+from lordjax.calibration.backward_pass import site_gradients
+from lordjax.calibration.calibration_set import Calibration
+from lordjax.calibration.forward_pass import (
     activation_keys,
     block_statistics,
     needs_activations,
@@ -39,7 +41,6 @@ from lordjax.compression.quantized_matrix import (
     stage_groups,
 )
 from lordjax.compression.result import Result
-from lordjax.gradients import site_gradients
 from lordjax.kernels import normal_float, trees
 from lordjax.kernels.base import nbytes
 from lordjax.kernels.convert import cast, quantize_pair
@@ -53,7 +54,6 @@ from lordjax.models.sites import LINEAR_SITES, Site, site_path
 from lordjax.models.source import Source
 from lordjax.names import layer_index
 from lordjax.runtime.progress import Clock, Progress, peak_rss
-from lordjax.source import Calibration
 from lordjax.storage.shards import REST, claim, join, put
 from lordjax.storage.store import Memory, Work, digest
 

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from lordjax.allocation.plan import Plan
+from lordjax.calibration.statistics import AbsMean, HeadMoments, MeanSquare, Moments, SecondMoment
 from lordjax.compression.result import Result
 from lordjax.methods import Factors, ModuleFactors
 from lordjax.runtime import multihost
-from lordjax.stats import AbsMean, HeadMoments, MeanSquare, Moments, SecondMoment
 from lordjax.storage import atomic_directory, checkpoint
 from lordjax.storage.disk_store import Workspace, differences
 from lordjax.storage.shards import REST, Parts

@@ -23,15 +23,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from lordjax.allocation.plan import Plan
-from lordjax.calibrate import (
+from lordjax.calibration.backward_pass import site_gradients
+from lordjax.calibration.calibration_set import Calibration
+from lordjax.calibration.forward_pass import (
     activation_keys,
     block_statistics,
     on_device,
     start_pass,
 )
-from lordjax.collect import observe_pair
+from lordjax.calibration.hidden_states import Shifted
+from lordjax.calibration.observers import observe_pair
+from lordjax.calibration.statistics import Moments
 from lordjax.compression.site_factors import AnyFactors, factor_site, replace_kernels, site_kernels
-from lordjax.gradients import site_gradients
 from lordjax.kernels import trees
 from lordjax.methods import METHODS, Method, linalg, method_at
 from lordjax.models.config import ModelConfig
@@ -40,9 +43,6 @@ from lordjax.models.sites import LAST_LAYER, LINEAR_SITES, Site, site_path, site
 from lordjax.models.source import Source
 from lordjax.runtime.mesh import gathered
 from lordjax.runtime.progress import Clock
-from lordjax.source import Calibration
-from lordjax.states import Shifted
-from lordjax.stats import Moments
 from lordjax.storage.store import Entries, Memory, Work, digest
 
 RIDGE = 1e-4  # of the regression on the compressed inputs, relative to their mean variance

@@ -15,7 +15,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from lordjax.calibrate import (
+from lordjax.calibration.backward_pass import site_gradients
+from lordjax.calibration.calibration_set import Calibration
+from lordjax.calibration.forward_pass import (
     INFLUENCE,
     activation_keys,
     block_statistics,
@@ -23,6 +25,7 @@ from lordjax.calibrate import (
     on_device,
     resume_pass,
 )
+from lordjax.calibration.hidden_states import States
 from lordjax.compression.site_factors import (
     AnyFactors,
     finish,
@@ -31,15 +34,12 @@ from lordjax.compression.site_factors import (
     site_work,
     start,
 )
-from lordjax.gradients import site_gradients
 from lordjax.methods import METHODS
 from lordjax.models.sites import Site, site_path, sites_for
 from lordjax.models.source import Source
 from lordjax.runtime import flops
 from lordjax.runtime.mesh import map_kernels, own_jobs, share_jobs
 from lordjax.runtime.progress import Clock
-from lordjax.source import Calibration
-from lordjax.states import States
 from lordjax.storage.store import Entries, Work
 
 Job = tuple[int, Site]  # a site of a block

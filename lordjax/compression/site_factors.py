@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lordjax.allocation.plan import Size
-from lordjax.calibrate import activation_keys, statistic_width
-from lordjax.collect import empty
-from lordjax.gradients import gradient_basis, site_gradients
+from lordjax.calibration.backward_pass import gradient_basis, site_gradients
+from lordjax.calibration.forward_pass import activation_keys, statistic_width
+from lordjax.calibration.observers import empty
 from lordjax.kernels import trees
 from lordjax.methods import METHODS, Factors, Method, Module, ModuleFactors, method_at, truncate
 from lordjax.models.config import ModelConfig

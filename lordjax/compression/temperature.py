@@ -8,13 +8,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from lordjax.calibrate import hidden_states, on_device
-from lordjax.collect import observe, windows_per_step
+from lordjax.calibration.calibration_set import Calibration
+from lordjax.calibration.forward_pass import hidden_states, on_device
+from lordjax.calibration.observers import observe, windows_per_step
 from lordjax.models import objective
 from lordjax.models.objective import check_finite, check_windows, decisions, losses
 from lordjax.models.source import Source
 from lordjax.runtime.progress import Clock
-from lordjax.source import Calibration
 
 
 def compare(

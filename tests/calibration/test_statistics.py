@@ -10,10 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from lordjax.collect import empty, observe
-from lordjax.models import Block, ModelConfig, Transformer, init
-from lordjax.models.sites import LINEAR_SITES
-from lordjax.stats import (
+from lordjax.calibration.observers import empty, observe
+from lordjax.calibration.statistics import (
     STATISTICS,
     AbsMean,
     HeadMoments,
@@ -22,6 +20,8 @@ from lordjax.stats import (
     Moments,
     SecondMoment,
 )
+from lordjax.models import Block, ModelConfig, Transformer, init
+from lordjax.models.sites import LINEAR_SITES
 
 ROWS, WIDTH = 60, 7
 # float32 sums of a few dozen terms; the issue asks for 1e-6, relative to the whole matrix.

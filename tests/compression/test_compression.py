@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lordjax import collect
 from lordjax.allocation.plan import Plan, Size
+from lordjax.calibration import observers
+from lordjax.calibration.backward_pass import gradient_statistics
+from lordjax.calibration.calibration_set import Calibration
 from lordjax.compression.low_rank import PREFIXES, InMemory, compress, prepare
 from lordjax.compression.result import verify
-from lordjax.gradients import gradient_statistics
 from lordjax.kernels import trees
 from lordjax.kernels.base import nbytes
 from lordjax.kernels.low_rank import LowRank
@@ -22,7 +23,6 @@ from lordjax.models import ModelConfig, Transformer, init
 from lordjax.models.objective import loss_gradient
 from lordjax.models.sites import LINEAR_SITES, site_path, sites_for
 from lordjax.runtime.progress import Clock
-from lordjax.source import Calibration
 
 CONFIG = ModelConfig(97, 48, 80, 3, 6, 2, 8, 256, tie_embeddings=True)
 TOKENS = np.random.default_rng(0).integers(0, 97, (6, 40)).astype(np.int32)
@@ -122,7 +122,7 @@ def test_padding_changes_nothing(source):
 
 @pytest.mark.parametrize("method, prefix", [("lord", "dense"), ("rom", "compressed")])
 def test_blocks_share_their_compilations(source, method, prefix):
-    steps = (collect.observe, collect.observe_gradients, loss_gradient)
+    steps = (observers.observe, observers.observe_gradients, loss_gradient)
 
     def compiled():
         return [step._cache_size() for step in steps]

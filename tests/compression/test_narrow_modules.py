@@ -11,11 +11,12 @@ import pytest
 
 from lordjax import InMemory, compress, prepare
 from lordjax.allocation.plan import Plan
+from lordjax.calibration.backward_pass import gradient_statistics
+from lordjax.calibration.calibration_set import Calibration
 from lordjax.compression import elastic
 from lordjax.compression.site_factors import replace_kernels
 from lordjax.compression.temperature import TEMPERATURES
 from lordjax.evaluate import perplexity
-from lordjax.gradients import gradient_statistics
 from lordjax.kernels import trees
 from lordjax.kernels.base import nbytes
 from lordjax.kernels.low_rank import LowRank
@@ -26,7 +27,6 @@ from lordjax.models.blocks import MLP, Block
 from lordjax.models.head_axes import gather, scatter
 from lordjax.names import layer_index
 from lordjax.runtime.progress import Clock
-from lordjax.source import Calibration
 from lordjax.storage import checkpoint
 
 CONFIG = ModelConfig(97, 48, 80, 3, 6, 2, 8, 256, tie_embeddings=True)

@@ -13,10 +13,11 @@ import pytest
 from blocks import BLOCKS, source
 from rates import RATES
 
-from lordjax import calibrate, forecast, gradients, sharing, sizing
+from lordjax import forecast, sharing, sizing
 from lordjax.allocation import candidates
+from lordjax.calibration import backward_pass, forward_pass
+from lordjax.calibration.observers import observe
 from lordjax.coded import coded_stages
-from lordjax.collect import observe
 from lordjax.compression import quantizer
 from lordjax.compression.elastic import check_settings
 from lordjax.compression.quantized import quantize
@@ -114,8 +115,8 @@ def test_a_quantisation_runs_what_was_counted(method, flags, monkeypatch):
     model, done = source("gpt2"), Counter()
     expected = coded_stages(coded(model.config, method, **flags))
     for module, names in {
-        calibrate: ("observe", "embed"),
-        gradients: ("observe", "observe_gradients", "loss_gradient", "embed"),
+        forward_pass: ("observe", "embed"),
+        backward_pass: ("observe", "observe_gradients", "loss_gradient", "embed"),
         quantizer: ("predict", "encode_kernel", "best_pair", "pack", "measures", "materialize"),
         lq: ("decompose",),
     }.items():

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from blocks import source
 
+from lordjax.calibration.statistics import Moments, SecondMoment
 from lordjax.compression import site_factors
 from lordjax.compression.low_rank import prepare
 from lordjax.methods import METHODS, lapack, linalg
 from lordjax.methods.linalg import mean_unit, own_unit
 from lordjax.methods.modular import mlp_on_host
 from lordjax.methods.modular.mlp import RIDGE, mlp
-from lordjax.stats import Moments, SecondMoment
 
 
 @pytest.fixture

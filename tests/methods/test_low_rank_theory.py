@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from lordjax.allocation.plan import Size
+from lordjax.calibration.statistics import AbsMean, Moments
 from lordjax.compression.sequential import _regress
 from lordjax.methods import METHODS, linalg, truncate
 from lordjax.methods.low_rank import SVD_METHODS
-from lordjax.stats import AbsMean, Moments
 
 
 @pytest.fixture(autouse=True)

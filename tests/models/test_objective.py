@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 
 from lordjax import InMemory
+from lordjax.calibration.backward_pass import gradient_statistics
+from lordjax.calibration.calibration_set import Calibration
 from lordjax.compression.low_rank import prepare
 from lordjax.compression.quantized import prepare_quantized
 from lordjax.compression.temperature import compare
 from lordjax.evaluate import perplexity
-from lordjax.gradients import gradient_statistics
 from lordjax.kernels import trees
 from lordjax.methods import METHODS
 from lordjax.models import ModelConfig, Transformer, init, objective
 from lordjax.models.sites import LINEAR_SITES
 from lordjax.runtime.progress import Clock
-from lordjax.source import Calibration
 
 MASKED = ModelConfig(
     vocab_size=61,

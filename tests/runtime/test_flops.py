@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from blocks import BLOCKS, source
 
-from lordjax import calibrate, gradients
+from lordjax.calibration import backward_pass, forward_pass
 from lordjax.compression import site_factors
 from lordjax.compression.low_rank import prepare
 from lordjax.methods import linalg
@@ -143,7 +143,7 @@ def test_a_preparation_runs_what_was_counted(method, name, monkeypatch):
         "passes": ("observe", "observe_gradients", "loss_gradient", "embed"),
         "bases": ("gradient_basis",),
     }.items():
-        for module, each in itertools.product((calibrate, gradients), names):
+        for module, each in itertools.product((forward_pass, backward_pass), names):
             if hasattr(module, each):
                 counted = counting(done, stage, getattr(module, each))
                 monkeypatch.setattr(module, each, counted)

@@ -17,12 +17,18 @@ from interrupted import MODEL, TOKENS, Killed
 from jax.sharding import PartitionSpec
 
 from lordjax import sharing
-from lordjax.calibrate import activation_keys, block_statistics, checked, hidden_states, on_device
+from lordjax.calibration.backward_pass import gradient_statistics
+from lordjax.calibration.forward_pass import (
+    activation_keys,
+    block_statistics,
+    checked,
+    hidden_states,
+    on_device,
+)
 from lordjax.compression import single_pass
 from lordjax.compression.low_rank import compress
 from lordjax.compression.quantized import quantize
 from lordjax.compression.resumable_output import TYPES
-from lordjax.gradients import gradient_statistics
 from lordjax.kernels import trees
 from lordjax.methods import METHODS
 from lordjax.models.sites import sites_for

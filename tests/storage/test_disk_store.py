@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lordjax.calibration.hidden_states import open_states
+from lordjax.calibration.statistics import Moments
 from lordjax.compression.resumable_output import TYPES
 from lordjax.methods import Factors, ModuleFactors
-from lordjax.states import open_states
-from lordjax.stats import Moments
 from lordjax.storage.disk_store import JOURNAL, Workspace
 from lordjax.storage.store import Entries, Memory, once
 from lordjax.storage.tensor_files import TensorFile, TensorWriter, write_tensors

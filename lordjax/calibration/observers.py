@@ -15,13 +15,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from lordjax.calibration.statistics import (
+    STATISTICS,
+    HeadMoments,
+    MeanSquare,
+    Moments,
+    SecondMoment,
+)
 from lordjax.kernels import trees
 from lordjax.models.blocks import BLOCKS
 from lordjax.models.config import ModelConfig
 from lordjax.models.layers import PERTURBATIONS, TAPS
 from lordjax.models.sites import LINEAR_SITES, Site
 from lordjax.models.transformer import Transformer, default_positions
-from lordjax.stats import STATISTICS, HeadMoments, MeanSquare, Moments, SecondMoment
 
 Stats = dict[str, Any]
 # Parameters that come before the first block.

@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lordjax.collect import (
+from lordjax.calibration.calibration_set import Calibration, check_tokens
+from lordjax.calibration.hidden_states import States, open_states
+from lordjax.calibration.observers import (
     BLOCK,
     EMBEDDINGS,
     embed,
@@ -25,8 +27,6 @@ from lordjax.models.config import ModelConfig
 from lordjax.models.sites import LINEAR_SITES, Site
 from lordjax.models.source import Source
 from lordjax.runtime import mesh as devices
-from lordjax.source import Calibration, check_tokens
-from lordjax.states import States, open_states
 from lordjax.storage.store import Work
 
 QUERIES = "attention/queries"

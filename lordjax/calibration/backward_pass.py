@@ -11,8 +11,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lordjax.calibrate import QUERIES, on_device, state_shapes
-from lordjax.collect import embed, observe, observe_gradients
+from lordjax.calibration.calibration_set import Calibration
+from lordjax.calibration.forward_pass import QUERIES, on_device, state_shapes
+from lordjax.calibration.hidden_states import States, open_states
+from lordjax.calibration.observers import embed, observe, observe_gradients
+from lordjax.calibration.statistics import HeadMoments, MeanSquare, SecondMoment
 from lordjax.kernels import trees
 from lordjax.methods import Method, linalg
 from lordjax.models import objective
@@ -22,9 +25,6 @@ from lordjax.models.sites import LAST_LAYER, Site, sites_for
 from lordjax.models.source import Source
 from lordjax.runtime.mesh import AXIS, Mesh, gathered, over_rows, share_rows, shares
 from lordjax.runtime.progress import Clock
-from lordjax.source import Calibration
-from lordjax.states import States, open_states
-from lordjax.stats import HeadMoments, MeanSquare, SecondMoment
 from lordjax.storage.store import Entries, Memory, Work
 
 # Hidden states that a backward sweep may hold; a few batches already hide the reading of blocks.
