@@ -23,7 +23,7 @@ def evaluate_choices(
 ) -> dict[str, Any]:
     """Measures a model on one or more sets; arguments are the flags."""
     settings = dict(locals())
-    from lordjax.evaluate.questions import read_questions
+    from lordjax.evaluate.choice_tasks import read_questions
 
     for name, value in {"--limit": limit, "--batch": batch}.items():
         if value is not None and value < 1:
@@ -33,7 +33,7 @@ def evaluate_choices(
     sets = [read_questions(path, task) for task, path in located(data, tasks).items()]
     sets = [found if limit is None else found.first(limit) for found in sets]
     start = time.perf_counter()
-    from lordjax.evaluate import choices
+    from lordjax.evaluate import multiple_choice
 
     opened = open_model(model)
     tokenizer, params = opened.tokenizer(), opened.arrays()
@@ -41,7 +41,7 @@ def evaluate_choices(
     for found in sets:
         with progress_report() as progress:
             how = {"batch_size": batch, "max_length": max_length, "progress": progress}
-            result = choices.evaluate(opened.config, params, tokenizer, found, **how)
+            result = multiple_choice.evaluate(opened.config, params, tokenizer, found, **how)
         rows += [{"task": found.task, **row} for row in result.pop("rows")]
         results.append({"task": found.task, **result})
     if out is not None:
@@ -57,7 +57,7 @@ def located(data: str, tasks: tuple[str, ...]) -> dict[str, Path]:
       FileNotFoundError: if there is no such path, or a task has no file in the directory.
       ValueError: if it is not known what the questions of a file are, or two files are one task's.
     """
-    from lordjax.evaluate.questions import TASKS, task_of
+    from lordjax.evaluate.choice_tasks import TASKS, task_of
 
     known, path = ", ".join(TASKS), Path(data).expanduser()
     if not path.exists():

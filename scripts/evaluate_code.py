@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lordjax.scripts.common import check_file, open_model, progress_report, write_rows
 
 if TYPE_CHECKING:
-    from lordjax.evaluate.programs import Complete
+    from lordjax.evaluate.pass_at_k import Complete
     from lordjax.runtime.progress import Progress
 
 KS = (1, 10, 100)  # of pass@k, those that there are samples for
@@ -35,8 +35,8 @@ def evaluate_code(
 ) -> dict[str, Any]:
     """Measures a model, or with ``reference`` the set's own solutions; arguments are the flags."""
     settings = dict(locals())
-    from lordjax.evaluate import programs
-    from lordjax.evaluate.problems import read_problems
+    from lordjax.evaluate import pass_at_k
+    from lordjax.evaluate.code_problems import read_problems
     from lordjax.evaluate.sandbox import Limits
 
     _check(model, samples, temperature, batch, first, out, reference)
@@ -52,10 +52,10 @@ def evaluate_code(
     with progress_report() as progress:
         if reference:
             solutions = [[problem.solution] for problem in found.problems]
-            result = programs.judge(found, solutions, progress=progress, **{**how, "ks": [1]})
+            result = pass_at_k.judge(found, solutions, progress=progress, **{**how, "ks": [1]})
         else:
             complete = _completer(settings, found.stops, progress)
-            result = programs.evaluate(found, complete, samples=samples, progress=progress, **how)
+            result = pass_at_k.evaluate(found, complete, samples=samples, progress=progress, **how)
     rows = result.pop("rows")
     if out is not None:
         write_rows(Path(out).expanduser(), rows)

@@ -24,7 +24,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import MODEL_REGISTRY, register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from lordjax.evaluate import choices
+from lordjax.evaluate import multiple_choice
 from lordjax.evaluate.likelihood import BATCH, Score, log_likelihoods
 from lordjax.generation.sampling import Sampling
 from lordjax.scripts.common import open_model, progress_report
@@ -85,7 +85,7 @@ class LordjaxLM(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         """What stands before a text without context."""
-        return choices.prefix_token(self.tokenizer)
+        return multiple_choice.prefix_token(self.tokenizer)
 
     @property
     def tokenizer_name(self) -> str:
@@ -108,7 +108,7 @@ class LordjaxLM(TemplateLM):
     ) -> list[int]:
         """The ids of a text."""
         del kwargs
-        return choices.encode(self.tokenizer, string, special=add_special_tokens)
+        return multiple_choice.encode(self.tokenizer, string, special=add_special_tokens)
 
     def _loglikelihood_tokens(
         self,

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from lordjax.evaluate.choice_tasks import TASKS, Question, QuestionSet
 from lordjax.evaluate.likelihood import BATCH, Pair, log_likelihoods
-from lordjax.evaluate.questions import TASKS, Question, QuestionSet
 from lordjax.models.config import ModelConfig
 from lordjax.runtime.progress import Progress
 

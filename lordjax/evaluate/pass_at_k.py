@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lordjax.evaluate import sandbox
-from lordjax.evaluate.problems import Problem, ProblemSet
+from lordjax.evaluate.code_problems import Problem, ProblemSet
 from lordjax.evaluate.sandbox import Limits, Result
 from lordjax.runtime.progress import Progress
 
