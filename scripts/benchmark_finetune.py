@@ -17,7 +17,7 @@ windows. A case is ``what:recipe``: *what* is ``dense``, a method and the share 
 alternation).
 
 *memory*: bytes of a compiled step of QLoRA over NF4, from shapes, before and after LoRD with the
-rank of its largest cut of StarCoder, and what `lordjax.memory.predict` says of it. Nothing is
+rank of its largest cut of StarCoder, and what `lordjax.finetune.memory.predict` says of it. Nothing is
 allocated.
 """
 
@@ -86,15 +86,15 @@ def speed(
 def _our_steps(opened: Any, tokens: Any, recipe: str, rank: int, *, remat: bool) -> Any:
     import numpy as np
 
-    from lordjax import finetune, recipes
     from lordjax.data.examples import Examples, next_tokens
+    from lordjax.finetune import recipes, step
 
-    settings = finetune.Settings(10_000, len(tokens), remat=remat)
+    settings = step.Settings(10_000, len(tokens), remat=remat)
     row = recipes.changed(recipes.named(recipe), rank=rank)
-    begun = finetune.begin(opened.config, opened.params(), row, settings)
+    begun = step.begin(opened.config, opened.params(), row, settings)
     examples = Examples(tokens, next_tokens(tokens, np.ones(tokens.shape, bool)))
     start = (begun.state, begun.frozen, examples, begun.optimizer, settings)
-    return finetune.run(opened.config, *start)
+    return step.run(opened.config, *start)
 
 
 def _their_steps(opened: Any, tokens: Any, rank: int, directory: Path) -> Any:
@@ -197,9 +197,9 @@ def _recovered(
 ) -> dict[str, Any]:
     import numpy as np
 
-    from lordjax import adapters, finetune, recipes
     from lordjax.data.examples import Examples, next_tokens
     from lordjax.evaluate import perplexity
+    from lordjax.finetune import adapters, recipes, step
     from lordjax.kernels.base import nbytes
     from lordjax.kernels.kinds import astype
 
@@ -207,15 +207,15 @@ def _recovered(
     config, params = opened.config, astype(params, "float32")
     rows = tokens[:, : tokens.shape[1] // seq_len * seq_len].reshape(-1, seq_len)
     examples = Examples(rows, next_tokens(rows, np.ones(rows.shape, bool)))
-    settings = finetune.Settings(steps, batch, distill=distill)
+    settings = step.Settings(steps, batch, distill=distill)
     row = recipes.changed(recipes.named(recipe), learning_rate=learning_rate)
     teacher = opened.params() if distill else None
-    begun = finetune.begin(config, params, row, settings)
+    begun = step.begin(config, params, row, settings)
     given = (begun.state, begun.frozen, examples, begun.optimizer, settings)
     state, losses = begun.state, []
-    for state, metrics in finetune.run(config, *given, teacher=teacher):  # noqa: B007
+    for state, metrics in step.run(config, *given, teacher=teacher):  # noqa: B007
         losses.append(metrics["nll"])
-    after = adapters.merge(finetune.joined(state.params, begun.params, begun.paths))
+    after = adapters.merge(step.joined(state.params, begun.params, begun.paths))
     found = [perplexity(config, p, held_out)["perplexity"] for p in (begun.params, after)]
     return {
         "bytes": nbytes(after),
@@ -239,13 +239,14 @@ def memory(config: str, batch: int, seq_len: int, rank: int, dtype: str, ranks: 
     """Bytes of a step of QLoRA, before and after a cut."""
     import jax
 
-    from lordjax import memory as sizes
-    from lordjax import recipes, sizing
+    from lordjax import sizing
     from lordjax.allocation import policies
     from lordjax.allocation.plan import Plan
     from lordjax.compression.site_factors import site_sizes
     from lordjax.conversions.readers.checkpoint import read_config
-    from lordjax.finetune import Settings
+    from lordjax.finetune import memory as sizes
+    from lordjax.finetune import recipes
+    from lordjax.finetune.step import Settings
     from lordjax.kernels.kinds import astype
     from lordjax.scripts.common import environment
 

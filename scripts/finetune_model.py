@@ -40,14 +40,14 @@ def finetune_model(
 ) -> dict[str, Any]:
     """Fine-tunes a model into a directory; arguments are the flags. Returns the summary."""
     start = time.perf_counter()
-    from lordjax import adapters
     from lordjax.data import examples
     from lordjax.evaluate.classification import classify
-    from lordjax.finetune import Settings
-    from lordjax.recipes import changed, named
+    from lordjax.finetune import adapters
+    from lordjax.finetune.recipes import changed, named
+    from lordjax.finetune.step import Settings
+    from lordjax.finetune.training_run import METRICS, Keeping, train
     from lordjax.runtime.mesh import make_mesh
     from lordjax.storage import checkpoint
-    from lordjax.training import METRICS, Keeping, train
 
     directory = Path(out).expanduser()
     check_output(directory)
@@ -275,7 +275,7 @@ def show(result: dict[str, Any]) -> None:
 
 def merge_model(model: str, out: str, *, to: str) -> dict[str, Any]:
     """Folds adapters in; arguments are the flags. Returns the summary."""
-    from lordjax import adapters
+    from lordjax.finetune import adapters
     from lordjax.kernels.base import materialize, nbytes
     from lordjax.storage import checkpoint
 

@@ -141,9 +141,9 @@ def _memory(
     dtype: str,
 ) -> dict[str, int]:
     """Bytes of a step of fine-tuning."""
-    from lordjax.finetune import Settings
-    from lordjax.memory import predict
-    from lordjax.recipes import changed, named
+    from lordjax.finetune.memory import predict
+    from lordjax.finetune.recipes import changed, named
+    from lordjax.finetune.step import Settings
 
     settings = Settings(1, batch, accumulate, dtype=dtype)
     settings.check()

@@ -14,9 +14,10 @@ import numpy as np
 from blocks import GPT2, random_model
 from problems import METHOD_NAMES, inputs, problems
 
-from lordjax import adapters, encode, factorize, nbytes
+from lordjax import encode, factorize, nbytes
 from lordjax.calibration.observers import embed, observe, observe_gradients
 from lordjax.calibration.statistics import STATISTICS
+from lordjax.finetune import adapters
 from lordjax.kernels import base, kinds, normal_float
 from lordjax.methods import METHODS, linalg
 from lordjax.methods.quantized import lq, weightings

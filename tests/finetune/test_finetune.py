@@ -16,9 +16,12 @@ import numpy as np
 import optax
 import pytest
 
-from lordjax import adapters, finetune, memory, recipes, training
 from lordjax.data.examples import Data, Examples, next_tokens
-from lordjax.finetune import Settings
+from lordjax.finetune import adapters, memory, recipes, training_run
+from lordjax.finetune import step as finetune
+from lordjax.finetune.recipes import RECIPES, Recipe
+from lordjax.finetune.step import Settings
+from lordjax.finetune.training_run import Keeping, train
 from lordjax.kernels import trees
 from lordjax.kernels.base import materialize, matmul, nbytes
 from lordjax.kernels.convert import encode, factorize
@@ -26,9 +29,7 @@ from lordjax.kernels.kinds import weights
 from lordjax.kernels.low_rank import LowRank
 from lordjax.kernels.quantized import LowRankPlusQuantized
 from lordjax.models import ModelConfig, Transformer, init
-from lordjax.recipes import RECIPES, Recipe
 from lordjax.runtime.mesh import make_mesh
-from lordjax.training import Keeping, train
 
 CONFIG = ModelConfig(
     vocab_size=61,
@@ -454,7 +455,7 @@ def finished(directory):
 
 
 def metrics_of(directory):
-    lines = map(json.loads, (directory / training.METRICS).read_text().splitlines())
+    lines = map(json.loads, (directory / training_run.METRICS).read_text().splitlines())
     return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
 
 

@@ -19,13 +19,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lordjax import finetune, recipes
 from lordjax.data.examples import Examples
-from lordjax.finetune import Settings, State
+from lordjax.finetune import recipes
+from lordjax.finetune import step as finetune
+from lordjax.finetune.recipes import Recipe
+from lordjax.finetune.step import Settings, State
 from lordjax.kernels import base, quantized, trees
 from lordjax.models.config import ModelConfig
 from lordjax.models.objective import CHUNK
-from lordjax.recipes import Recipe
 
 COPIES = 7  # of what is trained, see above
 

@@ -13,7 +13,7 @@ import jax
 import optax
 from jaxtyping import Array
 
-from lordjax import adapters
+from lordjax.finetune import adapters
 from lordjax.kernels import trees
 from lordjax.kernels.base import is_kernel
 from lordjax.names import did_you_mean, is_block_linear

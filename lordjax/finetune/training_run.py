@@ -26,11 +26,11 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from lordjax import finetune
 from lordjax.data.examples import Data, Examples
-from lordjax.finetune import Settings, State
+from lordjax.finetune import step as finetune
+from lordjax.finetune.recipes import Recipe
+from lordjax.finetune.step import Settings, State
 from lordjax.models.config import ModelConfig
-from lordjax.recipes import Recipe
 from lordjax.runtime.mesh import Mesh
 
 METRICS = "metrics.jsonl"

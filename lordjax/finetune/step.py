@@ -25,15 +25,15 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from lordjax import recipes
 from lordjax.data.examples import Examples, batch_indices
+from lordjax.finetune import recipes
+from lordjax.finetune.recipes import Recipe
 from lordjax.kernels import trees
 from lordjax.kernels.kinds import astype
 from lordjax.models import objective
 from lordjax.models.blocks import BLOCKS
 from lordjax.models.config import ModelConfig
 from lordjax.models.transformer import Transformer, default_positions
-from lordjax.recipes import Recipe
 from lordjax.runtime.mesh import Mesh, fully_sharded, put, rows_sharded
 from lordjax.runtime.xla_scheduling import block_by_block
 
