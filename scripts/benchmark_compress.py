@@ -10,7 +10,7 @@ factors' codes, ``0.8:nf8``. Every method runs in a process of its own, so that 
 own. Results are appended to the JSON file as they come; ``--table results.json`` prints the
 markdown table again.
 
-Share of peak: operations that calibration and decomposition must cost (`lordjax.stages`)
+Share of peak: operations that calibration and decomposition must cost (`lordjax.forecast.low_rank_cost`)
 over their time, as a share of the best float32 matmul rate measured in the same process.
 """
 
@@ -127,20 +127,22 @@ def measure(
     """Prepares a method once and evaluates every budget."""
     import jax
 
-    from lordjax import speed
     from lordjax.compression.low_rank import prepare
     from lordjax.evaluate import perplexity
+    from lordjax.forecast import machine_rates
     from lordjax.scripts.common import environment, open_model, protocol_tokens
 
     opened = open_model(model)
     tokens, held_out = protocol_tokens(data, domain, calibration_windows, windows)
     name, _, policy = method.partition(":")
-    peak = speed.matmul_rate(2048)
+    peak = machine_rates.matmul_rate(2048)
     forward = _forward_seconds(opened.source, tokens) if time_forward else None
     start = time.perf_counter()
     prepared = prepare(opened.source, tokens, method=name, allocation=policy or None)
     seconds = time.perf_counter() - start
-    peak = max(peak, speed.matmul_rate(2048))  # a shared machine is not equally fast all the time
+    peak = max(
+        peak, machine_rates.matmul_rate(2048)
+    )  # a shared machine is not equally fast all the time
     cost = _cost(opened.config, prepared, tokens.shape)
     row: dict[str, Any] = {
         "domain": domain,
@@ -194,8 +196,9 @@ def _forward_seconds(source: Any, tokens: Any) -> float:
 
 def _cost(config: Any, prepared: Any, shape: tuple[int, int]) -> float | None:
     """Operations that `prepare` must spend; None if it only collected what it was not asked for."""
+    from lordjax.forecast.job import Job
+    from lordjax.forecast.low_rank_cost import recomputed, stages
     from lordjax.runtime import flops
-    from lordjax.stages import Job, recomputed, stages
 
     if not prepared.factors:
         return None

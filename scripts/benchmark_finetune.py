@@ -239,7 +239,6 @@ def memory(config: str, batch: int, seq_len: int, rank: int, dtype: str, ranks: 
     """Bytes of a step of QLoRA, before and after a cut."""
     import jax
 
-    from lordjax import sizing
     from lordjax.allocation import policies
     from lordjax.allocation.plan import Plan
     from lordjax.compression.site_factors import site_sizes
@@ -247,6 +246,7 @@ def memory(config: str, batch: int, seq_len: int, rank: int, dtype: str, ranks: 
     from lordjax.finetune import memory as sizes
     from lordjax.finetune import recipes
     from lordjax.finetune.step import Settings
+    from lordjax.forecast import shapes as sizing
     from lordjax.kernels.kinds import astype
     from lordjax.scripts.common import environment
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lordjax.forecast.predict import happened, of_compression
 from lordjax.scripts.common import (
     KEEP,
     Model,
@@ -22,7 +23,6 @@ from lordjax.scripts.common import (
     say,
     size,
 )
-from lordjax.scripts.predict import happened, of_compression
 
 # What goes with quantisation only, and what it has no use for.
 QUANTIZED = ("bits", "budget_bytes", "form", "rank", "weighting", "feedback")

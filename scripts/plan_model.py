@@ -6,9 +6,9 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lordjax.forecast.predict import EXACT, asked, cost
 from lordjax.scripts.common import quiet_transformers, size
 from lordjax.scripts.compress_model import QUANTIZED, job_of
-from lordjax.scripts.predict import EXACT, asked, cost
 
 if TYPE_CHECKING:
     from lordjax.allocation.plan import Plan
@@ -49,7 +49,8 @@ def plan_model(
       KeyError: if the method, the policy or a layer of ``ranks`` is unknown.
       ValueError: if ranks do not fit, or the budget cannot be met.
     """
-    from lordjax import sizing, speed
+    from lordjax.forecast import machine_rates
+    from lordjax.forecast import shapes as sizing
     from lordjax.scripts.common import WINDOW
     from lordjax.storage.saved_model import is_compressed
 
@@ -65,7 +66,7 @@ def plan_model(
     shape = (samples if needs_tokens else 0, length)
     settings = {"method": method, **settings} | ({} if mesh is None else {"mesh": mesh})
     job, after, sure, plan = asked(config, source, shape, settings)
-    rates = speed.measure() if measure else None
+    rates = machine_rates.measure() if measure else None
     found = {
         "model": model,
         "settings": settings
@@ -111,8 +112,8 @@ def open_shapes(model: str, dtype: str | None) -> tuple[ModelConfig, InMemory]:
     Of a directory of safetensors their headers are read, else the config alone; then all is of the
     config's dtype, or of the one that is asked for.
     """
-    from lordjax import sizing
     from lordjax.conversions.readers.checkpoint import open_checkpoint, read_config
+    from lordjax.forecast import shapes as sizing
 
     path = Path(model).expanduser()
     if path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.safetensors*"))):
@@ -154,7 +155,7 @@ def _counts(tree: Any, config: Any, seq_len: int) -> dict[str, int]:
     """Of a model's shapes: parameters, block linear weights, bytes, multiplications."""
     import jax.numpy as jnp
 
-    from lordjax import sizing
+    from lordjax.forecast import shapes as sizing
     from lordjax.kernels import trees
     from lordjax.kernels.base import nbytes
     from lordjax.kernels.kinds import weights

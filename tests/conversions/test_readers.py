@@ -12,10 +12,10 @@ import pytest
 from hf_models import TINY, hf_logits, hf_model, logits, some_tokens
 from safetensors.numpy import load_file, save_file
 
-from lordjax import forecast
 from lordjax.conversions.readers import tensor_files
 from lordjax.conversions.readers.checkpoint import open_checkpoint
 from lordjax.conversions.readers.gguf import ROW_BYTES, TYPES, Gguf, _longer_rows, llama3_scaling
+from lordjax.forecast import peak_memory
 from lordjax.kernels.trees import flatten
 from lordjax.models.config import Rope
 from lordjax.models.rope import rope_frequencies
@@ -117,7 +117,7 @@ def test_what_was_read_of_files_does_not_stay_mapped(directory, kind, monkeypatc
 
 
 def test_the_forecast_counts_the_pages_that_stay_mapped():
-    assert forecast.PAGES == tensor_files.PAGES
+    assert peak_memory.PAGES == tensor_files.PAGES
 
 
 def test_a_file_that_cannot_be_mapped_is_read_once(directory, monkeypatch):

@@ -14,11 +14,12 @@ from blocks import BLOCKS, source
 from lordjax.calibration import backward_pass, forward_pass
 from lordjax.compression import site_factors
 from lordjax.compression.low_rank import prepare
+from lordjax.forecast.job import Job
+from lordjax.forecast.low_rank_cost import recomputed, stages
+from lordjax.forecast.shapes import shapes
 from lordjax.methods import linalg
 from lordjax.models.blocks import MLP
 from lordjax.runtime import flops
-from lordjax.sizing import shapes
-from lordjax.stages import Job, recomputed, stages
 
 
 def array(*shape, dtype=jnp.float32):

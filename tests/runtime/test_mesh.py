@@ -16,7 +16,6 @@ from commands import calibration, fails, run
 from interrupted import MODEL, TOKENS, Killed
 from jax.sharding import PartitionSpec
 
-from lordjax import sharing
 from lordjax.calibration.backward_pass import gradient_statistics
 from lordjax.calibration.forward_pass import (
     activation_keys,
@@ -29,12 +28,14 @@ from lordjax.compression import single_pass
 from lordjax.compression.low_rank import compress
 from lordjax.compression.quantized import quantize
 from lordjax.compression.resumable_output import TYPES
+from lordjax.forecast import device_shares
+from lordjax.forecast.job import Job
+from lordjax.forecast.low_rank_cost import site_factors, stages
 from lordjax.kernels import trees
 from lordjax.methods import METHODS
 from lordjax.models.sites import sites_for
 from lordjax.runtime import flops, mesh
 from lordjax.runtime.progress import Clock
-from lordjax.stages import Job, site_factors, stages
 from lordjax.storage.disk_store import Workspace
 
 FOUR = functools.partial(mesh.make_mesh, {"data": 4})
@@ -213,7 +214,7 @@ def test_devices_factor_equally_much(monkeypatch):
     ]
     assert [len({i for share in shares for i, _ in share}) for shares in given] == [4, 2]
     assert max(done) < 0.3 and sum(done) == pytest.approx(1)
-    told = sharing.report(sharing.shared(job, stages(job), 4), stages(job), {})
+    told = device_shares.report(device_shares.shared(job, stages(job), 4), stages(job), {})
     assert told["factors"]["shares"] == pytest.approx(done)
 
 

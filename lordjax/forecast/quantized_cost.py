@@ -17,26 +17,22 @@ import jax.numpy as jnp
 
 from lordjax.allocation.candidates import FORMATS, QUANTIZERS, Option, option_bytes, ranks_tried
 from lordjax.compression.quantized_matrix import best_pair, encode_kernel, measures, pack
-from lordjax.kernels import normal_float, trees
-from lordjax.kernels.base import is_kernel, materialize, nbytes
-from lordjax.kernels.low_rank import LowRank
-from lordjax.kernels.quantized import LowRankPlusQuantized, NFQuantized
+from lordjax.forecast.job import Job
+from lordjax.forecast.low_rank_cost import forward_work, gradient_work, inputs, loaded
+from lordjax.forecast.shapes import Options, kernel_shapes
+from lordjax.kernels import normal_float
+from lordjax.kernels.base import materialize, nbytes
 from lordjax.methods import Method
 from lordjax.methods.quantized.best_product import FIRST_POWERS, start_basis
 from lordjax.methods.quantized.error_feedback import feedback_of
 from lordjax.methods.quantized.lq import STEPS, decompose
 from lordjax.methods.quantized.predicted_loss import predict
 from lordjax.methods.quantized.weightings import WEIGHTINGS, Weights, cost_of, statistics_of
-from lordjax.models.config import ModelConfig
 from lordjax.models.sites import Site, site_path
-from lordjax.models.source import InMemory
 from lordjax.runtime import flops
 from lordjax.runtime.flops import Work
-from lordjax.stages import Job, forward_work, gradient_work, inputs, loaded
 
 MIDDLE_RANK = 16  # of products where a solver chooses: what it gave most matrices (SmolLM2)
-
-Options = Mapping[str, Option]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,69 +226,3 @@ def _decomposition(
     new = kernel_shapes(kernel.shape, option, job.dtype, job.factors)
     found += [flops.of(materialize, new), flops.of(measures, kernel, kernel, cost)]
     return flops.merged(found)
-
-
-def kernel_shapes(
-    shape: tuple[int, ...], option: Option, dtype: str, factors: normal_float.Format | None
-) -> Any:
-    """A matrix ``[in, out]`` as an option says: shapes and dtypes."""
-
-    def factor(*shape: int) -> Any:
-        dense = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
-        return dense if factors is None else _codes(shape, factors)
-
-    (fan_in, fan_out), rank = shape, option.rank
-    base = None if option.form is None else _codes(shape, option.form)
-    if rank is None:
-        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) if base is None else base
-    pair = LowRank(factor(fan_in, rank), factor(rank, fan_out))
-    return pair if base is None else LowRankPlusQuantized(base, pair)
-
-
-def _codes(shape: tuple[int, ...], form: normal_float.Format) -> NFQuantized:
-    return jax.eval_shape(
-        functools.partial(NFQuantized.encode, form=form), jax.ShapeDtypeStruct(shape, jnp.float32)
-    )
-
-
-def coded_pairs(tree: Any, form: normal_float.Format) -> Any:
-    """Shapes of parameters with all factor pairs as codes: those of `factoring.quantize_pairs`."""
-
-    def pair(leaf: Any) -> Any:
-        if not isinstance(leaf, LowRank):
-            return leaf
-        return LowRank(_codes(leaf.left.shape, form), _codes(leaf.right.shape, form))
-
-    return jax.tree.map(pair, tree, is_leaf=is_kernel)
-
-
-def coded_outline(
-    config: ModelConfig,
-    options: Options,
-    source: InMemory,
-    dtype: str | None,
-    factors: normal_float.Format | None,
-) -> dict[str, Any]:
-    """Shapes and dtypes of the parameters of a quantised model: nested dict, kernels included.
-
-    Args:
-      config: of the untouched model.
-      options: site path -> what the matrix becomes.
-      source: of shapes as they are stored.
-      dtype: of what is no code; None: float16 for the blocks' matrices, the rest as it is.
-      factors: format of products' factors; None: as other matrices.
-    """
-
-    def stored(a: Any) -> Any:
-        floating = dtype is not None and jnp.issubdtype(a.dtype, jnp.floating)
-        return jax.ShapeDtypeStruct(a.shape, jnp.dtype(dtype)) if floating else a
-
-    tree = jax.tree.map(stored, dict(source.rest()))
-    for i in range(config.num_layers):
-        flat = trees.flatten(jax.tree.map(stored, source.block(i)))
-        for path in flat:
-            option = options.get(f"layer_{i}/{path}")
-            if option is not None:
-                flat[path] = kernel_shapes(flat[path].shape, option, dtype or "float16", factors)
-        tree[f"layer_{i}"] = trees.unflatten(flat)
-    return tree

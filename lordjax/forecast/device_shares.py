@@ -17,19 +17,19 @@ from typing import Any
 import jax
 
 from lordjax.calibration.observers import observe, observe_gradients, windows_per_step
-from lordjax.coded import CodedJob
-from lordjax.models.sites import Site
-from lordjax.runtime import flops
-from lordjax.runtime.flops import Work
-from lordjax.runtime.mesh import share_jobs
-from lordjax.stages import (
-    Job,
+from lordjax.forecast.job import Job
+from lordjax.forecast.low_rank_cost import (
     all_factors,
     every_layer,
     forward_work,
     gradient_shapes,
     site_factors,
 )
+from lordjax.forecast.quantized_cost import CodedJob
+from lordjax.models.sites import Site
+from lordjax.runtime import flops
+from lordjax.runtime.flops import Work
+from lordjax.runtime.mesh import share_jobs
 
 UNKNOWN = ("sequential",)  # stages of which nothing is said
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lordjax.allocation.plan import Plan
-    from lordjax.coded import CodedJob
+    from lordjax.forecast.job import Job
+    from lordjax.forecast.machine_rates import Rates
+    from lordjax.forecast.quantized_cost import CodedJob
     from lordjax.models.config import ModelConfig
     from lordjax.models.source import InMemory
-    from lordjax.speed import Rates
-    from lordjax.stages import Job
 
 MEASURING = 5.0  # seconds that the micro-benchmark may take
 LITTLE = 1e11  # operations: a second of any machine
@@ -33,11 +33,11 @@ def planned(
       KeyError: if a pattern of ``ranks`` decides no site.
       ValueError: if ranks do not fit, or the budget cannot be met.
     """
-    from lordjax import sizing
     from lordjax.allocation import policies
     from lordjax.allocation.plan import Plan
     from lordjax.allocation.policies import CURVELESS
     from lordjax.compression.site_factors import site_sizes
+    from lordjax.forecast import shapes as sizing
 
     sizes = site_sizes(sizing.shapes(config), method)
     if ranks is not None:
@@ -71,11 +71,12 @@ def cost(
     Raises:
       ValueError: if a mesh has an axis besides ``data``, or processes do not divide it.
     """
-    from lordjax import forecast, sharing
-    from lordjax.coded import CodedJob, coded_stages
+    from lordjax.forecast import device_shares, peak_memory
+    from lordjax.forecast.low_rank_cost import stages
+    from lordjax.forecast.quantized_cost import CodedJob, coded_stages
+    from lordjax.forecast.seconds import SPREAD, seconds
     from lordjax.kernels.base import nbytes
     from lordjax.runtime import flops
-    from lordjax.stages import stages
 
     count, job = devices(mesh), dataclasses.replace(job, meshed=mesh is not None)
     if count % processes:
@@ -87,21 +88,21 @@ def cost(
     found: dict[str, Any] = {
         "bytes": nbytes(after),
         "flops": {name: flops.total(w) for name, w in work.items() if flops.total(w)},
-        "memory": forecast.memory(job, work, before.params, after, count, processes),
+        "memory": peak_memory.memory(job, work, before.params, after, count, processes),
     }
-    shares = sharing.shared(job, work, count) if count > 1 else {}
+    shares = device_shares.shared(job, work, count) if count > 1 else {}
     if rates is not None:
         done = {
-            name: sharing.together(shares[name], processes) if name in shares else w
+            name: device_shares.together(shares[name], processes) if name in shares else w
             for name, w in work.items()
         }
-        expected = forecast.seconds(done, rates)
+        expected = seconds(done, rates)
         found["seconds"] = expected
-        spread = forecast.SPREAD
+        spread = SPREAD
         found["range"] = [expected["total"] / spread, expected["total"] * spread]
         found["rates"] = rates
     if shares:
-        found["devices"] = sharing.report(shares, work, found.get("seconds", {}))
+        found["devices"] = device_shares.report(shares, work, found.get("seconds", {}))
     return found
 
 
@@ -137,10 +138,10 @@ def coded(
     """
     import jax.numpy as jnp
 
-    from lordjax import sizing
     from lordjax.allocation.candidates import QUANTIZERS, Option
-    from lordjax.coded import CodedJob, estimate
     from lordjax.compression import quantized
+    from lordjax.forecast import shapes as sizing
+    from lordjax.forecast.quantized_cost import CodedJob, estimate
     from lordjax.kernels import normal_float
     from lordjax.methods.quantized.weightings import MOMENTS
     from lordjax.models.sites import LINEAR_SITES, site_path
@@ -199,7 +200,8 @@ def of_compression(
       settings: of `lordjax.compress`, and the method.
       directory: where the result goes.
     """
-    from lordjax import sizing, speed
+    from lordjax.forecast import machine_rates
+    from lordjax.forecast import shapes as sizing
     from lordjax.kernels.base import is_kernel
     from lordjax.runtime import multihost
 
@@ -211,7 +213,7 @@ def of_compression(
     found = cost(job, before, after, None, *among)
     if worth_measuring(sum(found["flops"].values())):
         there = next(p for p in directory.absolute().parents if p.exists())
-        found = cost(job, before, after, speed.measure(there), *among)
+        found = cost(job, before, after, machine_rates.measure(there), *among)
     return found | {"ranks_are": are}
 
 
@@ -233,13 +235,13 @@ def asked(
       KeyError: if a pattern of ranks decides no site.
       ValueError: if a budget cannot be met, or ranks do not fit.
     """
-    from lordjax import sizing
     from lordjax.allocation.candidates import QUANTIZERS
     from lordjax.allocation.plan import Plan
-    from lordjax.coded import coded_outline, coded_pairs
     from lordjax.compression.site_factors import site_sizes
+    from lordjax.forecast import shapes as sizing
+    from lordjax.forecast.job import Job
+    from lordjax.forecast.shapes import coded_outline, coded_pairs
     from lordjax.kernels import normal_float
-    from lordjax.stages import Job
 
     method, dtype = settings["method"], settings["dtype"]
     if method in QUANTIZERS:
@@ -283,11 +285,11 @@ def _flat_tree(tree: Any) -> dict[str, Any]:
 
 def worth_measuring(operations: float) -> bool:
     """Whether the micro-benchmark takes little of a job's time."""
-    from lordjax import speed
+    from lordjax.forecast import machine_rates
 
     if operations < LITTLE:
         return False
-    return operations / speed.matmul_rate() > MEASURING / SHARE
+    return operations / machine_rates.matmul_rate() > MEASURING / SHARE
 
 
 def happened(report: dict[str, Any], predicted: dict[str, Any]) -> dict[str, Any]:

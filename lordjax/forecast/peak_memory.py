@@ -22,8 +22,10 @@ import jax
 
 from lordjax.allocation.policies import INFLUENCED
 from lordjax.calibration.backward_pass import STATE_BYTES
-from lordjax.coded import CodedJob, weights_of
 from lordjax.compression.temperature import TEMPERATURES
+from lordjax.forecast.job import Job
+from lordjax.forecast.low_rank_cost import gradient_shapes, inputs, statistics
+from lordjax.forecast.quantized_cost import CodedJob, weights_of
 from lordjax.kernels import trees
 from lordjax.kernels.base import is_kernel, nbytes
 from lordjax.kernels.kinds import weights
@@ -31,10 +33,7 @@ from lordjax.kernels.low_rank import LowRank
 from lordjax.models.head_axes import LAST_NAME
 from lordjax.models.objective import CHUNK
 from lordjax.models.sites import Site
-from lordjax.runtime import flops
 from lordjax.runtime.flops import Work
-from lordjax.speed import Rates, rate
-from lordjax.stages import Job, gradient_shapes, inputs, statistics
 
 PROCESS = 600e6  # bytes of Python with JAX, the rest of the library and a tokenizer
 PROGRAM = 250e3  # bytes of compiled code and what made it, per equation, on the host
@@ -45,23 +44,9 @@ COPIES = 4
 CODE_COPIES = 8  # float32 arrays of the largest matrix, while its codes are looked for
 PAGES = 2.0**24  # bytes of the model's files that stay mapped (conversions/tensors.py)
 ROWS = ("device: hidden states",)  # what devices share; the rest each has, or may have
-SPREAD = 1.5  # a forecast of time is right within this factor, if nothing else changes
 SHARD = 2 * 2**30  # bytes that are written at a time
 
 Memory = dict[str, Any]
-
-
-def seconds(work: Mapping[str, Work], rates: Rates) -> dict[str, float]:
-    """Seconds of every stage, compiling included; ``compiling`` says how much of it that is."""
-    found = {name: _seconds(of_stage, rates) for name, of_stage in work.items()}
-    compiling = sum(w["equations"] for w in work.values()) / rates["compile"]
-    return found | {"total": sum(found.values()), "compiling": compiling}
-
-
-def _seconds(work: Work, rates: Rates) -> float:
-    other = {kind: n for kind, n in work.items() if kind != "equations"}
-    time = sum(n / rate(rates, kind) for kind, n in other.items())
-    return time + work["equations"] / rates["compile"]
 
 
 def memory(
@@ -344,8 +329,3 @@ def _factor_bytes(job: Job, site: Site) -> int:
         return 4 * fan_out * job.config.head_size * (job.config.rope is None)
     triangle = fan_in**2 if fits else 0
     return 4 * (triangle + fan_in * fan_out * (fits or site.kind == "vo"))
-
-
-def total(work: Mapping[str, Work]) -> float:
-    """Floating-point operations of all stages."""
-    return sum(map(flops.total, work.values()))

@@ -16,12 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lordjax.allocation.candidates import Option
 from lordjax.allocation.plan import Plan
 from lordjax.allocation.policies import CURVELESS, Curve, allocate
 from lordjax.compression.site_factors import site_sizes
-from lordjax.kernels import trees
+from lordjax.kernels import normal_float, trees
+from lordjax.kernels.base import is_kernel
 from lordjax.kernels.kinds import weights
 from lordjax.kernels.low_rank import LowRank
+from lordjax.kernels.quantized import LowRankPlusQuantized, NFQuantized
 from lordjax.methods import METHODS, corrects_bias
 from lordjax.models.config import ModelConfig
 from lordjax.models.head_axes import narrowed
@@ -133,3 +136,72 @@ def multiplications(config: ModelConfig, tree: Any, length: int) -> int:
     layers = [f"layer_{i}/attention" for i in range(config.num_layers)]
     widths = sum(flat[f"{at}/q/kernel"].shape[1] + flat[f"{at}/o/kernel"].shape[0] for at in layers)
     return total + length**2 * widths
+
+
+Options = Mapping[str, Option]
+
+
+def kernel_shapes(
+    shape: tuple[int, ...], option: Option, dtype: str, factors: normal_float.Format | None
+) -> Any:
+    """A matrix ``[in, out]`` as an option says: shapes and dtypes."""
+
+    def factor(*shape: int) -> Any:
+        dense = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+        return dense if factors is None else _codes(shape, factors)
+
+    (fan_in, fan_out), rank = shape, option.rank
+    base = None if option.form is None else _codes(shape, option.form)
+    if rank is None:
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) if base is None else base
+    pair = LowRank(factor(fan_in, rank), factor(rank, fan_out))
+    return pair if base is None else LowRankPlusQuantized(base, pair)
+
+
+def _codes(shape: tuple[int, ...], form: normal_float.Format) -> NFQuantized:
+    return jax.eval_shape(
+        functools.partial(NFQuantized.encode, form=form), jax.ShapeDtypeStruct(shape, jnp.float32)
+    )
+
+
+def coded_pairs(tree: Any, form: normal_float.Format) -> Any:
+    """Shapes of parameters with all factor pairs as codes: those of `factoring.quantize_pairs`."""
+
+    def pair(leaf: Any) -> Any:
+        if not isinstance(leaf, LowRank):
+            return leaf
+        return LowRank(_codes(leaf.left.shape, form), _codes(leaf.right.shape, form))
+
+    return jax.tree.map(pair, tree, is_leaf=is_kernel)
+
+
+def coded_outline(
+    config: ModelConfig,
+    options: Options,
+    source: InMemory,
+    dtype: str | None,
+    factors: normal_float.Format | None,
+) -> dict[str, Any]:
+    """Shapes and dtypes of the parameters of a quantised model: nested dict, kernels included.
+
+    Args:
+      config: of the untouched model.
+      options: site path -> what the matrix becomes.
+      source: of shapes as they are stored.
+      dtype: of what is no code; None: float16 for the blocks' matrices, the rest as it is.
+      factors: format of products' factors; None: as other matrices.
+    """
+
+    def stored(a: Any) -> Any:
+        floating = dtype is not None and jnp.issubdtype(a.dtype, jnp.floating)
+        return jax.ShapeDtypeStruct(a.shape, jnp.dtype(dtype)) if floating else a
+
+    tree = jax.tree.map(stored, dict(source.rest()))
+    for i in range(config.num_layers):
+        flat = trees.flatten(jax.tree.map(stored, source.block(i)))
+        for path in flat:
+            option = options.get(f"layer_{i}/{path}")
+            if option is not None:
+                flat[path] = kernel_shapes(flat[path].shape, option, dtype or "float16", factors)
+        tree[f"layer_{i}"] = trees.unflatten(flat)
+    return tree
