@@ -139,8 +139,8 @@ def test_every_weighting_has_stages_seconds_and_memory(weighting):
     work = coded_stages(job)
     assert ("gradients" in work) == (weighting in ("fisher", "both"))
     assert {"predictions", "decomposition"} <= set(work)
-    seconds = seconds(work, RATES)
-    assert all(math.isfinite(n) and n > 0 for n in seconds.values())
+    found = seconds(work, RATES)
+    assert all(math.isfinite(n) and n > 0 for n in found.values())
     before = sizing.shapes(config).params
     found = peak_memory.memory(job, work, before, before)
     for name, parts in found["in memory"]["parts"].items():
