@@ -28,7 +28,8 @@ BITS = "2.5,2.75,3,3.25,3.5,3.75,4,4.13"
 def main(model: str, bits: str, out: str | None) -> None:
     """Times the choice of formats for MODEL."""
     from lordjax.allocation.knapsack import SOLVERS
-    from lordjax.scripts.common import environment, open_model
+    from lordjax.scripts.console import environment
+    from lordjax.scripts.opened_model import open_model
 
     start = time.perf_counter()
     found, count = tables(open_model(model).source)

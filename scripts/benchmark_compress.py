@@ -130,7 +130,8 @@ def measure(
     from lordjax.compression.low_rank import prepare
     from lordjax.evaluate import perplexity
     from lordjax.forecast import machine_rates
-    from lordjax.scripts.common import environment, open_model, protocol_tokens
+    from lordjax.scripts.console import environment, protocol_tokens
+    from lordjax.scripts.opened_model import open_model
 
     opened = open_model(model)
     tokens, held_out = protocol_tokens(data, domain, calibration_windows, windows)

@@ -56,7 +56,8 @@ def main(
 ) -> None:
     """Compares decompositions of MODEL's kernels."""
     from lordjax.kernels import normal_float
-    from lordjax.scripts.common import environment, open_model
+    from lordjax.scripts.console import environment
+    from lordjax.scripts.opened_model import open_model
 
     rows = []
     for path, kernel in kernels(open_model(model).source.block(layer), SHAPES.get(shapes or "")):

@@ -81,7 +81,8 @@ with torch.no_grad():
 def main(families: str | None, model: str | None, out: str | None, **options: Any) -> None:
     """Measures exports."""
     from lordjax.conversions.families.registry import FAMILIES
-    from lordjax.scripts.common import environment, quiet_transformers
+    from lordjax.scripts.console import environment
+    from lordjax.scripts.opened_model import quiet_transformers
 
     quiet_transformers()
     if model is not None and options["data"] is None:
@@ -161,7 +162,7 @@ def _exported(saved: Any, to: str, tokens: Any) -> dict[str, Any]:
     """Exports beside the saved model; what `verify` finds."""
     from lordjax.conversions.exporters.export import export
     from lordjax.conversions.exporters.verify import verify
-    from lordjax.scripts.common import directory_bytes
+    from lordjax.scripts.opened_model import directory_bytes
 
     directory = saved.directory.with_name(f"{saved.directory.name}-{to}")
     export(saved, directory, to)
@@ -199,7 +200,8 @@ def real(
     from lordjax.allocation.candidates import QUANTIZERS
     from lordjax.compression.low_rank import compress
     from lordjax.compression.quantized import quantize
-    from lordjax.scripts.common import open_model, protocol_tokens
+    from lordjax.scripts.console import protocol_tokens
+    from lordjax.scripts.opened_model import open_model
 
     opened = open_model(model)
     tokens, held_out = protocol_tokens(data, domain, calibration_windows, windows)

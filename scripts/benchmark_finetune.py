@@ -54,7 +54,8 @@ def speed(
     model: str, data: str, domain: str, batch: int, seq_len: int, repeats: int, rank: int
 ) -> None:
     """Seconds of a step, here and with PEFT."""
-    from lordjax.scripts.common import environment, open_model, protocol_tokens
+    from lordjax.scripts.console import environment, protocol_tokens
+    from lordjax.scripts.opened_model import open_model
 
     opened = open_model(model)
     tokens = protocol_tokens(data, domain, batch, 1)[0][:, :seq_len]
@@ -144,7 +145,8 @@ def recovery(
     **options: Any,
 ) -> None:
     """Perplexity before and after training."""
-    from lordjax.scripts.common import environment, open_model, protocol_tokens
+    from lordjax.scripts.console import environment, protocol_tokens
+    from lordjax.scripts.opened_model import open_model
 
     opened = open_model(model)
     tokens, held_out = protocol_tokens(data, domain, 10**6, windows)
@@ -248,7 +250,7 @@ def memory(config: str, batch: int, seq_len: int, rank: int, dtype: str, ranks: 
     from lordjax.finetune.step import Settings
     from lordjax.forecast import shapes as sizing
     from lordjax.kernels.kinds import astype
-    from lordjax.scripts.common import environment
+    from lordjax.scripts.console import environment
 
     model = read_config(config)[1]
     cut = {name: int(r) for name, r in (part.split("=") for part in ranks.split(","))}

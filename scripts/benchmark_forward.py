@@ -29,7 +29,7 @@ def main(
     dense: str, compressed: tuple[str, ...], batch: int, length: int, repeats: int, as_json: bool
 ) -> None:
     """Compares COMPRESSED models with the DENSE one."""
-    from lordjax.scripts.common import environment
+    from lordjax.scripts.console import environment
 
     rows = measure((dense, *compressed), batch, length, repeats)
     facts = {**environment(), "batch": batch, "length": length, "repeats": repeats}
@@ -53,7 +53,7 @@ def measure(models: tuple[str, ...], batch: int, length: int, repeats: int) -> l
 
     from lordjax.kernels.base import nbytes
     from lordjax.models import Transformer
-    from lordjax.scripts.common import open_model
+    from lordjax.scripts.opened_model import open_model
 
     runs, rows = [], []
     for name in models:

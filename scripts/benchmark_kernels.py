@@ -42,7 +42,7 @@ def main(
     as_json: bool,
 ) -> None:
     """Times products with quantised matrices."""
-    from lordjax.scripts.common import environment
+    from lordjax.scripts.console import environment
 
     pairs = _numbers(shapes or (SMALL if interpret else LLAMA_2_7B))
     counts = [count for (count,) in _numbers(rows or ("1,20" if interpret else "1,32,1024"))]

@@ -18,13 +18,9 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
-from lordjax.scripts.common import (
-    environment,
-    open_model,
-    progress_report,
-    read_tokens,
-    size,
-)
+from lordjax.scripts.console import environment, progress_report, size
+from lordjax.scripts.opened_model import open_model
+from lordjax.scripts.token_inputs import read_tokens
 
 CHILD = "import sys; from lordjax.scripts.cli import main; main()"
 

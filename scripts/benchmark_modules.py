@@ -71,7 +71,8 @@ def main(
     from lordjax import prepare
     from lordjax.evaluate import perplexity
     from lordjax.methods import METHODS
-    from lordjax.scripts.common import environment, open_model, protocol_tokens
+    from lordjax.scripts.console import environment, protocol_tokens
+    from lordjax.scripts.opened_model import open_model
 
     protocol = {"domain": domain, "calibration": calibration_windows, "windows": windows}
     click.echo(json.dumps({**environment(), **protocol}) + "\n")

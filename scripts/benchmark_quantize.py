@@ -55,7 +55,8 @@ def main(
     out: str | None,
 ) -> None:
     """Measures quantised forms of MODEL."""
-    from lordjax.scripts.common import environment, open_model, protocol_tokens
+    from lordjax.scripts.console import environment, protocol_tokens
+    from lordjax.scripts.opened_model import open_model
 
     opened, rows = open_model(model), []
     for domain in domains.split(","):

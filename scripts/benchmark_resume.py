@@ -27,7 +27,7 @@ from typing import Any
 import click
 
 from lordjax.compression.resumable_output import partial
-from lordjax.scripts.common import environment, say
+from lordjax.scripts.console import environment, say
 from lordjax.storage.disk_store import JOURNAL
 
 TIMED = ("seconds", "peak_rss_bytes", "predicted", "happened")  # of report.json

@@ -31,7 +31,7 @@ from typing import Any
 import click
 
 from lordjax.scripts.cli_options import counts
-from lordjax.scripts.common import environment, say, size
+from lordjax.scripts.console import environment, say, size
 from lordjax.scripts.make_checkpoint import CONFIGS, config_like, make
 
 AXES = ("width", "layers", "tokens")

@@ -45,7 +45,8 @@ def main(
     """Perplexity of MODEL at one budget under different sensitivity weights."""
     from lordjax.compression.low_rank import prepare
     from lordjax.evaluate import perplexity
-    from lordjax.scripts.common import open_model, protocol_tokens
+    from lordjax.scripts.console import protocol_tokens
+    from lordjax.scripts.opened_model import open_model
 
     opened = open_model(model)
     tokens, held_out = protocol_tokens(data, domain, calibration_windows, windows)

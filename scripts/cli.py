@@ -12,7 +12,6 @@ from typing import Any
 
 import click
 
-from lordjax.scripts.caching import keep_programs
 from lordjax.scripts.cli_compress import compress, demo, plan
 from lordjax.scripts.cli_measure import (
     benchmark,
@@ -23,6 +22,7 @@ from lordjax.scripts.cli_measure import (
     inspect,
 )
 from lordjax.scripts.cli_write import convert, export, finetune, merge
+from lordjax.scripts.program_cache import keep_programs
 
 VERBS = (
     compress,

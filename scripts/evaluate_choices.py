@@ -6,7 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lordjax.scripts.common import check_file, open_model, progress_report, write_rows
+from lordjax.scripts.console import check_file, progress_report, write_rows
+from lordjax.scripts.opened_model import open_model
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
 

@@ -7,7 +7,8 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lordjax.scripts.common import check_file, open_model, progress_report, write_rows
+from lordjax.scripts.console import check_file, progress_report, write_rows
+from lordjax.scripts.opened_model import open_model
 
 if TYPE_CHECKING:
     from lordjax.evaluate.pass_at_k import Complete

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lordjax.scripts.common import mask_token, open_model, progress_report, read_tokens
+from lordjax.scripts.console import progress_report
+from lordjax.scripts.opened_model import open_model
+from lordjax.scripts.token_inputs import mask_token, read_tokens
 
 
 def evaluate_model(

@@ -6,16 +6,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lordjax.scripts.common import (
-    check_output,
-    directory_bytes,
-    open_model,
-    progress_report,
-    read_tokens,
-    say,
-    size,
-)
 from lordjax.scripts.compress_model import tokenizer_writer
+from lordjax.scripts.console import check_output, progress_report, say, size
+from lordjax.scripts.opened_model import directory_bytes, open_model
+from lordjax.scripts.token_inputs import read_tokens
 
 WINDOWS, WINDOW = 4, 256  # tokens that an export is verified on, unless others are given
 

@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lordjax.scripts.common import Model, check_output, open_model, say, size, window_length
+from lordjax.scripts.console import check_output, say, size
+from lordjax.scripts.opened_model import Model, open_model
+from lordjax.scripts.token_inputs import window_length
 
 TASKS = ("text", "instructions", "classes")
 BY_SUFFIX = {".tsv": "classes", ".json": "instructions"}

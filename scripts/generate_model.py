@@ -7,7 +7,8 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from lordjax.scripts.common import Model, open_model, say
+from lordjax.scripts.console import say
+from lordjax.scripts.opened_model import Model, open_model
 
 if TYPE_CHECKING:
     from lordjax.generation.sampling import Sampling

@@ -27,7 +27,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from lordjax.evaluate import multiple_choice
 from lordjax.evaluate.likelihood import BATCH, Score, log_likelihoods
 from lordjax.generation.sampling import Sampling
-from lordjax.scripts.common import open_model, progress_report
+from lordjax.scripts.console import progress_report
+from lordjax.scripts.opened_model import open_model
 
 MAX_NEW_TOKENS = 256  # of an answer, where a task says nothing; the harness's own default
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # one meaning

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from lordjax.scripts.common import file_bytes, open_model, size
+from lordjax.scripts.console import size
+from lordjax.scripts.opened_model import file_bytes, open_model
 
 
 def inspect_model(model: str) -> dict[str, Any]:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lordjax.forecast.predict import EXACT, asked, cost
-from lordjax.scripts.common import quiet_transformers, size
-from lordjax.scripts.compress_model import QUANTIZED, job_of
+from lordjax.scripts.console import size
+from lordjax.scripts.jobs import QUANTIZED, job_of
+from lordjax.scripts.opened_model import quiet_transformers
 
 if TYPE_CHECKING:
     from lordjax.allocation.plan import Plan
@@ -51,7 +52,7 @@ def plan_model(
     """
     from lordjax.forecast import machine_rates
     from lordjax.forecast import shapes as sizing
-    from lordjax.scripts.common import WINDOW
+    from lordjax.scripts.token_inputs import WINDOW
     from lordjax.storage.saved_model import is_compressed
 
     quiet_transformers()

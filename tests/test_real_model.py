@@ -10,7 +10,7 @@ from lordjax.compression.quantized import quantize
 from lordjax.evaluate import perplexity
 from lordjax.kernels.base import nbytes
 from lordjax.scripts import demo
-from lordjax.scripts.common import open_model
+from lordjax.scripts.opened_model import open_model
 from lordjax.storage import checkpoint
 
 pytestmark = pytest.mark.slow

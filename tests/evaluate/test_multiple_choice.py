@@ -21,7 +21,7 @@ from lordjax.evaluate.choice_tasks import TASKS, read_questions, task_of
 from lordjax.evaluate.likelihood import log_likelihoods
 from lordjax.kernels.convert import encode as encoded
 from lordjax.models import Rope
-from lordjax.scripts.common import open_model
+from lordjax.scripts.opened_model import open_model
 
 LINEAR = r"layer_\d+/.*/kernel$"
 

@@ -14,7 +14,7 @@ from lordjax.kernels import trees
 from lordjax.kernels.convert import encode, factorize
 from lordjax.scripts.benchmark_model import operations
 from lordjax.scripts.cli import cli
-from lordjax.scripts.common import open_model
+from lordjax.scripts.opened_model import open_model
 
 PROBLEMS = [
     {

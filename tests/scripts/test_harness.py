@@ -18,7 +18,7 @@ from lordjax.evaluate import multiple_choice
 from lordjax.evaluate.choice_tasks import TASKS, read_questions
 from lordjax.generation.completion import complete
 from lordjax.generation.sampling import Sampling
-from lordjax.scripts.common import open_model
+from lordjax.scripts.opened_model import open_model
 
 FILES = {  # of the harness's tasks
     "arc_easy": "arc/arc_easy.yaml",

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from lordjax.scripts.caching import keep_programs, processor, prune, writable
+from lordjax.scripts.program_cache import keep_programs, processor, prune, writable
 
 RUN = "from lordjax.scripts.cli import main; main()"
 
