@@ -18,7 +18,8 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
-from lordjax.scripts.console import environment, progress_report, size
+from lordjax.scripts.benchmarks.protocol import environment
+from lordjax.scripts.console import progress_report, size
 from lordjax.scripts.opened_model import open_model
 from lordjax.scripts.token_inputs import read_tokens
 

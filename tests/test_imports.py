@@ -53,7 +53,7 @@ MAY_NOT_KNOW = {
 COPIED = "lordjax.conversions.exporters.modeling_lordjax"  # into exports, for transformers
 # What runs beside ours in these benchmarks is torch's.
 TORCH_PEERS = {
-    *(f"lordjax.scripts.benchmark_{name}" for name in ("decompose", "export", "finetune")),
+    *(f"lordjax.scripts.benchmarks.{name}" for name in ("decompose", "export", "finetune")),
     "lordjax.scripts.benchmark_model",
 }
 

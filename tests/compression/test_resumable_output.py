@@ -14,7 +14,7 @@ from lordjax.compression.quantized import prepare_quantized
 from lordjax.compression.resumable_output import Output, partial
 from lordjax.kernels.normal_float import Format
 from lordjax.runtime.mesh import make_mesh
-from lordjax.scripts.benchmark_resume import contents
+from lordjax.scripts.benchmarks.resume import contents
 from lordjax.storage import atomic_directory, checkpoint
 from lordjax.storage.disk_store import Workspace
 from lordjax.storage.tensor_files import TensorWriter

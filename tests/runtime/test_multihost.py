@@ -19,7 +19,7 @@ from lordjax.compression.low_rank import compress
 from lordjax.compression.resumable_output import Output, partial
 from lordjax.kernels.base import materialize
 from lordjax.runtime import multihost
-from lordjax.scripts.benchmark_resume import contents
+from lordjax.scripts.benchmarks.resume import contents
 from lordjax.storage import checkpoint
 
 SECONDS = 60  # a job must never hang

@@ -16,7 +16,8 @@ from commands import WINDOW, calibration, fails, run
 
 from lordjax.forecast import machine_rates
 from lordjax.methods import DEFAULT_METHOD
-from lordjax.scripts import benchmark_resume, demo
+from lordjax.scripts import demo
+from lordjax.scripts.benchmarks import resume
 
 
 def test_help_is_instant():
@@ -281,7 +282,7 @@ def test_existing_empty_directory_is_used(tiny, text, tmp_path):
 def test_killed_and_resumed(tiny, text, tmp_path):
     """By the kernel, which asks nobody."""
     options = (*map(str, calibration(text)), "--method", "lord-linear", "--keep", "0.6")
-    found = benchmark_resume.measure(str(tiny), options, 2, 0, tmp_path)
+    found = resume.measure(str(tiny), options, 2, 0, tmp_path)
     assert found["kills"] >= 1 and found["different"] == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 

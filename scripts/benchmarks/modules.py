@@ -2,9 +2,9 @@
 
 Run::
 
-    python -m lordjax.scripts.benchmark_modules MODEL --data DIR --domain pystdlib
+    python -m lordjax.scripts.benchmarks.modules MODEL --data DIR --domain pystdlib
 
-``DIR`` as for `lordjax.scripts.benchmark_compress`. All variants keep the same share of every
+``DIR`` as for `lordjax.scripts.benchmarks.compress`. All variants keep the same share of every
 module, so that only the mathematics differs and not the allocation.
 """
 
@@ -71,7 +71,7 @@ def main(
     from lordjax import prepare
     from lordjax.evaluate import perplexity
     from lordjax.methods import METHODS
-    from lordjax.scripts.console import environment, protocol_tokens
+    from lordjax.scripts.benchmarks.protocol import environment, protocol_tokens
     from lordjax.scripts.opened_model import open_model
 
     protocol = {"domain": domain, "calibration": calibration_windows, "windows": windows}

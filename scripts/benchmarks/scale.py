@@ -2,8 +2,8 @@
 
 Run::
 
-    python -m lordjax.scripts.benchmark_scale
-    python -m lordjax.scripts.benchmark_scale --shrinks 8,4,2 --depths 4,8,16 --windows 16,32,64
+    python -m lordjax.scripts.benchmarks.scale
+    python -m lordjax.scripts.benchmarks.scale --shrinks 8,4,2 --depths 4,8,16 --windows 16,32,64
 
 Synthetic checkpoints of a released model's shapes (`make_checkpoint`) are compressed by ``lordjax
 compress``, every time in a process of its own. One of width, depth and tokens varies, the others
@@ -30,8 +30,9 @@ from typing import Any
 
 import click
 
+from lordjax.scripts.benchmarks.protocol import environment
 from lordjax.scripts.cli_options import counts
-from lordjax.scripts.console import environment, say, size
+from lordjax.scripts.console import say, size
 from lordjax.scripts.make_checkpoint import CONFIGS, config_like, make
 
 AXES = ("width", "layers", "tokens")

@@ -2,8 +2,8 @@
 
 Run::
 
-    python -m lordjax.scripts.benchmark_decompose MODEL
-    python -m lordjax.scripts.benchmark_decompose MODEL --shapes llama-2-7b --rank 64
+    python -m lordjax.scripts.benchmarks.decompose MODEL
+    python -m lordjax.scripts.benchmarks.decompose MODEL --shapes llama-2-7b --rank 64
 
 The published loop is written down here in PyTorch (needs ``pip install lordjax[test]``): a new
 randomised SVD for every alternation, codes fitted last, stop at the first rise. Ours is
@@ -56,7 +56,7 @@ def main(
 ) -> None:
     """Compares decompositions of MODEL's kernels."""
     from lordjax.kernels import normal_float
-    from lordjax.scripts.console import environment
+    from lordjax.scripts.benchmarks.protocol import environment
     from lordjax.scripts.opened_model import open_model
 
     rows = []

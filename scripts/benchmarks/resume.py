@@ -2,7 +2,7 @@
 
 Run::
 
-    python -m lordjax.scripts.benchmark_resume MODEL [--kills 20] [-- OPTIONS OF COMPRESS]
+    python -m lordjax.scripts.benchmarks.resume MODEL [--kills 20] [-- OPTIONS OF COMPRESS]
 
 The same command runs once without interruption. Then every process but the last is killed
 (``SIGKILL``): one in four at any time since its start, the others some time after they finished a
@@ -27,7 +27,8 @@ from typing import Any
 import click
 
 from lordjax.compression.resumable_output import partial
-from lordjax.scripts.console import environment, say
+from lordjax.scripts.benchmarks.protocol import environment
+from lordjax.scripts.console import say
 from lordjax.storage.disk_store import JOURNAL
 
 TIMED = ("seconds", "peak_rss_bytes", "predicted", "happened")  # of report.json

@@ -2,7 +2,7 @@
 
 Run::
 
-    python -m lordjax.scripts.benchmark_forward DENSE COMPRESSED [COMPRESSED ...]
+    python -m lordjax.scripts.benchmarks.forward DENSE COMPRESSED [COMPRESSED ...]
 
 One forward pass over ``--batch`` sequences of ``--length`` tokens, logits included, in float32. The
 models take turns in one process, and medians are compared: the machine's speed drifts.
@@ -29,7 +29,7 @@ def main(
     dense: str, compressed: tuple[str, ...], batch: int, length: int, repeats: int, as_json: bool
 ) -> None:
     """Compares COMPRESSED models with the DENSE one."""
-    from lordjax.scripts.console import environment
+    from lordjax.scripts.benchmarks.protocol import environment
 
     rows = measure((dense, *compressed), batch, length, repeats)
     facts = {**environment(), "batch": batch, "length": length, "repeats": repeats}

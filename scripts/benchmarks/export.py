@@ -2,8 +2,8 @@
 
 Run::
 
-    python -m lordjax.scripts.benchmark_export
-    python -m lordjax.scripts.benchmark_export --model MODEL --data DIR
+    python -m lordjax.scripts.benchmarks.export
+    python -m lordjax.scripts.benchmarks.export --model MODEL --data DIR
 
 The first table is of every family: tiny random models, built by transformers, compressed by
 `METHODS` and exported in every way that they can be. With ``--model`` a real one follows,
@@ -81,7 +81,7 @@ with torch.no_grad():
 def main(families: str | None, model: str | None, out: str | None, **options: Any) -> None:
     """Measures exports."""
     from lordjax.conversions.families.registry import FAMILIES
-    from lordjax.scripts.console import environment
+    from lordjax.scripts.benchmarks.protocol import environment
     from lordjax.scripts.opened_model import quiet_transformers
 
     quiet_transformers()
@@ -200,7 +200,7 @@ def real(
     from lordjax.allocation.candidates import QUANTIZERS
     from lordjax.compression.low_rank import compress
     from lordjax.compression.quantized import quantize
-    from lordjax.scripts.console import protocol_tokens
+    from lordjax.scripts.benchmarks.protocol import protocol_tokens
     from lordjax.scripts.opened_model import open_model
 
     opened = open_model(model)

@@ -2,7 +2,7 @@
 
 Run::
 
-    python -m lordjax.scripts.benchmark_allocation MODEL
+    python -m lordjax.scripts.benchmarks.allocation MODEL
 
 Squared errors of every block matrix in every format of `nf.grid`, as LQ-LoRA has them; then both
 solvers at every budget, in one run. Printed: seconds, how far each is from its own bound, how far
@@ -28,7 +28,7 @@ BITS = "2.5,2.75,3,3.25,3.5,3.75,4,4.13"
 def main(model: str, bits: str, out: str | None) -> None:
     """Times the choice of formats for MODEL."""
     from lordjax.allocation.knapsack import SOLVERS
-    from lordjax.scripts.console import environment
+    from lordjax.scripts.benchmarks.protocol import environment
     from lordjax.scripts.opened_model import open_model
 
     start = time.perf_counter()

@@ -2,7 +2,7 @@
 
 Run::
 
-    python -m lordjax.scripts.benchmark_quantize MODEL --data DIR --out results.json
+    python -m lordjax.scripts.benchmarks.quantize MODEL --data DIR --out results.json
 
 ``DIR`` is as for `benchmark_compress`. A *case* is
 ``METHOD[:RANK][:WEIGHTING][:FACTORS][:no-feedback]@BUDGET``, factors being a format, the budget
@@ -55,7 +55,7 @@ def main(
     out: str | None,
 ) -> None:
     """Measures quantised forms of MODEL."""
-    from lordjax.scripts.console import environment, protocol_tokens
+    from lordjax.scripts.benchmarks.protocol import environment, protocol_tokens
     from lordjax.scripts.opened_model import open_model
 
     opened, rows = open_model(model), []

@@ -3,7 +3,7 @@
 The global allocation minimises Σ weight · error under one budget. This script allocates with
 different weights, same factors, same budget, and prints the perplexity of each::
 
-    python -m lordjax.scripts.benchmark_sensitivity MODEL --data DIR --keep 0.8
+    python -m lordjax.scripts.benchmarks.sensitivity MODEL --data DIR --keep 0.8
 
 * uniform     no allocation: the same share of every kernel
 * absolute    the squared output error as it is
@@ -45,7 +45,7 @@ def main(
     """Perplexity of MODEL at one budget under different sensitivity weights."""
     from lordjax.compression.low_rank import prepare
     from lordjax.evaluate import perplexity
-    from lordjax.scripts.console import protocol_tokens
+    from lordjax.scripts.benchmarks.protocol import protocol_tokens
     from lordjax.scripts.opened_model import open_model
 
     opened = open_model(model)

@@ -2,8 +2,8 @@
 
 Run::
 
-    python -m lordjax.scripts.benchmark_kernels                    on a GPU or a CPU
-    python -m lordjax.scripts.benchmark_kernels --interpret        the GPU kernel, small shapes
+    python -m lordjax.scripts.benchmarks.kernels                    on a GPU or a CPU
+    python -m lordjax.scripts.benchmarks.kernels --interpret        the GPU kernel, small shapes
 
 Per shape and number of rows: the dense product, XLA's product with the whole decoded matrix, and on
 a CPU the product in tiles, on a GPU the kernel with the fastest of its tiles. Microseconds of one
@@ -42,7 +42,7 @@ def main(
     as_json: bool,
 ) -> None:
     """Times products with quantised matrices."""
-    from lordjax.scripts.console import environment
+    from lordjax.scripts.benchmarks.protocol import environment
 
     pairs = _numbers(shapes or (SMALL if interpret else LLAMA_2_7B))
     counts = [count for (count,) in _numbers(rows or ("1,20" if interpret else "1,32,1024"))]

@@ -2,7 +2,7 @@
 
 Run::
 
-    python -m lordjax.scripts.benchmark_compress MODEL --data DIR --out results.json
+    python -m lordjax.scripts.benchmarks.compress MODEL --data DIR --out results.json
 
 ``DIR`` holds ``calib_<domain>.npy`` and ``eval_<domain>.npy``, token ids ``[windows, length]``.
 A budget is the share of the block weights that stays, ``0.8``, or that and the format of the
@@ -109,7 +109,7 @@ def _in_process(
         }
         words = [str(word) for pair in flags.items() for word in pair]
         words += ["--time-forward"] if time_forward else []
-        command = [sys.executable, "-m", "lordjax.scripts.benchmark_compress", model, *words]
+        command = [sys.executable, "-m", "lordjax.scripts.benchmarks.compress", model, *words]
         subprocess.run(command, check=True)
         return json.loads(result.read_text())
 
@@ -130,7 +130,7 @@ def measure(
     from lordjax.compression.low_rank import prepare
     from lordjax.evaluate import perplexity
     from lordjax.forecast import machine_rates
-    from lordjax.scripts.console import environment, protocol_tokens
+    from lordjax.scripts.benchmarks.protocol import environment, protocol_tokens
     from lordjax.scripts.opened_model import open_model
 
     opened = open_model(model)

@@ -2,9 +2,9 @@
 
 Run::
 
-    python -m lordjax.scripts.benchmark_finetune speed MODEL --data DIR
-    python -m lordjax.scripts.benchmark_finetune recovery MODEL --data DIR --cases CASES
-    python -m lordjax.scripts.benchmark_finetune memory CONFIG
+    python -m lordjax.scripts.benchmarks.finetune speed MODEL --data DIR
+    python -m lordjax.scripts.benchmarks.finetune recovery MODEL --data DIR --cases CASES
+    python -m lordjax.scripts.benchmarks.finetune memory CONFIG
 
 ``DIR`` holds ``calib_<domain>.npy`` and ``eval_<domain>.npy`` (as for `benchmark_compress`).
 
@@ -54,7 +54,7 @@ def speed(
     model: str, data: str, domain: str, batch: int, seq_len: int, repeats: int, rank: int
 ) -> None:
     """Seconds of a step, here and with PEFT."""
-    from lordjax.scripts.console import environment, protocol_tokens
+    from lordjax.scripts.benchmarks.protocol import environment, protocol_tokens
     from lordjax.scripts.opened_model import open_model
 
     opened = open_model(model)
@@ -145,7 +145,7 @@ def recovery(
     **options: Any,
 ) -> None:
     """Perplexity before and after training."""
-    from lordjax.scripts.console import environment, protocol_tokens
+    from lordjax.scripts.benchmarks.protocol import environment, protocol_tokens
     from lordjax.scripts.opened_model import open_model
 
     opened = open_model(model)
@@ -250,7 +250,7 @@ def memory(config: str, batch: int, seq_len: int, rank: int, dtype: str, ranks: 
     from lordjax.finetune.step import Settings
     from lordjax.forecast import shapes as sizing
     from lordjax.kernels.kinds import astype
-    from lordjax.scripts.console import environment
+    from lordjax.scripts.benchmarks.protocol import environment
 
     model = read_config(config)[1]
     cut = {name: int(r) for name, r in (part.split("=") for part in ranks.split(","))}
