@@ -54,7 +54,7 @@ COPIED = "lordjax.conversions.exporters.modeling_lordjax"  # into exports, for t
 # What runs beside ours in these benchmarks is torch's.
 TORCH_PEERS = {
     *(f"lordjax.scripts.benchmarks.{name}" for name in ("decompose", "export", "finetune")),
-    "lordjax.scripts.benchmark_model",
+    "lordjax.scripts.verbs.benchmark",
 }
 
 

@@ -31,8 +31,8 @@ from typing import Any
 import click
 
 from lordjax.scripts.benchmarks.protocol import environment
-from lordjax.scripts.cli_options import counts
 from lordjax.scripts.console import say, size
+from lordjax.scripts.flags.options import counts
 from lordjax.scripts.make_checkpoint import CONFIGS, config_like, make
 
 AXES = ("width", "layers", "tokens")

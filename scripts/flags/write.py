@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from lordjax.scripts.cli_options import as_json_option, output
+from lordjax.scripts.flags.options import as_json_option, output
 
 
 @click.command()

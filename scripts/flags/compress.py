@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from lordjax.scripts.cli_options import (
+from lordjax.scripts.flags.options import (
     as_json_option,
     budget_options,
     code_options,
