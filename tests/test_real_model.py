@@ -9,8 +9,8 @@ from lordjax.compression.low_rank import prepare
 from lordjax.compression.quantized import quantize
 from lordjax.evaluate import perplexity
 from lordjax.kernels.base import nbytes
-from lordjax.scripts import demo
 from lordjax.scripts.opened_model import open_model
+from lordjax.scripts.verbs import demo
 from lordjax.storage import checkpoint
 
 pytestmark = pytest.mark.slow

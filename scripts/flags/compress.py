@@ -63,7 +63,7 @@ def compress(
     OUT is a directory that must be new or empty.
     """
     from lordjax.runtime.multihost import job, leads
-    from lordjax.scripts.compress_model import compress_model, show
+    from lordjax.scripts.verbs.compress import compress_model, show
 
     with job(coordinator, process_id, num_processes):
         result = compress_model(**settings)
@@ -105,7 +105,7 @@ def plan(as_json: bool, **settings: Any) -> None:
     Parameters, bytes, ranks, operations, time and peak memory, from its config and the headers of
     its files alone: MODEL may be larger than memory, or a config.json without weights.
     """
-    from lordjax.scripts.plan_model import plan_model, show
+    from lordjax.scripts.verbs.plan import plan_model, show
 
     output(plan_model(**settings), as_json, show)
 
@@ -145,6 +145,6 @@ def demo(as_json: bool, **settings: Any) -> None:
     SmolLM2-135M: downloaded with pip, calibrated on Python source code, compressed to several
     budgets, measured before and after. About three minutes on two cores.
     """
-    from lordjax.scripts.demo import run_demo, show
+    from lordjax.scripts.verbs.demo import run_demo, show
 
     output(run_demo(**settings), as_json, show)

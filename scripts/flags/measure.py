@@ -46,7 +46,7 @@ def generate(as_json: bool, **settings: Any) -> None:
 
     PROMPT may be '-' for the standard input. The text is shown as it comes.
     """
-    from lordjax.scripts.generate_model import generate_model, show
+    from lordjax.scripts.verbs.generate import generate_model, show
 
     output(generate_model(**settings, quiet=as_json), as_json, show)
 
@@ -67,7 +67,7 @@ def evaluate(as_json: bool, **settings: Any) -> None:
     The protocol is printed with the number. Of a model that predicts masked tokens it is a
     pseudo-perplexity: of a fixed 15 % of every window, masked at once.
     """
-    from lordjax.scripts.evaluate_model import evaluate_model, show
+    from lordjax.scripts.verbs.evaluate import evaluate_model, show
 
     output(evaluate_model(**settings), as_json, show)
 
@@ -113,7 +113,7 @@ def evaluate_code(as_json: bool, **settings: Any) -> None:
     Needs --run-generated-code; best inside a container. Which isolation was in force is printed
     with the result.
     """
-    from lordjax.scripts.evaluate_code import evaluate_code, show
+    from lordjax.scripts.verbs.evaluate_code import evaluate_code, show
 
     output(evaluate_code(**settings), as_json, show)
 
@@ -146,7 +146,7 @@ def evaluate_choices(as_json: bool, **settings: Any) -> None:
 
     Prompts and accuracies, without examples, are those of the LM evaluation harness.
     """
-    from lordjax.scripts.evaluate_choices import evaluate_choices, show
+    from lordjax.scripts.verbs.evaluate_choices import evaluate_choices, show
 
     output(evaluate_choices(**settings), as_json, show)
 
@@ -186,7 +186,7 @@ def benchmark(as_json: bool, **settings: Any) -> None:
 
     What others are compared with comes first. Prints a markdown table.
     """
-    from lordjax.scripts.benchmark_model import benchmark_model, show
+    from lordjax.scripts.verbs.benchmark import benchmark_model, show
 
     output(benchmark_model(**settings), as_json, show)
 
@@ -199,6 +199,6 @@ def inspect(as_json: bool, model: str) -> None:
 
     Kinds, shapes, ranks, bytes, and the share of the weights that was kept.
     """
-    from lordjax.scripts.inspect_model import inspect_model, show
+    from lordjax.scripts.verbs.inspect import inspect_model, show
 
     output(inspect_model(model), as_json, show)

@@ -95,7 +95,7 @@ def finetune(as_json: bool, **settings: Any) -> None:
 
     OUT is a directory that must be new or empty.
     """
-    from lordjax.scripts.finetune_model import finetune_model, show
+    from lordjax.scripts.verbs.finetune import finetune_model, show
 
     output(finetune_model(**settings), as_json, show)
 
@@ -117,7 +117,7 @@ def merge(as_json: bool, **settings: Any) -> None:
 
     OUT is a directory that must be new or empty.
     """
-    from lordjax.scripts.finetune_model import merge_model, show_merged
+    from lordjax.scripts.verbs.finetune import merge_model, show_merged
 
     output(merge_model(**settings), as_json, show_merged)
 
@@ -155,7 +155,7 @@ def export(as_json: bool, **settings: Any) -> None:
 
     OUT is a directory that must be new or empty.
     """
-    from lordjax.scripts.export_model import export_model, show
+    from lordjax.scripts.verbs.export import export_model, show
 
     result = export_model(**settings)
     output(result, as_json, show)
@@ -188,6 +188,6 @@ def convert(as_json: bool, **settings: Any) -> None:
 
     OUT is a directory that must be new or empty.
     """
-    from lordjax.scripts.convert_model import convert_model, show
+    from lordjax.scripts.verbs.convert import convert_model, show
 
     output(convert_model(**settings), as_json, show)

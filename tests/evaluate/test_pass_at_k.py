@@ -23,7 +23,7 @@ from lordjax.evaluate.pass_at_k import evaluate, judge, pass_at_k, truncate
 from lordjax.evaluate.sandbox import Limits
 from lordjax.generation import completion
 from lordjax.generation.sampling import Sampling
-from lordjax.scripts import evaluate_code as script
+from lordjax.scripts.verbs import evaluate_code as script
 
 HUMANEVAL = [
     {

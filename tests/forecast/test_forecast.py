@@ -23,7 +23,7 @@ from lordjax.kernels.base import nbytes
 from lordjax.models.source import InMemory
 from lordjax.runtime import flops
 from lordjax.scripts.make_checkpoint import config_like
-from lordjax.scripts.plan_model import plan_model
+from lordjax.scripts.verbs.plan import plan_model
 
 OPTIONS = {
     "ranks": None,

@@ -16,8 +16,8 @@ from commands import WINDOW, calibration, fails, run
 
 from lordjax.forecast import machine_rates
 from lordjax.methods import DEFAULT_METHOD
-from lordjax.scripts import demo
 from lordjax.scripts.benchmarks import resume
+from lordjax.scripts.verbs import demo
 
 
 def test_help_is_instant():

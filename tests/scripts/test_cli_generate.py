@@ -12,9 +12,9 @@ from lordjax.generation.completion import complete, pieces
 from lordjax.generation.sampling import Sampling
 from lordjax.kernels import trees
 from lordjax.kernels.convert import encode, factorize
-from lordjax.scripts.benchmark_model import operations
 from lordjax.scripts.cli import cli
 from lordjax.scripts.opened_model import open_model
+from lordjax.scripts.verbs.benchmark import operations
 
 PROBLEMS = [
     {

@@ -6,10 +6,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lordjax.scripts.compress_model import tokenizer_writer
 from lordjax.scripts.console import check_output, progress_report, say, size
 from lordjax.scripts.opened_model import directory_bytes, open_model
 from lordjax.scripts.token_inputs import read_tokens
+from lordjax.scripts.verbs.compress import tokenizer_writer
 
 WINDOWS, WINDOW = 4, 256  # tokens that an export is verified on, unless others are given
 

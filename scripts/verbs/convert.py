@@ -6,9 +6,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lordjax.scripts.compress_model import tokenizer_writer
 from lordjax.scripts.console import check_output, size
 from lordjax.scripts.opened_model import Model, file_bytes, open_model
+from lordjax.scripts.verbs.compress import tokenizer_writer
 
 
 def convert_model(
