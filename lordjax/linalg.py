@@ -148,7 +148,7 @@ def metric_pca(
       left, right, spectrum (non-increasing). Without a metric ``right`` is orthonormal; with one,
       column j of ``left`` and row j of ``right`` have equal norms.
 
-    Source: Eckart-Young in the metric's coordinates; specs of LoRD §3.1.
+    Source: Eckart-Young in the metric's coordinates; theory/lord_rom §3.1.
     """
     if metric is None:
         spectrum, basis = eigh_descending(outputs)
@@ -281,7 +281,7 @@ def nested_refit(
     Returns:
       L, R.
 
-    Source: block form of the normal equations; specs of MoDeGPT §2.3.
+    Source: block form of the normal equations; theory/modegpt §2.3.
     """
     lower = jittered(gram, ridge, unit(jnp.diagonal(gram)))
     return lower, mm(lower.T, kernel)

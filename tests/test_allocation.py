@@ -19,7 +19,7 @@ from lordjax.nf import grid
 from lordjax.plan import Size
 from lordjax.sites import MODULE_SITES
 
-# --- published numbers: LLaMA-7B (specs §4.3, §7, §9 items 21, 22, 24) ---------------------------
+# --- published numbers: LLaMA-7B (theory/lord_rom §4.3, §7, §9) ----------------------------------
 
 WIDTH, HIDDEN, BLOCKS, VOCAB = 4096, 11008, 32, 32_000
 LLAMA = {
@@ -100,7 +100,7 @@ def test_hand_set_lord_budgets(keep_qk, keep_rest, expected, billions):
 
 
 def test_break_even_ranks_of_starcoder():
-    # specs §2.3: square 3072, fused multi-query attention 3134.7, MLP 4915.2.
+    # theory/lord_rom §2.3: square 3072, fused multi-query attention 3134.7, MLP 4915.2.
     for shape, expected in [
         ((6144, 6144), 3072),
         ((6144, 6400), 3134.7),
@@ -111,7 +111,7 @@ def test_break_even_ranks_of_starcoder():
 
 # --- the solver ----------------------------------------------------------------------------------
 
-FIXTURE = {  # name -> spectrum, cost per rank (specs §9 item 25)
+FIXTURE = {  # name -> spectrum, cost per rank (theory/lord_rom §9)
     "A": ([100, 40, 10, 4, 1, 0.5], 2),
     "B": ([30, 20, 15, 12, 9, 6], 4),
     "C": ([50, 5, 1, 0.2, 0.1, 0.05], 3),
@@ -206,7 +206,7 @@ def test_budget_below_the_cheapest_options():
         choose(costs, errors, 5)
 
 
-# --- one format per matrix (specs of LQ-LoRA §8, 25 to 29) ---------------------------------------
+# --- one format per matrix (theory/lq_lora §8.5) -------------------------------------------------
 
 every_solver = pytest.mark.parametrize("solver", SOLVERS)
 
@@ -330,7 +330,7 @@ def test_published_grid_is_solved_fast():
     rng, width, hidden = np.random.default_rng(0), 576, 1536
     counts = [width**2, width**2 // 3, width**2 // 3, width**2] + [width * hidden] * 3
     forms = grid()
-    # Relative errors of Gaussian data by bits (specs §1.7), and a little for blocks and scales.
+    # Relative errors of Gaussian data by bits (theory/lq_lora §1.7), some for blocks and scales.
     gaussian = {2: 0.3168, 3: 0.0406, 4: 0.00846, 8: 2.9e-5}
     relative = np.array(
         [gaussian[f.bits] * (f.block / 64) ** 0.25 * (1 + 0.3 / 4**f.scale_bits) for f in forms]
@@ -581,7 +581,7 @@ def test_unknown_policy_and_broken_curve_are_named():
 
 # --- block influence -----------------------------------------------------------------------------
 
-# LLaMA-2-7B's scores (specs of MoDeGPT §5.4), layers 0 to 31.
+# LLaMA-2-7B's scores (theory/modegpt §5.4), layers 0 to 31.
 LLAMA_INFLUENCE = np.array(
     [
         *(0.370, 0.255, 0.152, 0.154, 0.154, 0.154, 0.152, 0.151),

@@ -25,7 +25,7 @@ so that it is optimal for its codes; the quantised start is a candidate, so that
 than the codes alone; full H at no inverse; subspaces carried from one alternation to the next,
 which saves most of an SVD; the rank is traced.
 
-Sources: LQ-LoRA, arXiv 2311.12023; LoftQ, 2310.08659; QERA, 2410.06040; specs of LQ-LoRA §2, §7.
+Sources: LQ-LoRA, arXiv 2311.12023; LoftQ, 2310.08659; QERA, 2410.06040; theory/lq_lora §2, §7.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def best_product(
     """The product of a rank that is closest to ``matrix``, by subspace iteration.
 
     With ``A = √c·matrixᵀ H matrix·√c`` and V its leading eigenvectors, it is
-    ``matrix·√c V Vᵀ/√c``: no root of H and no inverse is needed (specs §7.3a).
+    ``matrix·√c V Vᵀ/√c``: no root of H and no inverse is needed (theory/lq_lora §7.3a).
 
     Args:
       matrix: what to approximate.

@@ -25,7 +25,7 @@ otherwise compile for every width, and multiply in float64.
 Arrays are in head form: q ``[m, h, d]``, k and v ``[m, k, d]``, o ``[h, d, m]``; h query heads, k
 key/value heads, d head width, m model width, f MLP width.
 
-Source: MoDeGPT, arXiv 2408.09632; specs of MoDeGPT §2 to §4 for the exact, cheaper forms.
+Source: MoDeGPT, arXiv 2408.09632; theory/modegpt §2 to §4 for the exact, cheaper forms.
 """
 
 from __future__ import annotations
