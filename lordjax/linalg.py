@@ -22,7 +22,7 @@ from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Float, Int
 
 # Share of the mean eigenvalue added to a gradient metric: directions in which few calibration
-# tokens saw a gradient must not be free. 0.01 and 0.1 measured the same (CHANGELOG, "Tried").
+# tokens saw a gradient must not be free. 0.01 and 0.1 measured the same (docs/pages/tried.md).
 GRADIENT_DAMPING = 1e-2
 JITTER = 1e-6  # least ridge of a refit, see `own_unit`
 EMPTY = 1e-10  # share of the mean energy that an empty column counts as

@@ -31,7 +31,7 @@ from lordjax.source import Calibration, Source
 from lordjax.work import Memory, Work, digest, once
 
 # MoDeGPT's temperatures, of which held-out calibration windows choose one. Closer ones, between
-# which four windows choose by chance, gained nothing (CHANGELOG, "Tried").
+# which four windows choose by chance, gained nothing (docs/pages/tried.md).
 TEMPERATURES = (0.05, 0.1, 0.2, 1e6)  # the last: all blocks alike
 
 

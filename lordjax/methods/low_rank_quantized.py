@@ -43,7 +43,7 @@ from lordjax import nf
 from lordjax.linalg import mm, orthonormal_rows
 from lordjax.methods.feedback import best_shares, quantize, scaled_by
 
-STEPS = 10  # alternations; the first five gain most, at 2 bits more lose (CHANGELOG)
+STEPS = 10  # alternations; the first five gain most, at 2 bits more lose (theory/lq_lora §2.5)
 OVERSAMPLING = 10  # columns of the subspace beyond the rank
 FIRST_POWERS, POWERS = 3, 1  # power iterations from a random subspace, and from the last one
 FLOOR = 1e-8  # share of their mean that weights are raised by: a weight of 0 has no inverse

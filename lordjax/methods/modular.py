@@ -46,7 +46,7 @@ from lordjax.methods.base import Module, ModuleFactors
 
 RIDGE = 1e-4  # of the leverage scores, relative to the mean energy of a column
 # Ridge λ of an MLP's fit, of every neuron's own energy, in neurons per token. That shrinks the
-# correlations by 1 + λ: those of many neurons are not believed as few tokens show them (CHANGELOG).
+# correlations by 1 + λ: those of many neurons are not believed as few tokens show them.
 # And with few tokens it is not the rounding of a singular matrix that chooses the neurons.
 SHRINKAGE = 1.0
 RANK_TOLERANCE = 1e-12  # eigenvalues of a head's second moment below this share count as zero
