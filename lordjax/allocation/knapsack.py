@@ -2,7 +2,7 @@
 
 `choose` solves its Lagrangian dual by bisection: at a price μ every item takes the option of least
 ``error + μ·cost`` on its own, and the dual value is a lower bound on the error of *any* choice, so
-the gap to the optimum is known (specs of LoRD §6 item 10). `choose_exactly` is an integer
+the gap to the optimum is known (theory/lord_rom §6, item 10). `choose_exactly` is an integer
 programme.
 """
 

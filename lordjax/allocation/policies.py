@@ -113,7 +113,7 @@ def uniform(curves: Curves, keep: float, tile: int) -> tuple[Ranks, float | None
     return _by_ratio(curves, keep), None
 
 
-# ROM's table (specs §4.3): share of blocks that is compressed, by the overall budget.
+# ROM's table (theory/lord_rom §4.3): share of blocks that is compressed, by the overall budget.
 _ROM_KEEP = (0.33, 0.5, 0.8, 0.9)
 _ROM_BLOCKS = (1.0, 0.75, 0.375, 0.25)
 
@@ -218,7 +218,7 @@ def influence_removal(
     Raises:
       ValueError: if ``removed`` is above the cap, or the temperature is not positive.
 
-    Source: MoDeGPT, equations 10 and 11; the cap: specs of MoDeGPT §5.3.
+    Source: MoDeGPT, equations 10 and 11; the cap: theory/modegpt §5.3.
     """
     if not 0 <= removed <= cap:
         raise ValueError(f"share to remove {removed:.3g} is not in [0, {cap}], the cap of a block")

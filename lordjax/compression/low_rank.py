@@ -36,9 +36,9 @@ from lordjax.runtime.mesh import Mesh
 from lordjax.runtime.progress import Clock, Progress
 from lordjax.storage.store import Memory, Work
 
-# The backward pass costs about four forward passes; more windows than this gain little (CHANGELOG).
+# The backward pass costs about four forward passes; more windows than this gain little.
 GRADIENT_WINDOWS = 32
-HELD_OUT = 2  # calibration windows that choose a temperature; 4 choose the same (CHANGELOG)
+HELD_OUT = 2  # calibration windows that choose a temperature; 4 choose the same (docs, tried)
 PREFIXES = ("dense", "compressed", "corrective")
 
 __all__ = ["InMemory", "Prepared", "Result", "Source", "compress", "prepare"]

@@ -8,7 +8,7 @@ the same shapes and share compilations (but for the biases that some methods add
 ROM fits ``W x̂ ≈ W' x̂`` on the compressed prefix' inputs x̂. The *corrective* target fits
 ``W x ≈ W' x̂`` with x from the untouched model: reduced-rank regression, in which the kernel to be
 factored is first replaced by the least-squares map from x̂ to the untouched output
-(specs of LoRD §3.5).
+(theory/lord_rom §3.5).
 """
 
 from __future__ import annotations

@@ -75,5 +75,5 @@ def compare(
 
 
 # MoDeGPT's temperatures, of which held-out calibration windows choose one. Closer ones, between
-# which four windows choose by chance, gained nothing (CHANGELOG, "Tried").
+# which four windows choose by chance, gained nothing (docs/pages/tried.md).
 TEMPERATURES = (0.05, 0.1, 0.2, 1e6)  # the last: all blocks alike

@@ -139,7 +139,7 @@ def quantize_pair(pair: LowRank, form: normal_float.Format) -> LowRank:
     """A factor pair as codes, on the host, of columns and rows of equal lengths.
 
     The product allows any scaling between the two; equal lengths measured best, before all of it in
-    one factor (specs of LoRD §2.6; CHANGELOG).
+    one factor (theory/lord_rom §2.6).
     """
     left, right = (np.asarray(a, np.float32) for a in (pair.left, pair.right))
     lengths = np.linalg.norm(left, axis=-2), np.linalg.norm(right, axis=-1)

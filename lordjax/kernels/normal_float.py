@@ -11,7 +11,7 @@ Per block of ``block`` values: scale s = max|x|. Per matrix: offset o = min s. P
 
 Differences from QLoRA: the offset is the least scale, not the mean, so that u is unsigned.
 
-Source: Dettmers et al., arXiv 2305.14314; LQ-LoRA, arXiv 2311.12023; specs of LQ-LoRA §1.
+Source: Dettmers et al., arXiv 2305.14314; LQ-LoRA, arXiv 2311.12023; theory/lq_lora §1.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ METHODS: dict[str, Method] = {
 }
 
 
-DEFAULT_METHOD = "modegpt"  # loses least at every budget measured (README)
+DEFAULT_METHOD = "modegpt"  # loses least at every budget measured (docs/pages/results)
 
 
 def method_at(name: str, layer: str) -> str:

@@ -22,7 +22,7 @@ from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Float, Int
 
 # Share of the mean eigenvalue added to a gradient metric: directions in which few calibration
-# tokens saw a gradient must not be free. 0.01 and 0.1 measured the same (CHANGELOG, "Tried").
+# tokens saw a gradient must not be free. 0.01 and 0.1 measured the same (docs/pages/tried.md).
 GRADIENT_DAMPING = 1e-2
 JITTER = 1e-6  # least ridge of a refit, see `own_unit`
 EMPTY = 1e-10  # share of the mean energy that an empty column counts as
@@ -148,7 +148,7 @@ def metric_pca(
       left, right, spectrum (non-increasing). Without a metric ``right`` is orthonormal; with one,
       column j of ``left`` and row j of ``right`` have equal norms.
 
-    Source: Eckart-Young in the metric's coordinates; specs of LoRD §3.1.
+    Source: Eckart-Young in the metric's coordinates; theory/lord_rom §3.1.
     """
     if metric is None:
         spectrum, basis = eigh_descending(outputs)
@@ -281,7 +281,7 @@ def nested_refit(
     Returns:
       L, R.
 
-    Source: block form of the normal equations; specs of MoDeGPT §2.3.
+    Source: block form of the normal equations; theory/modegpt §2.3.
     """
     lower = jittered(gram, ridge, unit(jnp.diagonal(gram)))
     return lower, mm(lower.T, kernel)

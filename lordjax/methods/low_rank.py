@@ -24,11 +24,11 @@ lord           E xᵀx                   E gᵀg (gradients)   no
 Why values are not centred: an attention head that has nothing to do looks at a sink token, whose
 value is close to zero. The bias that restores the *mean* value is added to the sink's value too,
 and through the sink's attention weight to every output. With all layers centred SmolLM2's
-perplexity at keep 0.8 is 136, with none 86, with all but the values 74 (README, "Measured").
+perplexity at keep 0.8 is 136, with none 86, with all but the values 74 (docs, results).
 
 Sources: FWSVD arXiv 2207.00112; ASVD 2312.05821; SVD-LLM 2403.07378; LoRD 2309.14021 and AFM
 (AAAI 2023); ROM 2312.07046. That ASVD's ``svd(S K) S⁻¹`` and SVD-LLM's whitening are this formula
-without the inverse is shown in specs §3.2.
+without the inverse is shown in theory/lord_rom §3.2.
 """
 
 from __future__ import annotations

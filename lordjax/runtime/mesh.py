@@ -231,7 +231,7 @@ def map_kernels(
                     running.append(run(job))  # returns before it is finished
                 if device.platform == "cpu":
                     # Its devices share cores, and of programs with loops and large products that
-                    # run at once a product lacks a part now and then (jaxlib 0.10.2; CHANGELOG).
+                    # run at once a product lacks a part now and then (docs/pages/tried.md).
                     jax.block_until_ready(running[-1])
             else:
                 running.append(jax.eval_shape(functools.partial(run, job)))

@@ -150,7 +150,7 @@ def measure(
 
 
 def published(weight: Any, form: Any, rank: int, steps: int) -> float:
-    """Error of LQ-LoRA's loop as its specification (section 2) has it, in PyTorch."""
+    """Error of LQ-LoRA's published loop (theory/lq_lora §2.1), in PyTorch."""
     import torch
 
     torch.manual_seed(0)

@@ -82,7 +82,7 @@ LORDCODER = {4480: 14.983, 4096: 14.511, 3584: 13.882, 3072: 13.253, 2560: 12.62
 
 @pytest.mark.parametrize(("rank", "billions"), LORDCODER.items())
 def test_lordcoder_sizes(rank, billions):
-    """The released models of LoRD (specs §2.3): one MLP matrix of every StarCoder block."""
+    """The released LoRD models (theory/lord_rom §2.3): one MLP matrix of every StarCoder block."""
     config = model_config(STARCODER)
     sizes = site_sizes(shapes.shapes(config), "lord-linear")
     plan = Plan("lord-linear", policies.ranks_by_pattern(sizes, {"mlp/down": rank}), None, "given")
@@ -99,7 +99,7 @@ def test_lordcoder_sizes(rank, billions):
     ],
 )
 def test_rom_sizes(keep, ranks, billions, gmacs):
-    """ROM's LLaMA-7B (specs §4.3): ranks, parameters, multiplications of 64 tokens."""
+    """ROM's LLaMA-7B (theory/lord_rom §4.3): ranks, parameters, multiplications of 64 tokens."""
     config = model_config(LLAMA_7B)
     plan = shapes.plan_by_shapes(config, "rom", keep, "last-k")
     chosen = plan.ranks["layer_31/attention/q/kernel"], plan.ranks["layer_31/mlp/up/kernel"]

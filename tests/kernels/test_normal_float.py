@@ -1,4 +1,4 @@
-"""The theory of the NormalFloat quantiser: specs of LQ-LoRA §8, tests 1 to 11."""
+"""The theory of the NormalFloat quantiser: theory/lq_lora §8.1."""
 
 import functools
 
@@ -249,7 +249,7 @@ def test_nearest_to_the_scale_that_is_stored(form):
     np.testing.assert_allclose(error, best, rtol=0, atol=1e-6)
 
 
-# --- numbers of the specification ----------------------------------------------------------------
+# --- reference values (theory/lq_lora §1.7) ------------------------------------------------------
 
 GOLDEN = {
     Format(4, 8, "float32", 16, 16): (

@@ -119,7 +119,7 @@ WEIGHTINGS = {
 every_weighting = pytest.mark.parametrize("weighting", WEIGHTINGS)
 
 
-# --- the best product (specs §8, 12 to 15) -------------------------------------------------------
+# --- the best product (theory/lq_lora §8.2) ------------------------------------------------------
 
 
 @pytest.mark.parametrize(("shape", "width"), [(SHAPE, 40), (SHAPE[::-1], 45)])
@@ -220,7 +220,7 @@ def test_special_second_moments():
     np.testing.assert_allclose(diagonal, vector, atol=1e-4)
 
 
-# --- the alternation (specs §8, 17 to 21) --------------------------------------------------------
+# --- the alternation (theory/lq_lora §8.3) -------------------------------------------------------
 
 
 @every_weighting

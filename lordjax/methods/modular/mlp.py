@@ -25,7 +25,7 @@ otherwise compile for every width, and multiply in float64.
 Arrays are in head form: q ``[m, h, d]``, k and v ``[m, k, d]``, o ``[h, d, m]``; h query heads, k
 key/value heads, d head width, m model width, f MLP width.
 
-Source: MoDeGPT, arXiv 2408.09632; specs of MoDeGPT §2 to §4 for the exact, cheaper forms.
+Source: MoDeGPT, arXiv 2408.09632; theory/modegpt §2 to §4 for the exact, cheaper forms.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from lordjax.methods.modular.metric import Arrays, double, dropped, metric
 
 RIDGE = 1e-4  # of the leverage scores, relative to the mean energy of a column
 # Ridge λ of an MLP's fit, of every neuron's own energy, in neurons per token. That shrinks the
-# correlations by 1 + λ: those of many neurons are not believed as few tokens show them (CHANGELOG).
+# correlations by 1 + λ: those of many neurons are not believed as few tokens show them.
 # And with few tokens it is not the rounding of a singular matrix that chooses the neurons.
 SHRINKAGE = 1.0
 

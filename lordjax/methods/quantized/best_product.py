@@ -58,7 +58,7 @@ def best_product(
     """The product of a rank that is closest to ``matrix``, by subspace iteration.
 
     With ``A = √c·matrixᵀ H matrix·√c`` and V its leading eigenvectors, it is
-    ``matrix·√c V Vᵀ/√c``: no root of H and no inverse is needed (specs §7.3a).
+    ``matrix·√c V Vᵀ/√c``: no root of H and no inverse is needed (theory/lq_lora §7.3a).
 
     Args:
       matrix: what to approximate.

@@ -8,12 +8,12 @@ second moment of the inputs. With ``H = U D Uᵀ``, U unit upper triangular::
 which makes the measure ``Σ_k D_k |z_k - Q_k|²``: rounding errors that know nothing of each other,
 each at the price D_k ≤ H_kk. The scales are known before the first code: of each block of W that
 share of its largest magnitude which loses least at those prices. Without prices and feedback such
-shares are worse than none (specs §9): what is cut off are outliers, which matter most.
+shares are worse than none (theory/lq_lora §9): what is cut off are outliers, which matter most.
 
 Inputs are taken by falling H_kk, the dearest while most others can still make up for them. As the
 scales are fixed this costs nothing in storage, unlike GPTQ's, which follow the order.
 
-Sources: GPTQ, arXiv 2210.17323; LDLQ, 2307.13304; specs of LQ-LoRA §7.3b.
+Sources: GPTQ, arXiv 2210.17323; LDLQ, 2307.13304; theory/lq_lora §7.3b.
 """
 
 from __future__ import annotations

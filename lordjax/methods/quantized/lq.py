@@ -25,7 +25,7 @@ so that it is optimal for its codes; the quantised start is a candidate, so that
 than the codes alone; full H at no inverse; subspaces carried from one alternation to the next,
 which saves most of an SVD; the rank is traced.
 
-Sources: LQ-LoRA, arXiv 2311.12023; LoftQ, 2310.08659; QERA, 2410.06040; specs of LQ-LoRA §2, §7.
+Sources: LQ-LoRA, arXiv 2311.12023; LoftQ, 2310.08659; QERA, 2410.06040; theory/lq_lora §2, §7.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from lordjax.methods.quantized.best_product import (
 from lordjax.methods.quantized.error_feedback import quantize
 from lordjax.methods.quantized.weightings import Weights
 
-STEPS = 10  # alternations; the first five gain most, at 2 bits more lose (CHANGELOG)
+STEPS = 10  # alternations; the first five gain most, at 2 bits more lose (theory/lq_lora §2.5)
 
 
 class Decomposition(NamedTuple):
