@@ -6,7 +6,7 @@ import random
 import jax
 import numpy as np
 import pytest
-from interrupted import MODEL, TOKENS, Killed
+from interrupted import CONFIG, MODEL, TOKENS, Killed
 
 from lordjax import checkpoint, elastic
 from lordjax.compression import compress
