@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from blocks import shifted
 
 from lordjax import checkpoint, elastic, nf, trees
 from lordjax.compression import compress, prepare
 from lordjax.evaluate import perplexity
 from lordjax.kernels import LowRank, LowRankPlusQuantized, NFQuantized, nbytes
-from lordjax.models import ModelConfig, Transformer, init
+from lordjax.models import ModelConfig, Transformer
 from lordjax.options import QUANTIZERS, Option
 from lordjax.plan import Plan
 from lordjax.prepared import verify
@@ -36,9 +37,7 @@ FIRST = "layer_0/attention/q/kernel"
 
 @pytest.fixture(scope="module")
 def params():
-    tree = init(CONFIG, jax.random.key(0))
-    # Off their initial values, so that forgetting a norm shows.
-    return jax.tree.map(lambda a: a + 0.1 * jnp.cos(jnp.arange(a.size)).reshape(a.shape), tree)
+    return shifted(CONFIG)
 
 
 @pytest.fixture(scope="module")
