@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from blocks import SMALL, shifted
 
 from lordjax import InMemory, compress, prepare
 from lordjax.allocation.plan import Plan
@@ -29,17 +30,11 @@ from lordjax.names import layer_index
 from lordjax.runtime.progress import Clock
 from lordjax.storage import checkpoint
 
-CONFIG = ModelConfig(97, 48, 80, 3, 6, 2, 8, 256, tie_embeddings=True)
+CONFIG = SMALL
 BIASED = dataclasses.replace(CONFIG, qkv_bias=True, out_bias=True, mlp_bias=True)
 STATIC = dataclasses.replace(BIASED, rope=None)
 TOKENS = np.random.default_rng(0).integers(0, 97, (8, 40)).astype(np.int32)
 MODULAR = sorted(name for name, method in METHODS.items() if method.modules)
-
-
-@functools.cache
-def model(config):
-    tree = init(config, jax.random.key(0))
-    return jax.tree.map(lambda a: a + 0.1 * jnp.cos(jnp.arange(a.size)).reshape(a.shape), tree)
 
 
 def logits(config, params, tokens=TOKENS):
@@ -55,7 +50,7 @@ def by_hand(prepared, **widths):
 @pytest.mark.parametrize("config", [CONFIG, BIASED, STATIC], ids=["plain", "biased", "static"])
 @pytest.mark.parametrize("method", ["modegpt-published", "modegpt-cr"])
 def test_modules_become_narrower_and_work(config, method):
-    prepared = prepare(InMemory(config, model(config)), TOKENS, method=method)
+    prepared = prepare(InMemory(config, shifted(config)), TOKENS, method=method)
     result = prepared.apply(by_hand(prepared, vo=6, mlp=40, qk=4))
     block = trees.flatten(result.params["layer_1"])
     assert block["mlp/up/kernel"].shape == (48, 40)
@@ -65,14 +60,14 @@ def test_modules_become_narrower_and_work(config, method):
     assert block["attention/q/kernel"].shape == (48, 6 * 4)
     assert ("attention/rope_index" in block) == (config.rope is not None)
     assert not any(isinstance(leaf, LowRank) for leaf in block.values())
-    expected, got = (logits(config, p) for p in (model(config), result.params))
+    expected, got = (logits(config, p) for p in (shifted(config), result.params))
     # Half of an untrained model is missing; unrelated logits would give twice their variance.
     assert 0 < np.mean((got - expected) ** 2) < np.mean(expected**2)
 
 
 @pytest.mark.parametrize("config", [CONFIG, BIASED], ids=["plain", "biased"])
 def test_modegpt_is_a_narrow_mlp_and_low_rank_attention(config):
-    prepared = prepare(InMemory(config, model(config)), TOKENS, method="modegpt")
+    prepared = prepare(InMemory(config, shifted(config)), TOKENS, method="modegpt")
     assert {path.split("/", 1)[1] for path in prepared.sizes} == {
         "mlp",
         *(f"attention/{name}/kernel" for name in "qkvo"),
@@ -82,7 +77,7 @@ def test_modegpt_is_a_narrow_mlp_and_low_rank_attention(config):
     assert block["mlp/gate/kernel"].shape == (48, 40)
     assert all(block[f"attention/{n}/kernel"].rank == 5 for n in "qkvo")
     wide = replace_kernels(
-        model(config)["layer_1"], 1, prepared.factors, plan.ranks, "modegpt", config, widened=True
+        shifted(config)["layer_1"], 1, prepared.factors, plan.ranks, "modegpt", config, widened=True
     )
     x = jnp.cos(jnp.arange(2.0 * 9 * 48)).reshape(2, 9, 48)
     narrow, widened = (
@@ -94,7 +89,7 @@ def test_modegpt_is_a_narrow_mlp_and_low_rank_attention(config):
 
 @pytest.mark.parametrize("method", MODULAR)
 def test_round_trip_with_rotary_indices(tmp_path, method):
-    result = compress(InMemory(CONFIG, model(CONFIG)), TOKENS, method=method, keep=0.6)
+    result = compress(InMemory(CONFIG, shifted(CONFIG)), TOKENS, method=method, keep=0.6)
     checkpoint.save(tmp_path / "m", CONFIG, result.params, hf_config={}, plan=result.plan)
     config, params = elastic.load(tmp_path / "m")
     jax.tree.map(np.testing.assert_array_equal, params, result.params)
@@ -112,7 +107,7 @@ def test_round_trip_with_rotary_indices(tmp_path, method):
 )
 @pytest.mark.parametrize("method", ["modegpt-cr", pytest.param("modegpt", marks=pytest.mark.slow)])
 def test_a_compressed_model_is_compressed_again(config, method):
-    first = compress(InMemory(config, model(config)), TOKENS, method=method, keep=0.8)
+    first = compress(InMemory(config, shifted(config)), TOKENS, method=method, keep=0.8)
     again = compress(InMemory(config, first.params), TOKENS, method=method, keep=0.8)
     assert again.report["plan"]["kept"] <= 0.8
     assert again.report["bytes"] < first.report["bytes"]
@@ -122,7 +117,7 @@ def test_a_compressed_model_is_compressed_again(config, method):
 def test_a_bias_that_appears_is_charged_to_the_budget():
     """Qwen2: the values have a bias and the output projection none; it is there after."""
     qwen = dataclasses.replace(CONFIG, qkv_bias=True)
-    prepared = prepare(InMemory(qwen, model(qwen)), TOKENS, method="modegpt-cr")
+    prepared = prepare(InMemory(qwen, shifted(qwen)), TOKENS, method="modegpt-cr")
     assert prepared.curves()["layer_0/attention/vo"].extra == CONFIG.hidden_size
     params = prepared.apply(by_hand(prepared, vo=4)).params
     assert params["layer_0"]["attention"]["o"]["bias"].shape == (48,)
@@ -131,7 +126,7 @@ def test_a_bias_that_appears_is_charged_to_the_budget():
 
 def test_another_dtype_leaves_indices_alone():
     result = compress(
-        InMemory(CONFIG, model(CONFIG)), TOKENS, method="modegpt-cr", keep=0.5, dtype=jnp.bfloat16
+        InMemory(CONFIG, shifted(CONFIG)), TOKENS, method="modegpt-cr", keep=0.5, dtype=jnp.bfloat16
     )
     dtypes = {p.rsplit("/", 1)[1]: a.dtype for p, a in trees.flatten(result.params).items()}
     assert dtypes["kernel"] == jnp.bfloat16
@@ -140,7 +135,7 @@ def test_another_dtype_leaves_indices_alone():
 
 def test_attention_keeps_its_scale():
     """Columns that are zero may go, and nothing changes: the scale is that of the whole head."""
-    params = trees.flatten(model(CONFIG)["layer_0"])
+    params = trees.flatten(shifted(CONFIG)["layer_0"])
     pairs = np.array([[0, 2], [1, 3]], np.int32)
     kernels = gather("qk", params, CONFIG)
     keep = np.zeros((2, 8), bool)
@@ -168,12 +163,12 @@ def test_attention_keeps_its_scale():
 @pytest.mark.parametrize("config", [BIASED, STATIC], ids=["rotary", "static"])
 @pytest.mark.parametrize("method", ["modegpt-cr", "modegpt-published"])
 def test_a_widened_module_is_the_same_function(config, method):
-    prepared = prepare(InMemory(config, model(config)), TOKENS, method=method)
+    prepared = prepare(InMemory(config, shifted(config)), TOKENS, method=method)
     plan = by_hand(prepared, qk=4, vo=5, mlp=33)
     narrow = prepared.apply(plan).params
     blocks = {
         f"layer_{i}": replace_kernels(
-            model(config)[f"layer_{i}"],
+            shifted(config)[f"layer_{i}"],
             i,
             prepared.factors,
             plan.ranks,
@@ -183,14 +178,14 @@ def test_a_widened_module_is_the_same_function(config, method):
         )
         for i in range(3)
     }
-    wide = {**model(config), **blocks}
-    for path, leaf in trees.flatten(model(config)).items():
+    wide = {**shifted(config), **blocks}
+    for path, leaf in trees.flatten(shifted(config)).items():
         assert trees.flatten(wide)[path].shape == leaf.shape
     np.testing.assert_allclose(logits(config, wide), logits(config, narrow), atol=2e-4)
 
 
 def test_scatter_inverts_gather():
-    params = trees.flatten(model(BIASED)["layer_2"])
+    params = trees.flatten(shifted(BIASED)["layer_2"])
     for kind in ("qk", "vo", "mlp"):
         back = scatter(kind, gather(kind, params, BIASED), params)
         for path, leaf in params.items():
@@ -199,7 +194,7 @@ def test_scatter_inverts_gather():
 
 def test_bias_of_the_values_goes_through_attention_as_it_is():
     """Nothing is lost at full width of one direction less than none: exact before truncation."""
-    params = model(BIASED)
+    params = shifted(BIASED)
     prepared = prepare(InMemory(BIASED, params), TOKENS, method="modegpt-published")
     blocks = trees.flatten(params["layer_0"])
     kernels = gather("vo", blocks, BIASED)
@@ -215,7 +210,7 @@ def test_bias_of_the_values_goes_through_attention_as_it_is():
 
 def test_gates_are_derivatives_by_the_size_of_pairs():
     """Σ tokens of a gate is the derivative of the loss by a factor on the pair's queries."""
-    params, tokens = model(CONFIG), TOKENS[:1]
+    params, tokens = shifted(CONFIG), TOKENS[:1]
     stats = gradient_statistics(
         InMemory(CONFIG, params), Calibration(tokens, None, 1), METHODS["modegpt-cr"], Clock()
     )
@@ -243,7 +238,7 @@ def test_gates_are_derivatives_by_the_size_of_pairs():
 
 
 def test_block_influence_and_its_temperature():
-    prepared = prepare(InMemory(CONFIG, model(CONFIG)), TOKENS, method="modegpt-published")
+    prepared = prepare(InMemory(CONFIG, shifted(CONFIG)), TOKENS, method="modegpt-published")
     assert sorted(prepared.influences) == [0, 1, 2]
     assert all(0 <= s <= 2 for s in prepared.influences.values())
     assert len(prepared.held_out) == 1  # never in the statistics, never from evaluation data
@@ -261,7 +256,7 @@ def test_block_influence_and_its_temperature():
     assert chosen == prepared.plan(0.6, temperature=chosen.temperature)
     assert "comparison" in prepared.report["seconds"]
     with pytest.raises(ValueError, match="prepared without"):
-        prepare(InMemory(CONFIG, model(CONFIG)), TOKENS, method="modegpt").plan(
+        prepare(InMemory(CONFIG, shifted(CONFIG)), TOKENS, method="modegpt").plan(
             0.6, "block-influence"
         )
 
@@ -270,17 +265,17 @@ def test_padded_calibration_needs_a_temperature():
     mask = np.ones(TOKENS.shape, bool)
     mask[:, 30:] = False
     prepared = prepare(
-        InMemory(CONFIG, model(CONFIG)), TOKENS, method="modegpt-published", mask=mask
+        InMemory(CONFIG, shifted(CONFIG)), TOKENS, method="modegpt-published", mask=mask
     )
     prepared.plan(0.6, temperature=0.1)
     with pytest.raises(ValueError, match="name a temperature"):
         prepared.plan(0.6)
     with pytest.raises(ValueError, match="one calibration window"):
-        prepare(InMemory(CONFIG, model(CONFIG)), TOKENS[:1], method="modegpt-published")
+        prepare(InMemory(CONFIG, shifted(CONFIG)), TOKENS[:1], method="modegpt-published")
 
 
 def test_widths_of_rotary_heads_are_even():
-    prepared = prepare(InMemory(CONFIG, model(CONFIG)), TOKENS, method="modegpt-cr")
+    prepared = prepare(InMemory(CONFIG, shifted(CONFIG)), TOKENS, method="modegpt-cr")
     for keep in (0.9, 0.7, 0.45):
         plan = prepared.plan(keep, tile=1)
         assert all(r is None or r % 2 == 0 for p, r in plan.ranks.items() if p.endswith("qk"))
@@ -293,8 +288,8 @@ def test_widths_of_rotary_heads_are_even():
 @pytest.mark.parametrize("prefix", ["compressed", "corrective"])
 def test_sequential_statistics_help_modules(prefix):
     """Statistics of what the compressed prefix feeds a module do no harm to the final logits."""
-    source = InMemory(CONFIG, model(CONFIG))
-    expected = logits(CONFIG, model(CONFIG))
+    source = InMemory(CONFIG, shifted(CONFIG))
+    expected = logits(CONFIG, shifted(CONFIG))
 
     def error(prefix):
         prepared = prepare(source, TOKENS, method="modegpt-cr", prefix=prefix)
@@ -308,7 +303,7 @@ def test_sequential_statistics_help_modules(prefix):
 @pytest.mark.parametrize("prefix", ["compressed", "corrective"])
 @pytest.mark.parametrize("config", [BIASED, STATIC], ids=["biased", "static"])
 def test_sequential_statistics_on_every_kind_of_head(config, prefix):
-    source = InMemory(config, model(config))
+    source = InMemory(config, shifted(config))
     result = compress(source, TOKENS, method="modegpt-cr", keep=0.7, prefix=prefix)
     assert result.report["plan"]["kept"] <= 0.7
     assert np.isfinite(logits(config, result.params)).all()
@@ -316,7 +311,7 @@ def test_sequential_statistics_on_every_kind_of_head(config, prefix):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_sources_give_half_precision_results(dtype):
-    half = jax.tree.map(lambda a: a.astype(dtype), model(BIASED))
+    half = jax.tree.map(lambda a: a.astype(dtype), shifted(BIASED))
     result = compress(InMemory(BIASED, half), TOKENS, method="modegpt-cr", keep=0.7)
     for path, leaf in trees.flatten(result.params).items():
         assert leaf.dtype == (np.int32 if path.endswith("rope_index") else dtype), path
@@ -326,7 +321,7 @@ def test_padding_changes_nothing_in_modules():
     padded = np.concatenate([TOKENS, np.full((8, 10), 3, np.int32)], axis=1)
     mask = np.ones(padded.shape, bool)
     mask[:, 40:] = False
-    source = InMemory(CONFIG, model(CONFIG))
+    source = InMemory(CONFIG, shifted(CONFIG))
     plain = prepare(source, TOKENS, method="modegpt-cr").factors
     masked = prepare(source, padded, method="modegpt-cr", mask=mask).factors
     for path, factors in plain.items():
@@ -336,7 +331,7 @@ def test_padding_changes_nothing_in_modules():
 
 def test_decode_order_does_not_matter_to_a_narrow_model():
     """Logits of a prefix do not depend on what follows: the mask is causal at every width."""
-    result = compress(InMemory(CONFIG, model(CONFIG)), TOKENS, method="modegpt-cr", keep=0.5)
+    result = compress(InMemory(CONFIG, shifted(CONFIG)), TOKENS, method="modegpt-cr", keep=0.5)
     whole = logits(CONFIG, result.params)[:, :11]
     np.testing.assert_allclose(logits(CONFIG, result.params, TOKENS[:, :11]), whole, atol=1e-4)
     assert Rope() == CONFIG.rope
@@ -354,7 +349,7 @@ def test_decode_order_does_not_matter_to_a_narrow_model():
 )
 @pytest.mark.parametrize("method", ["modegpt-published", "modegpt-cr"])
 def test_all_modules_at_full_width_are_the_same_model(config, method, dtype, tolerance):
-    params = jax.tree.map(lambda a: a.astype(dtype), model(config))
+    params = jax.tree.map(lambda a: a.astype(dtype), shifted(config))
     prepared = prepare(InMemory(config, params), TOKENS, method=method)
     full = by_hand(prepared, qk=8, vo=8, mlp=80).ranks  # `apply` refuses full widths
     blocks = {
@@ -371,7 +366,7 @@ def test_all_modules_at_full_width_are_the_same_model(config, method, dtype, tol
 def test_slicing_commutes_with_the_gate(activation):
     """Bit for bit: whole numbers, so that no order of summation rounds."""
     config, rng = dataclasses.replace(BIASED, activation=activation), np.random.default_rng(0)
-    block = trees.flatten(model(config)["layer_0"])
+    block = trees.flatten(shifted(config)["layer_0"])
     flat = {p: np.float32(rng.integers(-3, 4, a.shape)) for p, a in block.items()}
     kept = np.sort(rng.permutation(80)[:48])
     new = narrow_mlp(gather("mlp", flat, config), ModuleFactors(None, {"order": kept}), 48)
@@ -391,7 +386,7 @@ ROPES = [Rope(), Rope(kind="llama3", **SCALED), Rope(kind="yarn", **SCALED)]
 @pytest.mark.parametrize("rope", ROPES, ids=lambda rope: rope.kind)
 def test_kept_pairs_turn_as_before(rope):
     config = dataclasses.replace(CONFIG, rope=rope)
-    prepared = prepare(InMemory(config, model(config)), TOKENS, method="modegpt-cr")
+    prepared = prepare(InMemory(config, shifted(config)), TOKENS, method="modegpt-cr")
     params = prepared.apply(by_hand(prepared, qk=4)).params
     index = params["layer_0"]["attention"]["rope_index"]
     assert index.shape == (2, 2)
@@ -403,13 +398,13 @@ def test_kept_pairs_turn_as_before(rope):
 
     for name, heads in (("queries", 6), ("keys", 2)):
         at = np.repeat(columns, heads // 2, axis=0)[None, None]
-        expected = np.take_along_axis(tap(model(config), name, heads), at, axis=-1)
+        expected = np.take_along_axis(tap(shifted(config), name, heads), at, axis=-1)
         np.testing.assert_allclose(tap(params, name, heads), expected, atol=1e-4)
 
 
 def test_influence_of_the_last_block_is_before_the_final_norm():
     norm = {"scale": jnp.linspace(-2.0, 5.0, 48)}
-    params = {**model(CONFIG), "final_norm": norm}
+    params = {**shifted(CONFIG), "final_norm": norm}
     prepared = prepare(InMemory(CONFIG, params), TOKENS, method="modegpt-published")
     tokens, positions = prepared.calibration.tokens, jnp.arange(40)[None]
     x = Transformer(CONFIG).apply({"params": params}, tokens, method=Transformer.embed_tokens)
@@ -422,7 +417,7 @@ def test_influence_of_the_last_block_is_before_the_final_norm():
 
 
 def test_round_trip_of_different_widths(tmp_path):
-    prepared = prepare(InMemory(CONFIG, model(CONFIG)), TOKENS, method="modegpt-cr")
+    prepared = prepare(InMemory(CONFIG, shifted(CONFIG)), TOKENS, method="modegpt-cr")
     widths = {"mlp": (40, 48, 56), "qk": (4, 2, 6), "vo": (3, 5, None)}
     ranks = {p: widths[p.rsplit("/", 1)[1]][layer_index(p)] for p in prepared.sizes}
     result = prepared.apply(Plan("modegpt-cr", ranks, 0.5, "by hand"))
@@ -437,7 +432,7 @@ def test_round_trip_of_different_widths(tmp_path):
 
 @pytest.mark.parametrize("method", ["modegpt-cr", "modegpt-published"])
 def test_modules_do_not_depend_on_the_batch_size(method):
-    source = InMemory(CONFIG, model(CONFIG))
+    source = InMemory(CONFIG, shifted(CONFIG))
     one, four = (prepare(source, TOKENS, method=method, batch_size=n) for n in (1, 4))
     for path, factors in one.factors.items():
         scale = 1e-3 * factors.spectrum.sum()
@@ -445,7 +440,7 @@ def test_modules_do_not_depend_on_the_batch_size(method):
 
 
 def test_the_temperature_of_least_held_out_loss_is_chosen():
-    params = model(CONFIG)
+    params = shifted(CONFIG)
     prepared = prepare(InMemory(CONFIG, params), TOKENS, method="modegpt-published")
     np.testing.assert_array_equal(prepared.held_out, TOKENS[-1:])
     np.testing.assert_array_equal(prepared.calibration.tokens, TOKENS[:-1])
@@ -466,7 +461,7 @@ def test_the_temperature_of_least_held_out_loss_is_chosen():
 
 
 def test_queries_and_keys_have_a_rate_of_their_own():
-    prepared = prepare(InMemory(CONFIG, model(CONFIG)), TOKENS, method="modegpt-cr")
+    prepared = prepare(InMemory(CONFIG, shifted(CONFIG)), TOKENS, method="modegpt-cr")
 
     def kept(factor):
         sensitivity = {p: factor if p.endswith("qk") else 1.0 for p in prepared.sizes}
@@ -486,13 +481,13 @@ def test_queries_and_keys_have_a_rate_of_their_own():
 @pytest.mark.parametrize("method", ["modegpt", "modegpt-cr"])
 def test_values_that_leave_directions_out(method):
     """Fewer tokens than directions: what is left over is rounding, of either sign."""
-    source = InMemory(CONFIG, model(CONFIG))
+    source = InMemory(CONFIG, shifted(CONFIG))
     tokens = TOKENS[:1, :6]
     result = compress(source, tokens, method=method, keep=0.6)
     assert all(np.isfinite(a).all() for a in jax.tree.leaves(result.params))
     before, after = (
         np.asarray(Transformer(CONFIG).apply({"params": params}, tokens))
-        for params in (model(CONFIG), result.params)
+        for params in (shifted(CONFIG), result.params)
     )
     assert np.abs(after).max() < 3 * np.abs(before).max()
 
@@ -504,7 +499,7 @@ def test_corrective_prefix_fits_the_untouched_output(monkeypatch):
     plain = mlp_module(("moments", "gradients"), score="elimination")
     unshrunk = dataclasses.replace(row, modules={**row.modules, "mlp": plain})
     monkeypatch.setitem(METHODS, "unshrunk", unshrunk)
-    source, angles = InMemory(CONFIG, model(CONFIG)), {}
+    source, angles = InMemory(CONFIG, shifted(CONFIG)), {}
 
     def taps(params):
         _, state = Transformer(CONFIG).apply({"params": params}, TOKENS, mutable=["taps"])
@@ -515,7 +510,7 @@ def test_corrective_prefix_fits_the_untouched_output(monkeypatch):
     for prefix in ("compressed", "corrective"):
         prepared = prepare(source, TOKENS, method="unshrunk", prefix=prefix)
         kept, out = taps(prepared.apply(by_hand(prepared, mlp=24)).params)
-        target = taps(model(CONFIG))[1]
+        target = taps(shifted(CONFIG))[1]
         gap = kept.T @ (target - out)
         angles[prefix] = np.linalg.norm(gap) / np.linalg.norm(kept.T @ target)
     assert angles["corrective"] < 0.1 * angles["compressed"]
@@ -526,10 +521,10 @@ def test_an_intercept_becomes_a_bias_of_the_model(monkeypatch):
     base = METHODS["modegpt-published"]
     row = dataclasses.replace(base, modules={"mlp": module}, allocation="uniform")
     monkeypatch.setitem(METHODS, "intercept", row)
-    prepared = prepare(InMemory(CONFIG, model(CONFIG)), TOKENS, method="intercept")
+    prepared = prepare(InMemory(CONFIG, shifted(CONFIG)), TOKENS, method="intercept")
     assert prepared.curves()["layer_0/mlp"].extra == 48
     means = []
-    for params in (model(CONFIG), prepared.apply(by_hand(prepared, mlp=40)).params):
+    for params in (shifted(CONFIG), prepared.apply(by_hand(prepared, mlp=40)).params):
         _, state = Transformer(CONFIG).apply({"params": params}, TOKENS, mutable=["taps"])
         out = np.asarray(state["taps"]["layer_0"]["mlp"]["down"]["out"])
         bias = np.asarray(params["layer_0"]["mlp"]["down"].get("bias", 0))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from blocks import shifted
 
 from lordjax.allocation.candidates import QUANTIZERS, Option
 from lordjax.allocation.plan import Plan
@@ -19,7 +20,7 @@ from lordjax.kernels import normal_float, trees
 from lordjax.kernels.base import nbytes
 from lordjax.kernels.low_rank import LowRank
 from lordjax.kernels.quantized import LowRankPlusQuantized, NFQuantized
-from lordjax.models import ModelConfig, Transformer, init
+from lordjax.models import ModelConfig, Transformer
 from lordjax.models.sites import LINEAR_SITES, site_path
 from lordjax.models.source import InMemory
 from lordjax.storage import checkpoint
@@ -40,9 +41,7 @@ FIRST = "layer_0/attention/q/kernel"
 
 @pytest.fixture(scope="module")
 def params():
-    tree = init(CONFIG, jax.random.key(0))
-    # Off their initial values, so that forgetting a norm shows.
-    return jax.tree.map(lambda a: a + 0.1 * jnp.cos(jnp.arange(a.size)).reshape(a.shape), tree)
+    return shifted(CONFIG)
 
 
 @pytest.fixture(scope="module")

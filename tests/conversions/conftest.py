@@ -21,3 +21,17 @@ def saved(tmp_path_factory):
         return model, open_checkpoint(directory)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def model():
+    pytest.importorskip("torch")
+    from hf_models import hf_model
+
+    return hf_model("llama", {})
+
+
+@pytest.fixture
+def directory(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    return tmp_path

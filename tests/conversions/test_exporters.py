@@ -14,11 +14,9 @@ from hf_models import CASES, hf_model, logits, some_tokens
 from safetensors.numpy import load_file, save_file
 
 from lordjax import factorize, save
-from lordjax.conversions.exporters import modeling_lordjax as code
 from lordjax.conversions.exporters import verify as verification
 from lordjax.conversions.exporters.export import EXPORTS, export
 from lordjax.conversions.exporters.orbax import restore_orbax
-from lordjax.conversions.exporters.torch_layer import arrays_of, spec_of
 from lordjax.conversions.exporters.verify import RELOAD, verify
 from lordjax.conversions.families.registry import FAMILIES, tensor_table
 from lordjax.conversions.readers.checkpoint import open_checkpoint
@@ -31,15 +29,19 @@ from lordjax.storage.saved_model import open_saved
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+
+
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"  # PEFT asks for it
 )
 
 TOKENS = some_tokens()
+
 FORMATS = [
     normal_float.Format(4, 8, "float32", 64, 256),
     normal_float.Format(3, 4, "bfloat16", 16, 16),
 ]
+
 KERNEL = r"layer_\d+/.*kernel"
 
 
@@ -124,6 +126,7 @@ def _narrow_mlp(arrays, i, config, rng):
 
 
 NARROWED = {"qk": _narrow_qk, "vo": _narrow_vo, "mlp": _narrow_mlp}
+
 VARIANTS = {"pairs": pairs, "codes": codes, "narrow": narrow}
 
 
@@ -284,47 +287,6 @@ def test_codes_survive_other_dtypes(made, tmp_path):
     ):
         weight = model.get_submodule(name).weight
         np.testing.assert_allclose(weight.numpy().T, expected, rtol=1e-6)
-
-
-# --- the torch code ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("bits", normal_float.BITS)
-def test_levels_of_the_torch_code(bits):
-    np.testing.assert_array_equal(
-        np.asarray(code.levels(bits), np.float32), normal_float.levels(bits)
-    )
-
-
-@pytest.mark.parametrize("form", normal_float.grid()[::29])
-def test_codes_of_the_torch_code(form):
-    """Sizes that no block divides."""
-    kernel = NFQuantized.encode(jax.random.normal(jax.random.key(0), (37, 29)), form)
-    module = code.kernel(spec_of(kernel))
-    state = {name: torch.tensor(array) for name, array in arrays_of(kernel)}
-    module.load_state_dict(state)
-    np.testing.assert_allclose(module.dense().numpy().T, kernel.materialize(), rtol=1e-6)
-
-
-def test_the_computed_weight_is_what_the_layer_multiplies_with():
-    torch.manual_seed(0)
-    spec = {
-        "shape": [7, 9],
-        "bias": True,
-        "inputs": 5,
-        "outputs": 6,
-        "parts": [{"kind": "dense", "shape": [5, 4]}, {"kind": "dense", "shape": [5, 2]}],
-    }
-    layer = code.CompressedLinear(spec)
-    for parameter in layer.parameters():
-        torch.nn.init.normal_(parameter)
-    layer.inputs.copy_(torch.tensor([6, 0, 2, 3, 1]))
-    layer.outputs.copy_(torch.tensor([8, 1, 0, 4, 7, 5]))
-    x = torch.randn(3, 7)
-    expected = torch.nn.functional.linear(x, layer.weight, layer.bias)
-    torch.testing.assert_close(layer(x), expected)
-    assert layer.weight.shape == (9, 7)
-    assert not layer.weight[[2, 3, 6]].any() and not layer.weight[:, [4, 5]].any()
 
 
 # --- biases --------------------------------------------------------------------------------------

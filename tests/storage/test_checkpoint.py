@@ -1,6 +1,5 @@
 """The artifact: exact, self-describing, of the reported size, and never half-written."""
 
-import functools
 import json
 import shutil
 
@@ -8,87 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from saved_models import CONFIG, HF_CONFIG, SHARD, dense, edit, encode, model, quantized, write
 
-from lordjax import InMemory, LowRank, Plan, compress, factorize, load, nbytes, save
+from lordjax import InMemory, LowRank, Plan, compress, load, nbytes
 from lordjax.allocation.plan import Size
 from lordjax.kernels import trees
 from lordjax.kernels.normal_float import Format
-from lordjax.kernels.quantized import LowRankPlusQuantized, NFQuantized
-from lordjax.models import ModelConfig, Rope, Transformer, init
+from lordjax.kernels.quantized import LowRankPlusQuantized
+from lordjax.models import Transformer
 from lordjax.storage import shards as parts
 from lordjax.storage.checkpoint import INDEX
 from lordjax.storage.saved_model import is_compressed, open_saved
 from lordjax.storage.tensor_files import write_tensors
-
-CONFIG = ModelConfig(
-    vocab_size=31,
-    hidden_size=16,
-    mlp_size=24,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_size=4,
-    max_positions=32,
-    rope=Rope(kind="linear", factor=2.0),
-    windows=(None, 7),
-)
-HF_CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 16}
-SHARD = 3000  # bytes: several shards
-
-
-@functools.cache
-def dense():
-    return init(CONFIG, jax.random.key(0))
-
-
-@functools.cache
-def model():
-    """Some kernels factored, one of them twice, one with a bias, one left dense."""
-    params = factorize(dense(), keep=0.7, where=r"(attention/[qo]|mlp/\w+)/kernel")
-    flat = trees.flatten(params)
-    down = flat["layer_1/mlp/down/kernel"]
-    inner = factorize({"kernel": down.left}, rank=2)["kernel"]
-    flat["layer_1/mlp/down/kernel"] = LowRank(inner, down.right)
-    flat["layer_0/attention/q/bias"] = jnp.arange(16.0)
-    return trees.unflatten(flat)
-
-
-encode = jax.jit(NFQuantized.encode, static_argnums=1)
-
-
-@functools.cache
-def quantized():
-    """Kernels of every quantised kind, some inside others; no block divides them."""
-    two, three = Format(2, 2, "float16", 16, 4), Format(3, 4, "bfloat16", 16, 16)
-    flat = trees.flatten(dense())
-    factored = trees.flatten(factorize(dense(), rank=3))
-
-    def of_quantized(path):
-        kernel = factored[path]
-        return LowRank(encode(kernel.left, three), encode(kernel.right, Format(8)))
-
-    for path, kernel in factored.items():
-        match path.split("/"):
-            case ["layer_0", _, "q" | "up", _]:
-                flat[path] = encode(flat[path], two)
-            case ["layer_0", _, "k" | "down", _]:
-                flat[path] = encode(flat[path], three)
-            case [_, _, "v", _]:
-                flat[path] = of_quantized(path)
-            case ["layer_0", _, "o" | "gate", _]:
-                flat[path] = LowRankPlusQuantized(encode(flat[path], Format()), kernel)
-            case ["layer_1", _, "q", _]:
-                narrow = jax.tree.map(lambda a: a.astype(jnp.bfloat16), kernel)
-                flat[path] = LowRankPlusQuantized(encode(flat[path], three), narrow)
-            case ["layer_1", _, "up", _]:
-                flat[path] = LowRankPlusQuantized(encode(flat[path], two), of_quantized(path))
-    flat["stack/kernel"] = encode(jax.random.normal(jax.random.key(1), (2, 3, 8, 6)), two)
-    return trees.unflatten(flat)
-
-
-def write(directory, params=None, **options):
-    options = {"hf_config": HF_CONFIG, "shard_bytes": SHARD, **options}
-    return save(directory, CONFIG, model() if params is None else params, **options)
 
 
 def assert_identical(actual, expected):
@@ -101,12 +31,6 @@ def assert_identical(actual, expected):
 
 def litter(directory):
     return sorted(path.name for path in directory.iterdir())
-
-
-def edit(file, change):
-    content = json.loads(file.read_text())
-    change(content)
-    file.write_text(json.dumps(content))
 
 
 # --- round trip ----------------------------------------------------------------------------------
@@ -343,158 +267,6 @@ def test_no_room_is_noticed_before_anything_is_written(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"out: needs about .* MB of disk, 1 MB are free"):
         write(tmp_path / "new" / "out")
     assert litter(tmp_path) == []
-
-
-# --- damaged directories -------------------------------------------------------------------------
-
-
-def first_shard(directory):
-    return min(directory.glob("*.safetensors"))
-
-
-def truncate(directory):
-    shard = first_shard(directory)
-    shard.write_bytes(shard.read_bytes()[:-100])
-
-
-def empty_shard(directory):
-    first_shard(directory).write_bytes(b"")
-
-
-def remove_shard(directory):
-    first_shard(directory).unlink()
-
-
-def swap_tensors(directory):
-    def change(index):
-        files = sorted(set(index["weight_map"].values()))
-        index["weight_map"] = dict.fromkeys(index["weight_map"], files[0])
-
-    edit(directory / INDEX, change)
-
-
-def drop_factor(directory):
-    edit(directory / INDEX, lambda index: index["weight_map"].pop("layer_0/mlp/up/kernel/left"))
-
-
-def drop_kernel(directory):
-    def change(index):
-        for side in ("left", "right"):
-            index["weight_map"].pop(f"layer_0/mlp/up/kernel/{side}")
-
-    edit(directory / INDEX, change)
-
-
-def in_config(**fields):
-    return lambda d: edit(d / "config.json", lambda config: config["lordjax"].update(fields))
-
-
-def write_text(name, text):
-    return lambda directory: (directory / name).write_text(text)
-
-
-DAMAGES = {
-    "truncated shard": (truncate, "model-00001-of-"),
-    "empty shard": (empty_shard, "model-00001-of-"),
-    "missing shard": (remove_shard, "missing: .*model-00001-of-"),
-    "tensors in another file": (swap_tensors, "model-00001-of-"),
-    "no index": (lambda d: (d / INDEX).unlink(), INDEX),
-    "broken index": (write_text(INDEX, '{"weight_map": {"a'), INDEX),
-    "binary index": (lambda d: (d / INDEX).write_bytes(b"\xff\xfe\x00"), INDEX),
-    "index without a map": (write_text(INDEX, "{}"), INDEX),
-    "index of another shape": (write_text(INDEX, "[1, 2]"), INDEX),
-    "index that maps to numbers": (write_text(INDEX, '{"weight_map": {"a": 1}}'), INDEX),
-    "factor left out": (drop_factor, "layer_0/mlp/up/kernel/left"),
-    "kernel left out": (drop_kernel, "layer_0/mlp/up/kernel/left"),
-    "newer format": (in_config(format=99), "format 99 .* upgrade lordjax"),
-    "unknown kind": (in_config(kinds={"a": "holographic"}), "holographic.* upgrade lordjax"),
-    "no model": (in_config(model=None), "config.json"),
-    "unknown model field": (in_config(model={"rope": {}, "colour": 1}), "config.json"),
-    "entry is no table": (write_text("config.json", '{"lordjax": null}'), "config.json"),
-    "no entry": (write_text("config.json", json.dumps(HF_CONFIG)), "not written by save"),
-    "broken config": (write_text("config.json", '{"lordjax": {'), "not written by save"),
-    "config is a number": (write_text("config.json", "3"), "not written by save"),
-    "no config": (lambda d: (d / "config.json").unlink(), "not written by save"),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_is_named(tmp_path, damage):
-    write(tmp_path / "out")
-    change, message = DAMAGES[damage]
-    change(tmp_path / "out")
-    with pytest.raises(ValueError, match=message) as caught:
-        load(tmp_path / "out")
-    assert str(tmp_path / "out") in str(caught.value)
-
-
-QUANTISED = "layer_0/attention/q/kernel"
-INNER = "layer_1/mlp/up/kernel/low_rank/left"
-
-
-def constants(path, **fields):
-    def change(config):
-        config["lordjax"]["constants"][path].update(fields)
-
-    return lambda directory: edit(directory / "config.json", change)
-
-
-def drop_constants(*keys):
-    def change(config):
-        table = config["lordjax"]
-        for key in keys[:-1]:
-            table = table[key]
-        del table[keys[-1]]
-
-    return lambda directory: edit(directory / "config.json", change)
-
-
-def drop_tensor(path):
-    return lambda directory: edit(directory / INDEX, lambda index: index["weight_map"].pop(path))
-
-
-def no_tables(config):
-    config["lordjax"]["constants"][QUANTISED] = [1, 2]
-
-
-CODE_DAMAGES = {
-    "no constants": (drop_constants("constants"), f"lacks .*{QUANTISED}/fan_in"),
-    "a kernel without constants": (drop_constants("constants", INNER), f"lacks .*{INNER}/format"),
-    "no format": (drop_constants("constants", INNER, "format"), f"lacks .* {INNER}/format$"),
-    "constants are a list": (in_config(constants=[1]), "config.json: damaged"),
-    "constants are nothing": (in_config(constants=None), "config.json: damaged"),
-    "constants of a kernel are a list": (
-        lambda d: edit(d / "config.json", no_tables),
-        "config.json: damaged",
-    ),
-    "no such format": (constants(INNER, format="int4"), f"{INNER}: 'int4' is no format"),
-    "format is a number": (constants(QUANTISED, format=4), f"{QUANTISED}: "),
-    "other format": (constants(INNER, format="nf4-4-bfloat16-16-16"), f"{INNER}/codes: expected"),
-    "other blocks": (constants(INNER, format="nf3-4-bfloat16-16-1"), f"{INNER}/supers: expected"),
-    "other size": (constants(QUANTISED, fan_in=400), f"{QUANTISED}/codes: expected"),
-    "size is a text": (constants(QUANTISED, fan_in="16"), f"{QUANTISED}: fan_in"),
-    "size is negative": (constants(QUANTISED, fan_in=-16, fan_out=-16), f"{QUANTISED}: fan_in"),
-    "other shape": (constants("layer_1/mlp/up/kernel/base", fan_in=24, fan_out=16), "not of one"),
-    "unknown constant": (constants(QUANTISED, colour=3), f"{QUANTISED}: .*colour"),
-    "tensor left out": (drop_tensor(f"{INNER}/offset"), f"lacks .* {INNER}/offset$"),
-}
-
-
-@pytest.mark.parametrize("damage", CODE_DAMAGES)
-def test_damage_of_quantised_kernels_is_named(tmp_path, damage):
-    write(tmp_path / "out", quantized(), shard_bytes=2**30)
-    change, message = CODE_DAMAGES[damage]
-    change(tmp_path / "out")
-    with pytest.raises(ValueError, match=message) as caught:
-        load(tmp_path / "out")
-    assert str(tmp_path / "out") in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_factors_that_do_not_fit_are_named(tmp_path):
-    params = {"a": {"kernel": LowRank(jnp.ones((4, 2)), jnp.ones((3, 4)))}}
-    write(tmp_path / "out", params)
-    with pytest.raises(ValueError, match=r"a/kernel: left \(4, 2\) and right \(3, 4\)"):
-        load(tmp_path / "out")
 
 
 # --- plans ---------------------------------------------------------------------------------------
