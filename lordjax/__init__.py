@@ -28,9 +28,11 @@ _WHERE = {
     "Transformer": "lordjax.models",
     "add_adapters": "lordjax.finetune.adapters",
     "allocate": "lordjax.allocation.policies",
+    "complete": "lordjax.generation.completion",
     "compress": "lordjax.compression.low_rank",
     "encode": "lordjax.kernels.convert",
     "factorize": "lordjax.kernels.convert",
+    "generate": "lordjax.generation.decode",
     "load": "lordjax.compression.elastic",
     "materialize": "lordjax.kernels.base",
     "matmul": "lordjax.kernels.base",
@@ -41,6 +43,7 @@ _WHERE = {
     "prepare_quantized": "lordjax.compression.quantized",
     "quantize": "lordjax.compression.quantized",
     "save": "lordjax.storage.checkpoint",
+    "stream": "lordjax.generation.decode",
     "train": "lordjax.finetune.training_run",
 }
 

@@ -78,3 +78,13 @@ def test_version_is_that_of_the_distribution():
     from importlib.metadata import version
 
     assert lordjax.__version__ == version("lordjax")
+
+
+def test_functions_that_the_documentation_names_by_their_folders():
+    from lordjax.finetune import make_step
+    from lordjax.runtime import make_mesh
+
+    assert inspect.isfunction(make_step) and inspect.isfunction(make_mesh)
+    for folder in ("finetune", "runtime"):
+        with pytest.raises(AttributeError, match=f"lordjax.{folder}' has no attribute 'make'"):
+            _ = importlib.import_module(f"lordjax.{folder}").make

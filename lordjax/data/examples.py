@@ -2,8 +2,8 @@
 
 What is held out is decided document by document, from a hash of the seed and the document's text:
 a document that is held out stays so, wherever it stands and whatever comes beside it, and no
-document lies in both parts. A document is a file or a line of jsonl for packed text, a row for an array
-of token ids, the first question for instructions, and the sentence or pair for classification.
+document lies in both parts. A document is a file or a line of jsonl for packed text, a row for an
+array of token ids, the first question for instructions, the sentence or pair for classification.
 """
 
 from __future__ import annotations

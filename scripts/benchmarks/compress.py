@@ -10,8 +10,9 @@ factors' codes, ``0.8:nf8``. Every method runs in a process of its own, so that 
 own. Results are appended to the JSON file as they come; ``--table results.json`` prints the
 markdown table again.
 
-Share of peak: operations that calibration and decomposition must cost (`lordjax.forecast.low_rank_cost`)
-over their time, as a share of the best float32 matmul rate measured in the same process.
+Share of peak: the operations that calibration and decomposition must cost
+(`lordjax.forecast.low_rank_cost`) over their time, as a share of the best float32 matmul rate that
+was measured in the same process.
 """
 
 from __future__ import annotations

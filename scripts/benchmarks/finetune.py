@@ -17,8 +17,8 @@ windows. A case is ``what:recipe``: *what* is ``dense``, a method and the share 
 alternation).
 
 *memory*: bytes of a compiled step of QLoRA over NF4, from shapes, before and after LoRD with the
-rank of its largest cut of StarCoder, and what `lordjax.finetune.memory.predict` says of it. Nothing is
-allocated.
+rank of its largest cut of StarCoder, and what `lordjax.finetune.memory.predict` says of it.
+Nothing is allocated.
 """
 
 from __future__ import annotations
