@@ -20,9 +20,9 @@ METHODS = ("lord", "modegpt")
 
 def made(directory, **options):
     with Output(directory, {"made of": "test"}) as output:
-        result = elastic.compress(MODEL, TOKENS, work=output.work, into=output.parts, **options)
+        result = elastic.compress(MODEL, TOKENS, work=output.store, into=output.shards, **options)
         output.finish(
-            result, hf_config={}, also=lambda stage: elastic.keep_entries(output.work, stage)
+            result, hf_config={}, also=lambda stage: elastic.keep_entries(output.store, stage)
         )
     return directory
 
