@@ -1,7 +1,7 @@
 """Fill the page ``api.md`` from the public names themselves, so that none can be forgotten.
 
-MkDocs calls `on_page_markdown` for every page. A line ``<!-- names: A B -->`` becomes one section
-per name; a name that holds a table (``METHODS``) becomes a table of its rows.
+A line ``<!-- names: A B -->`` becomes one section per name; a name that holds a table (``METHODS``)
+becomes a table of its rows. MkDocs calls the functions ``on_…`` for every page.
 """
 
 import inspect
@@ -12,6 +12,7 @@ import lordjax
 from lordjax.conversions import open_checkpoint
 
 PAGE = "api.md"
+NO_DEFAULT = "<code>Sentinel.UNSET</code>"  # what mkdocs-click writes with click 8.3
 LINE = re.compile(r"<!-- names: (.*) -->")
 PUBLIC = {name: getattr(lordjax, name) for name in lordjax.__all__}
 PUBLIC["open_checkpoint"] = open_checkpoint
@@ -30,6 +31,11 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     if wrong:
         raise ValueError(f"{PAGE} must list every public name once; check {sorted(wrong)}")
     return LINE.sub(lambda found: "\n\n".join(map(section, found[1].split())), markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Return the page without the defaults of options that have none."""
+    return html.replace(NO_DEFAULT, "")
 
 
 def section(name: str) -> str:
