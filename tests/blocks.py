@@ -1,10 +1,13 @@
 """Random models of every shape of block that a family has."""
 
 import dataclasses
+import functools
 
 import jax
+import jax.numpy as jnp
 
-from lordjax import InMemory, trees
+from lordjax import InMemory
+from lordjax.kernels import trees
 from lordjax.models import ModelConfig, Rope, init
 
 GPT2 = ModelConfig(
@@ -107,6 +110,16 @@ BLOCKS = {
 BLOCKS["gemma3"] = dataclasses.replace(
     BLOCKS["gemma2"], qk_norm=True, attention_softcap=None, final_softcap=None
 )
+
+# What most tests of whole models take: three blocks, three query heads for each key head.
+SMALL = ModelConfig(97, 48, 80, 3, 6, 2, 8, 256, tie_embeddings=True)
+
+
+@functools.cache
+def shifted(config):
+    """Parameters off their initial values, so that forgetting a norm or a bias shows."""
+    tree = init(config, jax.random.key(0))
+    return jax.tree.map(lambda a: a + 0.1 * jnp.cos(jnp.arange(a.size)).reshape(a.shape), tree)
 
 
 def source(name):

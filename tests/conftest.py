@@ -44,3 +44,51 @@ def forget_programs_of_other_files():
     """What one file compiles no other uses; clearing keeps memory low."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A random Llama with a byte-level tokenizer, as a Hugging Face directory."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    directory = tmp_path_factory.mktemp("tiny")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"<end>": 0} | {c: i for i, c in enumerate(alphabet, 1)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+    fast.save_pretrained(directory)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocab),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(f"def f{i}(x):\n    return x + {i * i}\n" for i in range(200)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def compressed(tiny, text, tmp_path_factory):
+    """The tiny model at keep 0.5, and what the command printed."""
+    out = tmp_path_factory.mktemp("compressed") / "model"
+    from commands import calibration, run
+
+    result = run("compress", tiny, out, *calibration(text), "--keep", "0.5", "--json")
+    assert result.exit_code == 0, result.stderr
+    return out, result

@@ -1,0 +1,111 @@
+"""Runs on disk: killed, resumed, and what is kept."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tuning import CONFIG, examples
+
+from lordjax.data.examples import Data
+from lordjax.finetune import step, training_run
+from lordjax.finetune.recipes import RECIPES
+from lordjax.finetune.step import Settings
+from lordjax.finetune.training_run import Keeping, train
+
+RUN = """
+import sys
+sys.path.insert(0, {tests!r})
+import test_training_run as t
+data = t.Data(t.examples(), t.examples(4, seed=1), {{}})
+recipe = t.dataclasses.replace(t.RECIPES["lora"], rank=4, learning_rate=1e-2)
+t.train(t.CONFIG, t.init(t.CONFIG, t.jax.random.key(0)), data, recipe, t.Settings(40, 4, 2),
+        t.Path(sys.argv[1]), about={{"data": 1}}, keeping=t.Keeping(8), resume=True,
+        report=lambda line: print(line["step"], flush=True))
+"""
+
+
+def process(directory):
+    code = RUN.format(tests=os.path.dirname(__file__))
+    return subprocess.Popen([sys.executable, "-c", code, str(directory)], stdout=subprocess.PIPE)
+
+
+def finished(directory):
+    with process(directory) as run:
+        run.stdout.read()
+        assert run.wait() == 0
+
+
+def metrics_of(directory):
+    lines = map(json.loads, (directory / training_run.METRICS).read_text().splitlines())
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+def test_killed_and_resumed_is_the_same_to_the_bit(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    finished(whole)
+    for stop in (11, 27):
+        run = process(broken)
+        for line in run.stdout:
+            if int(line) >= stop:
+                break
+        time.sleep(0.02)
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+        run.stdout.close()
+    finished(broken)
+    assert metrics_of(broken) == metrics_of(whole)
+    assert len(metrics_of(whole)) == 40 + 1 + 5
+
+
+def short_run(params, directory, count=12, **options):
+    data = Data(examples(), examples(4, seed=1), {})
+    recipe = dataclasses.replace(RECIPES["lora"], rank=4, learning_rate=1e-2)
+    given = {"about": {"data": "a"}, "keeping": Keeping(3, 2), **options}
+    return train(CONFIG, params, data, recipe, Settings(count, 4), directory, **given)
+
+
+def test_the_best_and_the_last_are_kept(params, tmp_path):
+    trained = short_run(params, tmp_path / "run")
+    held = {line["step"]: line["validation"] for line in trained.history if "validation" in line}
+    del held[0]
+    assert trained.best == min(held, key=held.get)
+    there = {int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()}
+    assert there == {9, 12, trained.best}
+    own = step.evaluate(
+        CONFIG,
+        step.State(jnp.zeros((), jnp.int32), trained.params, None),
+        jax.tree.map(lambda a: None, trained.params),
+        examples(4, seed=1),
+        batch=3,
+        dtype="float32",
+    )
+    np.testing.assert_allclose(own, held[trained.best], rtol=1e-5)
+
+
+def test_another_run_is_not_resumed(params, tmp_path):
+    short_run(params, tmp_path / "run", 3)
+    with pytest.raises(FileExistsError, match="a run is there; go on with --resume"):
+        short_run(params, tmp_path / "run", 3)
+    with pytest.raises(ValueError, match=r"another one: data was 'a' and is 'b'"):
+        short_run(params, tmp_path / "run", 3, resume=True, about={"data": "b"})
+    with pytest.raises(ValueError, match=r"settings\.steps was 3 and is 6"):
+        short_run(params, tmp_path / "run", 6, resume=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    with pytest.raises(FileExistsError, match="not empty, and not a run"):
+        short_run(params, tmp_path / "other", 3)
+
+
+def test_a_finished_run_is_resumed_to_the_same(params, tmp_path):
+    first = short_run(params, tmp_path / "run", 6)
+    again = short_run(params, tmp_path / "run", 6, resume=True)
+    jax.tree.map(np.testing.assert_array_equal, first.params, again.params)
+    assert first.history == again.history

@@ -1,0 +1,261 @@
+"""Forecasts of codes, of elastic models and of several devices: what is counted is what runs."""
+
+import dataclasses
+import functools
+import math
+import re
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from blocks import BLOCKS, source
+from rates import RATES
+
+from lordjax.allocation import candidates
+from lordjax.calibration import backward_pass, forward_pass
+from lordjax.calibration.observers import observe
+from lordjax.compression import quantizer
+from lordjax.compression.elastic import check_settings
+from lordjax.compression.quantized import quantize
+from lordjax.forecast import device_shares, peak_memory, predict
+from lordjax.forecast import shapes as sizing
+from lordjax.forecast.job import Job
+from lordjax.forecast.low_rank_cost import stages
+from lordjax.forecast.quantized_cost import coded_stages
+from lordjax.forecast.seconds import seconds
+from lordjax.kernels import normal_float, trees
+from lordjax.kernels.base import nbytes
+from lordjax.methods.quantized import lq, weightings
+from lordjax.runtime import flops
+from lordjax.runtime.mesh import make_mesh, share_rows
+
+WINDOWS, LENGTH = 8, 24
+FLAGS = dict.fromkeys(predict.CODED)
+
+
+def tokens(config):
+    return np.random.default_rng(0).integers(0, config.vocab_size, (WINDOWS, LENGTH), np.int32)
+
+
+def coded(config, method, **flags):
+    return predict.coded(config, method, WINDOWS, LENGTH, FLAGS | flags)[0]
+
+
+def result(model, method, **flags):
+    used = {name: value for name, value in flags.items() if value is not None}
+    return quantize(model, tokens(model.config), method=method, mask_token=1, **used)
+
+
+@pytest.mark.parametrize(
+    ("method", "flags"),
+    [
+        ("nf", {"form": "nf4"}),
+        ("nf", {"form": "nf3-4-bfloat16-16-64", "dtype": "float32"}),
+        ("lq", {"form": "nf2", "rank": 3}),
+        ("lq", {"form": "nf2", "rank": 3, "factors": "nf8", "dtype": "bfloat16"}),
+    ],
+)
+def test_bytes_are_those_that_come_out(method, flags):
+    model = source("gemma2")
+    settings = {"method": method, **FLAGS, **flags}
+    before = sizing.stored(model.config, trees.flatten(model.params))
+    job, after, sure, _ = predict.asked(model.config, before, (0, 0), settings)
+    found = result(model, method, **flags)
+    assert sure == predict.EXACT
+    assert nbytes(after) == found.report["bytes"] == nbytes(found.params)
+    cost = predict.cost(job, before, after, RATES)  # without calibration
+    assert cost["seconds"]["decomposition"] > 0
+    assert cost["memory"]["with a work directory"]["host"] > 0
+    shapes = jax.tree.map(lambda a: (a.shape, np.dtype(a.dtype)), dict(found.params))
+    assert jax.tree.map(lambda a: (a.shape, np.dtype(a.dtype)), after) == shapes
+
+
+@pytest.mark.parametrize(("method", "bits"), [("nf", 3.0), ("lq", 3.4), ("auto", 5.0)])
+def test_an_estimate_uses_its_budget_and_no_more(method, bits):
+    config = BLOCKS["qwen3"]
+    job = coded(config, method, bits=bits, rank=3 if method == "lq" else None)
+    assert len(job.options) == 14
+    block = trees.flatten(sizing.shapes(config).block(0))
+    shapes = {path: block[path.split("/", 1)[1]].shape for path in job.options}
+    all_in = candidates.QUANTIZERS[method].all_in
+    used = sum(
+        candidates.option_bytes(option, shapes[path], 2, job.factors, products=all_in)
+        for path, option in job.options.items()
+    )
+    budget = bits * sum(map(math.prod, shapes.values())) / 8
+    assert 0.85 * budget < used <= budget
+
+
+def test_a_budget_that_cannot_be_met_is_named():
+    with pytest.raises(ValueError, match=r"1 bits per weight cannot be met.*at least 2"):
+        coded(BLOCKS["qwen3"], "nf", bits=1.0)
+
+
+def counting(work, fn):
+    """A function that counts what it is called with, and does it."""
+
+    @functools.wraps(fn)
+    def run(*args, **kwargs):
+        shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(np.shape(a), a.dtype), args)
+        work.update(flops.of(functools.partial(fn, **kwargs), *shapes))
+        return fn(*args, **kwargs)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("method", "flags"),
+    [
+        ("nf", {"form": "nf4", "weighting": "both"}),
+        ("lq", {"form": "nf3", "rank": 3}),
+        pytest.param("lq", {"bits": 3.4, "rank": 3, "weighting": "input"}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_quantisation_runs_what_was_counted(method, flags, monkeypatch):
+    model, done = source("gpt2"), Counter()
+    expected = coded_stages(coded(model.config, method, **flags))
+    for module, names in {
+        forward_pass: ("observe", "embed"),
+        backward_pass: ("observe", "observe_gradients", "loss_gradient", "embed"),
+        quantizer: ("predict", "encode_kernel", "best_pair", "pack", "measures", "materialize"),
+        lq: ("decompose",),
+    }.items():
+        for name in names:
+            monkeypatch.setattr(module, name, counting(done, getattr(module, name)))
+    for name in ("_cost", "_feedback"):
+        monkeypatch.setattr(quantizer, name, counting(done, getattr(quantizer, name)))
+    result(model, method, **flags)
+    counted = flops.merged(list(expected.values()))
+    assert flops.total(counted) == pytest.approx(flops.total(done), rel=1e-6)
+    assert counted["select"] == pytest.approx(done["select"], rel=1e-5)
+
+
+@pytest.mark.parametrize("weighting", weightings.WEIGHTINGS)
+def test_every_weighting_has_stages_seconds_and_memory(weighting):
+    config = BLOCKS["qwen3"]
+    job = coded(config, "lq", bits=3.4, rank=3, weighting=weighting)
+    work = coded_stages(job)
+    assert ("gradients" in work) == (weighting in ("fisher", "both"))
+    assert {"predictions", "decomposition"} <= set(work)
+    found = seconds(work, RATES)
+    assert all(math.isfinite(n) and n > 0 for n in found.values())
+    before = sizing.shapes(config).params
+    found = peak_memory.memory(job, work, before, before)
+    for name, parts in found["in memory"]["parts"].items():
+        streamed = found["with a work directory"]["parts"][name]
+        assert sum(streamed.values()) <= sum(parts.values())
+
+
+def test_memory_of_codes_with_a_work_directory_does_not_grow_with_depth():
+    def memory(layers):
+        config = dataclasses.replace(BLOCKS["qwen3"], num_layers=layers)
+        job = coded(config, "nf", form="nf4", weighting="both")
+        before = sizing.shapes(config).params
+        return peak_memory.memory(job, coded_stages(job), before, before)
+
+    few, many = memory(8), memory(32)
+    weights = nbytes(sizing.shapes(dataclasses.replace(BLOCKS["qwen3"], num_layers=32)).params)
+    grown = {name: many[name]["host"] - few[name]["host"] for name in few}
+    assert grown["in memory"] > weights / 2
+    assert grown["with a work directory"] < weights / 32
+
+
+def test_an_elastic_model_is_the_dense_one_with_factors():
+    config = BLOCKS["gpt2"]
+    check_settings("lord", None)
+    settings = {"method": "lord", "keep": None, "ranks": None, "allocation": "global"}
+    settings |= {"temperature": None, "prefix": "dense", "factors": None, "dtype": None}
+    before = sizing.shapes(config)
+    shape = (WINDOWS, LENGTH)
+    job, after, sure, _ = predict.asked(config, before, shape, settings | {"elastic": True})
+    assert sure == predict.EXACT
+    assert nbytes(after) == nbytes(before.params)
+    direct, *_ = predict.asked(config, before, shape, settings | {"keep": 0.7})
+    elastic, one = stages(job), stages(direct)
+    for name in ("gradients", "statistics", "factors"):
+        assert flops.total(elastic[name]) == flops.total(one[name])
+    memory = peak_memory.memory(job, elastic, before.params, after)["with a work directory"]
+    assert memory["disk"] > 1.5 * nbytes(after)
+
+
+# --- several devices ------------------------------------------------------------------------------
+
+
+def shares(job, count):
+    work = stages(job)
+    return device_shares.report(device_shares.shared(job, work, count), work, {})
+
+
+def job(name="qwen3", windows=16, **options):
+    return Job(BLOCKS[name], "lord", windows, 40, gradient_windows=None, **options)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "starcoder2"])
+def test_devices_share_all_but_loops(name):
+    four = shares(job(name), 4)
+    for stage in ("gradients", "statistics"):
+        assert len(set(four[stage]["shares"])) == 1
+        assert 0.25 < four[stage]["shares"][0] < 0.6  # attention is everybody's
+    assert sum(four["factors"]["shares"]) == pytest.approx(1)
+    assert min(four["factors"]["shares"]) > 0
+
+
+def test_one_device_does_it_all():
+    for row in shares(job(), 1).values():
+        assert row["shares"] == [pytest.approx(1)]
+
+
+def test_windows_that_do_not_divide_are_everybodys():
+    even, odd = (shares(job(windows=n), 4)["statistics"]["shares"][0] for n in (16, 18))
+    assert odd > even
+    alone = shares(job(windows=18), 2)["statistics"]["shares"][0]
+    assert alone == pytest.approx(shares(job(windows=16), 2)["statistics"]["shares"][0])
+
+
+def test_codes_are_the_first_devices():
+    one = coded(BLOCKS["qwen3"], "nf", form="nf4", weighting="input")
+    work = coded_stages(one)
+    found = device_shares.report(device_shares.shared(one, work, 4), work, {"decomposition": 2.0})
+    row = found["decomposition"]
+    assert row["seconds"] == 2.0
+    assert row["shares"][0] > row["shares"][1] == row["shares"][3] > 0
+    nothing = coded(BLOCKS["qwen3"], "nf", form="nf4")
+    parts = device_shares.shared(nothing, coded_stages(nothing), 4)["decomposition"]
+    assert not any(parts[1:])
+
+
+def test_the_compiler_leaves_loops_to_every_device():
+    """As `sharing` counts: of eight loops over sequences and heads a device runs eight."""
+    config, mesh = BLOCKS["qwen3"], make_mesh({"data": 4})
+    block = source("qwen3").block(0)
+    x = share_rows(jnp.ones((4, LENGTH, config.hidden_size)), mesh)
+    program = observe.lower(block, x, None, {}, config=config, window=None).compile()
+    counts = re.findall(r'known_trip_count":\{"n":"(\d+)"', program.as_text())
+    assert set(counts) == {str(4 * config.num_kv_heads)}
+
+
+def test_memory_of_devices():
+    """Hidden states are shared; of what each has there are as many as devices."""
+    one = job()
+    work, before = stages(one), sizing.shapes(one.config).params
+    found = {n: peak_memory.memory(one, work, before, before, n)["in memory"] for n in (1, 2, 4)}
+    assert found[1]["device"] == 0  # it is the host's
+    assert found[2]["device"] >= found[4]["device"] > 0
+    assert found[1]["host"] < found[2]["host"] < found[4]["host"]
+
+
+def test_a_mesh_that_cuts_blocks_is_not_forecast():
+    with pytest.raises(ValueError, match="nothing is forecast of an axis besides data"):
+        predict.devices("data=2,model=2")
+    assert predict.devices("data=4") == 4
+    assert predict.devices(None) == 1
+
+
+def test_formats_of_estimates_are_those_that_a_budget_mixes():
+    used = {o.form for o in coded(BLOCKS["qwen3"], "nf", bits=3.5).options.values()}
+    assert used <= set(candidates.FORMATS)
+    assert {normal_float.Format.parse("nf4")} == {
+        o.form for o in coded(BLOCKS["qwen3"], "nf", form="nf4").options.values()
+    }

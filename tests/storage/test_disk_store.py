@@ -1,0 +1,239 @@
+"""Work kept on disk: what is named is whole, what is broken is named, one process at a time."""
+
+import errno
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lordjax.calibration.hidden_states import open_states
+from lordjax.calibration.statistics import Moments
+from lordjax.compression.resumable_output import TYPES
+from lordjax.methods import Factors, ModuleFactors
+from lordjax.storage.disk_store import JOURNAL, Workspace
+from lordjax.storage.store import Entries, Memory, once
+from lordjax.storage.tensor_files import TensorFile, TensorWriter, write_tensors
+
+IDENTITY = {"method": "lord", "settings": {"keep": 0.8}, "tokens": "ab"}
+
+
+def tree():
+    """Something of every kind that an entry may hold."""
+    a = np.arange(6, dtype=np.float32).reshape(2, 3)
+    return {
+        "factors": Factors(a, a.T, np.arange(2.0), None, jnp.asarray(a, jnp.bfloat16)),
+        "module": ModuleFactors(a[0], {"kept": np.array([3, 1], np.int32)}),
+        "list": [Moments(np.float32(2), a[0], a), (1, None), "x", 0.1, True],
+        "empty": np.zeros((0, 3)),
+        "scalar": np.array(1.5),
+    }
+
+
+def opened(path, **changes):
+    return Workspace(path / "out.partial", {**IDENTITY, **changes}, TYPES)
+
+
+def same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+        assert np.asarray(x).dtype == np.asarray(y).dtype
+
+
+def test_entries_are_read_as_they_were_written(tmp_path):
+    with opened(tmp_path) as work:
+        work["a/b"], work["plain"] = tree(), {"x": [1, 0.1, None]}
+        read = work["a/b"]
+        assert isinstance(read["factors"], Factors) and isinstance(read["list"][1], tuple)
+    with opened(tmp_path) as work:
+        assert work.below("") == ["a/b", "plain"]
+        expected = tree()
+        read = work["a/b"]
+        same(read["factors"], expected["factors"])
+        same(read["module"], expected["module"])
+        assert read["empty"].shape == (0, 3) and read["scalar"] == 1.5
+        assert work["plain"] == {"x": [1, 0.1, None]}
+
+
+def test_an_entry_is_overwritten_and_its_old_file_goes(tmp_path):
+    with opened(tmp_path) as work:
+        for value in range(3):
+            work["key"] = np.full(4, value)
+        assert len(list((work.directory / "entries").iterdir())) == 1
+        work.discard("key")
+        assert "key" not in work and not list((work.directory / "entries").iterdir())
+    with opened(tmp_path) as work:
+        assert work.below("") == []
+
+
+def test_once_computes_once(tmp_path):
+    calls = []
+    for work in (Memory(), opened(tmp_path)):
+        for _ in range(2):
+            assert once(work, "x/1", lambda: calls.append(0) or {"n": 3}) == {"n": 3}
+        assert dict(Entries(work, "x", int)) == {1: {"n": 3}}
+    assert len(calls) == 2
+
+
+def test_a_second_run_is_refused(tmp_path):
+    with opened(tmp_path), pytest.raises(BlockingIOError, match=r"out\.partial: another process"):
+        opened(tmp_path)
+    opened(tmp_path).close()
+
+
+def test_another_run_is_refused_and_the_difference_named(tmp_path):
+    opened(tmp_path).close()
+    with pytest.raises(ValueError, match=r'method: "lord" -> "svd"; tokens: "ab" -> "cd"'):
+        opened(tmp_path, method="svd", tokens="cd")
+    with pytest.raises(ValueError, match=r"settings\.keep: 0\.8 -> 0\.7.*remove the directory"):
+        opened(tmp_path, settings={"keep": 0.7})
+    opened(tmp_path).close()
+
+
+def test_a_directory_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "thesis.txt").write_text("x")
+    with pytest.raises(FileExistsError, match=r"thesis\.txt"):
+        opened(tmp_path)
+
+
+def begun(path):
+    with opened(path) as work:
+        for value in range(3):
+            work[str(value)] = np.full(4, value)
+    return path / "out.partial"
+
+
+@pytest.mark.parametrize("cut", [1, 5, 40])
+def test_the_last_line_of_the_journal_may_be_cut(tmp_path, cut):
+    journal = begun(tmp_path) / JOURNAL
+    os.truncate(journal, journal.stat().st_size - cut)
+    with opened(tmp_path) as work:
+        assert work.below("") == ["0", "1"]
+        assert len(list((work.directory / "entries").iterdir())) == 2
+        work["2"] = np.full(4, 2)
+    with opened(tmp_path) as work:
+        assert work["2"][0] == 2
+
+
+def test_damage_inside_the_journal_is_named(tmp_path):
+    journal = begun(tmp_path) / JOURNAL
+    text = bytearray(journal.read_bytes())
+    text[20] ^= 1
+    journal.write_bytes(text)
+    with pytest.raises(ValueError, match=r"journal\.jsonl: line 1 of 3 is damaged; remove"):
+        opened(tmp_path)
+
+
+def entry(directory):
+    return sorted((directory / "entries").iterdir())[1]
+
+
+def test_a_flipped_bit_is_named(tmp_path):
+    file = entry(begun(tmp_path))
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with opened(tmp_path) as work, pytest.raises(ValueError, match=f"{file.name} is not what"):
+        work["1"]
+
+
+def test_a_cut_or_missing_file_is_named(tmp_path):
+    file = entry(begun(tmp_path))
+    size = file.stat().st_size
+    os.truncate(file, size - 1)
+    with pytest.raises(ValueError, match=rf"{file.name} has {size - 1} bytes.*says {size}"):
+        opened(tmp_path)
+    file.unlink()
+    with pytest.raises(ValueError, match=rf"{file.name} is missing.*remove"):
+        opened(tmp_path)
+
+
+class Full:
+    """A file on a disk with little room."""
+
+    def __init__(self, file, room):
+        self._file, self._room = file, room
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
+
+    def write(self, data):
+        if len(data) > self._room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self._file.write(data)
+
+
+def test_a_full_disk_is_named_and_work_goes_on(tmp_path, monkeypatch):
+    begun(tmp_path)
+    whole = TensorWriter.__init__
+
+    def full(self, *arguments):
+        whole(self, *arguments)
+        self._file = Full(self._file, 100)
+
+    with opened(tmp_path) as work:
+        monkeypatch.setattr(TensorWriter, "__init__", full)
+        with pytest.raises(OSError, match=r"entries/.*is the disk full\?"):
+            work["1"] = np.zeros(1000)
+        assert len(list((work.directory / "entries").iterdir())) == 3
+        np.testing.assert_array_equal(work["1"], np.full(4, 1))
+        monkeypatch.undo()
+        work["1"] = np.zeros(1000)
+    with opened(tmp_path) as work:
+        assert len(work["1"]) == 1000
+
+
+def test_safetensors_reads_what_is_written(tmp_path):
+    import safetensors.numpy
+
+    arrays = {"b": np.arange(3, dtype=np.uint8), "a": np.ones((2, 2)), "c": np.array(2.0)}
+    write_tensors(tmp_path / "x", arrays, {"format": "x"})
+    read = safetensors.numpy.load_file(tmp_path / "x")
+    assert read.keys() == arrays.keys()
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(read[name], array)
+    safetensors.numpy.save_file(arrays, tmp_path / "y", {"format": "x"})
+    assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes()
+    (tmp_path / "x").write_bytes(b"nothing of the sort")
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        TensorFile(tmp_path / "x")
+
+
+SHAPES = [(2, 3), (1, 3)]
+
+
+def fill(states, value):
+    for j, shape in enumerate(SHAPES):
+        states[j] = jnp.full(shape, value, jnp.float32)
+
+
+def test_states_go_on_where_they_were_left(tmp_path):
+    with opened(tmp_path) as work:
+        states = open_states(work, "pass", SHAPES)
+        assert states.at is None
+        for at in range(3):
+            fill(states, at)
+            states.commit(at)
+        (work.directory / "entries" / "000009-pass.safetensors.new").touch()  # killed in a block
+    with opened(tmp_path) as work:
+        states = open_states(work, "pass", SHAPES)
+        assert states.at == 2
+        assert [float(states[j][0, 0]) for j in range(2)] == [2, 2]
+        assert len(list((work.directory / "entries").iterdir())) == 1
+        states.close()
+        assert open_states(work, "pass", SHAPES).at is None
+
+
+def test_states_are_kept_for_the_way_back(tmp_path):
+    for work in (Memory(), opened(tmp_path)):
+        states = open_states(work, "pass", SHAPES)
+        for at in range(3):
+            fill(states, at)
+            states.commit(at, keep=True)
+        for at in (1, 0):
+            states.back(at)
+            assert states.at == at and float(states[1][0, 2]) == at
+        states.close()
