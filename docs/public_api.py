@@ -22,7 +22,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Return the page with its names documented.
 
     Raises:
-      ValueError: if a public name is missing from the page, or is no public name, or is there twice.
+      ValueError: if a public name is missing from the page or listed twice, or another is listed.
     """
     if page.file.src_uri != PAGE:
         return markdown

@@ -14,42 +14,32 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from commands import run
 from sybil import Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 
 import lordjax
-from lordjax import kernels
-from lordjax.allocation import POLICIES
+from lordjax.allocation.policies import POLICIES
+from lordjax.conversions.families.registry import FAMILIES, tensor_table
+from lordjax.kernels.kinds import KINDS
 from lordjax.methods import METHODS
 from lordjax.scripts.cli import cli
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 EXTENDING = ROOT / "docs/pages/extending.md"
-WIDTH, INNER, KEYS, WORDS = 32, 48, 16, 64
+WORDS = 64  # of the vocabulary
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "vocab_size": WORDS,
-    "hidden_size": WIDTH,
-    "intermediate_size": INNER,
+    "hidden_size": 32,
+    "intermediate_size": 48,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
     "tie_word_embeddings": True,
-}
-LAYER = {
-    "input_layernorm": (WIDTH,),
-    "post_attention_layernorm": (WIDTH,),
-    "self_attn.q_proj": (WIDTH, WIDTH),
-    "self_attn.k_proj": (KEYS, WIDTH),
-    "self_attn.v_proj": (KEYS, WIDTH),
-    "self_attn.o_proj": (WIDTH, WIDTH),
-    "mlp.gate_proj": (INNER, WIDTH),
-    "mlp.up_proj": (INNER, WIDTH),
-    "mlp.down_proj": (WIDTH, INNER),
 }
 
 
@@ -62,13 +52,10 @@ def write_model(directory):
     from safetensors.numpy import save_file
     from tokenizers import Tokenizer, models
 
-    shapes = {"model.embed_tokens": (WORDS, WIDTH), "model.norm": (WIDTH,)}
-    for i in range(CONFIG["num_hidden_layers"]):
-        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in LAYER.items()}
     draw = np.random.default_rng(0).normal
     tensors = {
-        f"{name}.weight": draw(len(shape) == 1, 0.1, shape).astype(np.float32)
-        for name, shape in shapes.items()
+        source.name: draw(len(source.shape) == 1, 0.1, source.shape).astype(np.float32)
+        for source in tensor_table(CONFIG).values()
     }
     directory.mkdir()
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
@@ -90,25 +77,16 @@ def files(tmp_path, monkeypatch):
 @pytest.fixture
 def tables():
     """What a page adds to the tables is gone afterwards."""
-    before = [(table, dict(table)) for table in (METHODS, POLICIES, kernels.KINDS)]
+    before = [(table, dict(table)) for table in (METHODS, POLICIES, KINDS, FAMILIES)]
     yield
     for table, rows in before:
         table.clear()
         table.update(rows)
 
 
-def exists(module):
-    """For the condition of a skipped block: whether there is a module of this name."""
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False
-
-
 def run_blocks(page):
     """Runs the Python blocks of a page; the names that they made."""
     document = Sybil([PythonCodeBlockParser(), SkipParser()]).parse(page)
-    document.namespace["exists"] = exists
     for example in document.examples():
         try:
             example.evaluate()
@@ -152,7 +130,7 @@ def test_python_blocks_run(page, files, tables):
 def test_method_of_the_recipe_needs_nothing_else(files, tables):
     names = run_blocks(EXTENDING)
     command = "compress SmolLM2-135M out --method abs-mean --keep 0.5 --calibration calibration.npy"
-    done = CliRunner().invoke(cli, [*command.split(), "--json"], catch_exceptions=False)
+    done = run(*command.split(), "--json")
     assert done.exit_code == 0, done.output
     assert json.loads((files / "out/plan.json").read_text())["method"] == "abs-mean"
     config, params = lordjax.load("out")
@@ -197,6 +175,16 @@ def test_links_between_pages_lead_somewhere(page):
     links = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
     local = {link.split("#")[0] for link in links if not re.match(r"[a-z]+:", link)} - {""}
     assert [link for link in sorted(local) if not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_files_and_modules_exist(page):
+    text = page.read_text()
+    folders = "|".join(("lordjax", "conversions", "scripts", "tests", "docs"))
+    files = set(re.findall(rf"`((?:{folders})/[\w./-]*)`", text))
+    assert [file for file in sorted(files) if not (ROOT / file).exists()] == []
+    modules = set(re.findall(r"lordjax\.scripts(?:\.\w+)+", text))
+    assert [name for name in sorted(modules) if importlib.util.find_spec(name) is None] == []
 
 
 def test_readme_is_short():
