@@ -133,6 +133,8 @@ def test_method_of_the_recipe_needs_nothing_else(files, tables):
     done = run(*command.split(), "--json")
     assert done.exit_code == 0, done.output
     assert json.loads((files / "out/plan.json").read_text())["method"] == "abs-mean"
+    planned = run("plan", "SmolLM2-135M", "--method", "abs-mean", "--keep", "0.5", "--no-measure")
+    assert planned.exit_code == 0, planned.output
     config, params = lordjax.load("out")
     assert lordjax.nbytes(params) < lordjax.nbytes(names["model"].params())
     assert np.isfinite(lordjax.perplexity(config, params, names["tokens"])["perplexity"])
