@@ -16,9 +16,8 @@ import contextlib
 import dataclasses
 import functools
 import json
-import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,8 @@ from lordjax.finetune.recipes import Recipe
 from lordjax.finetune.step import Settings, State
 from lordjax.models.config import ModelConfig
 from lordjax.runtime.mesh import Mesh
+from lordjax.storage.disk_store import differences
+from lordjax.storage.tensor_files import write_json, write_text
 
 METRICS = "metrics.jsonl"
 Report = Callable[[dict[str, Any]], None]
@@ -78,6 +79,11 @@ class _Checkpoints:
         """Number of steps of every checkpoint -> its nats."""
         found = ((step, self._manager.metrics(step)) for step in self._manager.all_steps())
         return {step: metrics["nll"] for step, metrics in found if metrics is not None}
+
+    def best(self) -> int:
+        """Number of steps of the checkpoint with the fewest nats; of equal ones the earliest."""
+        steps = self.steps()
+        return min(steps, key=lambda count: (steps[count], count))
 
     def restore(self, template: State, step: int) -> State:
         """The state after a step; the template's shapes say what it is and where it lies."""
@@ -149,39 +155,53 @@ def train(
         or a loss is not finite.
     """
     settings.check()
-    params, paths, state, frozen, optimizer = finetune.begin(config, params, recipe, settings)
-    template = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+    setup = finetune.begin(config, params, recipe, settings)
     parts = {"recipe": recipe, "settings": settings, "keeping": keeping}
     _claim(directory, resume, {**about, **{k: dataclasses.asdict(v) for k, v in parts.items()}})
     with contextlib.ExitStack() as stack:
-        store = stack.enter_context(
-            contextlib.closing(_Checkpoints(directory / "checkpoints", keeping))
+        checkpoints = _Checkpoints(directory / "checkpoints", keeping)
+        stack.enter_context(contextlib.closing(checkpoints))
+        template = jax.tree.map(ocp.utils.to_shape_dtype_struct, setup.state)
+        done = checkpoints.steps()
+        state = checkpoints.restore(template, max(done)) if done else setup.state
+        log = stack.enter_context(
+            contextlib.closing(Log(directory / METRICS, int(state.step), report))
         )
-        done = store.steps()
-        if done:
-            state = store.restore(template, max(done))
-        log = Log(directory / METRICS, int(state.step), report)
-        stack.callback(log.close)
-        measure = functools.partial(_held_out, config, frozen, data.validation, settings)
+        validate = functools.partial(_held_out, config, setup.frozen, data.validation, settings)
         if not done:
-            log.write(step=0, **measure(state))
+            log.write(step=0, **validate(state))
+        run = functools.partial(finetune.run, config, state, setup.frozen, data.train)
+        steps = run(setup.optimizer, settings, teacher=teacher, mesh=mesh)
+        _record(steps, checkpoints, log, validate, lambda k: _is_due(k, keeping, settings))
+        best = checkpoints.best()
+        state = checkpoints.restore(template, best)
+    params = finetune.joined(state.params, setup.params, setup.paths)
+    return Trained(params, best, log.lines)
+
+
+def _is_due(count: int, keeping: Keeping, settings: Settings) -> bool:
+    """Whether a checkpoint is written after ``count`` steps."""
+    return count % keeping.every == 0 or count == settings.steps
+
+
+def _record(
+    steps: Iterator[tuple[State, dict[str, float]]],
+    checkpoints: _Checkpoints,
+    log: Log,
+    validate: Callable[[State], dict[str, float]],
+    is_due: Callable[[int], bool],
+) -> None:
+    """Runs the steps; logs each, and writes a validated checkpoint where one is due."""
+    start = time.perf_counter()
+    for state, metrics in steps:
+        count, now = int(state.step), time.perf_counter()
+        log.write(step=count, **metrics, seconds=now - start)
+        if is_due(count):
+            found = validate(state)
+            checkpoints.save(state, found.get("validation", metrics["nll"]))
+            if found:
+                log.write(step=count, **found)
         start = time.perf_counter()
-        steps = finetune.run(
-            config, state, frozen, data.train, optimizer, settings, teacher=teacher, mesh=mesh
-        )
-        for new, metrics in steps:
-            step, now = int(new.step), time.perf_counter()
-            log.write(step=step, **metrics, seconds=now - start)
-            if step % keeping.every == 0 or step == settings.steps:
-                found = measure(new)
-                store.save(new, found.get("validation", metrics["nll"]))
-                if found:
-                    log.write(step=step, **found)
-            start = time.perf_counter()
-        done = store.steps()
-        best = min(done, key=lambda step: (done[step], step))
-        state = store.restore(template, best)
-    return Trained(finetune.joined(state.params, params, paths), best, log.lines)
 
 
 def _held_out(
@@ -204,9 +224,7 @@ class Log:
         # The last line may be cut off; steps behind the checkpoint are done again.
         whole = [json.loads(line) for line in text.split("\n")[:-1]]
         self.lines = [line for line in whole if line["step"] <= step]
-        fresh = path.with_suffix(".new")
-        fresh.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
-        os.replace(fresh, path)
+        write_text(path, "".join(json.dumps(line) + "\n" for line in self.lines))
         self._file = path.open("a", buffering=1)
 
     def close(self) -> None:
@@ -231,21 +249,14 @@ def _claim(directory: Path, resume: bool, about: dict[str, Any]) -> None:
                 f"{directory}: not empty, and not a run; choose another directory"
             )
         directory.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_suffix(".new")
-        fresh.write_text(json.dumps(about, indent=1) + "\n")
-        os.replace(fresh, path)
+        write_json(path, about)
         return
     if not resume:
         raise FileExistsError(f"{directory}: a run is there; go on with --resume, or remove it")
     there = json.loads(path.read_text())
-    differences = _differences(there, about)
-    if differences:
-        raise ValueError(f"{directory}: the run there is another one: {'; '.join(differences)}")
-
-
-def _differences(there: Any, here: Any, name: str = "") -> list[str]:
-    if isinstance(there, dict) and isinstance(here, dict):
-        keys = sorted(set(there) | set(here))
-        pairs = ((k, there.get(k), here.get(k)) for k in keys)
-        return [d for k, a, b in pairs for d in _differences(a, b, f"{name}.{k}".lstrip("."))]
-    return [] if there == here else [f"{name} was {there!r} and is {here!r}"]
+    changes = list(differences(there, about))
+    if changes:
+        raise ValueError(
+            f"{directory}: this run was started with other settings (old -> new): "
+            f"{'; '.join(changes)}; give the same settings again, or choose another directory"
+        )

@@ -191,10 +191,26 @@ def checksum(path: Path) -> Written:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file and brings it to disk."""
+    """Writes a JSON file atomically; see `write_text`."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file atomically.
+
+    The text goes to a file beside ``path``, which is synced to disk and then renamed. A process
+    that is killed leaves the old file or the new one, never a part of it.
+
+    Args:
+      path: the file; is replaced if it exists.
+      text: the whole contents.
+
+    Raises:
+      OSError: if the file cannot be written.
+    """
     fresh = path.with_name(path.name + FRESH)
     with fresh.open("w") as file:
-        file.write(json.dumps(value, indent=1) + "\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(fresh, path)

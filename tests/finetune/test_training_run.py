@@ -94,9 +94,9 @@ def test_another_run_is_not_resumed(params, tmp_path):
     short_run(params, tmp_path / "run", 3)
     with pytest.raises(FileExistsError, match="a run is there; go on with --resume"):
         short_run(params, tmp_path / "run", 3)
-    with pytest.raises(ValueError, match=r"another one: data was 'a' and is 'b'"):
+    with pytest.raises(ValueError, match=r'other settings .*: data: "a" -> "b"'):
         short_run(params, tmp_path / "run", 3, resume=True, about={"data": "b"})
-    with pytest.raises(ValueError, match=r"settings\.steps was 3 and is 6"):
+    with pytest.raises(ValueError, match=r"settings\.steps: 3 -> 6"):
         short_run(params, tmp_path / "run", 6, resume=True)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
