@@ -124,27 +124,15 @@ def judge(
     Raises:
       PermissionError, ValueError, OSError: as `evaluate`.
     """
-    counts = {len(texts) for texts in completions}
-    if len(completions) != len(problems.problems) or len(counts) != 1:
-        raise ValueError(
-            f"completions of {len(completions)} problems, {sorted(counts)} each; expected those of "
-            f"{len(problems.problems)} problems, as many of one as of another"
-        )
-    samples = counts.pop()
+    samples = _samples_each(problems, completions)
     _check(samples, ks, allow_execution)
-    pairs = [
-        (p, text) for p, texts in zip(problems.problems, completions, strict=True) for text in texts
-    ]
     limits = limits or Limits()
-    results = sandbox.run_all(
-        [problem.program(text) for problem, text in pairs],
-        limits,
-        workers=workers,
-        progress=progress,
-    )
+    answers = list(zip(problems.problems, completions, strict=True))
+    programs = [problem.program(text) for problem, texts in answers for text in texts]
+    results = sandbox.run_all(programs, limits, workers=workers, progress=progress)
     rows = [
         _row(problem, texts, results[i * samples : (i + 1) * samples])
-        for i, (problem, texts) in enumerate(zip(problems.problems, completions, strict=True))
+        for i, (problem, texts) in enumerate(answers)
     ]
     right = [row["correct"] for row in rows]
     means = {k: math.fsum(pass_at_k(samples, c, k) for c in right) / len(right) for k in ks}
@@ -160,6 +148,17 @@ def judge(
             "isolation": _isolation(results),
         },
     }
+
+
+def _samples_each(problems: ProblemSet, completions: Sequence[Sequence[str]]) -> int:
+    """Returns the number of completions of each problem; raises ValueError if it differs."""
+    counts = {len(texts) for texts in completions}
+    if len(completions) != len(problems.problems) or len(counts) != 1:
+        raise ValueError(
+            f"completions of {len(completions)} problems, {sorted(counts)} each; expected those of "
+            f"{len(problems.problems)} problems, as many of one as of another"
+        )
+    return counts.pop()
 
 
 def _check(samples: int, ks: Sequence[int], allow_execution: bool) -> None:

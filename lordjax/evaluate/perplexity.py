@@ -13,7 +13,6 @@ float64 on the host. Nothing is skipped: a value that is not finite is an error.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,6 +25,7 @@ from lordjax.models import objective
 from lordjax.models.config import ModelConfig
 from lordjax.models.objective import check_finite, check_windows
 from lordjax.models.transformer import Transformer
+from lordjax.runtime.progress import Progress
 
 
 def perplexity(
@@ -37,7 +37,7 @@ def perplexity(
     tokenizer_name: str | None = None,
     bos: bool = False,
     mask_token: int | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measures a model, dense or compressed, on windows of token ids.
 
@@ -59,6 +59,37 @@ def perplexity(
         names the window and the position. If the model predicts no tokens, or masked ones and the
         mask token is not given.
     """
+    ids = _checked(config, tokens, batch_size)
+    goals = objective.targets(config, ids, None)
+    read = objective.inputs(config, ids, None, mask_token)
+    # Once, or every call would move the weights to the device again.
+    params = jax.tree.map(jnp.asarray, params)
+    total = _total_nll(config, params, read, goals, batch_size, progress)
+    targets = int((goals >= 0).sum())
+    with np.errstate(over="ignore"):
+        value = float(np.exp(np.float64(total / targets)))
+    return {
+        "perplexity": value,
+        "nll_per_token": total / targets,
+        "tokens": targets,
+        "protocol": {
+            "tokenizer": tokenizer_name,
+            "bos": bos,
+            "window": ids.shape[1],
+            "stride": ids.shape[1],
+            "windows": len(ids),
+            "token_count": ids.size,
+            # Activations have the dtype of the embedding.
+            "dtype": str(jax.tree.leaves(params["embed"])[0].dtype),
+            "matmul_precision": "highest",
+            "tokens_sha256": fingerprint(ids),
+            **objective.protocol(config, mask_token),
+        },
+    }
+
+
+def _checked(config: ModelConfig, tokens: np.ndarray, batch_size: int) -> np.ndarray:
+    """Returns the token ids as int32; raises ValueError if they or the model do not fit."""
     tokens = np.asarray(tokens)
     check_windows(tokens)
     if batch_size < 1:
@@ -68,20 +99,24 @@ def perplexity(
             f"a model with head {config.head!r} predicts no tokens, so it has no perplexity"
         )
     check_ids(tokens, config.vocab_size)
-    ids = tokens.astype(np.int32)
-    goals, read = (
-        objective.targets(config, ids, None),
-        objective.inputs(config, ids, None, mask_token),
-    )
-    # Once, or every call would move the weights to the device again.
-    params = jax.tree.map(jnp.asarray, params)
-    count, length = tokens.shape
+    return tokens.astype(np.int32)
+
+
+def _total_nll(
+    config: ModelConfig,
+    params: Any,
+    inputs: np.ndarray,
+    targets: np.ndarray,
+    batch_size: int,
+    progress: Progress | None,
+) -> float:
+    """Returns the sum of the negative log-likelihoods of all targets, in nats."""
+    total, count = 0.0, len(inputs)
     batch_size = min(batch_size, count)
-    total = 0.0
     for start in range(0, count, batch_size):
-        batch, goal = (a[start : start + batch_size] for a in (read, goals))
+        batch, goal = (a[start : start + batch_size] for a in (inputs, targets))
         rows = len(batch)
-        # A last, shorter batch is filled up: another shape would be compiled again.
+        # Pad a last, shorter batch: another shape would be compiled again.
         fill = ((0, batch_size - rows), (0, 0))
         batch, filled = (np.pad(a, fill, mode="edge") for a in (batch, goal))
         with jax.default_matmul_precision("highest"):
@@ -90,28 +125,7 @@ def perplexity(
         total += float(nll[goal >= 0].sum())
         if progress:
             progress("evaluate", start + rows, count)
-    targets = int((goals >= 0).sum())
-    with np.errstate(over="ignore"):
-        value = float(np.exp(np.float64(total / targets)))
-    protocol = {
-        "tokenizer": tokenizer_name,
-        "bos": bos,
-        "window": length,
-        "stride": length,
-        "windows": count,
-        "token_count": tokens.size,
-        # Activations have the dtype of the embedding.
-        "dtype": str(jax.tree.leaves(params["embed"])[0].dtype),
-        "matmul_precision": "highest",
-        "tokens_sha256": fingerprint(tokens),
-        **objective.protocol(config, mask_token),
-    }
-    return {
-        "perplexity": value,
-        "nll_per_token": total / targets,
-        "tokens": targets,
-        "protocol": protocol,
-    }
+    return total
 
 
 @functools.partial(jax.jit, static_argnums=0)
