@@ -1,13 +1,14 @@
-"""A run of fine-tuning on disk: checkpoints, metrics, and going on after the process was killed.
+"""A fine-tuning run on disk: checkpoints, metrics, and resuming after a crash.
 
 A run's directory::
 
-    run.json           settings, recipe, data, model: a resumed run must have the same
-    metrics.jsonl      a line per step, and per measurement on the held-out examples
-    checkpoints/N/     Orbax: the state after N steps (trained arrays, optimiser, number of steps)
+    run.json           settings, recipe, data and model; a resumed run must have the same
+    metrics.jsonl      a line per step, and per validation on the held-out examples
+    checkpoints/N/     Orbax: the state after N steps (trained arrays, optimizer, step count)
 
-A checkpoint appears whole or not at all. The rows of a step follow from its number, so a resumed
-run repeats the steps behind the last checkpoint exactly; their lines are written anew.
+A checkpoint appears whole or not at all. The examples of a step are a function of its number. A
+resumed run therefore repeats the steps after the last checkpoint exactly; their metrics are written
+again.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from lordjax.data.examples import Data, Examples
-from lordjax.finetune import step as finetune
+from lordjax.finetune import step
 from lordjax.finetune.recipes import Recipe
 from lordjax.finetune.step import Settings, State
 from lordjax.models.config import ModelConfig
@@ -39,76 +40,76 @@ Report = Callable[[dict[str, Any]], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Keeping:
-    """What a run measures and keeps, and when.
+class CheckpointPolicy:
+    """When a run validates and writes checkpoints, and how many it keeps.
 
     Attributes:
-      every: steps between checkpoints; each is measured on the held-out examples first.
-      last: checkpoints that are kept besides the best.
+      every: steps between checkpoints; each state is validated before it is written.
+      last: number of latest checkpoints that are kept besides the best one.
     """
 
     every: int = 50
     last: int = 2
 
 
-class _Checkpoints:
+class _CheckpointStore:
     """The checkpoints of a run."""
 
-    def __init__(self, directory: Path, keeping: Keeping):
+    def __init__(self, directory: Path, policy: CheckpointPolicy):
         def nll(metrics: Any) -> float:
             return metrics["nll"]
 
         best = BestN(get_metric_fn=nll, reverse=True, n=1)
         options = ocp.CheckpointManagerOptions(
-            best_fn=nll,  # without it no metrics are written
+            best_fn=nll,  # without it Orbax writes no metrics
             best_mode="min",
-            preservation_policy=AnyPreservationPolicy([best, LatestN(keeping.last)]),
-            enable_async_checkpointing=False,  # a run may be killed at any moment
+            preservation_policy=AnyPreservationPolicy([best, LatestN(policy.last)]),
+            enable_async_checkpointing=False,  # the process may be killed at any moment
             cleanup_tmp_directories=True,
         )
         self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
 
     def save(self, state: State, nll: float) -> None:
-        """Writes the state after its step; ``nll`` decides which is the best."""
+        """Writes a state; ``nll``, in nats per target, decides which checkpoint is the best."""
         leaves = _named(state)
         self._manager.save(
             int(state.step), args=ocp.args.StandardSave(leaves), metrics={"nll": nll}
         )
 
     def steps(self) -> dict[int, float]:
-        """Number of steps of every checkpoint -> its nats."""
-        found = ((step, self._manager.metrics(step)) for step in self._manager.all_steps())
-        return {step: metrics["nll"] for step, metrics in found if metrics is not None}
+        """Returns the nats per target of every checkpoint, by its number of steps."""
+        found = ((count, self._manager.metrics(count)) for count in self._manager.all_steps())
+        return {count: metrics["nll"] for count, metrics in found if metrics is not None}
 
     def best(self) -> int:
-        """Number of steps of the checkpoint with the fewest nats; of equal ones the earliest."""
+        """Returns the step count of the checkpoint with the fewest nats; on a tie the earliest."""
         steps = self.steps()
         return min(steps, key=lambda count: (steps[count], count))
 
-    def restore(self, template: State, step: int) -> State:
-        """The state after a step; the template's shapes say what it is and where it lies."""
+    def restore(self, template: State, count: int) -> State:
+        """Returns the state after ``count`` steps, with the shapes and placement of a template."""
         leaves = _named(template)
-        found = self._manager.restore(step, args=ocp.args.StandardRestore(leaves))
+        found = self._manager.restore(count, args=ocp.args.StandardRestore(leaves))
         return jax.tree.unflatten(jax.tree.structure(template), [found[name] for name in leaves])
 
     def close(self) -> None:
-        """Lets go of the directory."""
+        """Closes Orbax's checkpoint manager."""
         self._manager.close()
 
 
 def _named(state: State) -> dict[str, Any]:
-    """Arrays by name; Orbax knows nothing of kernels with holes."""
+    """Returns the arrays of a state by name; Orbax cannot store kernels with missing fields."""
     leaves = jax.tree_util.tree_flatten_with_path(state)[0]
     return {f"{i:05d}{jax.tree_util.keystr(keys)}": leaf for i, (keys, leaf) in enumerate(leaves)}
 
 
 @dataclasses.dataclass
 class Trained:
-    """What a run made.
+    """The result of a fine-tuning run.
 
     Attributes:
-      params: the model, adapters beside their bases.
-      best: number of steps after which it was best on the held-out examples; that is ``params``.
+      params: the best model's parameters; adapters are not merged.
+      best: number of steps of the best checkpoint, judged on the held-out examples.
       history: the lines of ``metrics.jsonl``.
     """
 
@@ -126,72 +127,78 @@ def train(
     directory: Path,
     *,
     about: Mapping[str, Any],
-    keeping: Keeping = Keeping(),
+    keeping: CheckpointPolicy = CheckpointPolicy(),
     resume: bool = False,
     teacher: Any = None,
     mesh: Mesh | None = None,
     report: Report | None = None,
 ) -> Trained:
-    """Fine-tunes a model; killed and resumed, it gives the same to the bit.
+    """Fine-tunes a model. A run that was killed and resumed gives the same bits.
 
     Args:
-      config: the model.
-      params: its parameters; kernels may be of any kind.
-      data: examples, and those that are held out, on which the best state is chosen.
-      recipe: what is trained.
-      settings: of the run.
-      directory: of the run; must be new or empty, or with ``resume`` that of the same run.
-      about: JSON that a resumed run must share, such as the model and its data.
-      keeping: when to measure and what to keep.
-      resume: go on after the last checkpoint, if there is one.
-      teacher: parameters to distil from.
-      mesh: devices that share the work; None: the first alone.
+      config: the model's architecture.
+      params: the model's parameters; leaves may be kernels of any kind.
+      data: training examples, and held-out examples that choose the best checkpoint.
+      recipe: what is trained, and how.
+      settings: settings of the run.
+      directory: the run's directory; must be new or empty, or with ``resume`` hold the same run.
+      about: JSON that a resumed run must share, such as names of the model and its data.
+      keeping: when to validate, and which checkpoints to keep.
+      resume: whether to go on after the last checkpoint, if there is one.
+      teacher: parameters of a model of the same architecture, to distill from.
+      mesh: devices that share the work; None uses one device.
       report: called with every line of the metrics.
+
+    Returns:
+      The parameters of the best checkpoint, and the metrics.
 
     Raises:
       FileExistsError: if the directory is not free.
-      KeyError: if the model has nothing of what the recipe trains.
-      ValueError: if a setting is out of range, a resumed run is another one (names the difference),
-        or a loss is not finite.
+      KeyError: if the model has no array that the recipe trains.
+      ValueError: if a setting is out of range, the directory holds a run with other settings (names
+        them), or a loss is not finite.
     """
     settings.check()
-    setup = finetune.begin(config, params, recipe, settings)
+    params, paths, state, frozen, optimizer = step.prepare_training(
+        config, params, recipe, settings
+    )
     parts = {"recipe": recipe, "settings": settings, "keeping": keeping}
     _claim(directory, resume, {**about, **{k: dataclasses.asdict(v) for k, v in parts.items()}})
     with contextlib.ExitStack() as stack:
-        checkpoints = _Checkpoints(directory / "checkpoints", keeping)
+        checkpoints = _CheckpointStore(directory / "checkpoints", keeping)
         stack.enter_context(contextlib.closing(checkpoints))
-        template = jax.tree.map(ocp.utils.to_shape_dtype_struct, setup.state)
+        template = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         done = checkpoints.steps()
-        state = checkpoints.restore(template, max(done)) if done else setup.state
+        if done:
+            state = checkpoints.restore(template, max(done))
         log = stack.enter_context(
             contextlib.closing(Log(directory / METRICS, int(state.step), report))
         )
-        validate = functools.partial(_held_out, config, setup.frozen, data.validation, settings)
+        validate = functools.partial(_validate, config, frozen, data.validation, settings)
         if not done:
             log.write(step=0, **validate(state))
-        run = functools.partial(finetune.run, config, state, setup.frozen, data.train)
-        steps = run(setup.optimizer, settings, teacher=teacher, mesh=mesh)
+        steps = step.run(
+            config, state, frozen, data.train, optimizer, settings, teacher=teacher, mesh=mesh
+        )
         _record(steps, checkpoints, log, validate, lambda k: _is_due(k, keeping, settings))
         best = checkpoints.best()
         state = checkpoints.restore(template, best)
-    params = finetune.joined(state.params, setup.params, setup.paths)
-    return Trained(params, best, log.lines)
+    return Trained(step.with_trained(state.params, params, paths), best, log.lines)
 
 
-def _is_due(count: int, keeping: Keeping, settings: Settings) -> bool:
+def _is_due(count: int, policy: CheckpointPolicy, settings: Settings) -> bool:
     """Whether a checkpoint is written after ``count`` steps."""
-    return count % keeping.every == 0 or count == settings.steps
+    return count % policy.every == 0 or count == settings.steps
 
 
 def _record(
     steps: Iterator[tuple[State, dict[str, float]]],
-    checkpoints: _Checkpoints,
+    checkpoints: _CheckpointStore,
     log: Log,
     validate: Callable[[State], dict[str, float]],
     is_due: Callable[[int], bool],
 ) -> None:
-    """Runs the steps; logs each, and writes a validated checkpoint where one is due."""
+    """Runs the steps, logs each one, and validates and writes a checkpoint where one is due."""
     start = time.perf_counter()
     for state, metrics in steps:
         count, now = int(state.step), time.perf_counter()
@@ -204,24 +211,24 @@ def _record(
         start = time.perf_counter()
 
 
-def _held_out(
+def _validate(
     config: ModelConfig, frozen: Any, examples: Examples, settings: Settings, state: State
 ) -> dict[str, float]:
-    """``validation``: nats per target; nothing if no example is held out."""
+    """Returns ``validation``, the nats per held-out target; empty if no example is held out."""
     if not examples.size:
         return {}
     batch = min(settings.batch // settings.micro_batches, examples.size)
     own = {"batch": batch, "dtype": settings.dtype}
-    return {"validation": finetune.evaluate(config, state, frozen, examples, **own)}
+    return {"validation": step.evaluate(config, state, frozen, examples, **own)}
 
 
 class Log:
-    """Lines of metrics, in memory and in a file that a resumed run goes on with."""
+    """Lines of metrics, in memory and in a file that a resumed run continues."""
 
     def __init__(self, path: Path, step: int, report: Report | None):
         self._report = report
         text = path.read_text() if path.exists() else ""
-        # The last line may be cut off; steps behind the checkpoint are done again.
+        # The last line may be cut off. Steps after the checkpoint are run again.
         whole = [json.loads(line) for line in text.split("\n")[:-1]]
         self.lines = [line for line in whole if line["step"] <= step]
         write_text(path, "".join(json.dumps(line) + "\n" for line in self.lines))
@@ -232,7 +239,7 @@ class Log:
         self._file.close()
 
     def write(self, **line: Any) -> None:
-        """Adds a line."""
+        """Appends a line to the file, and reports it."""
         self.lines.append(line)
         self._file.write(json.dumps(line) + "\n")
         if self._report is not None:
@@ -240,13 +247,14 @@ class Log:
 
 
 def _claim(directory: Path, resume: bool, about: dict[str, Any]) -> None:
-    """Makes a run's directory, or checks that it is this very run's."""
+    """Creates a run's directory, or checks that the directory holds a run of the same settings."""
     path = directory / "run.json"
     about = json.loads(json.dumps(about))
     if not path.exists():
         if directory.exists() and any(directory.iterdir()):
             raise FileExistsError(
-                f"{directory}: not empty, and not a run; choose another directory"
+                f"{directory}: not empty, and not a run (it has no run.json); choose another "
+                "directory"
             )
         directory.mkdir(parents=True, exist_ok=True)
         write_json(path, about)
@@ -254,6 +262,8 @@ def _claim(directory: Path, resume: bool, about: dict[str, Any]) -> None:
     if not resume:
         raise FileExistsError(f"{directory}: a run is there; go on with --resume, or remove it")
     there = json.loads(path.read_text())
+    for run in (there, about):  # another version of lordjax may word the summary differently
+        run.get("recipe", {}).pop("summary", None)
     changes = list(differences(there, about))
     if changes:
         raise ValueError(

@@ -9,8 +9,7 @@ import optax
 import pytest
 from tuning import BLOCKS, CONFIG, KINDS, coded, examples, made
 
-from lordjax.finetune import adapters, recipes
-from lordjax.finetune import step as finetune
+from lordjax.finetune import adapters, recipes, step
 from lordjax.finetune.recipes import RECIPES
 from lordjax.kernels import trees
 from lordjax.kernels.base import materialize, matmul, nbytes
@@ -52,7 +51,7 @@ def test_gradients_are_finite_differences(params, kind):
             whole = trees.combine(trained, rest)
             # Activations have the dtype of the embedding.
             whole = {**whole, "embed": jax.tree.map(lambda a: a.astype("float64"), whole["embed"])}
-            nll, _ = finetune.rows_of(CONFIG, whole, batch)
+            nll, _ = step.target_losses(CONFIG, whole, batch)
             return jnp.sum(nll)
 
         gradient = jax.grad(loss)(wide)
@@ -65,13 +64,13 @@ def test_gradients_are_finite_differences(params, kind):
         inner = sum(
             jnp.vdot(g, w) for g, w in zip(*map(jax.tree.leaves, (gradient, way)), strict=True)
         )
-        step = 1e-3 / float(norm)
+        size = 1e-3 / float(norm)
 
         def moved(size):
             return loss(jax.tree.map(lambda a, w: a + size * w, wide, way))
 
-        there, back = moved(step), moved(-step)
-        measured = (there - back) / (2 * step)
+        there, back = moved(size), moved(-size)
+        measured = (there - back) / (2 * size)
     # The logits of a chunk are float32.
     np.testing.assert_allclose(inner, measured, rtol=2e-2)
 
@@ -111,11 +110,11 @@ def test_merging_is_the_same_model(params, kind):
 
 def test_codes_under_every_block_matrix(params):
     mixed = factorize(params, keep=0.6, where="mlp/.*kernel$")
-    new = adapters.encode_bases(mixed, "nf4")
+    new = adapters.quantize_bases(mixed, "nf4")
     assert nbytes(
         {p: a for p, a in trees.flatten(new).items() if p.endswith("kernel")}
     ) < 0.2 * sum(4 * weights(a) for p, a in trees.flatten(mixed).items() if p.endswith("kernel"))
-    again = adapters.encode_bases(new, "nf4")
+    again = adapters.quantize_bases(new, "nf4")
     jax.tree.map(np.testing.assert_array_equal, again, new)
     assert adapters.trainable(new, (".",)) == [
         p for p in trees.arrays(new) if not p.endswith(("codes", "scales", "supers", "offset"))
@@ -123,7 +122,9 @@ def test_codes_under_every_block_matrix(params):
 
 
 def test_recipes_on_a_model_without_what_they_train(params):
-    with pytest.raises(KeyError, match=r"trains kernel/low_rank/.*of which the model has nothing"):
+    with pytest.raises(
+        KeyError, match=r"trains kernel/low_rank/.*but no parameter of the model matches"
+    ):
         recipes.initial_params(RECIPES["lq-lora"], params, jax.random.key(0))
 
 

@@ -38,13 +38,13 @@ def test_only_what_is_named_changes(params):
     data = Data(examples(), examples(0), {})
     recipe = dataclasses.replace(RECIPES["qlora"], rank=4, learning_rate=1e-2)
     start, paths = recipes.initial_params(recipe, base, jax.random.key(0))
-    trained, frozen = step.split(start, paths, "float32")
+    trained, frozen = step.split_trainable(start, paths, "float32")
     optimizer = recipes.optimizer(recipe, 5)
     run = step.run(
         CONFIG, step.init_state(trained, optimizer), frozen, data.train, optimizer, Settings(5)
     )
     *_, (state, _) = run
-    end = trees.arrays(step.joined(state.params, start, paths))
+    end = trees.arrays(step.with_trained(state.params, start, paths))
     for path, a in trees.arrays(start).items():
         assert np.array_equal(a, end[path]) == ("low_rank" not in path), path
     assert digest(base).hexdigest() == before
@@ -93,12 +93,12 @@ def test_padding_is_not_seen(params):
 def test_alpha_is_a_learning_rate(params, scale):
     """LoRA's ``x A B · alpha / r`` under Adam, and ours, in which the factor is no part."""
     rank, rate, key = 4, 1e-3, jax.random.key(0)
-    recipe = Recipe((recipes.PRODUCTS,), rank=rank, alpha=scale * rank, learning_rate=rate)
+    recipe = Recipe((recipes.ADAPTERS,), rank=rank, alpha=scale * rank, learning_rate=rate)
     recipe = dataclasses.replace(recipe, schedule="constant", warmup=0.0, clip=None)
     found = steps(params, recipe, Settings(6, accumulate=1))
 
     plain = adapters.add_adapters(params, rank=rank, key=jax.random.key(0))
-    paths = adapters.trainable(plain, (recipes.PRODUCTS,))
+    paths = adapters.trainable(plain, (recipes.ADAPTERS,))
     trained, frozen = trees.partition(plain, set(paths))
     optimizer = optax.adamw(rate, weight_decay=0.0)
 
@@ -111,7 +111,7 @@ def test_alpha_is_a_learning_rate(params, scale):
             lambda _, leaf: times(leaf) if isinstance(leaf, LowRankPlusQuantized) else leaf,
             trees.combine(trained, frozen),
         )
-        nll, _ = step.rows_of(CONFIG, whole, part)
+        nll, _ = step.target_losses(CONFIG, whole, part)
         return jnp.sum(nll) / int((part.targets >= 0).sum())
 
     state, theirs = optimizer.init(trained), []
@@ -154,7 +154,7 @@ def test_classifiers_are_not_distilled():
 
 def test_block_by_block_changes_no_gradient(params):
     def loss(params, **how):
-        return jnp.sum(step.rows_of(CONFIG, params, examples(), **how)[1])
+        return jnp.sum(step.target_losses(CONFIG, params, examples(), **how)[1])
 
     trained = tuple(trees.arrays(params))
     plain = jax.grad(loss)(params)
@@ -211,5 +211,5 @@ def test_schedules_end_where_they_should():
         assert sizes[0] == pytest.approx(0.5, rel=1e-3), name
         assert max(sizes) == pytest.approx(1.0, rel=1e-3), name
         assert (sizes[-1] == pytest.approx(1.0, rel=1e-3)) == (name == "constant"), name
-    with pytest.raises(ValueError, match="schedule 'steps'; known: constant"):
+    with pytest.raises(ValueError, match="schedule 'steps'; expected one of constant"):
         recipes.optimizer(Recipe((".",), schedule="steps"), 3)

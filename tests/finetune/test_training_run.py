@@ -18,7 +18,7 @@ from lordjax.data.examples import Data
 from lordjax.finetune import step, training_run
 from lordjax.finetune.recipes import RECIPES
 from lordjax.finetune.step import Settings
-from lordjax.finetune.training_run import Keeping, train
+from lordjax.finetune.training_run import CheckpointPolicy, train
 
 RUN = """
 import sys
@@ -27,7 +27,7 @@ import test_training_run as t
 data = t.Data(t.examples(), t.examples(4, seed=1), {{}})
 recipe = t.dataclasses.replace(t.RECIPES["lora"], rank=4, learning_rate=1e-2)
 t.train(t.CONFIG, t.init(t.CONFIG, t.jax.random.key(0)), data, recipe, t.Settings(40, 4, 2),
-        t.Path(sys.argv[1]), about={{"data": 1}}, keeping=t.Keeping(8), resume=True,
+        t.Path(sys.argv[1]), about={{"data": 1}}, keeping=t.CheckpointPolicy(8), resume=True,
         report=lambda line: print(line["step"], flush=True))
 """
 
@@ -65,10 +65,10 @@ def test_killed_and_resumed_is_the_same_to_the_bit(tmp_path):
     assert len(metrics_of(whole)) == 40 + 1 + 5
 
 
-def short_run(params, directory, count=12, **options):
+def short_run(params, directory, count=12, recipe=RECIPES["lora"], **options):
     data = Data(examples(), examples(4, seed=1), {})
-    recipe = dataclasses.replace(RECIPES["lora"], rank=4, learning_rate=1e-2)
-    given = {"about": {"data": "a"}, "keeping": Keeping(3, 2), **options}
+    recipe = dataclasses.replace(recipe, rank=4, learning_rate=1e-2)
+    given = {"about": {"data": "a"}, "keeping": CheckpointPolicy(3, 2), **options}
     return train(CONFIG, params, data, recipe, Settings(count, 4), directory, **given)
 
 
@@ -98,6 +98,8 @@ def test_another_run_is_not_resumed(params, tmp_path):
         short_run(params, tmp_path / "run", 3, resume=True, about={"data": "b"})
     with pytest.raises(ValueError, match=r"settings\.steps: 3 -> 6"):
         short_run(params, tmp_path / "run", 6, resume=True)
+    reworded = dataclasses.replace(RECIPES["lora"], summary="another text")
+    assert short_run(params, tmp_path / "run", 3, resume=True, recipe=reworded).best
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
     with pytest.raises(FileExistsError, match="not empty, and not a run"):

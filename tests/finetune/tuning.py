@@ -38,12 +38,12 @@ def coded(params):
 KINDS = {
     "matrices": (lambda p: p, r"/kernel$"),
     "pairs": (lambda p: factorize(p, keep=0.6, where=BLOCKS), recipes.FACTORS),
-    "over matrices": (lambda p: p, recipes.PRODUCTS),
-    "over pairs": (lambda p: factorize(p, keep=0.6, where=BLOCKS), recipes.PRODUCTS),
-    "over codes": (coded, recipes.PRODUCTS),
+    "over matrices": (lambda p: p, recipes.ADAPTERS),
+    "over pairs": (lambda p: factorize(p, keep=0.6, where=BLOCKS), recipes.ADAPTERS),
+    "over codes": (coded, recipes.ADAPTERS),
     "over pairs of codes": (
-        lambda p: adapters.encode_bases(factorize(p, keep=0.6, where=BLOCKS), "nf4"),
-        recipes.PRODUCTS,
+        lambda p: adapters.quantize_bases(factorize(p, keep=0.6, where=BLOCKS), "nf4"),
+        recipes.ADAPTERS,
     ),
     "norms": (coded, r"norm/scale$"),
 }
@@ -53,7 +53,7 @@ def made(params, kind):
     """A model and the paths of what is trained; products are not 0."""
     make, pattern = KINDS[kind]
     new = make(params)
-    if pattern == recipes.PRODUCTS:
+    if pattern == recipes.ADAPTERS:
         new = adapters.add_adapters(new, rank=3, key=jax.random.key(1))
         rng = np.random.default_rng(2)
         noise = {p: rng.normal(size=a.shape) for p, a in trees.arrays(new).items()}
@@ -70,8 +70,8 @@ def made(params, kind):
 def steps(params, recipe, settings, data=None, **options):
     """Every state's trained arrays and metrics."""
     data = examples() if data is None else data
-    begun = step.begin(CONFIG, params, recipe, settings)
-    given = (begun.state, begun.frozen, data, begun.optimizer, settings)
+    setup = step.prepare_training(CONFIG, params, recipe, settings)
+    given = (setup.state, setup.frozen, data, setup.optimizer, settings)
     run = step.run(CONFIG, *given, **options)
     return [(jax.tree.map(np.array, state.params), metrics) for state, metrics in run]
 

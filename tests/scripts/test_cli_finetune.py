@@ -112,7 +112,7 @@ def test_bad_arguments(tiny, documents, tmp_path):
     for message, *options in (
         ("no recipe 'qlor'; did you mean qlora", *data, "--recipe", "qlor"),
         ("this recipe adds no adapters", *data, "--recipe", "full", "--rank", 3),
-        ("of which the model has nothing", *data, "--recipe", "lq-lora"),
+        ("but no parameter of the model matches", *data, "--recipe", "lq-lora"),
         ("--distill is the weight of a --teacher", *data, "--distill", 0.5),
         ("a batch that accumulate divides", *data, "--accumulate", 3),
         ("no such file", "--data", tmp_path / "none.txt"),
