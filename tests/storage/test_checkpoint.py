@@ -264,7 +264,7 @@ def test_a_destination_taken_meanwhile_is_not_overwritten(tmp_path):
 def test_no_room_is_noticed_before_anything_is_written(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(OSError, match=r"out: needs about .* MB of disk, 1 MB are free"):
+    with pytest.raises(OSError, match=r"out: needs about .* MB of disk, but 1 MB are free"):
         write(tmp_path / "new" / "out")
     assert litter(tmp_path) == []
 

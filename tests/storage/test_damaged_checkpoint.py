@@ -73,10 +73,22 @@ DAMAGES = {
     "no model": (in_config(model=None), "config.json"),
     "unknown model field": (in_config(model={"rope": {}, "colour": 1}), "config.json"),
     "entry is no table": (write_text("config.json", '{"lordjax": null}'), "config.json"),
-    "no entry": (write_text("config.json", json.dumps(HF_CONFIG)), "not written by save"),
-    "broken config": (write_text("config.json", '{"lordjax": {'), "not written by save"),
-    "config is a number": (write_text("config.json", "3"), "not written by save"),
-    "no config": (lambda d: (d / "config.json").unlink(), "not written by save"),
+    "no entry": (
+        write_text("config.json", json.dumps(HF_CONFIG)),
+        "expected a model directory that lordjax wrote",
+    ),
+    "broken config": (
+        write_text("config.json", '{"lordjax": {'),
+        "expected a model directory that lordjax wrote",
+    ),
+    "config is a number": (
+        write_text("config.json", "3"),
+        "expected a model directory that lordjax wrote",
+    ),
+    "no config": (
+        lambda d: (d / "config.json").unlink(),
+        "expected a model directory that lordjax wrote",
+    ),
 }
 
 
