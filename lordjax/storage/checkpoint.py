@@ -82,7 +82,7 @@ def save(
 
 
 def describe(config: ModelConfig, params: Any) -> dict[str, Any]:
-    """Returns what `saved_model.assemble` needs besides tensors: kernel kinds, constants, config."""
+    """Returns the metadata for `saved_model.assemble`: kernel kinds, constants, architecture."""
     return _about(config, shards.describe(params))
 
 
