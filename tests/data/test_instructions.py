@@ -130,8 +130,8 @@ def test_a_question_is_held_out_with_all_its_answers(tmp_path):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"question": "a"}, 'expected a record with "messages" or'),
-        (["a"], 'expected a record with "messages" or'),
+        ({"question": "a"}, 'expected a JSON object with "messages" or'),
+        (["a"], 'expected a JSON object with "messages" or'),
         ({"instruction": "a"}, '"output" is None; expected text'),
         ({"instruction": "a", "input": 3, "output": "b"}, '"input" is 3; expected text'),
         ({"messages": "a"}, '"messages" is no list'),
