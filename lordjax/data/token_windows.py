@@ -150,7 +150,7 @@ def check_ids(tokens: np.ndarray, vocab_size: int, where: str = "tokens") -> Non
 
 
 def fingerprint(tokens: np.ndarray) -> str:
-    """Returns the SHA-256 of token ids (little-endian int32, C order), which names data in reports."""
+    """Returns the SHA-256 of token ids (little-endian int32, C order); reports name data by it."""
     return hashlib.sha256(np.ascontiguousarray(tokens, dtype="<i4").tobytes()).hexdigest()
 
 
