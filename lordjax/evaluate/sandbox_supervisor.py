@@ -65,7 +65,7 @@ def supervise(
     keeper = os.fork()
     if not keeper:
         guarded(lambda: keep(program, directory, limits, spaces, user, pipes), pipes["status"][1])
-    # The secret's reading end stays open, so that writing to it cannot fail.
+    # The secret's pipe stays open at both ends, so that writing cannot fail if the program ended.
     for name in ("output", "answer", "status"):
         os.close(pipes[name][1])
     # Made after the fork, because the program inherits all memory from before it.
@@ -173,7 +173,7 @@ def kill_all(keeper: int, spaces: bool) -> None:
         os.kill(keeper, signal.SIGKILL)
         os.waitpid(keeper, 0)
         return
-    os.kill(keeper, signal.SIGKILL)
+    os.kill(keeper, signal.SIGKILL)  # by itself, because it may not lead its session yet
     while True:
         with open(f"/proc/self/task/{os.getpid()}/children") as file:
             for child in file.read().split():
