@@ -217,17 +217,17 @@ def packed(
         tokens = token_windows.load_tokens(path, tokenizer=None, **own)
         texts: list[Any] = [row.tobytes() for row in tokens]
         held = split_documents(texts, share=share, seed=seed)
-        parts = [tokens[~held], tokens[held]]
+        sides = [tokens[~held], tokens[held]]
     else:
         texts = [text for text in documents(path) if text]
         held = split_documents(texts, share=share, seed=seed)
-        parts = [np.zeros((0, seq_len), np.int32)] * 2
+        sides = [np.zeros((0, seq_len), np.int32)] * 2
         for i, part in enumerate(("training", "validation")):
             chosen = [text for text, h in zip(texts, held, strict=True) if h == i]
             if chosen or not i:
                 name = f"{where} ({part} documents)"
-                parts[i] = token_windows.windows(chosen, tokenizer, where=name, **own)
-    train, validation = (Examples(t, next_tokens(t, np.ones(t.shape, bool))) for t in parts)
+                sides[i] = token_windows.windows(chosen, tokenizer, where=name, **own)
+    train, validation = (Examples(t, next_tokens(t, np.ones(t.shape, bool))) for t in sides)
     counts = {"train": int((~held).sum()), "validation": int(held.sum())}
     facts = {"source": where, "documents": counts, "share": share, "seed": seed}
     return described(train, validation, facts)

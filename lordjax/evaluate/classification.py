@@ -92,15 +92,15 @@ def classify(
     # Move the weights to the device once, not in every call.
     params = jax.tree.map(jnp.asarray, params)
     batch_size = min(batch_size, examples.size)
-    parts = []
+    batches = []
     for start in range(0, examples.size, batch_size):
         # Pad a last, shorter batch: another shape would be compiled again.
         rows = np.minimum(np.arange(start, start + batch_size), examples.size - 1)
         batch = examples.rows(rows)
         with jax.default_matmul_precision("highest"):
             logits = _logits(config, params, batch.tokens, batch.mask, batch.token_types)
-        parts.append(np.asarray(logits))
-    logits = np.concatenate(parts)[: examples.size]
+        batches.append(np.asarray(logits))
+    logits = np.concatenate(batches)[: examples.size]
     if not np.isfinite(logits).all():
         first = int(np.argwhere(~np.isfinite(logits))[0, 0])
         raise ValueError(f"example {first}: a logit is not finite; do the weights hold NaN?")

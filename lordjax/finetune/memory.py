@@ -110,12 +110,12 @@ def compiled_bytes(
     state, frozen, batch = abstract_state(config, params, recipe, settings, seq_len)
     optimizer = recipes.optimizer(recipe, settings.steps)
     jitted: Any = step.make_step(config, optimizer, dtype=settings.dtype)
-    found = jitted.lower(state, frozen, batch).compile().memory_analysis()
+    memory = jitted.lower(state, frozen, batch).compile().memory_analysis()
     # The new state takes the donated memory of the old one.
-    parts = {
-        "arguments": found.argument_size_in_bytes,
-        "temporaries": found.temp_size_in_bytes
-        + found.output_size_in_bytes
-        - found.alias_size_in_bytes,
+    found = {
+        "arguments": memory.argument_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes,
     }
-    return {**parts, "total": sum(parts.values())}
+    return {**found, "total": sum(found.values())}

@@ -85,8 +85,8 @@ class Settings:
 
     def check(self) -> None:
         """Raises ValueError if a setting is out of range."""
-        parts = 1 if self.accumulate is None else self.accumulate
-        if min(self.steps, self.batch, parts) < 1 or self.batch % parts:
+        count = 1 if self.accumulate is None else self.accumulate
+        if min(self.steps, self.batch, count) < 1 or self.batch % count:
             raise ValueError(
                 f"steps {self.steps}, batch {self.batch}, accumulate {self.accumulate}: expected 1 "
                 "or more, and a batch that accumulate divides"

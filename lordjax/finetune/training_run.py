@@ -162,8 +162,9 @@ def train(
     params, paths, state, frozen, optimizer = step.prepare_training(
         config, params, recipe, settings
     )
-    parts = {"recipe": recipe, "settings": settings, "keeping": keeping}
-    _claim(directory, resume, {**about, **{k: dataclasses.asdict(v) for k, v in parts.items()}})
+    own = {"recipe": recipe, "settings": settings, "keeping": keeping}
+    fields = {name: dataclasses.asdict(value) for name, value in own.items()}
+    _claim(directory, resume, {**about, **fields})
     with contextlib.ExitStack() as stack:
         checkpoints = _CheckpointStore(directory / "checkpoints", keeping)
         stack.enter_context(contextlib.closing(checkpoints))

@@ -32,9 +32,9 @@ def split_blocks(params: Mapping[str, Any]) -> dict[str, Any]:
     return {REST: rest} | {name: params[name] for name in blocks}
 
 
-def join_blocks(parts: Mapping[str, Any]) -> dict[str, Any]:
+def join_blocks(shards: Mapping[str, Any]) -> dict[str, Any]:
     """Joins what `split_blocks` split."""
-    return {**parts[REST], **{name: part for name, part in parts.items() if name != REST}}
+    return {**shards[REST], **{name: tree for name, tree in shards.items() if name != REST}}
 
 
 def _kernels_and_arrays(params: Any) -> Iterator[tuple[str, Any]]:

@@ -1,4 +1,4 @@
-"""Examples: their order, what is held out, and that a model learns answers and nothing else."""
+"""Examples: their order, held-out documents, padding and checks."""
 
 import numpy as np
 import pytest
@@ -132,7 +132,7 @@ def pack(path, **options):
 
 
 def letters(examples):
-    """Which letters the documents of a part are made of."""
+    """Returns the letters in the documents of one side of the split."""
     return set(make_tokenizer().decode(examples.tokens.ravel()).replace("<|end|>", ""))
 
 

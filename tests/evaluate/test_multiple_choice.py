@@ -1,4 +1,4 @@
-"""Multiple choice: log-likelihoods, prompts, accuracies, and the verb."""
+"""Multiple choice: log-likelihoods, prompts, accuracies, and the command."""
 
 import dataclasses
 import functools
@@ -27,7 +27,7 @@ LINEAR = r"layer_\d+/.*/kernel$"
 
 
 def some_pairs(config, most):
-    """Of every kind: choices of a context, of one token, that go on after each other, likely."""
+    """Returns pairs of every kind: long ones, shared contexts, single tokens, prefixes of others."""
     draw = np.random.default_rng(0)
 
     def ids(low, high):
@@ -288,7 +288,7 @@ def test_wrong_files_are_errors_that_name_the_line(tmp_path):
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory):
-    """Files of two tasks; letters are tokens of the tiny model."""
+    """Writes files of two tasks, whose letters are tokens of the tiny model."""
     directory = tmp_path_factory.mktemp("sets")
     letters = "abcdefghij"
     asked = [

@@ -1,4 +1,4 @@
-"""HumanEval and MBPP in small: readers, pass@k, and what becomes of right and wrong programs."""
+"""Small HumanEval and MBPP files: readers, pass@k, and results of right and wrong programs."""
 
 import dataclasses
 import gzip
@@ -277,7 +277,7 @@ SETTINGS = {
 
 @pytest.fixture
 def calls(monkeypatch):
-    """A model that knows how to add and nothing else; the arguments of its batches."""
+    """Replaces the model by one that can only add; returns the arguments of its batches."""
     seen = []
 
     def complete(params, config, tokenizer, prompts, **how):

@@ -1,4 +1,4 @@
-"""Adapters and recipes: what is trained in every kind of kernel, and what is not."""
+"""Adapters and recipes: which arrays are trained in every kind of kernel."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tuning import BLOCKS, CONFIG, KINDS, coded, examples, made
+from tuning import BLOCKS, CONFIG, KINDS, examples, made, quantized
 
 from lordjax.finetune import adapters, recipes, step
 from lordjax.finetune.recipes import RECIPES
@@ -38,7 +38,7 @@ def test_split_names_what_is_not_there(params):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_finite_differences(params, kind):
-    """In double precision."""
+    """Compares gradients with finite differences in double precision."""
     new, paths = made(params, kind)
     trained, frozen = trees.partition(new, set(paths))
     batch = examples(2)
@@ -76,7 +76,7 @@ def test_gradients_are_finite_differences(params, kind):
 
 
 def test_new_adapters_change_nothing(params):
-    for make in (lambda p: p, coded, lambda p: factorize(p, keep=0.6, where=BLOCKS)):
+    for make in (lambda p: p, quantized, lambda p: factorize(p, keep=0.6, where=BLOCKS)):
         before = make(params)
         after = adapters.add_adapters(before, rank=4, key=jax.random.key(0))
         tokens = examples().tokens
@@ -140,7 +140,7 @@ def test_recipes_on_a_model_without_what_they_train(params):
     ],
 )
 def test_trainable_counts_of_llama_2(size, expected):
-    """Rank 64; the paper's counts (arXiv 2311.12023)."""
+    """Counts trainable parameters at rank 64, as in the paper (arXiv 2311.12023)."""
     kv = {"num_kv_heads": size.get("num_kv_heads", 32)}
     config = dataclasses.replace(CONFIG, **{**size, **kv}, head_size=128, vocab_size=32000)
 

@@ -1,4 +1,4 @@
-"""Fine-tuning: what is trained, what is not, and that a run is a function of its arguments."""
+"""Fine-tuning steps: trained and frozen arrays, and runs that depend only on their arguments."""
 
 import dataclasses
 import functools
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tuning import BLOCKS, CONFIG, coded, examples, losses, steps
+from tuning import BLOCKS, CONFIG, examples, losses, quantized, steps
 
 from lordjax.data.examples import Data, Examples
 from lordjax.finetune import adapters, recipes, step
@@ -29,7 +29,7 @@ def test_eight_examples_are_learned_by_heart(params):
 
 
 def test_only_what_is_named_changes(params):
-    base = coded(params)
+    base = quantized(params)
 
     def digest(tree):
         return hashlib.sha256(b"".join(np.asarray(a).tobytes() for a in jax.tree.leaves(tree)))
@@ -51,7 +51,7 @@ def test_only_what_is_named_changes(params):
 
 
 def test_accumulation_changes_nothing_but_memory(params):
-    """Micro-batches with different numbers of targets count by targets, not by batches."""
+    """The loss is a mean over targets, also if micro-batches have different numbers of them."""
     data = examples()
     few = data.targets.copy()
     few[:3, 4:] = -1
@@ -91,7 +91,7 @@ def test_padding_is_not_seen(params):
 
 @pytest.mark.parametrize("scale", [0.25, pytest.param(2.0, marks=pytest.mark.slow)])
 def test_alpha_is_a_learning_rate(params, scale):
-    """LoRA's ``x A B · alpha / r`` under Adam, and ours, in which the factor is no part."""
+    """LoRA's ``x A B · alpha / r`` under Adam equals our adapters, which do not store the scale."""
     rank, rate, key = 4, 1e-3, jax.random.key(0)
     recipe = Recipe((recipes.ADAPTERS,), rank=rank, alpha=scale * rank, learning_rate=rate)
     recipe = dataclasses.replace(recipe, schedule="constant", warmup=0.0, clip=None)

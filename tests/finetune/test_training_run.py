@@ -1,4 +1,4 @@
-"""Runs on disk: killed, resumed, and what is kept."""
+"""Runs on disk: killed, resumed, and the checkpoints that are kept."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""A tiny model, its examples, and every kind of kernel that something is trained in."""
+"""A tiny model, its examples, and every kind of kernel with trainable arrays."""
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ def examples(count=8, length=16, seed=0):
     return Examples(tokens, next_tokens(tokens, np.ones(tokens.shape, bool)))
 
 
-def coded(params):
+def quantized(params):
     return encode(params, "nf4", where=BLOCKS)
 
 
@@ -40,17 +40,17 @@ KINDS = {
     "pairs": (lambda p: factorize(p, keep=0.6, where=BLOCKS), recipes.FACTORS),
     "over matrices": (lambda p: p, recipes.ADAPTERS),
     "over pairs": (lambda p: factorize(p, keep=0.6, where=BLOCKS), recipes.ADAPTERS),
-    "over codes": (coded, recipes.ADAPTERS),
+    "over codes": (quantized, recipes.ADAPTERS),
     "over pairs of codes": (
         lambda p: adapters.quantize_bases(factorize(p, keep=0.6, where=BLOCKS), "nf4"),
         recipes.ADAPTERS,
     ),
-    "norms": (coded, r"norm/scale$"),
+    "norms": (quantized, r"norm/scale$"),
 }
 
 
 def made(params, kind):
-    """A model and the paths of what is trained; products are not 0."""
+    """Returns a model and the paths of the trained arrays; its adapters are not 0."""
     make, pattern = KINDS[kind]
     new = make(params)
     if pattern == recipes.ADAPTERS:
@@ -68,7 +68,7 @@ def made(params, kind):
 
 
 def steps(params, recipe, settings, data=None, **options):
-    """Every state's trained arrays and metrics."""
+    """Returns the trained arrays and metrics of every step."""
     data = examples() if data is None else data
     setup = step.prepare_training(CONFIG, params, recipe, settings)
     given = (setup.state, setup.frozen, data, setup.optimizer, settings)

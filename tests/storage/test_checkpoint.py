@@ -1,4 +1,4 @@
-"""The artifact: exact, self-describing, of the reported size, and never half-written."""
+"""A saved model is exact, describes itself, has the reported size, and is never half-written."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from lordjax.kernels import trees
 from lordjax.kernels.normal_float import Format
 from lordjax.kernels.quantized import LowRankPlusQuantized
 from lordjax.models import Transformer
-from lordjax.storage import shards as parts
+from lordjax.storage import shards
 from lordjax.storage.checkpoint import INDEX
 from lordjax.storage.saved_model import is_compressed, open_saved
 from lordjax.storage.tensor_files import write_tensors
@@ -233,7 +233,7 @@ def test_failure_while_tensors_are_written(tmp_path, monkeypatch, error, exists)
         written.append(file)
         return write_tensors(file, arrays, metadata)
 
-    monkeypatch.setattr(parts, "write_tensors", fails)
+    monkeypatch.setattr(shards, "write_tensors", fails)
     with pytest.raises(type(error)):
         write(tmp_path / "out")
     assert len(written) == 2  # it failed in the middle

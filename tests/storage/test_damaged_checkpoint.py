@@ -1,4 +1,4 @@
-"""Saved models that are damaged: every error names what is wrong."""
+"""Damaged saved models: every error names the damage."""
 
 import json
 
