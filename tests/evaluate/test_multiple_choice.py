@@ -27,7 +27,7 @@ LINEAR = r"layer_\d+/.*/kernel$"
 
 
 def some_pairs(config, most):
-    """Returns pairs of every kind: long, with a shared context, of one token, prefixes of others."""
+    """Returns pairs of all kinds: long, with a shared context, of one token, prefixes of others."""
     draw = np.random.default_rng(0)
 
     def ids(low, high):
