@@ -17,11 +17,18 @@ from lordjax.allocation.plan import Plan
 from lordjax.kernels import base, normal_float, trees
 from lordjax.kernels.base import Kernel, nbytes
 from lordjax.kernels.kinds import kind_of
+from lordjax.models.config import ModelConfig
+from lordjax.names import layer
 from lordjax.storage.store import Store, get_or_compute
 from lordjax.storage.tensor_files import Written, checksum, sync_directory, write_tensors
 
 REST = "rest"  # the name of the part that is no block
 SHARD_BYTES = 2 * 2**30
+
+
+def names(config: ModelConfig) -> list[str]:
+    """Names of all parts of a model: `REST`, then the blocks in their order."""
+    return [REST, *(layer(i) for i in range(config.num_layers))]
 
 
 def split_blocks(params: Mapping[str, Any]) -> dict[str, Any]:
