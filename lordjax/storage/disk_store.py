@@ -25,12 +25,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lordjax.storage.serialize import Types, from_json, to_json
+from lordjax.storage.entry_reader import EntryReader
+from lordjax.storage.serialize import Types, to_json
 from lordjax.storage.tensor_files import (
     TensorFile,
     TensorWriter,
     Written,
-    checksum,
     sync_directory,
     write_json,
     write_tensors,
@@ -63,8 +63,9 @@ class DiskStore:
     ):
         self.directory = Path(directory).absolute()
         self._types: Types = types or {}
+        remedy = f"remove {self.directory} to start over"
+        self._reader = EntryReader(self.directory, self._types, remedy)
         self._entries: dict[str, dict[str, Any]] = {}
-        self._checked: set[str] = set()
         self._streams: list[TensorWriter] = []
         self._count = 0
         known = {RUN, LOCK, JOURNAL, ENTRIES}
@@ -123,17 +124,11 @@ class DiskStore:
         Raises:
           ValueError: if the file differs from what was written.
         """
-        if "file" not in self._entries[key]:
-            return from_json(self._entries[key]["value"], {}, self._types)
-        file = self.arrays(key)
-        return from_json(json.loads(file.metadata["tree"]), file, self._types)
+        return self._reader.tree(self._entries[key])
 
     def arrays(self, key: str) -> TensorFile:
         """Returns the file with the arrays of an entry; raises as reading the entry does."""
-        row = self._entries[key]
-        path = self.directory / row["file"]
-        self.check(path, Written(row["bytes"], row["sha256"]))
-        return TensorFile(path)
+        return self._reader.arrays(self._entries[key])
 
     def __setitem__(self, key: str, tree: Any) -> None:
         """Writes an entry to disk; replaces an older one.
@@ -178,8 +173,7 @@ class DiskStore:
         for key in keys:
             row = {name: value for name, value in self._entries[key].items() if name != "key"}
             if "file" in row:
-                path, other = self.directory / row["file"], directory / row["file"]
-                self.check(path, Written(row["bytes"], row["sha256"]))
+                path, other = self._reader.checked_path(row), directory / row["file"]
                 other.unlink(missing_ok=True)  # a killed process may have left it
                 os.link(path, other)
             rows[key] = row
@@ -199,16 +193,6 @@ class DiskStore:
         self._streams = [each for each in self._streams if not each.closed] + [writer]
         return Stream(writer.add, lambda key: self._file(key, path, writer.close()))
 
-    def check(self, path: Path, written: Written) -> None:
-        """Raises ValueError if a file differs from what was written; checks each file only once."""
-        if path.name in self._checked:
-            return
-        if not path.is_file():
-            self._broken(f"{path} is missing")
-        if checksum(path) != written:
-            self._broken(f"{path} is not what was written there (its checksum differs)")
-        self._checked.add(path.name)
-
     def _broken(self, what: str) -> None:
         raise ValueError(f"{what}; remove {self.directory} to start over")
 
@@ -218,7 +202,7 @@ class DiskStore:
         return self.directory / ENTRIES / f"{self._count:06d}-{name}.safetensors"
 
     def _file(self, key: str, path: Path, written: Written) -> None:
-        self._checked.add(path.name)
+        self._reader.intact.add(path.name)
         file = str(path.relative_to(self.directory))
         self._record({"key": key, "file": file, **written._asdict()})
 

@@ -17,11 +17,18 @@ from lordjax.allocation.plan import Plan
 from lordjax.kernels import base, normal_float, trees
 from lordjax.kernels.base import Kernel, nbytes
 from lordjax.kernels.kinds import kind_of
+from lordjax.models.config import ModelConfig
+from lordjax.names import layer
 from lordjax.storage.store import Store, get_or_compute
 from lordjax.storage.tensor_files import Written, checksum, sync_directory, write_tensors
 
 REST = "rest"  # name of the shard with the parameters outside the blocks
 SHARD_BYTES = 2 * 2**30
+
+
+def names(config: ModelConfig) -> list[str]:
+    """Returns the names of a model's shards: `REST`, then the blocks in their order."""
+    return [REST, *(layer(i) for i in range(config.num_layers))]
 
 
 def split_blocks(params: Mapping[str, Any]) -> dict[str, Any]:
