@@ -28,6 +28,7 @@ from lordjax.finetune.step import Settings, State
 from lordjax.kernels import base, quantized, trees
 from lordjax.models.config import ModelConfig
 from lordjax.models.objective import CHUNK
+from lordjax.names import layer
 
 COPIES = 7  # float32 copies of each trained parameter; see the module's docstring
 
@@ -69,7 +70,7 @@ def predict(
     rows, size = settings.batch // settings.micro_batches, jnp.dtype(settings.dtype).itemsize
     stream = rows * seq_len * config.hidden_size * size
     blocks = [
-        [leaf for path, leaf in trees.flatten(frozen).items() if path.startswith(f"layer_{i}/")]
+        [leaf for path, leaf in trees.flatten(frozen).items() if path.startswith(f"{layer(i)}/")]
         for i in range(config.num_layers)
     ]
     largest = (_dequantized_bytes(leaf, size) for block in blocks for leaf in block)

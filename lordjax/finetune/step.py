@@ -35,6 +35,7 @@ from lordjax.models import objective
 from lordjax.models.blocks import BLOCKS
 from lordjax.models.config import ModelConfig
 from lordjax.models.transformer import Transformer, default_positions
+from lordjax.names import layer
 from lordjax.runtime.mesh import Mesh, fully_sharded, put, rows_sharded
 from lordjax.runtime.xla_scheduling import block_by_block
 
@@ -199,9 +200,9 @@ def _stream(
         return module.apply({"params": trees.combine(trained, params)}, x, *where)
 
     for i in range(config.num_layers):
-        name = f"layer_{i}/"
-        inside = {path.removeprefix(name) for path in trained if path.startswith(name)}
-        first, second = trees.partition(params[f"layer_{i}"], inside)
+        prefix = f"{layer(i)}/"
+        inside = {path.removeprefix(prefix) for path in trained if path.startswith(prefix)}
+        first, second = trees.partition(params[layer(i)], inside)
         fn = functools.partial(block, config.window(i))
         x = block_by_block(fn, remat, first, (second, positions, batch.mask), x)
     return x

@@ -20,6 +20,7 @@ from lordjax.kernels.base import Kernel
 from lordjax.kernels.kinds import KINDS, check
 from lordjax.models.config import ModelConfig
 from lordjax.models.transformer import init
+from lordjax.names import layer
 from lordjax.storage.checkpoint import FORMAT, INDEX
 from lordjax.storage.tensor_files import DTYPES
 
@@ -171,7 +172,7 @@ class Saved:
 
     def block(self, i: int) -> dict[str, Any]:
         """Returns the parameters of block ``i`` as a nested dict."""
-        return self.read(f"layer_{i}")
+        return self.read(layer(i))
 
     def non_block_params(self) -> dict[str, Any]:
         """Returns the parameters outside the blocks as a nested dict."""
