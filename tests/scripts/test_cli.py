@@ -123,7 +123,7 @@ def test_inspect_counts_what_is_there(tiny, compressed):
 
 
 def test_inspect_prints_blocks_in_order(compressed):
-    lines = run("inspect", compressed[0]).stdout.splitlines()
+    lines = run("inspect", compressed[0], "--full").stdout.splitlines()
     assert any("kept" in line for line in lines)
     blocks = [line.strip() for line in lines if line.startswith("layer_")]
     assert blocks == ["layer_0/", "layer_1/"]
