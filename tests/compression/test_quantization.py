@@ -223,6 +223,7 @@ def test_one_format_for_all(source):
     assert "calibration" not in result.report
 
 
+@pytest.mark.quick("nf")
 @pytest.mark.parametrize("method", ["nf", "lq"])
 def test_feedback_loses_less_of_the_outputs(source, method):
     options = {"method": method, "form": "nf3", "weighting": "input", "steps": 2}
@@ -295,6 +296,7 @@ def test_an_edited_plan_is_followed(prepared, results):
         assert kernel.low_rank.left.format == kernel.low_rank.right.format == nf.Format(8)
 
 
+@pytest.mark.full
 def test_matrices_without_codes(prepared, results, source):
     """Dense, or a product alone: the best one in the measure, in half precision."""
     plan, second = results["auto"].plan, SITES[1]
@@ -339,6 +341,7 @@ def test_a_plan_must_name_every_matrix(prepared, results):
 # --- files ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick("lq")
 @every_method
 def test_a_saved_model_is_the_same(results, tmp_path, method):
     result, directory = results[method], tmp_path / "model"
@@ -366,6 +369,7 @@ def lord(source):
     return prepare(source, TOKENS, method="lord-linear")
 
 
+@pytest.mark.quick("nf8")
 @pytest.mark.parametrize(("factors", "tolerance"), [("nf8", 0.03), ("nf4", 0.3)])
 def test_factor_pairs_as_codes(lord, source, factors, tolerance):
     plain, coded = lord.compress(0.6), lord.compress(0.6, factors=factors)
@@ -466,6 +470,7 @@ def test_broken_weights_are_named(params, options):
         quantize(InMemory(CONFIG, broken), method="nf", **options)
 
 
+@pytest.mark.full
 def test_overflow_is_named(params):
     """A weight that float16 cannot hold is an error, not an infinity."""
     path = "layer_1/mlp_norm/scale"

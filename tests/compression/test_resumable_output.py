@@ -6,7 +6,7 @@ import random
 import jax
 import numpy as np
 import pytest
-from interrupted import CONFIG, MODEL, TOKENS, Killed
+from interrupted import CONFIG, TOKENS, Killed, small_model
 
 from lordjax import checkpoint, elastic
 from lordjax.compression import compress
@@ -24,7 +24,7 @@ FORMATS = tuple(Format(bits, 4, "bfloat16", 32, 256) for bits in (2, 4))
 
 def low_rank(**options):
     def run(**given):
-        return compress(MODEL, TOKENS, batch_size=5, **options, **given)
+        return compress(small_model(), TOKENS, batch_size=5, **options, **given)
 
     return run
 
@@ -36,7 +36,7 @@ def on_two_devices(**given):
 def quantized(method, **options):
     def run(*, work=None, into=None):
         prepared = prepare_quantized(
-            MODEL, TOKENS, method=method, formats=FORMATS, steps=1, work=work, **options
+            small_model(), TOKENS, method=method, formats=FORMATS, steps=1, work=work, **options
         )
         return prepared.compress(bits=4.5, into=into)
 
@@ -164,9 +164,9 @@ def test_another_run_is_refused_with_the_difference(tmp_path):
 def test_one_output_has_parts_of_one_plan(tmp_path):
     with Output(tmp_path / "out", IDENTITY) as output:
         given = {"work": output.work, "into": output.parts, "method": "svd"}
-        compress(MODEL, TOKENS, ranks={"mlp/down": 5}, **given)
+        compress(small_model(), TOKENS, ranks={"mlp/down": 5}, **given)
         with pytest.raises(ValueError, match="another plan"):
-            compress(MODEL, TOKENS, ranks={"mlp/down": 6}, **given)
+            compress(small_model(), TOKENS, ranks={"mlp/down": 6}, **given)
 
 
 def test_a_damaged_part_is_named(tmp_path):

@@ -18,6 +18,7 @@ def test_levels_of_the_torch_code(bits):
     np.testing.assert_array_equal(np.asarray(code.levels(bits), np.float32), nf.levels(bits))
 
 
+@pytest.mark.quick("form0", "form4", "form9")
 @pytest.mark.parametrize("form", nf.grid()[::29])
 def test_codes_of_the_torch_code(form):
     """Sizes that no block divides."""

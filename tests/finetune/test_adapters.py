@@ -16,6 +16,7 @@ from lordjax.models import Transformer, init
 from lordjax.recipes import RECIPES
 
 
+@pytest.mark.quick("pairs", "matrices")
 @pytest.mark.parametrize("kind", KINDS)
 def test_split_and_join(params, kind):
     new, paths = made(params, kind)
@@ -32,6 +33,7 @@ def test_split_names_what_is_not_there(params):
         trees.split(params, {"layer_0/attention/q/kernel/left"})
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_finite_differences(params, kind):
     """In double precision."""
@@ -71,6 +73,7 @@ def test_gradients_are_finite_differences(params, kind):
     np.testing.assert_allclose(inner, measured, rtol=2e-2)
 
 
+@pytest.mark.full
 def test_new_adapters_change_nothing(params):
     for make in (lambda p: p, coded, lambda p: factorize(p, keep=0.6, where=BLOCKS)):
         before = make(params)
@@ -87,6 +90,7 @@ def test_adapters_that_do_not_fit(params):
         adapters.add_adapters(params, rank=17, key=jax.random.key(0))
 
 
+@pytest.mark.quick("*codes")
 @pytest.mark.parametrize("kind", ["over matrices", "over pairs", "over codes"])
 def test_merging_is_the_same_model(params, kind):
     new, _ = made(params, kind)
@@ -122,6 +126,7 @@ def test_recipes_on_a_model_without_what_they_train(params):
         recipes.start(RECIPES["lq-lora"], params, jax.random.key(0))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("size", "expected"),
     [
@@ -147,6 +152,7 @@ def test_trainable_counts_of_llama_2(size, expected):
     assert sum(a.size for p, a in arrays.items() if "/low_rank/" in p) == expected
 
 
+@pytest.mark.full
 def test_a_trained_product_is_what_is_multiplied(params):
     new, _ = made(params, "over codes")
     leaf = new["layer_0"]["mlp"]["up"]["kernel"]

@@ -13,6 +13,7 @@ from lordjax.models import init
 from lordjax.recipes import RECIPES
 
 
+@pytest.mark.quick("full")
 @pytest.mark.parametrize("recipe", ["full", "qlora"])
 def test_memory_is_about_what_the_compiler_lays_out(recipe):
     """Of a model whose hidden states outweigh what the count leaves out."""
@@ -52,6 +53,7 @@ def test_decoded_matrices_do_not_pile_up():
     assert added["codes"] - added["matrices"] < 0.5 * 3 * block
 
 
+@pytest.mark.full
 def test_remat_holds_the_inside_of_one_block():
     """Compiled with optimisation, which would find that something is computed twice."""
     config = dataclasses.replace(CONFIG, hidden_size=64, mlp_size=1024)

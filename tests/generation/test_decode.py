@@ -61,6 +61,7 @@ def changed(model, how):
 NARROWER = [(block, "modegpt") for block in ("gpt2", "gemma2", "starcoder2")]
 
 
+@pytest.mark.quick("gpt2-dense", "codegen-dense", "gemma2-dense")
 @pytest.mark.parametrize(("block", "how"), [*((block, "dense") for block in CAUSAL), *NARROWER])
 def test_step_by_step_is_the_whole_at_once(block, how):
     """Logits of every position, cached token by token after a prompt, and those of one pass."""
@@ -82,6 +83,7 @@ def test_step_by_step_is_the_whole_at_once(block, how):
         np.testing.assert_allclose(logits[:, 0], whole[:, i], atol=1e-4)
 
 
+@pytest.mark.quick("pairs")
 @pytest.mark.parametrize("how", ["dense", "modegpt", "pairs", "codes"])
 def test_greedy_tokens_of_a_ragged_batch(tiny, how):
     config, params = tiny.config, changed(tiny, how)
@@ -91,6 +93,7 @@ def test_greedy_tokens_of_a_ragged_batch(tiny, how):
         assert answer.reason == "length"
 
 
+@pytest.mark.full
 def test_several_tokens_behind_a_cache(tiny):
     """As a second turn of a talk does; rows begin at places of their own."""
     config, params = tiny.config, tiny.params
@@ -225,6 +228,7 @@ def test_prefill_makes_logits_of_the_last_tokens_only(tiny):
     assert made < rows * length * vocab * 4 / 4
 
 
+@pytest.mark.quick("True")
 @pytest.mark.parametrize("equal", [True, False])
 def test_equal_blocks_are_one_function(tiny, equal):
     config = dataclasses.replace(tiny.config, num_layers=5, windows=None)
@@ -276,6 +280,7 @@ def test_settings_out_of_range(field):
         Sampling(**{field: -1})
 
 
+@pytest.mark.full
 def test_rotary_frequencies_that_depend_on_the_length():
     """Within the trained length as within it; longrope beyond it from the first token on."""
     base = dataclasses.replace(BLOCKS["starcoder2"], windows=None)
