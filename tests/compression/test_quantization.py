@@ -369,7 +369,7 @@ def lord(source):
     return prepare(source, TOKENS, method="lord-linear")
 
 
-@pytest.mark.quick("nf8")
+@pytest.mark.quick("nf8-*")
 @pytest.mark.parametrize(("factors", "tolerance"), [("nf8", 0.03), ("nf4", 0.3)])
 def test_factor_pairs_as_codes(lord, source, factors, tolerance):
     plain, coded = lord.compress(0.6), lord.compress(0.6, factors=factors)

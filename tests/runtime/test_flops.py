@@ -27,6 +27,7 @@ def compiled(fn, *args):
     return jax.jit(fn).lower(*args).compile().cost_analysis()["flops"]
 
 
+@pytest.mark.quick("96")
 @pytest.mark.parametrize("width", [96, 640])
 def test_products_are_those_that_xla_counts(width):
     """Up to additions and means, which are no products."""
@@ -60,6 +61,7 @@ def test_the_gradient_of_a_product_costs_twice_the_product():
     assert both == pytest.approx(compiled(jax.grad(loss, argnums=(0, 1)), a, b), rel=0.02)
 
 
+@pytest.mark.quick("svd")
 @pytest.mark.parametrize("fn", [jnp.linalg.eigh, jnp.linalg.cholesky, jnp.linalg.svd])
 def test_factorisations_grow_with_the_third_power(fn):
     once, twice = (flops.total(flops.of(fn, array(n, n))) for n in (64, 128))
@@ -121,6 +123,7 @@ def on_host_counted(module, done):
     return dataclasses.replace(module, host=run)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("method", "name"),
     [
@@ -161,6 +164,7 @@ def test_a_preparation_runs_what_was_counted(method, name, monkeypatch):
 PREPARES = ("gradients", "statistics", "factors")
 
 
+@pytest.mark.quick("lord")
 @pytest.mark.parametrize("method", ["lord", "modegpt", "svd-llm"])
 def test_passes_are_linear_in_windows(method):
     few, many = (

@@ -50,6 +50,7 @@ def of_one():
     return statistics(None)
 
 
+@pytest.mark.quick("*2*2*")
 @pytest.mark.parametrize("axes", MESHES, ids=str)
 def test_statistics_are_those_of_one_device(of_one, axes):
     def close(a, b):
@@ -59,6 +60,7 @@ def test_statistics_are_those_of_one_device(of_one, axes):
     jax.tree.map(close, statistics(axes), of_one)
 
 
+@pytest.mark.quick("lord-*")
 @pytest.mark.parametrize(
     ("method", "options"),
     [
@@ -210,6 +212,7 @@ def test_devices_factor_equally_much(monkeypatch):
     assert told["factors"]["shares"] == pytest.approx(done)
 
 
+@pytest.mark.quick("14")
 @pytest.mark.parametrize("dying", range(2, 28, 4))
 def test_a_group_that_is_killed_goes_on_to_the_same_bits(dying, tmp_path, monkeypatch):
     """Before some line of the journal; no factors are made twice but those that it lost."""
@@ -251,6 +254,7 @@ def test_a_group_that_is_killed_goes_on_to_the_same_bits(dying, tmp_path, monkey
     assert len(set(made)) == sites and len(made) <= sites + 1
 
 
+@pytest.mark.full
 def test_codes_are_those_of_one_device():
     def result(devices):
         settings = {"method": "lq", "weighting": "fisher", "form": "nf4", "rank": 2, "steps": 1}
@@ -286,6 +290,7 @@ def test_the_command_line(tiny, text, tmp_path):
 QUICK = ("factorize", "nbytes", "matmul", "eigenvalues", "stats.moments")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "names", [pytest.param(QUICK, id="quick"), pytest.param((), id="all", marks=pytest.mark.slow)]
 )

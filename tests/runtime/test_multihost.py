@@ -130,6 +130,7 @@ def test_two_processes_are_one(model, whole):
     assert not list(out.parent.glob("whole.partial*"))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("line", [14, pytest.param(40, marks=pytest.mark.slow)])
 def test_a_death_ends_the_job_and_the_next_goes_on_to_the_same_bits(model, whole, line):
     out = model / f"died-{line}"

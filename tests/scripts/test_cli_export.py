@@ -27,6 +27,7 @@ def quantized(tiny, tmp_path_factory):
     return out
 
 
+@pytest.mark.quick("dense", "factored")
 @pytest.mark.parametrize("to", ["dense", "factored", "orbax"])
 def test_export_and_verification(compressed, text, tmp_path, to):
     model, out = compressed[0], tmp_path / "out"

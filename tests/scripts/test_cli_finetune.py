@@ -52,6 +52,7 @@ def test_what_is_written(qlora):
     assert isinstance(flat["layer_0/mlp/up/kernel"], LowRankPlusQuantized)
 
 
+@pytest.mark.full
 def test_merging_to_dense_is_the_same_model(qlora, text, tmp_path):
     out = qlora[0]
     result = run("merge", out, tmp_path / "dense", "--to", "dense", "--json")
@@ -63,6 +64,7 @@ def test_merging_to_dense_is_the_same_model(qlora, text, tmp_path):
     assert a == pytest.approx(b, rel=1e-5)
 
 
+@pytest.mark.full
 def test_a_run_goes_on_where_it_is_the_same(qlora, tiny, documents, tmp_path):
     out, summary, _ = qlora
     options = ["--data", documents, "--seq-len", WINDOW, "--recipe", "qlora", "--rank", 4]
@@ -78,6 +80,7 @@ def test_a_run_goes_on_where_it_is_the_same(qlora, tiny, documents, tmp_path):
     )
 
 
+@pytest.mark.full
 def test_recovery_keeps_the_kind_of_the_model(tiny, documents, text, tmp_path):
     small = tmp_path / "small"
     made = run(

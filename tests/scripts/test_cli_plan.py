@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from commands import WINDOW, calibration, fails, run
 
 from lordjax import speed
@@ -91,6 +92,7 @@ def test_codes_are_planned_as_they_come_out(tiny, text, tmp_path):
     assert "predictions" in shown.stdout
 
 
+@pytest.mark.full
 def test_devices_have_shares_in_plan_and_report(tiny, text, tmp_path):
     options = (*calibration(text), "--method", "lord", "--keep", "0.7", "--mesh", "data=2")
     shown = run("compress", tiny, tmp_path / "out", *options)
