@@ -76,7 +76,7 @@ def test_compression(method, block, tmp_path):
     check(half, original, tmp_path / "out")
 
 
-@pytest.mark.quick("nf-gpt2")
+@pytest.mark.full
 @pytest.mark.parametrize(("method", "block"), list(pairs(QUANTIZERS, ["nf"])))
 def test_quantisation(method, block, tmp_path):
     original = source(block)

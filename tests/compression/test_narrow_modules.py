@@ -43,7 +43,7 @@ def by_hand(prepared, **widths):
     return Plan(prepared.method, ranks, 0.5, "by hand")
 
 
-@pytest.mark.quick("*-plain")
+@pytest.mark.quick("modegpt-cr-plain")
 @pytest.mark.parametrize("config", [CONFIG, BIASED, STATIC], ids=["plain", "biased", "static"])
 @pytest.mark.parametrize("method", ["modegpt-published", "modegpt-cr"])
 def test_modules_become_narrower_and_work(config, method):
@@ -85,7 +85,7 @@ def test_modegpt_is_a_narrow_mlp_and_low_rank_attention(config):
     np.testing.assert_allclose(narrow, widened, atol=1e-5)
 
 
-@pytest.mark.quick("modegpt-cr")
+@pytest.mark.full
 @pytest.mark.parametrize("method", MODULAR)
 def test_round_trip_with_rotary_indices(tmp_path, method):
     result = compress(InMemory(CONFIG, shifted(CONFIG)), TOKENS, method=method, keep=0.6)
@@ -289,7 +289,7 @@ def test_widths_of_rotary_heads_are_even():
         prepared.apply(by_hand(prepared, mlp=80))
 
 
-@pytest.mark.quick("compressed")
+@pytest.mark.full
 @pytest.mark.parametrize("prefix", ["compressed", "corrective"])
 def test_sequential_statistics_help_modules(prefix):
     """Statistics of what the compressed prefix feeds a module do no harm to the final logits."""

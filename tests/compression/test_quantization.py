@@ -172,6 +172,7 @@ def test_kinds_of_kernels(results):
         assert str(product.left.format) == str(product.right.format) == QUANTIZERS["auto"].factors
 
 
+@pytest.mark.quick("lq")
 @every_method
 def test_report_of_each_matrix(results, source, method):
     result = results[method]

@@ -73,6 +73,7 @@ def test_a_compressed_model_is_scored_as_it_is(model):
         assert score.log_likelihood != pytest.approx(other.log_likelihood, abs=1e-3)
 
 
+@pytest.mark.full
 def test_scores_depend_on_neither_batch_nor_bucket_nor_order(model):
     pairs = some_pairs(model.config, 24)
     expected = [

@@ -362,7 +362,7 @@ def test_no_new_head():
         with_labels({"model_type": "bert"}, ["a", "a"])
 
 
-@pytest.mark.quick("MaskedLM-bert")
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
 @pytest.mark.parametrize("head", ["MaskedLM", "", "SequenceClassification"])
 def test_a_new_head_is_saved_and_exported(tmp_path, kind, head):

@@ -140,6 +140,7 @@ def test_a_pupil_who_is_the_teacher_learns_nothing(params):
     assert metrics["gradient"] < 1e-4 < metrics["nll"]
 
 
+@pytest.mark.full
 def test_distillation_comes_nearer_to_the_teacher(params):
     small = factorize(params, keep=0.4, where=BLOCKS)
     recipe = dataclasses.replace(RECIPES["factors"], learning_rate=3e-3)

@@ -13,7 +13,7 @@ from lordjax.models import init
 from lordjax.recipes import RECIPES
 
 
-@pytest.mark.quick("full")
+@pytest.mark.full
 @pytest.mark.parametrize("recipe", ["full", "qlora"])
 def test_memory_is_about_what_the_compiler_lays_out(recipe):
     """Of a model whose hidden states outweigh what the count leaves out."""

@@ -55,6 +55,7 @@ def metrics_of(directory):
     return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
 
 
+@pytest.mark.full
 def test_killed_and_resumed_is_the_same_to_the_bit(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     finished(whole)
@@ -111,6 +112,7 @@ def test_another_run_is_not_resumed(params, tmp_path):
         short_run(params, tmp_path / "other", 3)
 
 
+@pytest.mark.full
 def test_a_finished_run_is_resumed_to_the_same(params, tmp_path):
     first = short_run(params, tmp_path / "run", 6)
     again = short_run(params, tmp_path / "run", 6, resume=True)

@@ -61,7 +61,7 @@ def changed(model, how):
 NARROWER = [(block, "modegpt") for block in ("gpt2", "gemma2", "starcoder2")]
 
 
-@pytest.mark.quick("gpt2-dense", "codegen-dense", "gemma2-dense")
+@pytest.mark.quick("gpt2-dense", "gemma2-dense")
 @pytest.mark.parametrize(("block", "how"), [*((block, "dense") for block in CAUSAL), *NARROWER])
 def test_step_by_step_is_the_whole_at_once(block, how):
     """Logits of every position, cached token by token after a prompt, and those of one pass."""
@@ -136,6 +136,7 @@ def test_the_caller_ends_a_row(tiny):
     assert len(found[1].tokens) < 30 and asked.count(1) == 1
 
 
+@pytest.mark.full
 def test_draws_depend_on_the_row_and_the_seed_only(tiny):
     config, params = tiny.config, tiny.params
     how = {"max_new_tokens": 12, "sampling": Sampling(temperature=1.5)}

@@ -35,7 +35,7 @@ def mlp_error(z, kernels, factors, new, m=None):
     return np.einsum("ti,ij,tj->", gap, np.eye(gap.shape[1]) if m is None else m, gap) / len(z)
 
 
-@pytest.mark.quick("elimination", "energy")
+@pytest.mark.quick("elimination")
 @pytest.mark.parametrize("score", SCORES)
 def test_all_neurons_give_the_same_mlp(score):
     z, kernels = mlp_problem()
@@ -48,7 +48,7 @@ def test_all_neurons_give_the_same_mlp(score):
     assert factors.spectrum.shape == (24,)
 
 
-@pytest.mark.quick("True-elimination", "False-leverage")
+@pytest.mark.quick("True-elimination")
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_refit_is_least_squares_and_its_error_is_known_for_every_width(score, weighted):
