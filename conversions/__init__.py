@@ -1,5 +1,5 @@
 """Hugging Face checkpoints and GGUF files in; the only package that knows them."""
 
-from lordjax.conversions.huggingface import Checkpoint, open_checkpoint
+from lordjax.conversions.readers.checkpoint import Checkpoint, open_checkpoint
 
 __all__ = ["Checkpoint", "open_checkpoint"]

@@ -12,9 +12,8 @@ from typing import Any
 
 import click
 
-from lordjax.scripts.caching import keep_programs
-from lordjax.scripts.cli_compress import compress, demo, plan
-from lordjax.scripts.cli_measure import (
+from lordjax.scripts.flags.compress import compress, demo, plan
+from lordjax.scripts.flags.measure import (
     benchmark,
     evaluate,
     evaluate_choices,
@@ -22,7 +21,8 @@ from lordjax.scripts.cli_measure import (
     generate,
     inspect,
 )
-from lordjax.scripts.cli_write import convert, export, finetune, merge
+from lordjax.scripts.flags.write import convert, export, finetune, merge
+from lordjax.scripts.program_cache import keep_programs
 
 VERBS = (
     compress,

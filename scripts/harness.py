@@ -24,10 +24,11 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import MODEL_REGISTRY, register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from lordjax.evaluate import choices
+from lordjax.evaluate import multiple_choice
 from lordjax.evaluate.likelihood import BATCH, Score, log_likelihoods
-from lordjax.sampling import Sampling
-from lordjax.scripts.common import open_model, progress_report
+from lordjax.generation.sampling import Sampling
+from lordjax.scripts.console import progress_report
+from lordjax.scripts.opened_model import open_model
 
 MAX_NEW_TOKENS = 256  # of an answer, where a task says nothing; the harness's own default
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # one meaning
@@ -85,7 +86,7 @@ class LordjaxLM(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         """What stands before a text without context."""
-        return choices.prefix_token(self.tokenizer)
+        return multiple_choice.prefix_token(self.tokenizer)
 
     @property
     def tokenizer_name(self) -> str:
@@ -108,7 +109,7 @@ class LordjaxLM(TemplateLM):
     ) -> list[int]:
         """The ids of a text."""
         del kwargs
-        return choices.encode(self.tokenizer, string, special=add_special_tokens)
+        return multiple_choice.encode(self.tokenizer, string, special=add_special_tokens)
 
     def _loglikelihood_tokens(
         self,
@@ -165,7 +166,7 @@ class LordjaxLM(TemplateLM):
         return answers
 
     def _completed(self, prompts: list[str], settings: dict[str, Any], quiet: bool) -> list[str]:
-        from lordjax import completion
+        from lordjax.generation import completion
 
         sampling, stops, new = generation(settings, self.max_gen_toks)
         room = self.max_length - new

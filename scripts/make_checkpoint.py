@@ -124,8 +124,8 @@ def tensors(config: dict[str, Any], seed: int) -> Iterator[tuple[str, dict[str, 
     """Names and arrays of shard after shard: what is outside the blocks, then a block each."""
     import numpy as np
 
-    from lordjax.conversions.families import tensor_table
-    from lordjax.sites import is_block_linear
+    from lordjax.conversions.families.registry import tensor_table
+    from lordjax.names import is_block_linear
 
     shards: dict[str, dict[str, Any]] = {}
     for path, source in tensor_table(config).items():
@@ -168,7 +168,7 @@ def make(
     import jax.numpy as jnp
     import safetensors.numpy
 
-    from lordjax.checkpoint import staged
+    from lordjax.storage.atomic_directory import staged
 
     config, total, index = config_like(like, layers, shrink, vocabulary), 0, {}
     with staged(out) as stage:

@@ -6,7 +6,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from lordjax import InMemory, trees
+from lordjax import InMemory
+from lordjax.kernels import trees
 from lordjax.models import ModelConfig, Rope, init
 
 GPT2 = ModelConfig(

@@ -14,16 +14,19 @@ import numpy as np
 from blocks import GPT2, random_model
 from problems import METHOD_NAMES, inputs, problems
 
-from lordjax import adapters, encode, factorize, kernels, linalg, nbytes, nf, objective
-from lordjax.collect import embed, observe, observe_gradients
-from lordjax.methods import METHODS, low_rank_quantized
-from lordjax.models import Transformer
-from lordjax.sites import LINEAR_SITES
-from lordjax.stats import STATISTICS
+from lordjax import encode, factorize, nbytes
+from lordjax.calibration.observers import embed, observe, observe_gradients
+from lordjax.calibration.statistics import STATISTICS
+from lordjax.finetune import adapters
+from lordjax.kernels import base, kinds, normal_float
+from lordjax.methods import METHODS, linalg
+from lordjax.methods.quantized import lq, weightings
+from lordjax.models import Transformer, objective
+from lordjax.models.sites import LINEAR_SITES
 
 CONFIG = dataclasses.replace(GPT2, num_layers=1)
 MODEL = random_model(CONFIG).params
-FORM = nf.Format.parse("nf4")
+FORM = normal_float.Format.parse("nf4")
 SIDE = 16
 TAP = next(site.input_tap for site in LINEAR_SITES)
 
@@ -68,9 +71,7 @@ def merged(params):
 
 
 def decomposed(kernel):
-    found = low_rank_quantized.decompose(
-        kernel, jnp.asarray(2), low_rank_quantized.Weights(), form=FORM, width=2, steps=2
-    )
+    found = lq.decompose(kernel, jnp.asarray(2), weightings.Weights(), form=FORM, width=2, steps=2)
     return found.error, found.left @ found.right
 
 
@@ -101,16 +102,19 @@ ON_GRAMS_AND_KERNELS = {
 }
 # Name -> what runs on a device, and its arguments on device number k.
 CASES = {
-    "factorize": (lambda t: kernels.materialize(factorize(t, rank=4)), lambda s: (tree(s),)),
-    "encode": (lambda t: kernels.materialize(encode(t)), lambda s: (tree(s),)),
+    "factorize": (lambda t: base.materialize(factorize(t, rank=4)), lambda s: (tree(s),)),
+    "encode": (lambda t: base.materialize(encode(t)), lambda s: (tree(s),)),
     "nbytes": (lambda t: jnp.asarray(nbytes(factorize(t, rank=4))), lambda s: (tree(s),)),
     "matmul": (
-        lambda x, t: kernels.matmul(x, encode(factorize(t, rank=4), "nf8")["up"]["kernel"]),
+        lambda x, t: base.matmul(x, encode(factorize(t, rank=4), "nf8")["up"]["kernel"]),
         lambda s: (normal(s, 5, 24), tree(s)),
     ),
-    "astype": (lambda t: kernels.astype(factorize(t, rank=4), jnp.bfloat16), lambda s: (tree(s),)),
+    "astype": (lambda t: kinds.astype(factorize(t, rank=4), jnp.bfloat16), lambda s: (tree(s),)),
     "merge": (merged, lambda s: (tree(s),)),
-    "nf": (lambda x: nf.decode(nf.encode(x, FORM), FORM, 100), lambda s: (normal(s, 100),)),
+    "nf": (
+        lambda x: normal_float.decode(normal_float.encode(x, FORM), FORM, 100),
+        lambda s: (normal(s, 100),),
+    ),
     "decompose": (decomposed, lambda s: (normal(s, 24, 64),)),
     "row_space": (linalg.row_space, lambda s: (normal(s, 8, SIDE),)),
     "orthonormal_rows": (linalg.orthonormal_rows, lambda s: (normal(s, 8, SIDE),)),

@@ -3,10 +3,9 @@
 import jax.numpy as jnp
 import numpy as np
 
-from lordjax import linalg
-from lordjax.methods import METHODS
-from lordjax.models.layers import rotate
-from lordjax.stats import AbsMean, HeadMoments, Moments, SecondMoment
+from lordjax.calibration.statistics import AbsMean, HeadMoments, Moments, SecondMoment
+from lordjax.methods import METHODS, linalg
+from lordjax.models.rope import rotate
 
 METHOD_NAMES = sorted(name for name, method in METHODS.items() if method.factor is not None)
 

@@ -31,7 +31,7 @@ def test_no_public_name_is_a_module():
         assert importlib.util.find_spec(f"lordjax.{name}") is None
 
 
-@pytest.mark.parametrize("module", ["compression", "allocation", "functional", "checkpoint"])
+@pytest.mark.parametrize("module", ["compression", "allocation", "kernels", "storage"])
 def test_importing_a_module_leaves_the_functions(module):
     before = {name: getattr(lordjax, name) for name in lordjax.__all__}
     importlib.import_module(f"lordjax.{module}")
@@ -78,3 +78,13 @@ def test_version_is_that_of_the_distribution():
     from importlib.metadata import version
 
     assert lordjax.__version__ == version("lordjax")
+
+
+def test_functions_that_the_documentation_names_by_their_folders():
+    from lordjax.finetune import make_step
+    from lordjax.runtime import make_mesh
+
+    assert inspect.isfunction(make_step) and inspect.isfunction(make_mesh)
+    for folder in ("finetune", "runtime"):
+        with pytest.raises(AttributeError, match=f"lordjax.{folder}' has no attribute 'make'"):
+            _ = importlib.import_module(f"lordjax.{folder}").make

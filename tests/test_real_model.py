@@ -5,13 +5,13 @@ import json
 import numpy as np
 import pytest
 
-from lordjax import checkpoint
-from lordjax.compression import prepare
+from lordjax.compression.low_rank import prepare
+from lordjax.compression.quantized import quantize
 from lordjax.evaluate import perplexity
-from lordjax.kernels import nbytes
-from lordjax.quantization import quantize
-from lordjax.scripts import demo
-from lordjax.scripts.common import open_model
+from lordjax.kernels.base import nbytes
+from lordjax.scripts.opened_model import open_model
+from lordjax.scripts.verbs import demo
+from lordjax.storage import checkpoint
 
 pytestmark = pytest.mark.slow
 

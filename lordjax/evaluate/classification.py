@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from lordjax.examples import Examples, check
+from lordjax.data.examples import Examples, check
 from lordjax.models.config import ModelConfig
 from lordjax.models.transformer import Transformer
 

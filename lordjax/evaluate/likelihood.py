@@ -21,11 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from lordjax.data import check_ids
-from lordjax.generate import bucket
+from lordjax.data.token_windows import check_ids
+from lordjax.generation.decode import bucket
 from lordjax.models.config import ModelConfig
 from lordjax.models.transformer import Transformer
-from lordjax.progress import Progress
+from lordjax.runtime.progress import Progress
 
 BATCH = 16  # rows of a forward pass, where nothing is said
 CHUNK = 128  # positions whose logits are held at once

@@ -21,9 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from lordjax import objective
-from lordjax.data import check_ids, fingerprint
+from lordjax.data.token_windows import check_ids, fingerprint
+from lordjax.models import objective
 from lordjax.models.config import ModelConfig
+from lordjax.models.objective import check_finite, check_windows
 from lordjax.models.transformer import Transformer
 
 
@@ -121,22 +122,3 @@ def _token_nll(
     model = Transformer(config)
     x: Any = model.apply({"params": params}, tokens, method=Transformer.hidden)
     return objective.losses(config, params, x, targets)
-
-
-def check_windows(tokens: np.ndarray) -> None:
-    """Raises ValueError unless there is a window with a target."""
-    if tokens.ndim != 2 or not tokens.shape[0] or tokens.shape[1] < 2:
-        raise ValueError(f"tokens {list(tokens.shape)}; expected [windows ≥ 1, length ≥ 2]")
-
-
-def check_finite(config: ModelConfig, nll: np.ndarray, first_window: int) -> None:
-    """Raises ValueError if a negative log-likelihood is not finite; names window and token."""
-    if np.isfinite(nll).all():
-        return
-    window, position = np.argwhere(~np.isfinite(nll))[0]
-    ahead = 1 if config.head == "causal" else 0
-    raise ValueError(
-        f"window {first_window + window}, token {position + ahead}: negative log-likelihood is "
-        f"{nll[window, position]}, expected a finite number; the weights hold NaN, or "
-        "activations overflow in the dtype of the embedding"
-    )

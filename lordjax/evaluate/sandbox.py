@@ -46,10 +46,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from lordjax.progress import Progress
+from lordjax.runtime.progress import Progress
 
 PASSED, FAILED, TIMED_OUT, OUT_OF_MEMORY = "passed", "failed", "timed out", "out of memory"
-SUPERVISOR = Path(__file__).with_name("supervisor.py")
+SUPERVISOR = Path(__file__).with_name("sandbox_supervisor.py")
 GRACE = 60  # seconds the supervisor has beyond a program's, for starting and for killing
 
 

@@ -3,13 +3,10 @@
 from typing import Any
 
 from lordjax.methods.base import Factors, Method, Module, ModuleFactors, truncate
-from lordjax.methods.modular import (
-    SHRINKAGE,
-    mlp_module,
-    query_key_module,
-    value_output_module,
-)
-from lordjax.methods.svd import SVD_METHODS
+from lordjax.methods.low_rank import SVD_METHODS
+from lordjax.methods.modular.mlp import SHRINKAGE, mlp_module
+from lordjax.methods.modular.query_key import query_key_module
+from lordjax.methods.modular.value_output import value_output_module
 
 _LOSS_MLP = mlp_module(("moments", "gradients"), score="elimination", shrinkage=SHRINKAGE)
 
@@ -60,7 +57,7 @@ METHODS: dict[str, Method] = {
 }
 
 
-DEFAULT_METHOD = "modegpt"  # loses least at every budget measured (README)
+DEFAULT_METHOD = "modegpt"  # loses least at every budget measured (docs/pages/results)
 
 
 def method_at(name: str, layer: str) -> str:

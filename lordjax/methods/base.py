@@ -13,8 +13,8 @@ from typing import Any
 import flax.struct
 from jaxtyping import Array, Float
 
-from lordjax.kernels import LowRank
-from lordjax.linalg import mm
+from lordjax.kernels.low_rank import LowRank
+from lordjax.methods.linalg import mm
 
 
 @flax.struct.dataclass

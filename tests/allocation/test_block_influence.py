@@ -7,13 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import spent
 
-from lordjax.allocation import Curve, allocate, influence_removal
+from lordjax.allocation.plan import Size
+from lordjax.allocation.policies import Curve, allocate, influence_removal
+from lordjax.compression.site_factors import site_size
 from lordjax.models import ModelConfig, init
-from lordjax.modules import site_size
-from lordjax.plan import Size
-from lordjax.sites import MODULE_SITES
+from lordjax.models.sites import MODULE_SITES
 
-# LLaMA-2-7B's scores (specs of MoDeGPT §5.4), layers 0 to 31.
+# LLaMA-2-7B's scores (theory/modegpt §5.4), layers 0 to 31.
 LLAMA_INFLUENCE = np.array(
     [
         *(0.370, 0.255, 0.152, 0.154, 0.154, 0.154, 0.152, 0.151),

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from lordjax.knapsack import SOLVERS, choose, choose_exactly
-from lordjax.nf import grid
+from lordjax.allocation.knapsack import SOLVERS, choose, choose_exactly
+from lordjax.kernels.normal_float import grid
 
-FIXTURE = {  # name -> spectrum, cost per rank (specs §9 item 25)
+FIXTURE = {  # name -> spectrum, cost per rank (theory/lord_rom §9)
     "A": ([100, 40, 10, 4, 1, 0.5], 2),
     "B": ([30, 20, 15, 12, 9, 6], 4),
     "C": ([50, 5, 1, 0.2, 0.1, 0.05], 3),
@@ -227,7 +227,7 @@ def test_published_grid_is_solved_fast():
     rng, width, hidden = np.random.default_rng(0), 576, 1536
     counts = [width**2, width**2 // 3, width**2 // 3, width**2] + [width * hidden] * 3
     forms = grid()
-    # Relative errors of Gaussian data by bits (specs §1.7), and a little for blocks and scales.
+    # Relative errors of Gaussian data by bits (theory/lq_lora §1.7), some for blocks and scales.
     gaussian = {2: 0.3168, 3: 0.0406, 4: 0.00846, 8: 2.9e-5}
     relative = np.array(
         [gaussian[f.bits] * (f.block / 64) ** 0.25 * (1 + 0.3 / 4**f.scale_bits) for f in forms]

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import spent
 
-from lordjax.allocation import CURVELESS, POLICIES, Curve, allocate
-from lordjax.knapsack import choose
-from lordjax.plan import Size
+from lordjax.allocation.knapsack import choose
+from lordjax.allocation.plan import Size
+from lordjax.allocation.policies import CURVELESS, POLICIES, Curve, allocate
 
-# --- published numbers: LLaMA-7B (specs §4.3, §7, §9 items 21, 22, 24) ---------------------------
+# --- published numbers: LLaMA-7B (theory/lord_rom §4.3, §7, §9) ----------------------------------
 
 WIDTH, HIDDEN, BLOCKS, VOCAB = 4096, 11008, 32, 32_000
 
@@ -98,7 +98,7 @@ def test_hand_set_lord_budgets(keep_qk, keep_rest, expected, billions):
 
 
 def test_break_even_ranks_of_starcoder():
-    # specs §2.3: square 3072, fused multi-query attention 3134.7, MLP 4915.2.
+    # theory/lord_rom §2.3: square 3072, fused multi-query attention 3134.7, MLP 4915.2.
     for shape, expected in [
         ((6144, 6144), 3072),
         ((6144, 6400), 3134.7),

@@ -3,11 +3,7 @@
 import jax
 import numpy as np
 
-from lordjax.stats import (
-    AbsMean,
-    Moments,
-    SecondMoment,
-)
+from lordjax.calibration.statistics import AbsMean, Moments, SecondMoment
 
 ROWS, WIDTH = 60, 7
 

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from blocks import SMALL, shifted
 
-from lordjax import trees
-from lordjax.compression import InMemory
-from lordjax.gradients import gradient_statistics
-from lordjax.linalg import row_space
+from lordjax.calibration.backward_pass import gradient_statistics
+from lordjax.calibration.calibration_set import Calibration
+from lordjax.compression.low_rank import InMemory
+from lordjax.kernels import trees
 from lordjax.methods import METHODS
+from lordjax.methods.linalg import row_space
 from lordjax.models import Transformer
-from lordjax.progress import Clock
-from lordjax.sites import LINEAR_SITES, site_path
-from lordjax.source import Calibration
+from lordjax.models.sites import LINEAR_SITES, site_path
+from lordjax.runtime.progress import Clock
 
 CONFIG = SMALL
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from references import REFERENCES, assert_close, products, reference
 
-from lordjax.collect import empty, observe
+from lordjax.calibration.observers import empty, observe
 from lordjax.models import Block, ModelConfig, Transformer, init
-from lordjax.sites import LINEAR_SITES
+from lordjax.models.sites import LINEAR_SITES
 
 CONFIG = ModelConfig(
     vocab_size=31,

@@ -19,7 +19,7 @@ from references import (
     reference,
 )
 
-from lordjax.stats import (
+from lordjax.calibration.statistics import (
     STATISTICS,
     HeadMoments,
     Influence,

@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 from blocks import SMALL, shifted
 
-from lordjax import collect, trees
-from lordjax.compression import PREFIXES, InMemory, compress, prepare
-from lordjax.kernels import LowRank, nbytes
+from lordjax.allocation.plan import Plan, Size
+from lordjax.calibration import observers
+from lordjax.compression.low_rank import PREFIXES, InMemory, compress, prepare
+from lordjax.compression.result import verify
+from lordjax.kernels import trees
+from lordjax.kernels.base import nbytes
+from lordjax.kernels.low_rank import LowRank
 from lordjax.methods import METHODS
 from lordjax.models import Transformer
-from lordjax.objective import loss_gradient
-from lordjax.plan import Plan, Size
-from lordjax.prepared import verify
-from lordjax.sites import LINEAR_SITES, site_path, sites_for
+from lordjax.models.objective import loss_gradient
+from lordjax.models.sites import LINEAR_SITES, site_path, sites_for
 
 CONFIG = SMALL
 
@@ -120,7 +122,7 @@ def test_padding_changes_nothing(source):
 @pytest.mark.full
 @pytest.mark.parametrize("method, prefix", [("lord", "dense"), ("rom", "compressed")])
 def test_blocks_share_their_compilations(source, method, prefix):
-    steps = (collect.observe, collect.observe_gradients, loss_gradient)
+    steps = (observers.observe, observers.observe_gradients, loss_gradient)
 
     def compiled():
         return [step._cache_size() for step in steps]

@@ -9,10 +9,11 @@ import pytest
 from commands import calibration, fails, run
 from interrupted import TOKENS, small_model
 
-from lordjax import elastic, load
-from lordjax.compression import compress
-from lordjax.output import Output, partial
-from lordjax.plan import Plan
+from lordjax import load
+from lordjax.allocation.plan import Plan
+from lordjax.compression import elastic
+from lordjax.compression.low_rank import compress
+from lordjax.compression.resumable_output import Output, partial
 
 METHODS = ("lord", "modegpt")
 

@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 from blocks import BLOCKS, GPT2, source
 
-from lordjax import load, nbytes, save, trees
-from lordjax.compression import prepare
+from lordjax import load, nbytes, save
+from lordjax.allocation.candidates import FORMATS, QUANTIZERS
+from lordjax.compression.low_rank import prepare
+from lordjax.compression.quantized import prepare_quantized
 from lordjax.evaluate import perplexity
-from lordjax.kernels import weights
+from lordjax.kernels import trees
+from lordjax.kernels.kinds import weights
 from lordjax.methods import METHODS
 from lordjax.models import Transformer
-from lordjax.options import FORMATS, QUANTIZERS
-from lordjax.quantization import prepare_quantized
 
 TOKENS = np.random.default_rng(0).integers(0, GPT2.vocab_size, (10, 24), np.int32)
 MASK_TOKEN = 60

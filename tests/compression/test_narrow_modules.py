@@ -10,21 +10,25 @@ import optax
 import pytest
 from blocks import SMALL, shifted
 
-from lordjax import InMemory, checkpoint, compress, elastic, prepare, trees
+from lordjax import InMemory, compress, prepare
+from lordjax.allocation.plan import Plan
+from lordjax.calibration.backward_pass import gradient_statistics
+from lordjax.calibration.calibration_set import Calibration
+from lordjax.compression import elastic
+from lordjax.compression.site_factors import replace_kernels
+from lordjax.compression.temperature import TEMPERATURES
 from lordjax.evaluate import perplexity
-from lordjax.factoring import replace_kernels
-from lordjax.gradients import gradient_statistics
-from lordjax.kernels import LowRank, nbytes
+from lordjax.kernels import trees
+from lordjax.kernels.base import nbytes
+from lordjax.kernels.low_rank import LowRank
 from lordjax.methods import METHODS, ModuleFactors
-from lordjax.methods.modular import mlp_module, narrow_mlp
+from lordjax.methods.modular.mlp import mlp_module, narrow_mlp
 from lordjax.models import ModelConfig, Rope, Transformer, init
-from lordjax.models.transformer import MLP, Block
-from lordjax.modules import gather, scatter
-from lordjax.plan import Plan
-from lordjax.prepared import TEMPERATURES
-from lordjax.progress import Clock
-from lordjax.sites import layer_index
-from lordjax.source import Calibration
+from lordjax.models.blocks import MLP, Block
+from lordjax.models.head_axes import gather, scatter
+from lordjax.names import layer_index
+from lordjax.runtime.progress import Clock
+from lordjax.storage import checkpoint
 
 CONFIG = SMALL
 BIASED = dataclasses.replace(CONFIG, qkv_bias=True, out_bias=True, mlp_bias=True)

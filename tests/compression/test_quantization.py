@@ -9,25 +9,29 @@ import numpy as np
 import pytest
 from blocks import shifted
 
-from lordjax import checkpoint, elastic, nf, trees
-from lordjax.compression import compress, prepare
+from lordjax.allocation.candidates import QUANTIZERS, Option
+from lordjax.allocation.plan import Plan
+from lordjax.compression import elastic
+from lordjax.compression.low_rank import compress, prepare
+from lordjax.compression.quantized import check_settings, prepare_quantized, quantize
+from lordjax.compression.result import verify
 from lordjax.evaluate import perplexity
-from lordjax.kernels import LowRank, LowRankPlusQuantized, NFQuantized, nbytes
+from lordjax.kernels import normal_float, trees
+from lordjax.kernels.base import nbytes
+from lordjax.kernels.low_rank import LowRank
+from lordjax.kernels.quantized import LowRankPlusQuantized, NFQuantized
 from lordjax.models import ModelConfig, Transformer
-from lordjax.options import QUANTIZERS, Option
-from lordjax.plan import Plan
-from lordjax.prepared import verify
-from lordjax.quantization import check_settings, prepare_quantized, quantize
-from lordjax.sites import LINEAR_SITES, site_path
-from lordjax.source import InMemory
+from lordjax.models.sites import LINEAR_SITES, site_path
+from lordjax.models.source import InMemory
+from lordjax.storage import checkpoint
 
 # One shape of kernels and three formats: compiling is what takes the time. Others: test_cli.
 CONFIG = ModelConfig(97, 64, 64, 2, 4, 4, 16, 128, tie_embeddings=True)
 TOKENS = np.random.default_rng(0).integers(0, 97, (4, 24)).astype(np.int32)
 FORMATS = (
-    nf.Format(2, 4, "bfloat16", 16, 256),
-    nf.Format(3, 4, "bfloat16", 32, 256),
-    nf.Format(4, 4, "bfloat16", 64, 256),
+    normal_float.Format(2, 4, "bfloat16", 16, 256),
+    normal_float.Format(3, 4, "bfloat16", 32, 256),
+    normal_float.Format(4, 4, "bfloat16", 64, 256),
 )
 SITES = [site_path(i, site) for i in range(CONFIG.num_layers) for site in LINEAR_SITES]
 BITS = {"nf": 3.3, "lq": 3.3, "auto": 5.0}
@@ -120,7 +124,7 @@ def test_every_budget_is_kept_and_more_is_better(prepared, method):
 
 def _option(plan, path):
     text = plan.formats.get(path)
-    return Option(None if text is None else nf.Format.parse(text), plan.ranks[path])
+    return Option(None if text is None else normal_float.Format.parse(text), plan.ranks[path])
 
 
 def _promise(quantizer, plan):
@@ -217,7 +221,7 @@ def test_one_format_for_all(source):
     """Of the codes alone, it is what `NFQuantized.encode` makes."""
     result = quantize(source, method="nf", form="nf4")
     for path, kernel in kernels(source.params).items():
-        expected = NFQuantized.encode(kernel, nf.Format())
+        expected = NFQuantized.encode(kernel, normal_float.Format())
         jax.tree.map(np.testing.assert_array_equal, trees.flatten(result.params)[path], expected)
     assert result.plan.policy == "uniform"
     assert result.report["plan"]["bits_per_weight"] == pytest.approx(4.13, abs=0.02)
@@ -286,7 +290,7 @@ def test_an_edited_plan_is_followed(prepared, results):
     plan = results["nf"].plan
     edited = dataclasses.replace(plan, formats={**plan.formats, FIRST: "nf8"})
     flat = trees.flatten(prepared["nf"].apply(edited).params)
-    assert flat[FIRST].format == nf.Format(8)
+    assert flat[FIRST].format == normal_float.Format(8)
     assert all(str(flat[path].format) == plan.formats[path] for path in SITES[1:])
     plan = dataclasses.replace(results["lq"].plan, factors="nf8")
     result = prepared["lq"].apply(plan)
@@ -294,7 +298,7 @@ def test_an_edited_plan_is_followed(prepared, results):
     for path in SITES:
         kernel, before = (trees.flatten(p)[path] for p in (result.params, results["lq"].params))
         jax.tree.map(np.testing.assert_array_equal, kernel.base, before.base)
-        assert kernel.low_rank.left.format == kernel.low_rank.right.format == nf.Format(8)
+        assert kernel.low_rank.left.format == kernel.low_rank.right.format == normal_float.Format(8)
 
 
 @pytest.mark.full
@@ -383,8 +387,11 @@ def test_factor_pairs_as_codes(lord, source, factors, tolerance):
         assert isinstance(kernel, LowRank)
         for factor in (kernel.left, kernel.right):
             assert isinstance(factor, NFQuantized)
-            assert factor.format == nf.Format.parse(factors)
-        assert nbytes(kernel) < nbytes(before[path]) * (nf.Format.parse(factors).bits + 1) / 32
+            assert factor.format == normal_float.Format.parse(factors)
+        assert (
+            nbytes(kernel)
+            < nbytes(before[path]) * (normal_float.Format.parse(factors).bits + 1) / 32
+        )
         dense, codes = (np.asarray(each[path].materialize()) for each in (before, after))
         assert np.linalg.norm(codes - dense) < tolerance * np.linalg.norm(dense)
     verify(coded.params, coded.plan, lord.sizes, coded.config)

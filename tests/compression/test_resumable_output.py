@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 from interrupted import CONFIG, TOKENS, Killed, small_model
 
-from lordjax import checkpoint, elastic
-from lordjax.compression import compress
-from lordjax.files import TensorWriter
-from lordjax.mesh import make_mesh
-from lordjax.nf import Format
-from lordjax.output import Output, partial
-from lordjax.quantization import prepare_quantized
-from lordjax.scripts.benchmark_resume import contents
-from lordjax.workspace import Workspace
+from lordjax.compression import elastic
+from lordjax.compression.low_rank import compress
+from lordjax.compression.quantized import prepare_quantized
+from lordjax.compression.resumable_output import Output, partial
+from lordjax.kernels.normal_float import Format
+from lordjax.runtime.mesh import make_mesh
+from lordjax.scripts.benchmarks.resume import contents
+from lordjax.storage import atomic_directory, checkpoint
+from lordjax.storage.disk_store import Workspace
+from lordjax.storage.tensor_files import TensorWriter
 
 IDENTITY = {"made of": "test"}
 FORMATS = tuple(Format(bits, 4, "bfloat16", 32, 256) for bits in (2, 4))
@@ -124,10 +125,10 @@ def same(a, b):
 
 def test_work_is_not_done_again(tmp_path, monkeypatch):
     """What a killed process finished is read, not made."""
-    from lordjax import factor_pass
+    from lordjax.compression import single_pass
 
     count = []
-    original = factor_pass.finish
+    original = single_pass.finish
 
     def counted(*arguments):
         count.append(arguments[1])
@@ -135,7 +136,7 @@ def test_work_is_not_done_again(tmp_path, monkeypatch):
             raise Killed
         return original(*arguments)
 
-    monkeypatch.setattr(factor_pass, "finish", counted)
+    monkeypatch.setattr(single_pass, "finish", counted)
     with pytest.raises(Killed):
         make(RUNS["lord"], tmp_path / "out")
     make(RUNS["lord"], tmp_path / "out")
@@ -145,7 +146,7 @@ def test_work_is_not_done_again(tmp_path, monkeypatch):
 
 def test_a_finished_output_only_takes_its_name(tmp_path, monkeypatch):
     with monkeypatch.context() as killed:
-        killed.setattr(checkpoint, "publish", lambda *_: (_ for _ in ()).throw(Killed))
+        killed.setattr(atomic_directory, "publish", lambda *_: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             make(RUNS["ranks"], tmp_path / "out")
     assert not (tmp_path / "out").exists()

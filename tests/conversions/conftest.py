@@ -11,7 +11,7 @@ def saved(tmp_path_factory):
     pytest.importorskip("torch")
     from hf_models import CASES, hf_model
 
-    from lordjax.conversions.huggingface import open_checkpoint
+    from lordjax.conversions.readers.checkpoint import open_checkpoint
 
     @functools.cache
     def make(case):

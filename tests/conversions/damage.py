@@ -2,7 +2,7 @@
 
 import pytest
 
-from lordjax.conversions.huggingface import open_checkpoint
+from lordjax.conversions.readers.checkpoint import open_checkpoint
 
 
 def fails(directory, *parts, kind=ValueError, then=lambda c: None):

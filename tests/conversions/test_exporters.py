@@ -13,15 +13,19 @@ import pytest
 from hf_models import CASES, hf_model, logits, some_tokens
 from safetensors.numpy import load_file, save_file
 
-from lordjax import factorize, kernels, modules, nf, save, trees
-from lordjax.checkpoint import open_saved
-from lordjax.conversions import verify as verification
-from lordjax.conversions.export import EXPORTS, export
-from lordjax.conversions.export_orbax import restore_orbax
-from lordjax.conversions.families import FAMILIES, tensor_table
-from lordjax.conversions.huggingface import open_checkpoint
-from lordjax.conversions.verify import RELOAD, verify
-from lordjax.kernels import LowRank, LowRankPlusQuantized, NFQuantized
+from lordjax import factorize, save
+from lordjax.conversions.exporters import verify as verification
+from lordjax.conversions.exporters.export import EXPORTS, export
+from lordjax.conversions.exporters.orbax import restore_orbax
+from lordjax.conversions.exporters.verify import RELOAD, verify
+from lordjax.conversions.families.registry import FAMILIES, tensor_table
+from lordjax.conversions.readers.checkpoint import open_checkpoint
+from lordjax.kernels import kinds, normal_float, trees
+from lordjax.kernels.base import materialize, nbytes
+from lordjax.kernels.low_rank import LowRank
+from lordjax.kernels.quantized import LowRankPlusQuantized, NFQuantized
+from lordjax.models import head_axes
+from lordjax.storage.saved_model import open_saved
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -33,7 +37,10 @@ pytestmark = pytest.mark.filterwarnings(
 
 TOKENS = some_tokens()
 
-FORMATS = [nf.Format(4, 8, "float32", 64, 256), nf.Format(3, 4, "bfloat16", 16, 16)]
+FORMATS = [
+    normal_float.Format(4, 8, "float32", 64, 256),
+    normal_float.Format(3, 4, "bfloat16", 16, 16),
+]
 
 KERNEL = r"layer_\d+/.*kernel"
 
@@ -55,7 +62,7 @@ def codes(config, params):
         rank = 2 + i % 4
         left, right = ((fan_in, rank), (rank, fan_out))
         if i % 4 == 1:
-            pair = (some_codes(rng, shape, nf.Format(8)) for shape in (left, right))
+            pair = (some_codes(rng, shape, normal_float.Format(8)) for shape in (left, right))
         else:
             pair = (0.2 * rng.normal(size=shape).astype(np.float32) for shape in (left, right))
         flat[path] = LowRankPlusQuantized(base, LowRank(*pair))
@@ -66,10 +73,13 @@ def some_codes(rng, shape, form):
     """Any bits are codes."""
     count = shape[0] * shape[1]
     blocks, supers = form.blocks(count)
-    sizes = nf.words_for(count, form.bits), nf.words_for(blocks, form.scale_bits)
+    sizes = (
+        normal_float.words_for(count, form.bits),
+        normal_float.words_for(blocks, form.scale_bits),
+    )
     words = (rng.integers(0, 2**32, size, np.uint32) for size in sizes)
     scales = jnp.asarray(rng.uniform(0.1, 0.3, supers), form.scale_dtype)
-    packed = nf.Packed(*words, np.asarray(scales), np.float32(0.03))
+    packed = normal_float.Packed(*words, np.asarray(scales), np.float32(0.03))
     return NFQuantized.of(packed, shape, form)
 
 
@@ -79,8 +89,8 @@ def narrow(config, params):
     for i in range(config.num_layers):
         block = trees.flatten(params[f"layer_{i}"])
         for kind in ("vo", "mlp") if config.qk_norm else ("qk", "vo", "mlp"):
-            arrays = modules.gather(kind, block, config)
-            block = modules.scatter(kind, NARROWED[kind](arrays, i, config, rng), block)
+            arrays = head_axes.gather(kind, block, config)
+            block = head_axes.scatter(kind, NARROWED[kind](arrays, i, config, rng), block)
         flat |= {f"layer_{i}/{path}": leaf for path, leaf in block.items()}
     return {p: a for p, a in trees.flatten(params).items() if not p.startswith("layer_")} | flat
 
@@ -145,7 +155,7 @@ def made(tmp_path_factory):
         flat = VARIANTS[variant](checkpoint.config, checkpoint.params())
         saved = written(tmp_path_factory.mktemp(kind) / variant, checkpoint, flat)
         # Multiplied out: to decode inside of a compiled model takes long to compile.
-        dense = kernels.materialize(saved.params())
+        dense = materialize(saved.params())
         return saved, np.asarray(logits(saved.config, dense, TOKENS))
 
     make.original = original
@@ -264,7 +274,7 @@ def test_codes_stay_packed(made, tmp_path):
     saved, _ = made("llama", "codes")
     export(saved, tmp_path / "out", "factored")
     tensors = load_file(tmp_path / "out" / "model.safetensors").values()
-    assert sum(tensor.nbytes for tensor in tensors) == kernels.nbytes(saved.leaves())
+    assert sum(tensor.nbytes for tensor in tensors) == nbytes(saved.leaves())
 
 
 def test_codes_survive_other_dtypes(made, tmp_path):
@@ -272,7 +282,7 @@ def test_codes_survive_other_dtypes(made, tmp_path):
     saved, _ = made("llama", "codes")
     export(saved, tmp_path / "out", "factored")
     name = "model.layers.1.mlp.down_proj"
-    expected = kernels.materialize(saved.block(1)["mlp"]["down"]["kernel"])
+    expected = materialize(saved.block(1)["mlp"]["down"]["kernel"])
     assert isinstance(saved.block(1)["mlp"]["down"]["kernel"], NFQuantized)
     for model in (
         opened(tmp_path / "out", dtype=torch.bfloat16),
@@ -407,7 +417,7 @@ def test_verification_notices(made, tmp_path):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_verification_allows_for_the_stored_dtype(made, tmp_path, dtype):
     saved, _ = made("llama", "pairs")
-    params = trees.flatten(kernels.astype(saved.params(), dtype))
+    params = trees.flatten(kinds.astype(saved.params(), dtype))
     half = written(tmp_path / "in", saved, params)
     for to in ("dense", "factored"):
         export(half, tmp_path / to, to)

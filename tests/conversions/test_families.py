@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from hf_models import CASES, LENGTH, TINY, hf_logits, logits, some_tokens
 
-from lordjax.conversions.huggingface import open_checkpoint
-from lordjax.models.layers import RMSNorm, attend
+from lordjax.conversions.readers.checkpoint import open_checkpoint
+from lordjax.models.attention import attend
+from lordjax.models.layers import RMSNorm
 from lordjax.models.transformer import Transformer, init
 
 torch = pytest.importorskip("torch")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hf_models import CASES, LONGROPE, TINY, stretches, tiny
 
-from lordjax.conversions.families import FAMILIES, model_config, tensor_table
+from lordjax.conversions.families.registry import FAMILIES, model_config, tensor_table
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

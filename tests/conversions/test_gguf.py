@@ -10,11 +10,11 @@ import pytest
 from damage import fails
 from hf_models import TINY, hf_logits, hf_model, logits, some_tokens
 
-from lordjax.conversions.gguf import ROW_BYTES, TYPES, Gguf, _longer_rows, llama3_scaling
-from lordjax.conversions.huggingface import open_checkpoint
+from lordjax.conversions.readers.checkpoint import open_checkpoint
+from lordjax.conversions.readers.gguf import ROW_BYTES, TYPES, Gguf, _longer_rows, llama3_scaling
+from lordjax.kernels.trees import flatten
 from lordjax.models.config import Rope
-from lordjax.models.layers import rope_frequencies
-from lordjax.trees import flatten
+from lordjax.models.rope import rope_frequencies
 
 torch = pytest.importorskip("torch")
 gguf = pytest.importorskip("gguf")

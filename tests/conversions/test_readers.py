@@ -10,10 +10,10 @@ from damage import fails
 from hf_models import hf_model
 from safetensors.numpy import load_file, save_file
 
-from lordjax import forecast
-from lordjax.conversions import tensors
-from lordjax.conversions.huggingface import open_checkpoint
-from lordjax.trees import flatten
+from lordjax.conversions.readers import tensor_files
+from lordjax.conversions.readers.checkpoint import open_checkpoint
+from lordjax.forecast import peak_memory
+from lordjax.kernels.trees import flatten
 
 torch = pytest.importorskip("torch")
 gguf = pytest.importorskip("gguf")
@@ -55,9 +55,9 @@ def test_sharded_and_torch_files_equal_one_file(model, directory, tmp_path_facto
 def test_blocks_are_read_alone(directory, monkeypatch):
     checkpoint = open_checkpoint(directory)
     read = []
-    original = tensors.Safetensors.read
+    original = tensor_files.Safetensors.read
     monkeypatch.setattr(
-        tensors.Safetensors, "read", lambda s, name: read.append(name) or original(s, name)
+        tensor_files.Safetensors, "read", lambda s, name: read.append(name) or original(s, name)
     )
     block = checkpoint.block(1)
     assert len(read) == 9
@@ -83,9 +83,9 @@ def test_what_was_read_of_files_does_not_stay_mapped(directory, kind, monkeypatc
         index = {name: file for file, names in parts.items() for name in names}
         text = json.dumps({"weight_map": index})
         (directory / "pytorch_model.bin.index.json").write_text(text)
-    monkeypatch.setattr(tensors, "PAGES", 1000)
+    monkeypatch.setattr(tensor_files, "PAGES", 1000)
     opened = open_checkpoint(directory)
-    (files,) = [value for value in vars(opened).values() if isinstance(value, tensors._Mapped)]
+    (files,) = [value for value in vars(opened).values() if isinstance(value, tensor_files._Mapped)]
     first = dict(files._handle)
     params = opened.params()
     assert same(params, expected)
@@ -98,7 +98,7 @@ def test_what_was_read_of_files_does_not_stay_mapped(directory, kind, monkeypatc
 
 
 def test_the_forecast_counts_the_pages_that_stay_mapped():
-    assert forecast.PAGES == tensors.PAGES
+    assert peak_memory.PAGES == tensor_files.PAGES
 
 
 def test_a_file_that_cannot_be_mapped_is_read_once(directory, monkeypatch):
@@ -107,7 +107,7 @@ def test_a_file_that_cannot_be_mapped_is_read_once(directory, monkeypatch):
     (directory / "model.safetensors").unlink()
     file = directory / "pytorch_model.bin"
     torch.save(state, file, _use_new_zipfile_serialization=False)
-    monkeypatch.setattr(tensors, "PAGES", 1000)
+    monkeypatch.setattr(tensor_files, "PAGES", 1000)
     opened, read = open_checkpoint(directory), []
     monkeypatch.setattr(torch, "load", lambda *args, **options: read.append(args))
     assert same(opened.params(), expected)

@@ -4,22 +4,24 @@ import jax
 import numpy as np
 import pytest
 
-from lordjax import nf
-from lordjax.conversions import modeling_lordjax as code
-from lordjax.conversions.compressed_layer import arrays_of, spec_of
-from lordjax.kernels import NFQuantized
+from lordjax.conversions.exporters import modeling_lordjax as code
+from lordjax.conversions.exporters.torch_layer import arrays_of, spec_of
+from lordjax.kernels import normal_float
+from lordjax.kernels.quantized import NFQuantized
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 
-@pytest.mark.parametrize("bits", nf.BITS)
+@pytest.mark.parametrize("bits", normal_float.BITS)
 def test_levels_of_the_torch_code(bits):
-    np.testing.assert_array_equal(np.asarray(code.levels(bits), np.float32), nf.levels(bits))
+    np.testing.assert_array_equal(
+        np.asarray(code.levels(bits), np.float32), normal_float.levels(bits)
+    )
 
 
 @pytest.mark.quick("form0", "form4", "form9")
-@pytest.mark.parametrize("form", nf.grid()[::29])
+@pytest.mark.parametrize("form", normal_float.grid()[::29])
 def test_codes_of_the_torch_code(form):
     """Sizes that no block divides."""
     kernel = NFQuantized.encode(jax.random.normal(jax.random.key(0), (37, 29)), form)

@@ -4,10 +4,8 @@ import json
 
 import numpy as np
 
-from lordjax.examples import (
-    check,
-)
-from lordjax.instructions import instructions
+from lordjax.data.examples import check
+from lordjax.data.instructions import instructions
 from lordjax.models import ModelConfig
 
 VOCAB = 300

@@ -6,8 +6,7 @@ from chats import CONFIG, VOCAB, make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lordjax import objective
-from lordjax.examples import (
+from lordjax.data.examples import (
     Examples,
     batch_indices,
     check,
@@ -16,6 +15,7 @@ from lordjax.examples import (
     pad,
     split_documents,
 )
+from lordjax.models import objective
 
 # --- order ---------------------------------------------------------------------------------------
 

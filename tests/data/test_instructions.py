@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from chats import CHATML, VOCAB, answers, chat, ids, make_tokenizer, read, write
 
-from lordjax.instructions import instructions
+from lordjax.data.instructions import instructions
 
 ALPACA = {"instruction": "Add.", "input": "1 2", "output": "3"}
 

@@ -7,7 +7,7 @@ import types
 import numpy as np
 import pytest
 
-from lordjax.data import array_length, fingerprint, load_tokens, standard_library
+from lordjax.data.token_windows import array_length, fingerprint, load_tokens, standard_library
 
 VOCAB = 256
 

@@ -16,12 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from questions import PUBLISHED, alone, log_probabilities, tokenizer_of, write
 
-from lordjax.evaluate import choices, likelihood
+from lordjax.evaluate import likelihood, multiple_choice
+from lordjax.evaluate.choice_tasks import TASKS, read_questions, task_of
 from lordjax.evaluate.likelihood import log_likelihoods
-from lordjax.evaluate.questions import TASKS, read_questions, task_of
-from lordjax.functional import encode as encoded
+from lordjax.kernels.convert import encode as encoded
 from lordjax.models import Rope
-from lordjax.scripts.common import open_model
+from lordjax.scripts.opened_model import open_model
 
 LINEAR = r"layer_\d+/.*/kernel$"
 
@@ -168,23 +168,26 @@ def tokenizer():
 
 def test_contexts_and_continuations_are_encoded_as_one_text(tokenizer):
     for context, rest in (("the cat", " sat"), ("the c", "at"), ("the", " cat sat on"), ("x", "y")):
-        start, ids = choices.encode_pair(tokenizer, context, rest)
+        start, ids = multiple_choice.encode_pair(tokenizer, context, rest)
         assert start == tokenizer.encode(context)
         whole = tokenizer.encode(context + rest)
         assert ids == whole[len(start) :]
         # Spaces at the context's end belong to what follows.
         for spaces in (" ", "  "):
-            moved = choices.encode_pair(tokenizer, context + spaces, rest.lstrip())
-            assert moved == choices.encode_pair(tokenizer, context, spaces + rest.lstrip())
+            moved = multiple_choice.encode_pair(tokenizer, context + spaces, rest.lstrip())
+            assert moved == multiple_choice.encode_pair(tokenizer, context, spaces + rest.lstrip())
 
 
 def test_what_stands_for_an_empty_context(tokenizer):
     end = tokenizer.eos_token_id
-    assert choices.encode_pair(tokenizer, "", "the cat") == ([end], tokenizer.encode("the cat"))
-    begun = choices.encode_pair(tokenizer, "", "<end>the")
+    assert multiple_choice.encode_pair(tokenizer, "", "the cat") == (
+        [end],
+        tokenizer.encode("the cat"),
+    )
+    begun = multiple_choice.encode_pair(tokenizer, "", "<end>the")
     assert begun == ([end], tokenizer.encode("the"))
     with pytest.raises(ValueError, match="no BOS or EOS token"):
-        choices.encode_pair(tokenizer_of("a b"), "", "the")
+        multiple_choice.encode_pair(tokenizer_of("a b"), "", "the")
 
 
 def test_special_tokens_are_added_once():
@@ -195,18 +198,18 @@ def test_special_tokens_are_added_once():
         single="<s> $A", special_tokens=[("<s>", fast.bos_token_id)]
     )
     first = fast.bos_token_id
-    start, rest = choices.encode_pair(fast, "the", " cat")
+    start, rest = multiple_choice.encode_pair(fast, "the", " cat")
     assert start[0] == first and first not in [*start[1:], *rest]
-    assert choices.encode_pair(fast, "<s>the", " cat") == (start, rest)
+    assert multiple_choice.encode_pair(fast, "<s>the", " cat") == (start, rest)
 
 
 def test_scores_are_normalised_by_characters_and_by_bytes():
     # Four characters, and three of two bytes each.
     texts = ("four", "äöü")
-    assert choices.pick([-4.0, -3.5], texts, "acc") == 1
-    assert choices.pick([-4.0, -3.5], texts, "acc_norm") == 0
-    assert choices.pick([-4.0, -3.5], texts, "acc_bytes") == 1
-    assert choices.pick([-1.0, -1.0], ("a", "b"), "acc") == 0  # of equal ones the first
+    assert multiple_choice.pick([-4.0, -3.5], texts, "acc") == 1
+    assert multiple_choice.pick([-4.0, -3.5], texts, "acc_norm") == 0
+    assert multiple_choice.pick([-4.0, -3.5], texts, "acc_bytes") == 1
+    assert multiple_choice.pick([-1.0, -1.0], ("a", "b"), "acc") == 0  # of equal ones the first
 
 
 PLAIN = {
@@ -305,10 +308,10 @@ def test_accuracies_are_those_of_the_scores(tiny, sets):
     opened = open_model(str(tiny))
     config, params, tokenizer = opened.config, opened.params(), opened.tokenizer()
     questions = read_questions(sets / "openbookqa.jsonl", "openbookqa")
-    found = choices.evaluate(config, params, tokenizer, questions, batch_size=5)
+    found = multiple_choice.evaluate(config, params, tokenizer, questions, batch_size=5)
     right = {"acc": 0, "acc_norm": 0}
     for row, question in zip(found["rows"], questions.questions, strict=True):
-        pairs = [choices.encode_pair(tokenizer, *pair) for pair in question.pairs]
+        pairs = [multiple_choice.encode_pair(tokenizer, *pair) for pair in question.pairs]
         expected = [alone(config, params, pair, 48)[0] for pair in pairs]
         np.testing.assert_allclose(row["log_likelihoods"], expected, atol=1e-4)
         lengths = [len(text) for text in question.choices]
@@ -319,10 +322,10 @@ def test_accuracies_are_those_of_the_scores(tiny, sets):
         p = count / n
         assert found["metrics"][name]["value"] == pytest.approx(p)
         assert found["metrics"][name]["stderr"] == pytest.approx(math.sqrt(p * (1 - p) / (n - 1)))
-    one = choices.evaluate(config, params, tokenizer, questions.first(1))
+    one = multiple_choice.evaluate(config, params, tokenizer, questions.first(1))
     assert one["metrics"]["acc"]["stderr"] is None
     assert found["protocol"]["truncated"] == 0
-    short = choices.evaluate(config, params, tokenizer, questions, max_length=3)
+    short = multiple_choice.evaluate(config, params, tokenizer, questions, max_length=3)
     assert short["protocol"]["truncated"] == n  # "a? ab" is five tokens, of which four count
 
 

@@ -11,19 +11,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lordjax import completion
-from lordjax.evaluate import programs
-from lordjax.evaluate.problems import (
+from lordjax.evaluate import pass_at_k as programs
+from lordjax.evaluate.code_problems import (
     HUMANEVAL_STOPS,
     MBPP_STOPS,
     read_humaneval,
     read_mbpp,
     read_problems,
 )
-from lordjax.evaluate.programs import evaluate, judge, pass_at_k, truncate
+from lordjax.evaluate.pass_at_k import evaluate, judge, pass_at_k, truncate
 from lordjax.evaluate.sandbox import Limits
-from lordjax.sampling import Sampling
-from lordjax.scripts import evaluate_code as script
+from lordjax.generation import completion
+from lordjax.generation.sampling import Sampling
+from lordjax.scripts.verbs import evaluate_code as script
 
 HUMANEVAL = [
     {

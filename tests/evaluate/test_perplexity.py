@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lordjax.data import fingerprint
+from lordjax.compression.temperature import compare
+from lordjax.data.token_windows import fingerprint
 from lordjax.evaluate import perplexity
-from lordjax.evaluate.comparison import compare
 from lordjax.evaluate.perplexity import _token_nll
-from lordjax.kernels import LowRank
+from lordjax.kernels.low_rank import LowRank
 from lordjax.models.config import ModelConfig
+from lordjax.models.source import InMemory
 from lordjax.models.transformer import Transformer, init
-from lordjax.progress import Clock
-from lordjax.source import InMemory
+from lordjax.runtime.progress import Clock
 
 CONFIG = ModelConfig(
     vocab_size=61,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lordjax.evaluate import sandbox, supervisor
+from lordjax.evaluate import sandbox, sandbox_supervisor
 from lordjax.evaluate.sandbox import (
     FAILED,
     OUT_OF_MEMORY,
@@ -200,7 +200,7 @@ def test_no_more_is_kept_in_memory_than_the_limit():
     writer = threading.Thread(target=write)
     writer.start()
     reading = pipes["output"][0], pipes["status"][0]
-    assert supervisor.watch(*reading, time.monotonic() + SOON, 5) == (b"xxend", b"", True)
+    assert sandbox_supervisor.watch(*reading, time.monotonic() + SOON, 5) == (b"xxend", b"", True)
     writer.join()
     for number in (*reading, pipes["output"][1]):
         os.close(number)

@@ -9,11 +9,16 @@ import optax
 import pytest
 from tuning import BLOCKS, CONFIG, KINDS, coded, examples, made
 
-from lordjax import adapters, finetune, recipes, trees
-from lordjax.functional import factorize
-from lordjax.kernels import LowRank, LowRankPlusQuantized, materialize, matmul, nbytes, weights
+from lordjax.finetune import adapters, recipes
+from lordjax.finetune import step as finetune
+from lordjax.finetune.recipes import RECIPES
+from lordjax.kernels import trees
+from lordjax.kernels.base import materialize, matmul, nbytes
+from lordjax.kernels.convert import factorize
+from lordjax.kernels.kinds import weights
+from lordjax.kernels.low_rank import LowRank
+from lordjax.kernels.quantized import LowRankPlusQuantized
 from lordjax.models import Transformer, init
-from lordjax.recipes import RECIPES
 
 
 @pytest.mark.quick("pairs", "matrices")

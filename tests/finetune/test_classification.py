@@ -12,13 +12,13 @@ import pytest
 from tokenizers.processors import ByteLevel
 
 from lordjax import factorize, materialize, save
-from lordjax.checkpoint import open_saved
-from lordjax.conversions.families import FAMILIES, model_config, with_labels
+from lordjax.conversions.families.registry import FAMILIES, model_config, with_labels
+from lordjax.data.classification import classification
+from lordjax.data.examples import Examples
 from lordjax.evaluate.classification import classify, scores
-from lordjax.examples import Examples
-from lordjax.labelled import classification
 from lordjax.models import ModelConfig, Transformer, init
-from lordjax.models.heads import with_classes
+from lordjax.models.output_heads import with_classes
+from lordjax.storage.saved_model import open_saved
 
 VOCAB = 300
 ENCODER = ModelConfig(
@@ -369,8 +369,8 @@ def test_a_new_head_is_saved_and_exported(tmp_path, kind, head):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     from hf_models import hf_model, some_tokens
 
-    from lordjax.conversions.export import export
-    from lordjax.conversions.huggingface import open_checkpoint
+    from lordjax.conversions.exporters.export import export
+    from lordjax.conversions.readers.checkpoint import open_checkpoint
 
     options = {"num_labels": 5} if head == "SequenceClassification" else {}
     hf_model(kind, options, head).save_pretrained(tmp_path / "in")

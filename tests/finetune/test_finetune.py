@@ -11,14 +11,16 @@ import optax
 import pytest
 from tuning import BLOCKS, CONFIG, coded, examples, losses, steps
 
-from lordjax import adapters, finetune, recipes, trees
-from lordjax.examples import Data, Examples
-from lordjax.finetune import Settings
-from lordjax.functional import factorize
-from lordjax.kernels import LowRank, LowRankPlusQuantized
-from lordjax.mesh import make_mesh
+from lordjax.data.examples import Data, Examples
+from lordjax.finetune import adapters, recipes, step
+from lordjax.finetune.recipes import RECIPES, Recipe
+from lordjax.finetune.step import Settings
+from lordjax.kernels import trees
+from lordjax.kernels.convert import factorize
+from lordjax.kernels.low_rank import LowRank
+from lordjax.kernels.quantized import LowRankPlusQuantized
 from lordjax.models import Transformer
-from lordjax.recipes import RECIPES, Recipe
+from lordjax.runtime.mesh import make_mesh
 
 
 def test_eight_examples_are_learned_by_heart(params):
@@ -37,13 +39,13 @@ def test_only_what_is_named_changes(params):
     data = Data(examples(), examples(0), {})
     recipe = dataclasses.replace(RECIPES["qlora"], rank=4, learning_rate=1e-2)
     start, paths = recipes.start(recipe, base, jax.random.key(0))
-    trained, frozen = finetune.split(start, paths, "float32")
+    trained, frozen = step.split(start, paths, "float32")
     optimizer = recipes.optimizer(recipe, 5)
-    run = finetune.run(
-        CONFIG, finetune.start(trained, optimizer), frozen, data.train, optimizer, Settings(5)
+    run = step.run(
+        CONFIG, step.start(trained, optimizer), frozen, data.train, optimizer, Settings(5)
     )
     *_, (state, _) = run
-    end = trees.arrays(finetune.joined(state.params, start, paths))
+    end = trees.arrays(step.joined(state.params, start, paths))
     for path, a in trees.arrays(start).items():
         assert np.array_equal(a, end[path]) == ("low_rank" not in path), path
     assert digest(base).hexdigest() == before
@@ -114,13 +116,13 @@ def test_alpha_is_a_learning_rate(params, scale):
             lambda _, leaf: times(leaf) if isinstance(leaf, LowRankPlusQuantized) else leaf,
             trees.join(trained, frozen),
         )
-        nll, _ = finetune.rows_of(CONFIG, whole, part)
+        nll, _ = step.rows_of(CONFIG, whole, part)
         return jnp.sum(nll) / int((part.targets >= 0).sum())
 
     state, theirs = optimizer.init(trained), []
     for i in range(6):
         part = jax.tree.map(
-            lambda a: a[0], finetune.microbatches(examples(), Settings(6, accumulate=1), i)
+            lambda a: a[0], step.microbatches(examples(), Settings(6, accumulate=1), i)
         )
         value, gradient = jax.value_and_grad(loss)(trained, part)
         with jax.numpy_dtype_promotion("standard"):
@@ -152,7 +154,7 @@ def test_distillation_comes_nearer_to_the_teacher(params):
 
 def test_classifiers_are_not_distilled():
     config = dataclasses.replace(CONFIG, head="classes", num_classes=2)
-    run = finetune.run(config, None, None, None, None, Settings(1, distill=0.5), teacher={})
+    run = step.run(config, None, None, None, None, Settings(1, distill=0.5), teacher={})
     with pytest.raises(ValueError, match="only models that predict tokens are distilled"):
         next(run)
 
@@ -160,7 +162,7 @@ def test_classifiers_are_not_distilled():
 @pytest.mark.full
 def test_block_by_block_changes_no_gradient(params):
     def loss(params, **how):
-        return jnp.sum(finetune.rows_of(CONFIG, params, examples(), **how)[1])
+        return jnp.sum(step.rows_of(CONFIG, params, examples(), **how)[1])
 
     trained = tuple(trees.arrays(params))
     plain = jax.grad(loss)(params)

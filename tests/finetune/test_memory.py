@@ -7,10 +7,11 @@ import jax
 import pytest
 from tuning import CONFIG
 
-from lordjax import memory, recipes, trees
-from lordjax.finetune import Settings
+from lordjax.finetune import memory, recipes
+from lordjax.finetune.recipes import RECIPES
+from lordjax.finetune.step import Settings
+from lordjax.kernels import trees
 from lordjax.models import init
-from lordjax.recipes import RECIPES
 
 
 @pytest.mark.full

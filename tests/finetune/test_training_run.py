@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from tuning import CONFIG, examples
 
-from lordjax import finetune, training
-from lordjax.examples import Data
-from lordjax.finetune import Settings
-from lordjax.recipes import RECIPES
-from lordjax.training import Keeping, train
+from lordjax.data.examples import Data
+from lordjax.finetune import step, training_run
+from lordjax.finetune.recipes import RECIPES
+from lordjax.finetune.step import Settings
+from lordjax.finetune.training_run import Keeping, train
 
 RUN = """
 import dataclasses, sys
@@ -51,7 +51,7 @@ def finished(directory):
 
 
 def metrics_of(directory):
-    lines = map(json.loads, (directory / training.METRICS).read_text().splitlines())
+    lines = map(json.loads, (directory / training_run.METRICS).read_text().splitlines())
     return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
 
 
@@ -87,9 +87,9 @@ def test_the_best_and_the_last_are_kept(params, tmp_path):
     assert trained.best == min(held, key=held.get)
     there = {int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()}
     assert there == {9, 12, trained.best}
-    own = finetune.evaluate(
+    own = step.evaluate(
         CONFIG,
-        finetune.State(jnp.zeros((), jnp.int32), trained.params, None),
+        step.State(jnp.zeros((), jnp.int32), trained.params, None),
         jax.tree.map(lambda a: None, trained.params),
         examples(4, seed=1),
         batch=3,

@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lordjax import adapters, finetune, recipes, trees
-from lordjax.examples import Examples, next_tokens
-from lordjax.functional import encode, factorize
+from lordjax.data.examples import Examples, next_tokens
+from lordjax.finetune import adapters, recipes, step
+from lordjax.kernels import trees
+from lordjax.kernels.convert import encode, factorize
 from lordjax.models import ModelConfig
 
 CONFIG = ModelConfig(
@@ -69,9 +70,9 @@ def made(params, kind):
 def steps(params, recipe, settings, data=None, **options):
     """Every state's trained arrays and metrics."""
     data = examples() if data is None else data
-    begun = finetune.begin(CONFIG, params, recipe, settings)
+    begun = step.begin(CONFIG, params, recipe, settings)
     given = (begun.state, begun.frozen, data, begun.optimizer, settings)
-    run = finetune.run(CONFIG, *given, **options)
+    run = step.run(CONFIG, *given, **options)
     return [(jax.tree.map(np.array, state.params), metrics) for state, metrics in run]
 
 

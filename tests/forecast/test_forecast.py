@@ -12,15 +12,18 @@ import pytest
 from blocks import BLOCKS, source
 from rates import RATES
 
-from lordjax import flops, forecast, sizing, speed, trees
-from lordjax.compression import compress
-from lordjax.conversions.families import tensor_table
-from lordjax.kernels import nbytes
-from lordjax.scripts import predict
+from lordjax.compression.low_rank import compress
+from lordjax.conversions.families.registry import tensor_table
+from lordjax.forecast import machine_rates, peak_memory, predict, shapes
+from lordjax.forecast.job import Job
+from lordjax.forecast.low_rank_cost import stages
+from lordjax.forecast.seconds import seconds
+from lordjax.kernels import trees
+from lordjax.kernels.base import nbytes
+from lordjax.models.source import InMemory
+from lordjax.runtime import flops
 from lordjax.scripts.make_checkpoint import config_like
-from lordjax.scripts.plan_model import plan_model
-from lordjax.source import InMemory
-from lordjax.stages import Job, stages
+from lordjax.scripts.verbs.plan import plan_model
 
 OPTIONS = {
     "ranks": None,
@@ -124,8 +127,8 @@ def test_bytes_are_those_that_come_out(method, policy, name, dtype):
     plan, exact = predict.planned(model.config, method, 0.7, None, policy)
     assert exact
     assert plan.ranks == result.plan.ranks
-    stored = sizing.stored(model.config, table, dtype)
-    outline = sizing.outline(model.config, plan, stored)
+    stored = shapes.stored(model.config, table, dtype)
+    outline = shapes.outline(model.config, plan, stored)
     assert nbytes(outline) == result.report["bytes"] == nbytes(result.params)
 
 
@@ -136,14 +139,14 @@ def job(layers=2, **options):
 
 def memory(of):
     plan = predict.planned(of.config, of.method, 0.7, None, "uniform")[0]
-    before = sizing.shapes(of.config).params
-    return forecast.memory(of, stages(of), before, sizing.outline(of.config, plan))
+    before = shapes.shapes(of.config).params
+    return peak_memory.memory(of, stages(of), before, shapes.outline(of.config, plan))
 
 
 def test_memory_with_a_work_directory_does_not_grow_with_depth():
     few, many = memory(job(2)), memory(job(32))
     grown = {name: many[name]["host"] - few[name]["host"] for name in few}
-    weights = nbytes(sizing.shapes(job(32).config).params)
+    weights = nbytes(shapes.shapes(job(32).config).params)
     assert grown["in memory"] > weights / 2
     assert grown["with a work directory"] < weights / 32
     assert many["with a work directory"]["disk"] > few["with a work directory"]["disk"]
@@ -165,21 +168,21 @@ def test_seconds_are_work_over_rate():
         "one": flops.Work({"product float32": 4e9, "equations": 50}),
         "two": flops.Work({"exp": 3e8}),
     }
-    found = forecast.seconds(work, RATES)
+    found = seconds(work, RATES)
     assert found == {"one": 2.5, "two": 3.0, "total": 5.5, "compiling": 0.5}
-    fast = forecast.seconds(work, {kind: 2 * rate for kind, rate in RATES.items()})
+    fast = seconds(work, {kind: 2 * rate for kind, rate in RATES.items()})
     assert fast["total"] == found["total"] / 2
 
 
 @pytest.mark.parametrize("method", ["lord", "modegpt-cr", "modegpt-published", "fwsvd", "rom"])
 def test_every_kind_of_work_has_a_rate(method):
-    found = forecast.seconds(stages(Job(BLOCKS["gpt2"], method, 16, 40)), RATES)
+    found = seconds(stages(Job(BLOCKS["gpt2"], method, 16, 40)), RATES)
     assert all(seconds > 0 for seconds in found.values())
     assert all(map(math.isfinite, found.values()))
 
 
 def test_rates_of_eigendecompositions_lie_on_a_line():
-    at = {n: speed.rate(RATES, f"eigh float64 {n}") for n in (20, 160, 268, 448, 10**6)}
+    at = {n: machine_rates.rate(RATES, f"eigh float64 {n}") for n in (20, 160, 268, 448, 10**6)}
     assert at[20] == at[160] == RATES["eigh float64 160"]
     assert at[448] == pytest.approx(RATES["eigh float64 448"])
     assert at[268] == pytest.approx(2e8, rel=0.01)  # the middle, in logarithms
@@ -188,13 +191,13 @@ def test_rates_of_eigendecompositions_lie_on_a_line():
 
 def test_no_rate_of_unknown_work():
     with pytest.raises(KeyError, match="no rate of 'prayer'; measured were"):
-        speed.rate(RATES, "prayer")
+        machine_rates.rate(RATES, "prayer")
 
 
 def test_measured_rates_are_those_that_are_needed(monkeypatch, tmp_path):
-    monkeypatch.setattr(speed, "SIZE", {"cpu": 128})
-    monkeypatch.setattr(speed, "PATIENCE", 0.0)
-    rates = speed.measure(tmp_path)
+    monkeypatch.setattr(machine_rates, "SIZE", {"cpu": 128})
+    monkeypatch.setattr(machine_rates, "PATIENCE", 0.0)
+    rates = machine_rates.measure(tmp_path)
     assert set(rates) == set(RATES)
     assert min(rates.values()) > 0
     assert not list(tmp_path.iterdir())
@@ -202,7 +205,7 @@ def test_measured_rates_are_those_that_are_needed(monkeypatch, tmp_path):
 
 def test_small_jobs_are_not_measured(monkeypatch):
     asked = []
-    monkeypatch.setattr(speed, "matmul_rate", lambda: asked.append(1) or 1e11)
+    monkeypatch.setattr(machine_rates, "matmul_rate", lambda: asked.append(1) or 1e11)
     assert not predict.worth_measuring(predict.LITTLE / 2)
     assert not asked
     assert not predict.worth_measuring(1e12)

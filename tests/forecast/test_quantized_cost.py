@@ -13,28 +13,23 @@ import pytest
 from blocks import BLOCKS, source
 from rates import RATES
 
-from lordjax import (
-    calibrate,
-    flops,
-    forecast,
-    gradients,
-    nf,
-    options,
-    quantizer,
-    sharing,
-    sizing,
-    trees,
-    weightings,
-)
-from lordjax.coded import coded_stages
-from lordjax.collect import observe
-from lordjax.elastic import check_settings
-from lordjax.kernels import nbytes
-from lordjax.mesh import make_mesh, share_rows
-from lordjax.methods import low_rank_quantized
-from lordjax.quantization import quantize
-from lordjax.scripts import predict
-from lordjax.stages import Job, stages
+from lordjax.allocation import candidates
+from lordjax.calibration import backward_pass, forward_pass
+from lordjax.calibration.observers import observe
+from lordjax.compression import quantizer
+from lordjax.compression.elastic import check_settings
+from lordjax.compression.quantized import quantize
+from lordjax.forecast import device_shares, peak_memory, predict
+from lordjax.forecast import shapes as sizing
+from lordjax.forecast.job import Job
+from lordjax.forecast.low_rank_cost import stages
+from lordjax.forecast.quantized_cost import coded_stages
+from lordjax.forecast.seconds import seconds
+from lordjax.kernels import normal_float, trees
+from lordjax.kernels.base import nbytes
+from lordjax.methods.quantized import lq, weightings
+from lordjax.runtime import flops
+from lordjax.runtime.mesh import make_mesh, share_rows
 
 WINDOWS, LENGTH = 8, 24
 FLAGS = dict.fromkeys(predict.CODED)
@@ -84,9 +79,9 @@ def test_an_estimate_uses_its_budget_and_no_more(method, bits):
     assert len(job.options) == 14
     block = trees.flatten(sizing.shapes(config).block(0))
     shapes = {path: block[path.split("/", 1)[1]].shape for path in job.options}
-    all_in = options.QUANTIZERS[method].all_in
+    all_in = candidates.QUANTIZERS[method].all_in
     used = sum(
-        options.option_bytes(option, shapes[path], 2, job.factors, products=all_in)
+        candidates.option_bytes(option, shapes[path], 2, job.factors, products=all_in)
         for path, option in job.options.items()
     )
     budget = bits * sum(map(math.prod, shapes.values())) / 8
@@ -122,10 +117,10 @@ def test_a_quantisation_runs_what_was_counted(method, flags, monkeypatch):
     model, done = source("gpt2"), Counter()
     expected = coded_stages(coded(model.config, method, **flags))
     for module, names in {
-        calibrate: ("observe", "embed"),
-        gradients: ("observe", "observe_gradients", "loss_gradient", "embed"),
+        forward_pass: ("observe", "embed"),
+        backward_pass: ("observe", "observe_gradients", "loss_gradient", "embed"),
         quantizer: ("predict", "encode_kernel", "best_pair", "pack", "measures", "materialize"),
-        low_rank_quantized: ("decompose",),
+        lq: ("decompose",),
     }.items():
         for name in names:
             monkeypatch.setattr(module, name, counting(done, getattr(module, name)))
@@ -144,10 +139,10 @@ def test_every_weighting_has_stages_seconds_and_memory(weighting):
     work = coded_stages(job)
     assert ("gradients" in work) == (weighting in ("fisher", "both"))
     assert {"predictions", "decomposition"} <= set(work)
-    seconds = forecast.seconds(work, RATES)
-    assert all(math.isfinite(n) and n > 0 for n in seconds.values())
+    found = seconds(work, RATES)
+    assert all(math.isfinite(n) and n > 0 for n in found.values())
     before = sizing.shapes(config).params
-    found = forecast.memory(job, work, before, before)
+    found = peak_memory.memory(job, work, before, before)
     for name, parts in found["in memory"]["parts"].items():
         streamed = found["with a work directory"]["parts"][name]
         assert sum(streamed.values()) <= sum(parts.values())
@@ -158,7 +153,7 @@ def test_memory_of_codes_with_a_work_directory_does_not_grow_with_depth():
         config = dataclasses.replace(BLOCKS["qwen3"], num_layers=layers)
         job = coded(config, "nf", form="nf4", weighting="both")
         before = sizing.shapes(config).params
-        return forecast.memory(job, coded_stages(job), before, before)
+        return peak_memory.memory(job, coded_stages(job), before, before)
 
     few, many = memory(8), memory(32)
     weights = nbytes(sizing.shapes(dataclasses.replace(BLOCKS["qwen3"], num_layers=32)).params)
@@ -181,7 +176,7 @@ def test_an_elastic_model_is_the_dense_one_with_factors():
     elastic, one = stages(job), stages(direct)
     for name in ("gradients", "statistics", "factors"):
         assert flops.total(elastic[name]) == flops.total(one[name])
-    memory = forecast.memory(job, elastic, before.params, after)["with a work directory"]
+    memory = peak_memory.memory(job, elastic, before.params, after)["with a work directory"]
     assert memory["disk"] > 1.5 * nbytes(after)
 
 
@@ -190,7 +185,7 @@ def test_an_elastic_model_is_the_dense_one_with_factors():
 
 def shares(job, count):
     work = stages(job)
-    return sharing.report(sharing.shared(job, work, count), work, {})
+    return device_shares.report(device_shares.shared(job, work, count), work, {})
 
 
 def job(name="qwen3", windows=16, **options):
@@ -222,12 +217,12 @@ def test_windows_that_do_not_divide_are_everybodys():
 def test_codes_are_the_first_devices():
     one = coded(BLOCKS["qwen3"], "nf", form="nf4", weighting="input")
     work = coded_stages(one)
-    found = sharing.report(sharing.shared(one, work, 4), work, {"decomposition": 2.0})
+    found = device_shares.report(device_shares.shared(one, work, 4), work, {"decomposition": 2.0})
     row = found["decomposition"]
     assert row["seconds"] == 2.0
     assert row["shares"][0] > row["shares"][1] == row["shares"][3] > 0
     nothing = coded(BLOCKS["qwen3"], "nf", form="nf4")
-    parts = sharing.shared(nothing, coded_stages(nothing), 4)["decomposition"]
+    parts = device_shares.shared(nothing, coded_stages(nothing), 4)["decomposition"]
     assert not any(parts[1:])
 
 
@@ -245,7 +240,7 @@ def test_memory_of_devices():
     """Hidden states are shared; of what each has there are as many as devices."""
     one = job()
     work, before = stages(one), sizing.shapes(one.config).params
-    found = {n: forecast.memory(one, work, before, before, n)["in memory"] for n in (1, 2, 4)}
+    found = {n: peak_memory.memory(one, work, before, before, n)["in memory"] for n in (1, 2, 4)}
     assert found[1]["device"] == 0  # it is the host's
     assert found[2]["device"] >= found[4]["device"] > 0
     assert found[1]["host"] < found[2]["host"] < found[4]["host"]
@@ -260,7 +255,7 @@ def test_a_mesh_that_cuts_blocks_is_not_forecast():
 
 def test_formats_of_estimates_are_those_that_a_budget_mixes():
     used = {o.form for o in coded(BLOCKS["qwen3"], "nf", bits=3.5).options.values()}
-    assert used <= set(options.FORMATS)
-    assert {nf.Format.parse("nf4")} == {
+    assert used <= set(candidates.FORMATS)
+    assert {normal_float.Format.parse("nf4")} == {
         o.form for o in coded(BLOCKS["qwen3"], "nf", form="nf4").options.values()
     }

@@ -7,14 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lordjax import InMemory, compress, sizing, trees
-from lordjax.compression import prepare
-from lordjax.conversions.families import model_config
-from lordjax.factoring import site_sizes
-from lordjax.kernels import weights
+from lordjax import InMemory, compress
+from lordjax.allocation import policies
+from lordjax.allocation.plan import Plan
+from lordjax.compression.low_rank import prepare
+from lordjax.compression.site_factors import site_sizes
+from lordjax.conversions.families.registry import model_config
+from lordjax.forecast import shapes
+from lordjax.kernels import trees
+from lordjax.kernels.kinds import weights
 from lordjax.methods import METHODS
 from lordjax.models import ModelConfig, Transformer, init
-from lordjax.plan import Plan
 
 LLAMA = ModelConfig(
     vocab_size=61,
@@ -71,7 +74,7 @@ def shapes_of(tree):
 def test_outline_is_the_shape_of_the_compressed_model(method, config):
     source = InMemory(config, init(config, jax.random.key(0)))
     result = prepare(source, TOKENS, method=method).compress(0.6)
-    assert shapes_of(sizing.outline(config, result.plan)) == shapes_of(result.params)
+    assert shapes_of(shapes.outline(config, result.plan)) == shapes_of(result.params)
 
 
 LORDCODER = {4480: 14.983, 4096: 14.511, 3584: 13.882, 3072: 13.253, 2560: 12.623, 2304: 12.309}
@@ -79,11 +82,11 @@ LORDCODER = {4480: 14.983, 4096: 14.511, 3584: 13.882, 3072: 13.253, 2560: 12.62
 
 @pytest.mark.parametrize(("rank", "billions"), LORDCODER.items())
 def test_lordcoder_sizes(rank, billions):
-    """The released models of LoRD (specs §2.3): one MLP matrix of every StarCoder block."""
+    """The released LoRD models (theory/lord_rom §2.3): one MLP matrix of every StarCoder block."""
     config = model_config(STARCODER)
-    sizes = site_sizes(sizing.shapes(config), "lord-linear")
-    plan = Plan("lord-linear", sizing.ranks_by_pattern(sizes, {"mlp/down": rank}), None, "given")
-    leaves = trees.flatten(sizing.outline(config, plan)).values()
+    sizes = site_sizes(shapes.shapes(config), "lord-linear")
+    plan = Plan("lord-linear", policies.ranks_by_pattern(sizes, {"mlp/down": rank}), None, "given")
+    leaves = trees.flatten(shapes.outline(config, plan)).values()
     assert round(sum(map(weights, leaves)) / 1e9, 3) == billions
 
 
@@ -96,15 +99,15 @@ def test_lordcoder_sizes(rank, billions):
     ],
 )
 def test_rom_sizes(keep, ranks, billions, gmacs):
-    """ROM's LLaMA-7B (specs §4.3): ranks, parameters, multiplications of 64 tokens."""
+    """ROM's LLaMA-7B (theory/lord_rom §4.3): ranks, parameters, multiplications of 64 tokens."""
     config = model_config(LLAMA_7B)
-    plan = sizing.plan_by_shapes(config, "rom", keep, "last-k")
+    plan = shapes.plan_by_shapes(config, "rom", keep, "last-k")
     chosen = plan.ranks["layer_31/attention/q/kernel"], plan.ranks["layer_31/mlp/up/kernel"]
-    tree = sizing.outline(config, plan)
+    tree = shapes.outline(config, plan)
     assert chosen == ranks
     assert round(sum(map(weights, trees.flatten(tree).values())) / 1e9, 3) == billions
     if gmacs is not None:
-        assert round(sizing.multiplications(config, tree, 64) / 1e9, 2) == gmacs
+        assert round(shapes.multiplications(config, tree, 64) / 1e9, 2) == gmacs
 
 
 def dot_multiplications(jaxpr):
@@ -127,20 +130,20 @@ def dot_multiplications(jaxpr):
 def test_multiplications_are_those_of_the_program(method, config):
     """On windows that attention takes in one piece, where it computes its whole square."""
     patterns = {".*": 4} if method == "svd" else {"attention/.*": 4, "mlp": 12}
-    sizes = site_sizes(sizing.shapes(config), method)
-    plan = Plan(method, sizing.ranks_by_pattern(sizes, patterns), None, "given")
-    tree = sizing.outline(config, plan)
+    sizes = site_sizes(shapes.shapes(config), method)
+    plan = Plan(method, policies.ranks_by_pattern(sizes, patterns), None, "given")
+    tree = shapes.outline(config, plan)
 
     def logits(params):
         return Transformer(config).apply({"params": params}, TOKENS[:1])
 
     counted = dot_multiplications(jax.make_jaxpr(logits)(tree).jaxpr)
-    assert sizing.multiplications(config, tree, TOKENS.shape[1]) == counted
+    assert shapes.multiplications(config, tree, TOKENS.shape[1]) == counted
 
 
 def test_first_pattern_decides_and_others_stay_dense():
-    sizes = site_sizes(sizing.shapes(LLAMA), "svd")
-    ranks = sizing.ranks_by_pattern(sizes, {"layer_0/mlp/up": 3, "mlp/.*": 5})
+    sizes = site_sizes(shapes.shapes(LLAMA), "svd")
+    ranks = policies.ranks_by_pattern(sizes, {"layer_0/mlp/up": 3, "mlp/.*": 5})
     assert ranks["layer_0/mlp/up/kernel"] == 3
     assert ranks["layer_1/mlp/up/kernel"] == ranks["layer_0/mlp/down/kernel"] == 5
     assert ranks["layer_1/attention/q/kernel"] is None
@@ -156,7 +159,7 @@ def test_first_pattern_decides_and_others_stay_dense():
 )
 def test_bad_ranks(patterns, error, message):
     with pytest.raises(error, match=message):
-        sizing.ranks_by_pattern(site_sizes(sizing.shapes(LLAMA), "svd"), patterns)
+        policies.ranks_by_pattern(site_sizes(shapes.shapes(LLAMA), "svd"), patterns)
 
 
 def test_compress_by_ranks():

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from blocks import BLOCKS, GPT2, source
 
-from lordjax import compress, generate
-from lordjax.functional import encode, factorize
+from lordjax import compress
+from lordjax.generation import decode
+from lordjax.generation.sampling import Sampling, filtered, pick
+from lordjax.kernels.convert import encode, factorize
 from lordjax.models import Rope, Transformer, init
-from lordjax.models.transformer import CACHE
-from lordjax.sampling import Sampling, filtered, pick
+from lordjax.models.attention import CACHE
 
 CAUSAL = [name for name, config in BLOCKS.items() if config.head == "causal"]
 LINEAR = r"layer_\d+/.*/kernel$"
@@ -72,7 +73,7 @@ def test_step_by_step_is_the_whole_at_once(block, how):
     split = 11  # beyond a window of 9
     first, state = run({"params": params}, tokens[:, :split], config=config)
     np.testing.assert_allclose(first, whole[:, :split], atol=1e-4)
-    cache = generate.widened(state[CACHE], capacity=32)
+    cache = decode.widened(state[CACHE], capacity=32)
     for i in range(split, 20):
         at = jnp.full((2, 1), i, jnp.int32)
         inputs = (tokens[:, i : i + 1], None, None, at)
@@ -87,7 +88,7 @@ def test_step_by_step_is_the_whole_at_once(block, how):
 @pytest.mark.parametrize("how", ["dense", "modegpt", "pairs", "codes"])
 def test_greedy_tokens_of_a_ragged_batch(tiny, how):
     config, params = tiny.config, changed(tiny, how)
-    found = generate.generate(config, params, PROMPTS, max_new_tokens=9)
+    found = decode.generate(config, params, PROMPTS, max_new_tokens=9)
     for prompt, answer in zip(PROMPTS, found, strict=True):
         assert answer.tokens == greedy(config, params, prompt, 9)
         assert answer.reason == "length"
@@ -99,7 +100,7 @@ def test_several_tokens_behind_a_cache(tiny):
     config, params = tiny.config, tiny.params
     tokens = np.random.default_rng(2).integers(0, config.vocab_size, (2, 12), np.int32)
     _, state = run({"params": params}, tokens[:, :6], config=config)
-    cache = generate.widened(state[CACHE], capacity=16)
+    cache = decode.widened(state[CACHE], capacity=16)
     starts = jnp.asarray([6, 4], jnp.int32)  # the second row's last two columns are not its own
     tail = jnp.stack([tokens[0, 6:10], tokens[1, 4:8]])
     positions = starts[:, None] + jnp.arange(4, dtype=jnp.int32)[None]
@@ -113,9 +114,9 @@ def test_several_tokens_behind_a_cache(tiny):
 
 def test_stop_tokens_end_a_row(tiny):
     config, params = tiny.config, tiny.params
-    free = [a.tokens for a in generate.generate(config, params, PROMPTS, max_new_tokens=20)]
+    free = [a.tokens for a in decode.generate(config, params, PROMPTS, max_new_tokens=20)]
     stop = free[0][4]
-    found = generate.generate(config, params, PROMPTS, max_new_tokens=20, stop_tokens=[stop])
+    found = decode.generate(config, params, PROMPTS, max_new_tokens=20, stop_tokens=[stop])
     for before, after in zip(free, found, strict=True):
         if stop in before:
             assert (after.tokens, after.reason) == (before[: before.index(stop)], "stop")
@@ -131,7 +132,7 @@ def test_the_caller_ends_a_row(tiny):
         asked.append(row)
         return row == 1
 
-    found = generate.generate(config, params, PROMPTS, max_new_tokens=30, ended=ended)
+    found = decode.generate(config, params, PROMPTS, max_new_tokens=30, ended=ended)
     assert [a.reason for a in found] == ["length", "text", "length"]
     assert len(found[1].tokens) < 30 and asked.count(1) == 1
 
@@ -140,14 +141,14 @@ def test_the_caller_ends_a_row(tiny):
 def test_draws_depend_on_the_row_and_the_seed_only(tiny):
     config, params = tiny.config, tiny.params
     how = {"max_new_tokens": 12, "sampling": Sampling(temperature=1.5)}
-    together = generate.generate(config, params, PROMPTS, **how)
-    again = generate.generate(config, params, PROMPTS, **how)
-    alone = generate.generate(config, params, PROMPTS[1:2], **how, rows=[1])
-    other = generate.generate(config, params, PROMPTS, **how, seed=1)
+    together = decode.generate(config, params, PROMPTS, **how)
+    again = decode.generate(config, params, PROMPTS, **how)
+    alone = decode.generate(config, params, PROMPTS[1:2], **how, rows=[1])
+    other = decode.generate(config, params, PROMPTS, **how, seed=1)
     assert together == again
     assert together[1] == alone[0]
     assert [a.tokens for a in together] != [a.tokens for a in other]
-    twice = generate.generate(config, params, [PROMPTS[0]] * 2, **how)
+    twice = decode.generate(config, params, [PROMPTS[0]] * 2, **how)
     assert twice[0] != twice[1]
 
 
@@ -184,7 +185,7 @@ def test_repetition_penalty_is_that_of_transformers(tiny):
     config, params = tiny.config, tiny.params
     penalty = RepetitionPenaltyLogitsProcessor(1.8)
     how = {"max_new_tokens": 10, "sampling": Sampling(repetition_penalty=1.8)}
-    found = generate.generate(config, params, PROMPTS, **how)
+    found = decode.generate(config, params, PROMPTS, **how)
     for prompt, answer in zip(PROMPTS, found, strict=True):
         tokens = list(prompt)
         for token in answer.tokens:
@@ -192,7 +193,7 @@ def test_repetition_penalty_is_that_of_transformers(tiny):
             scores = penalty(torch.tensor([tokens]), torch.tensor(scores))
             assert token == int(scores.argmax())
             tokens.append(token)
-    assert found != generate.generate(config, params, PROMPTS, max_new_tokens=10)
+    assert found != decode.generate(config, params, PROMPTS, max_new_tokens=10)
 
 
 def test_nothing_is_compiled_twice(tiny):
@@ -201,8 +202,8 @@ def test_nothing_is_compiled_twice(tiny):
 
     def sizes(prompt, count, temperature, top_p):
         how = {"sampling": Sampling(temperature, top_p=top_p), "stop_tokens": [prompt]}
-        generate.generate(config, params, [[1] * prompt], max_new_tokens=count, **how)
-        return generate.prefill._cache_size(), generate.decode._cache_size()
+        decode.generate(config, params, [[1] * prompt], max_new_tokens=count, **how)
+        return decode.prefill._cache_size(), decode.decode._cache_size()
 
     before = sizes(3, 5, 0.5, 0.3)
     assert sizes(14, 19, 0.9, 0.8) == before
@@ -213,11 +214,11 @@ def lowered(config, params, rows, length):
     """`prefill`, not compiled, and what it is given."""
     sampling = Sampling()
     keys = jax.vmap(jax.random.key)(jnp.zeros(rows, jnp.uint32))
-    stops, limit = jnp.full(16, generate.NOTHING, jnp.int32), jnp.asarray(4, jnp.int32)
-    order = generate.Order(sampling.values, stops, keys, limit)
+    stops, limit = jnp.full(16, decode.NOTHING, jnp.int32), jnp.asarray(4, jnp.int32)
+    order = decode.Order(sampling.values, stops, keys, limit)
     tokens, lengths = jnp.zeros((rows, length), jnp.int32), jnp.full(rows, length, jnp.int32)
     given = (params, tokens, lengths, order)
-    return generate.prefill.lower(*given, config=config, kind=sampling.kind)
+    return decode.prefill.lower(*given, config=config, kind=sampling.kind)
 
 
 def test_prefill_makes_logits_of_the_last_tokens_only(tiny):
@@ -244,15 +245,15 @@ def test_equal_blocks_are_one_function(tiny, equal):
 
 
 def test_buckets():
-    sizes = sorted({generate.bucket(n) for n in range(1, 2000)})
+    sizes = sorted({decode.bucket(n) for n in range(1, 2000)})
     assert sizes[:6] == [16, 24, 32, 48, 64, 96]
-    assert all(n <= generate.bucket(n) <= max(16, 1.5 * n) for n in range(1, 2000))
+    assert all(n <= decode.bucket(n) <= max(16, 1.5 * n) for n in range(1, 2000))
 
 
 def test_padding_of_a_batch_is_taken_off():
     tokens = np.array([[0, 0, 5, 6], [7, 8, 0, 0]])
     mask = np.array([[0, 0, 1, 1], [1, 1, 0, 0]])
-    assert generate.unpadded(tokens, mask) == [[5, 6], [7, 8]]
+    assert decode.unpadded(tokens, mask) == [[5, 6], [7, 8]]
 
 
 @pytest.mark.parametrize(
@@ -266,13 +267,13 @@ def test_padding_of_a_batch_is_taken_off():
 )
 def test_wrong_inputs(tiny, prompts, count, message):
     with pytest.raises(ValueError, match=message):
-        generate.generate(tiny.config, tiny.params, prompts, max_new_tokens=count)
+        decode.generate(tiny.config, tiny.params, prompts, max_new_tokens=count)
 
 
 def test_encoders_do_not_generate():
     model = source("roberta")
     with pytest.raises(ValueError, match="head 'masked' does not generate"):
-        generate.generate(model.config, model.params, [[1]], max_new_tokens=1)
+        decode.generate(model.config, model.params, [[1]], max_new_tokens=1)
 
 
 @pytest.mark.parametrize("field", ["temperature", "top_k", "top_p", "repetition_penalty"])
@@ -289,9 +290,9 @@ def test_rotary_frequencies_that_depend_on_the_length():
     long = Rope(kind="longrope", original_max_positions=24, **stretch)
     config = dataclasses.replace(base, rope=long)
     params = init(config, jax.random.key(3))
-    (short,) = generate.generate(config, params, [[3, 4, 5]], max_new_tokens=20)
+    (short,) = decode.generate(config, params, [[3, 4, 5]], max_new_tokens=20)
     assert short.tokens == greedy(config, params, [3, 4, 5], 20, length=24)
-    (crossing,) = generate.generate(config, params, [[3, 4, 5]], max_new_tokens=30)
+    (crossing,) = decode.generate(config, params, [[3, 4, 5]], max_new_tokens=30)
     always = dataclasses.replace(config, rope=dataclasses.replace(long, original_max_positions=1))
     factor = (1 + np.log(2) / np.log(24)) ** 0.5
     always = dataclasses.replace(
@@ -303,7 +304,7 @@ def test_rotary_frequencies_that_depend_on_the_length():
         base, rope=Rope(kind="dynamic", factor=2.0, original_max_positions=24)
     )
     params = init(dynamic, jax.random.key(3))
-    (inside,) = generate.generate(dynamic, params, [[3, 4, 5]], max_new_tokens=20)
+    (inside,) = decode.generate(dynamic, params, [[3, 4, 5]], max_new_tokens=20)
     assert inside.tokens == greedy(dynamic, params, [3, 4, 5], 20, length=24)
     with pytest.raises(ValueError, match="frequencies of dynamic rotary positions change"):
-        generate.generate(dynamic, params, [[3, 4, 5]], max_new_tokens=30)
+        decode.generate(dynamic, params, [[3, 4, 5]], max_new_tokens=30)

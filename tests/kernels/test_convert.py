@@ -8,7 +8,8 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from lordjax import LowRank, NFQuantized, encode, factorize, materialize, nbytes, trees
+from lordjax import LowRank, NFQuantized, encode, factorize, materialize, nbytes
+from lordjax.kernels import trees
 
 IN, OUT, RANK = 12, 20, 4  # break-even rank 7.5
 

@@ -9,20 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lordjax.kernels import (
-    KINDS,
-    Kernel,
-    LowRank,
-    LowRankPlusQuantized,
-    NFQuantized,
-    check,
-    kind_of,
-    materialize,
-    matmul,
-    nbytes,
-    weights,
-)
-from lordjax.nf import Format
+from lordjax.kernels.base import Kernel, materialize, matmul, nbytes
+from lordjax.kernels.kinds import KINDS, check, kind_of, weights
+from lordjax.kernels.low_rank import LowRank
+from lordjax.kernels.normal_float import Format
+from lordjax.kernels.quantized import LowRankPlusQuantized, NFQuantized
 
 IN, OUT, RANK, INNER = 12, 10, 5, 3
 ITEM = {"float32": 4, "bfloat16": 2}

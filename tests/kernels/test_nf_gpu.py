@@ -12,11 +12,14 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from lordjax import kernels, nf_choice, nf_pallas
-from lordjax.kernels import LowRank, LowRankPlusQuantized, NFQuantized, materialize, matmul
-from lordjax.nf import BITS, Format
-from lordjax.nf_pallas import Tile
-from lordjax.scripts.benchmark_kernels import main
+from lordjax.kernels import nf_gpu, nf_gpu_autotune
+from lordjax.kernels import quantized as kernels
+from lordjax.kernels.base import materialize, matmul
+from lordjax.kernels.low_rank import LowRank
+from lordjax.kernels.nf_gpu import Tile
+from lordjax.kernels.normal_float import BITS, Format
+from lordjax.kernels.quantized import LowRankPlusQuantized, NFQuantized
+from lordjax.scripts.benchmarks.kernels import main
 
 # Unit roundoff; a result in bfloat16 is rounded once, and so are the weights and x @ left.
 TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-2, "float16": 1e-3}
@@ -27,7 +30,7 @@ ONE, FEW = Tile(1, 16, groups=16, splits=2), Tile(16, 32, groups=16)
 def short_programs(request, monkeypatch):
     """Less to compile; what is lowered for a GPU is written out as usual."""
     if "cuda" not in request.node.name:
-        monkeypatch.setattr(nf_pallas, "UNROLL", 2)
+        monkeypatch.setattr(nf_gpu, "UNROLL", 2)
 
 
 def normal(key, shape, dtype="float32"):
@@ -35,9 +38,7 @@ def normal(key, shape, dtype="float32"):
 
 
 encode = jax.jit(NFQuantized.encode, static_argnums=1)
-interpreted = jax.jit(
-    functools.partial(nf_pallas.matmul, interpret=True), static_argnames=("tile",)
-)
+interpreted = jax.jit(functools.partial(nf_gpu.matmul, interpret=True), static_argnames=("tile",))
 
 
 def quantized(form=None, shape=(96, 40)):
@@ -111,9 +112,9 @@ def test_scales_have_the_bits_of_the_materialised_matrix():
 
 @pytest.mark.parametrize("rows", [1, 3, 5, 40, 64, 65, 1000])
 def test_default_tiles_fit_the_rows(rows):
-    tile = nf_pallas.default_tile(rows)
+    tile = nf_gpu.default_tile(rows)
     assert tile.rows == 1 or tile.rows >= min(rows, 64)
-    assert nf_choice.candidates(rows)
+    assert nf_gpu_autotune.candidates(rows)
 
 
 @pytest.mark.parametrize("interpret", [True, None])
@@ -121,7 +122,7 @@ def test_derivatives_are_those_of_the_materialised_product(interpret):
     x, base, factors, g = normal(3, (2, 3, 96)), quantized(), low_rank(), normal(4, (2, 3, 40))
 
     def with_kernel(x, factors):
-        return nf_pallas.matmul(x, base, factors, tile=FEW, interpret=interpret)
+        return nf_gpu.matmul(x, base, factors, tile=FEW, interpret=interpret)
 
     def plain(x, factors):
         return x @ base.materialize() + x @ factors.left @ factors.right
@@ -136,13 +137,13 @@ def test_derivatives_are_those_of_the_materialised_product(interpret):
 
 def test_the_derivative_without_a_low_rank_term():
     x, base, g = normal(3, (3, 96)), quantized(), normal(4, (3, 40))
-    of_x = jax.jit(jax.grad(lambda x: jnp.vdot(nf_pallas.matmul(x, base), g)))(x)
+    of_x = jax.jit(jax.grad(lambda x: jnp.vdot(nf_gpu.matmul(x, base), g)))(x)
     assert_near(of_x, g @ base.materialize().T)
 
 
 def test_below_vmap_and_scan():
     x, base = normal(3, (3, 2, 96)), quantized()
-    run = functools.partial(nf_pallas.matmul, interpret=True)
+    run = functools.partial(nf_gpu.matmul, interpret=True)
     assert_near(jax.vmap(run, in_axes=(0, None))(x, base), exact(x, base))
     stacked = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), base)
     assert_near(jax.vmap(run)(x, stacked), exact(x, base))
@@ -151,16 +152,16 @@ def test_below_vmap_and_scan():
 
 
 def test_vmap_decodes_instead_of_running_the_kernel():
-    run = jax.vmap(functools.partial(nf_pallas.matmul, interpret=False), in_axes=(0, None))
+    run = jax.vmap(functools.partial(nf_gpu.matmul, interpret=False), in_axes=(0, None))
     x = normal(3, (3, 2, 96))  # would fail on CPU if it ran
     assert_near(run(x, quantized()), exact(x, quantized()))
 
 
 def test_off_a_gpu_the_matrix_is_decoded():
     x, base = normal(3, (2, 96)), quantized()
-    assert_near(nf_pallas.matmul(x, base, low_rank()), exact(x, base, low_rank()))
-    assert_near(nf_pallas.decoded(x, base, low_rank()), exact(x, base, low_rank()))
-    assert "triton" not in jax.jit(nf_pallas.matmul).lower(x, base).as_text()
+    assert_near(nf_gpu.matmul(x, base, low_rank()), exact(x, base, low_rank()))
+    assert_near(nf_gpu.decoded(x, base, low_rank()), exact(x, base, low_rank()))
+    assert "triton" not in jax.jit(nf_gpu.matmul).lower(x, base).as_text()
 
 
 def lowered_for_cuda(fn, *args):
@@ -179,9 +180,9 @@ def lowered_for_cuda(fn, *args):
 def test_lowers_for_cuda(bits):
     base, factors = quantized(Format(bits, block=16)), low_rank(rank=20)
     for rows, dtype in ((1, "bfloat16"), (200, "float32")):
-        tiles = (None, *nf_choice.candidates(rows))
+        tiles = (None, *nf_gpu_autotune.candidates(rows))
         for tile in tiles if bits == 4 else tiles[:2]:
-            run = functools.partial(nf_pallas.matmul, tile=tile)
+            run = functools.partial(nf_gpu.matmul, tile=tile)
             text = lowered_for_cuda(run, normal(3, (rows, 96), dtype), base, factors)
             assert "triton" in text
 
@@ -202,9 +203,9 @@ def cases_of_wrong_input():
 
 def test_unsupported_products_are_refused():
     for words, case in cases_of_wrong_input().items():
-        assert re.search(words, nf_pallas.unsupported(*case)), words
+        assert re.search(words, nf_gpu.unsupported(*case)), words
         with pytest.raises(ValueError, match=words):
-            nf_pallas.matmul(*case)
+            nf_gpu.matmul(*case)
 
 
 @pytest.mark.parametrize("sizes", [(8, 16, 16), (1, 8, 16), (1, 16, 8), (24, 16, 16), (1, 48, 16)])
@@ -222,18 +223,18 @@ def tiles(case):
 def one_gpu(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    timed = nf_choice.fastest
+    timed = nf_gpu_autotune.fastest
     yield monkeypatch
     timed.cache_clear()
 
 
 def test_kernels_take_the_faster_way(one_gpu):
     x, kernel = normal(3, (2, 96)), LowRankPlusQuantized(quantized(), low_rank())
-    one_gpu.setattr(nf_choice, "fastest", tiles)
+    one_gpu.setattr(nf_gpu_autotune, "fastest", tiles)
     for chosen in (kernel, kernel.base):
         assert "triton" in lowered_for_cuda(matmul, x, chosen)
         assert_near(matmul(x, chosen), exact(x, chosen))  # compiled for CPU: no kernel
-    one_gpu.setattr(nf_choice, "fastest", lambda case: None)
+    one_gpu.setattr(nf_gpu_autotune, "fastest", lambda case: None)
     assert "triton" not in lowered_for_cuda(lambda x, k: matmul(x, k), x, kernel)
 
 
@@ -241,67 +242,67 @@ def test_kernels_take_the_faster_way(one_gpu):
 def test_nothing_is_timed_elsewhere(one_gpu, backend, devices):
     one_gpu.setattr(jax, "default_backend", lambda: backend)
     one_gpu.setattr(jax, "device_count", lambda: devices)
-    one_gpu.setattr(nf_choice, "fastest", lambda case: pytest.fail("timed"))
+    one_gpu.setattr(nf_gpu_autotune, "fastest", lambda case: pytest.fail("timed"))
     assert_near(matmul(normal(3, (2, 96)), quantized()), exact(normal(3, (2, 96)), quantized()))
 
 
 def test_a_jax_without_triton_decodes(one_gpu):
     one_gpu.setattr(kernels, "_has_triton", lambda: False)
-    one_gpu.setattr(nf_choice, "fastest", lambda case: pytest.fail("timed"))
+    one_gpu.setattr(nf_gpu_autotune, "fastest", lambda case: pytest.fail("timed"))
     assert_near(matmul(normal(3, (2, 96)), quantized()), exact(normal(3, (2, 96)), quantized()))
 
 
 def test_products_without_a_kernel_are_decoded(one_gpu):
-    one_gpu.setattr(nf_choice, "fastest", lambda case: pytest.fail("timed"))
+    one_gpu.setattr(nf_gpu_autotune, "fastest", lambda case: pytest.fail("timed"))
     x, base = normal(3, (2, 12)), quantized(shape=(12, 8))
     assert_near(matmul(x, base), exact(x, base))
 
 
 def test_the_fastest_is_chosen_and_must_be_faster_by_a_margin(one_gpu):
-    case = nf_choice.Case.of(normal(3, (3, 96)), quantized(), None)
+    case = nf_gpu_autotune.Case.of(normal(3, (3, 96)), quantized(), None)
     for times, best in (
         ({None: 2.0, ONE: 1.0, FEW: 0.5}, FEW),
         ({None: 1.0, ONE: 0.99}, None),
         ({None: 1.0}, None),
         ({ONE: 1.0}, None),  # XLA's failed: nothing to compare with
     ):
-        nf_choice.fastest.cache_clear()
-        one_gpu.setattr(nf_choice, "measure", lambda case, times=times: dict(times))
-        assert nf_choice.fastest(case) == best
+        nf_gpu_autotune.fastest.cache_clear()
+        one_gpu.setattr(nf_gpu_autotune, "measure", lambda case, times=times: dict(times))
+        assert nf_gpu_autotune.fastest(case) == best
 
 
 def test_cases_round_rows_up_and_tell_formats_apart():
     x = [normal(3, (rows, 96)) for rows in (3, 4, 5)]
-    three, four, five = (nf_choice.Case.of(y, quantized(), None) for y in x)
+    three, four, five = (nf_gpu_autotune.Case.of(y, quantized(), None) for y in x)
     assert three == four and hash(three) == hash(four) and five.rows == 8
     many = jax.ShapeDtypeStruct((70, 70, 96), "float32")
-    assert nf_choice.Case.of(many, quantized(), None).rows == nf_choice.ROWS
+    assert nf_gpu_autotune.Case.of(many, quantized(), None).rows == nf_gpu_autotune.ROWS
     others = [(quantized(Format(3)), None), (quantized(), low_rank())]
-    found = [four, five, *(nf_choice.Case.of(x[0], *other) for other in others)]
+    found = [four, five, *(nf_gpu_autotune.Case.of(x[0], *other) for other in others)]
     assert all(a != b for a, b in itertools.combinations(found, 2))
     base, factors = found[-1].operands(0)
     assert base.shape == (96, 40) and factors.shape == (96, 40)
 
 
 def test_times_below_a_trace_and_warns_of_what_fails(one_gpu):
-    one_gpu.setattr(nf_choice, "candidates", lambda rows: [FEW, ONE])
-    one_gpu.setattr(nf_choice, "COPIES", 2)
-    one = nf_choice._one
+    one_gpu.setattr(nf_gpu_autotune, "candidates", lambda rows: [FEW, ONE])
+    one_gpu.setattr(nf_gpu_autotune, "COPIES", 2)
+    one = nf_gpu_autotune._one
 
     def failing(tile, interpret, x, operands):
         if tile == ONE:
             raise NotImplementedError("no such tile")
         return one(tile, True, x, operands)
 
-    one_gpu.setattr(nf_choice, "_one", failing)
+    one_gpu.setattr(nf_gpu_autotune, "_one", failing)
     found = []
 
     @jax.jit
     def traced(x, base):
-        found.append(nf_choice.fastest(nf_choice.Case.of(x, base, None)))
+        found.append(nf_gpu_autotune.fastest(nf_gpu_autotune.Case.of(x, base, None)))
         return x
 
-    one_gpu.setattr(nf_choice, "MARGIN", 1e-9)
+    one_gpu.setattr(nf_gpu_autotune, "MARGIN", 1e-9)
     with pytest.warns(UserWarning, match="no such tile"):
         traced(normal(3, (2, 96)), quantized())
     assert found == [FEW]
@@ -309,7 +310,7 @@ def test_times_below_a_trace_and_warns_of_what_fails(one_gpu):
 
 @pytest.mark.slow
 def test_the_script_times_every_way(monkeypatch):
-    monkeypatch.setattr(nf_choice, "candidates", lambda rows: [FEW])
+    monkeypatch.setattr(nf_gpu_autotune, "candidates", lambda rows: [FEW])
     host = ["--shapes", "64x16", "--rows", "1", "--dtype", "float32", "--json"]
     rows = json.loads(CliRunner().invoke(main, host, catch_exceptions=False).output)["products"]
     assert [row["product"] for row in rows] == ["dense", "whole", "in tiles"]

@@ -1,4 +1,4 @@
-"""The theory of the NormalFloat quantiser: specs of LQ-LoRA §8, tests 1 to 11."""
+"""The theory of the NormalFloat quantiser: theory/lq_lora §8.1."""
 
 import functools
 
@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lordjax import nf
-from lordjax.nf import BITS, SCALE_DTYPES, Format
+from lordjax.kernels import normal_float
+from lordjax.kernels.normal_float import BITS, SCALE_DTYPES, Format
 
 # One for each number of bits and each type of scales.
 FORMS = [
@@ -47,23 +47,23 @@ def normal(count, seed=0):
 
 
 # Compiled, to save time; that this changes nothing is tested below.
-quantize = jax.jit(nf.quantize, static_argnums=1)
-dequantize = jax.jit(nf.dequantize, static_argnums=1)
-encode = jax.jit(nf.encode, static_argnums=1)
-decode = jax.jit(nf.decode, static_argnums=(1, 2))
-pack = jax.jit(nf.pack, static_argnums=1)
-unpack = jax.jit(nf.unpack, static_argnums=(1, 2))
+quantize = jax.jit(normal_float.quantize, static_argnums=1)
+dequantize = jax.jit(normal_float.dequantize, static_argnums=1)
+encode = jax.jit(normal_float.encode, static_argnums=1)
+decode = jax.jit(normal_float.decode, static_argnums=(1, 2))
+pack = jax.jit(normal_float.pack, static_argnums=1)
+unpack = jax.jit(normal_float.unpack, static_argnums=(1, 2))
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def round_trip(x, form):
-    return nf.decode(nf.encode(x, form), form, len(x))
+    return normal_float.decode(normal_float.encode(x, form), form, len(x))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def with_own_scales(x, bits, block):
-    scales = nf.block_scales(x, block).repeat(block)
-    return jnp.asarray(nf.levels(bits))[nf.nearest(x / scales, bits)] * scales
+    scales = normal_float.block_scales(x, block).repeat(block)
+    return jnp.asarray(normal_float.levels(bits))[normal_float.nearest(x / scales, bits)] * scales
 
 
 def wide(x):
@@ -75,7 +75,9 @@ def relative_mse(x, y):
 
 
 def scales_of(quantized, form):
-    return nf.dequantize_scales(quantized.scales, quantized.supers, quantized.offset, form)
+    return normal_float.dequantize_scales(
+        quantized.scales, quantized.supers, quantized.offset, form
+    )
 
 
 def assert_same_bits(actual, expected):
@@ -90,7 +92,7 @@ def assert_same_bits(actual, expected):
 
 @every_bits
 def test_levels_rise_from_minus_one_to_one_through_zero(bits):
-    table = nf.levels(bits)
+    table = normal_float.levels(bits)
     assert table.dtype == np.float32 and table.shape == (2**bits,)
     assert (np.diff(table) > 0).all()
     assert table[0] == -1 and table[-1] == 1 and table[2 ** (bits - 1) - 1] == 0
@@ -108,17 +110,17 @@ def test_levels_rise_from_minus_one_to_one_through_zero(bits):
     ],
 )
 def test_checksums_of_levels(bits, total, squares):
-    table = wide(nf.levels(bits))
+    table = wide(normal_float.levels(bits))
     np.testing.assert_allclose(table.sum(), total, atol=1e-6)
     np.testing.assert_allclose((table**2).sum(), squares, rtol=1e-7)
 
 
 def test_four_bits_are_those_of_bitsandbytes():
-    np.testing.assert_allclose(nf.levels(4), BITSANDBYTES, rtol=0, atol=2e-7)
+    np.testing.assert_allclose(normal_float.levels(4), BITSANDBYTES, rtol=0, atol=2e-7)
 
 
 def test_levels_next_to_zero_and_to_the_ends_of_eight_bits():
-    table = nf.levels(8)
+    table = normal_float.levels(8)
     inner = [-0.9736547, -0.00499499, 0.00495597, 0.97385176]
     np.testing.assert_allclose(table[[1, 126, 128, 254]], inner, atol=1e-7)
     gaps = np.diff(wide(table))
@@ -127,8 +129,10 @@ def test_levels_next_to_zero_and_to_the_ends_of_eight_bits():
 
 @pytest.mark.parametrize("bits", [2, 3])
 def test_positive_levels_recur_with_one_bit_more(bits):
-    assert set(nf.levels(bits)[2 ** (bits - 1) :]) <= set(nf.levels(bits + 1))
-    assert not set(nf.levels(bits)[1 : 2 ** (bits - 1) - 1]) & set(nf.levels(bits + 1))
+    assert set(normal_float.levels(bits)[2 ** (bits - 1) :]) <= set(normal_float.levels(bits + 1))
+    assert not set(normal_float.levels(bits)[1 : 2 ** (bits - 1) - 1]) & set(
+        normal_float.levels(bits + 1)
+    )
 
 
 # --- rounding ------------------------------------------------------------------------------------
@@ -137,9 +141,9 @@ def test_positive_levels_recur_with_one_bit_more(bits):
 @every_bits
 def test_nearest_level(bits):
     x = jnp.asarray(np.random.default_rng(0).uniform(-1.2, 1.2, 5000), jnp.float32)
-    codes = nf.nearest(x, bits)
+    codes = normal_float.nearest(x, bits)
     assert codes.dtype == jnp.uint8
-    distances = np.abs(wide(x)[:, None] - wide(nf.levels(bits)))
+    distances = np.abs(wide(x)[:, None] - wide(normal_float.levels(bits)))
     chosen = distances[np.arange(len(x)), np.asarray(codes)]
     # A midpoint is rounded to float32.
     np.testing.assert_allclose(chosen, distances.min(axis=1), rtol=0, atol=1e-7)
@@ -148,23 +152,25 @@ def test_nearest_level(bits):
 
 @every_bits
 def test_levels_are_their_own_nearest(bits):
-    np.testing.assert_array_equal(nf.nearest(nf.levels(bits), bits), np.arange(2**bits))
+    np.testing.assert_array_equal(
+        normal_float.nearest(normal_float.levels(bits), bits), np.arange(2**bits)
+    )
 
 
 @every_bits
 def test_a_midpoint_goes_to_the_lower_code(bits):
-    table = nf.levels(bits)
+    table = normal_float.levels(bits)
     middles = (table[1:] + table[:-1]) / 2  # halving is exact
-    np.testing.assert_array_equal(nf.nearest(middles, bits), np.arange(2**bits - 1))
+    np.testing.assert_array_equal(normal_float.nearest(middles, bits), np.arange(2**bits - 1))
     above = np.nextafter(middles, np.float32(2))
-    np.testing.assert_array_equal(nf.nearest(above, bits), np.arange(1, 2**bits))
+    np.testing.assert_array_equal(normal_float.nearest(above, bits), np.arange(1, 2**bits))
 
 
 @every_bits
 def test_what_is_out_of_range_saturates(bits):
     x = jnp.array([-jnp.inf, -10.0, -1.001, 1.001, 10.0, jnp.inf])
     last = 2**bits - 1
-    np.testing.assert_array_equal(nf.nearest(x, bits), [0, 0, 0, last, last, last])
+    np.testing.assert_array_equal(normal_float.nearest(x, bits), [0, 0, 0, last, last, last])
 
 
 # --- scales --------------------------------------------------------------------------------------
@@ -196,7 +202,7 @@ def test_a_power_of_two_is_carried_through(bits, factor):
 
 def test_one_scale_per_block_is_its_largest_magnitude():
     x = jnp.array([1.0, -3.0, 2.0, 0.5, 0.0, -0.25, 7.0])
-    np.testing.assert_array_equal(nf.block_scales(x, 3), [3, 0.5, 7])
+    np.testing.assert_array_equal(normal_float.block_scales(x, 3), [3, 0.5, 7])
 
 
 @every_scale_dtype
@@ -204,8 +210,8 @@ def test_one_scale_per_block_is_its_largest_magnitude():
 def test_bounds_of_quantised_scales(bits, scale_dtype):
     form = Format(4, bits, scale_dtype, 16, 64)
     scales = jnp.abs(normal(1000)) + 0.5
-    codes, supers, offset = jax.jit(nf.quantize_scales, static_argnums=1)(scales, form)
-    again = wide(nf.dequantize_scales(codes, supers, offset, form))
+    codes, supers, offset = jax.jit(normal_float.quantize_scales, static_argnums=1)(scales, form)
+    again = wide(normal_float.dequantize_scales(codes, supers, offset, form))
     exact, top = wide(scales), wide(supers).repeat(64)[:1000]
     assert supers.dtype == scale_dtype
     assert codes.dtype == jnp.uint8 and np.asarray(codes).max() == 2**bits - 1
@@ -227,7 +233,7 @@ def test_eight_bits_of_scales_cost_less_than_a_thousandth():
 @every_form
 def test_encoding_again_for_the_same_scales_changes_nothing(form):
     quantized = quantize(normal(3000), form)
-    again = nf.round_to(dequantize(quantized, form), quantized, form)
+    again = normal_float.round_to(dequantize(quantized, form), quantized, form)
     assert_same_bits(again, quantized)
 
 
@@ -237,11 +243,13 @@ def test_nearest_to_the_scale_that_is_stored(form):
     quantized = quantize(x, form)
     scales = wide(scales_of(quantized, form)).repeat(form.block)[:3000]
     error = np.abs(wide(x) - wide(dequantize(quantized, form)))
-    best = np.abs(wide(x)[:, None] - scales[:, None] * wide(nf.levels(form.bits))).min(axis=1)
+    best = np.abs(wide(x)[:, None] - scales[:, None] * wide(normal_float.levels(form.bits))).min(
+        axis=1
+    )
     np.testing.assert_allclose(error, best, rtol=0, atol=1e-6)
 
 
-# --- numbers of the specification ----------------------------------------------------------------
+# --- reference values (theory/lq_lora §1.7) ------------------------------------------------------
 
 GOLDEN = {
     Format(4, 8, "float32", 16, 16): (
@@ -277,7 +285,7 @@ def test_golden_vector(form):
     k = np.arange(256)
     x = jnp.asarray(np.sin(0.1 * k) * (1 + 0.01 * k), jnp.float32)
     quantized = quantize(x, form)
-    own = nf.block_scales(x, 16)[jnp.array([0, 1, 2, 3, 15])]
+    own = normal_float.block_scales(x, 16)[jnp.array([0, 1, 2, 3, 15])]
     np.testing.assert_allclose(own, [1.147119, 1.160248, 1.469887, 1.474324, 3.078966], atol=1e-6)
     np.testing.assert_allclose(quantized.offset, 1.1471193, rtol=1e-7)
     np.testing.assert_allclose(wide(quantized.supers), [top], rtol=1e-7)
@@ -330,15 +338,15 @@ def test_error_of_gaussian_values(bits, expected, tolerance):
 def test_bits_per_weight_are_those_that_are_stored(form, bits):
     assert form.bits_per_weight == bits
     count = 32 * form.block * form.scale_block  # whole words of everything
-    packed = jax.eval_shape(lambda: nf.encode(jnp.zeros(count), form))
+    packed = jax.eval_shape(lambda: normal_float.encode(jnp.zeros(count), form))
     *parts, offset = (part.size * part.dtype.itemsize for part in packed)
     assert offset == 4 and sum(parts) == bits * count / 8
     assert form.nbytes(count) == sum(parts) + offset
 
 
 def test_grid_of_the_integer_programme():
-    sizes = [form.bits_per_weight for form in nf.grid()]
-    assert len(set(nf.grid())) == len(sizes) == 432 and len(set(sizes)) == 184
+    sizes = [form.bits_per_weight for form in normal_float.grid()]
+    assert len(set(normal_float.grid())) == len(sizes) == 432 and len(set(sizes)) == 184
     assert min(sizes) == 2.0322265625 and max(sizes) == 8.625
 
 
@@ -370,7 +378,7 @@ def test_odd_values(name, form):
 def test_counts_that_nothing_divides(count):
     # Values that are levels of block scales that are all equal survive exactly.
     form = Format(3, 3, "bfloat16")
-    x = 0.7 * nf.levels(3)[np.random.default_rng(0).integers(0, 8, count)]
+    x = 0.7 * normal_float.levels(3)[np.random.default_rng(0).integers(0, 8, count)]
     x[::64] = -0.7
     packed = encode(x, form)
     assert sum(part.nbytes for part in packed) == form.nbytes(count)
@@ -385,8 +393,8 @@ def test_what_fills_up_the_last_block_does_not_count():
     assert_same_bits(short.codes, whole.codes[:-10])
     assert_same_bits(short[1:], whole[1:])
     # Nor does what fills up the last group of scales: five of them, in groups of four.
-    assert short.offset == nf.block_scales(x[:-10], 64).min() > 0
-    assert short.supers[1] == nf.block_scales(x[:-10], 64)[4] - short.offset
+    assert short.offset == normal_float.block_scales(x[:-10], 64).min() > 0
+    assert short.supers[1] == normal_float.block_scales(x[:-10], 64)[4] - short.offset
 
 
 def test_sizes_of_a_shape_that_blocks_do_not_divide():
@@ -406,7 +414,7 @@ def test_sizes_of_a_shape_that_blocks_do_not_divide():
 def test_packing_is_undone(bits, count):
     codes = np.random.default_rng(count).integers(0, 2**bits, count).astype(np.uint8)
     words = pack(codes, bits)
-    assert words.dtype == jnp.uint32 and words.shape == (nf.words_for(count, bits),)
+    assert words.dtype == jnp.uint32 and words.shape == (normal_float.words_for(count, bits),)
     assert words.nbytes == -(-count // 32) * 4 * bits
     assert_same_bits(unpack(words, bits, count), codes)
 
@@ -437,7 +445,7 @@ def test_words_of_the_authors(bits, codes, words):
     ],
 )
 def test_legacy_layout_of_the_authors(bits, codes, data, padding):
-    found = nf.unpack_legacy(np.array(data, np.uint8), bits, padding)
+    found = normal_float.unpack_legacy(np.array(data, np.uint8), bits, padding)
     assert_same_bits(found, np.array(codes, np.uint8))
     words = pack(found, bits)  # and on to the layout of now
     assert_same_bits(unpack(words, bits, len(codes)), found)
@@ -446,7 +454,7 @@ def test_legacy_layout_of_the_authors(bits, codes, data, padding):
 @pytest.mark.parametrize("padding", [-1, 1, 8])
 def test_legacy_layout_with_wrong_padding(padding):
     with pytest.raises(ValueError, match="padding"):
-        nf.unpack_legacy(np.array([72, 44, 10], np.uint8), 4, padding)
+        normal_float.unpack_legacy(np.array([72, 44, 10], np.uint8), 4, padding)
 
 
 @every_bits
@@ -465,8 +473,8 @@ def test_packing_does_not_depend_on_the_width_of_integers(bits):
 def test_compiled_is_bit_for_bit_what_was_encoded(bits, scale_dtype):
     # Formats whose scales a fused multiply-add would round otherwise.
     form, x = Format(bits, 8, scale_dtype, 16, 64), normal(5001)
-    eager = nf.quantize(x, form)
-    values, packed = nf.dequantize(eager, form), nf.pack_codes(eager, form)
+    eager = normal_float.quantize(x, form)
+    values, packed = normal_float.dequantize(eager, form), normal_float.pack_codes(eager, form)
     assert_same_bits(encode(x, form), packed)
     assert_same_bits(decode(packed, form, len(x)), values)
     assert_same_bits(round_trip(x, form), values)
@@ -482,7 +490,7 @@ def test_narrow_values_are_quantised_in_float32():
 
 def test_a_format_is_read_from_its_name():
     assert str(Format()) == "nf4-8-float32-64-256"
-    for form in nf.grid():
+    for form in normal_float.grid():
         assert Format.parse(str(form)) == form
     assert Format.parse("nf4") == Format()
     assert Format.parse("nf3-4-bfloat16") == Format(3, 4, "bfloat16")

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from problems import METHOD_NAMES, inputs, problems
 
-from lordjax.kernels import LowRank
+from lordjax.kernels.low_rank import LowRank
 from lordjax.methods import METHODS, truncate
 
 SHAPES = [(24, 24), (24, 16), (16, 40)]

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lordjax import nf
-from lordjax.methods.feedback import (
+from lordjax.kernels import normal_float
+from lordjax.methods.quantized.error_feedback import (
     BLOCK,
     DAMPING,
     SHARES,
@@ -15,7 +15,7 @@ from lordjax.methods.feedback import (
     quantize,
 )
 
-FORM = nf.Format(3, 8, "float32", 16, 16)
+FORM = normal_float.Format(3, 8, "float32", 16, 16)
 SHAPES = [(48, 40), (BLOCK, 16), (2 * BLOCK + 7, 24)]
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 codes_of = jax.jit(quantize, static_argnames="form")
@@ -40,7 +40,7 @@ def damped(h):
 def missed(kernel, feedback, form=FORM):
     """What the codes of a kernel miss, ``[in, out]``."""
     found = codes_of(kernel.T, form, feedback)
-    values = nf.dequantize(found, form).reshape(kernel.shape[::-1]).T
+    values = normal_float.dequantize(found, form).reshape(kernel.shape[::-1]).T
     return np.asarray(kernel, np.float64) - np.asarray(values, np.float64)
 
 
@@ -78,7 +78,7 @@ def test_errors_are_rounding_errors_at_their_own_prices(shape):
     prices = np.asarray(feedback.prices, np.float64)[order]
     assert np.sum(prices[:, None] * rounding**2) == pytest.approx(loss(error, damped(h)), rel=1e-4)
     # And each is what rounding one number leaves: half a gap of the levels at most.
-    gaps = np.diff(nf.levels(FORM.bits)).max() / 2
+    gaps = np.diff(normal_float.levels(FORM.bits)).max() / 2
     scales = np.abs(np.asarray(kernel)).max()
     inside = np.abs(rounding) <= gaps * scales * (1 + 1e-3)
     assert inside.mean() > 0.95  # what is beyond the end of the levels saturates
@@ -90,7 +90,7 @@ def gptq(kernel, h, order, scales, form):
     scales = np.asarray(scales, np.float64)[order]
     inverse = np.linalg.inv(damped(h)[order][:, order])
     upper = np.linalg.cholesky(inverse).T
-    table = nf.levels(form.bits).astype(np.float64)
+    table = normal_float.levels(form.bits).astype(np.float64)
     out = np.zeros_like(rows)
     for k in range(len(rows)):
         nearest = np.abs(rows[k][:, None] / scales[k][:, None] - table[None]).argmin(axis=1)
@@ -106,7 +106,7 @@ def test_it_is_gptq(shape):
     kernel, h = matrix(shape), moment(shape[0])
     feedback = feedback_of(h)
     found = codes_of(kernel.T, FORM, feedback)
-    scales = nf.dequantize_scales(found.scales, found.supers, found.offset, FORM)
+    scales = normal_float.dequantize_scales(found.scales, found.supers, found.offset, FORM)
     scales = np.repeat(np.asarray(scales), FORM.block)[: kernel.size].reshape(shape[::-1]).T
     wanted = gptq(kernel, h, np.asarray(feedback.order), scales, FORM)
     have = np.asarray(kernel, np.float64) - missed(kernel, feedback)
@@ -121,7 +121,7 @@ def test_independent_inputs_are_rounded_one_by_one(shape):
     kernel = matrix(shape)
     for diagonal in (jnp.ones(shape[0]), jnp.arange(1.0, shape[0] + 1)):
         found = codes_of(kernel.T, FORM, feedback_of(jnp.diag(diagonal)))
-        nearest = nf.round_to(kernel.T.reshape(-1), found, FORM)
+        nearest = normal_float.round_to(kernel.T.reshape(-1), found, FORM)
         np.testing.assert_array_equal(found.codes, nearest.codes)
 
 
@@ -129,7 +129,7 @@ def test_independent_inputs_are_rounded_one_by_one(shape):
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_less_is_lost(shape, bits):
     kernel, h = matrix(shape), moment(shape[0])
-    form = nf.Format(bits, 8, "float32", 16, 16)
+    form = normal_float.Format(bits, 8, "float32", 16, 16)
     fed_back = loss(missed(kernel, feedback_of(h), form), h)
     assert fed_back < 0.8 * loss(missed(kernel, None, form), h)
 
@@ -138,22 +138,22 @@ def test_less_is_lost(shape, bits):
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_scales_lose_least_at_the_prices(shape, bits):
     """No other share of all blocks' magnitudes would do better; 2 bits want smaller ones than 4."""
-    kernel, form = matrix(shape), nf.Format(bits, 8, "float32", 16, 16)
+    kernel, form = matrix(shape), normal_float.Format(bits, 8, "float32", 16, 16)
     feedback = feedback_of(moment(shape[0]))
     flat, prices = kernel.T.reshape(-1), np.tile(feedback.prices, shape[1])
-    largest = nf.block_scales(flat, form.block)
+    largest = normal_float.block_scales(flat, form.block)
 
     def at(shares):
         scales = np.repeat(np.asarray(largest * shares), form.block)[: flat.size]
-        codes = nf.nearest(flat / scales, bits)
-        return float(np.sum(prices * (flat - nf.lookup(codes, bits) * scales) ** 2))
+        codes = normal_float.nearest(flat / scales, bits)
+        return float(np.sum(prices * (flat - normal_float.lookup(codes, bits) * scales) ** 2))
 
     shares = np.asarray(best_shares(kernel.T, form, feedback))
     assert set(shares) <= set(np.float32(SHARES))
     assert at(shares) <= min(at(np.float32(share)) for share in SHARES) * (1 + 1e-5)
     assert at(shares) < 0.95 * at(np.float32(1))
     found = codes_of(kernel.T, form, feedback)
-    decoded = nf.dequantize_scales(found.scales, found.supers, found.offset, form)
+    decoded = normal_float.dequantize_scales(found.scales, found.supers, found.offset, form)
     np.testing.assert_allclose(decoded, largest * shares, rtol=0.05)
     assert found.codes.dtype == jnp.uint8 and found.codes.shape == (kernel.size,)
 
@@ -169,6 +169,6 @@ def test_inputs_that_never_fire_and_kernels_of_zeros():
 @pytest.mark.parametrize("block", [16, 48, 64, 1000])
 def test_blocks_may_cross_outputs(block):
     """Runs that share a scale need not divide the number of inputs."""
-    shape, form = (40, 30), nf.Format(4, 8, "float32", block, 16)
+    shape, form = (40, 30), normal_float.Format(4, 8, "float32", block, 16)
     kernel, h = matrix(shape), moment(shape[0])
     assert loss(missed(kernel, feedback_of(h), form), h) < loss(missed(kernel, None, form), h)

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from blocks import source
 
-from lordjax import factoring, lapack, linalg
-from lordjax.compression import prepare
-from lordjax.linalg import mean_unit, own_unit
-from lordjax.methods import METHODS, mlp_on_host
-from lordjax.methods.modular import RIDGE, mlp
-from lordjax.stats import Moments, SecondMoment
+from lordjax.calibration.statistics import Moments, SecondMoment
+from lordjax.compression import site_factors
+from lordjax.compression.low_rank import prepare
+from lordjax.methods import METHODS, lapack, linalg
+from lordjax.methods.linalg import mean_unit, own_unit
+from lordjax.methods.modular import mlp_on_host
+from lordjax.methods.modular.mlp import RIDGE, mlp
 
 
 @pytest.fixture
@@ -164,7 +165,7 @@ def test_sums_are_gone_before_a_factor_is_taken(monkeypatch):
 
     modules = {**METHODS[name].modules, "mlp": dataclasses.replace(module, host=host)}
     monkeypatch.setitem(
-        factoring.METHODS, name, dataclasses.replace(METHODS[name], modules=modules)
+        site_factors.METHODS, name, dataclasses.replace(METHODS[name], modules=modules)
     )
     monkeypatch.setattr(lapack, "nested_refit", watched)
     model = source("gpt2")

@@ -1,16 +1,15 @@
-"""Theorems of the low-rank methods: optimality, identities, and the worked example of the specs."""
+"""Theorems of the low-rank methods: optimality, identities; the example of theory/lord_rom §9."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lordjax import linalg
-from lordjax.methods import METHODS, truncate
-from lordjax.methods.svd import SVD_METHODS
-from lordjax.plan import Size
-from lordjax.sequential import _regress
-from lordjax.stats import AbsMean, Moments
+from lordjax.allocation.plan import Size
+from lordjax.calibration.statistics import AbsMean, Moments
+from lordjax.compression.sequential import _regress
+from lordjax.methods import METHODS, linalg, truncate
+from lordjax.methods.low_rank import SVD_METHODS
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +18,7 @@ def double():
         yield
 
 
-# The worked example of the specs: exact, by hand. W is [out, in], columns of X are tokens.
+# The worked example of theory/lord_rom §9, exact. W is [out, in], columns of X are tokens.
 W = np.array([[2, -1, 0], [0, 3, 1], [1, 1, -2], [-1, 0, 2]], float)
 X = np.array([[3, 1, 2, 4, 0, 2], [1, 0, 2, -1, 3, 1], [0, 2, 1, 1, -1, 3]], float)
 B = np.array([0.5, -1, 0.25, 2])

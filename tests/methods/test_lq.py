@@ -8,27 +8,26 @@ import numpy as np
 import optax
 import pytest
 
-from lordjax import factorize, nf, trees
-from lordjax.kernels import LowRank, LowRankPlusQuantized, NFQuantized
-from lordjax.linalg import orthonormal_rows
-from lordjax.methods.feedback import feedback_of
-from lordjax.methods.low_rank_quantized import (
+from lordjax import factorize
+from lordjax.kernels import normal_float, trees
+from lordjax.kernels.low_rank import LowRank
+from lordjax.kernels.quantized import LowRankPlusQuantized, NFQuantized
+from lordjax.methods.linalg import orthonormal_rows
+from lordjax.methods.quantized.best_product import (
     FIRST_POWERS,
     OVERSAMPLING,
-    Weights,
-    _decompose,
     best_product,
-    decompose,
-    decompose_all,
-    predict,
     start_basis,
 )
+from lordjax.methods.quantized.error_feedback import feedback_of
+from lordjax.methods.quantized.lq import _decompose, decompose, decompose_all
+from lordjax.methods.quantized.predicted_loss import predict
+from lordjax.methods.quantized.weightings import Weights, cost_of
 from lordjax.models import ModelConfig, init
-from lordjax.weightings import cost_of
 
 SHAPE = (48, 40)
 WIDTH = 8
-FORM = nf.Format(3, 8, "float32", 16, 16)
+FORM = normal_float.Format(3, 8, "float32", 16, 16)
 best = jax.jit(best_product, static_argnames=("width", "powers", "sort"))
 
 
@@ -92,11 +91,11 @@ def run(kernel, rank, weights=None, *, form=FORM, steps=5):
 
 
 def decoded(codes, shape=SHAPE, form=FORM):
-    return nf.dequantize(codes, form).reshape(shape[::-1]).T
+    return normal_float.dequantize(codes, form).reshape(shape[::-1]).T
 
 
 def quantized(kernel, form=FORM):
-    return decoded(nf.quantize(kernel.T.reshape(-1), form), kernel.shape, form)
+    return decoded(normal_float.quantize(kernel.T.reshape(-1), form), kernel.shape, form)
 
 
 def measured(kernel, found, weights, form=FORM):
@@ -120,7 +119,7 @@ WEIGHTINGS = {
 every_weighting = pytest.mark.parametrize("weighting", WEIGHTINGS)
 
 
-# --- the best product (specs §8, 12 to 15) -------------------------------------------------------
+# --- the best product (theory/lq_lora §8.2) ------------------------------------------------------
 
 
 @pytest.mark.full
@@ -226,7 +225,7 @@ def test_special_second_moments():
     np.testing.assert_allclose(diagonal, vector, atol=1e-4)
 
 
-# --- the alternation (specs §8, 17 to 21) --------------------------------------------------------
+# --- the alternation (theory/lq_lora §8.3) -------------------------------------------------------
 
 
 @pytest.mark.quick("fisher")
@@ -264,7 +263,7 @@ def test_rank_zero_is_plain_quantisation():
 @pytest.mark.full
 def test_two_bits_diverge_and_the_best_is_kept():
     """The raw sequence rises again, so that the last iterate is not the best."""
-    form, kernel = nf.Format(2, 8, "float32", 64, 256), matrix(shape=(64, 64))
+    form, kernel = normal_float.Format(2, 8, "float32", 64, 256), matrix(shape=(64, 64))
     found = run(kernel, WIDTH, form=form, steps=20)
     history = np.asarray(found.history)
     assert history.argmin() < len(history) - 1
@@ -366,7 +365,7 @@ def test_predictions_with_feedback_are_near_what_is_reached():
     # Each input close to the one before: the price of most errors is a fifth of their own.
     h = jnp.asarray(0.9 ** np.abs(np.subtract.outer(np.arange(192), np.arange(192))), jnp.float32)
     weights = Weights(h, positive(160, 2), None, feedback_of(h))
-    forms = (nf.Format(2, 8, "float32", 16, 16), FORM, None)
+    forms = (normal_float.Format(2, 8, "float32", 16, 16), FORM, None)
     coarse, predicted, alone = np.asarray(predict(kernel, weights, forms=forms, ranks=ranks))
     assert (coarse > predicted).all()
     np.testing.assert_allclose(
@@ -381,7 +380,7 @@ def test_predictions_with_feedback_are_near_what_is_reached():
 def as_kernel(kernel, rank):
     """Codes and a product as they are stored in a model."""
     found = run(kernel, rank)
-    base = NFQuantized.of(nf.pack_codes(found.codes, FORM), kernel.shape, FORM)
+    base = NFQuantized.of(normal_float.pack_codes(found.codes, FORM), kernel.shape, FORM)
     return LowRankPlusQuantized(base, LowRank(found.left[:, :rank], found.right[:rank]))
 
 

@@ -7,14 +7,9 @@ import numpy as np
 import pytest
 from problems import gradients, metric, mlp_problem, moments
 
-from lordjax import linalg
-from lordjax.factoring import factor_program
-from lordjax.methods.modular import (
-    RIDGE,
-    SHRINKAGE,
-    mlp,
-    narrow_mlp,
-)
+from lordjax.compression.site_factors import factor_program
+from lordjax.methods import linalg
+from lordjax.methods.modular.mlp import RIDGE, SHRINKAGE, mlp, narrow_mlp
 
 pytestmark = pytest.mark.usefixtures("double")
 

@@ -12,11 +12,8 @@ from problems import (
     qk_problem,
 )
 
-from lordjax.methods.modular import (
-    narrow_query_key,
-    query_key,
-)
-from lordjax.models.layers import rotate
+from lordjax.methods.modular.query_key import narrow_query_key, query_key
+from lordjax.models.rope import rotate
 
 pytestmark = pytest.mark.usefixtures("double")
 

@@ -16,11 +16,8 @@ from problems import (
     vo_problem,
 )
 
-from lordjax.methods.modular import (
-    narrow_value_output,
-    value_output,
-)
-from lordjax.stats import HeadMoments
+from lordjax.calibration.statistics import HeadMoments
+from lordjax.methods.modular.value_output import narrow_value_output, value_output
 
 pytestmark = pytest.mark.usefixtures("double")
 

@@ -7,17 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lordjax import InMemory, objective, trees
-from lordjax.compression import prepare
+from lordjax import InMemory
+from lordjax.calibration.backward_pass import gradient_statistics
+from lordjax.calibration.calibration_set import Calibration
+from lordjax.compression.low_rank import prepare
+from lordjax.compression.quantized import prepare_quantized
+from lordjax.compression.temperature import compare
 from lordjax.evaluate import perplexity
-from lordjax.evaluate.comparison import compare
-from lordjax.gradients import gradient_statistics
+from lordjax.kernels import trees
 from lordjax.methods import METHODS
-from lordjax.models import ModelConfig, Transformer, init
-from lordjax.progress import Clock
-from lordjax.quantization import prepare_quantized
-from lordjax.sites import LINEAR_SITES
-from lordjax.source import Calibration
+from lordjax.models import ModelConfig, Transformer, init, objective
+from lordjax.models.sites import LINEAR_SITES
+from lordjax.runtime.progress import Clock
 
 MASKED = ModelConfig(
     vocab_size=61,

@@ -11,11 +11,15 @@ import numpy as np
 import pytest
 from blocks import BLOCKS, source
 
-from lordjax import calibrate, factoring, flops, gradients, linalg
-from lordjax.compression import prepare
-from lordjax.models.transformer import MLP
-from lordjax.sizing import shapes
-from lordjax.stages import Job, recomputed, stages
+from lordjax.calibration import backward_pass, forward_pass
+from lordjax.compression import site_factors
+from lordjax.compression.low_rank import prepare
+from lordjax.forecast.job import Job
+from lordjax.forecast.low_rank_cost import recomputed, stages
+from lordjax.forecast.shapes import shapes
+from lordjax.methods import linalg
+from lordjax.models.blocks import MLP
+from lordjax.runtime import flops
 
 
 def array(*shape, dtype=jnp.float32):
@@ -143,15 +147,15 @@ def test_a_preparation_runs_what_was_counted(method, name, monkeypatch):
         "passes": ("observe", "observe_gradients", "loss_gradient", "embed"),
         "bases": ("gradient_basis",),
     }.items():
-        for module, each in itertools.product((calibrate, gradients), names):
+        for module, each in itertools.product((forward_pass, backward_pass), names):
             if hasattr(module, each):
                 counted = counting(done, stage, getattr(module, each))
                 monkeypatch.setattr(module, each, counted)
-    program = factoring.factor_program
+    program = site_factors.factor_program
     monkeypatch.setattr(
-        factoring, "factor_program", lambda *key: counting(done, "factors", program(*key))
+        site_factors, "factor_program", lambda *key: counting(done, "factors", program(*key))
     )
-    rows = factoring.METHODS
+    rows = site_factors.METHODS
     modules = {kind: on_host_counted(m, done) for kind, m in rows[method].modules.items()}
     row = dataclasses.replace(rows[method], modules=modules)
     monkeypatch.setitem(rows, method, row)

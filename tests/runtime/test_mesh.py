@@ -16,16 +16,27 @@ from commands import calibration, fails, run
 from interrupted import TOKENS, Killed, small_model
 from jax.sharding import PartitionSpec
 
-from lordjax import factor_pass, flops, mesh, sharing, trees
-from lordjax.calibrate import activation_keys, block_statistics, checked, hidden_states, on_device
-from lordjax.compression import compress
-from lordjax.gradients import gradient_statistics
+from lordjax.calibration.backward_pass import gradient_statistics
+from lordjax.calibration.forward_pass import (
+    activation_keys,
+    block_statistics,
+    checked,
+    hidden_states,
+    on_device,
+)
+from lordjax.compression import single_pass
+from lordjax.compression.low_rank import compress
+from lordjax.compression.quantized import quantize
+from lordjax.compression.resumable_output import TYPES
+from lordjax.forecast import device_shares
+from lordjax.forecast.job import Job
+from lordjax.forecast.low_rank_cost import site_factors, stages
+from lordjax.kernels import trees
 from lordjax.methods import METHODS
-from lordjax.progress import Clock
-from lordjax.quantization import quantize
-from lordjax.sites import sites_for
-from lordjax.stages import Job, site_factors, stages
-from lordjax.workspace import Workspace
+from lordjax.models.sites import sites_for
+from lordjax.runtime import flops, mesh
+from lordjax.runtime.progress import Clock
+from lordjax.storage.disk_store import Workspace
 
 FOUR = functools.partial(mesh.make_mesh, {"data": 4})
 MESHES = [{"data": 4}, {"data": 2, "model": 2}, {"model": 4}]
@@ -196,7 +207,7 @@ def test_devices_factor_equally_much(monkeypatch):
         given.append(shares)
         return mesh.map_kernels(run, shares, devices)
 
-    monkeypatch.setattr(factor_pass, "map_kernels", seen)
+    monkeypatch.setattr(single_pass, "map_kernels", seen)
     config = dataclasses.replace(small_model().config, num_layers=6)
     compress(random_model(config), TOKENS, method="modegpt", keep=0.6, mesh=FOUR())
     job = Job(config, "modegpt", *TOKENS.shape, meshed=True)
@@ -208,7 +219,7 @@ def test_devices_factor_equally_much(monkeypatch):
     ]
     assert [len({i for share in shares for i, _ in share}) for shares in given] == [4, 2]
     assert max(done) < 0.3 and sum(done) == pytest.approx(1)
-    told = sharing.report(sharing.shared(job, stages(job), 4), stages(job), {})
+    told = device_shares.report(device_shares.shared(job, stages(job), 4), stages(job), {})
     assert told["factors"]["shares"] == pytest.approx(done)
 
 
@@ -218,7 +229,7 @@ def test_a_group_that_is_killed_goes_on_to_the_same_bits(dying, tmp_path, monkey
     """Before some line of the journal; no factors are made twice but those that it lost."""
     config = dataclasses.replace(small_model().config, num_layers=6)
     model, left, made = random_model(config), [0], []
-    record, finish = Workspace._record, factor_pass.finish
+    record, finish = Workspace._record, single_pass.finish
 
     def killing(self, row):
         left[0] -= 1
@@ -231,13 +242,13 @@ def test_a_group_that_is_killed_goes_on_to_the_same_bits(dying, tmp_path, monkey
         return finish(*arguments)
 
     monkeypatch.setattr(Workspace, "_record", killing)
-    monkeypatch.setattr(factor_pass, "finish", counted)
+    monkeypatch.setattr(single_pass, "finish", counted)
 
     def factors(name):
         calibrated = checked(config, TOKENS, None, None, mesh=FOUR())
         options = {"keep_gradients": True, "influence": False}
-        with Workspace(tmp_path / name, {}) as work:
-            found = factor_pass.factor_all(
+        with Workspace(tmp_path / name, {}, TYPES) as work:
+            found = single_pass.factor_all(
                 model, calibrated, "modegpt-published", {}, Clock(), work, **options
             )[0]
             assert not work.below("statistics/")

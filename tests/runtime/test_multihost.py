@@ -14,17 +14,19 @@ import pytest
 from commands import fails
 from interrupted import TOKENS, Killed, small_model
 
-from lordjax import checkpoint, elastic, hosts
-from lordjax.compression import compress
-from lordjax.kernels import materialize
-from lordjax.output import Output, partial
-from lordjax.scripts.benchmark_resume import contents
+from lordjax.compression import elastic
+from lordjax.compression.low_rank import compress
+from lordjax.compression.resumable_output import Output, partial
+from lordjax.kernels.base import materialize
+from lordjax.runtime import multihost
+from lordjax.scripts.benchmarks.resume import contents
+from lordjax.storage import checkpoint
 
 SECONDS = 60  # a job must never hang
 # Dies before it writes some line of its journal.
 DYING = """
 import os, signal
-from lordjax.workspace import Workspace
+from lordjax.storage.disk_store import Workspace
 left, record = [LINES], Workspace._record
 def dying(self, row):
     left[0] -= 1
@@ -195,24 +197,26 @@ def test_wrong_arguments_are_one_line(model, tmp_path):
 
 
 def test_nobody_and_somebody_at_the_address(monkeypatch):
-    monkeypatch.setattr(hosts, "PATIENCE", 0.0)
+    monkeypatch.setattr(multihost, "PATIENCE", 0.0)
     port = free_port()
     with pytest.raises(ConnectionError, match="process 0 cannot be reached"):
-        hosts._reach(f"127.0.0.1:{port}", own=False)
-    hosts._reach(f"127.0.0.1:{port}", own=True)
+        multihost._reach(f"127.0.0.1:{port}", own=False)
+    multihost._reach(f"127.0.0.1:{port}", own=True)
     with socket.socket() as there:
         there.bind(("", 0))
         there.listen()
         port = there.getsockname()[1]
         with pytest.raises(ConnectionError, match=f"port {port} of this machine cannot be used"):
-            hosts._reach(f"127.0.0.1:{port}", own=True)
-        hosts._reach(f"127.0.0.1:{port}", own=False)
+            multihost._reach(f"127.0.0.1:{port}", own=True)
+        multihost._reach(f"127.0.0.1:{port}", own=False)
 
 
 def told(monkeypatch, number, others):
     """Has this process be one of two; ``others`` says what the other one tells."""
-    monkeypatch.setattr(hosts, "process", lambda: number)
-    monkeypatch.setattr(hosts, "tell", lambda own: [own, others] if number == 0 else [others, own])
+    monkeypatch.setattr(multihost, "process", lambda: number)
+    monkeypatch.setattr(
+        multihost, "tell", lambda own: [own, others] if number == 0 else [others, own]
+    )
 
 
 def test_what_one_lacks_none_has(tmp_path, monkeypatch):

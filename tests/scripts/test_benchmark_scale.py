@@ -7,8 +7,8 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lordjax.scripts import benchmark_scale
-from lordjax.scripts.benchmark_scale import AXES, cases, exponent, growth, main, markdown
+from lordjax.scripts.benchmarks import scale
+from lordjax.scripts.benchmarks.scale import AXES, cases, exponent, growth, main, markdown
 
 
 @given(
@@ -78,6 +78,6 @@ def test_the_smallest_sizes_run(method):
     ],
 )
 def test_wrong_arguments_end_before_the_work(arguments, message, monkeypatch):
-    monkeypatch.setattr(benchmark_scale, "measure", None)
+    monkeypatch.setattr(scale, "measure", None)
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code != 0 and message in result.output

@@ -15,7 +15,8 @@ import pytest
 from commands import WINDOW, calibration, fails, run
 
 from lordjax.methods import DEFAULT_METHOD
-from lordjax.scripts import benchmark_resume, demo
+from lordjax.scripts.benchmarks import resume
+from lordjax.scripts.verbs import demo
 
 
 def test_help_is_instant():
@@ -132,8 +133,8 @@ def test_inspect_prints_blocks_in_order(compressed):
 
 
 def test_evaluate_is_the_library_function(tiny, text):
-    from lordjax.conversions.huggingface import open_checkpoint
-    from lordjax.data import load_tokens
+    from lordjax.conversions.readers.checkpoint import open_checkpoint
+    from lordjax.data.token_windows import load_tokens
     from lordjax.evaluate import perplexity
 
     arguments = ("--tokens", text, "--windows", 3, "--seq-len", WINDOW)
@@ -213,20 +214,20 @@ def test_existing_empty_directory_is_used(tiny, text, tmp_path):
 def test_killed_and_resumed(tiny, text, tmp_path):
     """By the kernel, which asks nobody."""
     options = (*map(str, calibration(text)), "--method", "lord-linear", "--keep", "0.6")
-    found = benchmark_resume.measure(str(tiny), options, 2, 0, tmp_path)
+    found = resume.measure(str(tiny), options, 2, 0, tmp_path)
     assert found["kills"] >= 1 and found["different"] == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
 
 def test_work_of_another_command_is_refused(tiny, text, tmp_path, monkeypatch):
-    from lordjax import output
+    from lordjax.compression import resumable_output
 
     def killed(*_, **__):
         raise KeyboardInterrupt
 
     arguments = ("compress", tiny, tmp_path / "out", *calibration(text), "--method", "svd")
     with monkeypatch.context() as patch:
-        patch.setattr(output.Output, "finish", killed)
+        patch.setattr(resumable_output.Output, "finish", killed)
         assert run(*arguments, "--keep", "0.6").exit_code == 130
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
     fails("settings.keep: 0.6 -> 0.7; give the same again", *arguments, "--keep", "0.7")
@@ -243,11 +244,12 @@ LINEAR = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)  # block weights of the t
 @pytest.fixture
 def few_formats(monkeypatch):
     """Two formats in place of ten: every one is a compilation per shape."""
-    from lordjax import nf, quantization
+    from lordjax.compression import quantized
+    from lordjax.kernels import normal_float
 
-    forms = tuple(nf.Format(bits, 4, "bfloat16", 32, 256) for bits in (2, 4))
-    small = functools.partial(quantization.prepare_quantized, formats=forms, steps=1)
-    monkeypatch.setattr(quantization, "prepare_quantized", small)
+    forms = tuple(normal_float.Format(bits, 4, "bfloat16", 32, 256) for bits in (2, 4))
+    small = functools.partial(quantized.prepare_quantized, formats=forms, steps=1)
+    monkeypatch.setattr(quantized, "prepare_quantized", small)
 
 
 @pytest.mark.quick("lq-*")

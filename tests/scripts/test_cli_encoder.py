@@ -95,7 +95,8 @@ def test_perplexity_of_a_masked_model(masked, text):
 
 
 def test_windows_begin_and_end_like_sequences(masked, text):
-    from lordjax.scripts.common import open_model, read_tokens
+    from lordjax.scripts.opened_model import open_model
+    from lordjax.scripts.token_inputs import read_tokens
 
     tokens, facts = read_tokens(open_model(str(masked)), str(text), seq_len=9, samples=2, seed=0)
     assert tokens.shape == (2, 9)

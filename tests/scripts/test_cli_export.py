@@ -8,10 +8,11 @@ import pytest
 from commands import WINDOW, calibration, fails, run
 from safetensors.numpy import load_file, save_file
 
-from lordjax import load, nf, trees
-from lordjax.checkpoint import open_saved
-from lordjax.conversions import verify
-from lordjax.conversions.huggingface import open_checkpoint
+from lordjax import load
+from lordjax.conversions.exporters import verify
+from lordjax.conversions.readers.checkpoint import open_checkpoint
+from lordjax.kernels import normal_float, trees
+from lordjax.storage.saved_model import open_saved
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"  # PEFT asks for it
@@ -56,7 +57,7 @@ def test_an_adapter(quantized, text, tmp_path, monkeypatch):
     found = run(*arguments, "--tokens", text, "--json")
     assert found.exit_code == 0, found.stderr
     assert json.loads(found.stdout)["notes"] == []
-    monkeypatch.setattr("lordjax.conversions.export_factored.VLLM_RANK", 8)
+    monkeypatch.setattr("lordjax.conversions.exporters.factored.VLLM_RANK", 8)
     found = run("export", quantized, tmp_path / "again", "--to", "peft")
     assert "--max-lora-rank 12" in found.stderr
 
@@ -143,7 +144,7 @@ def test_codes_keep_their_dtypes(quantized, tmp_path):
     (_, before), (_, after) = load(quantized), load(tmp_path / "out")
     a, b = (tree["layer_0"]["mlp"]["up"]["kernel"] for tree in (before, after))
     assert a.base.format == b.base.format
-    equal(*({n: getattr(k.base, n) for n in nf.Packed._fields} for k in (a, b)))
+    equal(*({n: getattr(k.base, n) for n in normal_float.Packed._fields} for k in (a, b)))
     assert b.low_rank.dtype == after["final_norm"]["scale"].dtype == np.float16
     assert open_saved(tmp_path / "out").plan() == open_saved(quantized).plan()
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from commands import WINDOW, calibration, fails, run
 
-from lordjax import load, perplexity, trees
-from lordjax.kernels import LowRankPlusQuantized
+from lordjax import load, perplexity
+from lordjax.kernels import trees
+from lordjax.kernels.quantized import LowRankPlusQuantized
 
 QUICK = ("--steps", 12, "--batch", 4, "--every", 6, "--learning-rate", "1e-2")
 

@@ -8,13 +8,13 @@ import pytest
 from click.testing import CliRunner
 from commands import fails, run
 
-from lordjax import trees
-from lordjax.completion import complete, pieces
-from lordjax.functional import encode, factorize
-from lordjax.sampling import Sampling
-from lordjax.scripts.benchmark_model import operations
+from lordjax.generation.completion import complete, pieces
+from lordjax.generation.sampling import Sampling
+from lordjax.kernels import trees
+from lordjax.kernels.convert import encode, factorize
 from lordjax.scripts.cli import cli
-from lordjax.scripts.common import open_model
+from lordjax.scripts.opened_model import open_model
+from lordjax.scripts.verbs.benchmark import operations
 
 PROBLEMS = [
     {

@@ -5,7 +5,7 @@ import json
 import pytest
 from commands import WINDOW, calibration, fails, run
 
-from lordjax import speed
+from lordjax.forecast import machine_rates
 
 
 def test_plan_counts_what_compress_writes(tiny, text, tmp_path):
@@ -44,7 +44,7 @@ def test_plan_of_a_budget_alone(tiny):
 
 
 def test_plan_expects_a_time(tiny, monkeypatch):
-    monkeypatch.setattr(speed, "SIZE", {"cpu": 128})
+    monkeypatch.setattr(machine_rates, "SIZE", {"cpu": 128})
     options = ("--samples", 8, "--seq-len", WINDOW, "--method", "lord")
     found = json.loads(run("plan", tiny, *options, "--json").stdout)["cost"]
     low, high = found["range"]

@@ -14,11 +14,11 @@ from questions import PUBLISHED, alone, tokenizer_of, write
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install lordjax[eval])")
 
-from lordjax.completion import complete
-from lordjax.evaluate import choices
-from lordjax.evaluate.questions import TASKS, read_questions
-from lordjax.sampling import Sampling
-from lordjax.scripts.common import open_model
+from lordjax.evaluate import multiple_choice
+from lordjax.evaluate.choice_tasks import TASKS, read_questions
+from lordjax.generation.completion import complete
+from lordjax.generation.sampling import Sampling
+from lordjax.scripts.opened_model import open_model
 
 FILES = {  # of the harness's tasks
     "arc_easy": "arc/arc_easy.yaml",
@@ -97,7 +97,7 @@ def test_the_harness_and_evaluate_choices_agree_on_every_question(model, tmp_pat
     for task in FILES:
         questions = read_questions(tmp_path / f"{task}.jsonl", task)
         given = model.config, model.params, model.tokenizer
-        ours = choices.evaluate(*given, questions, batch_size=4)
+        ours = multiple_choice.evaluate(*given, questions, batch_size=4)
         samples = sorted(found["samples"][f"small_{task}"], key=lambda s: s["doc_id"])
         for sample, row, question in zip(samples, ours["rows"], questions.questions, strict=True):
             assert [tuple(pair) for pair in sample["arguments"]] == list(question.pairs)
@@ -117,7 +117,7 @@ def test_texts_are_encoded_as_the_harness_does(harness, special):
     seen = []
     stub = SimpleNamespace(
         backend="causal",
-        prefix_token_id=choices.prefix_token(tokenizer),
+        prefix_token_id=multiple_choice.prefix_token(tokenizer),
         tok_encode=lambda text, **how: harness.LordjaxLM.tok_encode(stub, text, **how),
         tokenizer=tokenizer,
         _encode_pair=lambda *pair: TemplateLM._encode_pair(stub, *pair),
@@ -129,7 +129,7 @@ def test_texts_are_encoded_as_the_harness_does(harness, special):
     TemplateLM.loglikelihood(stub, requests(*pairs), disable_tqdm=True)
     assert len(seen) == len(pairs)
     for pair, start, rest in seen:
-        assert (start, rest) == choices.encode_pair(tokenizer, *pair), pair
+        assert (start, rest) == multiple_choice.encode_pair(tokenizer, *pair), pair
 
 
 def test_scores_are_those_of_the_harness_s_own_class(tiny, model):

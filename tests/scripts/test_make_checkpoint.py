@@ -8,11 +8,11 @@ import torch
 import transformers
 from click.testing import CliRunner
 
-from lordjax.conversions.families import model_config
-from lordjax.conversions.huggingface import open_checkpoint
+from lordjax.conversions.families.registry import model_config
+from lordjax.conversions.readers.checkpoint import open_checkpoint
+from lordjax.forecast.shapes import shapes
 from lordjax.models import transformer
 from lordjax.scripts.make_checkpoint import config_like, main, make, matrix
-from lordjax.sizing import shapes
 
 # Released numbers of parameters, in billions.
 PARAMETERS = {"llama-2-7b": 6.738, "llama-2-13b": 13.016, "llama-2-70b": 68.977}

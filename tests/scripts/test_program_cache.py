@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from lordjax.scripts.caching import keep_programs, processor, prune, writable
+from lordjax.scripts.program_cache import keep_programs, processor, prune, writable
 
 RUN = "from lordjax.scripts.cli import main; main()"
 
@@ -64,7 +64,7 @@ def test_nothing_is_kept_where_nothing_can_be_written(tmp_path, monkeypatch):
 
 
 def test_the_library_keeps_nothing():
-    code = "import lordjax.generate, lordjax.scripts.cli, jax; print(jax.config.values"
+    code = "import lordjax.generation.decode, lordjax.scripts.cli, jax; print(jax.config.values"
     code += "['jax_compilation_cache_dir'])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout == "None\n"

@@ -6,10 +6,11 @@ import json
 import jax
 import jax.numpy as jnp
 
-from lordjax import LowRank, factorize, save, trees
-from lordjax.kernels import LowRankPlusQuantized, NFQuantized
+from lordjax import LowRank, factorize, save
+from lordjax.kernels import trees
+from lordjax.kernels.normal_float import Format
+from lordjax.kernels.quantized import LowRankPlusQuantized, NFQuantized
 from lordjax.models import ModelConfig, Rope, init
-from lordjax.nf import Format
 
 CONFIG = ModelConfig(
     vocab_size=31,

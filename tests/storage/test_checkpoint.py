@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 from saved_models import CONFIG, HF_CONFIG, SHARD, dense, edit, encode, model, quantized, write
 
-from lordjax import InMemory, LowRank, Plan, compress, load, nbytes, parts, trees
-from lordjax.checkpoint import INDEX, is_compressed, open_saved
-from lordjax.files import write_tensors
-from lordjax.kernels import LowRankPlusQuantized
+from lordjax import InMemory, LowRank, Plan, compress, load, nbytes
+from lordjax.allocation.plan import Size
+from lordjax.kernels import trees
+from lordjax.kernels.normal_float import Format
+from lordjax.kernels.quantized import LowRankPlusQuantized
 from lordjax.models import Transformer
-from lordjax.nf import Format
-from lordjax.plan import Size
+from lordjax.storage import shards as parts
+from lordjax.storage.checkpoint import INDEX
+from lordjax.storage.saved_model import is_compressed, open_saved
+from lordjax.storage.tensor_files import write_tensors
 
 
 def assert_identical(actual, expected):

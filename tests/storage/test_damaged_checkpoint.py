@@ -7,7 +7,7 @@ import pytest
 from saved_models import HF_CONFIG, edit, quantized, write
 
 from lordjax import LowRank, load
-from lordjax.checkpoint import INDEX
+from lordjax.storage.checkpoint import INDEX
 
 
 def first_shard(directory):

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lordjax.files import TensorFile, TensorWriter, write_tensors
+from lordjax.calibration.hidden_states import open_states
+from lordjax.calibration.statistics import Moments
+from lordjax.compression.resumable_output import TYPES
 from lordjax.methods import Factors, ModuleFactors
-from lordjax.states import open_states
-from lordjax.stats import Moments
-from lordjax.work import Entries, Memory, once
-from lordjax.workspace import JOURNAL, Workspace
+from lordjax.storage.disk_store import JOURNAL, Workspace
+from lordjax.storage.store import Entries, Memory, once
+from lordjax.storage.tensor_files import TensorFile, TensorWriter, write_tensors
 
 IDENTITY = {"method": "lord", "settings": {"keep": 0.8}, "tokens": "ab"}
 
@@ -31,7 +32,7 @@ def tree():
 
 
 def opened(path, **changes):
-    return Workspace(path / "out.partial", {**IDENTITY, **changes})
+    return Workspace(path / "out.partial", {**IDENTITY, **changes}, TYPES)
 
 
 def same(a, b):

@@ -1,0 +1,223 @@
+"""A model of ours as a Hugging Face directory that keeps factors, narrower layers and codes.
+
+Beside ``config.json`` and the weights lies a copy of `modeling_lordjax`, whose class is the stock
+one with some linear layers replaced. ``config.lordjax_export["linears"]`` says by what: name of
+their layer -> sizes, bias, which inputs and outputs there are, and its matrices. A layer that they
+store as one (``c_attn``) has several matrices. Outside of the blocks matrices are multiplied out.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+
+from lordjax.conversions.exporters.hf_files import (
+    Job,
+    flat_block,
+    of_block,
+    outside,
+    stored,
+    write_config,
+    write_json,
+    write_shards,
+)
+from lordjax.conversions.exporters.torch_layer import Layer, Part
+from lordjax.conversions.families.registry import TensorSource, family_of, tensor_table
+from lordjax.conversions.readers.tensor_files import read_json
+from lordjax.kernels import trees
+from lordjax.kernels.base import Kernel, materialize
+from lordjax.kernels.quantized import LowRankPlusQuantized
+from lordjax.models import head_axes
+
+FORMAT = 1  # of config.lordjax_export
+CODE = "modeling_lordjax"
+TEMPLATE = "LlamaForCausalLM"  # the base class in the code, in place of which the family's comes
+# End of an architecture's name -> the class of transformers that opens it; the first that fits.
+AUTO_CLASSES = {
+    "ForCausalLM": "AutoModelForCausalLM",
+    "LMHeadModel": "AutoModelForCausalLM",
+    "ForMaskedLM": "AutoModelForMaskedLM",
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForPreTraining": "AutoModelForPreTraining",
+    "Model": "AutoModel",
+}
+VLLM_RANK = 16  # vLLM's default for --max-lora-rank
+
+
+def factored(job: Job, stage: Path) -> None:
+    """Writes the directory."""
+    _write(job, stage, lambda name, layer: layer)
+
+
+def peft(job: Job, stage: Path) -> None:
+    """Writes the directory without products, and the products as an adapter.
+
+    Raises:
+      ValueError: if the model has no products beside codes.
+    """
+    if not any(isinstance(leaf, LowRankPlusQuantized) for leaf in job.source.leaves().values()):
+        raise ValueError(
+            "no matrix is codes and a product, so that there is nothing to make an adapter of; "
+            "export with --to factored, or compress with --method lq"
+        )
+    adapters: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+
+    def split(name: str, layer: Layer) -> Layer:
+        if (pair := layer.adapter()) is not None:
+            adapters[name] = pair
+        return layer.without_products()
+
+    _write(job, stage, split)
+    (stage / "adapter").mkdir()
+    named = {}
+    for name, pair in adapters.items():
+        for letter, array in zip("AB", pair, strict=True):
+            full = f"base_model.model.{name}.lora_{letter}.weight"
+            named[full] = array
+    save = stage / "adapter" / "adapter_model.safetensors"
+    safetensors.numpy.save_file(named, save, {"format": "pt"})
+    write_json(stage / "adapter" / "adapter_config.json", _adapter_config(job, adapters))
+
+
+def _adapter_config(job: Job, adapters: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Any:
+    """Of ranks that differ, each scaled by exactly 1."""
+    ranks = {name: len(a) for name, (a, _) in adapters.items()}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if job.source.config.head == "causal" else None,
+        "base_model_name_or_path": str(job.out),
+        "r": max(ranks.values()),
+        "lora_alpha": max(ranks.values()),
+        "rank_pattern": ranks,
+        "alpha_pattern": ranks,
+        "target_modules": sorted(ranks),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+
+
+def adapter_rank(directory: Path) -> int:
+    """The largest rank of the adapter that `peft` wrote."""
+    return read_json(directory / "adapter" / "adapter_config.json")["r"]
+
+
+def _write(job: Job, stage: Path, change: Callable[[str, Layer], Layer]) -> None:
+    """Writes weights, code and config; ``change`` sees every replaced layer first."""
+    linears: dict[str, Any] = {}
+
+    def tensors() -> Iterator[tuple[str, np.ndarray]]:
+        source, hf_config = job.source, job.source.hf_config
+        whole = tensor_table(hf_config)
+        of_width = functools.cache(functools.partial(_table_of_width, hf_config))
+        rest = materialize(trees.flatten(source.rest()))
+        names = family_of(hf_config).module_names
+        for name, array in stored(outside(whole), rest):
+            yield names.get(name, name), array  # transformers renames for classes of its own only
+        for i in range(source.config.num_layers):
+            flat = flat_block(source, i)
+            width = flat["mlp/down/kernel"].shape[0]
+            rows = of_block(of_width(width), i)
+            layers = _replaced(
+                flat, rows, of_block(whole, i), head_axes.places(flat, source.config)
+            )
+            others = {p: row for p, row in rows.items() if _module(row) not in layers}
+            yield from stored(others, flat)
+            for name, layer in layers.items():
+                layer = change(name, layer)
+                linears[name] = layer.spec()
+                for below, array in layer.tensors():
+                    yield f"{name}.{below}", array
+
+    write_shards(stage, tensors(), job.shard_bytes)
+    base = architecture_of(job.source.hf_config)
+    code = Path(__file__).with_name(f"{CODE}.py").read_text()
+    (stage / f"{CODE}.py").write_text(code.replace(TEMPLATE, base))
+    write_config(
+        stage,
+        job.source.hf_config,
+        job.dtype,
+        architectures=[f"Lordjax{base}"],
+        auto_map={auto_class(base): f"{CODE}.Lordjax{base}"},
+        lordjax_export={"format": FORMAT, "linears": linears},
+    )
+
+
+def architecture_of(hf_config: Mapping[str, Any]) -> str:
+    """The class of transformers that a config is for."""
+    return (hf_config.get("architectures") or family_of(hf_config).architectures)[0]
+
+
+def auto_class(architecture: str) -> str:
+    """The class of transformers that opens an architecture."""
+    return next(auto for end, auto in AUTO_CLASSES.items() if architecture.endswith(end))
+
+
+def _module(row: TensorSource) -> str:
+    """Their layer that a tensor belongs to."""
+    return row.name.rpartition(".")[0]
+
+
+def _replaced(
+    flat: Mapping[str, Any],
+    rows: Mapping[str, TensorSource],
+    whole: Mapping[str, TensorSource],
+    places: Mapping[str, tuple[np.ndarray, np.ndarray]],
+) -> dict[str, Layer]:
+    """Their linear layers of a block that the stock class cannot hold, by name.
+
+    Args:
+      flat: our parameters of the block.
+      rows: the table for MLPs of this width.
+      whole: the table for the original width.
+      places: of `modules.places`.
+    """
+    ours: dict[str, list[str]] = {}
+    for path in places:
+        ours.setdefault(_module(rows[path]), []).append(path)
+    return {
+        name: _layer(paths, flat, rows, places)
+        for name, paths in ours.items()
+        if any(_is_changed(path, flat, whole) for path in paths)
+    }
+
+
+def _is_changed(path: str, flat: Mapping[str, Any], whole: Mapping[str, TensorSource]) -> bool:
+    """Whether the stock class cannot hold a kernel, or the bias beside it."""
+    bias = path.replace("/kernel", "/bias")
+    return (
+        isinstance(flat[path], Kernel)
+        or flat[path].shape != whole[path].loaded_shape
+        or (bias in flat and bias not in whole)
+    )
+
+
+def _layer(
+    paths: list[str],
+    flat: Mapping[str, Any],
+    rows: Mapping[str, TensorSource],
+    places: Mapping[str, tuple[np.ndarray, np.ndarray]],
+) -> Layer:
+    found, first = [], rows[paths[0]]
+    size = first.shape[0 if first.transpose else -1]
+    biases = {path: path.replace("/kernel", "/bias") for path in paths}
+    kinds = [flat[name].dtype for name in biases.values() if name in flat]
+    bias = np.zeros(size, kinds[0]) if kinds else None
+    for path in paths:
+        inputs, outputs = places[path]
+        theirs = rows[path].places[outputs]
+        found.append(Part(flat[path], inputs, theirs))
+        if bias is not None and biases[path] in flat:
+            bias[theirs] = np.asarray(flat[biases[path]])
+    return Layer(found, (first.loaded_shape[0], size), bias)
+
+
+def _table_of_width(hf_config: Mapping[str, Any], width: int) -> dict[str, TensorSource]:
+    """The table of a model with MLPs of another width."""
+    return tensor_table({**hf_config, family_of(hf_config).fields["mlp_size"]: width})

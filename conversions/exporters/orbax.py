@@ -1,0 +1,56 @@
+"""A model as an Orbax checkpoint.
+
+::
+
+    params/         ocp.StandardCheckpointer().restore(...) gives plain nested dicts of arrays
+    manifest.json   kinds and static fields of kernels, our config, the original config.json
+    tokenizer files
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+from lordjax.conversions.exporters.hf_files import Job
+from lordjax.conversions.readers.tensor_files import read_json
+from lordjax.kernels import trees
+from lordjax.models.config import ModelConfig
+from lordjax.storage import checkpoint, saved_model, shards
+
+PARAMS, MANIFEST = "params", "manifest.json"
+
+
+def orbax(job: Job, stage: Path) -> None:
+    """Writes the checkpoint and its manifest."""
+    source = job.source
+    blocks = {f"layer_{i}": source.block(i) for i in range(source.config.num_layers)}
+    params = {**source.rest(), **blocks}
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(stage / PARAMS, trees.unflatten(shards.tensors(params)))
+    manifest = {
+        "lordjax": checkpoint.describe(source.config, params),
+        "config": dict(source.hf_config),
+    }
+    (stage / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def restore_orbax(directory: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """Config and parameters of a directory that `orbax` wrote.
+
+    Raises:
+      FileNotFoundError: if it is not there.
+      ValueError: if the manifest or a kernel is damaged.
+    """
+    directory = Path(directory).resolve()
+    manifest = read_json(directory / MANIFEST)
+    with ocp.StandardCheckpointer() as checkpointer:
+        tree = checkpointer.restore(directory / PARAMS)
+    try:
+        meta = manifest["lordjax"]
+        return ModelConfig.from_json(meta["model"]), saved_model.assemble(trees.flatten(tree), meta)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{directory / MANIFEST}: damaged ({error!r})") from error

@@ -1,0 +1,166 @@
+"""An export opened where it is to be used, beside the model that it was made from.
+
+Both are run in float32 on the same tokens, so that what differs is what is stored, and not the
+arithmetic of a half-precision model. The allowed difference is relative to the standard deviation
+of the logits: `TOLERANCE`, or `STEPS` roundings of the stored dtype where that is more.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lordjax.conversions.exporters.factored import architecture_of, auto_class
+from lordjax.conversions.exporters.hf_files import Opened
+from lordjax.conversions.exporters.orbax import restore_orbax
+from lordjax.conversions.readers.tensor_files import read_json
+from lordjax.kernels.kinds import astype
+from lordjax.models.config import ModelConfig
+from lordjax.models.source import InMemory
+from lordjax.models.transformer import Transformer
+
+TOLERANCE = 1e-3
+STEPS = 16
+
+Logits = Callable[[np.ndarray], np.ndarray]  # tokens [1, L] -> float32 [L, vocab]
+
+
+def torch_logits(directory: Path, *, remote: bool) -> Logits:
+    """The model in a directory as transformers opens it.
+
+    Raises:
+      ValueError: if transformers misses tensors or does not know some.
+    """
+    return _run_torch(_open_torch(directory, remote))
+
+
+def peft_logits(directory: Path) -> Logits:
+    """The model in a directory with its adapter, as PEFT opens them."""
+    from peft import PeftModel
+
+    base = _open_torch(directory, True)
+    return _run_torch(PeftModel.from_pretrained(base, directory / "adapter"))
+
+
+def orbax_logits(directory: Path) -> Logits:
+    """The model in a directory as Orbax restores it."""
+    return our_logits(InMemory(*restore_orbax(directory)))
+
+
+# Kind of export -> what opens it, and the modules which that needs besides our own.
+RELOAD: dict[str, tuple[Callable[[Path], Logits], tuple[str, ...]]] = {
+    "dense": (functools.partial(torch_logits, remote=False), ("torch",)),
+    "factored": (functools.partial(torch_logits, remote=True), ("torch",)),
+    "peft": (peft_logits, ("torch", "peft")),
+    "orbax": (orbax_logits, ()),
+}
+
+
+def check_installed(to: str) -> None:
+    """Raises ImportError, which says what to install, if this kind cannot be opened."""
+    needs = RELOAD[to][1]
+    missing = [name for name in needs if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f"--verify of this export needs {' and '.join(needs)}; not installed: "
+            f"{', '.join(missing)}; pip install 'lordjax[export]', or leave out --verify"
+        )
+
+
+def _open_torch(directory: Path, remote: bool) -> Any:
+    import torch
+    import transformers
+
+    hf_config = read_json(directory / "config.json")
+    opener = getattr(transformers, auto_class(architecture_of(hf_config)))
+    model, loading = opener.from_pretrained(
+        directory, dtype=torch.float32, trust_remote_code=remote, output_loading_info=True
+    )
+    wrong = {what: sorted(names) for what, names in loading.items() if names}
+    if wrong:
+        raise ValueError(f"{directory}: transformers does not open it as it should: {wrong}")
+    return model.eval()
+
+
+def _run_torch(model: Any) -> Logits:
+    import torch
+
+    def logits(tokens: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            out = model(torch.as_tensor(tokens).long())
+            logits = out.last_hidden_state if "last_hidden_state" in out else out.logits
+            return logits[0].float().numpy()
+
+    return logits
+
+
+def our_logits(source: Any) -> Logits:
+    """The model as we run it."""
+    config: ModelConfig = source.config
+    blocks = {f"layer_{i}": source.block(i) for i in range(config.num_layers)}
+    params = jax.tree.map(jnp.asarray, astype({**source.rest(), **blocks}, jnp.float32))
+
+    @jax.jit
+    def run(params: Any, tokens: Any) -> Any:
+        return Transformer(config).apply({"params": params}, tokens)
+
+    def logits(tokens: np.ndarray) -> np.ndarray:
+        with jax.default_matmul_precision("highest"):
+            return np.asarray(run(params, jnp.asarray(tokens, jnp.int32))[0])
+
+    return logits
+
+
+def verify(source: Opened, directory: Path, to: str, tokens: np.ndarray) -> dict[str, Any]:
+    """Compares an export with the model that it was made from.
+
+    Args:
+      source: the model.
+      directory: the export.
+      to: its kind.
+      tokens: ids ``[windows, length]``.
+
+    Returns:
+      ``logit_difference`` (largest), ``tolerance``, ``passed``; of a causal model ``perplexity`` of
+      the export and its difference ``perplexity_difference``.
+
+    Raises:
+      ImportError: if what opens the export is not installed; see `check_installed`.
+      ValueError: if it does not open.
+    """
+    theirs, ours = RELOAD[to][0](directory), our_logits(source)
+    dtype = np.dtype(source.leaves()["embed/embedding"].dtype)
+    largest, spread, nlls = 0.0, [], []
+    for window in tokens:
+        a, b = theirs(window[None]), ours(window[None])
+        difference = float(np.abs(a - b).max())
+        largest = max(largest, difference) if difference == difference else float("inf")
+        spread.append(float(b.std()))
+        if source.config.head == "causal":
+            nlls.append([_nll(logits, window) for logits in (a, b)])
+    tolerance = max(TOLERANCE, STEPS * float(jnp.finfo(dtype).eps)) * float(np.mean(spread))
+    result = {
+        "logit_difference": largest,
+        "tolerance": tolerance,
+        "windows": len(tokens),
+        "passed": largest <= tolerance,
+    }
+    if nlls:
+        perplexity, expected = (float(x) for x in np.exp(np.mean(nlls, axis=0)))
+        result |= {"perplexity": perplexity, "perplexity_difference": perplexity - expected}
+    return result
+
+
+def _nll(logits: np.ndarray, window: np.ndarray) -> float:
+    """Mean negative log-likelihood of tokens 1 … L-1."""
+    rows = logits[:-1].astype(np.float64)
+    peak = rows.max(axis=1, keepdims=True)
+    total = np.log(np.exp(rows - peak).sum(axis=1)) + peak[:, 0]
+    return float(np.mean(total - rows[np.arange(len(rows)), window[1:]]))

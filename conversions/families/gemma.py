@@ -1,0 +1,146 @@
+"""Gemma 2 and 3: norms on both sides of attention and MLP, capped logits, scaled embeddings."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from lordjax.conversions.families.family import (
+    BLOCK,
+    Family,
+    TensorRow,
+    Values,
+    alternating_windows,
+    head_norms,
+)
+from lordjax.conversions.families.llama import LLAMA
+from lordjax.conversions.families.rope import read_rope
+from lordjax.models.config import Rope
+
+_LAYER = "model.layers.{i}"
+
+
+def _norm(path: str, name: str) -> TensorRow:
+    """A norm, of which the file holds the scale less 1."""
+    return TensorRow(f"{path}/scale", f"{name}.weight", "m", offset=1.0)
+
+
+def _scales(hf_config: Values, values: Values, problems: list[str]) -> dict[str, Any]:
+    """Factors on the embeddings and on the products of queries and keys."""
+    del hf_config
+    for key in ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"):
+        value = values.get(key)
+        if value is not None and not (type(value) in (int, float) and value > 0):
+            problems.append(f"{key} = {value!r}: expected a number above 0")
+            return {}
+    return {
+        "embedding_scale": values["hidden_size"] ** 0.5,
+        "attention_scale": values["query_pre_attn_scalar"] ** -0.5,
+    }
+
+
+GEMMA2 = dataclasses.replace(
+    LLAMA,
+    model_type="gemma2",
+    architectures=("Gemma2ForCausalLM",),
+    fields={
+        **{field: key for field, key in LLAMA.fields.items() if field != "mlp_bias"},
+        "activation": "hidden_activation",
+        "attention_softcap": "attn_logit_softcapping",
+        "final_softcap": "final_logit_softcapping",
+    },
+    constants={"block": "sandwich"},
+    defaults={
+        "vocab_size": 256000,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-6,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+        "query_pre_attn_scalar": 256.0,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "sliding_window": 4096,
+        "layer_types": None,
+    },
+    fixed={**LLAMA.fixed, "use_bidirectional_attention": (False, None)},
+    # Generation; an older name of the activation and of the window, which are there besides.
+    ignored=frozenset(("cache_implementation", "hidden_act", "sliding_window_size")),
+    windows=alternating_windows,
+    derive=_scales,
+    tensors=(
+        *(row for row in LLAMA.tensors if "_norm/" not in row.path),
+        _norm(f"{BLOCK}/attention_norm", f"{_LAYER}.input_layernorm"),
+        _norm(f"{BLOCK}/attention_post_norm", f"{_LAYER}.post_attention_layernorm"),
+        _norm(f"{BLOCK}/mlp_norm", f"{_LAYER}.pre_feedforward_layernorm"),
+        _norm(f"{BLOCK}/mlp_post_norm", f"{_LAYER}.post_feedforward_layernorm"),
+        _norm("final_norm", "model.norm"),
+    ),
+)
+
+# Kind of layer -> key of its base in transformers 4, and the default.
+_BASES = {
+    "full_attention": ("rope_theta", 1_000_000.0),
+    "sliding_attention": ("rope_local_base_freq", 10_000.0),
+}
+
+
+def _rope_of(kind: str, hf_config: Values, values: Values, problems: list[str]) -> Rope:
+    """The rotary embedding of a kind of layer, in the words of transformers 4 and 5."""
+    key, default = _BASES[kind]
+    part = hf_config.get("rope_parameters") or {}
+    if not isinstance(part, Mapping) or set(part) - set(_BASES):
+        problems.append(f"rope_parameters = {part!r}: expected those of {' and '.join(_BASES)}")
+        return Rope()
+    part, base = part.get(kind) or {}, hf_config.get(key)
+    plain = {"rope_parameters": part, "rope_theta": base}
+    if base is None:
+        plain["rope_theta"] = part.get("rope_theta", default)
+    if kind == "full_attention":  # the others are not stretched
+        plain["rope_scaling"] = hf_config.get("rope_scaling")
+    return read_rope(plain, values, problems)
+
+
+def _global_rope(hf_config: Values, values: Values, problems: list[str]) -> Rope:
+    return _rope_of("full_attention", hf_config, values, problems)
+
+
+def _scales_and_local_rope(
+    hf_config: Values, values: Values, problems: list[str]
+) -> dict[str, Any]:
+    local = _rope_of("sliding_attention", hf_config, values, problems)
+    return _scales(hf_config, values, problems) | {"local_rope": local}
+
+
+GEMMA3: Family = dataclasses.replace(
+    GEMMA2,
+    model_type="gemma3_text",
+    architectures=("Gemma3ForCausalLM",),
+    fields={f: key for f, key in GEMMA2.fields.items() if f != "attention_softcap"},
+    constants={"block": "sandwich", "qk_norm": True},
+    defaults={
+        **{k: v for k, v in GEMMA2.defaults.items() if k != "attn_logit_softcapping"},
+        "vocab_size": 262208,
+        "max_position_embeddings": 131072,
+        "final_logit_softcapping": None,
+        "sliding_window_pattern": 6,
+        "rope_local_base_freq": 10_000.0,
+    },
+    # transformers takes no notice of the cap in the attention.
+    fixed={**GEMMA2.fixed, "attn_logit_softcapping": (None,)},
+    # The last repeats what layer_types says.
+    ignored=frozenset(("cache_implementation", "_sliding_window_pattern")),
+    rope=_global_rope,
+    derive=_scales_and_local_rope,
+    tensors=(
+        *GEMMA2.tensors,
+        *(row._replace(offset=1.0) for row in head_norms(f"{_LAYER}.self_attn")),
+    ),
+)

@@ -1,0 +1,129 @@
+"""GPT-NeoX, and with it Pythia: queries, keys and values head by head, part of a head rotary."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from lordjax.conversions.families.family import (
+    BLOCK,
+    Family,
+    TensorRow,
+    Values,
+    linear,
+    no_windows,
+    norm,
+)
+from lordjax.conversions.families.rope import (
+    ROPE_KEYS,
+    half_split,
+    read_rope,
+    rotary_size,
+    take_share,
+)
+from lordjax.models.config import ModelConfig, Rope
+
+
+def by_heads(name: str, dims: str, bias: str) -> Iterator[TensorRow]:
+    """Rows of queries, keys and values that are stored as one, head after head: q, k, v of each."""
+    for layer in "qkv":
+        columns = functools.partial(head_columns, layer)
+        for row in linear(f"{BLOCK}/attention/{layer}", name, dims, bias):
+            yield row._replace(columns=columns)
+
+
+def head_columns(layer: str, config: ModelConfig) -> np.ndarray:
+    """Outputs of the fused layer; members of a rotary pair are half the rotary part apart."""
+    first = config.head_size * (3 * np.arange(config.num_heads) + "qkv".index(layer))
+    columns = first[:, None] + np.arange(config.head_size)
+    if layer != "v" and config.rope is not None:
+        order = half_split(config.head_size, config.rope.size, neighbours=False)
+        columns = columns[:, order]
+    return columns.reshape(-1)
+
+
+def _rope(hf_config: Values, values: Values, problems: list[str]) -> Rope:
+    """Rotary positions of the first columns of a head, in the words of transformers 4 and 5."""
+    plain, share = take_share(hf_config, values["rotary_pct"])
+    base = plain.pop("rope_theta", None)
+    if base not in (None, values["rotary_emb_base"]):
+        problems.append(f"rope_theta = {base!r}, but rotary_emb_base {values['rotary_emb_base']!r}")
+    if "rotary_emb_base" in hf_config:
+        plain["rope_theta"] = values["rotary_emb_base"]
+    size = rotary_size("rotary_pct", share, values, problems)
+    return dataclasses.replace(read_rope(plain, values, problems), size=size)
+
+
+def _block(hf_config: Values, values: Values, problems: list[str]) -> dict[str, Any]:
+    """Whether attention and MLP read the same residual stream."""
+    del hf_config, problems
+    return {"block": "parallel_norms" if values["use_parallel_residual"] else "sequential"}
+
+
+_LAYER = "gpt_neox.layers.{i}"
+# Dropout, by its names of today and by those in the config of GPT-NeoX-20B.
+_IGNORED = """
+    hidden_dropout classifier_dropout attention_probs_dropout_prob hidden_dropout_prob
+"""
+GPT_NEOX = Family(
+    model_type="gpt_neox",
+    architectures=("GPTNeoXForCausalLM",),
+    fields={
+        "vocab_size": "vocab_size",
+        "hidden_size": "hidden_size",
+        "mlp_size": "intermediate_size",
+        "num_layers": "num_hidden_layers",
+        "num_heads": "num_attention_heads",
+        "max_positions": "max_position_embeddings",
+        "norm_eps": "layer_norm_eps",
+        "activation": "hidden_act",
+        "tie_embeddings": "tie_word_embeddings",
+        "qkv_bias": "attention_bias",
+        "out_bias": "attention_bias",
+    },
+    constants={"norm": "layer", "gated": False, "mlp_bias": True},
+    defaults={
+        "vocab_size": 50432,
+        "hidden_size": 6144,
+        "intermediate_size": 24576,
+        "num_hidden_layers": 44,
+        "num_attention_heads": 64,
+        "max_position_embeddings": 2048,
+        "layer_norm_eps": 1e-5,
+        "hidden_act": "gelu",
+        "tie_word_embeddings": False,
+        "attention_bias": True,
+        "use_parallel_residual": True,
+        "rotary_pct": 0.25,
+        "rotary_emb_base": 10000.0,
+    },
+    fixed={
+        "is_encoder_decoder": (False,),
+        "add_cross_attention": (False,),
+        "pruned_heads": ({}, None),
+    },
+    windows=no_windows,
+    ignored=frozenset(_IGNORED.split()),
+    rope=_rope,
+    rope_keys=ROPE_KEYS,
+    derive=_block,
+    prefix="gpt_neox.",
+    tensors=(
+        TensorRow("embed/embedding", "gpt_neox.embed_in.weight", "vm"),
+        *norm(f"{BLOCK}/attention_norm", f"{_LAYER}.input_layernorm"),
+        *by_heads(f"{_LAYER}.attention.query_key_value", "am", "qkv_bias"),
+        *linear(f"{BLOCK}/attention/o", f"{_LAYER}.attention.dense", "mh", "out_bias"),
+        *norm(f"{BLOCK}/mlp_norm", f"{_LAYER}.post_attention_layernorm"),
+        *linear(f"{BLOCK}/mlp/up", f"{_LAYER}.mlp.dense_h_to_4h", "fm", "mlp_bias"),
+        *linear(f"{BLOCK}/mlp/down", f"{_LAYER}.mlp.dense_4h_to_h", "mf", "mlp_bias"),
+        *norm("final_norm", "gpt_neox.final_layer_norm"),
+        TensorRow("head/kernel", "embed_out.weight", "vm", True, when="not tie_embeddings"),
+    ),
+    module_names={"embed_out.weight": "lm_head.weight"},
+    # The causal mask, its constant and the frequencies, saved by old versions.
+    ignored_tensors=(r"gpt_neox\.layers\.\d+\.attention\.((masked_)?bias|rotary_emb\.inv_freq)",),
+)

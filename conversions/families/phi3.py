@@ -1,0 +1,95 @@
+"""Phi-3 and Phi-4: fused layers, positions stretched pair by pair, part of a head rotary."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from lordjax.conversions.families.family import BLOCK, TensorRow, Values, fused, linear
+from lordjax.conversions.families.llama import LLAMA, MISTRAL
+from lordjax.conversions.families.rope import half_split, read_rope, rotary_size, take_share
+from lordjax.models.config import ModelConfig, Rope
+
+_LAYER = "model.layers.{i}"
+_OLD_TYPES = ("su", "yarn")  # what early versions called longrope
+_LENGTH = "original_max_position_embeddings"
+
+
+def _rope(hf_config: Values, values: Values, problems: list[str]) -> Rope:
+    """Rotary positions of the first columns of a head."""
+    share = hf_config.get("partial_rotary_factor")
+    plain, share = take_share(hf_config, 1.0 if share is None else share)
+    for key in ("rope_scaling", "rope_parameters"):
+        if isinstance(part := plain.get(key), Mapping):
+            names = {name: part[name] for name in ("type", "rope_type") if name in part}
+            old = {name: "longrope" for name, kind in names.items() if kind in _OLD_TYPES}
+            plain[key] = {**part, **old}
+    size = rotary_size("partial_rotary_factor", share, values, problems)
+    rope = read_rope({_LENGTH: 4096, **plain}, values, problems)
+    for name in ("short_factor", "long_factor"):
+        count = len(getattr(rope, name))
+        if count not in (0, size // 2):
+            problems.append(f"{name}: {count} numbers, expected one for each of {size // 2} pairs")
+    whole = values["hidden_size"] // values["num_attention_heads"]
+    return rope if size == whole else dataclasses.replace(rope, size=size)
+
+
+def _qkv() -> Iterator[TensorRow]:
+    """Rows of the fused layer; members of a rotary pair are half the rotary part apart."""
+    for row in fused(f"{BLOCK}/attention", "qkv", f"{_LAYER}.self_attn.qkv_proj", "am", "qkv_bias"):
+        if "/v/" not in row.path:
+            row = row._replace(columns=functools.partial(_turned, row))
+        yield row
+
+
+def _turned(row: TensorRow, config: ModelConfig) -> slice | np.ndarray:
+    assert row.columns is not None
+    columns = row.columns(config)
+    if config.rope is None or config.rope.size is None:
+        return columns
+    assert isinstance(columns, slice)
+    heads = np.arange(columns.start, columns.stop).reshape(-1, config.head_size)
+    return heads[:, half_split(config.head_size, config.rope.size, neighbours=False)].reshape(-1)
+
+
+PHI3 = dataclasses.replace(
+    MISTRAL,
+    model_type="phi3",
+    architectures=("Phi3ForCausalLM",),
+    fields={f: key for f, key in MISTRAL.fields.items() if f != "head_size"},
+    fixed={
+        **{k: v for k, v in MISTRAL.fixed.items() if k != "partial_rotary_factor"},
+        # Keys of Phi-4-mini that its code reads at other values.
+        "full_attn_mod": (1,),
+        "interpolate_factor": (1,),
+        "lm_head_bias": (False,),
+    },
+    defaults={
+        **{k: v for k, v in MISTRAL.defaults.items() if k != "head_dim"},
+        "vocab_size": 32064,
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_key_value_heads": None,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "sliding_window": None,
+    },
+    # auto_map: code of its own, from before transformers had the family.
+    ignored=frozenset(("resid_pdrop", "embd_pdrop", "auto_map")),
+    rope=_rope,
+    rope_keys=MISTRAL.rope_keys | {"partial_rotary_factor"},
+    tensors=(
+        *(
+            row
+            for row in LLAMA.tensors
+            if ".self_attn." not in row.name and ".mlp." not in row.name
+        ),
+        *_qkv(),
+        *linear(f"{BLOCK}/attention/o", f"{_LAYER}.self_attn.o_proj", "mh", "out_bias"),
+        *fused(f"{BLOCK}/mlp", ("gate", "up"), f"{_LAYER}.mlp.gate_up_proj", "gm", "mlp_bias"),
+        *linear(f"{BLOCK}/mlp/down", f"{_LAYER}.mlp.down_proj", "mf", "mlp_bias"),
+    ),
+)

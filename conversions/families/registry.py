@@ -1,0 +1,141 @@
+"""Families of Hugging Face models: the one place that knows how they differ.
+
+A family is a row of `FAMILIES`: how its ``config.json`` becomes a `ModelConfig`, and which tensor
+of its checkpoints is which of our parameters. A new family is a new row; see `family.Family`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lordjax.conversions.families.bert import BERT, ROBERTA
+from lordjax.conversions.families.family import (
+    Family,
+    TensorSource,
+    Values,
+    fill_and_check_sizes,
+    read_head,
+    read_keys,
+    sizes_of,
+)
+from lordjax.conversions.families.gemma import GEMMA2, GEMMA3
+from lordjax.conversions.families.gpt import CODEGEN, GPT2, GPT_BIGCODE, OPT
+from lordjax.conversions.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3, STARCODER2
+from lordjax.conversions.families.neox import GPT_NEOX
+from lordjax.conversions.families.phi3 import PHI3
+from lordjax.models.config import ModelConfig
+
+_ROWS = (
+    *(LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, STARCODER2, GEMMA2, GEMMA3),
+    *(GPT2, GPT_BIGCODE, OPT, CODEGEN, GPT_NEOX),
+    *(ROBERTA, BERT),
+)
+FAMILIES: dict[str, Family] = {row.model_type: row for row in _ROWS}
+
+
+def family_of(hf_config: Values, where: str = "config.json") -> Family:
+    """The row of a ``config.json``.
+
+    Args:
+      hf_config: its content.
+      where: how error messages call it.
+
+    Raises:
+      ValueError: if the family or its head is not supported; lists what is.
+    """
+    if "lordjax_export" in hf_config:
+        raise ValueError(f"{where}: a factored export; open the directory that it was made from")
+    kind = hf_config.get("model_type")
+    if kind not in FAMILIES:
+        raise ValueError(
+            f"{where}: model_type {kind!r} is not supported; supported: {', '.join(FAMILIES)}"
+        )
+    family = FAMILIES[kind]
+    given = architectures_of(hf_config, family)
+    if not set(given) <= set(family.architectures):
+        raise ValueError(
+            f"{where}: architectures {given} is not supported; "
+            f"supported for {kind}: {', '.join(family.architectures)}"
+        )
+    return family
+
+
+def architectures_of(hf_config: Values, family: Family) -> list[str]:
+    """The key ``architectures``, or where it is missing the family's first."""
+    return hf_config.get("architectures") or list(family.architectures[:1])
+
+
+# Said anew by a new head, or true of the old one only.
+_OF_A_HEAD = ("architectures", "id2label", "label2id", "num_labels", "_num_labels", "problem_type")
+
+
+def with_labels(hf_config: Values, labels: Sequence[str]) -> dict[str, Any]:
+    """The ``config.json`` of an encoder with a head for classes; see `models.heads.with_classes`.
+
+    Args:
+      hf_config: that of the encoder, with any head.
+      labels: names of the classes.
+
+    Raises:
+      ValueError: if the family classifies no sequences, or two classes have one name.
+    """
+    family = family_of(hf_config)
+    found = [a for a in family.architectures if a.endswith("ForSequenceClassification")]
+    if not found:
+        raise ValueError(f"{family.model_type}: no supported head for classes; expected an encoder")
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"labels {list(labels)}: expected different names")
+    kept = {key: value for key, value in hf_config.items() if key not in _OF_A_HEAD}
+    numbers = {label: i for i, label in enumerate(labels)}
+    names = {str(i): label for label, i in numbers.items()}
+    return {**kept, "architectures": found, "id2label": names, "label2id": numbers}
+
+
+def model_config(hf_config: Values, where: str = "config.json") -> ModelConfig:
+    """The `ModelConfig` of a ``config.json``.
+
+    Args:
+      hf_config: its content; configs of transformers 4 and 5 are both read.
+      where: how error messages call it.
+
+    Raises:
+      ValueError: if a key or value is not understood; one error lists all of them.
+    """
+    family = family_of(hf_config, where)
+    problems: list[str] = []
+    values = read_keys(family, hf_config, problems)
+    rope = family.rope(hf_config, values, problems)
+    windows = family.windows(values, problems)
+    fields = dict(family.constants) | {f: values[key] for f, key in family.fields.items()}
+    if family.derive is not None:
+        fields |= family.derive(hf_config, values, problems)
+    fields |= read_head(architectures_of(hf_config, family), hf_config, problems)
+    fill_and_check_sizes(fields, rope is not None, problems)
+    if problems:
+        raise ValueError(
+            f"{where}: {len(problems)} thing(s) in it are not understood, so the converted model "
+            f"would be another one (family {family.model_type}):\n  " + "\n  ".join(problems)
+        )
+    if family.position_offset is not None:
+        fields["position_offset"] = family.position_offset
+        fields["position_rows"] = fields["max_positions"] + family.position_offset
+    return ModelConfig(**fields, rope=rope, windows=windows)
+
+
+def tensor_table(hf_config: Values, where: str = "config.json") -> dict[str, TensorSource]:
+    """Our parameter path -> the tensor of a checkpoint with this ``config.json``."""
+    family, config = family_of(hf_config, where), model_config(hf_config, where)
+    sizes = sizes_of(config)
+    table = {}
+    for row in (*family.tensors, *family.heads.get(config.head, ())):
+        if row.when and bool(getattr(config, row.when.removeprefix("not "))) == (
+            "not " in row.when
+        ):
+            continue
+        shape = tuple(sizes[letter] for letter in row.dims)
+        columns = None if row.columns is None else row.columns(config)
+        for i in range(config.num_layers if "{i}" in row.path else 1):
+            path, name = row.path.format(i=i), row.name.format(i=i)
+            table[path] = TensorSource(name, shape, row.transpose, columns, row.offset)
+    return table

@@ -1,0 +1,198 @@
+"""Tensor files of a checkpoint directory: safetensors, or torch's ``pytorch_model.bin``."""
+
+from __future__ import annotations
+
+import abc
+import json
+import zipfile
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax.numpy as jnp
+import numpy as np
+
+from lordjax.storage.saved_model import header
+
+BFLOAT16 = np.dtype(jnp.bfloat16)
+PAGES = 2**24  # bytes of all files that may stay mapped after they were read
+
+
+class TensorFiles(Protocol):
+    """Where tensors are read from; names are those of Hugging Face."""
+
+    def names(self) -> Iterable[str]:
+        """Names of all tensors."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, without reading its values."""
+        ...
+
+    def dtype(self, name: str) -> np.dtype:
+        """Dtype of a tensor, without reading its values."""
+        ...
+
+    def read(self, name: str) -> np.ndarray:
+        """Values of a tensor, in the stored dtype."""
+        ...
+
+    def where(self, name: str) -> str:
+        """How error messages call a tensor: file and name."""
+        ...
+
+
+class _Mapped(abc.ABC):
+    """Files whose tensors are mapped into memory.
+
+    Pages that were read count as memory until their mapping goes, so it is made anew once there are
+    more than `PAGES` bytes of them. No values are views of a mapping, which would hold it.
+    """
+
+    def __init__(self, files: list[Path]):
+        self._mapped = {file for file in files if self._maps(file)}
+        self._handle = {file: self._open(file) for file in files}
+        self._file: dict[str, Path] = {}
+        for file, handle in self._handle.items():
+            self._file |= dict.fromkeys(handle.keys(), file)
+        self._pages: Counter[Path] = Counter()  # bytes of a mapping that were read
+
+    @abc.abstractmethod
+    def _open(self, file: Path) -> Any:
+        """Tensors by name."""
+
+    def _maps(self, file: Path) -> bool:
+        """Whether it is mapped at all, and not in memory as a whole."""
+        del file
+        return True
+
+    @abc.abstractmethod
+    def _values(self, name: str) -> np.ndarray:
+        """Values of a tensor, in the stored dtype."""
+
+    def _tensors(self, name: str) -> Any:
+        """What `_open` gave for the file of a tensor."""
+        return self._handle[self._file[name]]
+
+    def names(self) -> Iterable[str]:
+        """Names of all tensors."""
+        return self._file.keys()
+
+    def read(self, name: str) -> np.ndarray:
+        """Values of a tensor, in the stored dtype."""
+        values = self._values(name)
+        if self._file[name] in self._mapped:
+            self._pages[self._file[name]] += values.nbytes
+        if self._pages.total() > PAGES:
+            self._handle |= {file: self._open(file) for file in self._pages}
+            self._pages.clear()
+        return values
+
+    def where(self, name: str) -> str:
+        """How error messages call a tensor: file and name."""
+        return f"{self._file[name]}: tensor {name}"
+
+
+class Safetensors(_Mapped):
+    """One or several safetensors files."""
+
+    def _open(self, file: Path) -> Any:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            return safe_open(file, framework="numpy")
+        except SafetensorError as error:
+            raise ValueError(
+                f"{file}: not a complete safetensors file ({error}); it has "
+                f"{file.stat().st_size} bytes: truncated or corrupt, download it again"
+            ) from error
+
+    def _values(self, name: str) -> np.ndarray:
+        return self._tensors(name).get_tensor(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:  # noqa: D102
+        return header(self._tensors(name), name).shape
+
+    def dtype(self, name: str) -> np.dtype:  # noqa: D102
+        return header(self._tensors(name), name).dtype
+
+
+class TorchBin(_Mapped):
+    """One or several ``pytorch_model.bin`` files; needs torch, and runs no pickled code."""
+
+    def _open(self, file: Path) -> Any:
+        try:
+            import torch
+        except ImportError as error:
+            raise ImportError(
+                f"{file}: reading a torch file needs torch, which is not installed; "
+                "install torch (pip install torch), or save the model as safetensors"
+            ) from error
+        try:
+            mapped = file in self._mapped
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+            return {name: tensor.detach() for name, tensor in state.items()}
+        except Exception as error:  # torch raises whatever the damage provokes
+            raise ValueError(
+                f"{file}: torch cannot load it as plain tensors ({_first_line(error)});"
+                " truncated, corrupt, or it holds more than tensors"
+            ) from error
+
+    def _maps(self, file: Path) -> bool:
+        return zipfile.is_zipfile(file)  # those of torch < 1.6 cannot be
+
+    def _values(self, name: str) -> np.ndarray:
+        import torch
+
+        tensor = self._tensors(name)[name]
+        is_bfloat16 = tensor.dtype == torch.bfloat16  # NumPy has no such dtype; same bits
+        values = tensor.view(torch.int16).numpy().view(BFLOAT16) if is_bfloat16 else tensor.numpy()
+        return values.copy() if self._file[name] in self._mapped else values
+
+    def shape(self, name: str) -> tuple[int, ...]:  # noqa: D102
+        return tuple(self._tensors(name)[name].shape)
+
+    def dtype(self, name: str) -> np.dtype:  # noqa: D102
+        return np.dtype(jnp.dtype(str(self._tensors(name)[name].dtype).removeprefix("torch.")))
+
+
+def _first_line(error: Exception) -> str:
+    """An exception in a line; its kind if it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def open_directory(path: Path) -> TensorFiles:
+    """The tensors of a directory, with transformers' order of preference."""
+    for name, reader in (("model.safetensors", Safetensors), ("pytorch_model.bin", TorchBin)):
+        if (path / name).exists():
+            return reader([path / name])
+        if (index := path / f"{name}.index.json").exists():
+            return reader(_shards(index))
+    raise FileNotFoundError(
+        f"{path}: no weights in this directory; expected model.safetensors or pytorch_model.bin, "
+        "or one of these names followed by .index.json"
+    )
+
+
+def _shards(index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: expected a key weight_map: tensor name -> file name")
+    files = [index.parent / name for name in sorted(set(weight_map.values()))]
+    if missing := [file.name for file in files if not file.exists()]:
+        raise FileNotFoundError(
+            f"{index}: {len(missing)} of {len(files)} shards are not there: {', '.join(missing)}"
+        )
+    return files
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; an error names the file."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: expected a JSON object, found a {type(content).__name__}")
+    return content

@@ -1,0 +1,1 @@
+"""Statistics of activations and gradients, collected block by block."""

@@ -1,0 +1,1 @@
+"""Compression of a whole model: prepare once, then compress to any budget."""

@@ -1,0 +1,311 @@
+"""A model's factors for all ranks: allocation, truncation, and what is known of the result.
+
+Prepared.plan(keep)       -> Plan       numbers only
+Prepared.apply(plan)      -> Result     slicing; verified against the plan
+Prepared.compress(keep)   -> Result     both
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from lordjax.allocation.plan import Plan, Size, summary
+from lordjax.allocation.policies import (
+    CURVELESS,
+    INFLUENCED,
+    TILE,
+    Curve,
+    allocate,
+    check_policy,
+)
+from lordjax.calibration.calibration_set import Calibration
+from lordjax.compression.result import Result, layer_report, verify
+from lordjax.compression.sequential import sequential
+from lordjax.compression.site_factors import AnyFactors, replace_kernels
+from lordjax.compression.temperature import TEMPERATURES, compare
+from lordjax.kernels import normal_float
+from lordjax.kernels.base import nbytes
+from lordjax.kernels.convert import cast, quantize_pairs
+from lordjax.methods import METHODS, corrects_bias
+from lordjax.models.sites import counted_sites
+from lordjax.models.source import Source
+from lordjax.names import layer_index, layer_type
+from lordjax.runtime import multihost
+from lordjax.runtime.progress import Clock, Progress, peak_rss
+from lordjax.storage.shards import REST, claim, join, put
+from lordjax.storage.store import Memory, Work, digest, once
+
+
+@dataclasses.dataclass
+class Prepared:
+    """A model's factors for all ranks, ready to be compressed to any budget.
+
+    Attributes:
+      source: the untouched model.
+      calibration: tokens, for methods that walk the model again.
+      held_out: calibration tokens that no statistic has seen, to choose a temperature with.
+      method: a key of `METHODS`.
+      prefix: what later statistics are taken from: one of ``dense``, ``compressed``,
+        ``corrective``; see `Method`.
+      factors: site path -> factors; empty if the policy and the method need none beforehand. Read
+        from ``work`` when they are asked for.
+      influences: layer -> block influence; empty unless the policy needs it.
+      gradients: layer -> gradient statistics, kept for a sequential pass only.
+      report: what is known so far.
+      sizes: site path -> its size.
+      progress: called with (stage, done, total).
+      work: where finished work is kept.
+    """
+
+    source: Source
+    calibration: Calibration
+    held_out: np.ndarray
+    method: str
+    prefix: str
+    factors: Mapping[str, AnyFactors]
+    influences: dict[int, float]
+    gradients: Mapping[int, dict[str, dict[str, Any]]]
+    report: dict[str, Any]
+    sizes: dict[str, Size]
+    progress: Progress | None = None
+    work: Work = dataclasses.field(default_factory=Memory)
+
+    def curves(self, sensitivity: Mapping[str, float] | None = None) -> dict[str, Curve]:
+        """Site path -> the predicted error at every rank.
+
+        Errors in the metric of the loss compare across sites as they are. Others are taken
+        relative to the site's output: absolute ones are dominated by the layers of large norm.
+
+        Args:
+          sensitivity: site path -> factor on its errors; None = 1 for all.
+        """
+        row = METHODS[self.method]
+        sites = counted_sites(row.kinds, self.source.config)
+        curves = {}
+        for path, size in self.sizes.items():
+            site = sites[path.split("/", 1)[1]]
+            errors = np.zeros(int(np.ceil(size.limit)) + 1)
+            if path in self.factors:
+                errors = _tails(self.factors[path].spectrum)
+                if not row.in_nats:
+                    errors = errors / (errors[0] if errors[0] > 0 else 1.0)
+                if sensitivity is not None:
+                    errors = errors * sensitivity[path]
+            bias = corrects_bias(self.method, site.kind, layer_type(path))
+            influence = self.influences.get(layer_index(path), 0.0)
+            curves[path] = Curve(size, errors, max(size.moved, size.bias if bias else 0), influence)
+        return curves
+
+    def plan(
+        self,
+        keep: float,
+        allocation: str | None = None,
+        tile: int = TILE,
+        sensitivity: Mapping[str, float] | None = None,
+        temperature: float | None = None,
+    ) -> Plan:
+        """Allocates ranks; arguments as for `allocate` and `curves`.
+
+        Args:
+          keep: share of the block linear weights that stays, in (0, 1].
+          allocation: a key of `POLICIES`; None = the method's own.
+          tile: ranks are multiples of this, in policies that optimise.
+          sensitivity: site path -> factor on its errors.
+          temperature: of ``block-influence``; None = the one of `TEMPERATURES` whose model has the
+            least loss on the held-out calibration windows.
+
+        Raises:
+          KeyError: if the policy is unknown.
+          ValueError: if ``keep`` is outside (0, 1] or cannot be met, or the policy needs error
+            curves or influences and the model was prepared without.
+        """
+        policy = allocation or METHODS[self.method].allocation
+        check_policy(policy, temperature)
+        lacks = not self.factors and policy not in CURVELESS
+        if lacks or (policy in INFLUENCED and not self.influences):
+            raise ValueError(
+                f"policy {policy!r} needs statistics that this model was prepared without; "
+                "name the policy when preparing"
+            )
+        curves = self.curves(sensitivity)
+
+        if policy not in INFLUENCED:
+            ranks, gap = allocate(curves, keep, policy, tile)
+            return Plan(self.method, ranks, keep, policy, gap)
+
+        def planned(temperature: float) -> Plan:
+            ranks, gap = allocate(curves, keep, policy, tile, temperature=temperature)
+            return Plan(self.method, ranks, keep, policy, gap, temperature)
+
+        if keep == 1:
+            return Plan(self.method, dict.fromkeys(curves, None), keep, policy)
+        return self._best(planned) if temperature is None else planned(temperature)
+
+    def _best(self, planned: Callable[[float], Plan]) -> Plan:
+        """The plan of the temperature with the least loss on the held-out windows.
+
+        Raises:
+          ValueError: if those windows are padded, or no temperature fits the budget.
+        """
+        if self.calibration.mask is not None:
+            raise ValueError("calibration windows are padded; name a temperature")
+        plans, problems = [], []
+        for temperature in TEMPERATURES:
+            try:
+                plans.append(planned(temperature))
+            except ValueError as problem:  # the cap and the tile leave too much at this one
+                problems.append(problem)
+        if not plans:
+            raise problems[-1]
+        unique: dict[tuple[Any, ...], Plan] = {}
+        for plan in plans:  # close temperatures may give the same one
+            unique.setdefault(tuple(plan.ranks.items()), plan)
+        plans = list(unique.values())
+        if len(plans) == 1:
+            return plans[0]
+        source, clock = self.source, Clock(self.progress)
+
+        def change(block: dict[str, Any], i: int, j: int) -> dict[str, Any]:
+            ranks = plans[j].ranks
+            return replace_kernels(
+                block, i, self.factors, ranks, self.method, source.config, widened=True
+            )
+
+        mask_token = self.calibration.mask_token
+
+        def measured() -> list[float]:
+            losses = compare(
+                source, self.held_out, change, len(plans), clock, mask_token=mask_token
+            )
+            return multihost.tell(losses)[0]  # all processes must come to the same plan
+
+        key = f"losses-{digest([dict(plan.ranks) for plan in plans])}"
+        losses = once(self.work, key, measured)
+        self.report["seconds"] |= clock.seconds
+        return plans[int(np.argmin(losses))]
+
+    def compress(
+        self,
+        keep: float,
+        allocation: str | None = None,
+        *,
+        tile: int = TILE,
+        temperature: float | None = None,
+        dtype: Any = None,
+        factors: str | None = None,
+        into: Any = None,
+    ) -> Result:
+        """A model of one budget; the source is untouched. Errors: see `plan` and `apply`.
+
+        With ``factors`` (`nf.Format.parse`) factor pairs are stored as codes.
+        """
+
+        def planned() -> Plan:
+            return self.plan(keep, allocation, tile, temperature=temperature)
+
+        # A run that was killed goes on with the plan that it began.
+        plan = once(self.work, "plan", planned) if self.work.durable else planned()
+        return self.apply(dataclasses.replace(plan, factors=factors), dtype=dtype, into=into)
+
+    def apply(self, plan: Plan, *, dtype: Any = None, into: Any = None) -> Result:
+        """The model of a plan, made by `plan` or edited.
+
+        Args:
+          plan: ranks.
+          dtype: of the result; None = that of the source.
+          into: where finished parts of the model go, by name (`parts.Parts`); those that are there
+            are not made again. None: a dictionary, and ``Result.params`` is the model.
+
+        Raises:
+          ValueError: if the plan does not fit the model, or the result is not of the size that
+            the plan promises.
+        """
+        start = time.perf_counter()
+        self._check(plan)
+        clock, config, parts = (
+            Clock(self.progress),
+            self.source.config,
+            claim(into, self.work, plan),
+        )
+        factors, kernels = self.factors, None
+        if self.prefix != "dense":
+            factors, kernels = sequential(
+                self.source,
+                self.calibration,
+                plan,
+                self.method,
+                self.gradients,
+                corrective=self.prefix == "corrective",
+                clock=clock,
+                work=self.work if self.work.durable else None,
+            )
+
+        def make(name: str) -> Any:
+            return self._part(name, plan, factors, kernels, dtype)
+
+        size = 0
+        for i in clock.run("writing", range(-1, config.num_layers)):
+            size += put(parts, self.work, REST if i < 0 else f"layer_{i}", make)["bytes"]
+        seconds = {**self.report["seconds"], "apply": time.perf_counter() - start}
+        report = {
+            **self.report,
+            "seconds": seconds,
+            "plan": summary(plan, self.sizes)
+            | {"gap": plan.gap, "policy": plan.policy, "temperature": plan.temperature},
+            "bytes": size,
+            "layers": layer_report(factors, plan),
+            "peak_rss_bytes": peak_rss(),
+        }
+        return Result(config, join(parts) if into is None else into, plan, report)
+
+    def _part(
+        self,
+        name: str,
+        plan: Plan,
+        factors: Mapping[str, AnyFactors],
+        kernels: Mapping[str, Mapping[str, Any]] | None,
+        dtype: Any,
+    ) -> tuple[Any, dict[str, Any]]:
+        """A part of the model of a plan, and what to know of it."""
+        config = self.source.config
+        if name == REST:
+            part: Any = dict(self.source.rest())
+        else:
+            i, ranks = layer_index(name), plan.ranks
+            block = self.source.block(i)
+            part = replace_kernels(block, i, factors, ranks, self.method, config, kernels=kernels)
+        if dtype is not None:
+            part = jax.tree.map(lambda a: cast(a, dtype), part)
+        if plan.factors is not None:
+            part = quantize_pairs(part, normal_float.Format.parse(plan.factors))
+        own = {path: rank for path, rank in plan.ranks.items() if path.startswith(f"{name}/")}
+        whole = part if name == REST else {name: part}
+        verify(whole, dataclasses.replace(plan, ranks=own), self.sizes, config)
+        return part, {"bytes": nbytes(part)}
+
+    def _check(self, plan: Plan) -> None:
+        """Raises ValueError unless the plan has a usable rank for every site and no others."""
+        wrong = [f"{p} is not a site of this method" for p in set(plan.ranks) - set(self.sizes)]
+        wrong += [f"{path} is missing" for path in set(self.sizes) - set(plan.ranks)]
+        for path in set(plan.ranks) & set(self.sizes):
+            rank, size = plan.ranks[path], self.sizes[path]
+            if rank is not None and (not 1 <= rank < size.limit or rank % size.step):
+                multiple = f" or no multiple of {size.step}" if size.step > 1 else ""
+                wrong.append(
+                    f"{path}: rank {rank} is not in [1, {size.limit:.0f}){multiple}; null keeps it "
+                    "dense"
+                )
+        if wrong:
+            raise ValueError("the plan does not fit the model: " + "; ".join(sorted(wrong)))
+
+
+def _tails(spectrum: Any) -> np.ndarray:
+    """``tails[r] = sum(spectrum[r:])`` for r = 0…m, added from small to large."""
+    sums = np.cumsum(np.asarray(spectrum, float)[::-1])[::-1]
+    return np.concatenate([sums, np.zeros(1)])

@@ -1,0 +1,88 @@
+"""What a compression returns, and its report."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from lordjax.allocation.plan import Plan, Size
+from lordjax.compression.site_factors import AnyFactors
+from lordjax.kernels import trees
+from lordjax.kernels.kinds import weights
+from lordjax.methods import METHODS, ModuleFactors
+from lordjax.models import ModelConfig
+from lordjax.models.sites import counted_sites
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """A compressed model: the same module with other leaves, and how it came about.
+
+    The leaves are host arrays; putting them on devices is the caller's choice.
+
+    Attributes:
+      config: the architecture.
+      params: nested dict; where the parts went, if that was given.
+      plan: what was decided.
+      report: what came of it.
+    """
+
+    config: ModelConfig
+    params: Any
+    plan: Plan
+    report: dict[str, Any]
+
+
+def layer_report(factors: Mapping[str, AnyFactors], plan: Plan) -> dict[str, dict[str, Any]]:
+    """Per site: rank and relative error; of matrices the condition and the spectrum's shape."""
+    rows = {}
+    tiny, eps = np.finfo(float).tiny, np.finfo(float).eps
+    for path, rank in plan.ranks.items():
+        if path not in factors:
+            continue
+        factor = factors[path]
+        spectrum = np.asarray(factor.spectrum, float)
+        total = max(float(spectrum.sum()), tiny)
+        rows[path] = {
+            "rank": rank,
+            "relative_error": 0.0 if rank is None else float(spectrum[rank:].sum() / total),
+        }
+        if isinstance(factor, ModuleFactors):
+            continue
+        energy = np.cumsum(spectrum) / total
+        rows[path] |= {
+            # Capped at 1/eps: beyond it the spectrum's end is rounding error.
+            "condition": float(spectrum[0] / max(spectrum[-1], spectrum[0] * eps, tiny)),
+            "stable_rank": total / max(float(spectrum[0]), tiny),
+            "rank_of_energy": {
+                str(share): min(int(np.searchsorted(energy, share)) + 1, len(spectrum))
+                for share in (0.5, 0.9, 0.99)
+            },
+        }
+    return rows
+
+
+def verify(params: Any, plan: Plan, sizes: Mapping[str, Size], config: ModelConfig) -> None:
+    """Checks that every planned site was replaced and has the planned size, and all is finite.
+
+    Raises:
+      ValueError: names the sites that do not agree with the plan or are not finite.
+    """
+    flat, wrong = trees.flatten(params), []
+    sites = counted_sites(METHODS[plan.method].kinds, config)
+    for path, rank in plan.ranks.items():
+        layer, inside = path.split("/", 1)
+        kernels = [flat.get(f"{layer}/{kernel}") for kernel in sites[inside].kernels]
+        have = sum(weights(kernel) for kernel in kernels if kernel is not None)
+        want = sizes[path].weights(rank)
+        if have != want:
+            wrong.append(f"{path} has {have} weights, the plan says {want}")
+    for path, leaf in flat.items():
+        if not all(np.isfinite(np.asarray(a, np.float32)).all() for a in jax.tree.leaves(leaf)):
+            wrong.append(f"{path} is not finite (does it overflow in {leaf.dtype}?)")
+    if wrong:
+        raise ValueError("the compressed model is not what was planned: " + "; ".join(wrong))

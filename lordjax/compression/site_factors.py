@@ -1,0 +1,272 @@
+"""Factors of a site, and putting them back."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lordjax.allocation.plan import Size
+from lordjax.calibration.backward_pass import gradient_basis, site_gradients
+from lordjax.calibration.forward_pass import activation_keys, statistic_width
+from lordjax.calibration.observers import empty
+from lordjax.kernels import trees
+from lordjax.methods import METHODS, Factors, Method, Module, ModuleFactors, method_at, truncate
+from lordjax.models.config import ModelConfig
+from lordjax.models.head_axes import gather, scatter, widen
+from lordjax.models.sites import Site, counted_sites, site_path, sites_for
+from lordjax.models.source import Source
+from lordjax.runtime import flops
+from lordjax.storage.store import Work, once
+
+AnyFactors = Factors | ModuleFactors
+
+
+@functools.cache
+def factor_program(method: str, kind: str) -> Any:
+    """The jitted ``factor`` of a method for a kind of site; to be called with 64 bits enabled."""
+    row = METHODS[method]
+    factor: Any = row.factor if kind == "linear" else row.modules[kind].factor
+
+    def run(kernels: Any, stats: Any) -> AnyFactors:
+        # Converted here, so that what the factor does not read is dropped before.
+        factors = factor(*jax.tree.map(_double, (kernels, stats)))
+        small = jax.tree.map(_single, factors)
+        return dataclasses.replace(small, spectrum=factors.spectrum)
+
+    return jax.jit(run)
+
+
+def on_host(method: str, kind: str) -> Module | None:
+    """The module of a kind of site, if it is factored on the host: where all arrays are there."""
+    module = METHODS[method].modules.get(kind)
+    if module is None or module.host is None or jax.default_backend() != "cpu":
+        return None
+    return module
+
+
+def factor_site(method: str, site: Site, path: str, kernels: Any, stats: Any) -> AnyFactors:
+    """A method's factors of one site, computed in float64, as float32 arrays on the host.
+
+    Statistics are float32 sums; an eigendecomposition loses half of the digits again, so it runs
+    in double precision. Ranks from break-even on are never used, so their columns are dropped.
+
+    Args:
+      method: a key of `METHODS`.
+      site: of the block.
+      path: of the site in the model, for messages.
+      kernels: the kernel, or a module's arrays (`modules.gather`).
+      stats: what the method reads.
+
+    Raises:
+      ValueError: if a factor is not finite; names the site.
+    """
+    return finish(method, path, kernels, start(method, site, kernels, dict(stats), meshed=False))
+
+
+def start(
+    method: str, site: Site, kernels: Any, stats: dict[str, Any], *, meshed: bool
+) -> AnyFactors:
+    """The factors of a site while they are computed, on a device; ``stats`` may be emptied.
+
+    Devices of a mesh take turns, and processes tell from shapes what others do: no work on hosts.
+    """
+    module = None if meshed else on_host(method, site.kind)
+    if module is not None and module.host is not None:
+        return module.host(kernels, stats)
+    name = method_at(method, site.layer) if site.kind == "linear" else method
+    with jax.enable_x64(True):
+        return factor_program(name, site.kind)(kernels, stats)
+
+
+def finish(method: str, path: str, kernels: Any, running: AnyFactors) -> AnyFactors:
+    """The factors that `start` computes, once they are there; errors as of `factor_site`."""
+    small = jax.tree.map(np.asarray, running)
+    if not all(np.isfinite(a).all() for a in jax.tree.leaves(small)):
+        raise ValueError(
+            f"{path}: the factors of method {method!r} are not finite; its weights or statistics "
+            "are broken, leave the site out or choose another method"
+        )
+    if isinstance(small, ModuleFactors):
+        return small
+    useful = int(np.ceil(Size.matrix(*kernels.shape).limit))
+    return dataclasses.replace(
+        small,
+        left=np.ascontiguousarray(small.left[:, :useful]),
+        right=np.ascontiguousarray(small.right[:useful]),
+        mean_in=None if small.mean_in is None else small.mean_in[:useful],
+    )
+
+
+def _double(a: jax.Array) -> jax.Array:
+    return a.astype(jnp.float64) if jnp.issubdtype(a.dtype, jnp.floating) else a
+
+
+def _single(a: jax.Array) -> jax.Array:
+    return a.astype(jnp.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a
+
+
+def site_kernels(site: Site, block: Mapping[str, Any], config: Any) -> Any:
+    """The kernel of a linear site, or a module's arrays in head form."""
+    flat = trees.flatten(block)
+    return flat[site.path] if site.kind == "linear" else gather(site.kind, flat, config)
+
+
+def site_work(method: str, site: Site, kernels: Any, stats: Any, *, meshed: bool) -> flops.Work:
+    """Operations of the factors of one site.
+
+    Args:
+      method: a key of `METHODS`.
+      site: of the block.
+      kernels: shapes of what is factored (`input_shapes`).
+      stats: of what the method reads.
+      meshed: whether devices of a mesh take turns; then nothing is factored on the host.
+    """
+    leaves, tree = jax.tree.flatten((kernels, stats))
+    return _site_work(method, site, meshed, tree, tuple(leaves))
+
+
+@functools.cache
+def _site_work(method: str, site: Site, meshed: bool, tree: Any, leaves: Any) -> flops.Work:
+    kernels, stats = jax.tree.unflatten(tree, leaves)
+    module = None if meshed else on_host(method, site.kind)
+    if module is not None and module.host_work is not None:
+        return module.host_work(kernels, stats)
+    name = method_at(method, site.layer) if site.kind == "linear" else method
+    found: list[flops.Work] = []
+    if stats.get("basis") is not None:
+        found.append(flops.of(gradient_basis, kernels))
+    with jax.enable_x64(True):
+        found.append(flops.of(factor_program(name, site.kind), kernels, stats))
+    return flops.merged(found)
+
+
+def input_shapes(
+    row: Method,
+    site: Site,
+    block: Mapping[str, Any],
+    gradients: Mapping[str, Mapping[str, Any]],
+    config: Any,
+) -> tuple[Any, dict[str, Any]]:
+    """Shapes of what `factor_site` reads of a site: its kernels and statistics.
+
+    Args:
+      row: the method.
+      site: of the block.
+      block: its parameters, or their shapes.
+      gradients: statistics of its backward pass, or their shapes.
+      config: the architecture.
+    """
+    flat = trees.flatten(block)
+    kernels = jax.eval_shape(lambda block: site_kernels(site, block, config), block)
+    keys = activation_keys(block, (site,), row)[site.path]
+    widths = {key: statistic_width(key, flat, config) for key in keys.values()}
+    sums = jax.eval_shape(lambda: empty(widths))
+    stats = {name: sums[key] for name, key in keys.items()}
+    read = jax.eval_shape(lambda g, k: site_gradients(g, row, site, k), gradients, kernels)
+    return kernels, stats | read
+
+
+def replace_kernels(
+    block: Mapping[str, Any],
+    i: int,
+    factors: Mapping[str, AnyFactors],
+    plan: Mapping[str, int | None],
+    method: str,
+    config: Any,
+    *,
+    widened: bool = False,
+    kernels: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """Block ``i`` with the planned sites replaced, on the host; the input is untouched.
+
+    Args:
+      block: parameters of the block.
+      i: its number.
+      factors: site path -> factors; planned sites without factors stay as they are.
+      plan: site path -> rank.
+      method: whose factors they are.
+      config: the architecture.
+      widened: put in arrays of the original shapes - products instead of pairs, zeros around what a
+        narrow module keeps - which compute the same and share compilations.
+      kernels: path of a module -> arrays, by name, that were factored instead of the block's own.
+    """
+    row = METHODS[method]
+    before = trees.flatten(block)
+    flat = dict(before)
+    for site in sites_for(row.kinds, config):
+        path = site_path(i, site)
+        rank = plan.get(path)
+        if rank is None or path not in factors:
+            continue
+        found: Any = factors[path]
+        if site.kind == "linear":
+            flat |= _factored(site, flat, found, rank, widened=widened)
+            continue
+        own = gather(site.kind, before, config) | dict((kernels or {}).get(path, {}))
+        new = row.modules[site.kind].narrow(own, found, rank)
+        new = widen(site.kind, new, own) if widened else new
+        flat = scatter(site.kind, new, flat)
+    return trees.unflatten(flat)
+
+
+def _factored(
+    site: Site, flat: Mapping[str, Any], factors: Any, rank: int, *, widened: bool
+) -> dict[str, Any]:
+    """The new leaves of a linear site."""
+    dtype = flat[site.path].dtype
+    kernel, bias = truncate(factors, rank)
+    # Where the dtype allows, views of the factors: no second copy.
+    new = kernel.materialize() if widened else kernel
+    leaves = {site.path: jax.tree.map(lambda a: np.asarray(a, dtype), new)}
+    if bias is not None:
+        old = np.asarray(flat.get(f"{site.layer}/bias", 0), np.float32)
+        leaves[f"{site.layer}/bias"] = np.asarray(bias + old, dtype)
+    return leaves
+
+
+def site_sizes(source: Source, method: str, work: Work | None = None) -> dict[str, Size]:
+    """Site path -> its size in the untouched model."""
+    sites = counted_sites(METHODS[method].kinds, source.config).values()
+
+    def read() -> dict[str, dict[str, int]]:
+        sizes = {}
+        for i in range(source.config.num_layers):
+            block = source.block(i)
+            for site in sites:
+                sizes[site_path(i, site)] = vars(site_size(site, block, source.config))
+        return sizes
+
+    found = read() if work is None else once(work, "sizes", read)
+    return {path: Size(**size) for path, size in found.items()}
+
+
+def site_size(site: Site, block: Mapping[str, Any], config: ModelConfig) -> Size:
+    """How many weights a site of a block has at a rank."""
+    flat = trees.flatten(block)
+    shapes = [flat[path].shape for path in site.kernels if path in flat]
+    if site.kind == "linear":
+        return Size.matrix(*shapes[0])
+    dense = sum(fan_in * fan_out for fan_in, fan_out in shapes)
+    if site.kind == "dense":
+        return Size(dense, dense)
+    widths = {
+        "mlp": flat["mlp/down/kernel"].shape[0],
+        "qk": flat["attention/q/kernel"].shape[1] // config.num_heads,
+        "vo": flat["attention/o/kernel"].shape[0] // config.num_heads,
+    }
+    rotary = site.kind == "qk" and config.rope is not None
+    moved = site.kind == "vo" and "attention/v/bias" in flat and "attention/o/bias" not in flat
+    return Size(
+        dense,
+        dense // widths[site.kind],
+        bias=shapes[-1][1],
+        moved=shapes[-1][1] if moved else 0,
+        step=2 if rotary else 1,
+        tiles=4 if site.kind == "mlp" else 1,
+    )

@@ -1,0 +1,1 @@
+"""Texts, token windows, training examples and their order."""

@@ -1,0 +1,1 @@
+"""What a compression will cost and leave, from shapes alone: operations, seconds, memory, bytes."""

@@ -1,0 +1,1 @@
+"""Text generation: prefill, a jitted decode loop, sampling, stop strings."""

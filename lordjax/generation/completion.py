@@ -1,0 +1,161 @@
+"""Texts that continue texts: `generate` between a tokenizer's two ends, and stop strings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from lordjax.generation.decode import NOTHING, generate, stream
+from lordjax.generation.sampling import GREEDY, Sampling
+from lordjax.models.config import ModelConfig
+from lordjax.runtime.progress import Progress
+
+
+class Completion(NamedTuple):
+    """An answer.
+
+    Attributes:
+      text: up to the first stop string.
+      tokens: how many were generated.
+      reason: as of `generate.Generated`.
+    """
+
+    text: str
+    tokens: int
+    reason: str
+
+
+def complete(
+    params: Any,
+    config: ModelConfig,
+    tokenizer: Any,
+    prompts: Sequence[str | Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    stop_strings: Sequence[str] = (),
+    seed: int = 0,
+    batch_size: int = 8,
+    progress: Progress | None = None,
+) -> list[Completion]:
+    """Continues texts or their ids, those of about one length together, in the prompts' order.
+
+    A text ends before the first stop string, at the tokenizer's end-of-sequence token, or after
+    ``max_new_tokens``. What is drawn for a prompt depends on its place in the list, not on the
+    batch.
+
+    Raises:
+      ValueError: as `generate.stream`.
+    """
+    ids = [encode(tokenizer, p) if isinstance(p, str) else list(p) for p in prompts]
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    found: dict[int, Completion] = {}
+    for first in range(0, len(order), batch_size):
+        rows = order[first : first + batch_size]
+        # A last, smaller batch is filled up: another shape would be compiled again.
+        filled = [*rows, *[rows[-1]] * (batch_size - len(rows))] if first else rows
+        texts = [_Text(tokenizer, ids[i], stop_strings) for i in filled]
+        answers = generate(
+            config,
+            params,
+            [ids[i] for i in filled],
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            stop_tokens=end_tokens(tokenizer),
+            seed=seed,
+            rows=filled,
+            ended=(lambda i, tokens, texts=texts: texts[i].ended(tokens)) if stop_strings else None,
+        )
+        for i, text, answer in zip(rows, texts, answers, strict=False):
+            found[i] = Completion(text.so_far(answer.tokens), len(answer.tokens), answer.reason)
+        if progress is not None:
+            progress("generate", min(first + batch_size, len(order)), len(order))
+    return [found[i] for i in range(len(ids))]
+
+
+def pieces(
+    params: Any,
+    config: ModelConfig,
+    tokenizer: Any,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    stop_strings: Sequence[str] = (),
+    seed: int = 0,
+    chunk: int = 4,
+) -> Iterator[str]:
+    """The text that continues a prompt of ids, as it comes: for a terminal.
+
+    Raises:
+      ValueError: as `generate.stream`.
+    """
+    text, tokens, shown = _Text(tokenizer, prompt, stop_strings), [], 0
+    settings = {"max_new_tokens": max_new_tokens, "sampling": sampling, "seed": seed}
+    stops = end_tokens(tokenizer)
+    for out in stream(config, params, [prompt], **settings, stop_tokens=stops, chunk=chunk):
+        tokens += [int(token) for token in out[0] if token != NOTHING]
+        over = text.ended(tokens)
+        so_far = text.so_far(tokens)
+        # Held back: half a character, and what may become a stop string.
+        ready = so_far if over else so_far[: len(so_far) - text.uncertain(so_far)]
+        yield ready[shown:]
+        shown = max(shown, len(ready))
+        if over:
+            return
+    yield text.so_far(tokens)[shown:]
+
+
+class _Text:
+    """The text of a row's tokens."""
+
+    def __init__(self, tokenizer: Any, prompt: Sequence[int], stops: Sequence[str]):
+        self._tokenizer, self._prompt, self._stops = tokenizer, list(prompt), tuple(stops)
+        self._start = len(self._decoded([]))
+
+    def _decoded(self, tokens: list[int]) -> str:
+        # With the prompt: the first token of a text loses its space in some tokenizers.
+        return self._tokenizer.decode(
+            [*self._prompt, *tokens], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+    def _cut(self, text: str) -> str:
+        places = [place for stop in self._stops if (place := text.find(stop)) >= 0]
+        return text[: min(places, default=len(text))]
+
+    def ended(self, tokens: list[int]) -> bool:
+        """Whether a stop string has come."""
+        text = self._decoded(tokens)[self._start :]
+        return any(stop in text for stop in self._stops)
+
+    def so_far(self, tokens: list[int]) -> str:
+        """The text before the first stop string."""
+        return self._cut(self._decoded(tokens)[self._start :])
+
+    def uncertain(self, text: str) -> int:
+        """How many characters at the end of a text may change, or be the start of a stop string."""
+        longest = max((len(stop) - 1 for stop in self._stops), default=0)
+        for count in range(min(longest, len(text)), 0, -1):
+            if any(stop.startswith(text[-count:]) for stop in self._stops):
+                return count
+        return len(text) - len(text.rstrip("\ufffd"))
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """A prompt's ids; of an empty one, the token that begins (else ends) sequences.
+
+    Raises:
+      ValueError: if the prompt is empty and there is no such token.
+    """
+    ids = tokenizer(text)["input_ids"]
+    if ids:
+        return list(ids)
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if first is None:
+        raise ValueError("an empty prompt, and the tokenizer has no BOS or EOS token to begin with")
+    return [first]
+
+
+def end_tokens(tokenizer: Any) -> list[int]:
+    """The tokens that end an answer."""
+    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]

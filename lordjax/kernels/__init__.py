@@ -1,0 +1,1 @@
+"""Compressed weights as values: what may stand where a model expects a kernel."""

@@ -1,0 +1,158 @@
+"""The functional core on raw trees: any nested dict of arrays or ``nnx.State``, no model needed.
+
+Pure and jittable; callable under ``vmap``, ``jax.pmap`` and on sharded arrays.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from lordjax.allocation.plan import Size
+from lordjax.kernels import normal_float, trees
+from lordjax.kernels.base import Kernel, is_kernel
+from lordjax.kernels.low_rank import LowRank
+from lordjax.kernels.quantized import NFQuantized
+
+
+def _svd(kernel: Float[Array, "... in out"], rank: int) -> tuple[Array, Array]:
+    # Not through the Gram matrix: in float32 that loses singular values below 3e-4 of the largest.
+    u, values, v = jnp.linalg.svd(kernel, full_matrices=False)
+    return (u * values[..., None, :])[..., :rank], v[..., :rank, :]
+
+
+def _matrices(params: Any, where: str) -> set[str]:
+    """Paths of the matrices that match; raises KeyError if there are none, ValueError otherwise."""
+    leaves = trees.flatten(params)
+    chosen = set(trees.select(leaves, where))
+    wrong = [
+        f"{path} {leaves[path].shape} {leaves[path].dtype}"
+        for path in sorted(chosen)
+        if len(leaves[path].shape) < 2 or not jnp.issubdtype(leaves[path].dtype, jnp.floating)
+    ]
+    if wrong:
+        raise ValueError(
+            f"not matrices of real numbers: {', '.join(wrong)}; narrow down where={where!r}"
+        )
+    return chosen
+
+
+def factorize(
+    params: Any, *, rank: int | None = None, keep: float | None = None, where: str = "kernel$"
+) -> Any:
+    """Replaces matrices of a parameter tree by their best low-rank approximations.
+
+    Plain truncated SVD: no data. For methods that use activations see `compress`.
+
+    Args:
+      params: any pytree of arrays; matrices ``[..., in, out]``, leading axes are stacks.
+      rank: the rank, everywhere. A matrix for which that is no smaller than dense stays as it is.
+      keep: instead of ``rank``: the share of each matrix' weights to keep, in (0, 1]; 1 changes
+        nothing.
+      where: regular expression searched in the "/"-path of a leaf.
+
+    Returns:
+      A tree of the same structure with `LowRank` leaves; the input is untouched. Factors have
+      the dtype of the matrix and are computed in at least float32.
+
+    Raises:
+      KeyError: if no leaf matches ``where``; suggests paths.
+      ValueError: if a matching leaf is no real matrix or too small for ``keep``, or not exactly
+        one of rank and keep is given and in range.
+    """
+    if (rank is None) == (keep is None):
+        raise ValueError(f"give exactly one of rank and keep, got rank={rank}, keep={keep}")
+    if rank is not None and rank < 1:
+        raise ValueError(f"rank must be at least 1, got {rank}")
+    if keep is not None and not 0 < keep <= 1:
+        raise ValueError(f"keep must be in (0, 1], got {keep}")
+    chosen = _matrices(params, where)
+    small: list[str] = []
+
+    def replace(path: str, leaf: Any) -> Any:
+        if path not in chosen or isinstance(leaf, Kernel) or keep == 1:
+            return leaf
+        limit = Size.matrix(*leaf.shape[-2:]).limit
+        wanted = int(keep * limit) if keep is not None else rank or 0
+        if wanted == 0:
+            small.append(f"{path} {leaf.shape}")
+        if wanted == 0 or wanted >= limit:
+            return leaf
+        wide = leaf.astype(jnp.float32) if leaf.dtype.itemsize < 4 else leaf
+        left, right = _svd(wide, wanted)
+        return LowRank(left.astype(leaf.dtype), right.astype(leaf.dtype))
+
+    new = trees.map_with_path(replace, params)
+    if small:
+        raise ValueError(f"keep={keep} is less than rank 1 of {', '.join(small)}")
+    return new
+
+
+def encode(params: Any, form: str = "nf4", *, where: str = "kernel$") -> Any:
+    """Replaces matrices of a parameter tree by NormalFloat codes, all in one jitted pass.
+
+    No data. `materialize` decodes; for codes with a product on top and for budgets see `quantize`.
+
+    Args:
+      params: any pytree of arrays; matrices ``[..., in, out]``, leading axes are stacks.
+      form: name of the format: ``nf2``, ``nf3``, ``nf4``, ``nf8``, or with blocks, see
+        `nf.Format.parse`.
+      where: regular expression searched in the "/"-path of a leaf.
+
+    Returns:
+      A tree of the same structure with `NFQuantized` leaves; the input is untouched.
+
+    Raises:
+      KeyError: if no leaf matches ``where``; suggests paths.
+      ValueError: if a matching leaf is no real matrix, or there is no such format.
+    """
+    chosen, parsed = _matrices(params, where), normal_float.Format.parse(form)
+    leaves = {p: leaf for p, leaf in trees.flatten(params).items() if p in chosen}
+    arrays = {path: leaf for path, leaf in leaves.items() if not isinstance(leaf, Kernel)}
+    return trees.update(params, _encode_stack(arrays, parsed))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _encode_stack(arrays: dict[str, Any], form: normal_float.Format) -> dict[str, NFQuantized]:
+    return {path: NFQuantized.encode(array, form) for path, array in arrays.items()}
+
+
+def cast(a: Any, dtype: Any) -> np.ndarray:
+    """In another dtype, on the host, unless it is an index; what overflows the caller must find."""
+    a = np.asarray(a)
+    with np.errstate(over="ignore"):
+        return a if np.issubdtype(a.dtype, np.integer) else a.astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("form",))
+def quantize_jit(kernel: Any, form: normal_float.Format) -> NFQuantized:
+    """`NFQuantized.encode`, compiled once per shape and format."""
+    return NFQuantized.encode(kernel, form)
+
+
+def quantize_pair(pair: LowRank, form: normal_float.Format) -> LowRank:
+    """A factor pair as codes, on the host, of columns and rows of equal lengths.
+
+    The product allows any scaling between the two; equal lengths measured best, before all of it in
+    one factor (theory/lord_rom §2.6).
+    """
+    left, right = (np.asarray(a, np.float32) for a in (pair.left, pair.right))
+    lengths = np.linalg.norm(left, axis=-2), np.linalg.norm(right, axis=-1)
+    usable = (lengths[0] > 0) & (lengths[1] > 0)
+    root = np.sqrt(np.where(usable, lengths[1], 1) / np.where(usable, lengths[0], 1))
+    codes = (quantize_jit(a, form) for a in (left * root[..., None, :], right / root[..., None]))
+    return LowRank(*jax.device_get(tuple(codes)))
+
+
+def quantize_pairs(params: Any, form: normal_float.Format) -> Any:
+    """Parameters with all factor pairs of arrays as codes: QLoRA's base under LoRD."""
+    return jax.tree.map(
+        lambda leaf: quantize_pair(leaf, form) if isinstance(leaf, LowRank) else leaf,
+        params,
+        is_leaf=is_kernel,
+    )

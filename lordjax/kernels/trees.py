@@ -1,0 +1,135 @@
+"""Parameter trees as flat tables: "/"-paths, selection by pattern, replacement.
+
+A *path* is the keys from the root joined by "/": ``layer_0/attention/q/kernel``. A `Kernel` is one
+entry of the table, so that plans, statistics and parameters share one key space.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
+
+import jax
+
+from lordjax.kernels.base import is_kernel
+from lordjax.names import did_you_mean
+
+
+def path_str(keys: tuple[Any, ...]) -> str:
+    """A JAX key path as a "/"-path; attribute keys (an NNX variable's value) are left out."""
+    parts = []
+    for key in keys:
+        name = getattr(key, "key", getattr(key, "idx", None))
+        if name is not None:
+            parts.append(str(name))
+    return "/".join(parts)
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """``{path: leaf}`` in the tree's order, stopping at kernels.
+
+    Raises:
+      ValueError: if two leaves have the same path, as in trees of dataclasses.
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_kernel)
+    table: dict[str, Any] = {}
+    for keys, leaf in leaves:
+        path = path_str(keys)
+        if path in table:
+            raise ValueError(f"two leaves at {path!r}; expected nested dicts or an nnx.State")
+        table[path] = leaf
+    return table
+
+
+def arrays(tree: Any) -> dict[str, Any]:
+    """``{path: array}``: kernels too are taken apart (``…/kernel/low_rank/left``)."""
+    table: dict[str, Any] = {}
+    for path, leaf in flatten(tree).items():
+        table |= _parts(path, leaf) if is_kernel(leaf) else {path: leaf}
+    return table
+
+
+def _parts(path: str, kernel: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_flatten_with_path(kernel)[0]
+    return {"/".join([path, *(key.name for key in keys)]): leaf for keys, leaf in leaves}
+
+
+def split(tree: Any, paths: Collection[str]) -> tuple[Any, Any]:
+    """Two trees, of the arrays at some paths of `arrays` and of the others; None elsewhere.
+
+    Raises:
+      KeyError: if there is no array at one of the paths.
+    """
+    every = list(arrays(tree))
+    for path in paths:
+        if path not in every:
+            raise KeyError(f"no array {path!r}; {did_you_mean(path, every)}")
+    leaves, structure = jax.tree.flatten(tree)
+    inside = [path in paths for path in every]
+    halves = (
+        [leaf if chosen is part else None for leaf, chosen in zip(leaves, inside, strict=True)]
+        for part in (True, False)
+    )
+    first, second = (jax.tree.unflatten(structure, half) for half in halves)
+    return first, second
+
+
+def join(first: Any, second: Any) -> Any:
+    """Inverse of `split`."""
+    return jax.tree.map(
+        lambda a, b: b if a is None else a, first, second, is_leaf=lambda leaf: leaf is None
+    )
+
+
+def unflatten(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Inverse of `flatten` for nested dicts.
+
+    Raises:
+      ValueError: if a path is both a leaf and a branch.
+    """
+    tree: dict[str, Any] = {}
+    for path, leaf in table.items():
+        *branches, name = path.split("/")
+        node = tree
+        for branch in branches:
+            node = node.setdefault(branch, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"{path}: a part of this path is itself a leaf")
+        if name in node:
+            raise ValueError(f"{path}: occurs twice, or is a branch of another path")
+        node[name] = leaf
+    return tree
+
+
+def select(paths: Iterable[str], pattern: str) -> list[str]:
+    """The paths in which the regular expression ``pattern`` is found (``re.search``).
+
+    Raises:
+      KeyError: if there is none; suggests the closest paths.
+    """
+    paths = list(paths)
+    found = [path for path in paths if re.search(pattern, path)]
+    if not found:
+        raise KeyError(f"no parameter matches {pattern!r}; {did_you_mean(pattern, paths)}")
+    return found
+
+
+def update(tree: Any, new: Mapping[str, Any]) -> Any:
+    """A copy of ``tree`` with the leaves at the paths of ``new`` replaced. The input is untouched.
+
+    Raises:
+      KeyError: if a path of ``new`` is not in the tree.
+    """
+    unknown = set(new) - set(flatten(tree))
+    if unknown:
+        first = min(unknown)
+        raise KeyError(f"no parameter {first!r}; {did_you_mean(first, flatten(tree))}")
+    return map_with_path(lambda path, leaf: new.get(path, leaf), tree)
+
+
+def map_with_path(fn: Callable[[str, Any], Any], tree: Any) -> Any:
+    """``fn(path, leaf)`` on every leaf, kernels being leaves; any pytree, NNX state included."""
+    return jax.tree_util.tree_map_with_path(
+        lambda keys, leaf: fn(path_str(keys), leaf), tree, is_leaf=is_kernel
+    )

@@ -1,0 +1,115 @@
+"""Queries and keys: rotary pairs are selected by their score (CR)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from lordjax.methods.base import Module, ModuleFactors
+from lordjax.methods.modular.metric import (
+    Arrays,
+    bmm,
+    diagonals,
+    double,
+    dropped,
+    root_and_pseudo_inverse,
+)
+
+
+def query_key(kernels: Arrays, stats: Mapping[str, Any], *, select: bool = False) -> ModuleFactors:
+    """Orders what a head compares: rotary pairs by CR, or directions by SVD without rotation.
+
+    Args:
+      kernels: ``rope_index`` ``[k, d/2]`` says that positions are rotary.
+      stats: ``queries`` ``[h, d, d]`` and ``keys`` ``[k, d, d]`` second moments, biases included;
+        ``gates``, optional, ``[k, d/2, d/2]``: second moment of the loss' derivative by the size
+        of each rotary pair.
+      select: without rotary positions, keep columns (the paper's) instead of directions.
+    """
+    queries, keys = stats["queries"].second_moment(), stats["keys"].second_moment()
+    groups, width = keys.shape[:2]
+    queries = jnp.sum(queries.reshape(groups, -1, width, width), axis=1)
+    if "rope_index" in kernels:
+        # Of half-split pairs (i, i + d/2); the same before and after the rotation.
+        energy = [jnp.sum(diagonals(c).reshape(groups, 2, -1), axis=1) for c in (queries, keys)]
+        order, spectrum = _by_score(energy[0] * energy[1], stats.get("gates"))
+        # A step of the width is one column; an error is paid for the pair.
+        pairs = jnp.stack([spectrum, jnp.zeros_like(spectrum)], axis=1).reshape(-1)
+        return ModuleFactors(pairs, {"order": order})
+    if select:
+        order, spectrum = _by_score(diagonals(queries) * diagonals(keys), None)
+        return ModuleFactors(spectrum, {"order": order})
+    roots = [jax.vmap(root_and_pseudo_inverse)(c) for c in (queries, keys)]
+    (q_root, q_inverse), (k_root, k_inverse) = roots
+    u, values, v = jnp.linalg.svd(bmm(q_root, k_root))
+    scale = jnp.sqrt(values)[:, None]
+    maps = {"q_map": bmm(q_inverse, u) * scale, "k_map": bmm(k_inverse, v.mT) * scale}
+    errors = values**2
+    if "gates" in stats:
+        # In the loss: a direction's share of the logits' energy, of what all of them are worth.
+        worth = jnp.sum(stats["gates"].second_moment(), axis=(1, 2)) / 2
+        total = jnp.sum(errors, axis=1)
+        errors = errors * (worth / jnp.where(total > 0, total, 1))[:, None]
+    return ModuleFactors(jnp.sum(errors, axis=0), maps)
+
+
+def _by_score(
+    squares: Float[Array, "k n"], gates: Any
+) -> tuple[Int[Array, "k n"], Float[Array, "n"]]:
+    """Order by falling squared CR score in each group, and the error of dropping each place.
+
+    With gates the error is half their quadratic form: the loss to second order. Without, the
+    squared score: the error in the logits but for the products of different places.
+    """
+    order = jnp.argsort(-squares, axis=1)
+    if gates is None:
+        return order, jnp.sum(jnp.take_along_axis(squares, order, axis=1), axis=0)
+
+    def errors(fisher: Array, order: Array) -> Array:
+        return dropped(fisher[order][:, order] / 2)
+
+    return order, jnp.sum(jax.vmap(errors)(gates.second_moment(), order), axis=0)
+
+
+def narrow_query_key(kernels: Arrays, factors: ModuleFactors, width: int) -> dict[str, np.ndarray]:
+    """Queries and keys of head width ``width``."""
+    parts = factors.parts
+    host = {name: np.asarray(a) for name, a in kernels.items()}
+    names = [name for name in ("q", "k", "q_bias", "k_bias") if name in host]
+    groups, head = host["k"].shape[1:]
+
+    def grouped(name: str) -> np.ndarray:
+        """``[..., k, heads per group, d]``."""
+        a = host[name]
+        return a.reshape(*a.shape[:-2], groups, -1, head)
+
+    if "order" not in parts:
+        maps = {n: double(parts[f"{n}_map"][..., :width]) for n in ("q", "k")}
+        new = {n: double(grouped(n)) @ maps[n[0]] for n in names}
+        return {n: a.reshape(*host[n].shape[:-1], width) for n, a in new.items()}
+    order, index = np.asarray(parts["order"]), {}
+    if "rope_index" in host:
+        pairs = np.sort(order[:, : width // 2], axis=1)
+        columns = np.concatenate([pairs, pairs + head // 2], axis=1)
+        index["rope_index"] = np.take_along_axis(host["rope_index"], pairs, axis=1)
+    else:
+        columns = np.sort(order[:, :width], axis=1)
+    new = {}
+    for name in names:
+        a = grouped(name)
+        # The same columns for all heads of a group.
+        at = columns[:, None].reshape((1,) * (a.ndim - 3) + (groups, 1, width))
+        picked = np.take_along_axis(a, at, axis=-1)
+        new[name] = picked.reshape(*host[name].shape[:-1], width)
+    return new | index
+
+
+def query_key_module(needs: tuple[str, ...], **options: Any) -> Module:
+    """A `Module` of `query_key`."""
+    return Module(functools.partial(query_key, **options), narrow_query_key, needs)

@@ -1,0 +1,101 @@
+"""Values and output projection: an SVD in the context of the attention."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from lordjax.methods import linalg
+from lordjax.methods.base import Module, ModuleFactors
+from lordjax.methods.modular.metric import Arrays, bmm, double, metric, root_and_pseudo_inverse
+
+
+def value_output(kernels: Arrays, stats: Mapping[str, Any], *, fit: bool) -> ModuleFactors:
+    """Orders the directions of every value head, and fits the output projection for every width.
+
+    Args:
+      kernels: ``v`` ``[m, k, d]``, ``o`` ``[h, d, m]``, optional ``v_bias`` ``[k, d]``.
+      stats: ``moments`` `Moments` of the attention's output ``[h·d]``, or ``values`` ``[k, d, d]``
+        second moments without the bias (the paper's, which ignores where attention looks);
+        ``gradients`` as in `mlp`.
+      fit: fit the output projection to all heads at once; needs ``moments``.
+
+    Without ``fit`` the projection of each head is the truncated factor: per head, the optimum of
+    the paper's two SVDs in a form that needs only head-sized eigenproblems.
+    """
+    o = kernels["o"]
+    heads, width, out = o.shape
+    groups = kernels["v"].shape[1]
+    weigh = metric(stats)
+    whole, context = _contexts(kernels, stats, heads, groups, width)
+    weighted = weigh(o.reshape(-1, out)).reshape(groups, -1, width, out)
+    target = jnp.einsum("gjdm,gjem->gde", weighted, weighted, precision="highest")
+    square, pseudo = jax.vmap(root_and_pseudo_inverse)(context)
+    values, directions = jax.vmap(linalg.eigh_descending)(bmm(square, target, square))
+    basis, inverse = bmm(pseudo, directions), bmm(directions.mT, square)
+    norms = jnp.linalg.norm(basis, axis=1)
+    norms = jnp.where(norms > 0, norms, 1)
+    basis, inverse = basis / norms[:, None], inverse * norms[..., None]
+    turned = jnp.einsum(
+        "gde,gjem->gjdm", inverse, o.reshape(groups, -1, width, out), precision="highest"
+    ).reshape(o.shape)
+    if not fit:
+        return ModuleFactors(jnp.sum(values, axis=0), {"basis": basis, "out": turned})
+    # Ordered by direction first and head second, so that a width is a prefix.
+    each = jnp.repeat(basis, heads // groups, axis=0)
+    gram = jnp.einsum("hdr,hdje,jes->rhsj", each, whole, each, precision="highest")
+    gram = gram.reshape(heads * width, -1)
+    # Directions in which the values never go have the energy of rounding, of either sign.
+    lower, right = linalg.nested_refit(
+        gram, turned.transpose(1, 0, 2).reshape(-1, out), unit=linalg.mean_unit
+    )
+    spectrum = jnp.sum(weigh(right) ** 2, axis=1).reshape(width, heads).sum(axis=1)
+    return ModuleFactors(spectrum, {"basis": basis, "lower": lower, "right": right})
+
+
+def _contexts(
+    kernels: Arrays, stats: Mapping[str, Any], heads: int, groups: int, width: int
+) -> tuple[Any, Float[Array, "k d d"]]:
+    """Second moment of the mixed values of all heads ``[h, d, h, d]``, and summed over a group.
+
+    Attention rows sum to one, so the values' bias goes through as it is and is taken out.
+    """
+    if "moments" not in stats:
+        return None, stats["values"].second_moment()
+    moments = stats["moments"]
+    mean = moments.mean
+    if "v_bias" in kernels:
+        mean = mean - jnp.repeat(kernels["v_bias"], heads // groups, axis=0).reshape(-1)
+    whole = (moments.covariance() + jnp.outer(mean, mean)).reshape(heads, width, heads, width)
+    own = jnp.einsum("hdhe->hde", whole)
+    return whole, jnp.sum(own.reshape(groups, -1, width, width), axis=1)
+
+
+def narrow_value_output(
+    kernels: Arrays, factors: ModuleFactors, width: int
+) -> dict[str, np.ndarray]:
+    """Values and outputs of head width ``width``; the values' bias moves to the output."""
+    parts, heads = factors.parts, len(kernels["o"])
+    v, basis = double(kernels["v"]), double(parts["basis"][..., :width])
+    new = {"v": (v.transpose(1, 0, 2) @ basis).transpose(1, 0, 2)}
+    if "lower" in parts:
+        fitted = linalg.refit(parts["lower"], parts["right"], width * heads)
+        new["o"] = fitted.reshape(width, heads, -1).transpose(1, 0, 2)
+    else:
+        new["o"] = np.asarray(parts["out"])[:, :width]
+    if "v_bias" in kernels:
+        bias, o = double(kernels["v_bias"]), double(kernels["o"])
+        new["out_bias"] = np.einsum("hd,hdm->m", np.repeat(bias, heads // len(bias), axis=0), o)
+        new["v_bias"] = np.zeros((len(bias), width))
+    return new
+
+
+def value_output_module(needs: tuple[str, ...], **options: Any) -> Module:
+    """A `Module` of `value_output`."""
+    return Module(functools.partial(value_output, **options), narrow_value_output, needs)

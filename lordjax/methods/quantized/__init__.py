@@ -1,0 +1,1 @@
+"""Quantized weights with a low-rank correction: LQ-LoRA, LoftQ, QERA, GPTQ."""

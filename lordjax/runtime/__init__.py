@@ -1,0 +1,16 @@
+"""Devices, processes, progress, scheduling and operation counts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["make_mesh"]
+
+
+def __getattr__(name: str) -> Any:
+    """Loads `make_mesh` on first use, since it imports JAX."""
+    if name != "make_mesh":
+        raise AttributeError(f"module 'lordjax.runtime' has no attribute {name!r}")
+    from lordjax.runtime.mesh import make_mesh
+
+    return make_mesh

@@ -1,0 +1,1 @@
+"""Files: tensors, shards, journals of unfinished work, saved models."""

@@ -1,0 +1,229 @@
+"""A saved model: opened by its manifest, read block by block or whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors
+
+from lordjax.allocation.plan import Plan
+from lordjax.kernels import base, normal_float, trees
+from lordjax.kernels.base import Kernel
+from lordjax.kernels.kinds import KINDS, check
+from lordjax.models.config import ModelConfig
+from lordjax.models.transformer import init
+from lordjax.storage.checkpoint import FORMAT, INDEX
+from lordjax.storage.tensor_files import DTYPES
+
+
+def _kernel(kind: str, tensors: Mapping[str, Any], constants: Mapping[str, Any]) -> Kernel:
+    """A kernel from its tensors and what `_constants` wrote."""
+    if "format" in constants:
+        constants = {**constants, "format": normal_float.Format.parse(constants["format"])}
+    return KINDS[kind](**tensors, **constants)
+
+
+def assemble(arrays: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Inverse of `parts.tensors`, of all of them or of some whole kernels.
+
+    Args:
+      arrays: by the names they have on disk.
+      meta: from `describe`.
+
+    Raises:
+      ValueError: if a kernel's parts do not fit; names it.
+    """
+    tree = trees.unflatten(arrays)
+    kinds, constants = meta["kinds"], meta.get("constants", {})
+    inside = {path for path in kinds if any(name.startswith(f"{path}/") for name in arrays)}
+    for path in sorted(inside, key=len, reverse=True):  # the innermost kernels first
+        *branches, name = path.split("/")
+        node = functools.reduce(lambda at, key: at[key], branches, tree)
+        try:
+            node[name] = _kernel(kinds[path], node[name], constants.get(path, {}))
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from error
+    for path, leaf in trees.flatten(tree).items():
+        check(leaf, path)
+    return tree
+
+
+def is_compressed(path: str | os.PathLike[str]) -> bool:
+    """Whether ``path`` is a directory written by `save`."""
+    file = Path(path) / "config.json"
+    try:
+        config = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and "lordjax" in config
+
+
+def header(file: Any, name: str) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of a tensor of an open safetensors file, without reading its values.
+
+    Raises:
+      ValueError: if NumPy has no such dtype.
+    """
+    part = file.get_slice(name)
+    if part.get_dtype() not in DTYPES:
+        raise ValueError(f"{name}: dtype {part.get_dtype()}; known: {', '.join(DTYPES)}")
+    return jax.ShapeDtypeStruct(tuple(part.get_shape()), np.dtype(DTYPES[part.get_dtype()]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """An opened model directory; tensors are read when they are asked for.
+
+    A `source.Source`, so that a compressed model can be compressed again.
+    """
+
+    directory: Path
+    config: ModelConfig
+    hf_config: dict[str, Any]
+    meta: dict[str, Any]
+    files: dict[str, str]  # tensor -> file
+
+    def read(self, prefix: str = "") -> dict[str, Any]:
+        """Parameters below a "/"-path (all, if empty) as a nested dict, kernels put together.
+
+        Raises:
+          KeyError: if there are none.
+          ValueError: if a file is damaged or a kernel's parts do not fit; names them.
+        """
+
+        def below(path: str) -> bool:
+            return not prefix or f"{path}/".startswith(f"{prefix}/")
+
+        wanted = [name for name in self.files if below(name)]
+        if not wanted:
+            raise KeyError(f"{self.directory}: no parameter below {prefix!r}")
+        tree = self._tree(wanted, lambda file, name: file.get_tensor(name))
+        return functools.reduce(lambda at, key: at[key], prefix.split("/") if prefix else [], tree)
+
+    def leaves(self) -> dict[str, Any]:
+        """Parameter path -> ``ShapeDtypeStruct`` or kernel of them, from the files' headers.
+
+        Raises:
+          ValueError: as `read`.
+        """
+        return trees.flatten(self._tree(list(self.files), header))
+
+    def is_original(self) -> bool:
+        """Whether nothing is compressed: arrays in the original shapes, and no other."""
+        make = functools.partial(init, self.config)
+        original = trees.flatten(jax.eval_shape(make, jax.random.key(0)))
+        leaves = self.leaves()
+        return leaves.keys() == original.keys() and all(
+            not isinstance(leaf, Kernel) and leaf.shape == original[path].shape
+            for path, leaf in leaves.items()
+        )
+
+    def _tree(self, names: list[str], read: Callable[[Any, str], Any]) -> dict[str, Any]:
+        """The named tensors as a nested dict, parts of kernels put together."""
+        arrays = self._arrays(names, read)
+        try:
+            return assemble({name: arrays[name] for name in names}, self.meta)
+        except ValueError as error:
+            raise ValueError(f"{self.directory}: {error}") from error
+
+    def _arrays(self, names: list[str], read: Callable[[Any, str], Any]) -> dict[str, Any]:
+        """What ``read(file, name)`` gives; every file is opened once and closed again."""
+        arrays = {}
+        for file in dict.fromkeys(self.files[name] for name in names):
+            try:
+                with safetensors.safe_open(self.directory / file, framework="numpy") as handle:
+                    for name in names:
+                        if self.files[name] == file:
+                            arrays[name] = read(handle, name)
+            except (OSError, safetensors.SafetensorError) as error:
+                raise ValueError(
+                    f"{self.directory / file}: not the safetensors file it should be ({error})"
+                ) from error
+        return arrays
+
+    def block(self, i: int) -> dict[str, Any]:
+        """Nested dict of ``layer_i``."""
+        return self.read(f"layer_{i}")
+
+    def rest(self) -> dict[str, Any]:
+        """Nested dict of everything outside the blocks."""
+        tops = dict.fromkeys(name.split("/", 1)[0] for name in self.files)
+        return {top: self.read(top) for top in tops if not top.startswith("layer_")}
+
+    def params(self) -> dict[str, Any]:
+        """The whole tree."""
+        return self.read()
+
+    def file_bytes(self) -> int:
+        """Of the files that hold tensors."""
+        return sum((self.directory / file).stat().st_size for file in set(self.files.values()))
+
+    def report(self) -> dict[str, Any]:
+        """The contents of ``report.json``, empty if there is none."""
+        file = self.directory / "report.json"
+        return json.loads(file.read_text()) if file.exists() else {}
+
+    def plan(self) -> Plan | None:
+        """The plan, if there is one."""
+        file = self.directory / "plan.json"
+        return Plan.read(file) if file.exists() else None
+
+
+def open_saved(directory: str | os.PathLike[str]) -> Saved:
+    """Opens a directory written by `save`, without reading tensors.
+
+    Raises:
+      ValueError: if it is not such a directory, is of a newer format, or is incomplete.
+    """
+    directory = Path(directory)
+    if not is_compressed(directory):
+        raise ValueError(f'{directory}: no config.json with a "lordjax" entry; not written by save')
+    hf_config = json.loads((directory / "config.json").read_text())
+    meta = hf_config.pop("lordjax")
+    try:
+        if meta["format"] > FORMAT:
+            raise ValueError(
+                f"{directory}: format {meta['format']} of lordjax {meta['version']}; this version "
+                f"reads up to {FORMAT}, upgrade lordjax"
+            )
+        unknown = {kind for kind in meta["kinds"].values() if kind not in KINDS}
+        if unknown:
+            raise ValueError(
+                f"{directory}: unknown kernel kinds {sorted(unknown)}; upgrade lordjax"
+            )
+        if not all(isinstance(c, dict) for c in meta.get("constants", {}).values()):
+            raise TypeError("constants of a kernel are no table")
+        config = ModelConfig.from_json(meta["model"])
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{directory / 'config.json'}: damaged lordjax entry ({error!r})"
+        ) from error
+    try:
+        files = dict(json.loads((directory / INDEX).read_text())["weight_map"])
+        missing = sorted({f for f in files.values() if not (directory / f).is_file()})
+    except (OSError, TypeError, ValueError, KeyError) as error:
+        raise ValueError(f"{directory / INDEX}: unreadable index ({error!r})") from error
+    if missing:
+        raise ValueError(f"{directory}: files named in the index are missing: {missing}")
+    _check_parts(directory, meta, files)
+    return Saved(directory, config, hf_config, meta, files)
+
+
+def _check_parts(directory: Path, meta: Mapping[str, Any], files: Mapping[str, str]) -> None:
+    """Raises ValueError if a kernel of the directory lacks a tensor or another field."""
+    lacking, constants = [], meta.get("constants", {})
+    for path, kind in meta["kinds"].items():
+        tensors, others = base.kernel_fields(KINDS[kind])
+        there = files.keys() | meta["kinds"].keys()
+        lacking += [f"{path}/{name}" for name in tensors if f"{path}/{name}" not in there]
+        lacking += [f"{path}/{name}" for name in others if name not in constants.get(path, {})]
+    if lacking:
+        raise ValueError(f"{directory}: lacks parts of kernels: {', '.join(lacking)}")

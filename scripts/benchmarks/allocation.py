@@ -1,0 +1,99 @@
+"""The published integer programme's grid on a real model: 432 formats for every matrix.
+
+Run::
+
+    python -m lordjax.scripts.benchmarks.allocation MODEL
+
+Squared errors of every block matrix in every format of `nf.grid`, as LQ-LoRA has them; then both
+solvers at every budget, in one run. Printed: seconds, how far each is from its own bound, how far
+the bisection is from the integer programme's answer, and the bits that it used.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+BITS = "2.5,2.75,3,3.25,3.5,3.75,4,4.13"
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("model")
+@click.option("--bits", default=BITS, show_default=True)
+@click.option("--out", type=click.Path(dir_okay=False), help="JSON file of results")
+def main(model: str, bits: str, out: str | None) -> None:
+    """Times the choice of formats for MODEL."""
+    from lordjax.allocation.knapsack import SOLVERS
+    from lordjax.scripts.benchmarks.protocol import environment
+    from lordjax.scripts.opened_model import open_model
+
+    start = time.perf_counter()
+    found, count = tables(open_model(model).source)
+    built = time.perf_counter() - start
+    sizes, errors = ([getattr(t, name) for t in found] for name in ("sizes", "errors"))
+    rows: list[dict[str, Any]] = []
+    for target in bits.split(","):
+        row: dict[str, Any] = {"bits": float(target), "matrices": len(found)}
+        for name, solve in SOLVERS.items():
+            start = time.perf_counter()
+            chosen = solve(sizes, errors, float(target) * count / 8)
+            row[f"{name}_seconds"] = time.perf_counter() - start
+            row[f"{name}_error"], row[f"{name}_gap"] = chosen.error, chosen.gap
+            used = sum(size[i] for size, i in zip(sizes, chosen.index, strict=True))
+            row[f"{name}_bits"] = 8 * used / count
+        row["over_milp"] = row["bisection_error"] / row["milp_error"] - 1
+        rows.append({**row, "table_seconds": built, "environment": environment()})
+        click.echo(json.dumps(rows[-1]))
+        if out is not None:
+            Path(out).write_text(json.dumps(rows, indent=1) + "\n")
+    options = sum(len(t.options) for t in found) / len(found)
+    click.echo(
+        f"{len(found)} matrices, table in {built:.0f} s, {options:.0f} options each not beaten"
+    )
+    click.echo(markdown(rows))
+
+
+def tables(source: Any) -> tuple[list[Any], int]:
+    """Tables of all block matrices, and the number of their weights."""
+    import jax
+    import jax.numpy as jnp
+
+    from lordjax.allocation.candidates import Option, Table
+    from lordjax.kernels import normal_float, trees
+    from lordjax.methods.quantized.predicted_loss import predict
+    from lordjax.methods.quantized.weightings import Weights
+    from lordjax.models.sites import LINEAR_SITES
+
+    grid, found, count = normal_float.grid(), [], 0
+    for i in range(source.config.num_layers):
+        flat = trees.flatten(source.block(i))
+        for site in LINEAR_SITES:
+            if site.path not in flat:
+                continue
+            kernel = jnp.asarray(flat[site.path], jnp.float32)
+            errors = jax.device_get(predict(kernel, Weights(), forms=tuple(grid), ranks=(0,)))[:, 0]
+            rows = zip(grid, errors, strict=True)
+            found.append(Table.of((f.nbytes(kernel.size), e, Option(f, None)) for f, e in rows))
+            count += kernel.size
+    return found, count
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The table: a line per budget."""
+    head = ["bits", "used", "bisection s", "gap", "HiGHS s", "gap", "bisection over HiGHS"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in rows:
+        cells = [f"{row['bits']:g}", f"{row['bisection_bits']:.4f}"]
+        for name in ("bisection", "milp"):
+            cells += [f"{row[f'{name}_seconds']:.2f}", f"{100 * row[f'{name}_gap']:.4f} %"]
+        cells.append(f"{100 * row['over_milp']:.4f} %")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

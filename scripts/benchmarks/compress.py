@@ -1,0 +1,237 @@
+"""Perplexity, time and memory of every method at several budgets.
+
+Run::
+
+    python -m lordjax.scripts.benchmarks.compress MODEL --data DIR --out results.json
+
+``DIR`` holds ``calib_<domain>.npy`` and ``eval_<domain>.npy``, token ids ``[windows, length]``.
+A budget is the share of the block weights that stays, ``0.8``, or that and the format of the
+factors' codes, ``0.8:nf8``. Every method runs in a process of its own, so that peak memory is its
+own. Results are appended to the JSON file as they come; ``--table results.json`` prints the
+markdown table again.
+
+Share of peak: the operations that calibration and decomposition must cost
+(`lordjax.forecast.low_rank_cost`) over their time, as a share of the best float32 matmul rate that
+was measured in the same process.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+PREPARES = ("gradients", "statistics", "factors")  # stages of `lordjax.prepare`
+DEFAULT_METHODS = (
+    "svd,fwsvd,asvd,svd-llm,lord-affine,lord-centred,lord-linear,lord,rom,"
+    "modegpt,modegpt-cr,modegpt-published,modegpt-slice,modegpt-random"
+)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("model", required=False)
+@click.option("--data", type=click.Path(exists=True, file_okay=False), help="token arrays")
+@click.option("--domains", default="wikitext2,pystdlib", show_default=True)
+@click.option("--methods", default=DEFAULT_METHODS, show_default=True, help="NAME or NAME:POLICY")
+@click.option("--keeps", default="0.9,0.8,0.7,0.6,0.5", show_default=True, help="X or X:FACTORS")
+@click.option("--calibration-windows", default=64, show_default=True)
+@click.option("--windows", default=8, show_default=True, help="evaluation windows")
+@click.option("--time-forward", is_flag=True, help="also time the calibration's forward passes")
+@click.option("--out", type=click.Path(dir_okay=False), help="JSON file of results")
+@click.option("--table", type=click.Path(exists=True, dir_okay=False), help="print and stop")
+@click.option("--one", hidden=True, type=click.Path(dir_okay=False), help="worker: write here")
+def main(
+    model: str | None,
+    data: str | None,
+    domains: str,
+    methods: str,
+    keeps: str,
+    calibration_windows: int,
+    windows: int,
+    time_forward: bool,
+    out: str | None,
+    table: str | None,
+    one: str | None,
+) -> None:
+    """Measures every method × keep × domain on MODEL."""
+    if table is not None:
+        click.echo(markdown(json.loads(Path(table).read_text())))
+        return
+    if model is None or data is None:
+        raise click.UsageError("MODEL and --data are needed; see --help")
+    budgets = keeps.split(",")
+    if one is not None:
+        row = measure(
+            model, Path(data), domains, methods, budgets, calibration_windows, windows, time_forward
+        )
+        Path(one).write_text(json.dumps(row))
+        return
+    rows: list[dict[str, Any]] = []
+    for domain in domains.split(","):
+        for method in methods.split(","):
+            rows.append(
+                _in_process(
+                    model, data, domain, method, keeps, calibration_windows, windows, time_forward
+                )
+            )
+            click.echo(json.dumps({k: rows[-1][k] for k in ("domain", "method", "perplexity")}))
+            if out is not None:
+                Path(out).write_text(json.dumps(rows, indent=1) + "\n")
+    click.echo(markdown(rows))
+
+
+def _in_process(
+    model: str,
+    data: str,
+    domain: str,
+    method: str,
+    keeps: str,
+    calibration: int,
+    windows: int,
+    time_forward: bool,
+) -> dict[str, Any]:
+    """One method and domain in a fresh process."""
+    with tempfile.TemporaryDirectory() as directory:
+        result = Path(directory) / "row.json"
+        flags = {
+            "--data": data,
+            "--domains": domain,
+            "--methods": method,
+            "--keeps": keeps,
+            "--calibration-windows": calibration,
+            "--windows": windows,
+            "--one": result,
+        }
+        words = [str(word) for pair in flags.items() for word in pair]
+        words += ["--time-forward"] if time_forward else []
+        command = [sys.executable, "-m", "lordjax.scripts.benchmarks.compress", model, *words]
+        subprocess.run(command, check=True)
+        return json.loads(result.read_text())
+
+
+def measure(
+    model: str,
+    data: Path,
+    domain: str,
+    method: str,
+    keeps: list[str],
+    calibration_windows: int,
+    windows: int,
+    time_forward: bool,
+) -> dict[str, Any]:
+    """Prepares a method once and evaluates every budget."""
+    import jax
+
+    from lordjax.compression.low_rank import prepare
+    from lordjax.evaluate import perplexity
+    from lordjax.forecast import machine_rates
+    from lordjax.scripts.benchmarks.protocol import environment, protocol_tokens
+    from lordjax.scripts.opened_model import open_model
+
+    opened = open_model(model)
+    tokens, held_out = protocol_tokens(data, domain, calibration_windows, windows)
+    name, _, policy = method.partition(":")
+    peak = machine_rates.matmul_rate(2048)
+    forward = _forward_seconds(opened.source, tokens) if time_forward else None
+    start = time.perf_counter()
+    prepared = prepare(opened.source, tokens, method=name, allocation=policy or None)
+    seconds = time.perf_counter() - start
+    peak = max(
+        peak, machine_rates.matmul_rate(2048)
+    )  # a shared machine is not equally fast all the time
+    cost = _cost(opened.config, prepared, tokens.shape)
+    row: dict[str, Any] = {
+        "domain": domain,
+        "method": method,
+        "perplexity": {},
+        "kept": {},
+        "bytes": {},
+        "gap": {},
+        "apply_seconds": {},
+        "prepare_seconds": seconds,
+        "forward_seconds": forward,
+        "stages": dict(prepared.report["seconds"]),
+        "matmul_peak_flops": peak,
+        "share_of_peak": cost / seconds / peak if cost else None,
+    }
+    for keep in keeps:
+        start = time.perf_counter()
+        share, _, factors = keep.partition(":")
+        result = prepared.compress(float(share), policy or None, factors=factors or None)
+        row["apply_seconds"][keep] = time.perf_counter() - start
+        if keep == keeps[0]:  # later budgets would count the evaluation of the earlier ones
+            row["peak_rss_bytes"] = result.report["peak_rss_bytes"]
+        row["kept"][keep] = result.report["plan"]["kept"]
+        row["bytes"][keep] = result.report["bytes"]
+        row["gap"][keep] = result.plan.gap
+        jax.clear_caches()  # a compiled model per budget would pile up
+        measured = perplexity(result.config, result.params, held_out)
+        row["perplexity"][keep] = measured["perplexity"]
+        row["protocol"] = measured["protocol"]
+    row["environment"] = {**environment(), "calibration": list(tokens.shape)}
+    return row
+
+
+def _forward_seconds(source: Any, tokens: Any) -> float:
+    """Calibration's forward passes without any statistics, compilation included."""
+    import jax
+
+    from lordjax.calibration.calibration_set import Calibration
+    from lordjax.calibration.forward_pass import block_statistics, hidden_states, on_device
+    from lordjax.calibration.observers import windows_per_step
+
+    start = time.perf_counter()
+    calibration = Calibration(tokens, None, windows_per_step(*tokens.shape))
+    states = hidden_states(source, calibration)
+    for i in range(source.config.num_layers):
+        block = on_device(source.block(i))
+        block_statistics(block, i, states, calibration, (), {}, source.config)
+    jax.block_until_ready(states)
+    return time.perf_counter() - start
+
+
+def _cost(config: Any, prepared: Any, shape: tuple[int, int]) -> float | None:
+    """Operations that `prepare` must spend; None if it only collected what it was not asked for."""
+    from lordjax.forecast.job import Job
+    from lordjax.forecast.low_rank_cost import recomputed, stages
+    from lordjax.runtime import flops
+
+    if not prepared.factors:
+        return None
+    policy = "block-influence" if prepared.influences else None
+    job = Job(config, prepared.method, *shape, policy, prepared.prefix)
+    work = stages(job)
+    return sum(flops.total(work[name]) for name in PREPARES if name in work) - recomputed(job)
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The table: a line per domain and method."""
+    keeps = list(rows[0]["perplexity"])
+    head = ["domain", "method", *(f"keep {k}" for k in keeps), "prepare s", "peak RSS", "of peak"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in rows:
+        share = row["share_of_peak"]
+        cells = [
+            row["domain"],
+            f"`{row['method']}`",
+            *(_number(row["perplexity"][k]) for k in keeps),
+            f"{row['prepare_seconds']:.0f}",
+            f"{row['peak_rss_bytes'] / 1e9:.2f} GB",
+            "-" if share is None else f"{100 * share:.0f} %",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _number(value: float) -> str:
+    return f"{value:.2f}" if value < 1e4 else f"{value:.1e}"
+
+
+if __name__ == "__main__":
+    main()

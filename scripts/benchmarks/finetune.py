@@ -1,0 +1,285 @@
+"""Fine-tuning measured: speed beside PEFT, what it recovers, and the memory of a step.
+
+Run::
+
+    python -m lordjax.scripts.benchmarks.finetune speed MODEL --data DIR
+    python -m lordjax.scripts.benchmarks.finetune recovery MODEL --data DIR --cases CASES
+    python -m lordjax.scripts.benchmarks.finetune memory CONFIG
+
+``DIR`` holds ``calib_<domain>.npy`` and ``eval_<domain>.npy`` (as for `benchmark_compress`).
+
+*speed*: seconds of a step of LoRA on the linear layers of all blocks, in float32, here and with
+PEFT in PyTorch, in turn in one process; here with rematerialisation, too, and over NF4 codes.
+
+*recovery*: perplexity on the evaluation windows before and after so many steps on the calibration
+windows. A case is ``what:recipe``: *what* is ``dense``, a method and the share that stays
+(``modegpt@0.7``), or codes of 3 bits: ``nf3``, ``lq3`` (data-free, rank 32), ``loftq3`` (one
+alternation).
+
+*memory*: bytes of a compiled step of QLoRA over NF4, from shapes, before and after LoRD with the
+rank of its largest cut of StarCoder, and what `lordjax.finetune.memory.predict` says of it.
+Nothing is allocated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+BITS3 = "nf3"
+RANK = 32
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Measures fine-tuning."""
+
+
+@main.command()
+@click.argument("model")
+@click.option("--data", type=click.Path(exists=True, file_okay=False), required=True)
+@click.option("--domain", default="wikitext2", show_default=True)
+@click.option("--batch", default=4, show_default=True)
+@click.option("--seq-len", default=512, show_default=True)
+@click.option("--repeats", default=5, show_default=True)
+@click.option("--rank", default=RANK, show_default=True)
+def speed(
+    model: str, data: str, domain: str, batch: int, seq_len: int, repeats: int, rank: int
+) -> None:
+    """Seconds of a step, here and with PEFT."""
+    from lordjax.scripts.benchmarks.protocol import environment, protocol_tokens
+    from lordjax.scripts.opened_model import open_model
+
+    opened = open_model(model)
+    tokens = protocol_tokens(data, domain, batch, 1)[0][:, :seq_len]
+    with tempfile.TemporaryDirectory() as folder:
+        runs = {
+            "ours": _our_steps(opened, tokens, "lora", rank, remat=False),
+            "ours, remat": _our_steps(opened, tokens, "lora", rank, remat=True),
+            "ours over NF4": _our_steps(opened, tokens, "qlora", rank, remat=False),
+            "peft": _their_steps(opened, tokens, rank, Path(folder) / "dense"),
+        }
+        first, seconds = {}, {name: [] for name in runs}
+        for name, run in runs.items():
+            start = time.perf_counter()
+            next(run)
+            first[name] = time.perf_counter() - start
+        for _ in range(repeats):
+            for name, run in runs.items():
+                start = time.perf_counter()
+                next(run)
+                seconds[name].append(time.perf_counter() - start)
+    found = {name: statistics.median(times) for name, times in seconds.items()}
+    click.echo("| step | first s | s | tokens/s | of PEFT's |\n|---|---|---|---|---|")
+    for name, took in found.items():
+        rate, ratio = tokens.size / took, found["peft"] / took
+        click.echo(f"| {name} | {first[name]:.1f} | {took:.2f} | {rate:.0f} | {ratio:.2f} |")
+    click.echo(json.dumps({**environment(), "batch": batch, "seq_len": seq_len, "rank": rank}))
+
+
+def _our_steps(opened: Any, tokens: Any, recipe: str, rank: int, *, remat: bool) -> Any:
+    import numpy as np
+
+    from lordjax.data.examples import Examples, next_tokens
+    from lordjax.finetune import recipes, step
+
+    settings = step.Settings(10_000, len(tokens), remat=remat)
+    row = recipes.changed(recipes.named(recipe), rank=rank)
+    begun = step.begin(opened.config, opened.params(), row, settings)
+    examples = Examples(tokens, next_tokens(tokens, np.ones(tokens.shape, bool)))
+    start = (begun.state, begun.frozen, examples, begun.optimizer, settings)
+    return step.run(opened.config, *start)
+
+
+def _their_steps(opened: Any, tokens: Any, rank: int, directory: Path) -> Any:
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from lordjax.conversions.exporters.export import export
+
+    export(opened.source, directory, "dense", dtype="float32")
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    lora = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear")
+    model = peft.get_peft_model(model, lora).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    adam = torch.optim.AdamW(trained, lr=2e-4, weight_decay=0.0)
+    ids = torch.as_tensor(tokens).long()
+    while True:
+        loss = model(ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        adam.step()
+        adam.zero_grad()
+        yield loss.item()
+
+
+@main.command()
+@click.argument("model")
+@click.option("--data", type=click.Path(exists=True, file_okay=False), required=True)
+@click.option("--domain", default="pystdlib", show_default=True)
+@click.option("--cases", required=True, help="separated by commas")
+@click.option("--steps", default=50, show_default=True)
+@click.option("--batch", default=8, show_default=True)
+@click.option("--seq-len", default=512, show_default=True)
+@click.option("--calibration-windows", default=16, show_default=True, help="to compress with")
+@click.option("--windows", default=4, show_default=True, help="evaluation windows")
+@click.option("--learning-rate", type=float, help="[default: the recipe's]")
+@click.option("--distill", default=0.0, show_default=True, help="weight of the original model")
+@click.option("--out", type=click.Path(dir_okay=False), help="JSON file of results")
+def recovery(
+    model: str,
+    data: str,
+    domain: str,
+    cases: str,
+    calibration_windows: int,
+    windows: int,
+    out: str | None,
+    **options: Any,
+) -> None:
+    """Perplexity before and after training."""
+    from lordjax.scripts.benchmarks.protocol import environment, protocol_tokens
+    from lordjax.scripts.opened_model import open_model
+
+    opened = open_model(model)
+    tokens, held_out = protocol_tokens(data, domain, 10**6, windows)
+    results: dict[str, Any] = {"environment": environment(), "settings": options, "rows": []}
+    click.echo(
+        "| case | bytes | before | after | trained on tokens | s |\n|---|---|---|---|---|---|"
+    )
+    for case in cases.split(","):
+        what, recipe = case.split(":")
+        params = _compressed(opened, what, tokens[:calibration_windows])
+        row = _recovered(opened, params, recipe, tokens, held_out, **options)
+        results["rows"].append({"case": case, **row})
+        click.echo(
+            f"| {case} | {row['bytes'] / 1e6:.0f} MB | {row['before']:.2f} | {row['after']:.2f} "
+            f"| {row['tokens']} | {row['seconds']:.0f} |"
+        )
+        if out is not None:
+            Path(out).write_text(json.dumps(results, indent=1) + "\n")
+
+
+def _compressed(opened: Any, what: str, tokens: Any) -> Any:
+    from lordjax.compression.low_rank import compress
+    from lordjax.compression.quantized import quantize
+    from lordjax.kernels.convert import encode
+
+    if what == "dense":
+        return opened.params()
+    if what == "nf3":
+        return encode(opened.params(), BITS3, where=r"layer_\d+/.*/kernel$")
+    if what in ("lq3", "loftq3"):
+        steps = 1 if what == "loftq3" else 10
+        made = quantize(opened.source, None, method="lq", form=BITS3, rank=RANK, steps=steps)
+        return made.params
+    method, _, keep = what.partition("@")
+    return compress(opened.source, tokens, method=method, keep=float(keep)).params
+
+
+def _recovered(
+    opened: Any,
+    params: Any,
+    recipe: str,
+    tokens: Any,
+    held_out: Any,
+    *,
+    steps: int,
+    batch: int,
+    seq_len: int,
+    learning_rate: float | None,
+    distill: float,
+) -> dict[str, Any]:
+    import numpy as np
+
+    from lordjax.data.examples import Examples, next_tokens
+    from lordjax.evaluate import perplexity
+    from lordjax.finetune import adapters, recipes, step
+    from lordjax.kernels.base import nbytes
+    from lordjax.kernels.kinds import astype
+
+    start = time.perf_counter()
+    config, params = opened.config, astype(params, "float32")
+    rows = tokens[:, : tokens.shape[1] // seq_len * seq_len].reshape(-1, seq_len)
+    examples = Examples(rows, next_tokens(rows, np.ones(rows.shape, bool)))
+    settings = step.Settings(steps, batch, distill=distill)
+    row = recipes.changed(recipes.named(recipe), learning_rate=learning_rate)
+    teacher = opened.params() if distill else None
+    begun = step.begin(config, params, row, settings)
+    given = (begun.state, begun.frozen, examples, begun.optimizer, settings)
+    state, losses = begun.state, []
+    for state, metrics in step.run(config, *given, teacher=teacher):  # noqa: B007
+        losses.append(metrics["nll"])
+    after = adapters.merge(step.joined(state.params, begun.params, begun.paths))
+    found = [perplexity(config, p, held_out)["perplexity"] for p in (begun.params, after)]
+    return {
+        "bytes": nbytes(after),
+        "before": found[0],
+        "after": found[1],
+        "tokens": steps * batch * seq_len,
+        "losses": losses,
+        "recipe": dataclasses.asdict(row),
+        "seconds": time.perf_counter() - start,
+    }
+
+
+@main.command()
+@click.argument("config")
+@click.option("--batch", default=2, show_default=True)
+@click.option("--seq-len", default=512, show_default=True)
+@click.option("--rank", default=16, show_default=True)
+@click.option("--dtype", default="bfloat16", show_default=True)
+@click.option("--ranks", default="mlp/up=2304", show_default=True, help="as of lordjax plan")
+def memory(config: str, batch: int, seq_len: int, rank: int, dtype: str, ranks: str) -> None:
+    """Bytes of a step of QLoRA, before and after a cut."""
+    import jax
+
+    from lordjax.allocation import policies
+    from lordjax.allocation.plan import Plan
+    from lordjax.compression.site_factors import site_sizes
+    from lordjax.conversions.readers.checkpoint import read_config
+    from lordjax.finetune import memory as sizes
+    from lordjax.finetune import recipes
+    from lordjax.finetune.step import Settings
+    from lordjax.forecast import shapes as sizing
+    from lordjax.kernels.kinds import astype
+    from lordjax.scripts.benchmarks.protocol import environment
+
+    model = read_config(config)[1]
+    cut = {name: int(r) for name, r in (part.split("=") for part in ranks.split(","))}
+    chosen = policies.ranks_by_pattern(site_sizes(sizing.shapes(model), "lord"), cut)
+    plans = {"dense": dict.fromkeys(chosen), "LoRD": chosen}
+    recipe = recipes.changed(recipes.named("qlora"), rank=rank)
+    settings = Settings(1, batch, dtype=dtype)
+    click.echo("| model | base | trained | predicted | compiled | arguments | temporaries |")
+    click.echo("|---|---|---|---|---|---|---|")
+    totals = []
+    for name, planned in plans.items():
+        shapes = sizing.outline(model, Plan("lord", planned, None, policies.GIVEN))
+        shapes = jax.eval_shape(lambda tree: astype(tree, dtype), shapes)
+        said = sizes.predict(model, shapes, recipe, settings, seq_len)
+        found = sizes.compiled(model, shapes, recipe, settings, seq_len)
+        totals.append((said, found))
+        cells = [said["base"], said["trained"], said["total"], found["total"]]
+        cells += [found["arguments"], found["temporaries"]]
+        click.echo(f"| {name} | " + " | ".join(f"{c / 1e9:.3f} GB" for c in cells) + " |")
+    saved = [
+        1 - b / a
+        for a, b in (
+            (totals[0][0]["base"], totals[1][0]["base"]),
+            (totals[0][1]["total"], totals[1][1]["total"]),
+        )
+    ]
+    click.echo(f"saved: {saved[0]:.1%} of the base, {saved[1]:.1%} of the compiled step")
+    click.echo(json.dumps({**environment(), "batch": batch, "seq_len": seq_len, "rank": rank}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Products with quantised matrices: time, share of the memory's speed, errors.
+
+Run::
+
+    python -m lordjax.scripts.benchmarks.kernels                    on a GPU or a CPU
+    python -m lordjax.scripts.benchmarks.kernels --interpret        the GPU kernel, small shapes
+
+Per shape and number of rows: the dense product, XLA's product with the whole decoded matrix, and on
+a CPU the product in tiles, on a GPU the kernel with the fastest of its tiles. Microseconds of one
+product; bytes that must be read and written, per second, as a share of what a copy of much more
+reaches (what fits a cache is read faster); distance from the product with the materialised matrix
+in float32, relative to that. Interpreted, times say nothing of a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import Any
+
+import click
+
+LLAMA_2_7B = "4096x4096,4096x11008,11008x4096"
+SMALL = "128x96,96x128"
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--shapes", help=f"INxOUT, separated by commas  [default: {LLAMA_2_7B}]")
+@click.option("--rows", help="of x  [default: 1,32,1024; interpreted: 1,20]")
+@click.option("--format", "form", default="nf4", show_default=True, help="of the matrix")
+@click.option("--rank", default=0, show_default=True, help="of a low-rank product beside it")
+@click.option("--dtype", default="bfloat16", show_default=True)
+@click.option("--interpret", is_flag=True, help="the kernel, where there is no GPU")
+@click.option("--json", "as_json", is_flag=True)
+def main(
+    shapes: str | None,
+    rows: str | None,
+    form: str,
+    rank: int,
+    dtype: str,
+    interpret: bool,
+    as_json: bool,
+) -> None:
+    """Times products with quantised matrices."""
+    from lordjax.scripts.benchmarks.protocol import environment
+
+    pairs = _numbers(shapes or (SMALL if interpret else LLAMA_2_7B))
+    counts = [count for (count,) in _numbers(rows or ("1,20" if interpret else "1,32,1024"))]
+    speed = bandwidth(2**22 if interpret else 2**29)
+    facts = {**environment(), "format": form, "rank": rank, "dtype": dtype, "interpret": interpret}
+    facts["copied_gb_per_second"] = round(speed / 1e9, 1)
+    found = [
+        row
+        for shape in pairs
+        for count in counts
+        for row in measure(shape, count, form, rank, dtype, interpret)
+    ]
+    found = [{**row, "share": row["bytes"] / row["seconds"] / speed} for row in found]
+    if as_json:
+        click.echo(json.dumps({"products": found, "environment": facts}, indent=1))
+        return
+    click.echo(json.dumps(facts) + "\n")
+    click.echo("| in x out | rows | product | µs | of memory's speed | error |")
+    click.echo("|---|---|---|---|---|---|")
+    for row in found:
+        cells = (row["shape"], row["rows"], row["product"], f"{1e6 * row['seconds']:.1f}")
+        cells = (*cells, f"{100 * row['share']:.0f} %", f"{row['error']:.1e}")
+        click.echo(f"| {' | '.join(map(str, cells))} |")
+
+
+def _numbers(text: str) -> list[tuple[int, ...]]:
+    """``1x2,3x4`` as ``[(1, 2), (3, 4)]``."""
+    try:
+        return [tuple(int(number) for number in part.split("x")) for part in text.split(",")]
+    except ValueError as error:
+        raise click.ClickException(f"{text!r}: expected numbers such as 128x96,96x128") from error
+
+
+def bandwidth(size: int) -> float:
+    """Bytes per second, read and written, of a copy of ``size`` bytes."""
+    import jax.numpy as jnp
+
+    from lordjax.kernels.nf_gpu_autotune import seconds
+
+    x = jnp.zeros(size // 4, jnp.float32)
+    return 2 * size / seconds(lambda x, one: x + one, x, [jnp.float32(1)])
+
+
+def measure(
+    shape: tuple[int, ...], rows: int, form: str, rank: int, dtype: str, interpret: bool
+) -> list[dict[str, Any]]:
+    """A row per way to compute the product."""
+    import jax
+    import jax.numpy as jnp
+
+    from lordjax.kernels import nf_gpu, nf_gpu_autotune, normal_float
+    from lordjax.kernels.base import materialize, nbytes
+    from lordjax.kernels.base import matmul as product
+    from lordjax.kernels.low_rank import LowRank
+    from lordjax.kernels.quantized import LowRankPlusQuantized, NFQuantized
+
+    keys = jax.random.split(jax.random.key(0), 4)
+    x = jax.random.normal(keys[0], (rows, shape[0]), dtype)
+    quantized = NFQuantized.encode(
+        jax.random.normal(keys[1], shape), normal_float.Format.parse(form)
+    )
+    low_rank = None
+    if rank:
+        factors = [(keys[2], (shape[0], rank)), (keys[3], (rank, shape[1]))]
+        low_rank = LowRank(*(jax.random.normal(key, size, dtype) for key, size in factors))
+    w = materialize(quantized)
+    w = w if low_rank is None else w + materialize(low_rank).astype(w.dtype)
+    exact = jnp.matmul(x.astype(w.dtype), w, precision="highest")
+    dense = w.astype(dtype)
+
+    moved = x.nbytes + rows * shape[1] * x.dtype.itemsize
+    packed = nbytes((quantized, low_rank)) + moved
+    copies = [dense] if interpret else [dense + i for i in range(4)]
+    ways = [
+        ("dense", nf_gpu_autotune.seconds(jnp.matmul, x, copies), dense.nbytes + moved, x @ dense)
+    ]
+    if interpret or jax.default_backend() == "gpu":
+        times = nf_gpu_autotune.measure(nf_gpu_autotune.Case.of(x, quantized, low_rank), interpret)
+        ways.append(("XLA", times.pop(None), packed, nf_gpu.decoded(x, quantized, low_rank)))
+        tile = min(times, key=lambda tile: times[tile])
+        y = nf_gpu.matmul(x, quantized, low_rank, tile=tile, interpret=interpret)
+        ways.append((str(tile), times[tile], packed, y))
+    else:
+        kernel = quantized if low_rank is None else LowRankPlusQuantized(quantized, low_rank)
+        whole = functools.partial(_whole, low_rank)
+        for name, way, operand in (("whole", whole, quantized), ("in tiles", product, kernel)):
+            ways.append((name, nf_gpu_autotune.seconds(way, x, [operand]), packed, way(x, operand)))
+    return [
+        {
+            "shape": "x".join(map(str, shape)),
+            "rows": rows,
+            "product": name,
+            "seconds": time,
+            "bytes": size,
+            "error": float(jnp.linalg.norm(y.astype(w.dtype) - exact) / jnp.linalg.norm(exact)),
+        }
+        for name, time, size, y in ways
+    ]
+
+
+def _whole(low_rank: Any, x: Any, quantized: Any) -> Any:
+    """The product with the whole decoded matrix."""
+    from lordjax.kernels import nf_gpu
+
+    return nf_gpu.decoded(x, quantized, low_rank)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""Errors, perplexity, size and time of quantised models.
+
+Run::
+
+    python -m lordjax.scripts.benchmarks.quantize MODEL --data DIR --out results.json
+
+``DIR`` is as for `benchmark_compress`. A *case* is
+``METHOD[:RANK][:WEIGHTING][:FACTORS][:no-feedback]@BUDGET``, factors being a format, the budget
+bits per weight or a format: ``nf@nf4``, ``lq:32:both@3.5``, ``lq:8:both:nf8@3.4``, ``auto@4.13``.
+Printed and written per case and domain: bits per block weight of codes, scales and factors
+together, errors relative to the weights and to the layers' outputs on calibration data (root of
+squared sums over all matrices), perplexity, and seconds for the choice and for the decomposition.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+BITS = ("4", "3.5", "3.25", "3", "2.75", "2.5")
+RANKS = (0, 16, 32, 64)
+
+
+def default_cases() -> list[str]:
+    """Every budget at every rank, data-free and weighted; and one budget for both."""
+    grid = itertools.product(("none", "both"), RANKS, BITS)
+    ranked = [f"{'lq:' + str(r) if r else 'nf'}:{w}@{b}" for w, r, b in grid]
+    fixed = ["nf@nf4", "nf@nf3", "lq:32@nf4", "lq:32@nf3"]
+    return [*fixed, *ranked, *(f"auto@{b}" for b in ("4.13", "3.6", "3.13", *BITS[1:]))]
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("model")
+@click.option("--data", required=True, type=click.Path(exists=True, file_okay=False))
+@click.option("--domains", default="wikitext2,pystdlib", show_default=True)
+@click.option("--cases", help="separated by commas  [default: the whole grid]")
+@click.option("--calibration-windows", default=64, show_default=True)
+@click.option("--windows", default=8, show_default=True, help="evaluation windows")
+@click.option("--out", type=click.Path(dir_okay=False), help="JSON file of results")
+def main(
+    model: str,
+    data: str,
+    domains: str,
+    cases: str | None,
+    calibration_windows: int,
+    windows: int,
+    out: str | None,
+) -> None:
+    """Measures quantised forms of MODEL."""
+    from lordjax.scripts.benchmarks.protocol import environment, protocol_tokens
+    from lordjax.scripts.opened_model import open_model
+
+    opened, rows = open_model(model), []
+    for domain in domains.split(","):
+        tokens, held_out = protocol_tokens(data, domain, calibration_windows, windows)
+        judge = _moments(opened.source, tokens)
+        gradients = functools.cache(functools.partial(_prepare, opened.source, tokens))
+        quantizers = functools.cache(functools.partial(_quantizer, gradients))
+        for case in cases.split(",") if cases else default_cases():
+            row = {"domain": domain, "case": case, **measure(quantizers, judge, held_out, case)}
+            rows.append({**row, "environment": environment()})
+            click.echo(json.dumps(row))
+            if out is not None:
+                Path(out).write_text(json.dumps(rows, indent=1) + "\n")
+    click.echo(markdown(rows))
+
+
+def _moments(source: Any, tokens: Any) -> dict[str, Any]:
+    """Site path -> second moment of its inputs, on the host."""
+    import numpy as np
+
+    from lordjax.compression.quantized import prepare_quantized
+    from lordjax.models.sites import site_path
+    from lordjax.runtime.progress import Clock
+
+    prepared = prepare_quantized(source, tokens, method="nf", weighting="input")
+    found = {}
+    for i, sites, matrix in prepared.walk(Clock(None), "moments", lambda _: False):
+        found |= {site_path(i, site): np.asarray(matrix(site)[1].inputs) for site in sites}
+    return found
+
+
+def _prepare(source: Any, tokens: Any, weighting: str) -> tuple[Any, float]:
+    """A `Quantizer` with the gradients of a weighting, and the seconds they took."""
+    from lordjax.compression.quantized import prepare_quantized
+
+    start = time.perf_counter()
+    prepared = prepare_quantized(source, tokens, method="nf", weighting=weighting)
+    return prepared, time.perf_counter() - start
+
+
+def _quantizer(gradients: Any, what: str) -> tuple[Any, float]:
+    """The `Quantizer` of a case, and the seconds that its gradients took."""
+    from lordjax.allocation.candidates import QUANTIZERS
+    from lordjax.kernels import normal_float
+    from lordjax.methods.quantized.weightings import WEIGHTINGS
+
+    method, *options = what.split(":")
+    row = QUANTIZERS[method]
+    weighting = next((option for option in options if option in WEIGHTINGS), row.weighting)
+    factors = next((option for option in options if option.startswith("nf")), row.factors)
+    rank = next((int(option) for option in options if option.isdigit()), row.rank)
+    prepared, seconds = gradients(weighting)
+    form = None if factors is None else normal_float.Format.parse(factors)
+    feedback = prepared.feedback and "no-feedback" not in options
+    new = {"method": method, "rank": rank, "factors": form, "feedback": feedback}
+    return dataclasses.replace(prepared, **new), seconds
+
+
+def measure(quantizers: Any, judge: dict[str, Any], held_out: Any, case: str) -> dict[str, Any]:
+    """One row."""
+    import jax
+
+    from lordjax.evaluate import perplexity
+    from lordjax.kernels import normal_float
+
+    what, budget = case.split("@")
+    quantizer, seconds = quantizers(what)
+    start = time.perf_counter()
+    if budget.startswith("nf"):
+        plan = quantizer.uniform(normal_float.Format.parse(budget), quantizer.rank)
+    else:
+        plan = quantizer.plan(bits=float(budget))
+    chosen = time.perf_counter()
+    result = quantizer.apply(plan)
+    done = time.perf_counter()
+    weights, outputs = errors(quantizer.source, result.params, judge)
+    jax.clear_caches()  # a compiled model per case would pile up
+    return {
+        "bits": result.report["plan"]["bits_per_weight"],
+        "gap": plan.gap,
+        "weight_error": weights,
+        "output_error": outputs,
+        "perplexity": perplexity(result.config, result.params, held_out)["perplexity"],
+        "gradient_seconds": seconds,
+        "choice_seconds": chosen - start,
+        "decomposition_seconds": done - chosen,
+        "peak_rss_bytes": result.report["peak_rss_bytes"],
+    }
+
+
+def errors(source: Any, params: Any, judge: dict[str, Any]) -> tuple[float, float]:
+    """Relative errors of the weights and of the layers' outputs, over all matrices."""
+    import numpy as np
+
+    from lordjax.kernels import trees
+    from lordjax.kernels.base import materialize
+
+    sums = np.zeros(4)
+    for i in range(source.config.num_layers):
+        dense, new = trees.flatten(source.block(i)), trees.flatten(params[f"layer_{i}"])
+        for path in dense:
+            if f"layer_{i}/{path}" in judge:
+                moment = judge[f"layer_{i}/{path}"]
+                kernel = np.asarray(dense[path], np.float32)
+                error = kernel - np.asarray(materialize(new[path]), np.float32)
+                sums += [
+                    np.vdot(error, error),
+                    np.vdot(kernel, kernel),
+                    np.vdot(error, moment @ error),
+                    np.vdot(kernel, moment @ kernel),
+                ]
+    return math.sqrt(sums[0] / sums[1]), math.sqrt(sums[2] / sums[3])
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The table: a line per domain and case."""
+    head = ["domain", "case", "bits all in", "weight error", "output error", "perplexity", "s"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in rows:
+        seconds = row["choice_seconds"] + row["decomposition_seconds"]
+        ppl = row["perplexity"]
+        cells = [
+            row["domain"],
+            f"`{row['case']}`",
+            f"{row['bits']:.3f}",
+            f"{row['weight_error']:.4f}",
+            f"{row['output_error']:.4f}",
+            f"{ppl:.2f}" if ppl < 1e4 else f"{ppl:.1e}",
+            f"{seconds:.0f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

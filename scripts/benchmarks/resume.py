@@ -1,0 +1,167 @@
+"""Kills a compression at random moments, resumes it, and compares the result bit by bit.
+
+Run::
+
+    python -m lordjax.scripts.benchmarks.resume MODEL [--kills 20] [-- OPTIONS OF COMPRESS]
+
+The same command runs once without interruption. Then every process but the last is killed
+(``SIGKILL``): one in four at any time since its start, the others some time after they finished a
+piece of work, so that all kills lie within one compression. Prints a table as markdown; exit code 1
+if a file differs. Of ``report.json`` the times and the peak memory may differ.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lordjax.compression.resumable_output import partial
+from lordjax.scripts.benchmarks.protocol import environment
+from lordjax.scripts.console import say
+from lordjax.storage.disk_store import JOURNAL
+
+TIMED = ("seconds", "peak_rss_bytes", "predicted", "happened")  # of report.json
+POLL = 0.02  # seconds
+
+
+def contents(directory: Path) -> dict[str, str]:
+    """File -> sha256 of what must not depend on interruptions."""
+    found = {}
+    for file in sorted(directory.iterdir()):
+        data = file.read_bytes()
+        if file.name == "report.json":
+            report = json.loads(data)
+            data = json.dumps({k: v for k, v in report.items() if k not in TIMED}).encode()
+        found[file.name] = hashlib.sha256(data).hexdigest()
+    return found
+
+
+def _start(model: str, out: Path, options: tuple[str, ...]) -> subprocess.Popen[bytes]:
+    code = "from lordjax.scripts.cli import main; main()"
+    command = [sys.executable, "-c", code, "compress", model, str(out), *options]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def _journal(out: Path) -> Path:
+    return partial(out) / JOURNAL
+
+
+def _finish(process: subprocess.Popen[bytes], out: Path) -> None:
+    """Waits for the end; raises RuntimeError with what a process that failed had to say."""
+    _, errors = process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"{out}: {errors.decode(errors='replace')[-2000:]}")
+
+
+def _wait(process: subprocess.Popen[bytes], journal: Path, seconds: float, *, work: bool) -> bool:
+    """Sleeps, first until a piece of work is finished if asked; whether the process still runs."""
+
+    def length() -> int:
+        return journal.stat().st_size if journal.exists() else 0
+
+    before = length()
+    while work and length() <= before and process.poll() is None:
+        time.sleep(POLL)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and process.poll() is None:
+        time.sleep(POLL)
+    return process.poll() is None
+
+
+def interrupted(
+    model: str, out: Path, options: tuple[str, ...], kills: int, seconds: float, seed: int
+) -> list[int]:
+    """Compresses a model and kills it that often on the way.
+
+    Args:
+      model: as for ``lordjax compress``.
+      out: the result's directory.
+      options: of ``lordjax compress``.
+      kills: how many processes are killed, if the work lasts so long; at least one.
+      seconds: from the first finished piece of work to the end, if nothing interrupts it.
+      seed: draws the moments.
+
+    Returns:
+      Lines in the journal at each kill.
+    """
+    chance, lines = random.Random(seed), []
+    journal = _journal(out)
+    while len(lines) < kills:
+        process, early = _start(model, out, options), chance.random() < 0.25
+        pause = chance.uniform(0, seconds / kills)
+        if ended := not _wait(process, journal, pause, work=not early):
+            _finish(process, out)
+        else:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+        if ended or (out.exists() and not journal.parent.exists()):  # done, and about to end
+            if lines:
+                return lines
+            # Quicker than the one that nothing interrupted: from the start again, killed earlier.
+            shutil.rmtree(out)
+            seconds /= 2
+            continue
+        lines.append(journal.read_bytes().count(b"\n") if journal.exists() else 0)
+        say(f"kill {len(lines)} of {kills}: {lines[-1]} lines in the journal")
+    _finish(_start(model, out, options), out)
+    return lines
+
+
+def measure(
+    model: str, options: tuple[str, ...], kills: int, seed: int, folder: Path
+) -> dict[str, Any]:
+    """Seconds of both runs, kills, and the files that differ."""
+    start, process = time.monotonic(), _start(model, folder / "whole", options)
+    _wait(process, _journal(folder / "whole"), 0, work=True)
+    begun = time.monotonic()
+    _finish(process, folder / "whole")
+    whole, working = time.monotonic() - start, time.monotonic() - begun
+    say(f"without interruption: {whole:.0f} s, the first {whole - working:.0f} s to begin with")
+    start = time.monotonic()
+    lines = interrupted(model, folder / "out", options, kills, working, seed)
+    expected, found = contents(folder / "whole"), contents(folder / "out")
+    names = sorted(expected.keys() | found.keys())
+    return {
+        "options": " ".join(options),
+        "kills": len(lines),
+        "journal": lines,
+        "seconds": time.monotonic() - start,
+        "whole_seconds": whole,
+        "different": [name for name in names if expected.get(name) != found.get(name)],
+        "files": len(names),
+    }
+
+
+@click.command()
+@click.argument("model")
+@click.argument("options", nargs=-1, type=click.UNPROCESSED)
+@click.option("--kills", type=click.IntRange(min=1), default=20, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Draws the moments.")
+def main(model: str, options: tuple[str, ...], kills: int, seed: int) -> None:
+    """Kill and resume ``lordjax compress MODEL OPTIONS``."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure(model, options, kills, seed, Path(folder))
+    print(", ".join(f"{key} {value}" for key, value in environment().items()))
+    print("| options | seconds | killed | seconds, all processes | files | different |")
+    print("|---|---:|---:|---:|---:|---|")
+    print(
+        f"| {found['options']} | {found['whole_seconds']:.0f} | {found['kills']} | "
+        f"{found['seconds']:.0f} | {found['files']} | {', '.join(found['different']) or 'none'} |"
+    )
+    print(f"lines in the journal at each kill: {', '.join(map(str, found['journal']))}")
+    sys.exit(1 if found["different"] else 0)
+
+
+if __name__ == "__main__":
+    main()

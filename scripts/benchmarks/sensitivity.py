@@ -1,0 +1,122 @@
+"""How much should an error in one layer weigh against an error in another?
+
+The global allocation minimises Σ weight · error under one budget. This script allocates with
+different weights, same factors, same budget, and prints the perplexity of each::
+
+    python -m lordjax.scripts.benchmarks.sensitivity MODEL --data DIR --keep 0.8
+
+* uniform     no allocation: the same share of every kernel
+* absolute    the squared output error as it is
+* relative    divided by the layer's output energy
+* gradient    times the mean squared loss gradient at the output (first-order Fisher)
+* slope       scaled so that it equals the measured rise of the calibration loss when this kernel
+              alone is cut to half of its break-even rank
+* loss metric the method ``lord``: the metric inside the factorisation, no weights
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+METHOD = "lord-linear"
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("model")
+@click.option("--data", required=True, type=click.Path(exists=True, file_okay=False))
+@click.option("--domain", default="wikitext2", show_default=True)
+@click.option("--keep", default=0.8, show_default=True)
+@click.option("--calibration-windows", default=8, show_default=True)
+@click.option("--windows", default=4, show_default=True, help="evaluation windows")
+@click.option("--out", type=click.Path(dir_okay=False), help="JSON file of results")
+def main(
+    model: str,
+    data: str,
+    domain: str,
+    keep: float,
+    calibration_windows: int,
+    windows: int,
+    out: str | None,
+) -> None:
+    """Perplexity of MODEL at one budget under different sensitivity weights."""
+    from lordjax.compression.low_rank import prepare
+    from lordjax.evaluate import perplexity
+    from lordjax.scripts.benchmarks.protocol import protocol_tokens
+    from lordjax.scripts.opened_model import open_model
+
+    opened = open_model(model)
+    tokens, held_out = protocol_tokens(data, domain, calibration_windows, windows)
+    prepared = prepare(opened.source, tokens, method=METHOD)
+    energy = {path: float(f.spectrum.sum()) for path, f in prepared.factors.items()}
+    plans = {
+        "uniform": prepared.plan(keep, "uniform"),
+        "absolute": prepared.plan(keep, "global", sensitivity=energy),
+        "relative": prepared.plan(keep, "global"),
+    }
+    squares = _mean_squared_gradients(prepared)
+    gradient = {path: energy[path] * squares[path] for path in energy}
+    plans["gradient"] = prepared.plan(keep, "global", sensitivity=gradient)
+    plans["slope"] = prepared.plan(keep, "global", sensitivity=_slopes(prepared, tokens[:1]))
+    rows = {}
+    for name, plan in plans.items():
+        rows[name] = perplexity(opened.config, prepared.apply(plan).params, held_out)["perplexity"]
+        click.echo(f"{name}: {rows[name]:.2f}")
+    result = prepare(opened.source, tokens, method="lord").compress(keep)
+    rows["loss metric"] = perplexity(result.config, result.params, held_out)["perplexity"]
+    lines = ["| weights | perplexity |", "|---|---|"]
+    click.echo("\n".join([*lines, *(f"| {name} | {value:.2f} |" for name, value in rows.items())]))
+    if out is not None:
+        Path(out).write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def _mean_squared_gradients(prepared: Any) -> dict[str, float]:
+    """Kernel path -> mean squared loss gradient at the kernel's output."""
+    import numpy as np
+
+    from lordjax.calibration.backward_pass import gradient_statistics
+    from lordjax.methods import METHODS
+    from lordjax.models.sites import LINEAR_SITES, site_path
+    from lordjax.runtime.progress import Clock
+
+    stats = gradient_statistics(prepared.source, prepared.calibration, METHODS["lord"], Clock())
+    return {
+        site_path(i, site): float(
+            np.mean(np.diag(stats[i]["gradients"][site.path].second_moment()))
+        )
+        for i in stats
+        for site in LINEAR_SITES
+    }
+
+
+def _slopes(prepared: Any, tokens: Any) -> dict[str, float]:
+    """Kernel path -> rise of the calibration loss per unit of relative error, kernel by kernel.
+
+    The one kernel is cut and multiplied out, so that all trials share one compilation.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from lordjax.evaluate import perplexity
+    from lordjax.kernels import trees
+    from lordjax.methods import truncate
+
+    config = prepared.source.config
+    params = dict(prepared.source.rest())
+    params |= {f"layer_{i}": prepared.source.block(i) for i in range(config.num_layers)}
+    params = jax.tree.map(jnp.asarray, params)
+    dense = perplexity(config, params, tokens)["nll_per_token"]
+    curves, slopes = prepared.curves(), {}
+    for path, factors in prepared.factors.items():
+        rank = max(1, int(prepared.sizes[path].limit / 2))
+        cut = jnp.asarray(truncate(factors, rank)[0].materialize())
+        trial = perplexity(config, trees.update(params, {path: cut}), tokens)["nll_per_token"]
+        slopes[path] = max(trial - dense, 1e-6) / float(curves[path].errors[rank])
+    return slopes
+
+
+if __name__ == "__main__":
+    main()

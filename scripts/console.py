@@ -1,0 +1,100 @@
+"""What the verbs of the command line share: models, checks, progress, output.
+
+Nothing heavy is imported before it is needed: ``lordjax --help`` must be instant.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lordjax.runtime.progress import Progress
+
+KEEP = 0.8  # share of the block linear weights that stays, where nothing is said
+
+
+def check_output(directory: Path) -> None:
+    """Checks that a model can be written to a directory, before anything expensive is done.
+
+    Raises:
+      FileExistsError: if something is there already.
+      PermissionError: if it cannot be made.
+    """
+    from lordjax.storage.atomic_directory import check_destination
+
+    check_destination(directory)
+    parent = directory.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise PermissionError(f"{directory}: cannot be made, {parent} is not a writable directory")
+
+
+def check_file(name: str) -> None:
+    """Checks that a new file can be written; errors as of `check_output`."""
+    if Path(name).expanduser().exists():
+        raise FileExistsError(f"{name}: exists; choose another output or remove it")
+    check_output(Path(name).expanduser())
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes a ``.jsonl`` file: all of it or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.new")
+    fresh.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    os.replace(fresh, path)
+
+
+def size(count: int | float) -> str:
+    """Bytes as people read them: ``98.4 MB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def say(text: str) -> None:
+    """A line for people, on stderr: stdout holds results only."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def progress_report() -> Iterator[Progress]:
+    """Progress on stderr: bars on a terminal, else a line per stage and every ten seconds."""
+    if not sys.stderr.isatty():
+        yield _progress_lines()
+        return
+    from rich import progress as rich
+    from rich.console import Console
+
+    columns = [rich.TextColumn("{task.description}"), rich.BarColumn(), rich.MofNCompleteColumn()]
+    columns += [rich.TimeElapsedColumn(), rich.TimeRemainingColumn()]
+    with rich.Progress(*columns, console=Console(stderr=True)) as bars:
+        tasks: dict[str, Any] = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in tasks or done < bars.tasks[tasks[stage]].completed:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield report
+
+
+def _progress_lines() -> Progress:
+    last: dict[str, float] = {}
+
+    def report(stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done == total or now - last.get(stage, -10.0) >= 10:
+            last[stage] = now
+            say(f"{stage}: {done}/{total}")
+
+    return report

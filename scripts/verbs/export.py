@@ -1,0 +1,94 @@
+"""``lordjax export``: a model in a form that others open, and a look whether it is the same."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from lordjax.scripts.console import check_output, progress_report, say, size
+from lordjax.scripts.opened_model import directory_bytes, open_model
+from lordjax.scripts.token_inputs import read_tokens
+from lordjax.scripts.verbs.compress import tokenizer_writer
+
+WINDOWS, WINDOW = 4, 256  # tokens that an export is verified on, unless others are given
+
+
+def export_model(
+    model: str,
+    out: str,
+    *,
+    to: str | None,
+    keep: float | None,
+    verify: bool,
+    tokens: str | None,
+) -> dict[str, Any]:
+    """Exports a model; arguments are the flags. Returns the summary."""
+    start = time.perf_counter()
+    directory = Path(out).expanduser()
+    check_output(directory)
+    if tokens is not None and not verify:
+        raise ValueError("--tokens are for --verify; give both or none")
+    if to is None:
+        if keep is None or verify:
+            raise ValueError("--to says in which form: dense, factored, peft or orbax")
+        return _cut(model, directory, keep, start)
+    opened = open_model(model)
+    source = opened.source
+    if keep is not None:
+        from lordjax.compression import elastic
+
+        source = elastic.open_cut(opened.path, keep)
+    from lordjax.conversions.exporters import verify as verification
+    from lordjax.conversions.exporters.export import export
+    from lordjax.conversions.exporters.factored import VLLM_RANK, adapter_rank
+
+    ids = None
+    if verify:
+        verification.check_installed(to)
+        length = None if tokens else min(WINDOW, opened.config.max_positions)
+        ids, _ = read_tokens(opened, tokens, seq_len=length, samples=WINDOWS, seed=0)
+    export(source, directory, to, write_tokenizer=tokenizer_writer(opened))
+    notes = []
+    if to == "peft" and (rank := adapter_rank(directory)) > VLLM_RANK:
+        notes.append(f"vLLM takes adapters of this rank with --max-lora-rank {rank} only")
+    for note in notes:
+        say(f"note: {note}")
+    verified = None if ids is None else verification.verify(source, directory, to, ids)
+    return _summary(directory, to, start) | {"notes": notes, "verify": verified}
+
+
+def _cut(model: str, directory: Path, keep: float, start: float) -> dict[str, Any]:
+    """The model of one budget, as a directory of ours."""
+    from lordjax.compression import elastic
+
+    opened = open_model(model)
+    writer = tokenizer_writer(opened)
+    with progress_report() as progress:
+        elastic.export(opened.path, directory, keep, write_tokenizer=writer, progress=progress)
+    return _summary(directory, "lordjax", start)
+
+
+def _summary(directory: Path, to: str, start: float) -> dict[str, Any]:
+    return {
+        "output": str(directory),
+        "to": to,
+        "bytes": directory_bytes(directory),
+        "notes": [],
+        "verify": None,
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    """Prints the summary for people."""
+    seconds = f"{result['seconds']:.0f} s"
+    print(f"{result['output']}: {result['to']}, {size(result['bytes'])}, {seconds}")
+    if (found := result["verify"]) is not None:
+        print(
+            f"largest difference of logits {found['logit_difference']:.2e}, allowed "
+            f"{found['tolerance']:.2e}, on {found['windows']} windows"
+        )
+        if "perplexity" in found:
+            change = f"{found['perplexity_difference']:+.1e} of ours"
+            print(f"perplexity {found['perplexity']:.4f}, {change}")

@@ -1,0 +1,121 @@
+"""``lordjax generate``: text that continues a prompt, or answers in a talk."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from lordjax.scripts.console import say
+from lordjax.scripts.opened_model import Model, open_model
+
+if TYPE_CHECKING:
+    from lordjax.generation.sampling import Sampling
+
+
+def generate_model(
+    model: str,
+    prompt: str | None,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    repetition_penalty: float,
+    stop: tuple[str, ...],
+    seed: int,
+    chat: bool,
+    interactive: bool,
+    quiet: bool,
+) -> dict[str, Any]:
+    """Generates, and shows the text as it comes unless ``quiet``; arguments are the flags."""
+    from lordjax.generation.sampling import Sampling
+    from lordjax.runtime.progress import peak_rss
+
+    if (prompt is None) != interactive:
+        raise ValueError("give a PROMPT ('-' reads it from standard input), or --interactive")
+    if interactive and quiet:
+        raise ValueError("--interactive shows text as it comes; leave --json out")
+    sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
+    writer = Writer(open_model(model), sampling, max_new_tokens, stop, seed, chat=chat)
+    if interactive:
+        return talk(writer)
+    text = sys.stdin.read() if prompt == "-" else str(prompt)
+    start, parts = time.perf_counter(), []
+    for piece in writer.answer([{"role": "user", "content": text}]):
+        parts.append(piece)
+        if not quiet:
+            print(piece, end="", flush=True)
+    seconds = time.perf_counter() - start
+    answer = "".join(parts)
+    return {"prompt": text, "text": answer, "seconds": seconds, "peak_rss": peak_rss()}
+
+
+def talk(writer: Writer) -> dict[str, Any]:
+    """Reads lines until the input ends; each is answered with what was said before in mind."""
+    messages: list[dict[str, str]] = []
+    say("one line a turn; an empty line or the end of the input ends the talk")
+    while line := _line():
+        messages.append({"role": "user", "content": line})
+        answer = ""
+        for piece in writer.answer(messages):
+            print(piece, end="", flush=True)
+            answer += piece
+        print(flush=True)
+        messages.append({"role": "assistant", "content": answer})
+    return {"turns": messages}
+
+
+def _line() -> str:
+    if sys.stdin.isatty():
+        print("> ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip()
+
+
+class Writer:
+    """A model, its tokenizer and how tokens are chosen.
+
+    With a chat template turns are written as it says; without one they just follow each other.
+    """
+
+    def __init__(
+        self,
+        opened: Model,
+        sampling: Sampling,
+        max_new_tokens: int,
+        stop: tuple[str, ...],
+        seed: int,
+        *,
+        chat: bool,
+    ):
+        self._opened, self._tokenizer = opened, opened.tokenizer()
+        if chat and self._tokenizer.chat_template is None:
+            raise ValueError(f"{opened.name}: the tokenizer has no chat template; leave --chat out")
+        self._chat = chat
+        self._params = opened.arrays()
+        self._how = {
+            "sampling": sampling,
+            "max_new_tokens": max_new_tokens,
+            "stop_strings": stop,
+            "seed": seed,
+        }
+
+    def answer(self, messages: list[dict[str, str]]) -> Iterator[str]:
+        """The answer to the last of the messages, as it comes."""
+        from lordjax.generation.completion import encode, pieces
+
+        if self._chat:
+            ids = self._tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        else:
+            ids = encode(self._tokenizer, "".join(m["content"] for m in messages))
+        config = self._opened.config
+        yield from pieces(self._params, config, self._tokenizer, ids, **self._how)
+
+
+def show(result: dict[str, Any]) -> None:
+    """Ends the line: the text was shown as it came."""
+    if "text" in result:
+        print(flush=True)
