@@ -29,6 +29,7 @@ def close(found, expected, rtol=1e-5):
     assert difference.max() <= rtol * scale
 
 
+@pytest.mark.quick("*-shape0-lead1")
 @pytest.mark.parametrize("lead", [(), (2, 5)])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("form", FORMATS)
