@@ -52,7 +52,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     os.replace(fresh, path)
 
 
-def size(count: int | float) -> str:
+def format_bytes(count: int | float) -> str:
     """Bytes as people read them: ``98.4 MB``."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:

@@ -49,7 +49,7 @@ class Model:
             return jax.block_until_ready(jax.tree.map(jnp.asarray, tree))
 
         blocks = {f"layer_{i}": placed(self.source.block(i)) for i in range(self.config.num_layers)}
-        return placed(self.source.rest()) | blocks
+        return placed(self.source.non_block_params()) | blocks
 
 
 def open_model(name: str) -> Model:

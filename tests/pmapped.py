@@ -112,7 +112,7 @@ CASES = {
     "astype": (lambda t: kinds.astype(factorize(t, rank=4), jnp.bfloat16), lambda s: (tree(s),)),
     "merge": (merged, lambda s: (tree(s),)),
     "nf": (
-        lambda x: normal_float.decode(normal_float.encode(x, FORM), FORM, 100),
+        lambda x: normal_float.dequantize_packed(normal_float.quantize_packed(x, FORM), FORM, 100),
         lambda s: (normal(s, 100),),
     ),
     "decompose": (decomposed, lambda s: (normal(s, 24, 64),)),

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from lordjax.conversions.exporters.hf_files import (
-    Job,
+    ExportSpec,
     Opened,
     flat_block,
     of_block,
@@ -39,16 +39,18 @@ OUTPUT, OUTPUT_BIAS = "attention/o/kernel", "attention/o/bias"
 VALUES, VALUES_BIAS = "attention/v/kernel", "attention/v/bias"
 
 
-def dense(job: Job, stage: Path) -> None:
+def dense(job: ExportSpec, stage: Path) -> None:
     """Writes the directory."""
     hf_config, table = with_biases(job.source)
     write_shards(stage, _tensors(job, table), job.shard_bytes)
     write_config(stage, hf_config, job.dtype)
 
 
-def _tensors(job: Job, table: Mapping[str, TensorSource]) -> Iterator[tuple[str, np.ndarray]]:
+def _tensors(
+    job: ExportSpec, table: Mapping[str, TensorSource]
+) -> Iterator[tuple[str, np.ndarray]]:
     source = job.source
-    rest = base.materialize(trees.flatten(source.rest()))
+    rest = base.materialize(trees.flatten(source.non_block_params()))
     yield from stored(outside(table), rest, job.dtype)
     for i in range(source.config.num_layers):
         rows = of_block(table, i)

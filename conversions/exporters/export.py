@@ -22,14 +22,14 @@ import numpy as np
 from lordjax import names
 from lordjax.conversions.exporters.dense import dense
 from lordjax.conversions.exporters.factored import factored, peft
-from lordjax.conversions.exporters.hf_files import Job, Opened
+from lordjax.conversions.exporters.hf_files import ExportSpec, Opened
 from lordjax.conversions.exporters.orbax import orbax
 from lordjax.conversions.families.registry import model_config, tensor_table
 from lordjax.kernels.base import nbytes
 from lordjax.storage.atomic_directory import check_destination, check_room, staged
 from lordjax.storage.checkpoint import SHARD_BYTES
 
-EXPORTS: dict[str, Callable[[Job, Path], None]] = {
+EXPORTS: dict[str, Callable[[ExportSpec, Path], None]] = {
     "dense": dense,
     "factored": factored,
     "peft": peft,
@@ -71,7 +71,7 @@ def export(
     check_source(source)
     leaves = source.leaves()
     dtype = np.dtype(dtype or leaves["embed/embedding"].dtype)
-    job = Job(source, dtype, check_destination(out), shard_bytes)
+    job = ExportSpec(source, dtype, check_destination(out), shard_bytes)
     size = sum(np.prod(row.shape) for row in tensor_table(source.hf_config).values())
     check_room(job.out, int(size) * dtype.itemsize if to == "dense" else nbytes(leaves))
     with staged(job.out) as stage:

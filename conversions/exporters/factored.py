@@ -17,7 +17,7 @@ import numpy as np
 import safetensors.numpy
 
 from lordjax.conversions.exporters.hf_files import (
-    Job,
+    ExportSpec,
     flat_block,
     of_block,
     outside,
@@ -49,12 +49,12 @@ AUTO_CLASSES = {
 VLLM_RANK = 16  # vLLM's default for --max-lora-rank
 
 
-def factored(job: Job, stage: Path) -> None:
+def factored(job: ExportSpec, stage: Path) -> None:
     """Writes the directory."""
     _write(job, stage, lambda name, layer: layer)
 
 
-def peft(job: Job, stage: Path) -> None:
+def peft(job: ExportSpec, stage: Path) -> None:
     """Writes the directory without products, and the products as an adapter.
 
     Raises:
@@ -84,7 +84,7 @@ def peft(job: Job, stage: Path) -> None:
     write_json(stage / "adapter" / "adapter_config.json", _adapter_config(job, adapters))
 
 
-def _adapter_config(job: Job, adapters: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Any:
+def _adapter_config(job: ExportSpec, adapters: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Any:
     """Of ranks that differ, each scaled by exactly 1."""
     ranks = {name: len(a) for name, (a, _) in adapters.items()}
     return {
@@ -108,7 +108,7 @@ def adapter_rank(directory: Path) -> int:
     return read_json(directory / "adapter" / "adapter_config.json")["r"]
 
 
-def _write(job: Job, stage: Path, change: Callable[[str, Layer], Layer]) -> None:
+def _write(job: ExportSpec, stage: Path, change: Callable[[str, Layer], Layer]) -> None:
     """Writes weights, code and config; ``change`` sees every replaced layer first."""
     linears: dict[str, Any] = {}
 
@@ -116,7 +116,7 @@ def _write(job: Job, stage: Path, change: Callable[[str, Layer], Layer]) -> None
         source, hf_config = job.source, job.source.hf_config
         whole = tensor_table(hf_config)
         of_width = functools.cache(functools.partial(_table_of_width, hf_config))
-        rest = materialize(trees.flatten(source.rest()))
+        rest = materialize(trees.flatten(source.non_block_params()))
         names = family_of(hf_config).module_names
         for name, array in stored(outside(whole), rest):
             yield names.get(name, name), array  # transformers renames for classes of its own only

@@ -35,7 +35,7 @@ class Opened(Protocol):
         """Nested dict of ``layer_i``."""
         ...
 
-    def rest(self) -> dict[str, Any]:
+    def non_block_params(self) -> dict[str, Any]:
         """Nested dict of everything outside the blocks."""
         ...
 
@@ -45,7 +45,7 @@ class Opened(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class ExportSpec:
     """What is to be exported.
 
     Attributes:

@@ -15,7 +15,7 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
-from lordjax.conversions.exporters.hf_files import Job
+from lordjax.conversions.exporters.hf_files import ExportSpec
 from lordjax.conversions.readers.tensor_files import read_json
 from lordjax.kernels import trees
 from lordjax.models.config import ModelConfig
@@ -24,11 +24,11 @@ from lordjax.storage import checkpoint, saved_model, shards
 PARAMS, MANIFEST = "params", "manifest.json"
 
 
-def orbax(job: Job, stage: Path) -> None:
+def orbax(job: ExportSpec, stage: Path) -> None:
     """Writes the checkpoint and its manifest."""
     source = job.source
     blocks = {f"layer_{i}": source.block(i) for i in range(source.config.num_layers)}
-    params = {**source.rest(), **blocks}
+    params = {**source.non_block_params(), **blocks}
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(stage / PARAMS, trees.unflatten(shards.tensors(params)))
     manifest = {

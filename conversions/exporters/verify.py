@@ -105,7 +105,7 @@ def our_logits(source: Any) -> Logits:
     """The model as we run it."""
     config: ModelConfig = source.config
     blocks = {f"layer_{i}": source.block(i) for i in range(config.num_layers)}
-    params = jax.tree.map(jnp.asarray, astype({**source.rest(), **blocks}, jnp.float32))
+    params = jax.tree.map(jnp.asarray, astype({**source.non_block_params(), **blocks}, jnp.float32))
 
     @jax.jit
     def run(params: Any, tokens: Any) -> Any:

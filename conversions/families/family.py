@@ -336,17 +336,17 @@ def linear(
 
 
 # Layers that are stored as one -> the outputs of each, in letters of `sizes_of`.
-_PARTS = {"q": "h", "k": "k", "v": "k", "gate": "f", "up": "f"}
+_FUSED_COLUMNS = {"q": "h", "k": "k", "v": "k", "gate": "f", "up": "f"}
 
 
 def fused(path: str, layers: Iterable[str], name: str, dims: str, bias: str) -> Iterator[TensorRow]:
     """Rows of layers whose outputs are stored one after the other in one; ``m`` is the input."""
     before = ""
     for layer in layers:
-        columns = functools.partial(_span, before, _PARTS[layer])
+        columns = functools.partial(_span, before, _FUSED_COLUMNS[layer])
         for row in linear(f"{path}/{layer}", name, dims, bias, conv1d=dims[0] == "m"):
             yield row._replace(columns=columns)
-        before += _PARTS[layer]
+        before += _FUSED_COLUMNS[layer]
 
 
 def _span(before: str, own: str, config: ModelConfig) -> slice:

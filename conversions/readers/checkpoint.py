@@ -108,7 +108,7 @@ class Checkpoint:
             raise IndexError(f"{self.path}: block {i}, but there are {self.config.num_layers}")
         return self._tree(lambda path: path.startswith(f"layer_{i}/"), dtype)[f"layer_{i}"]
 
-    def rest(self, dtype: Any = None) -> dict[str, Any]:
+    def non_block_params(self, dtype: Any = None) -> dict[str, Any]:
         """Parameters outside the blocks: embedding, final norm, head."""
         return self._tree(lambda path: not path.startswith("layer_"), dtype)
 

@@ -55,11 +55,11 @@ FORMATS = (
     normal_float.Format(8, 8, "bfloat16", 64, 256),
 )
 RANKS = (4, 8, 16, 24, 32, 48, 64)  # on top of codes, where the solver chooses
-ALONE = (64, 128, 192, 256)  # without codes
+LOW_RANK_ONLY_RANKS = (64, 128, 192, 256)  # without codes
 
 
 @dataclasses.dataclass(frozen=True)
-class Option:
+class Candidate:
     """What one matrix may become.
 
     Attributes:
@@ -71,8 +71,8 @@ class Option:
     rank: int | None
 
 
-def option_bytes(
-    option: Option,
+def candidate_bytes(
+    option: Candidate,
     shape: tuple[int, ...],
     itemsize: int,
     factors: normal_float.Format | None,
@@ -89,7 +89,7 @@ def option_bytes(
       products: whether a product counts.
     """
     fan_in, fan_out = shape
-    if option == Option(None, None):
+    if option == Candidate(None, None):
         return fan_in * fan_out * itemsize
     codes = 0 if option.form is None else option.form.nbytes(fan_in * fan_out)
     if option.rank is None or not products:
@@ -104,7 +104,7 @@ def ranks_tried(
     """Ranks that a matrix's table holds: on top of codes (0: none), and without codes."""
     all_in = QUANTIZERS[method].all_in
     above = (0, *RANKS) if all_in else (rank or 0,)
-    alone = ALONE if all_in else ()
+    alone = LOW_RANK_ONLY_RANKS if all_in else ()
     return tuple(r for r in above if r < min(shape)), tuple(r for r in alone if r < min(shape))
 
 
@@ -118,14 +118,14 @@ class Table:
       errors: ``[n]`` predicted.
     """
 
-    options: list[Option]
+    options: list[Candidate]
     sizes: np.ndarray
     errors: np.ndarray
 
     @classmethod
-    def of(cls, rows: Iterable[tuple[int, float, Option]]) -> Table:
+    def of(cls, rows: Iterable[tuple[int, float, Candidate]]) -> Table:
         """Of (size, error, option), without options that another one beats in both."""
-        best: list[tuple[int, float, Option]] = []
+        best: list[tuple[int, float, Candidate]] = []
         for size, error, option in sorted(rows, key=lambda each: each[:2]):
             if not best or error < best[-1][1]:
                 best.append((size, error, option))
@@ -143,6 +143,10 @@ class Table:
     def parse(cls, rows: Iterable[Sequence[Any]]) -> Table:
         """Inverse of `rows`."""
         return cls.of(
-            (size, error, Option(None if form is None else normal_float.Format.parse(form), rank))
+            (
+                size,
+                error,
+                Candidate(None if form is None else normal_float.Format.parse(form), rank),
+            )
             for size, error, form, rank in rows
         )

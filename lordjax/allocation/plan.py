@@ -12,7 +12,7 @@ from lordjax.kernels import normal_float
 
 
 @dataclasses.dataclass(frozen=True)
-class Size:
+class SiteSize:
     """How many linear weights a site has at a rank.
 
     Attributes:
@@ -33,7 +33,7 @@ class Size:
     tiles: int = 1
 
     @classmethod
-    def matrix(cls, fan_in: int, fan_out: int) -> Size:
+    def matrix(cls, fan_in: int, fan_out: int) -> SiteSize:
         """Of a factor pair in place of a matrix."""
         return cls(fan_in * fan_out, fan_in + fan_out, fan_out)
 
@@ -79,7 +79,7 @@ class Plan:
     factors: str | None = None
     bits: float | None = None
 
-    def weights(self, sizes: Mapping[str, Size]) -> int:
+    def weights(self, sizes: Mapping[str, SiteSize]) -> int:
         """Number of linear weights after the plan, factor pairs counted in full.
 
         Biases are no linear weights and are not counted, before or after; `allocation` does charge
@@ -115,7 +115,7 @@ def _is_rank(value: Any) -> bool:
     return value is None or (type(value) is int and value >= 1)
 
 
-def summary(plan: Plan, sizes: Mapping[str, Size]) -> dict[str, Any]:
+def summary(plan: Plan, sizes: Mapping[str, SiteSize]) -> dict[str, Any]:
     """The figures of a plan: weights before and after, share kept, number of dense sites."""
     before = sum(size.dense for size in sizes.values())
     after = plan.weights(sizes)

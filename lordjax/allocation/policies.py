@@ -20,7 +20,7 @@ import numpy as np
 
 from lordjax import names
 from lordjax.allocation.knapsack import choose, fill
-from lordjax.allocation.plan import Size
+from lordjax.allocation.plan import SiteSize
 from lordjax.names import did_you_mean, layer_index, layer_type
 
 INFLUENCE_CAP = 0.95  # most that `block_influence` removes of a block
@@ -40,7 +40,7 @@ class Curve:
       influence: of the site's block, for `block_influence`.
     """
 
-    size: Size
+    size: SiteSize
     errors: np.ndarray
     extra: int = 0
     influence: float = 0.0
@@ -342,7 +342,7 @@ def allocate(
 GIVEN = "given"  # the policy of a plan whose ranks were
 
 
-def ranks_by_pattern(sizes: Mapping[str, Size], patterns: Mapping[str, int]) -> Ranks:
+def ranks_by_pattern(sizes: Mapping[str, SiteSize], patterns: Mapping[str, int]) -> Ranks:
     """Ranks of all sites: that of the first pattern that matches, else dense.
 
     Args:

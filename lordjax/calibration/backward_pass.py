@@ -23,9 +23,9 @@ from lordjax.models.config import ModelConfig
 from lordjax.models.objective import loss_gradient
 from lordjax.models.sites import LAST_LAYER, Site, sites_for
 from lordjax.models.source import Source
-from lordjax.runtime.mesh import AXIS, Mesh, gathered, over_rows, share_rows, shares
+from lordjax.runtime.mesh import AXIS, Mesh, gathered, shard_batch, shard_map_batch, shares
 from lordjax.runtime.progress import Clock
-from lordjax.storage.store import Entries, Memory, Work
+from lordjax.storage.store import Entries, MemoryStore, Store
 
 # Hidden states that a backward sweep may hold; a few batches already hide the reading of blocks.
 STATE_BYTES = 2**28
@@ -37,16 +37,16 @@ def few_gradients(
     method: Method,
     windows: int | None,
     clock: Clock,
-    work: Work | None = None,
+    store: Store | None = None,
 ) -> Mapping[int, dict[str, dict[str, Any]]]:
     """`gradient_statistics` of ``windows`` of the calibration; empty if the method reads none."""
     if not needs_gradients(method, source.config):
         return {}
-    objective.of(source.config)  # raises before the work begins
+    objective.objective_for(source.config)  # raises before the work begins
     few = calibration.spread(windows)
     # A backward pass holds every activation of a block: half the batch, about the same memory.
     few = dataclasses.replace(few, batch_size=half_batch(few))
-    return gradient_statistics(source, few, method, clock, work)
+    return gradient_statistics(source, few, method, clock, store)
 
 
 def half_batch(calibration: Calibration) -> int:
@@ -60,7 +60,7 @@ def gradient_statistics(
     calibration: Calibration,
     method: Method,
     clock: Clock,
-    work: Work | None = None,
+    store: Store | None = None,
 ) -> Mapping[int, dict[str, dict[str, Any]]]:
     """Loss gradients inside every block, by forward and backward sweeps over the blocks.
 
@@ -73,25 +73,27 @@ def gradient_statistics(
       calibration: tokens.
       method: says which statistics are taken, at which sites.
       clock: for progress.
-      work: where statistics go, and where a killed process left them; None: in memory.
+      store: where statistics go, and where a killed process left them; None: in memory.
 
     Returns:
       layer -> statistics as in `collect.observe_gradients`.
     """
-    work = Memory() if work is None else work
-    found = Entries(work, "gradients", int)
+    store = MemoryStore() if store is None else store
+    found = Entries(store, "gradients", int)
     if len(found) < source.config.num_layers:
-        sweeps = [calibration] if work.durable else _sweeps(calibration, source.config)
+        sweeps = [calibration] if store.durable else _sweeps(calibration, source.config)
         # Read again for every use where memory is short.
         rest = functools.partial(_rest, source)
-        run = _Sweeps(source, method, clock, work, rest if work.durable else functools.cache(rest))
+        run = _Sweeps(
+            source, method, clock, store, rest if store.durable else functools.cache(rest)
+        )
         for number, sweep in enumerate(sweeps):
             run.sweep(sweep, number, len(sweeps))
     return found
 
 
 def _rest(source: Source) -> Any:
-    return on_device(source.rest())
+    return on_device(source.non_block_params())
 
 
 def _sweeps(calibration: Calibration, config: ModelConfig) -> list[Calibration]:
@@ -115,7 +117,7 @@ class _Sweeps:
       source: the model.
       method: says which statistics are taken.
       clock: for progress.
-      work: where they go.
+      store: where they go.
       rest: reads the parameters outside the blocks.
       bases: layer -> coordinates of its gradients, kept where there are several sweeps.
     """
@@ -123,7 +125,7 @@ class _Sweeps:
     source: Source
     method: Method
     clock: Clock
-    work: Work
+    store: Store
     rest: Callable[[], Any]
     bases: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
@@ -131,18 +133,18 @@ class _Sweeps:
         """One sweep of ``count``; statistics of earlier ones are added to."""
         config, layers = self.source.config, self.source.config.num_layers
         shapes = state_shapes(self.source, windows)
-        back = open_states(self.work, "backward", shapes, windows.mesh)
-        states = open_states(self.work, "forward", shapes, windows.mesh)
+        back = open_states(self.store, "backward", shapes, windows.mesh)
+        states = open_states(self.store, "forward", shapes, windows.mesh)
         before, after = 2 * layers * number, 2 * layers * (count - number - 1)
         if back.at is None:
             self._forward(windows, states, before, after + layers)
-            rest, step = self.rest(), loss_gradient
+            rest, step = self.non_block_params(), loss_gradient
             if windows.mesh is not None:
                 step = functools.partial(_shared_gradient, mesh=windows.mesh)
             for j, batch in enumerate(windows.batches()):
                 goals = objective.targets(config, *batch)
                 gradient = step(rest, states[j], goals, config=config)
-                back[j] = share_rows(gradient, windows.mesh)
+                back[j] = shard_batch(gradient, windows.mesh)
             del rest
             back.commit(layers)
         start = layers if back.at is None else back.at
@@ -158,10 +160,10 @@ class _Sweeps:
         """The states before every block, and after the last one."""
         config, layers = self.source.config, self.source.config.num_layers
         if states.at is None:
-            rest = self.rest()
+            rest = self.non_block_params()
             for j, (tokens, mask) in enumerate(windows.batches()):
                 x = windows.read(config, tokens, mask)
-                states[j] = share_rows(embed(rest, x, mask, config=config), windows.mesh)
+                states[j] = shard_batch(embed(rest, x, mask, config=config), windows.mesh)
             del rest
             states.commit(0, keep=True)
         start = states.at or 0
@@ -175,7 +177,7 @@ class _Sweeps:
         config, window = self.source.config, self.source.config.window(i)
         for j, mask in enumerate(windows.masks()):
             y, _ = observe(block, states[j], mask, {}, config=config, window=window)
-            states[j] = share_rows(y, windows.mesh)
+            states[j] = shard_batch(y, windows.mesh)
 
     def _backward(
         self, i: int, windows: Calibration, states: States, back: States, *, more: bool
@@ -184,10 +186,10 @@ class _Sweeps:
         config, key = self.source.config, f"gradients/{i}"
         block = on_device(self.source.block(i), windows.mesh)
         if more:
-            stats, bases = self.work[key], self.bases[i]
+            stats, bases = self.store[key], self.bases[i]
         else:
             stats, bases = empty_gradients(block, self.method, config)
-        if not self.work.durable:
+        if not self.store.durable:
             self.bases[i] = bases
         for j, mask in enumerate(windows.masks()):
             gradient, stats = observe_gradients(
@@ -201,15 +203,15 @@ class _Sweeps:
                 window=config.window(i),
                 shares=shares(len(states[j]), windows.mesh),
             )
-            back[j] = share_rows(gradient, windows.mesh)
-        self.work[key] = gathered(stats, windows.mesh)
+            back[j] = shard_batch(gradient, windows.mesh)
+        self.store[key] = gathered(stats, windows.mesh)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "mesh"))
 def _shared_gradient(rest: Any, x: Any, goals: Any, *, config: ModelConfig, mesh: Mesh) -> Any:
     """`loss_gradient` of a batch of `share_rows`."""
     run = functools.partial(loss_gradient, config=config)
-    return over_rows(run, len(x), mesh)(rest, x, goals)
+    return shard_map_batch(run, len(x), mesh)(rest, x, goals)
 
 
 @jax.jit

@@ -27,7 +27,7 @@ from lordjax.models.config import ModelConfig
 from lordjax.models.sites import LINEAR_SITES, Site
 from lordjax.models.source import Source
 from lordjax.runtime import mesh as devices
-from lordjax.storage.store import Work
+from lordjax.storage.store import Store
 
 QUERIES = "attention/queries"
 INFLUENCE = f"{BLOCK}:influence"
@@ -39,25 +39,25 @@ def on_device(tree: Any, mesh: devices.Mesh | None = None) -> Any:
     With a mesh, a block's are laid out as `mesh.RULES` say.
     """
     # What is cut into parts need not fit on one device.
-    asarray: Any = np.asarray if devices.cuts(mesh) else jnp.asarray
+    asarray: Any = np.asarray if devices.is_model_sharded(mesh) else jnp.asarray
 
     def put(a: Any) -> Any:
         return asarray(a, jnp.float32 if jnp.issubdtype(a.dtype, jnp.floating) else a.dtype)
 
     tree = jax.tree.map(put, tree)
-    if devices.cuts(mesh):
-        return trees.unflatten(devices.share_block(trees.flatten(tree), mesh))
+    if devices.is_model_sharded(mesh):
+        return trees.unflatten(devices.shard_params(trees.flatten(tree), mesh))
     return tree
 
 
 def embedded(source: Source, calibration: Calibration) -> Iterator[Any]:
     """The residual stream before the first block, batch by batch."""
-    rest, config = source.rest(), source.config
+    rest, config = source.non_block_params(), source.config
     tables = on_device({key: rest[key] for key in EMBEDDINGS if key in rest})
     del rest
     for tokens, mask in calibration.batches():
         x = embed(tables, calibration.read(config, tokens, mask), mask, config=config)
-        yield devices.share_rows(x, calibration.mesh)
+        yield devices.shard_batch(x, calibration.mesh)
 
 
 def hidden_states(source: Source, calibration: Calibration) -> list[Any]:
@@ -66,19 +66,19 @@ def hidden_states(source: Source, calibration: Calibration) -> list[Any]:
 
 
 def start_pass(
-    work: Work, name: str, source: Source, calibration: Calibration, streams: int = 1
+    store: Store, name: str, source: Source, calibration: Calibration, streams: int = 1
 ) -> States:
     """The hidden states of a pass over the blocks where it was left, or before the first block.
 
     Args:
-      work: what is kept so far.
+      store: what is kept so far.
       name: of the pass.
       source: the model.
       calibration: tokens.
       streams: how many residual streams there are, one after the other.
     """
     shapes = state_shapes(source, calibration) * streams
-    states = open_states(work, name, shapes, calibration.mesh)
+    states = open_states(store, name, shapes, calibration.mesh)
     if states.at is None:
         count = len(calibration.masks())
         for k in range(streams):
@@ -89,7 +89,7 @@ def start_pass(
 
 
 def resume_pass(
-    work: Work,
+    store: Store,
     name: str,
     source: Source,
     calibration: Calibration | None,
@@ -98,7 +98,7 @@ def resume_pass(
     """Where a pass over the blocks goes on: its hidden states, and the blocks that are left.
 
     Args:
-      work: what is kept so far.
+      store: what is kept so far.
       name: of the pass.
       source: the model.
       calibration: tokens; None for a pass that runs no block, and has no states.
@@ -109,9 +109,9 @@ def resume_pass(
     if calibration is None:
         return None, range(start, layers)
     if start == layers:
-        open_states(work, name, []).close()  # of a process that was killed before it could
+        open_states(store, name, []).close()  # of a process that was killed before it could
         return None, range(layers, layers)
-    states = start_pass(work, name, source, calibration)
+    states = start_pass(store, name, source, calibration)
     # States may be behind what is done: a process was killed before it could write them. They are
     # ahead of it in the middle of a group of blocks.
     if (states.at or 0) > start:
@@ -202,7 +202,7 @@ def block_statistics(
             block, states[j], mask, stats, config=config, window=config.window(i), forward=forward
         )
         if forward:
-            states[j] = devices.share_rows(y, calibration.mesh)
+            states[j] = devices.shard_batch(y, calibration.mesh)
     stats = devices.gathered(stats, calibration.mesh)
     bad = [
         key

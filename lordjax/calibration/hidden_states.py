@@ -24,8 +24,8 @@ import jax.numpy as jnp
 
 from lordjax.runtime import multihost
 from lordjax.runtime.mesh import Mesh, give_rows, own_rows, take_rows
-from lordjax.storage.disk_store import Stream, Workspace
-from lordjax.storage.store import Work
+from lordjax.storage.disk_store import DiskStore, Stream
+from lordjax.storage.store import Store
 
 
 class States(Protocol):
@@ -90,9 +90,9 @@ class DiskStates:
     """
 
     def __init__(
-        self, work: Workspace, name: str, shapes: list[tuple[int, ...]], mesh: Mesh | None = None
+        self, store: DiskStore, name: str, shapes: list[tuple[int, ...]], mesh: Mesh | None = None
     ):
-        self._work, self._name, self._shapes, self._mesh = work, name, shapes, mesh
+        self._work, self._name, self._shapes, self._mesh = store, name, shapes, mesh
         self._stream: Stream | None = None
         self._file: Mapping[str, Any] = {}
         self.at: int | None = None
@@ -122,7 +122,7 @@ class DiskStates:
         if self._stream is not None:
             self._stream.close(f"{self._name}/{at}")
             self._stream = None
-        multihost.wait()
+        multihost.barrier()
         if not keep:
             self._discard(lambda kept: kept != at)
         self._open(at)
@@ -161,14 +161,14 @@ class Shifted:
 
 
 def open_states(
-    work: Work, name: str, shapes: list[tuple[int, ...]], mesh: Mesh | None = None
+    store: Store, name: str, shapes: list[tuple[int, ...]], mesh: Mesh | None = None
 ) -> States:
     """The states of one pass, where it was left; on disk if that is where the work is.
 
     Args:
-      work: what is kept so far.
+      store: what is kept so far.
       name: of the pass.
       shapes: of the batches.
       mesh: devices that share their rows; batches are to be set as `mesh.share_rows` lays them out.
     """
-    return DiskStates(work, name, shapes, mesh) if isinstance(work, Workspace) else MemoryStates()
+    return DiskStates(store, name, shapes, mesh) if isinstance(store, DiskStore) else MemoryStates()

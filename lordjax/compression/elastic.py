@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lordjax.allocation.plan import Size
+from lordjax.allocation.plan import SiteSize
 from lordjax.calibration.calibration_set import Calibration
 from lordjax.compression.low_rank import check_method, prepare
 from lordjax.compression.prepared import Prepared
@@ -36,10 +36,10 @@ from lordjax.models.config import ModelConfig
 from lordjax.models.source import InMemory, Materialized, Source
 from lordjax.runtime.progress import Progress
 from lordjax.storage import atomic_directory, checkpoint, saved_model
-from lordjax.storage.disk_store import Workspace
-from lordjax.storage.serialize import decode
-from lordjax.storage.shards import REST, Parts
-from lordjax.storage.store import Entries, Memory
+from lordjax.storage.disk_store import DiskStore
+from lordjax.storage.serialize import from_json
+from lordjax.storage.shards import REST, Shards
+from lordjax.storage.store import Entries, MemoryStore
 from lordjax.storage.tensor_files import TensorFile, Written, checksum, write_json
 
 DIRECTORY, INDEX = "elastic", "index.json"
@@ -47,7 +47,7 @@ FACTS = "elastic"  # entry: everything besides the factors
 FORMAT = 1  # of the directory `DIRECTORY`
 
 
-class Archive(Memory):
+class Archive(MemoryStore):
     """Entries that a `workspace.Workspace` made, to be read only; new ones stay in memory.
 
     Raises:
@@ -83,14 +83,14 @@ class Archive(Memory):
             return super().__getitem__(key)
         row = self._rows[key]
         if "file" not in row:
-            return decode(row["value"], {}, TYPES)
+            return from_json(row["value"], {}, TYPES)
         path = self.directory / row["file"]
         if key not in self._checked:
             if not path.is_file() or checksum(path) != Written(row["bytes"], row["sha256"]):
                 raise ValueError(f"{path}: is missing, or damaged (its checksum differs)")
             self._checked.add(key)
         file = TensorFile(path)
-        return decode(json.loads(file.metadata["tree"]), file, TYPES)
+        return from_json(json.loads(file.metadata["tree"]), file, TYPES)
 
     def below(self, prefix: str) -> list[str]:
         """Keys that begin like that, the oldest first."""
@@ -117,8 +117,8 @@ def compress(
     source: Source,
     tokens: np.ndarray,
     *,
-    work: Workspace,
-    into: Parts,
+    work: DiskStore,
+    into: Shards,
     method: str,
     allocation: str | None = None,
     temperature: float | None = None,
@@ -163,11 +163,11 @@ def compress(
     return prepared.compress(1.0, allocation, temperature=temperature, into=into)
 
 
-def keep_entries(work: Workspace, directory: Path) -> None:
-    """Puts what `compress` left in ``work`` beside the dense model in ``directory``."""
+def keep_entries(store: DiskStore, directory: Path) -> None:
+    """Puts what `compress` left in ``store`` beside the dense model in ``directory``."""
     folder = directory / DIRECTORY
     folder.mkdir(exist_ok=True)
-    rows = work.link([FACTS, *work.below("factors/")], folder)
+    rows = store.link([FACTS, *store.below("factors/")], folder)
     write_json(folder / INDEX, {"format": FORMAT, "entries": rows})
 
 
@@ -217,9 +217,9 @@ def cut(
         influences=facts["influences"],
         gradients={},
         report=facts["report"],
-        sizes={path: Size(**size) for path, size in facts["sizes"].items()},
+        sizes={path: SiteSize(**size) for path, size in facts["sizes"].items()},
         progress=progress,
-        work=archive,
+        store=archive,
     )
     return prepared.compress(keep, facts["allocation"], temperature=facts["temperature"], into=into)
 
@@ -288,7 +288,7 @@ def export(
     saved = saved_model.open_saved(directory)
     atomic_directory.check_room(out, saved.file_bytes())
     with atomic_directory.staged(out) as stage:
-        parts = Parts(stage, Memory())
+        parts = Shards(stage, MemoryStore())
         result = cut(directory, keep, into=parts, progress=progress)
         stored = saved.report()
         settings = {k: v for k, v in stored.get("settings", {}).items() if k != "elastic"}

@@ -34,7 +34,7 @@ from lordjax.models import objective
 from lordjax.models.source import InMemory, Materialized, Source
 from lordjax.runtime.mesh import Mesh
 from lordjax.runtime.progress import Clock, Progress
-from lordjax.storage.store import Memory, Work
+from lordjax.storage.store import MemoryStore, Store
 
 # The backward pass costs about four forward passes; more windows than this gain little.
 GRADIENT_WINDOWS = 32
@@ -77,7 +77,7 @@ def prepare(
     batch_size: int | None = None,
     gradient_windows: int | None = GRADIENT_WINDOWS,
     progress: Progress | None = None,
-    work: Work | None = None,
+    work: Store | None = None,
     mesh: Mesh | None = None,
 ) -> Prepared:
     """Collects statistics of the untouched model and factors every site for all ranks.
@@ -114,8 +114,8 @@ def prepare(
     clock = Clock(progress)
     if policy in INFLUENCED:
         calibration, held_out = calibration.split(HELD_OUT)
-    work = Memory() if work is None else work
-    gradients = few_gradients(source, calibration, row, gradient_windows, clock, work)
+    store = MemoryStore() if work is None else work
+    gradients = few_gradients(source, calibration, row, gradient_windows, clock, store)
     factors: Mapping[str, AnyFactors] = {}
     influences: dict[int, float] = {}
     if prefix == "dense" or policy not in CURVELESS:
@@ -125,7 +125,7 @@ def prepare(
             method,
             gradients,
             clock,
-            work,
+            store,
             keep_gradients=prefix != "dense",
             influence=policy in INFLUENCED,
         )
@@ -151,9 +151,9 @@ def prepare(
         influences=influences,
         gradients=gradients,
         report=report,
-        sizes=site_sizes(source, method, work),
+        sizes=site_sizes(source, method, store),
         progress=progress,
-        work=work,
+        store=store,
     )
 
 

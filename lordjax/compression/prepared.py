@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lordjax.allocation.plan import Plan, Size, summary
+from lordjax.allocation.plan import Plan, SiteSize, summary
 from lordjax.allocation.policies import (
     CURVELESS,
     INFLUENCED,
@@ -38,8 +38,8 @@ from lordjax.models.source import Source
 from lordjax.names import layer_index, layer_type
 from lordjax.runtime import multihost
 from lordjax.runtime.progress import Clock, Progress, peak_rss
-from lordjax.storage.shards import REST, claim, join, put
-from lordjax.storage.store import Memory, Work, digest, once
+from lordjax.storage.shards import REST, join_blocks, open_shards, write_shard_once
+from lordjax.storage.store import MemoryStore, Store, digest, get_or_compute
 
 
 @dataclasses.dataclass
@@ -54,13 +54,13 @@ class Prepared:
       prefix: what later statistics are taken from: one of ``dense``, ``compressed``,
         ``corrective``; see `Method`.
       factors: site path -> factors; empty if the policy and the method need none beforehand. Read
-        from ``work`` when they are asked for.
+        from ``store`` when they are asked for.
       influences: layer -> block influence; empty unless the policy needs it.
       gradients: layer -> gradient statistics, kept for a sequential pass only.
       report: what is known so far.
       sizes: site path -> its size.
       progress: called with (stage, done, total).
-      work: where finished work is kept.
+      store: where finished work is kept.
     """
 
     source: Source
@@ -72,9 +72,9 @@ class Prepared:
     influences: dict[int, float]
     gradients: Mapping[int, dict[str, dict[str, Any]]]
     report: dict[str, Any]
-    sizes: dict[str, Size]
+    sizes: dict[str, SiteSize]
     progress: Progress | None = None
-    work: Work = dataclasses.field(default_factory=Memory)
+    store: Store = dataclasses.field(default_factory=MemoryStore)
 
     def curves(self, sensitivity: Mapping[str, float] | None = None) -> dict[str, Curve]:
         """Site path -> the predicted error at every rank.
@@ -183,10 +183,10 @@ class Prepared:
             losses = compare(
                 source, self.held_out, change, len(plans), clock, mask_token=mask_token
             )
-            return multihost.tell(losses)[0]  # all processes must come to the same plan
+            return multihost.all_gather_json(losses)[0]  # all processes must come to the same plan
 
         key = f"losses-{digest([dict(plan.ranks) for plan in plans])}"
-        losses = once(self.work, key, measured)
+        losses = get_or_compute(self.store, key, measured)
         self.report["seconds"] |= clock.seconds
         return plans[int(np.argmin(losses))]
 
@@ -210,7 +210,7 @@ class Prepared:
             return self.plan(keep, allocation, tile, temperature=temperature)
 
         # A run that was killed goes on with the plan that it began.
-        plan = once(self.work, "plan", planned) if self.work.durable else planned()
+        plan = get_or_compute(self.store, "plan", planned) if self.store.durable else planned()
         return self.apply(dataclasses.replace(plan, factors=factors), dtype=dtype, into=into)
 
     def apply(self, plan: Plan, *, dtype: Any = None, into: Any = None) -> Result:
@@ -231,7 +231,7 @@ class Prepared:
         clock, config, parts = (
             Clock(self.progress),
             self.source.config,
-            claim(into, self.work, plan),
+            open_shards(into, self.store, plan),
         )
         factors, kernels = self.factors, None
         if self.prefix != "dense":
@@ -243,7 +243,7 @@ class Prepared:
                 self.gradients,
                 corrective=self.prefix == "corrective",
                 clock=clock,
-                work=self.work if self.work.durable else None,
+                store=self.store if self.store.durable else None,
             )
 
         def make(name: str) -> Any:
@@ -251,7 +251,9 @@ class Prepared:
 
         size = 0
         for i in clock.run("writing", range(-1, config.num_layers)):
-            size += put(parts, self.work, REST if i < 0 else f"layer_{i}", make)["bytes"]
+            size += write_shard_once(parts, self.store, REST if i < 0 else f"layer_{i}", make)[
+                "bytes"
+            ]
         seconds = {**self.report["seconds"], "apply": time.perf_counter() - start}
         report = {
             **self.report,
@@ -262,7 +264,7 @@ class Prepared:
             "layers": layer_report(factors, plan),
             "peak_rss_bytes": peak_rss(),
         }
-        return Result(config, join(parts) if into is None else into, plan, report)
+        return Result(config, join_blocks(parts) if into is None else into, plan, report)
 
     def _part(
         self,
@@ -275,7 +277,7 @@ class Prepared:
         """A part of the model of a plan, and what to know of it."""
         config = self.source.config
         if name == REST:
-            part: Any = dict(self.source.rest())
+            part: Any = dict(self.source.non_block_params())
         else:
             i, ranks = layer_index(name), plan.ranks
             block = self.source.block(i)

@@ -36,7 +36,7 @@ from lordjax.models.source import Materialized, Source
 from lordjax.names import did_you_mean
 from lordjax.runtime.mesh import Mesh
 from lordjax.runtime.progress import Clock, Progress
-from lordjax.storage.store import Memory, Work
+from lordjax.storage.store import MemoryStore, Store
 
 
 def prepare_quantized(
@@ -56,7 +56,7 @@ def prepare_quantized(
     batch_size: int | None = None,
     gradient_windows: int | None = GRADIENT_WINDOWS,
     progress: Progress | None = None,
-    work: Work | None = None,
+    work: Store | None = None,
     mesh: Mesh | None = None,
 ) -> Quantizer:
     """Takes the gradients that a weighting needs; the rest is found when a plan asks for it.
@@ -107,7 +107,7 @@ def prepare_quantized(
         shapes |= found
     rank = row.rank if rank is None else rank
     check_rank(rank, shapes)
-    work = Memory() if work is None else work
+    store = MemoryStore() if work is None else work
     calibration: Calibration | None = None
     gradients: Mapping[int, Mapping[str, Mapping[str, Any]]] = {}
     if WEIGHTINGS[weighting]:
@@ -122,7 +122,7 @@ def prepare_quantized(
             **objective.protocol(source.config, mask_token),
         }
         statistics = statistics_of(weighting)
-        gradients = few_gradients(source, calibration, statistics, gradient_windows, clock, work)
+        gradients = few_gradients(source, calibration, statistics, gradient_windows, clock, store)
     return Quantizer(
         source=source,
         calibration=calibration,
@@ -137,7 +137,7 @@ def prepare_quantized(
         gradients=gradients,
         shapes=shapes,
         report=report,
-        work=work,
+        store=store,
         progress=progress,
     )
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lordjax.allocation.candidates import Option
+from lordjax.allocation.candidates import Candidate
 from lordjax.kernels import normal_float, trees
 from lordjax.kernels.base import materialize, nbytes
 from lordjax.methods.quantized.best_product import best_product
@@ -52,7 +52,7 @@ def measures(kernel: Any, new: Any, weights: Weights) -> tuple[Any, Any]:
     return shares[0], shares[1]
 
 
-def stage_groups(chosen: Mapping[Site, Option], shapes: Mapping[Site, Any]) -> list[list[Site]]:
+def stage_groups(chosen: Mapping[Site, Candidate], shapes: Mapping[Site, Any]) -> list[list[Site]]:
     """Sites whose matrices are found in one go: each alone, or like ones that are decomposed."""
     groups: dict[Any, list[Site]] = {}
     for site, option in chosen.items():
@@ -79,7 +79,7 @@ def check_finite(params: Any, layers: Mapping[str, Mapping[str, Any]]) -> None:
         raise ValueError("the quantised model is broken: " + "; ".join(wrong))
 
 
-def layer_summary(kernel: Any, weights: Weights, new: Any, option: Option) -> dict[str, Any]:
+def layer_summary(kernel: Any, weights: Weights, new: Any, option: Candidate) -> dict[str, Any]:
     """What became of a matrix, for the report."""
     plain, weighted = measures(kernel, materialize(new), weights)
     return {

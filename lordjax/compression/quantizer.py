@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lordjax import names
-from lordjax.allocation.candidates import QUANTIZERS, Option, Table, option_bytes, ranks_tried
+from lordjax.allocation.candidates import QUANTIZERS, Candidate, Table, candidate_bytes, ranks_tried
 from lordjax.allocation.knapsack import SOLVERS
 from lordjax.allocation.plan import Plan
 from lordjax.calibration.backward_pass import site_gradients
@@ -54,8 +54,8 @@ from lordjax.models.sites import LINEAR_SITES, Site, site_path
 from lordjax.models.source import Source
 from lordjax.names import layer_index
 from lordjax.runtime.progress import Clock, Progress, peak_rss
-from lordjax.storage.shards import REST, claim, join, put
-from lordjax.storage.store import Memory, Work, digest
+from lordjax.storage.shards import REST, join_blocks, open_shards, write_shard_once
+from lordjax.storage.store import MemoryStore, Store, digest
 
 
 @dataclasses.dataclass
@@ -77,7 +77,7 @@ class Quantizer:
       gradients: layer -> gradient statistics.
       shapes: site path -> ``(in, out)``.
       report: what is known so far.
-      work: where finished work is kept.
+      store: where finished work is kept.
     """
 
     source: Source
@@ -93,7 +93,7 @@ class Quantizer:
     gradients: Mapping[int, Mapping[str, Mapping[str, Any]]]
     shapes: dict[str, tuple[int, int]]
     report: dict[str, Any]
-    work: Work
+    store: Store
     progress: Progress | None = None
 
     @property
@@ -112,16 +112,16 @@ class Quantizer:
         clock, layers = Clock(self.progress), range(self.source.config.num_layers)
         forms = [str(form) for form in (*self.formats, self.factors)]
         name = f"tables-{digest(self.method, forms, self.rank, str(self._dense))}"
-        work = self.work if self.work.durable else Memory()
+        store = self.store if self.store.durable else MemoryStore()
 
         def done(i: int) -> bool:
-            return f"{name}/{i}" in work
+            return f"{name}/{i}" in store
 
         for i, sites, matrix in self.walk(clock, "predictions", done):
             tables = {site_path(i, site): self._table(*matrix(site)).rows() for site in sites}
-            work[f"{name}/{i}"] = tables
+            store[f"{name}/{i}"] = tables
         self.report["seconds"] |= clock.seconds
-        rows = [item for i in layers for item in work[f"{name}/{i}"].items()]
+        rows = [item for i in layers for item in store[f"{name}/{i}"].items()]
         return {path: Table.parse(found) for path, found in rows}
 
     def plan(
@@ -169,7 +169,7 @@ class Quantizer:
 
     def uniform(self, form: normal_float.Format | None, rank: int | None = None) -> Plan:
         """The plan that gives all matrices the same option."""
-        return self._plan(dict.fromkeys(self.shapes, Option(form, rank)), "uniform", None, None)
+        return self._plan(dict.fromkeys(self.shapes, Candidate(form, rank)), "uniform", None, None)
 
     def compress(self, *, into: Any = None, **budget: Any) -> Result:
         """A model of one budget; arguments and errors as for `plan` and `apply`."""
@@ -191,8 +191,8 @@ class Quantizer:
         if factors != self.factors:  # an edited plan
             return dataclasses.replace(self, factors=factors).apply(plan, into=into)
         width = max((o.rank for o in options.values() if o.rank is not None), default=1)
-        clock, parts = Clock(self.progress), claim(into, self.work, plan)
-        abouts = [put(parts, self.work, REST, lambda _: self._rest())]
+        clock, parts = Clock(self.progress), open_shards(into, self.store, plan)
+        abouts = [write_shard_once(parts, self.store, REST, lambda _: self._rest())]
 
         def done(i: int) -> bool:
             return f"layer_{i}" in parts
@@ -200,8 +200,8 @@ class Quantizer:
         for i, sites, matrix in self.walk(clock, "decomposition", done):
             chosen = {site: options[site_path(i, site)] for site in sites}
             make = functools.partial(self._block, chosen, matrix, width)
-            put(parts, self.work, f"layer_{i}", make)
-        abouts += [self.work[f"about/layer_{i}"] for i in range(self.source.config.num_layers)]
+            write_shard_once(parts, self.store, f"layer_{i}", make)
+        abouts += [self.store[f"about/layer_{i}"] for i in range(self.source.config.num_layers)]
         seconds = {**self.report["seconds"], **clock.seconds, "apply": time.perf_counter() - start}
         report = {
             **self.report,
@@ -215,16 +215,18 @@ class Quantizer:
             "layers": {path: row for about in abouts for path, row in about["layers"].items()},
             "peak_rss_bytes": peak_rss(),
         }
-        return Result(self.source.config, join(parts) if into is None else into, plan, report)
+        return Result(
+            self.source.config, join_blocks(parts) if into is None else into, plan, report
+        )
 
     def _rest(self) -> tuple[Any, dict[str, Any]]:
         """What is no block, as it is stored, and what to know of it."""
-        part = self._stored(self.source.rest())
+        part = self._stored(self.source.non_block_params())
         check_finite(part, {})
         return part, {"bytes": nbytes(part), "matrices": 0, "layers": {}}
 
     def _block(
-        self, chosen: Mapping[Site, Option], matrix: Matrices, width: int, name: str
+        self, chosen: Mapping[Site, Candidate], matrix: Matrices, width: int, name: str
     ) -> tuple[Any, dict[str, Any]]:
         """A block with its matrices as their options say, and what to know of it."""
         i = layer_index(name)
@@ -249,7 +251,7 @@ class Quantizer:
         config = self.source.config
         row = statistics_of(self.weighting)
         reads = self.calibration if needs_activations(row) else None
-        states, layers = resume_pass(self.work, stage, self.source, reads, done)
+        states, layers = resume_pass(self.store, stage, self.source, reads, done)
         for i in clock.run(stage, layers, layers.start):
             block = self.source.block(i)
             flat = trees.flatten(block)
@@ -288,25 +290,25 @@ class Quantizer:
         ranks, alone = ranks_tried(self.method, self.rank, shape)
         errors = np.asarray(predict(kernel, weights, forms=tuple(self.formats), ranks=ranks), float)
         rows = [
-            (Option(form, rank or None), errors[i, j])
+            (Candidate(form, rank or None), errors[i, j])
             for i, form in enumerate(self.formats)
             for j, rank in enumerate(ranks)
             if form.bits < 8 or j == 0  # of 8 bits nothing is left to make up for
         ]
         if alone:
             errors = np.asarray(predict(kernel, weights, forms=(None,), ranks=alone), float)[0]
-            rows += [(Option(None, r), e) for r, e in zip(alone, errors, strict=True)]
+            rows += [(Candidate(None, r), e) for r, e in zip(alone, errors, strict=True)]
         if row.all_in:
-            rows.append((Option(None, None), 0.0))
+            rows.append((Candidate(None, None), 0.0))
         return Table.of((self._size(option, shape), error, option) for option, error in rows)
 
-    def _size(self, option: Option, shape: tuple[int, ...]) -> int:
+    def _size(self, option: Candidate, shape: tuple[int, ...]) -> int:
         """Bytes that a budget counts."""
         products = QUANTIZERS[self.method].all_in
-        return option_bytes(option, shape, self._dense.itemsize, self.factors, products=products)
+        return candidate_bytes(option, shape, self._dense.itemsize, self.factors, products=products)
 
     def _kernels(
-        self, options: Mapping[Site, Option], matrix: Matrices, width: int
+        self, options: Mapping[Site, Candidate], matrix: Matrices, width: int
     ) -> dict[Site, tuple[Any, dict[str, Any]]]:
         """Matrices of one of `_groups` as their options say, on the host; what to know of them."""
         found = [matrix(site) for site in options]
@@ -317,7 +319,7 @@ class Quantizer:
         }
 
     def _decomposed(
-        self, options: Sequence[Option], found: Sequence[tuple[Any, Weights]], width: int
+        self, options: Sequence[Candidate], found: Sequence[tuple[Any, Weights]], width: int
     ) -> list[Any]:
         """The same matrices, from their kernels and what errors of them cost."""
         form = options[0].form
@@ -333,7 +335,7 @@ class Quantizer:
             new.append(LowRankPlusQuantized(NFQuantized.of(packed, kernel.shape, form), pair))
         return new
 
-    def _simple(self, kernel: Any, weights: Weights, option: Option, width: int) -> Any:
+    def _simple(self, kernel: Any, weights: Weights, option: Candidate, width: int) -> Any:
         """A matrix that needs no alternation."""
         if option.form is not None:
             packed = jax.device_get(encode_kernel(kernel, weights.feedback, form=option.form))
@@ -359,7 +361,7 @@ class Quantizer:
 
     def _plan(
         self,
-        chosen: Mapping[str, Option],
+        chosen: Mapping[str, Candidate],
         policy: str,
         gap: float | None,
         bits: float | None,
@@ -375,7 +377,7 @@ class Quantizer:
             bits=bits,
         )
 
-    def _options(self, plan: Plan) -> dict[str, Option]:
+    def _options(self, plan: Plan) -> dict[str, Candidate]:
         """What a plan chose; raises ValueError if it does not fit the model."""
         named = {*plan.ranks, *plan.formats}
         wrong = [f"{path} is no matrix of the blocks" for path in named - self.shapes.keys()]
@@ -386,4 +388,4 @@ class Quantizer:
         if wrong:
             raise ValueError("the plan does not fit the model: " + "; ".join(sorted(wrong)))
         forms = {path: normal_float.Format.parse(text) for path, text in plan.formats.items()}
-        return {path: Option(forms.get(path), rank) for path, rank in plan.ranks.items()}
+        return {path: Candidate(forms.get(path), rank) for path, rank in plan.ranks.items()}

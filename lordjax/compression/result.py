@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lordjax.allocation.plan import Plan, Size
+from lordjax.allocation.plan import Plan, SiteSize
 from lordjax.compression.site_factors import AnyFactors
 from lordjax.kernels import trees
 from lordjax.kernels.kinds import weights
@@ -66,7 +66,7 @@ def layer_report(factors: Mapping[str, AnyFactors], plan: Plan) -> dict[str, dic
     return rows
 
 
-def verify(params: Any, plan: Plan, sizes: Mapping[str, Size], config: ModelConfig) -> None:
+def verify(params: Any, plan: Plan, sizes: Mapping[str, SiteSize], config: ModelConfig) -> None:
     """Checks that every planned site was replaced and has the planned size, and all is finite.
 
     Raises:

@@ -7,7 +7,7 @@
     OUT                    appears, whole, when all is done; then OUT.partial goes
 
     with Output("small", identity) as output:
-        result = compress(source, tokens, keep=0.7, work=output.work, into=output.parts)
+        result = compress(source, tokens, keep=0.7, work=output.work, into=output.shards)
         output.finish(result, hf_config=hf_config)
 
 Of several processes (`hosts`) the first one writes the model, number k keeps its own work in
@@ -27,9 +27,9 @@ from lordjax.compression.result import Result
 from lordjax.methods import Factors, ModuleFactors
 from lordjax.runtime import multihost
 from lordjax.storage import atomic_directory, checkpoint
-from lordjax.storage.disk_store import Workspace, differences
-from lordjax.storage.shards import REST, Parts
-from lordjax.storage.store import Work
+from lordjax.storage.disk_store import DiskStore, differences
+from lordjax.storage.shards import REST, Shards
+from lordjax.storage.store import Store
 
 # Dataclasses that intermediate results consist of, by their names in files.
 TYPES = {
@@ -53,8 +53,8 @@ def partial(directory: str | os.PathLike[str], process: int = 0) -> Path:
 class Unwritten:
     """In place of `Parts` in a process that writes no model."""
 
-    def __init__(self, work: Work):
-        self._work = work
+    def __init__(self, store: Store):
+        self._work = store
 
     def __contains__(self, name: str) -> bool:
         return f"parts/{name}" in self._work
@@ -72,7 +72,7 @@ class Output:
         begun with the same.
 
     Attributes:
-      work: where finished work is kept.
+      store: where finished work is kept.
       parts: where finished parts of the model go.
       resumed: whether some work was left.
       finished: what `finish` was given as ``summary`` by a process that was killed after it.
@@ -87,25 +87,29 @@ class Output:
     def __init__(self, directory: str | os.PathLike[str], identity: Mapping[str, Any]):
         self.directory = Path(directory).resolve()
         own = partial(directory, multihost.process())
-        if multihost.leads() and not own.exists():
+        if multihost.is_primary() and not own.exists():
             atomic_directory.check_destination(directory)
-        self.work = Workspace(own, identity, TYPES)
-        self._stage = self.work.directory / "model"
+        self.store = DiskStore(own, identity, TYPES)
+        self._stage = self.store.directory / "model"
         try:
             self.finished = self._agree(identity)
-            if multihost.leads() and self.finished is None:
+            if multihost.is_primary() and self.finished is None:
                 atomic_directory.check_destination(directory)
                 self._stage.mkdir(exist_ok=True)
         except (OSError, ValueError):
             self._leave()
             raise
-        self.parts = Parts(self._stage, self.work) if multihost.leads() else Unwritten(self.work)
-        self.resumed = not self.work.empty
+        self.shards = (
+            Shards(self._stage, self.store) if multihost.is_primary() else Unwritten(self.store)
+        )
+        self.resumed = not self.store.empty
 
     def _agree(self, identity: Mapping[str, Any]) -> Any:
         """Forgets what not all processes have finished; returns what the first one finished."""
-        keys = self.work.below("")
-        told = multihost.tell([identity, keys, self.work[FINISHED] if FINISHED in keys else None])
+        keys = self.store.below("")
+        told = multihost.all_gather_json(
+            [identity, keys, self.store[FINISHED] if FINISHED in keys else None]
+        )
         for k, (other, _, _) in enumerate(told):
             changes = list(differences(told[0][0], other))
             if changes:
@@ -113,7 +117,7 @@ class Output:
         finished = told[0][2]
         if finished is None:
             common = set.intersection(*(set(keys) for _, keys, _ in told))
-            self.work.discard(*(key for key in self.work.below("") if key not in common))
+            self.store.discard(*(key for key in self.store.below("") if key not in common))
         return finished
 
     def __enter__(self) -> Output:
@@ -122,8 +126,8 @@ class Output:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # The same command would come to the same error: nothing is left to go on with.
         useless = kind is not None and issubclass(kind, (ValueError, KeyError))
-        if useless and not self.resumed and self.work.open:
-            self.work.remove()
+        if useless and not self.resumed and self.store.open:
+            self.store.remove()
         self._leave()
 
     def finish(
@@ -150,10 +154,10 @@ class Output:
           FileExistsError: if the directory is no longer free.
           ValueError: if a file that an earlier process wrote is damaged.
         """
-        if multihost.leads():
+        if multihost.is_primary():
             self._complete(result, hf_config, report, write_tokenizer, also)
-            self.work[FINISHED] = summary
-        multihost.wait()
+            self.store[FINISHED] = summary
+        multihost.barrier()
         self.publish()
 
     def _complete(
@@ -166,11 +170,11 @@ class Output:
     ) -> None:
         if also is not None:
             also(self._stage)
-        assert isinstance(self.parts, Parts)
+        assert isinstance(self.shards, Shards)
         names = [REST, *(f"layer_{i}" for i in range(result.config.num_layers))]
         checkpoint.write_about(
             self._stage,
-            self.parts.finish(names),
+            self.shards.finish(names),
             result.config,
             hf_config=hf_config,
             plan=result.plan,
@@ -183,21 +187,21 @@ class Output:
 
         The first process comes last: as long as its work is there, it is seen to be finished.
         """
-        if not multihost.leads():
-            self.work.remove()
-            multihost.wait()
+        if not multihost.is_primary():
+            self.store.remove()
+            multihost.barrier()
             return
-        multihost.wait()
+        multihost.barrier()
         if self._stage.exists():
             atomic_directory.publish(
                 self._stage, atomic_directory.check_destination(self.directory)
             )
         # Large files take a while to go; until they have, the work must be seen to be finished.
-        self.work.discard(*(key for key in self.work.below("") if key != FINISHED))
-        self.work.remove()
+        self.store.discard(*(key for key in self.store.below("") if key != FINISHED))
+        self.store.remove()
 
     def _leave(self) -> None:
         """Keeps what is finished, and no directory without any."""
-        if self.work.open and self.work.empty:
-            self.work.remove()
-        self.work.close()
+        if self.store.open and self.store.empty:
+            self.store.remove()
+        self.store.close()

@@ -43,7 +43,7 @@ from lordjax.models.sites import LAST_LAYER, LINEAR_SITES, Site, site_path, site
 from lordjax.models.source import Source
 from lordjax.runtime.mesh import gathered
 from lordjax.runtime.progress import Clock
-from lordjax.storage.store import Entries, Memory, Work, digest
+from lordjax.storage.store import Entries, MemoryStore, Store, digest
 
 RIDGE = 1e-4  # of the regression on the compressed inputs, relative to their mean variance
 
@@ -89,7 +89,7 @@ def sequential(
     *,
     corrective: bool,
     clock: Clock,
-    work: Work | None = None,
+    store: Store | None = None,
 ) -> tuple[Mapping[str, AnyFactors], Mapping[str, dict[str, Any]]]:
     """Factors of every planned site, each from the model compressed before it.
 
@@ -101,22 +101,25 @@ def sequential(
       gradients: gradient statistics by layer, if the method needs any.
       corrective: fit the untouched model's outputs instead of the layer's own.
       clock: for progress.
-      work: where factors go, and where a killed process left them; None: in memory.
+      store: where factors go, and where a killed process left them; None: in memory.
 
     Returns:
       Site path -> factors; path of a module -> its last layer's kernel, by name in head form, where
       that was fitted to something else.
     """
     config, row = source.config, METHODS[method]
-    work, name = work or Memory(), f"sequential-{digest(dict(plan.ranks), method, corrective)}"
-    factors, kernels = Entries(work, f"{name}/factors"), Entries(work, f"{name}/kernels")
+    store, name = (
+        store or MemoryStore(),
+        f"sequential-{digest(dict(plan.ranks), method, corrective)}",
+    )
+    factors, kernels = Entries(store, f"{name}/factors"), Entries(store, f"{name}/kernels")
     steps = groups(row, config)
     planned = [
         site_path(i, site) for i in range(config.num_layers) for group in steps for site in group
     ]
     if all(path in factors for path in planned if plan.ranks.get(path) is not None):
         return factors, kernels
-    states = start_pass(work, f"{name}/states", source, calibration, 1 + corrective)
+    states = start_pass(store, f"{name}/states", source, calibration, 1 + corrective)
     own, dense = (Shifted(states, k * len(calibration.masks())) for k in range(2))
     walk = _Walk(config, method, calibration, own, dense)
     start = states.at or 0
@@ -129,7 +132,7 @@ def sequential(
             if not sites:
                 continue
             if any(site_path(i, site) not in factors for site in sites):
-                _factor_group(walk, i, sites, of_block, work, name, corrective=corrective)
+                _factor_group(walk, i, sites, of_block, store, name, corrective=corrective)
             ranks = plan.ranks
             compressed = replace_kernels(
                 walk.whole, i, factors, ranks, method, config, widened=True, kernels=kernels
@@ -149,7 +152,7 @@ def _factor_group(
     i: int,
     sites: tuple[Site, ...],
     gradients: Mapping[str, Mapping[str, Any]],
-    work: Work,
+    store: Store,
     name: str,
     *,
     corrective: bool,
@@ -162,14 +165,14 @@ def _factor_group(
         stats |= site_gradients(gradients, walk.row, site, untouched)
         if corrective and site.kind in LAST_NAME:
             last = LAST_NAME[site.kind]
-            work[f"{name}/kernels/{path}"] = {last: np.asarray(own[last], np.float32)}
-        work[f"{name}/factors/{path}"] = factor_site(walk.method, site, path, own, stats)
+            store[f"{name}/kernels/{path}"] = {last: np.asarray(own[last], np.float32)}
+        store[f"{name}/factors/{path}"] = factor_site(walk.method, site, path, own, stats)
 
 
 def groups(row: Method, config: ModelConfig) -> list[tuple[Site, ...]]:
     """Sites of a method that do not feed each other, in the order in which they run."""
     sites = sites_for(row.kinds, config)
-    return [tuple(s for s in sites if s.group == n) for n in sorted({s.group for s in sites})]
+    return [tuple(s for s in sites if s.stage == n) for n in sorted({s.stage for s in sites})]
 
 
 def _own_inputs(walk: _Walk, i: int, sites: tuple[Site, ...]) -> Inputs:

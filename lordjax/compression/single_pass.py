@@ -28,21 +28,21 @@ from lordjax.calibration.forward_pass import (
 from lordjax.calibration.hidden_states import States
 from lordjax.compression.site_factors import (
     AnyFactors,
-    finish,
+    collect_factors,
     input_shapes,
+    launch_factorization,
     site_kernels,
     site_work,
-    start,
 )
 from lordjax.methods import METHODS
 from lordjax.models.sites import Site, site_path, sites_for
 from lordjax.models.source import Source
 from lordjax.runtime import flops
-from lordjax.runtime.mesh import map_kernels, own_jobs, share_jobs
+from lordjax.runtime.mesh import map_kernels, own_tasks, share_tasks
 from lordjax.runtime.progress import Clock
-from lordjax.storage.store import Entries, Work
+from lordjax.storage.store import Entries, Store
 
-Job = tuple[int, Site]  # a site of a block
+SiteTask = tuple[int, Site]  # a site of a block
 Gradients = Mapping[int, Mapping[str, Mapping[str, Any]]]
 
 
@@ -52,7 +52,7 @@ def factor_all(
     method: str,
     gradients: Gradients,
     clock: Clock,
-    work: Work,
+    store: Store,
     *,
     keep_gradients: bool,
     influence: bool,
@@ -60,22 +60,22 @@ def factor_all(
     """One pass over the untouched model: statistics of a group of blocks, factors, the next group.
 
     Returns:
-      site path -> factors, which are in ``work``; layer -> block influence, if asked for.
+      site path -> factors, which are in ``store``; layer -> block influence, if asked for.
     """
     row, mesh = METHODS[method], calibration.mesh
     sites = sites_for(row.kinds, source.config)
-    factors = Entries(work, "factors")
-    influences = Entries(work, "influence", int)
+    factors = Entries(store, "factors")
+    influences = Entries(store, "influence", int)
 
     def done(i: int) -> bool:
         lacks = any(site_path(i, site) not in factors for site in sites)
         return not lacks and (i in influences or not influence)
 
     reads = calibration if influence or needs_activations(row) else None
-    states, left = resume_pass(work, "statistics", source, reads, done)
-    run = _Pass(source, calibration, method, gradients, work)
+    states, left = resume_pass(store, "statistics", source, reads, done)
+    run = _Pass(source, calibration, method, gradients, store)
     size, shares = 1 if mesh is None else mesh.size, []
-    inputs: dict[Job, Any] = {}
+    inputs: dict[SiteTask, Any] = {}
     for i in clock.run("statistics and factors", left, left.start):
         number = (i - left.start) % size  # in its group
         if number == 0:
@@ -83,12 +83,12 @@ def factor_all(
         inputs |= run.collect(i, states, shares, influence=influence)
         if number + 1 < size and i + 1 < left.stop:
             if states is not None:  # older ones stay on disk: a killed process goes back to them
-                states.commit(i + 1, keep=work.durable)
+                states.commit(i + 1, keep=store.durable)
             continue
         run.factor(shares, inputs, clock)
         if not keep_gradients:
             for j in range(i - number, i + 1):
-                work.release(f"gradients/{j}")
+                store.release(f"gradients/{j}")
         if states is not None:
             states.commit(i + 1)
     if states is not None:
@@ -105,16 +105,16 @@ class _Pass:
       calibration: tokens, and the devices.
       method: a key of `METHODS`.
       gradients: layer -> statistics of the backward pass.
-      work: where factors are that are not made again, and influences go.
+      store: where factors are that are not made again, and influences go.
     """
 
     source: Source
     calibration: Calibration
     method: str
     gradients: Gradients
-    work: Work
+    store: Store
 
-    def shares(self, layers: range) -> list[list[Job]]:
+    def shares(self, layers: range) -> list[list[SiteTask]]:
         """What each device has to factor in a group of blocks, from shapes alone.
 
         A process that was killed before a block's last site has made the others.
@@ -125,7 +125,7 @@ class _Pass:
             (i, site)
             for i in layers
             for site in sites
-            if f"factors/{site_path(i, site)}" not in self.work
+            if f"factors/{site_path(i, site)}" not in self.store
         ]
         if mesh is None:
             return [jobs]
@@ -135,11 +135,11 @@ class _Pass:
             gradients = self.gradients.get(i, {})
             shapes = input_shapes(row, site, blocks[i], gradients, config)
             costs[i, site] = flops.total(site_work(self.method, site, *shapes, meshed=True))
-        return share_jobs(costs, mesh.size)
+        return share_tasks(costs, mesh.size)
 
     def collect(
-        self, i: int, states: States | None, shares: list[list[Job]], *, influence: bool
-    ) -> dict[Job, tuple[Any, dict[str, Any]]]:
+        self, i: int, states: States | None, shares: list[list[SiteTask]], *, influence: bool
+    ) -> dict[SiteTask, tuple[Any, dict[str, Any]]]:
         """Kernels of the jobs of a block, and what its forward pass says of them.
 
         Of jobs of other processes only shapes.
@@ -153,32 +153,36 @@ class _Pass:
                 block, i, states, self.calibration, sites, keys, config, influence=influence
             )
         if influence:
-            self.work[f"influence/{i}"] = float(stats.pop(INFLUENCE).mean())
+            self.store[f"influence/{i}"] = float(stats.pop(INFLUENCE).mean())
         # As it is stored: on the device a program's own arguments are enough.
         block = self.source.block(i)
         found = {}
-        own = None if mesh is None else own_jobs(shares, mesh)
+        own = None if mesh is None else own_tasks(shares, mesh)
         for job in (job for share in shares for job in share if job[0] == i):
             names = {name: stats[key] for name, key in keys[job[1].path].items()}
             both = site_kernels(job[1], block, config), names
             found[job] = both if own is None or job in own else jax.tree.map(_outline, both)
         return found
 
-    def factor(self, shares: list[list[Job]], inputs: dict[Job, Any], clock: Clock) -> None:
-        """Puts factors of the jobs, each found on its device, into ``work``; empties ``inputs``."""
+    def factor(
+        self, shares: list[list[SiteTask]], inputs: dict[SiteTask, Any], clock: Clock
+    ) -> None:
+        """Puts the factors of every task into ``store``, and empties ``inputs``."""
         mesh, row, begun = self.calibration.mesh, METHODS[self.method], {}
 
-        def begin(job: Job) -> AnyFactors:
+        def begin(job: SiteTask) -> AnyFactors:
             i, site = job
             begun[job], stats = inputs.pop(job)  # a site's sums go when it is factored
             stats |= site_gradients(self.gradients.get(i, {}), row, site, begun[job])
-            return start(self.method, site, begun[job], stats, meshed=mesh is not None)
+            return launch_factorization(
+                self.method, site, begun[job], stats, meshed=mesh is not None
+            )
 
         with clock.part("factors"):
             for job, running in map_kernels(begin, shares, mesh):
                 path = site_path(*job)
-                found = finish(self.method, path, begun.pop(job), running)
-                self.work[f"factors/{path}"] = found
+                found = collect_factors(self.method, path, begun.pop(job), running)
+                self.store[f"factors/{path}"] = found
                 del running, found  # before the next one begins
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lordjax.allocation.plan import Size
+from lordjax.allocation.plan import SiteSize
 from lordjax.calibration.backward_pass import gradient_basis, site_gradients
 from lordjax.calibration.forward_pass import activation_keys, statistic_width
 from lordjax.calibration.observers import empty
@@ -22,7 +22,7 @@ from lordjax.models.head_axes import gather, scatter, widen
 from lordjax.models.sites import Site, counted_sites, site_path, sites_for
 from lordjax.models.source import Source
 from lordjax.runtime import flops
-from lordjax.storage.store import Work, once
+from lordjax.storage.store import Store, get_or_compute
 
 AnyFactors = Factors | ModuleFactors
 
@@ -66,10 +66,15 @@ def factor_site(method: str, site: Site, path: str, kernels: Any, stats: Any) ->
     Raises:
       ValueError: if a factor is not finite; names the site.
     """
-    return finish(method, path, kernels, start(method, site, kernels, dict(stats), meshed=False))
+    return collect_factors(
+        method,
+        path,
+        kernels,
+        launch_factorization(method, site, kernels, dict(stats), meshed=False),
+    )
 
 
-def start(
+def launch_factorization(
     method: str, site: Site, kernels: Any, stats: dict[str, Any], *, meshed: bool
 ) -> AnyFactors:
     """The factors of a site while they are computed, on a device; ``stats`` may be emptied.
@@ -84,7 +89,7 @@ def start(
         return factor_program(name, site.kind)(kernels, stats)
 
 
-def finish(method: str, path: str, kernels: Any, running: AnyFactors) -> AnyFactors:
+def collect_factors(method: str, path: str, kernels: Any, running: AnyFactors) -> AnyFactors:
     """The factors that `start` computes, once they are there; errors as of `factor_site`."""
     small = jax.tree.map(np.asarray, running)
     if not all(np.isfinite(a).all() for a in jax.tree.leaves(small)):
@@ -94,7 +99,7 @@ def finish(method: str, path: str, kernels: Any, running: AnyFactors) -> AnyFact
         )
     if isinstance(small, ModuleFactors):
         return small
-    useful = int(np.ceil(Size.matrix(*kernels.shape).limit))
+    useful = int(np.ceil(SiteSize.matrix(*kernels.shape).limit))
     return dataclasses.replace(
         small,
         left=np.ascontiguousarray(small.left[:, :useful]),
@@ -117,7 +122,7 @@ def site_kernels(site: Site, block: Mapping[str, Any], config: Any) -> Any:
     return flat[site.path] if site.kind == "linear" else gather(site.kind, flat, config)
 
 
-def site_work(method: str, site: Site, kernels: Any, stats: Any, *, meshed: bool) -> flops.Work:
+def site_work(method: str, site: Site, kernels: Any, stats: Any, *, meshed: bool) -> flops.OpCounts:
     """Operations of the factors of one site.
 
     Args:
@@ -132,17 +137,17 @@ def site_work(method: str, site: Site, kernels: Any, stats: Any, *, meshed: bool
 
 
 @functools.cache
-def _site_work(method: str, site: Site, meshed: bool, tree: Any, leaves: Any) -> flops.Work:
+def _site_work(method: str, site: Site, meshed: bool, tree: Any, leaves: Any) -> flops.OpCounts:
     kernels, stats = jax.tree.unflatten(tree, leaves)
     module = None if meshed else on_host(method, site.kind)
     if module is not None and module.host_work is not None:
         return module.host_work(kernels, stats)
     name = method_at(method, site.layer) if site.kind == "linear" else method
-    found: list[flops.Work] = []
+    found: list[flops.OpCounts] = []
     if stats.get("basis") is not None:
-        found.append(flops.of(gradient_basis, kernels))
+        found.append(flops.count_ops(gradient_basis, kernels))
     with jax.enable_x64(True):
-        found.append(flops.of(factor_program(name, site.kind), kernels, stats))
+        found.append(flops.count_ops(factor_program(name, site.kind), kernels, stats))
     return flops.merged(found)
 
 
@@ -230,7 +235,7 @@ def _factored(
     return leaves
 
 
-def site_sizes(source: Source, method: str, work: Work | None = None) -> dict[str, Size]:
+def site_sizes(source: Source, method: str, store: Store | None = None) -> dict[str, SiteSize]:
     """Site path -> its size in the untouched model."""
     sites = counted_sites(METHODS[method].kinds, source.config).values()
 
@@ -242,19 +247,19 @@ def site_sizes(source: Source, method: str, work: Work | None = None) -> dict[st
                 sizes[site_path(i, site)] = vars(site_size(site, block, source.config))
         return sizes
 
-    found = read() if work is None else once(work, "sizes", read)
-    return {path: Size(**size) for path, size in found.items()}
+    found = read() if store is None else get_or_compute(store, "sizes", read)
+    return {path: SiteSize(**size) for path, size in found.items()}
 
 
-def site_size(site: Site, block: Mapping[str, Any], config: ModelConfig) -> Size:
+def site_size(site: Site, block: Mapping[str, Any], config: ModelConfig) -> SiteSize:
     """How many weights a site of a block has at a rank."""
     flat = trees.flatten(block)
     shapes = [flat[path].shape for path in site.kernels if path in flat]
     if site.kind == "linear":
-        return Size.matrix(*shapes[0])
+        return SiteSize.matrix(*shapes[0])
     dense = sum(fan_in * fan_out for fan_in, fan_out in shapes)
     if site.kind == "dense":
-        return Size(dense, dense)
+        return SiteSize(dense, dense)
     widths = {
         "mlp": flat["mlp/down/kernel"].shape[0],
         "qk": flat["attention/q/kernel"].shape[1] // config.num_heads,
@@ -262,7 +267,7 @@ def site_size(site: Site, block: Mapping[str, Any], config: ModelConfig) -> Size
     }
     rotary = site.kind == "qk" and config.rope is not None
     moved = site.kind == "vo" and "attention/v/bias" in flat and "attention/o/bias" not in flat
-    return Size(
+    return SiteSize(
         dense,
         dense // widths[site.kind],
         bias=shapes[-1][1],

@@ -61,7 +61,7 @@ def compare(
                 for k, x in enumerate(xs):
                     xs[k] = observe(own, x, None, {}, config=config, window=config.window(i))[0]
         with clock.part("comparison"):
-            rest = on_device(source.rest())
+            rest = on_device(source.non_block_params())
             if classes:
                 goals = [decisions(config, rest, x) for x in states.pop()]
             pairs = [zip(xs, goals, strict=True) for xs in states]

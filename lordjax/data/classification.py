@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lordjax.data import documents, token_windows
-from lordjax.data.examples import VALIDATION, Data, Examples, pad, split
+from lordjax.data.examples import VALIDATION, Data, Examples, hold_out, pad
 
 
 class Columns(NamedTuple):
@@ -98,7 +98,7 @@ def classification(
     numbers = np.array([[names.index(label)] for label in found], np.int32)
     examples = Examples(tokens, numbers, mask, types if types.any() else None)
     facts = {"source": str(path), "labels": names}
-    return split(examples, ["\t".join(text) for text in texts], share, seed, facts)
+    return hold_out(examples, ["\t".join(text) for text in texts], share, seed, facts)
 
 
 def _cells(path: Path, asked: Columns | None) -> tuple[list[tuple[str, ...]], list[str]]:

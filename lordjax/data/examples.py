@@ -241,7 +241,7 @@ def pad(rows: Sequence[Sequence[int]], seq_len: int) -> tuple[np.ndarray, np.nda
     return out, None if mask.all() else mask
 
 
-def split(
+def hold_out(
     examples: Examples, texts: Sequence[str], share: float, seed: int, facts: Mapping[str, Any]
 ) -> Data:
     """Examples in two parts by their documents ``[n]``; arguments as for `split_documents`."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lordjax.data import documents, token_windows
-from lordjax.data.examples import VALIDATION, Data, Examples, next_tokens, pad, split
+from lordjax.data.examples import VALIDATION, Data, Examples, hold_out, next_tokens, pad
 
 Message = dict[str, str]  # role and content
 Piece = tuple[str, bool]  # a part of a text, and whether it is to be learned
@@ -86,7 +86,7 @@ def instructions(
     targets = next_tokens(tokens, pad(wanted, seq_len)[0].astype(bool))
     facts = {"source": str(path), "template": "chat" if chat else "headings"}
     facts |= {"left_out": left_out, "cut": cut, "targets": int((targets >= 0).sum())}
-    return split(Examples(tokens, targets, mask), texts, share, seed, facts)
+    return hold_out(Examples(tokens, targets, mask), texts, share, seed, facts)
 
 
 def _records(path: Path) -> Iterator[tuple[str, Any]]:

@@ -31,7 +31,7 @@ from lordjax.models.objective import CHUNK
 COPIES = 7  # of what is trained, see above
 
 
-def abstract(
+def abstract_state(
     config: ModelConfig, params: Any, recipe: Recipe, settings: Settings, seq_len: int
 ) -> tuple[State, Any, Examples]:
     """The state, what is not trained, and a batch, as shapes.
@@ -49,7 +49,7 @@ def abstract(
         return found.state, found.frozen
 
     state, frozen = jax.eval_shape(begun, params)
-    rows = settings.parts, settings.batch // settings.parts
+    rows = settings.micro_batches, settings.batch // settings.micro_batches
     tokens: Any = jax.ShapeDtypeStruct((*rows, seq_len), jnp.int32)
     targets: Any = jax.ShapeDtypeStruct(
         (*rows, 1 if config.head == "classes" else seq_len), jnp.int32
@@ -61,8 +61,8 @@ def predict(
     config: ModelConfig, params: Any, recipe: Recipe, settings: Settings, seq_len: int
 ) -> dict[str, int]:
     """Bytes of ``base``, ``trained``, ``activations`` and their sum; arguments as of `abstract`."""
-    state, frozen, _ = abstract(config, params, recipe, settings, seq_len)
-    rows, size = settings.batch // settings.parts, jnp.dtype(settings.dtype).itemsize
+    state, frozen, _ = abstract_state(config, params, recipe, settings, seq_len)
+    rows, size = settings.batch // settings.micro_batches, jnp.dtype(settings.dtype).itemsize
     stream = rows * seq_len * config.hidden_size * size
     blocks = [
         [leaf for path, leaf in trees.flatten(frozen).items() if path.startswith(f"layer_{i}/")]
@@ -94,11 +94,11 @@ def _decoded(leaf: Any, size: int) -> int:
     return 0
 
 
-def compiled(
+def compiled_bytes(
     config: ModelConfig, params: Any, recipe: Recipe, settings: Settings, seq_len: int
 ) -> dict[str, int]:
     """Bytes of ``arguments``, ``temporaries`` and their sum, as the compiler has laid them out."""
-    state, frozen, batch = abstract(config, params, recipe, settings, seq_len)
+    state, frozen, batch = abstract_state(config, params, recipe, settings, seq_len)
     optimizer = recipes.optimizer(recipe, settings.steps)
     step = finetune.make_step(config, optimizer, dtype=settings.dtype)
     found = step.lower(state, frozen, batch).compile().memory_analysis()

@@ -111,7 +111,7 @@ SCHEDULES = {
 }
 
 
-def start(
+def initial_params(
     recipe: Recipe, params: Any, key: Array, *, classes: bool = False
 ) -> tuple[Any, list[str]]:
     """The model that training starts from, and the paths of the arrays that are trained.

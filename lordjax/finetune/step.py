@@ -76,7 +76,7 @@ class Settings:
     distill: float = 0.0
 
     @property
-    def parts(self) -> int:
+    def micro_batches(self) -> int:
         """Micro-batches of a step."""
         alone = self.batch if jax.default_backend() == "cpu" else 1
         return alone if self.accumulate is None else self.accumulate
@@ -95,7 +95,7 @@ class Settings:
 
 def split(params: Any, paths: list[str], dtype: str) -> tuple[Any, Any]:
     """The trainable part in float32, copied, and the rest in the dtype that is computed in."""
-    first, second = trees.split(jax.tree.map(jnp.asarray, params), set(paths))
+    first, second = trees.partition(jax.tree.map(jnp.asarray, params), set(paths))
     # Copied: a step gives the memory of its arguments to its results.
     return jax.tree.map(lambda a: jnp.array(a, jnp.float32, copy=True), first), astype(
         second, dtype
@@ -124,19 +124,19 @@ def begin(config: ModelConfig, params: Any, recipe: Recipe, settings: Settings) 
     """Makes a model ready for a recipe; the errors are those of `recipes.start`."""
     optimizer = recipes.optimizer(recipe, settings.steps)
     key, classes = jax.random.key(settings.seed), config.head == "classes"
-    params, paths = recipes.start(recipe, params, key, classes=classes)
+    params, paths = recipes.initial_params(recipe, params, key, classes=classes)
     trained, frozen = split(params, paths, settings.dtype)
-    return Begun(params, paths, start(trained, optimizer), frozen, optimizer)
+    return Begun(params, paths, init_state(trained, optimizer), frozen, optimizer)
 
 
 def joined(trained: Any, params: Any, paths: list[str]) -> Any:
     """The model with what was trained at ``paths``, in the dtype that it had before."""
-    before, others = trees.split(params, set(paths))
+    before, others = trees.partition(params, set(paths))
     new = jax.tree.map(lambda a, old: a.astype(old.dtype), trained, before)
-    return trees.join(new, others)
+    return trees.combine(new, others)
 
 
-def start(params: Any, optimizer: optax.GradientTransformation) -> State:
+def init_state(params: Any, optimizer: optax.GradientTransformation) -> State:
     """The state before the first step, of the trainable part."""
     return State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
@@ -183,12 +183,12 @@ def _stream(
 
     def block(window: int | None, trained: Any, others: Any, x: Array) -> Array:
         module, (params, *where) = BLOCKS[config.block](config, window), others
-        return module.apply({"params": trees.join(trained, params)}, x, *where)
+        return module.apply({"params": trees.combine(trained, params)}, x, *where)
 
     for i in range(config.num_layers):
         name = f"layer_{i}/"
         inside = {path.removeprefix(name) for path in trained if path.startswith(name)}
-        first, second = trees.split(params[f"layer_{i}"], inside)
+        first, second = trees.partition(params[f"layer_{i}"], inside)
         fn = functools.partial(block, config.window(i))
         x = block_by_block(fn, remat, first, (second, positions, batch.mask), x)
     return x
@@ -219,7 +219,7 @@ def make_step(
     """
 
     def loss(trained: Any, frozen: Any, batch: Examples, teacher: Any) -> tuple[Array, Array]:
-        params = astype(trees.join(trained, frozen), dtype)
+        params = astype(trees.combine(trained, frozen), dtype)
         every = tuple(trees.arrays(trained))
         given = {"distill": distill, "remat": remat, "trained": every}
         nll, mixed = rows_of(config, params, batch, teacher, **given)
@@ -253,7 +253,7 @@ def make_step(
 def _evaluate(
     trained: Any, frozen: Any, batch: Examples, *, config: ModelConfig, dtype: str
 ) -> Any:
-    params = astype(trees.join(trained, frozen), dtype)
+    params = astype(trees.combine(trained, frozen), dtype)
     return rows_of(config, params, batch)[0]
 
 
@@ -275,7 +275,7 @@ def evaluate(
 def microbatches(examples: Examples, settings: Settings, step: int) -> Examples:
     """The examples of a step, with a leading axis of micro-batches."""
     rows = batch_indices(examples.size, settings.batch, step, settings.seed)
-    part, parts = examples.rows(rows), settings.parts
+    part, parts = examples.rows(rows), settings.micro_batches
     return jax.tree.map(lambda a: a.reshape(parts, -1, *a.shape[1:]), part)
 
 

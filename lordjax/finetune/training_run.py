@@ -50,7 +50,7 @@ class Keeping:
     last: int = 2
 
 
-class Store:
+class _Checkpoints:
     """The checkpoints of a run."""
 
     def __init__(self, directory: Path, keeping: Keeping):
@@ -154,7 +154,9 @@ def train(
     parts = {"recipe": recipe, "settings": settings, "keeping": keeping}
     _claim(directory, resume, {**about, **{k: dataclasses.asdict(v) for k, v in parts.items()}})
     with contextlib.ExitStack() as stack:
-        store = stack.enter_context(contextlib.closing(Store(directory / "checkpoints", keeping)))
+        store = stack.enter_context(
+            contextlib.closing(_Checkpoints(directory / "checkpoints", keeping))
+        )
         done = store.steps()
         if done:
             state = store.restore(template, max(done))
@@ -188,7 +190,7 @@ def _held_out(
     """``validation``: nats per target; nothing if no example is held out."""
     if not examples.size:
         return {}
-    batch = min(settings.batch // settings.parts, examples.size)
+    batch = min(settings.batch // settings.micro_batches, examples.size)
     own = {"batch": batch, "dtype": settings.dtype}
     return {"validation": finetune.evaluate(config, state, frozen, examples, **own)}
 

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from lordjax.calibration.observers import observe, observe_gradients, windows_per_step
-from lordjax.forecast.job import Job
+from lordjax.forecast.job import CompressionSpec
 from lordjax.forecast.low_rank_cost import (
     all_factors,
     every_layer,
@@ -25,25 +25,27 @@ from lordjax.forecast.low_rank_cost import (
     gradient_shapes,
     site_factors,
 )
-from lordjax.forecast.quantized_cost import CodedJob
+from lordjax.forecast.quantized_cost import QuantizationSpec
 from lordjax.models.sites import Site
 from lordjax.runtime import flops
-from lordjax.runtime.flops import Work
-from lordjax.runtime.mesh import share_jobs
+from lordjax.runtime.flops import OpCounts
+from lordjax.runtime.mesh import share_tasks
 
 UNKNOWN = ("sequential",)  # stages of which nothing is said
 
 
-def shared(job: Job, work: Mapping[str, Work], count: int) -> dict[str, list[Work]]:
+def shared(
+    job: CompressionSpec, ops: Mapping[str, OpCounts], count: int
+) -> dict[str, list[OpCounts]]:
     """Stage -> work of each of so many devices.
 
     Args:
       job: what is asked for.
-      work: of its stages (`stages.stages`, `coded.coded_stages`).
+      ops: of its stages (`stages.stages`, `coded.coded_stages`).
       count: of devices.
     """
     found = {}
-    for name, whole in work.items():
+    for name, whole in ops.items():
         if name in UNKNOWN:
             continue
         if name == "gradients":
@@ -52,7 +54,9 @@ def shared(job: Job, work: Mapping[str, Work], count: int) -> dict[str, list[Wor
             found[name] = _pass(job, whole, count, backward=False)
         elif name == "factors":
             found[name] = _in_groups(job, count)
-        elif isinstance(job, CodedJob) and job.reads:  # a pass, and what the first device does
+        elif (
+            isinstance(job, QuantizationSpec) and job.reads
+        ):  # a pass, and what the first device does
             forward = forward_work(job)
             parts = _pass(job, forward, count, backward=False)
             found[name] = [flops.merged([parts[0], _minus(whole, forward)]), *parts[1:]]
@@ -62,7 +66,7 @@ def shared(job: Job, work: Mapping[str, Work], count: int) -> dict[str, list[Wor
 
 
 def report(
-    shares: Mapping[str, list[Work]], work: Mapping[str, Work], seconds: Mapping[str, float]
+    shares: Mapping[str, list[OpCounts]], ops: Mapping[str, OpCounts], seconds: Mapping[str, float]
 ) -> dict[str, dict[str, Any]]:
     """Of every stage with operations: its seconds, each device's operations, and their shares.
 
@@ -71,19 +75,19 @@ def report(
 
     Args:
       shares: of `shared`.
-      work: of the stages on one device.
+      ops: of the stages on one device.
       seconds: that stages took, or will take.
     """
     found = {}
     for name, parts in shares.items():
-        whole, each = flops.total(work[name]), [flops.total(part) for part in parts]
+        whole, each = flops.total(ops[name]), [flops.total(part) for part in parts]
         if whole:
             found[name] = {"flops": each, "shares": [n / whole for n in each]}
             found[name] |= {"seconds": seconds[name]} if name in seconds else {}
     return found
 
 
-def together(parts: Sequence[Work], processes: int = 1) -> Work:
+def together(parts: Sequence[OpCounts], processes: int = 1) -> OpCounts:
     """What a stage's time depends on: the busiest device; on CPU all of a process."""
     if jax.default_backend() == "cpu":
         own = len(parts) // processes
@@ -91,13 +95,13 @@ def together(parts: Sequence[Work], processes: int = 1) -> Work:
     return max(parts, key=flops.total)
 
 
-def step(job: Job, count: int, *, backward: bool) -> int:
+def step(job: CompressionSpec, count: int, *, backward: bool) -> int:
     """Windows of a batch: as many for every device (`calibrate.checked`)."""
     each = windows_per_step(job.windows // count, job.length)
     return count * max(1, each // 2) if backward else count * each
 
 
-def _pass(job: Job, whole: Work, count: int, *, backward: bool) -> list[Work]:
+def _pass(job: CompressionSpec, whole: OpCounts, count: int, *, backward: bool) -> list[OpCounts]:
     """Of a pass over the blocks; all devices do equally much."""
     windows = job.backward[0] if backward else job.windows - job.held_out
     last = windows % step(job, count, backward=backward)
@@ -109,14 +113,14 @@ def _pass(job: Job, whole: Work, count: int, *, backward: bool) -> list[Work]:
     return [each] * count
 
 
-def _attention(job: Job, *, backward: bool) -> Work:
+def _attention(job: CompressionSpec, *, backward: bool) -> OpCounts:
     """Loops over sequences and heads, in all blocks, of one window."""
 
-    def forward(window: int | None) -> Work:
+    def forward(window: int | None) -> OpCounts:
         run = functools.partial(observe, config=job.config, window=window)
         return flops.in_loops(run, job.block, job.stream(1), None, {})
 
-    def back(window: int | None) -> Work:
+    def back(window: int | None) -> OpCounts:
         stats, bases = gradient_shapes(job)
         # Weight gradients are taken in a loop, too, but each device has its own windows.
         stats = {name: table for name, table in stats.items() if "fisher" not in name}
@@ -130,18 +134,18 @@ def _attention(job: Job, *, backward: bool) -> Work:
     return Counter({kind: n for kind, n in found.items() if kind != "equations"})
 
 
-def _in_groups(job: Job, count: int) -> list[Work]:
+def _in_groups(job: CompressionSpec, count: int) -> list[OpCounts]:
     """Of factors: sites of as many blocks as there are devices at a time (`factor_pass`)."""
     layers, sites = job.config.num_layers, job.sites
     each = {site: flops.total(site_factors(job, site)) for site in sites}
     counts: list[Counter[Site]] = [Counter() for _ in range(count)]
     for first in range(0, layers, count):
         group = range(first, min(first + count, layers))
-        shares = share_jobs({(i, site): each[site] for i in group for site in sites}, count)
+        shares = share_tasks({(i, site): each[site] for i in group for site in sites}, count)
         for found, jobs in zip(counts, shares, strict=True):
             found.update(site for _, site in jobs)
     return [all_factors(job, found) for found in counts]
 
 
-def _minus(whole: Work, part: Work) -> Work:
+def _minus(whole: OpCounts, part: OpCounts) -> OpCounts:
     return Counter({kind: max(n - part[kind], 0) for kind, n in whole.items()})

@@ -23,7 +23,7 @@ STAGES = ("gradients", "statistics", "factors", "comparison", "sequential", "app
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class CompressionSpec:
     """What `compress` is asked for.
 
     Attributes:
@@ -121,9 +121,9 @@ class Job:
         return shapes.shapes(self.config).block(0)
 
     @property
-    def rest(self) -> dict[str, Any]:
+    def non_block_params(self) -> dict[str, Any]:
         """Shapes outside the blocks, float32."""
-        return shapes.shapes(self.config).rest()
+        return shapes.shapes(self.config).non_block_params()
 
     def stream(self, rows: int) -> Any:
         """Shape of the residual stream of some windows."""

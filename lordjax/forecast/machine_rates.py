@@ -33,7 +33,7 @@ BYTES = 2**24  # that are read and written
 Rates = dict[str, float]  # kind of work -> operations per second
 
 
-def measure(directory: str | os.PathLike[str] | None = None) -> Rates:
+def measure_rates(directory: str | os.PathLike[str] | None = None) -> Rates:
     """Rates of the default device; ``directory``: of the disk that is written to.
 
     Raises:
@@ -114,8 +114,8 @@ def _times(fn: Callable[..., Any], *args: Any) -> list[float]:
 
 def _rate(fn: Callable[..., Any], *args: Any, kind: str | None = None) -> float:
     """Of a program's operations, or of the one kind of its work that it is made for."""
-    times, work = _times(jax.jit(fn), *args), flops.of(fn, *args)
-    count = flops.total(work) if kind is None else work[kind]
+    times, ops = _times(jax.jit(fn), *args), flops.count_ops(fn, *args)
+    count = flops.total(ops) if kind is None else ops[kind]
     return count * len(times) / sum(times)
 
 
@@ -165,7 +165,7 @@ def _compiling() -> float:
     start = time.perf_counter()
     jax.jit(layers).lower(x).compile()
     seconds = time.perf_counter() - start
-    return flops.of(layers, x)["equations"] / seconds
+    return flops.count_ops(layers, x)["equations"] / seconds
 
 
 def _reading() -> float:

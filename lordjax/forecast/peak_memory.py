@@ -23,9 +23,9 @@ import jax
 from lordjax.allocation.policies import INFLUENCED
 from lordjax.calibration.backward_pass import STATE_BYTES
 from lordjax.compression.temperature import TEMPERATURES
-from lordjax.forecast.job import Job
+from lordjax.forecast.job import CompressionSpec
 from lordjax.forecast.low_rank_cost import gradient_shapes, inputs, statistics
-from lordjax.forecast.quantized_cost import CodedJob, weights_of
+from lordjax.forecast.quantized_cost import QuantizationSpec, weights_of
 from lordjax.kernels import trees
 from lordjax.kernels.base import is_kernel, nbytes
 from lordjax.kernels.kinds import weights
@@ -33,7 +33,7 @@ from lordjax.kernels.low_rank import LowRank
 from lordjax.models.head_axes import LAST_NAME
 from lordjax.models.objective import CHUNK
 from lordjax.models.sites import Site
-from lordjax.runtime.flops import Work
+from lordjax.runtime.flops import OpCounts
 
 PROCESS = 600e6  # bytes of Python with JAX, the rest of the library and a tokenizer
 PROGRAM = 250e3  # bytes of compiled code and what made it, per equation, on the host
@@ -46,22 +46,22 @@ PAGES = 2.0**24  # bytes of the model's files that stay mapped (conversions/tens
 ROWS = ("device: hidden states",)  # what devices share; the rest each has, or may have
 SHARD = 2 * 2**30  # bytes that are written at a time
 
-Memory = dict[str, Any]
+MemoryReport = dict[str, Any]
 
 
 def memory(
-    job: Job,
-    work: Mapping[str, Work],
+    job: CompressionSpec,
+    ops: Mapping[str, OpCounts],
     before: Any,
     after: Any,
     devices: int = 1,
     processes: int = 1,
-) -> dict[str, Memory]:
+) -> dict[str, MemoryReport]:
     """Peak bytes of ``in memory`` and ``with a work directory``.
 
     Args:
       job: what is asked for.
-      work: of its stages.
+      ops: of its stages.
       before: shapes of the stored model, as a nested dict.
       after: shapes of the result.
       devices: that share the work.
@@ -74,19 +74,23 @@ def memory(
     """
     compiled = sum(
         of_stage["equations"] * (CODE_PROGRAM if name in CODING else PROGRAM)
-        for name, of_stage in work.items()
+        for name, of_stage in ops.items()
     )
     about = (before, after, PROCESS + compiled, min(devices, job.config.num_layers), processes)
-    parts = _CodedParts(job, *about) if isinstance(job, CodedJob) else _Parts(job, *about)
-    whole = {name: getattr(parts, name)() for name in work}
-    streamed = {name: _streamed(parts, name) for name in work}
+    parts = (
+        _QuantizedMemoryByStage(job, *about)
+        if isinstance(job, QuantizationSpec)
+        else _MemoryByStage(job, *about)
+    )
+    whole = {name: getattr(parts, name)() for name in ops}
+    streamed = {name: _streamed(parts, name) for name in ops}
     return {
         "in memory": _peak(whole, devices, processes),
         "with a work directory": _peak(streamed, devices, processes) | {"disk": parts.disk()},
     }
 
 
-def _peak(stages: Mapping[str, dict[str, float]], devices: int, processes: int) -> Memory:
+def _peak(stages: Mapping[str, dict[str, float]], devices: int, processes: int) -> MemoryReport:
     """The largest stage on the host and on a device; names on a device begin with ``device``."""
     on_cpu = jax.default_backend() == "cpu"
     sums = {}
@@ -102,19 +106,25 @@ def _peak(stages: Mapping[str, dict[str, float]], devices: int, processes: int) 
     return {"host": round(host), "device": round(device), "stage": at, "parts": table}
 
 
-class _Parts:
+class _MemoryByStage:
     """What is alive in each stage, in bytes, by name.
 
     ``group`` blocks are factored together; a process keeps the statistics of its own sites.
     """
 
     def __init__(
-        self, job: Job, before: Any, after: Any, process: float, group: int, processes: int
+        self,
+        job: CompressionSpec,
+        before: Any,
+        after: Any,
+        process: float,
+        group: int,
+        processes: int,
     ):
         self.job, self.process, self.group, self.processes = job, process, group, processes
         self.layers = job.config.num_layers
         self.stored, self.result = nbytes(before), nbytes(after)
-        self.block, self.rest = nbytes(job.block), nbytes(job.rest)
+        self.block, self.non_block_params = nbytes(job.block), nbytes(job.non_block_params)
         self.block_stored = float(nbytes(before["layer_0"]))
         self.after = after
         self.kept = self._kept()
@@ -173,7 +183,7 @@ class _Parts:
             "device: gradient statistics": float(self.layers * (self.gradient + self.bases)),
             "device: a block": float(self.block),
             "device: activations": self.activations(batch, backward=True),
-            "device: embedding and head": float(self.rest),
+            "device: embedding and head": float(self.non_block_params),
             "device: logits": self.logits(batch),
         }
 
@@ -208,7 +218,7 @@ class _Parts:
             "factors": float(sum(self.kept)) * self.layers,
             "device: hidden states": self._states(self.job.held_out) * variants,
             "device: a block": 4.0 * self.block,
-            "device: embedding and head": float(self.rest),
+            "device: embedding and head": float(self.non_block_params),
             "device: activations": self.activations(self.job.held_out, backward=False)
             + self.logits(self.job.held_out),
         }
@@ -251,10 +261,10 @@ class _Parts:
         return round(states + self.layers * (sum(self.kept) + self.gradient) + self.result)
 
 
-class _CodedParts(_Parts):
+class _QuantizedMemoryByStage(_MemoryByStage):
     """The same where matrices become codes: there are no factors, and a pass or two."""
 
-    def __init__(self, job: CodedJob, before: Any, after: Any, *others: Any):
+    def __init__(self, job: QuantizationSpec, before: Any, after: Any, *others: Any):
         super().__init__(job, before, after, *others)
         matrices = [weights_of(job, site) for site in job.sites]
         # A kernel, and what its errors cost beside the sums that say so.
@@ -294,7 +304,7 @@ class _CodedParts(_Parts):
         return []
 
 
-def _streamed(parts: _Parts, stage: str) -> dict[str, float]:
+def _streamed(parts: _MemoryByStage, stage: str) -> dict[str, float]:
     """A stage where everything but one block's part is on disk."""
     job, table = parts.job, getattr(parts, stage)()
     batch = job.backward[1] if stage == "gradients" else job.batch
@@ -303,7 +313,7 @@ def _streamed(parts: _Parts, stage: str) -> dict[str, float]:
         "factors": float(max(parts.kept, default=parts.gradient)),
         "device: hidden states": 2.0 * parts._states(batch),
         "device: gradient statistics": float(parts.gradient + parts.bases),
-        "result": float(max(parts.rest, parts.result / parts.layers)),
+        "result": float(max(parts.non_block_params, parts.result / parts.layers)),
         "a file": float(parts.result / parts.layers),
     }
     small |= parts.alone(stage)
@@ -316,7 +326,7 @@ def _streamed(parts: _Parts, stage: str) -> dict[str, float]:
     return {part: min(n, small.get(part, math.inf)) for part, n in table.items()}
 
 
-def _factor_bytes(job: Job, site: Site) -> int:
+def _factor_bytes(job: CompressionSpec, site: Site) -> int:
     """What is kept of a site's factors, float32 on the host."""
     flat = trees.flatten(job.block)
     shapes = [flat[path].shape for path in site.kernels if path in flat]

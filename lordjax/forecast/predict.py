@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lordjax.allocation.plan import Plan
-    from lordjax.forecast.job import Job
+    from lordjax.forecast.job import CompressionSpec
     from lordjax.forecast.machine_rates import Rates
-    from lordjax.forecast.quantized_cost import CodedJob
+    from lordjax.forecast.quantized_cost import QuantizationSpec
     from lordjax.models.config import ModelConfig
     from lordjax.models.source import InMemory
 
@@ -51,7 +51,7 @@ def planned(
 
 
 def cost(
-    job: Job,
+    job: CompressionSpec,
     before: InMemory,
     after: Any,
     rates: Rates | None,
@@ -73,7 +73,7 @@ def cost(
     """
     from lordjax.forecast import device_shares, peak_memory
     from lordjax.forecast.low_rank_cost import stages
-    from lordjax.forecast.quantized_cost import CodedJob, coded_stages
+    from lordjax.forecast.quantized_cost import QuantizationSpec, quantized_stages
     from lordjax.forecast.seconds import SPREAD, seconds
     from lordjax.kernels.base import nbytes
     from lordjax.runtime import flops
@@ -83,18 +83,18 @@ def cost(
         raise ValueError(
             f"--mesh {mesh}: {count} devices for {processes} processes; not as many each"
         )
-    work = coded_stages(job) if isinstance(job, CodedJob) else stages(job)
-    work["write"] = flops.Work({"write": nbytes(after)})
+    ops = quantized_stages(job) if isinstance(job, QuantizationSpec) else stages(job)
+    ops["write"] = flops.OpCounts({"write": nbytes(after)})
     found: dict[str, Any] = {
         "bytes": nbytes(after),
-        "flops": {name: flops.total(w) for name, w in work.items() if flops.total(w)},
-        "memory": peak_memory.memory(job, work, before.params, after, count, processes),
+        "flops": {name: flops.total(w) for name, w in ops.items() if flops.total(w)},
+        "memory": peak_memory.memory(job, ops, before.params, after, count, processes),
     }
-    shares = device_shares.shared(job, work, count) if count > 1 else {}
+    shares = device_shares.shared(job, ops, count) if count > 1 else {}
     if rates is not None:
         done = {
             name: device_shares.together(shares[name], processes) if name in shares else w
-            for name, w in work.items()
+            for name, w in ops.items()
         }
         expected = seconds(done, rates)
         found["seconds"] = expected
@@ -102,7 +102,7 @@ def cost(
         found["range"] = [expected["total"] / spread, expected["total"] * spread]
         found["rates"] = rates
     if shares:
-        found["devices"] = device_shares.report(shares, work, found.get("seconds", {}))
+        found["devices"] = device_shares.report(shares, ops, found.get("seconds", {}))
     return found
 
 
@@ -120,9 +120,9 @@ def devices(mesh: str | None) -> int:
     return axes[AXIS]
 
 
-def coded(
+def quantized_plan(
     config: ModelConfig, method: str, windows: int, length: int, settings: dict[str, Any]
-) -> tuple[CodedJob, bool]:
+) -> tuple[QuantizationSpec, bool]:
     """The job of a method with codes, and whether what becomes of its matrices is exact.
 
     Args:
@@ -138,10 +138,10 @@ def coded(
     """
     import jax.numpy as jnp
 
-    from lordjax.allocation.candidates import QUANTIZERS, Option
+    from lordjax.allocation.candidates import QUANTIZERS, Candidate
     from lordjax.compression import quantized
     from lordjax.forecast import shapes as sizing
-    from lordjax.forecast.quantized_cost import CodedJob, estimate
+    from lordjax.forecast.quantized_cost import QuantizationSpec, estimate
     from lordjax.kernels import normal_float
     from lordjax.methods.quantized.weightings import MOMENTS
     from lordjax.models.sites import LINEAR_SITES, site_path
@@ -161,14 +161,14 @@ def coded(
     }
     quantized.check_rank(rank, shapes)
     if form is not None:
-        options = dict.fromkeys(shapes, Option(normal_float.Format.parse(form), rank))
+        options = dict.fromkeys(shapes, Candidate(normal_float.Format.parse(form), rank))
     else:
         count = sum(fan_in * fan_out for fan_in, fan_out in shapes.values())
         bits, whole = settings["bits"], settings["budget_bytes"]
         budget = whole if bits is None else bits * count / 8
         options = estimate(shapes, method, budget, rank, factors, jnp.dtype(dtype).itemsize)
     feedback = settings["feedback"]
-    job = CodedJob(
+    job = QuantizationSpec(
         config,
         method,
         windows,
@@ -213,13 +213,13 @@ def of_compression(
     found = cost(job, before, after, None, *among)
     if worth_measuring(sum(found["flops"].values())):
         there = next(p for p in directory.absolute().parents if p.exists())
-        found = cost(job, before, after, machine_rates.measure(there), *among)
+        found = cost(job, before, after, machine_rates.measure_rates(there), *among)
     return found | {"ranks_are": are}
 
 
 def asked(
     config: ModelConfig, before: InMemory, shape: tuple[int, int], settings: dict[str, Any]
-) -> tuple[Job, dict[str, Any], str, Plan | None]:
+) -> tuple[CompressionSpec, dict[str, Any], str, Plan | None]:
     """What settings of `compress` ask for.
 
     Returns:
@@ -239,15 +239,15 @@ def asked(
     from lordjax.allocation.plan import Plan
     from lordjax.compression.site_factors import site_sizes
     from lordjax.forecast import shapes as sizing
-    from lordjax.forecast.job import Job
-    from lordjax.forecast.shapes import coded_outline, coded_pairs
+    from lordjax.forecast.job import CompressionSpec
+    from lordjax.forecast.shapes import quantized_outline, quantized_pairs
     from lordjax.kernels import normal_float
 
     method, dtype = settings["method"], settings["dtype"]
     if method in QUANTIZERS:
         flags = {name: settings[name] for name in CODED}
-        job, exact = coded(config, method, *shape, flags)
-        after = coded_outline(config, job.options, before, dtype, job.factors)
+        job, exact = quantized_plan(config, method, *shape, flags)
+        after = quantized_outline(config, job.options, before, dtype, job.factors)
         return job, after, EXACT if exact else MIXED, None
     ranks, keep = settings["ranks"], settings["keep"]
     policy = "uniform" if ranks is not None else settings["allocation"]
@@ -258,12 +258,12 @@ def asked(
         plan, exact = planned(config, method, keep, ranks, policy)
     given = plan.ranks if exact else None
     asked_for = (settings["prefix"], given, keep, settings["temperature"])
-    job = Job(config, method, *shape, policy, *asked_for)
+    job = CompressionSpec(config, method, *shape, policy, *asked_for)
     after = sizing.outline(
         config, plan, sizing.stored(config, dict(_flat(before)), None if dtype is None else dtype)
     )
     if settings.get("factors") is not None:
-        after = coded_pairs(after, normal_float.Format.parse(settings["factors"]))
+        after = quantized_pairs(after, normal_float.Format.parse(settings["factors"]))
     return job, after, EXACT if exact else ESTIMATED, plan
 
 

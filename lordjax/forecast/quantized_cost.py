@@ -15,11 +15,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lordjax.allocation.candidates import FORMATS, QUANTIZERS, Option, option_bytes, ranks_tried
+from lordjax.allocation.candidates import (
+    FORMATS,
+    QUANTIZERS,
+    Candidate,
+    candidate_bytes,
+    ranks_tried,
+)
 from lordjax.compression.quantized_matrix import best_pair, encode_kernel, measures, pack
-from lordjax.forecast.job import Job
+from lordjax.forecast.job import CompressionSpec
 from lordjax.forecast.low_rank_cost import forward_work, gradient_work, inputs, loaded
-from lordjax.forecast.shapes import Options, kernel_shapes
+from lordjax.forecast.shapes import Candidates, kernel_shapes
 from lordjax.kernels import normal_float
 from lordjax.kernels.base import materialize, nbytes
 from lordjax.methods import Method
@@ -30,13 +36,13 @@ from lordjax.methods.quantized.predicted_loss import predict
 from lordjax.methods.quantized.weightings import WEIGHTINGS, Weights, cost_of, statistics_of
 from lordjax.models.sites import Site, site_path
 from lordjax.runtime import flops
-from lordjax.runtime.flops import Work
+from lordjax.runtime.flops import OpCounts
 
 MIDDLE_RANK = 16  # of products where a solver chooses: what it gave most matrices (SmolLM2)
 
 
 @dataclasses.dataclass(frozen=True)
-class CodedJob(Job):
+class QuantizationSpec(CompressionSpec):
     """What `quantize` is asked for; ``method`` is a key of `QUANTIZERS`.
 
     Attributes:
@@ -50,7 +56,7 @@ class CodedJob(Job):
     """
 
     weighting: str = "none"
-    options: Options = dataclasses.field(default_factory=dict, hash=False)
+    options: Candidates = dataclasses.field(default_factory=dict, hash=False)
     chosen: bool = False
     rank: int | None = None
     feedback: bool = False
@@ -95,7 +101,7 @@ def estimate(
     factors: normal_float.Format | None,
     itemsize: int,
     formats: Sequence[normal_float.Format] = FORMATS,
-) -> dict[str, Option]:
+) -> dict[str, Candidate]:
     """About what a budget of so many bytes gives: small formats, then larger ones while they fit.
 
     Raises:
@@ -104,13 +110,13 @@ def estimate(
     all_in = QUANTIZERS[method].all_in
     most = MIDDLE_RANK if all_in else rank or 0
 
-    def option(path: str, form: normal_float.Format) -> Option:
+    def option(path: str, form: normal_float.Format) -> Candidate:
         fits = [r for r in ranks_tried(method, rank, shapes[path])[0] if r <= most]
-        return Option(form, max(fits, default=0) or None)
+        return Candidate(form, max(fits, default=0) or None)
 
     def size(path: str, form: normal_float.Format) -> int:
         made = option(path, form)
-        return option_bytes(made, shapes[path], itemsize, factors, products=all_in)
+        return candidate_bytes(made, shapes[path], itemsize, factors, products=all_in)
 
     def least() -> float:
         return budget - sum(size(path, rising[0]) for path in shapes)
@@ -134,7 +140,7 @@ def estimate(
     return {path: option(path, form) for path, form in found.items()}
 
 
-def coded_stages(job: CodedJob) -> dict[str, Work]:
+def quantized_stages(job: QuantizationSpec) -> dict[str, OpCounts]:
     """Stage -> its work; stages without any are absent."""
     found = {name: Counter() for name in ("gradients", "predictions", "decomposition", "apply")}
     weights = nbytes(job.block) * job.config.num_layers
@@ -145,11 +151,11 @@ def coded_stages(job: CodedJob) -> dict[str, Work]:
     found["decomposition"] = flops.merged([_walk(job), _decompositions(job)])
     found["decomposition"].update(loaded(weights))
     found["decomposition"]["read"] += weights
-    found["apply"]["read"] += nbytes(job.rest)
-    return {name: work for name, work in found.items() if work}
+    found["apply"]["read"] += nbytes(job.non_block_params)
+    return {name: ops for name, ops in found.items() if ops}
 
 
-def weights_of(job: CodedJob, site: Site) -> tuple[Any, Weights]:
+def weights_of(job: QuantizationSpec, site: Site) -> tuple[Any, Weights]:
     """Shapes of a matrix and of what its errors cost."""
     kernel, stats = inputs(job, site)
     cost = jax.eval_shape(cost_of, kernel, stats)
@@ -158,39 +164,41 @@ def weights_of(job: CodedJob, site: Site) -> tuple[Any, Weights]:
     return kernel, cost._replace(feedback=jax.eval_shape(feedback_of, cost.inputs))
 
 
-def _walk(job: CodedJob) -> Work:
+def _walk(job: QuantizationSpec) -> OpCounts:
     """A pass over the blocks that finds out what errors cost."""
     found = [forward_work(job)] if job.reads else []
     layers = job.config.num_layers
     for site in job.sites:
         kernel, stats = inputs(job, site)
-        found.append(flops.scaled(flops.of(cost_of, kernel, stats), layers))
+        found.append(flops.scaled(flops.count_ops(cost_of, kernel, stats), layers))
         if job.feedback:
             cost = jax.eval_shape(cost_of, kernel, stats)
-            found.append(flops.scaled(flops.of(feedback_of, cost.inputs), layers))
+            found.append(flops.scaled(flops.count_ops(feedback_of, cost.inputs), layers))
     return flops.merged(found)
 
 
-def _predictions(job: CodedJob) -> Work:
+def _predictions(job: QuantizationSpec) -> OpCounts:
     """Tables of all matrices; those of equal shapes share programs."""
-    found: list[Work] = []
+    found: list[OpCounts] = []
     counts = Counter(str(weights_of(job, site)) for site in job.sites)
     shapes = {str(weights_of(job, site)): weights_of(job, site) for site in job.sites}
     for name, (kernel, cost) in shapes.items():
         above, alone = ranks_tried(job.method, job.rank, kernel.shape)
-        works = [flops.of(functools.partial(predict, forms=FORMATS, ranks=above), kernel, cost)]
+        works = [
+            flops.count_ops(functools.partial(predict, forms=FORMATS, ranks=above), kernel, cost)
+        ]
         if alone:
             program = functools.partial(predict, forms=(None,), ranks=alone)
-            works.append(flops.of(program, kernel, cost))
+            works.append(flops.count_ops(program, kernel, cost))
         found.append(flops.scaled(flops.merged(works), counts[name] * job.config.num_layers))
     return flops.merged(found)
 
 
-def _decompositions(job: CodedJob) -> Work:
+def _decompositions(job: QuantizationSpec) -> OpCounts:
     """All matrices as their options say; those of equal shapes and formats share programs."""
     width = max((o.rank for o in job.options.values() if o.rank is not None), default=1)
     counts: Counter[str] = Counter()
-    shapes: dict[str, tuple[Any, Weights, Option]] = {}
+    shapes: dict[str, tuple[Any, Weights, Candidate]] = {}
     for site in job.sites:
         kernel, cost = weights_of(job, site)
         for i in range(job.config.num_layers):
@@ -207,22 +215,24 @@ def _decompositions(job: CodedJob) -> Work:
 
 
 def _decomposition(
-    job: CodedJob, kernel: Any, cost: Weights, option: Option, *, width: int
-) -> Work:
+    job: QuantizationSpec, kernel: Any, cost: Weights, option: Candidate, *, width: int
+) -> OpCounts:
     """Of one matrix, with what is measured of the result."""
     form, found = option.form, []
     rank = jax.ShapeDtypeStruct((), jnp.int32)
     if form is not None and option.rank is not None:
         run = functools.partial(decompose, form=form, width=width, steps=STEPS)
         codes = jax.eval_shape(run, kernel, rank, cost).codes
-        found += [flops.of(run, kernel, rank, cost)]
-        found += [flops.of(functools.partial(pack, form=form), codes)]
+        found += [flops.count_ops(run, kernel, rank, cost)]
+        found += [flops.count_ops(functools.partial(pack, form=form), codes)]
     elif form is not None:
-        found += [flops.of(functools.partial(encode_kernel, form=form), kernel, cost.feedback)]
+        found += [
+            flops.count_ops(functools.partial(encode_kernel, form=form), kernel, cost.feedback)
+        ]
     elif option.rank is not None:
         run = functools.partial(best_pair, width=width, powers=FIRST_POWERS)
         basis = jax.eval_shape(lambda: start_basis(kernel.shape, width))
-        found += [flops.of(run, kernel, rank, cost, basis)]
+        found += [flops.count_ops(run, kernel, rank, cost, basis)]
     new = kernel_shapes(kernel.shape, option, job.dtype, job.factors)
-    found += [flops.of(materialize, new), flops.of(measures, kernel, kernel, cost)]
+    found += [flops.count_ops(materialize, new), flops.count_ops(measures, kernel, kernel, cost)]
     return flops.merged(found)

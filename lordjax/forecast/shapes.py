@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lordjax.allocation.candidates import Option
+from lordjax.allocation.candidates import Candidate
 from lordjax.allocation.plan import Plan
 from lordjax.allocation.policies import CURVELESS, Curve, allocate
 from lordjax.compression.site_factors import site_sizes
@@ -85,7 +85,7 @@ def outline(config: ModelConfig, plan: Plan, source: InMemory | None = None) -> 
       source: of shapes; None: float32.
     """
     source = source or shapes(config)
-    tree = dict(source.rest())
+    tree = dict(source.non_block_params())
     for i in range(config.num_layers):
         block = source.block(i)
         flat = trees.flatten(block)
@@ -138,11 +138,11 @@ def multiplications(config: ModelConfig, tree: Any, length: int) -> int:
     return total + length**2 * widths
 
 
-Options = Mapping[str, Option]
+Candidates = Mapping[str, Candidate]
 
 
 def kernel_shapes(
-    shape: tuple[int, ...], option: Option, dtype: str, factors: normal_float.Format | None
+    shape: tuple[int, ...], option: Candidate, dtype: str, factors: normal_float.Format | None
 ) -> Any:
     """A matrix ``[in, out]`` as an option says: shapes and dtypes."""
 
@@ -164,7 +164,7 @@ def _codes(shape: tuple[int, ...], form: normal_float.Format) -> NFQuantized:
     )
 
 
-def coded_pairs(tree: Any, form: normal_float.Format) -> Any:
+def quantized_pairs(tree: Any, form: normal_float.Format) -> Any:
     """Shapes of parameters with all factor pairs as codes: those of `factoring.quantize_pairs`."""
 
     def pair(leaf: Any) -> Any:
@@ -175,9 +175,9 @@ def coded_pairs(tree: Any, form: normal_float.Format) -> Any:
     return jax.tree.map(pair, tree, is_leaf=is_kernel)
 
 
-def coded_outline(
+def quantized_outline(
     config: ModelConfig,
-    options: Options,
+    options: Candidates,
     source: InMemory,
     dtype: str | None,
     factors: normal_float.Format | None,
@@ -196,7 +196,7 @@ def coded_outline(
         floating = dtype is not None and jnp.issubdtype(a.dtype, jnp.floating)
         return jax.ShapeDtypeStruct(a.shape, jnp.dtype(dtype)) if floating else a
 
-    tree = jax.tree.map(stored, dict(source.rest()))
+    tree = jax.tree.map(stored, dict(source.non_block_params()))
     for i in range(config.num_layers):
         flat = trees.flatten(jax.tree.map(stored, source.block(i)))
         for path in flat:

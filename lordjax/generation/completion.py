@@ -47,7 +47,7 @@ def complete(
     Raises:
       ValueError: as `generate.stream`.
     """
-    ids = [encode(tokenizer, p) if isinstance(p, str) else list(p) for p in prompts]
+    ids = [tokenize(tokenizer, p) if isinstance(p, str) else list(p) for p in prompts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     found: dict[int, Completion] = {}
     for first in range(0, len(order), batch_size):
@@ -141,7 +141,7 @@ class _Text:
         return len(text) - len(text.rstrip("\ufffd"))
 
 
-def encode(tokenizer: Any, text: str) -> list[int]:
+def tokenize(tokenizer: Any, text: str) -> list[int]:
     """A prompt's ids; of an empty one, the token that begins (else ends) sequences.
 
     Raises:

@@ -13,10 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from lordjax.allocation.plan import Size
 from lordjax.kernels import normal_float, trees
 from lordjax.kernels.base import Kernel, is_kernel
-from lordjax.kernels.low_rank import LowRank
+from lordjax.kernels.low_rank import LowRank, break_even
 from lordjax.kernels.quantized import NFQuantized
 
 
@@ -77,7 +76,7 @@ def factorize(
     def replace(path: str, leaf: Any) -> Any:
         if path not in chosen or isinstance(leaf, Kernel) or keep == 1:
             return leaf
-        limit = Size.matrix(*leaf.shape[-2:]).limit
+        limit = break_even(*leaf.shape[-2:])
         wanted = int(keep * limit) if keep is not None else rank or 0
         if wanted == 0:
             small.append(f"{path} {leaf.shape}")

@@ -45,3 +45,8 @@ class LowRank(Kernel):
     def materialize(self) -> Float[Array, "... in out"]:
         """``left @ right``, multiplied at full precision."""
         return jnp.matmul(materialize(self.left), materialize(self.right), precision="highest")
+
+
+def break_even(fan_in: int, fan_out: int) -> float:
+    """The rank at which a factor pair holds as many weights as the matrix ``[fan_in, fan_out]``."""
+    return fan_in * fan_out / (fan_in + fan_out)

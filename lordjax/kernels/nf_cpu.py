@@ -123,7 +123,7 @@ def transposed_product(g: Float[Array, "... out"], quantized: Any) -> Float[Arra
 def _after(x: Array, quantized: Any) -> tuple[Array, Array]:
     """Packed codes, once ``x`` is there, as of `NFQuantized.decoded_after`; scales ``[out, b]``."""
     form, shape = quantized.format, (quantized.fan_out, quantized.fan_in // quantized.format.block)
-    codes = quantized.codes + xla_scheduling.never(x).astype(quantized.codes.dtype)
+    codes = quantized.codes + xla_scheduling.false_after(x).astype(quantized.codes.dtype)
     scales = normal_float.dequantize_scales(
         normal_float.unpack(quantized.scales, form.scale_bits, math.prod(shape)),
         quantized.supers,
@@ -135,7 +135,7 @@ def _after(x: Array, quantized: Any) -> tuple[Array, Array]:
 
 def _zeros_after(x: Array, shape: tuple[int, ...]) -> Array:
     """Zeros, once ``x`` is there: XLA would make those of all layers first, and hold them."""
-    return jnp.broadcast_to(xla_scheduling.never(x).astype(x.dtype), shape)
+    return jnp.broadcast_to(xla_scheduling.false_after(x).astype(x.dtype), shape)
 
 
 def _tile_rows(fan_in: int, fan_out: int, tile: int) -> int:
@@ -194,7 +194,9 @@ def _one_row(x: Array, codes: Array, scales: Array, quantized: Any) -> Array:
     """``x [in] @ W``, float32."""
     bits, rows = quantized.format.bits, quantized.fan_out
     # Transposed once, not for every row of the matrix.
-    inputs = xla_scheduling.once(x.astype(jnp.float32).reshape(-1, normal_float.WORD // bits).T)
+    inputs = xla_scheduling.compute_once(
+        x.astype(jnp.float32).reshape(-1, normal_float.WORD // bits).T
+    )
     words = codes.reshape(rows, -1)
     ones = jnp.ones(words.shape[1], jnp.float32)
 

@@ -143,7 +143,7 @@ def seconds(fn: Callable[[Array, Any], Array], x: Array, operands: list[Any]) ->
         found = []
         for operand in operands:
             found.append(fn(x, operand))
-            x = xla_scheduling.after(x, found[-1])
+            x = xla_scheduling.tie(x, found[-1])
         return found
 
     program = chain.lower(x, operands).compile()

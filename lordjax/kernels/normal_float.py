@@ -342,11 +342,11 @@ def unpack_codes(packed: Packed, form: Format, count: int) -> Codes:
     )
 
 
-def encode(x: Float[Array, "n"], form: Format) -> Packed:
+def quantize_packed(x: Float[Array, "n"], form: Format) -> Packed:
     """Quantises a vector and packs it."""
     return pack_codes(quantize(x, form), form)
 
 
-def decode(packed: Packed, form: Format, count: int) -> Float[Array, "n"]:
+def dequantize_packed(packed: Packed, form: Format, count: int) -> Float[Array, "n"]:
     """The ``count`` values that `encode` stored, float32."""
     return dequantize(unpack_codes(packed, form, count), form)

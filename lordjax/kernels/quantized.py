@@ -61,7 +61,7 @@ class NFQuantized(Kernel):
         """The nearest matrix of a format, computed in float32."""
         *lead, fan_in, fan_out = kernel.shape
         rows = kernel.mT.reshape(*lead, fan_in * fan_out)
-        packed = _over(lead, lambda x: normal_float.encode(x, form))(rows)
+        packed = _over(lead, lambda x: normal_float.quantize_packed(x, form))(rows)
         return cls.of(packed, (fan_in, fan_out), form)
 
     @classmethod
@@ -101,9 +101,9 @@ class NFQuantized(Kernel):
         """The decoded matrix."""
         *lead, fan_in, fan_out = self.shape
         packed = normal_float.Packed(self.codes, self.scales, self.supers, self.offset)
-        values = _over(lead, lambda p: normal_float.decode(p, self.format, fan_in * fan_out))(
-            packed
-        )
+        values = _over(
+            lead, lambda p: normal_float.dequantize_packed(p, self.format, fan_in * fan_out)
+        )(packed)
         return jax.lax.stop_gradient(values).reshape(*lead, fan_out, fan_in).mT
 
     def decoded_after(self, x: Float[Array, "..."]) -> Float[Array, "... in out"]:
@@ -112,7 +112,7 @@ class NFQuantized(Kernel):
         Nothing else keeps a compiler from decoding the matrices of all layers first, or once for
         all turns of a loop, and holding them.
         """
-        codes = self.codes + xla_scheduling.never(x).astype(self.codes.dtype)
+        codes = self.codes + xla_scheduling.false_after(x).astype(self.codes.dtype)
         return dataclasses.replace(self, codes=codes).materialize().astype(x.dtype)
 
 

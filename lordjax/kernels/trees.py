@@ -46,16 +46,16 @@ def arrays(tree: Any) -> dict[str, Any]:
     """``{path: array}``: kernels too are taken apart (``…/kernel/low_rank/left``)."""
     table: dict[str, Any] = {}
     for path, leaf in flatten(tree).items():
-        table |= _parts(path, leaf) if is_kernel(leaf) else {path: leaf}
+        table |= _kernel_arrays(path, leaf) if is_kernel(leaf) else {path: leaf}
     return table
 
 
-def _parts(path: str, kernel: Any) -> dict[str, Any]:
+def _kernel_arrays(path: str, kernel: Any) -> dict[str, Any]:
     leaves = jax.tree_util.tree_flatten_with_path(kernel)[0]
     return {"/".join([path, *(key.name for key in keys)]): leaf for keys, leaf in leaves}
 
 
-def split(tree: Any, paths: Collection[str]) -> tuple[Any, Any]:
+def partition(tree: Any, paths: Collection[str]) -> tuple[Any, Any]:
     """Two trees, of the arrays at some paths of `arrays` and of the others; None elsewhere.
 
     Raises:
@@ -75,7 +75,7 @@ def split(tree: Any, paths: Collection[str]) -> tuple[Any, Any]:
     return first, second
 
 
-def join(first: Any, second: Any) -> Any:
+def combine(first: Any, second: Any) -> Any:
     """Inverse of `split`."""
     return jax.tree.map(
         lambda a, b: b if a is None else a, first, second, is_leaf=lambda leaf: leaf is None

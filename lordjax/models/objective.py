@@ -60,7 +60,7 @@ def targets(config: ModelConfig, tokens: np.ndarray, mask: np.ndarray | None) ->
     Raises:
       ValueError: if the model has no head.
     """
-    return of(config).targets(tokens, mask)
+    return objective_for(config).targets(tokens, mask)
 
 
 def protocol(config: ModelConfig, mask_token: int | None) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def losses(
 
     Of ``params`` only what is outside the blocks is read.
     """
-    return of(config).losses(config, params, x, targets)
+    return objective_for(config).losses(config, params, x, targets)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -142,7 +142,7 @@ def loss_gradient(
     rest: Any, x: Float[Array, "b s m"], targets: Int[Array, "b t"], *, config: ModelConfig
 ) -> Float[Array, "b s m"]:
     """Gradient of the summed loss at the last block's output."""
-    return of(config).gradient(config, rest, x, targets)
+    return objective_for(config).gradient(config, rest, x, targets)
 
 
 def _logits(config: ModelConfig, params: Any, x: Float[Array, "b s m"]) -> Any:
@@ -226,7 +226,7 @@ OBJECTIVES = {
 }
 
 
-def of(config: ModelConfig) -> Objective:
+def objective_for(config: ModelConfig) -> Objective:
     """The row of a model's head.
 
     Raises:

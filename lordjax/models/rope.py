@@ -115,8 +115,8 @@ def rotate(
     angles = steps * frequencies  # [b, s, h, half]
     factor = jnp.where(frequencies == 0, 1.0, scale)  # pairs that stand still are left alone
     cos, sin = (
-        xla_scheduling.once(factor * jnp.cos(angles)),
-        xla_scheduling.once(factor * jnp.sin(angles)),
+        xla_scheduling.compute_once(factor * jnp.cos(angles)),
+        xla_scheduling.compute_once(factor * jnp.sin(angles)),
     )
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

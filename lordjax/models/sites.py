@@ -38,14 +38,14 @@ class Site:
 
     Attributes:
       path: its key inside the block: a kernel's path, or the module's.
-      group: sites of a lower group run earlier; those of one group do not feed each other.
+      stage: sites of a lower stage run earlier; those of one stage do not feed each other.
       kind: see the module's docstring.
       kernels: paths of the kernels that its rank shrinks.
       input_tap: where the input (of a module: of its last layer) is tapped.
     """
 
     path: str
-    group: int
+    stage: int
     kind: str
     kernels: tuple[str, ...]
     input_tap: str
@@ -61,8 +61,8 @@ class Site:
         return f"{self.layer}/out"
 
 
-def _linear(path: str, input_tap: str, group: int) -> Site:
-    return Site(path, group, "linear", (path,), input_tap)
+def _linear(path: str, input_tap: str, stage: int) -> Site:
+    return Site(path, stage, "linear", (path,), input_tap)
 
 
 GATE = "mlp/gate/kernel"
@@ -111,7 +111,7 @@ def sites_for(kinds: frozenset[str], config: Architecture) -> tuple[Site, ...]:
     """
     modules = _modules(kinds, config)
     alone = _alone(modules, config) if "linear" in kinds else ()
-    return tuple(sorted((*alone, *modules), key=lambda site: site.group))
+    return tuple(sorted((*alone, *modules), key=lambda site: site.stage))
 
 
 def counted_sites(kinds: frozenset[str], config: Architecture) -> dict[str, Site]:

@@ -22,7 +22,7 @@ class Source(Protocol):
         """Nested dict of ``layer_i``."""
         ...
 
-    def rest(self) -> dict[str, Any]:
+    def non_block_params(self) -> dict[str, Any]:
         """Nested dict of everything outside the blocks."""
         ...
 
@@ -38,7 +38,7 @@ class InMemory:
         """Nested dict of ``layer_i``."""
         return self.params[f"layer_{i}"]
 
-    def rest(self) -> dict[str, Any]:
+    def non_block_params(self) -> dict[str, Any]:
         """Nested dict of everything outside the blocks."""
         return {k: v for k, v in self.params.items() if not k.startswith("layer_")}
 
@@ -58,6 +58,6 @@ class Materialized:
         """Nested dict of ``layer_i``, arrays only."""
         return materialize(self.source.block(i))
 
-    def rest(self) -> dict[str, Any]:
+    def non_block_params(self) -> dict[str, Any]:
         """Nested dict of everything outside the blocks."""
-        return self.source.rest()
+        return self.source.non_block_params()

@@ -27,47 +27,47 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-Work = Counter[str]  # kind of work -> operations
+OpCounts = Counter[str]  # kind of work -> operations
 THIN = 128
 # Kinds that are no operations.
 COUNTS = ("exp", "select", "gather", "steps", "equations", "read", "put", "write")
 EXPONENTIALS = ("exp", "logistic", "tanh", "erf", "exp2")
 
 
-def of(fn: Callable[..., Any], *args: Any) -> Work:
+def count_ops(fn: Callable[..., Any], *args: Any) -> OpCounts:
     """Work of a function of arrays, or of their shapes; a jitted one is not compiled for it."""
     closed = jax.make_jaxpr(fn)(*args)
     return _walk(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
 
 
-def in_loops(fn: Callable[..., Any], *args: Any) -> Work:
+def in_loops(fn: Callable[..., Any], *args: Any) -> OpCounts:
     """What of `of` is done in loops, which a compiler does not cut into parts for devices."""
     closed = jax.make_jaxpr(fn)(*args)
     return _walk(closed.jaxpr, [True] * len(closed.jaxpr.outvars), loops=True)
 
 
-def total(work: Work) -> float:
+def total(ops: OpCounts) -> float:
     """Floating-point operations of all kinds."""
-    return float(sum(count for kind, count in work.items() if kind not in COUNTS))
+    return float(sum(count for kind, count in ops.items() if kind not in COUNTS))
 
 
-def scaled(work: Work, factor: float) -> Work:
+def scaled(ops: OpCounts, factor: float) -> OpCounts:
     """The work of running programs so many times; they are compiled once."""
-    return Counter({kind: n if kind == "equations" else n * factor for kind, n in work.items()})
+    return Counter({kind: n if kind == "equations" else n * factor for kind, n in ops.items()})
 
 
-def merged(works: Sequence[Work]) -> Work:
+def merged(works: Sequence[OpCounts]) -> OpCounts:
     """Their sum."""
-    found: Work = Counter()
-    for work in works:
-        found.update(work)
+    found: OpCounts = Counter()
+    for ops in works:
+        found.update(ops)
     return found
 
 
-def _walk(jaxpr: Any, used: Sequence[bool], *, loops: bool = False) -> Work:
+def _walk(jaxpr: Any, used: Sequence[bool], *, loops: bool = False) -> OpCounts:
     """Work of a program, or of its loops alone, but for what leads to outputs that nobody uses."""
     live = {v for v, wanted in zip(jaxpr.outvars, used, strict=True) if wanted and _named(v)}
-    found: Work = Counter()
+    found: OpCounts = Counter()
     for equation in reversed(jaxpr.eqns):
         wanted = [v in live for v in equation.outvars]
         if not any(wanted) and not equation.effects:
@@ -82,7 +82,7 @@ def _named(variable: Any) -> bool:
     return not hasattr(variable, "val")
 
 
-def _equation(equation: Any, wanted: Sequence[bool], loops: bool) -> Work:
+def _equation(equation: Any, wanted: Sequence[bool], loops: bool) -> OpCounts:
     name, params = equation.primitive.name, equation.params
     loops = loops and name != "scan"
     if name == "while":
@@ -95,13 +95,13 @@ def _equation(equation: Any, wanted: Sequence[bool], loops: bool) -> Work:
         program = inner[0]
         same = name != "scan" and len(program.outvars) == len(wanted)
         used = wanted if same else [True] * len(program.outvars)
-        work = _walk(program, used, loops=loops)
+        ops = _walk(program, used, loops=loops)
         if name != "scan":
-            return work
-        return scaled(work, params["length"]) + Counter({"steps": params["length"]})
+            return ops
+        return scaled(ops, params["length"]) + Counter({"steps": params["length"]})
     if loops:
         return Counter()
-    found: Work = Counter({"equations": 1})
+    found: OpCounts = Counter({"equations": 1})
     if name in OPERATIONS:
         kind, count = OPERATIONS[name](equation)
         found[kind] += round(count)

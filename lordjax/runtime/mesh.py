@@ -25,7 +25,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from lordjax.runtime import multihost
 
 AXIS, MODEL = "data", "model"
-Job = TypeVar("Job")
+Task = TypeVar("Task")
 
 # Which axis of a block's parameter is shared out over `MODEL`; the first match counts, others lie
 # everywhere. Layers side by side are cut by their outputs, those behind them by their inputs, so
@@ -93,7 +93,7 @@ def _row_sharding(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(AXIS if even else None))
 
 
-def share_rows(x: Any, mesh: Mesh | None) -> Any:
+def shard_batch(x: Any, mesh: Mesh | None) -> Any:
     """A batch with its rows shared out over `AXIS`, if they divide; else on all devices.
 
     Without a mesh, as it is.
@@ -101,7 +101,7 @@ def share_rows(x: Any, mesh: Mesh | None) -> Any:
     return x if mesh is None else _place(x, _row_sharding(x.shape, mesh))
 
 
-def over_rows(run: Callable[..., Any], rows: int, mesh: Mesh | None) -> Callable[..., Any]:
+def shard_map_batch(run: Callable[..., Any], rows: int, mesh: Mesh | None) -> Callable[..., Any]:
     """``run(parameters, *batches)``, each device on its own rows: for loops over rows.
 
     The compiler would have every device run such a loop over all of them.
@@ -148,12 +148,12 @@ def give_rows(rows: Any, shape: tuple[int, ...], mesh: Mesh | None) -> Any:
     return jax.make_array_from_callback(shape, _row_sharding(shape, mesh), part)
 
 
-def cuts(mesh: Mesh | None) -> TypeGuard[Mesh]:
+def is_model_sharded(mesh: Mesh | None) -> TypeGuard[Mesh]:
     """Whether blocks are cut into parts; else the compiler copies them where they are needed."""
     return mesh is not None and MODEL in mesh.shape
 
 
-def share_block(arrays: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
+def shard_params(arrays: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
     """A block's parameters by path, laid out by `RULES` over the axis `MODEL`."""
 
     def sharding(path: str, a: Any) -> NamedSharding:
@@ -178,7 +178,7 @@ def gathered(tree: Any, mesh: Mesh | None) -> Any:
     return jax.tree.map(whole, tree)
 
 
-def share_jobs(costs: Mapping[Job, float], count: int) -> list[list[Job]]:
+def share_tasks(costs: Mapping[Task, float], count: int) -> list[list[Task]]:
     """The jobs of each of so many devices, in the order in which it does them.
 
     The largest job that is left goes to the device with the least work so far, of equal ones the
@@ -188,7 +188,7 @@ def share_jobs(costs: Mapping[Job, float], count: int) -> list[list[Job]]:
       costs: job -> its work.
       count: of devices.
     """
-    shares: list[list[Job]] = [[] for _ in range(count)]
+    shares: list[list[Task]] = [[] for _ in range(count)]
     sums = [0.0] * count
     for job in sorted(costs, key=lambda job: -costs[job]):
         k = sums.index(min(sums))
@@ -197,7 +197,7 @@ def share_jobs(costs: Mapping[Job, float], count: int) -> list[list[Job]]:
     return shares
 
 
-def own_jobs(shares: Sequence[Sequence[Job]], mesh: Mesh) -> set[Job]:
+def own_tasks(shares: Sequence[Sequence[Task]], mesh: Mesh) -> set[Task]:
     """Those of `share_jobs` that devices of this process do."""
     pairs = zip(shares, mesh.devices.flat, strict=True)
     return {
@@ -206,8 +206,8 @@ def own_jobs(shares: Sequence[Sequence[Job]], mesh: Mesh) -> set[Job]:
 
 
 def map_kernels(
-    run: Callable[[Job], Any], shares: Sequence[Sequence[Job]], mesh: Mesh | None
-) -> Iterator[tuple[Job, Any]]:
+    run: Callable[[Task], Any], shares: Sequence[Sequence[Task]], mesh: Mesh | None
+) -> Iterator[tuple[Task, Any]]:
     """``(job, run(job))`` for every job; as many at a time as the mesh has devices, on CPU one.
 
     Args:

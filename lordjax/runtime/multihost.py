@@ -39,13 +39,13 @@ def process() -> int:
     return jax.process_index()
 
 
-def leads() -> bool:
+def is_primary() -> bool:
     """Whether this is the process that writes results: the first one."""
     return process() == 0
 
 
 @contextlib.contextmanager
-def job(
+def joined_processes(
     coordinator: str | None, process_id: int | None, num_processes: int | None
 ) -> Iterator[None]:
     """Joins other processes, if there is a coordinator; to be called before JAX looks for devices.
@@ -196,13 +196,13 @@ def _rows(array: np.ndarray) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(array)).reshape(count(), -1)
 
 
-def tell(value: Any) -> list[Any]:
+def all_gather_json(value: Any) -> list[Any]:
     """JSON of every process, in their order."""
     if count() == 1:
         return [value]
     return [json.loads(text) for text in gather(json.dumps(value).encode())]
 
 
-def wait() -> None:
+def barrier() -> None:
     """Until every process is here: what they did before has been done by all."""
-    tell(None)
+    all_gather_json(None)

@@ -15,20 +15,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 
-def never(x: Array) -> Bool[Array, ""]:
+def false_after(x: Array) -> Bool[Array, ""]:
     """False, as soon as ``x`` is there."""
     first = jax.lax.stop_gradient(x).reshape(-1)[0]
     return (first != first) & (first == first)
 
 
-def after(x: Array, *others: Array) -> Array:
+def tie(x: Array, *others: Array) -> Array:
     """``x``, floating, once the others are there."""
     for other in others:
-        x = x + never(other).astype(x.dtype)
+        x = x + false_after(other).astype(x.dtype)
     return x
 
 
-def once(x: Array) -> Array:
+def compute_once(x: Array) -> Array:
     """``x``, floating, computed once: XLA's CPU backend would do it anew wherever it is read.
 
     A division is not repeated for every element that needs its result; this one is by 1.
@@ -66,9 +66,9 @@ def _forwards(fn: Any, remat: bool, trained: Any, others: Any, x: Array) -> tupl
 def _backwards(fn: Any, remat: bool, kept: Any, g: Array) -> tuple[Any, None, Array]:
     if remat:
         trained, others, x = kept
-        _, kept = jax.vjp(lambda trained, x: fn(trained, others, x), trained, after(x, g))
+        _, kept = jax.vjp(lambda trained, x: fn(trained, others, x), trained, tie(x, g))
     of_trained, of_x = kept(g)
-    return of_trained, None, after(of_x, *jax.tree.leaves(of_trained))
+    return of_trained, None, tie(of_x, *jax.tree.leaves(of_trained))
 
 
 block_by_block.defvjp(_forwards, _backwards)

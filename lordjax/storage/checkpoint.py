@@ -24,8 +24,8 @@ from lordjax.kernels.base import nbytes
 from lordjax.models.config import ModelConfig
 from lordjax.storage import shards
 from lordjax.storage.atomic_directory import check_destination, check_room, staged, sync
-from lordjax.storage.shards import SHARD_BYTES, Parts, split
-from lordjax.storage.store import Memory
+from lordjax.storage.shards import SHARD_BYTES, Shards, split_blocks
+from lordjax.storage.store import MemoryStore
 from lordjax.storage.tensor_files import write_json
 
 FORMAT = 1  # of the directory; raised when a reader of the old one would misread the new one
@@ -65,7 +65,7 @@ def save(
     directory = check_destination(directory)
     check_room(directory, nbytes(params))
     with staged(directory) as stage:
-        writer, pieces = Parts(stage, Memory(), shard_bytes), split(params)
+        writer, pieces = Shards(stage, MemoryStore(), shard_bytes), split_blocks(params)
         for name, part in pieces.items():
             writer[name] = part
         write_about(

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lordjax.storage.serialize import Types, decode, encode
+from lordjax.storage.serialize import Types, from_json, to_json
 from lordjax.storage.tensor_files import (
     TensorFile,
     TensorWriter,
@@ -38,7 +38,7 @@ from lordjax.storage.tensor_files import (
 RUN, LOCK, JOURNAL, ENTRIES = "run.json", "lock", "journal.jsonl", "entries"
 
 
-class Workspace:
+class DiskStore:
     """Entries in a directory.
 
     Args:
@@ -83,7 +83,7 @@ class Workspace:
             os.close(self._lock)
             raise
 
-    def __enter__(self) -> Workspace:
+    def __enter__(self) -> DiskStore:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -123,9 +123,9 @@ class Workspace:
           ValueError: if its file is not what was written.
         """
         if "file" not in self._entries[key]:
-            return decode(self._entries[key]["value"], {}, self._types)
+            return from_json(self._entries[key]["value"], {}, self._types)
         file = self.arrays(key)
-        return decode(json.loads(file.metadata["tree"]), file, self._types)
+        return from_json(json.loads(file.metadata["tree"]), file, self._types)
 
     def arrays(self, key: str) -> TensorFile:
         """The arrays of an entry, in their order; errors as of reading it."""
@@ -141,7 +141,7 @@ class Workspace:
           OSError: if the disk is full; the older one is still there then.
         """
         arrays: dict[str, Any] = {}
-        value = encode(tree, arrays, self._types)
+        value = to_json(tree, arrays, self._types)
         if not arrays:
             self._record({"key": key, "value": value})
             return

@@ -153,7 +153,7 @@ class Saved:
         """Nested dict of ``layer_i``."""
         return self.read(f"layer_{i}")
 
-    def rest(self) -> dict[str, Any]:
+    def non_block_params(self) -> dict[str, Any]:
         """Nested dict of everything outside the blocks."""
         tops = dict.fromkeys(name.split("/", 1)[0] for name in self.files)
         return {top: self.read(top) for top in tops if not top.startswith("layer_")}

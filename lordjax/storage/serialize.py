@@ -12,7 +12,7 @@ import numpy as np
 Types = Mapping[str, type]  # dataclasses that may occur in a tree, by their names
 
 
-def encode(tree: Any, arrays: dict[str, Any], types: Types) -> Any:
+def to_json(tree: Any, arrays: dict[str, Any], types: Types) -> Any:
     """Returns a tree as JSON, and puts its arrays into ``arrays``.
 
     Args:
@@ -28,13 +28,13 @@ def encode(tree: Any, arrays: dict[str, Any], types: Types) -> Any:
         arrays[name] = tree
         return {"array": name}
     if isinstance(tree, Mapping):
-        return {"dict": [[key, encode(value, arrays, types)] for key, value in tree.items()]}
+        return {"dict": [[key, to_json(value, arrays, types)] for key, value in tree.items()]}
     if isinstance(tree, (list, tuple)):
         kind = "tuple" if isinstance(tree, tuple) else "list"
-        return {kind: [encode(value, arrays, types) for value in tree]}
+        return {kind: [to_json(value, arrays, types) for value in tree]}
     if types.get(type(tree).__name__) is type(tree):
         fields = {field.name: getattr(tree, field.name) for field in dataclasses.fields(tree)}
-        return {"type": type(tree).__name__, "fields": encode(fields, arrays, types)}
+        return {"type": type(tree).__name__, "fields": to_json(fields, arrays, types)}
     if isinstance(tree, np.generic):
         return tree.item()
     if tree is None or isinstance(tree, (bool, int, float, str)):
@@ -42,15 +42,15 @@ def encode(tree: Any, arrays: dict[str, Any], types: Types) -> Any:
     raise TypeError(f"{type(tree).__name__} cannot be kept in a workspace")
 
 
-def decode(value: Any, arrays: Mapping[str, Any], types: Types) -> Any:
+def from_json(value: Any, arrays: Mapping[str, Any], types: Types) -> Any:
     """Returns the tree that `encode` turned into JSON and arrays."""
     if not isinstance(value, dict):
         return value
     if "array" in value:
         return arrays[value["array"]]
     if "dict" in value:
-        return {key: decode(inner, arrays, types) for key, inner in value["dict"]}
+        return {key: from_json(inner, arrays, types) for key, inner in value["dict"]}
     if "type" in value:
-        return types[value["type"]](**decode(value["fields"], arrays, types))
+        return types[value["type"]](**from_json(value["fields"], arrays, types))
     kind = tuple if "tuple" in value else list
-    return kind(decode(inner, arrays, types) for inner in value[kind.__name__])
+    return kind(from_json(inner, arrays, types) for inner in value[kind.__name__])

@@ -17,14 +17,14 @@ from lordjax.allocation.plan import Plan
 from lordjax.kernels import base, normal_float, trees
 from lordjax.kernels.base import Kernel, nbytes
 from lordjax.kernels.kinds import kind_of
-from lordjax.storage.store import Work, once
+from lordjax.storage.store import Store, get_or_compute
 from lordjax.storage.tensor_files import Written, checksum, sync_directory, write_tensors
 
 REST = "rest"  # the name of the part that is no block
 SHARD_BYTES = 2 * 2**30
 
 
-def split(params: Mapping[str, Any]) -> dict[str, Any]:
+def split_blocks(params: Mapping[str, Any]) -> dict[str, Any]:
     """The parts of a model by name: `REST` first, then the blocks in their order."""
     blocks = [key for key in params if re.fullmatch(r"layer_\d+", key)]
     blocks.sort(key=lambda name: int(name.removeprefix("layer_")))
@@ -32,12 +32,12 @@ def split(params: Mapping[str, Any]) -> dict[str, Any]:
     return {REST: rest} | {name: params[name] for name in blocks}
 
 
-def join(parts: Mapping[str, Any]) -> dict[str, Any]:
+def join_blocks(parts: Mapping[str, Any]) -> dict[str, Any]:
     """Inverse of `split`."""
     return {**parts[REST], **{name: part for name, part in parts.items() if name != REST}}
 
 
-def _parts(params: Any) -> Iterator[tuple[str, Any]]:
+def _blocks_and_outer(params: Any) -> Iterator[tuple[str, Any]]:
     """All kernels and leaf arrays with their names on disk; kernels before their own parts."""
     todo = list(reversed(trees.flatten(params).items()))
     while todo:
@@ -50,7 +50,7 @@ def _parts(params: Any) -> Iterator[tuple[str, Any]]:
 
 def tensors(params: Any) -> dict[str, Any]:
     """All arrays by the names they have on disk; parts of kernels are below the kernels' paths."""
-    return {name: part for name, part in _parts(params) if not isinstance(part, Kernel)}
+    return {name: part for name, part in _blocks_and_outer(params) if not isinstance(part, Kernel)}
 
 
 def _constants(kernel: Kernel) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def _constants(kernel: Kernel) -> dict[str, Any]:
 
 def describe(params: Any) -> dict[str, Any]:
     """What putting kernels together takes besides the tensors, as JSON: kinds, static fields."""
-    inside = {path: part for path, part in _parts(params) if isinstance(part, Kernel)}
+    inside = {path: part for path, part in _blocks_and_outer(params) if isinstance(part, Kernel)}
     constants = {path: _constants(kernel) for path, kernel in inside.items()}
     return {
         "kinds": {path: kind_of(kernel) for path, kernel in inside.items()},
@@ -82,17 +82,17 @@ def _shards(params: Any, limit: int) -> list[dict[str, Any]]:
     return shards
 
 
-class Parts:
+class Shards:
     """Where the parts of a model go; asks for them by name, and knows which are there.
 
     Args:
       directory: of the files.
-      work: knows what was written before.
+      store: knows what was written before.
       limit: most tensor bytes per file (or one tensor).
     """
 
-    def __init__(self, directory: Path, work: Work, limit: int = SHARD_BYTES):
-        self.directory, self._work, self._limit = directory, work, limit
+    def __init__(self, directory: Path, store: Store, limit: int = SHARD_BYTES):
+        self.directory, self._work, self._limit = directory, store, limit
         self._own: set[str] = set()
 
     def __contains__(self, name: str) -> bool:
@@ -152,7 +152,7 @@ class Parts:
         os.replace(path, new)
 
 
-def claim(into: Any, work: Work, plan: Plan) -> Any:
+def open_shards(into: Any, store: Store, plan: Plan) -> Any:
     """Where the parts of a plan's model go: ``into``, or a dictionary.
 
     Raises:
@@ -160,25 +160,25 @@ def claim(into: Any, work: Work, plan: Plan) -> Any:
     """
     if into is None:
         return {}
-    if once(work, "applied", lambda: plan) != plan:
+    if get_or_compute(store, "applied", lambda: plan) != plan:
         raise ValueError("the output has parts of another plan; choose another one")
     return into
 
 
-def put(
-    parts: Any, work: Work, name: str, make: Callable[[str], tuple[Any, dict[str, Any]]]
+def write_shard_once(
+    parts: Any, store: Store, name: str, make: Callable[[str], tuple[Any, dict[str, Any]]]
 ) -> dict[str, Any]:
     """Makes a part of a model, unless it is there, and puts it there; returns what to know of it.
 
     Args:
       parts: name -> part.
-      work: keeps what to know of parts.
+      store: keeps what to know of parts.
       name: of the part.
       make: the part of a name, and what to know of it.
     """
     if name in parts:
-        return work[f"about/{name}"]
+        return store[f"about/{name}"]
     part, about = make(name)
-    work[f"about/{name}"] = about
+    store[f"about/{name}"] = about
     parts[name] = part
     return about

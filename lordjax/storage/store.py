@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 
-class Work(Protocol):
+class Store(Protocol):
     """What `Memory` and `Workspace` have in common."""
 
     durable: bool
@@ -25,7 +25,7 @@ class Work(Protocol):
         ...
 
 
-class Memory:
+class MemoryStore:
     """Entries in memory."""
 
     durable = False
@@ -55,13 +55,13 @@ class Entries(Mapping[Any, Any]):
     """The entries below a prefix as a mapping: ``factors/layer_0/mlp`` at ``layer_0/mlp``.
 
     Args:
-      work: where they are.
+      store: where they are.
       prefix: of their keys.
       kind: what their keys are: text, or numbers.
     """
 
-    def __init__(self, work: Work, prefix: str, kind: type[str] | type[int] = str):
-        self._work, self._prefix, self._kind = work, prefix, kind
+    def __init__(self, store: Store, prefix: str, kind: type[str] | type[int] = str):
+        self._work, self._prefix, self._kind = store, prefix, kind
 
     def __getitem__(self, key: Any) -> Any:
         if key not in self:
@@ -80,11 +80,11 @@ class Entries(Mapping[Any, Any]):
         return sum(1 for _ in self)
 
 
-def once(work: Work, key: str, compute: Callable[[], Any]) -> Any:
+def get_or_compute(store: Store, key: str, compute: Callable[[], Any]) -> Any:
     """An entry, computed if it is not there."""
-    if key not in work:
-        work[key] = compute()
-    return work[key]
+    if key not in store:
+        store[key] = compute()
+    return store[key]
 
 
 def digest(*values: Any) -> str:

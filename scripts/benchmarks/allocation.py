@@ -62,7 +62,7 @@ def tables(source: Any) -> tuple[list[Any], int]:
     import jax
     import jax.numpy as jnp
 
-    from lordjax.allocation.candidates import Option, Table
+    from lordjax.allocation.candidates import Candidate, Table
     from lordjax.kernels import normal_float, trees
     from lordjax.methods.quantized.predicted_loss import predict
     from lordjax.methods.quantized.weightings import Weights
@@ -77,7 +77,7 @@ def tables(source: Any) -> tuple[list[Any], int]:
             kernel = jnp.asarray(flat[site.path], jnp.float32)
             errors = jax.device_get(predict(kernel, Weights(), forms=tuple(grid), ranks=(0,)))[:, 0]
             rows = zip(grid, errors, strict=True)
-            found.append(Table.of((f.nbytes(kernel.size), e, Option(f, None)) for f, e in rows))
+            found.append(Table.of((f.nbytes(kernel.size), e, Candidate(f, None)) for f, e in rows))
             count += kernel.size
     return found, count
 

@@ -198,14 +198,14 @@ def _forward_seconds(source: Any, tokens: Any) -> float:
 
 def _cost(config: Any, prepared: Any, shape: tuple[int, int]) -> float | None:
     """Operations that `prepare` must spend; None if it only collected what it was not asked for."""
-    from lordjax.forecast.job import Job
+    from lordjax.forecast.job import CompressionSpec
     from lordjax.forecast.low_rank_cost import recomputed, stages
     from lordjax.runtime import flops
 
     if not prepared.factors:
         return None
     policy = "block-influence" if prepared.influences else None
-    job = Job(config, prepared.method, *shape, policy, prepared.prefix)
+    job = CompressionSpec(config, prepared.method, *shape, policy, prepared.prefix)
     work = stages(job)
     return sum(flops.total(work[name]) for name in PREPARES if name in work) - recomputed(job)
 

@@ -265,7 +265,7 @@ def memory(config: str, batch: int, seq_len: int, rank: int, dtype: str, ranks: 
         shapes = sizing.outline(model, Plan("lord", planned, None, policies.GIVEN))
         shapes = jax.eval_shape(lambda tree: astype(tree, dtype), shapes)
         said = sizes.predict(model, shapes, recipe, settings, seq_len)
-        found = sizes.compiled(model, shapes, recipe, settings, seq_len)
+        found = sizes.compiled_bytes(model, shapes, recipe, settings, seq_len)
         totals.append((said, found))
         cells = [said["base"], said["trained"], said["total"], found["total"]]
         cells += [found["arguments"], found["temporaries"]]

@@ -31,7 +31,7 @@ from typing import Any
 import click
 
 from lordjax.scripts.benchmarks.protocol import environment
-from lordjax.scripts.console import say, size
+from lordjax.scripts.console import format_bytes, say
 from lordjax.scripts.flags.options import counts
 from lordjax.scripts.make_checkpoint import CONFIGS, config_like, make
 
@@ -174,12 +174,12 @@ def markdown(found: dict[str, Any]) -> str:
     head += ["peak memory", "first run s", "its memory"]
     lines = [_line(head), _line(["---:"] * len(head))]
     for row in rows:
-        cells = [f"{row[axis]:,}" for axis in AXES] + [size(row["model_bytes"])]
+        cells = [f"{row[axis]:,}" for axis in AXES] + [format_bytes(row["model_bytes"])]
         cells += [f"{seconds_of(row, stage):.2f}" for stage in stages]
-        cells += [size(row["peak_bytes"]), f"{row['first_seconds']:.1f}"]
-        lines.append(_line([*cells, size(row["first_peak_bytes"])]))
+        cells += [format_bytes(row["peak_bytes"]), f"{row['first_seconds']:.1f}"]
+        lines.append(_line([*cells, format_bytes(row["first_peak_bytes"])]))
     names = list(dict.fromkeys(name for axis in found["growth"].values() for name in axis))
-    lines += ["", f"a process without work: {size(found['bare_bytes'])}", ""]
+    lines += ["", f"a process without work: {format_bytes(found['bare_bytes'])}", ""]
     lines += ["exponents, of all sizes / of the last two:", ""]
     lines += [_line(["growth with", *names]), _line(["---", *["---:"] * len(names)])]
     for axis, exponents in found["growth"].items():

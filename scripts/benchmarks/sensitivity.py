@@ -105,7 +105,7 @@ def _slopes(prepared: Any, tokens: Any) -> dict[str, float]:
     from lordjax.methods import truncate
 
     config = prepared.source.config
-    params = dict(prepared.source.rest())
+    params = dict(prepared.source.non_block_params())
     params |= {f"layer_{i}": prepared.source.block(i) for i in range(config.num_layers)}
     params = jax.tree.map(jnp.asarray, params)
     dense = perplexity(config, params, tokens)["nll_per_token"]

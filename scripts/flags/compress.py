@@ -62,12 +62,12 @@ def compress(
 
     OUT is a directory that must be new or empty.
     """
-    from lordjax.runtime.multihost import job, leads
+    from lordjax.runtime.multihost import is_primary, joined_processes
     from lordjax.scripts.verbs.compress import compress_model, show
 
-    with job(coordinator, process_id, num_processes):
+    with joined_processes(coordinator, process_id, num_processes):
         result = compress_model(**settings)
-    if leads():
+    if is_primary():
         output(result, as_json, show)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lordjax.scripts.benchmarks.protocol import environment
-from lordjax.scripts.console import progress_report, size
+from lordjax.scripts.console import format_bytes, progress_report
 from lordjax.scripts.opened_model import open_model
 from lordjax.scripts.token_inputs import read_tokens
 
@@ -245,7 +245,7 @@ def show(result: dict[str, Any]) -> None:
         if "bytes" in row:
             shares = (row[name] / first[name] for name in ("bytes", "operations"))
             cells += [f"{share:.1%}" for share in shares]
-            cells += [size(row["memory"])]
+            cells += [format_bytes(row["memory"])]
             cells += [f"{row['perplexity']:.2f}"] if "perplexity" in row else []
         print("| " + " | ".join([*cells, *[""] * (len(columns) - len(cells))]) + " |")
     shown = {k: result["settings"][k] for k in ("prefill", "prompt", "new", "repeats")}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lordjax.forecast.predict import happened, of_compression
-from lordjax.scripts.console import check_output, progress_report, say, size
+from lordjax.scripts.console import check_output, format_bytes, progress_report, say
 from lordjax.scripts.jobs import Run, job_of
 from lordjax.scripts.opened_model import Model, model_checksums, open_model
 from lordjax.scripts.token_inputs import mask_token, read_tokens
@@ -40,24 +40,24 @@ def compress_model(
 
     directory = Path(out).expanduser()
     if (
-        multihost.leads() and not partial(directory).exists()
+        multihost.is_primary() and not partial(directory).exists()
     ):  # else it may be complete: see `output`
         check_output(directory)
     run, settings, needs_tokens, share = job_of(method, options)
     run, settings = _on_mesh(run, settings, options["mesh"])
     opened = _open_original(model, directory, share, options["dtype"])
-    write_tokenizer = tokenizer_writer(opened) if multihost.leads() else None
+    write_tokenizer = tokenizer_writer(opened) if multihost.is_primary() else None
     is_elastic = "elastic" in settings
     tokens, facts, masks = None, None, None
     if needs_tokens:
-        if calibration is None and multihost.leads():
+        if calibration is None and multihost.is_primary():
             say("calibrating on the sources of Python's standard library (--calibration to change)")
         masks = mask_token(opened)
         tokens, facts = read_tokens(
             opened, calibration, seq_len=seq_len, samples=samples, seed=seed
         )
         facts |= objective_protocol(opened.config, masks)
-    elif calibration is not None and multihost.leads():
+    elif calibration is not None and multihost.is_primary():
         say(f"note: method {method!r} as asked for needs no calibration; {calibration} is not read")
     settings = {
         "model": model,
@@ -69,7 +69,7 @@ def compress_model(
         "seed": seed,
     }
     with Output(directory, _identity(opened, facts, settings)) as output:
-        if output.resumed and multihost.leads():
+        if output.resumed and multihost.is_primary():
             say(f"going on with what is finished in {output.work.directory}")
         summary = output.finished
         if summary is not None:
@@ -77,14 +77,14 @@ def compress_model(
             return summary
         # Of a run that goes on, only a part happens here.
         predicted = None if output.resumed else _forecast(opened, tokens, settings, directory)
-        with progress_report() if multihost.leads() else contextlib.nullcontext() as progress:
+        with progress_report() if multihost.is_primary() else contextlib.nullcontext() as progress:
             result = run(
                 opened.source,
                 tokens,
                 mask_token=masks,
                 progress=progress,
-                work=output.work,
-                into=output.parts,
+                work=output.store,
+                into=output.shards,
             )
         report = {**result.report, "calibration": facts, "settings": settings}
         if predicted is not None:
@@ -104,7 +104,7 @@ def compress_model(
             hf_config=opened.hf_config,
             report=report,
             write_tokenizer=write_tokenizer,
-            also=functools.partial(keep_entries, output.work) if is_elastic else None,
+            also=functools.partial(keep_entries, output.store) if is_elastic else None,
             summary=summary,
         )
     return summary
@@ -202,10 +202,8 @@ def show(result: dict[str, Any]) -> None:
         if "kept" in result
         else f"{result['bits_per_weight']:.3f} bits per block linear weight"
     )
-    print(
-        f"{result['output']}: {result['settings']['method']}, {what}, {size(result['bytes'])}, "
-        f"{result['seconds']:.0f} s"
-    )
+    method, size = result["settings"]["method"], format_bytes(result["bytes"])
+    print(f"{result['output']}: {method}, {what}, {size}, {result['seconds']:.0f} s")
     if result["predicted"] is not None:
         _show_forecast(result["predicted"], result["happened"])
     if calibration is not None:
@@ -223,7 +221,9 @@ def show(result: dict[str, Any]) -> None:
 def _show_forecast(predicted: dict[str, Any], happened: dict[str, Any]) -> None:
     """A line on what was expected and what came."""
     memory = predicted["memory"]["with a work directory"]["host"]
-    line = f"peak memory {size(happened['peak_rss_bytes'])} (expected {size(memory)})"
+    line = (
+        f"peak memory {format_bytes(happened['peak_rss_bytes'])} (expected {format_bytes(memory)})"
+    )
     if "seconds" in predicted:
         expected = predicted["seconds"]["total"] - predicted["seconds"].get("write", 0.0)
         line += f", {happened['seconds']['total']:.0f} s (expected {expected:.0f} s)"

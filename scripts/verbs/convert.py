@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lordjax.scripts.console import check_output, size
+from lordjax.scripts.console import check_output, format_bytes
 from lordjax.scripts.opened_model import Model, file_bytes, open_model
 from lordjax.scripts.verbs.compress import tokenizer_writer
 
@@ -86,4 +86,4 @@ def _check_finite(params: Any) -> None:
 def show(result: dict[str, Any]) -> None:
     """Prints the summary for people."""
     seconds = f"{result['seconds']:.0f} s"
-    print(f"{result['output']}: {result['to']}, {size(result['bytes'])}, {seconds}")
+    print(f"{result['output']}: {result['to']}, {format_bytes(result['bytes'])}, {seconds}")

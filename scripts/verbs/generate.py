@@ -103,14 +103,14 @@ class Writer:
 
     def answer(self, messages: list[dict[str, str]]) -> Iterator[str]:
         """The answer to the last of the messages, as it comes."""
-        from lordjax.generation.completion import encode, pieces
+        from lordjax.generation.completion import pieces, tokenize
 
         if self._chat:
             ids = self._tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, tokenize=True, return_dict=False
             )
         else:
-            ids = encode(self._tokenizer, "".join(m["content"] for m in messages))
+            ids = tokenize(self._tokenizer, "".join(m["content"] for m in messages))
         config = self._opened.config
         yield from pieces(self._params, config, self._tokenizer, ids, **self._how)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from lordjax.scripts.console import size
+from lordjax.scripts.console import format_bytes
 from lordjax.scripts.opened_model import file_bytes, open_model
 
 
@@ -73,9 +73,11 @@ def describe(leaf: Any, original: Any = None) -> dict[str, Any]:
 
 def show(result: dict[str, Any]) -> None:
     """Prints the tree, blocks in their order."""
-    linear, files = result["block_linear"], size(result["file_bytes"])
+    linear, files = result["block_linear"], format_bytes(result["file_bytes"])
     print(f"{result['model']}: {result['kind']}, {result['config']['num_layers']} blocks")
-    print(f"{result['weights']:,} weights, {size(result['bytes'])} in memory, {files} on disk")
+    print(
+        f"{result['weights']:,} weights, {format_bytes(result['bytes'])} in memory, {files} on disk"
+    )
     counts = f"{linear['weights']:,} of {linear['dense_weights']:,}"
     print(f"kept {linear['kept']:.4f} of the block linear weights: {counts}")
     print(f"{linear['bits_per_weight']:.3f} bits per block linear weight of the original\n")
@@ -89,7 +91,14 @@ def show(result: dict[str, Any]) -> None:
         shown = branches
         rank = "" if row["rank"] is None else str(row["rank"])
         shape = " x ".join(map(str, row["shape"]))
-        facts = (row["kind"], rank, shape, row["dtype"], size(row["bytes"]), f"{row['kept']:.3f}")
+        facts = (
+            row["kind"],
+            rank,
+            shape,
+            row["dtype"],
+            format_bytes(row["bytes"]),
+            f"{row['kept']:.3f}",
+        )
         facts = (*facts, f"{row['bits']:.2f}")
         print(_line("  " * len(branches) + f"{layer}/{name}", *facts))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lordjax.forecast.predict import EXACT, asked, cost
-from lordjax.scripts.console import size
+from lordjax.scripts.console import format_bytes
 from lordjax.scripts.jobs import QUANTIZED, job_of
 from lordjax.scripts.opened_model import quiet_transformers
 
@@ -67,7 +67,7 @@ def plan_model(
     shape = (samples if needs_tokens else 0, length)
     settings = {"method": method, **settings} | ({} if mesh is None else {"mesh": mesh})
     job, after, sure, plan = asked(config, source, shape, settings)
-    rates = machine_rates.measure() if measure else None
+    rates = machine_rates.measure_rates() if measure else None
     found = {
         "model": model,
         "settings": settings
@@ -231,9 +231,11 @@ def _show_cost(found: dict[str, Any], settings: dict[str, Any]) -> None:
         print(f"share of each device, {name}: {', '.join(f'{s:.2f}' for s in row['shares'])}")
     for name, memory in found["memory"].items():
         where = "each device" if "devices" in found else "the device"
-        device = f", {size(memory['device'])} on {where}" if memory["device"] else ""
-        disk = f", {size(memory['disk'])} of disk" if "disk" in memory else ""
-        print(f"peak memory {name}: {size(memory['host'])}{device}{disk} ({memory['stage']})")
+        device = f", {format_bytes(memory['device'])} on {where}" if memory["device"] else ""
+        disk = f", {format_bytes(memory['disk'])} of disk" if "disk" in memory else ""
+        print(
+            f"peak memory {name}: {format_bytes(memory['host'])}{device}{disk} ({memory['stage']})"
+        )
 
 
 def duration(seconds: float) -> str:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import spent
 
-from lordjax.allocation.plan import Size
+from lordjax.allocation.plan import SiteSize
 from lordjax.allocation.policies import Curve, allocate, influence_removal
 from lordjax.compression.site_factors import site_size
 from lordjax.models import ModelConfig, init
@@ -82,9 +82,9 @@ def test_rounding_by_influence_is_repaired_within_the_budget():
     """MoDeGPT's modules of LLaMA-2-7B: hardware multiples, and still 0.2 % of the target."""
     errors = {"attention/qk": 128, "attention/vo": 128, "mlp": 11008}
     sizes = {
-        "attention/qk": Size(2 * 4096**2, 2 * 4096 * 32, step=2),
-        "attention/vo": Size(2 * 4096**2, 2 * 4096 * 32),
-        "mlp": Size(3 * 4096 * 11008, 3 * 4096, tiles=16),
+        "attention/qk": SiteSize(2 * 4096**2, 2 * 4096 * 32, step=2),
+        "attention/vo": SiteSize(2 * 4096**2, 2 * 4096 * 32),
+        "mlp": SiteSize(3 * 4096 * 11008, 3 * 4096, tiles=16),
     }
     curves = {
         f"layer_{i}/{name}": Curve(sizes[name], np.linspace(1, 0, width + 1), 0, score)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from problems import spent
 
 from lordjax.allocation.knapsack import choose
-from lordjax.allocation.plan import Size
+from lordjax.allocation.plan import SiteSize
 from lordjax.allocation.policies import CURVELESS, POLICIES, Curve, allocate
 
 # --- published numbers: LLaMA-7B (theory/lord_rom §4.3, §7, §9) ----------------------------------
@@ -31,11 +31,11 @@ FLAT = np.zeros(WIDTH + 1)  # for policies that look at shapes only
 
 SHAPES = {f"layer_{i}/{n}/kernel": s for i in range(BLOCKS) for n, s in LLAMA.items()}
 
-LLAMA_CURVES = {path: Curve(Size.matrix(*shape), FLAT) for path, shape in SHAPES.items()}
+LLAMA_CURVES = {path: Curve(SiteSize.matrix(*shape), FLAT) for path, shape in SHAPES.items()}
 
 
 def linear_weights(ranks):
-    return sum(Size.matrix(*SHAPES[path]).weights(rank) for path, rank in ranks.items())
+    return sum(SiteSize.matrix(*SHAPES[path]).weights(rank) for path, rank in ranks.items())
 
 
 def parameters(ranks):
@@ -104,7 +104,7 @@ def test_break_even_ranks_of_starcoder():
         ((6144, 6400), 3134.7),
         ((24576, 6144), 4915.2),
     ]:
-        assert abs(Curve(Size.matrix(*shape), FLAT).break_even - expected) < 0.05
+        assert abs(Curve(SiteSize.matrix(*shape), FLAT).break_even - expected) < 0.05
 
 
 # --- properties of every policy ------------------------------------------------------------------
@@ -128,7 +128,7 @@ def models(draw):
         spectrum = rng.choice([0.0, 1.0, 1.0, 50.0]) * np.exp(-decay * np.arange(min(shape)))
         errors = np.append(np.cumsum(spectrum[::-1])[::-1], 0.0)
         curves[f"layer_{i}/{name}/kernel"] = Curve(
-            Size.matrix(*shape), errors, shape[1] if bias else 0
+            SiteSize.matrix(*shape), errors, shape[1] if bias else 0
         )
     return curves
 
@@ -207,7 +207,7 @@ def test_keeping_everything_changes_nothing(curves, policy):
 
 
 def curve(spectrum, shape=(32, 32), extra=0):
-    return Curve(Size.matrix(*shape), np.append(np.cumsum(spectrum[::-1])[::-1], 0.0), extra)
+    return Curve(SiteSize.matrix(*shape), np.append(np.cumsum(spectrum[::-1])[::-1], 0.0), extra)
 
 
 def two_layers():
@@ -296,7 +296,10 @@ def test_matrices_too_small_to_factor_stay_dense(policy):
 def test_what_stays_is_paid_for_by_the_others(policy):
     curves = two_layers()
     weights = sum(c.size.dense for c in curves.values())
-    curves = {"layer_0/attention/q/kernel": Curve(Size(weights, weights), np.zeros(2)), **curves}
+    curves = {
+        "layer_0/attention/q/kernel": Curve(SiteSize(weights, weights), np.zeros(2)),
+        **curves,
+    }
     ranks, _ = allocate(curves, 0.7, policy, 1)
     assert list(ranks) == list(curves)
     assert ranks["layer_0/attention/q/kernel"] is None
@@ -330,8 +333,8 @@ def test_unknown_policy_and_broken_curve_are_named():
 def test_one_rank_per_type_needs_one_size_per_type():
     errors = np.linspace(1, 0, 9)
     curves = {
-        "layer_0/mlp/up/kernel": Curve(Size.matrix(8, 8), errors),
-        "layer_1/mlp/up/kernel": Curve(Size.matrix(8, 16), errors),
+        "layer_0/mlp/up/kernel": Curve(SiteSize.matrix(8, 8), errors),
+        "layer_1/mlp/up/kernel": Curve(SiteSize.matrix(8, 16), errors),
     }
     with pytest.raises(ValueError, match="sizes differ between blocks at mlp/up"):
         allocate(curves, 0.5, "per-type")
@@ -340,7 +343,7 @@ def test_one_rank_per_type_needs_one_size_per_type():
 @pytest.mark.parametrize(("width", "step"), [(1536, 32), (520, 32), (512, 8), (48, 8), (7, 1)])
 def test_steps_of_several_tiles_are_for_wide_sites(width, step):
     """A narrow MLP still has a choice: 4 tiles of 8 only where 16 steps of 32 save weights."""
-    curve = Curve(Size(width * 9, 9, tiles=4), np.linspace(1, 0, width + 1))
+    curve = Curve(SiteSize(width * 9, 9, tiles=4), np.linspace(1, 0, width + 1))
     ranks, costs, _ = curve.options(8)
     assert ranks == [*range(step, width, step), None]
     assert list(costs) == [9 * r for r in ranks[:-1]] + [9 * width]

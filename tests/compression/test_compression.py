@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from blocks import SMALL, shifted
 
-from lordjax.allocation.plan import Plan, Size
+from lordjax.allocation.plan import Plan, SiteSize
 from lordjax.calibration import observers
 from lordjax.compression.low_rank import PREFIXES, InMemory, compress, prepare
 from lordjax.compression.result import verify
@@ -134,7 +134,7 @@ def test_blocks_share_their_compilations(source, method, prefix):
     first = compiled()
     compress(source, TOKENS, **options)
     assert compiled() == first
-    groups = len({site.group for site in LINEAR_SITES})
+    groups = len({site.stage for site in LINEAR_SITES})
     assert first[0] <= (groups + 1 if prefix != "dense" else 2)
     assert first[1] <= 1
     assert first[2] <= 1
@@ -205,7 +205,7 @@ def test_report_of_each_layer(source):
 
 def test_verify_finds_a_kernel_that_was_not_replaced(source, params):
     result = compress(source, TOKENS, method="svd", keep=0.5)
-    sizes = {p: Size.matrix(*trees.flatten(params)[p].shape) for p in result.plan.ranks}
+    sizes = {p: SiteSize.matrix(*trees.flatten(params)[p].shape) for p in result.plan.ranks}
     verify(result.params, result.plan, sizes, CONFIG)
     path = "layer_1/mlp/up/kernel"
     forgotten = trees.update(result.params, {path: trees.flatten(params)[path]})

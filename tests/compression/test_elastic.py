@@ -21,10 +21,10 @@ METHODS = ("lord", "modegpt")
 def made(directory, **options):
     with Output(directory, {"made of": "test"}) as output:
         result = elastic.compress(
-            small_model(), TOKENS, work=output.work, into=output.parts, **options
+            small_model(), TOKENS, work=output.store, into=output.shards, **options
         )
         output.finish(
-            result, hf_config={}, also=lambda stage: elastic.keep_entries(output.work, stage)
+            result, hf_config={}, also=lambda stage: elastic.keep_entries(output.store, stage)
         )
     return directory
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from blocks import shifted
 
-from lordjax.allocation.candidates import QUANTIZERS, Option
+from lordjax.allocation.candidates import QUANTIZERS, Candidate
 from lordjax.allocation.plan import Plan
 from lordjax.compression import elastic
 from lordjax.compression.low_rank import compress, prepare
@@ -124,7 +124,7 @@ def test_every_budget_is_kept_and_more_is_better(prepared, method):
 
 def _option(plan, path):
     text = plan.formats.get(path)
-    return Option(None if text is None else normal_float.Format.parse(text), plan.ranks[path])
+    return Candidate(None if text is None else normal_float.Format.parse(text), plan.ranks[path])
 
 
 def _promise(quantizer, plan):
@@ -187,7 +187,7 @@ def test_report_of_each_matrix(results, source, method):
         assert row["format"] == (None if option.form is None else str(option.form))
         assert row["rank"] == option.rank
         assert row["bytes"] == nbytes(found[path])
-        have = found[path] if option == Option(None, None) else found[path].materialize()
+        have = found[path] if option == Candidate(None, None) else found[path].materialize()
         gap = np.asarray(have, np.float64) - np.asarray(dense[path])
         share = np.sum(gap**2) / np.sum(np.asarray(dense[path], np.float64) ** 2)
         assert row["relative_error"] == pytest.approx(share, rel=1e-3, abs=1e-9)

@@ -16,7 +16,7 @@ from lordjax.kernels.normal_float import Format
 from lordjax.runtime.mesh import make_mesh
 from lordjax.scripts.benchmarks.resume import contents
 from lordjax.storage import atomic_directory, checkpoint
-from lordjax.storage.disk_store import Workspace
+from lordjax.storage.disk_store import DiskStore
 from lordjax.storage.tensor_files import TensorWriter
 
 IDENTITY = {"made of": "test"}
@@ -65,7 +65,7 @@ def make(run, directory):
         if output.finished is not None:
             output.publish()
             return
-        result = run(work=output.work, into=output.parts)
+        result = run(work=output.store, into=output.shards)
         output.finish(result, hf_config={"model_type": "llama"})
 
 
@@ -103,9 +103,9 @@ def test_killed_at_random_writes_it_goes_on_to_the_same_bits(name, tmp_path, mon
 
         return call
 
-    monkeypatch.setattr(Workspace, "_record", killing(Workspace._record))
+    monkeypatch.setattr(DiskStore, "_record", killing(DiskStore._record))
     monkeypatch.setattr(TensorWriter, "add", killing(TensorWriter.add))
-    monkeypatch.setattr(Workspace, "remove", killing(Workspace.remove))
+    monkeypatch.setattr(DiskStore, "remove", killing(DiskStore.remove))
     lives, chance = 0, random.Random(name)
     while not (tmp_path / "out").exists() or partial(tmp_path / "out").exists():
         lives += 1
@@ -157,7 +157,7 @@ def test_a_finished_output_only_takes_its_name(tmp_path, monkeypatch):
 
 def test_another_run_is_refused_with_the_difference(tmp_path):
     with pytest.raises(Killed), Output(tmp_path / "out", {"keep": 0.7, "x": [1]}) as output:
-        output.work["done"] = 1
+        output.store["done"] = 1
         raise Killed
     with pytest.raises(ValueError, match=r"begun with something else: keep: 0\.7 -> 0\.6"):
         Output(tmp_path / "out", {"keep": 0.6, "x": [1]})
@@ -165,7 +165,7 @@ def test_another_run_is_refused_with_the_difference(tmp_path):
 
 def test_one_output_has_parts_of_one_plan(tmp_path):
     with Output(tmp_path / "out", IDENTITY) as output:
-        given = {"work": output.work, "into": output.parts, "method": "svd"}
+        given = {"work": output.store, "into": output.shards, "method": "svd"}
         compress(small_model(), TOKENS, ranks={"mlp/down": 5}, **given)
         with pytest.raises(ValueError, match="another plan"):
             compress(small_model(), TOKENS, ranks={"mlp/down": 6}, **given)
@@ -173,7 +173,7 @@ def test_one_output_has_parts_of_one_plan(tmp_path):
 
 def test_a_damaged_part_is_named(tmp_path):
     with pytest.raises(Killed), Output(tmp_path / "out", IDENTITY) as output:
-        RUNS["ranks"](work=output.work, into=output.parts)
+        RUNS["ranks"](work=output.store, into=output.shards)
         raise Killed
     file = next(iter((partial(tmp_path / "out") / "model").glob("layer_1-*")))
     data = bytearray(file.read_bytes())
@@ -189,11 +189,11 @@ def test_nothing_stays_of_a_run_that_cannot_go_on(tmp_path):
         raise Killed
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError), Output(tmp_path / "out", IDENTITY) as output:
-        output.work["done"] = 1
+        output.store["done"] = 1
         raise ValueError
     assert not list(tmp_path.iterdir())
     with pytest.raises(OSError), Output(tmp_path / "out", IDENTITY) as output:
-        output.work["done"] = 1
+        output.store["done"] = 1
         raise OSError
     with pytest.raises(ValueError), Output(tmp_path / "out", IDENTITY) as output:
         assert output.resumed

@@ -64,7 +64,9 @@ def test_blocks_are_read_alone(directory, monkeypatch):
     assert all("layers.1." in name for name in read)
     params = checkpoint.params()
     assert same(block, params["layer_1"])
-    assert same(checkpoint.rest(), {k: params[k] for k in ("embed", "final_norm", "head")})
+    assert same(
+        checkpoint.non_block_params(), {k: params[k] for k in ("embed", "final_norm", "head")}
+    )
     with pytest.raises(IndexError, match="block 2, but there are 2"):
         checkpoint.block(2)
 
@@ -173,14 +175,14 @@ def test_not_finite(directory):
         checkpoint.block(1)
     assert checkpoint.read("final_norm/scale").max() > 1e9
     with pytest.raises(ValueError, match=r"model\.norm\.weight.*cast to float16 has 1 non-finite"):
-        checkpoint.rest("float16")
+        checkpoint.non_block_params("float16")
 
 
 def test_integer_tensor(directory):
     def change(tensors):
         tensors["model.norm.weight"] = np.ones(32, np.int8)
 
-    fails(edit(directory, change), "model.norm.weight", "int8", then=lambda c: c.rest())
+    fails(edit(directory, change), "model.norm.weight", "int8", then=lambda c: c.non_block_params())
 
 
 @pytest.mark.parametrize("size", [5, 500, -7])
@@ -226,12 +228,17 @@ def test_config_errors_name_the_file(directory):
 def test_head_beside_tied_embedding(directory):
     config = json.loads((directory / "config.json").read_text()) | {"tie_word_embeddings": True}
     (directory / "config.json").write_text(json.dumps(config))
-    fails(directory, "lm_head.weight differs", "tie_word_embeddings", then=lambda c: c.rest())
+    fails(
+        directory,
+        "lm_head.weight differs",
+        "tie_word_embeddings",
+        then=lambda c: c.non_block_params(),
+    )
 
     def change(tensors):
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
 
-    assert "head" not in open_checkpoint(edit(directory, change)).rest()
+    assert "head" not in open_checkpoint(edit(directory, change)).non_block_params()
 
 
 def test_hub(directory, monkeypatch):

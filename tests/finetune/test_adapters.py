@@ -25,17 +25,17 @@ from lordjax.models import Transformer, init
 @pytest.mark.parametrize("kind", KINDS)
 def test_split_and_join(params, kind):
     new, paths = made(params, kind)
-    first, second = trees.split(new, set(paths))
+    first, second = trees.partition(new, set(paths))
     assert len(jax.tree.leaves(first)) == len(paths)
     assert len(jax.tree.leaves(second)) == len(jax.tree.leaves(new)) - len(paths)
-    again = trees.join(first, second)
+    again = trees.combine(first, second)
     assert jax.tree.structure(again) == jax.tree.structure(new)
     jax.tree.map(np.testing.assert_array_equal, again, new)
 
 
 def test_split_names_what_is_not_there(params):
     with pytest.raises(KeyError, match=r"layer_0/attention/q/kernel/left.*did you mean"):
-        trees.split(params, {"layer_0/attention/q/kernel/left"})
+        trees.partition(params, {"layer_0/attention/q/kernel/left"})
 
 
 @pytest.mark.full
@@ -43,7 +43,7 @@ def test_split_names_what_is_not_there(params):
 def test_gradients_are_finite_differences(params, kind):
     """In double precision."""
     new, paths = made(params, kind)
-    trained, frozen = trees.split(new, set(paths))
+    trained, frozen = trees.partition(new, set(paths))
     batch = examples(2)
 
     with jax.enable_x64(True):
@@ -51,7 +51,7 @@ def test_gradients_are_finite_differences(params, kind):
         rest = jax.tree.map(lambda a: a, frozen)
 
         def loss(trained):
-            whole = trees.join(trained, rest)
+            whole = trees.combine(trained, rest)
             # Activations have the dtype of the embedding.
             whole = {**whole, "embed": jax.tree.map(lambda a: a.astype("float64"), whole["embed"])}
             nll, _ = finetune.rows_of(CONFIG, whole, batch)
@@ -128,7 +128,7 @@ def test_codes_under_every_block_matrix(params):
 
 def test_recipes_on_a_model_without_what_they_train(params):
     with pytest.raises(KeyError, match=r"trains kernel/low_rank/.*of which the model has nothing"):
-        recipes.start(RECIPES["lq-lora"], params, jax.random.key(0))
+        recipes.initial_params(RECIPES["lq-lora"], params, jax.random.key(0))
 
 
 @pytest.mark.full

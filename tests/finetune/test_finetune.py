@@ -38,11 +38,11 @@ def test_only_what_is_named_changes(params):
     before = digest(base).hexdigest()
     data = Data(examples(), examples(0), {})
     recipe = dataclasses.replace(RECIPES["qlora"], rank=4, learning_rate=1e-2)
-    start, paths = recipes.start(recipe, base, jax.random.key(0))
+    start, paths = recipes.initial_params(recipe, base, jax.random.key(0))
     trained, frozen = step.split(start, paths, "float32")
     optimizer = recipes.optimizer(recipe, 5)
     run = step.run(
-        CONFIG, step.start(trained, optimizer), frozen, data.train, optimizer, Settings(5)
+        CONFIG, step.init_state(trained, optimizer), frozen, data.train, optimizer, Settings(5)
     )
     *_, (state, _) = run
     end = trees.arrays(step.joined(state.params, start, paths))
@@ -104,7 +104,7 @@ def test_alpha_is_a_learning_rate(params, scale):
 
     plain = adapters.add_adapters(params, rank=rank, key=jax.random.key(0))
     paths = adapters.trainable(plain, (recipes.PRODUCTS,))
-    trained, frozen = trees.split(plain, set(paths))
+    trained, frozen = trees.partition(plain, set(paths))
     optimizer = optax.adamw(rate, weight_decay=0.0)
 
     def loss(trained, part):
@@ -114,7 +114,7 @@ def test_alpha_is_a_learning_rate(params, scale):
 
         whole = trees.map_with_path(
             lambda _, leaf: times(leaf) if isinstance(leaf, LowRankPlusQuantized) else leaf,
-            trees.join(trained, frozen),
+            trees.combine(trained, frozen),
         )
         nll, _ = step.rows_of(CONFIG, whole, part)
         return jnp.sum(nll) / int((part.targets >= 0).sum())

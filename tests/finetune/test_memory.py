@@ -27,7 +27,7 @@ def test_memory_is_about_what_the_compiler_lays_out(recipe):
         own = dataclasses.replace(config, num_layers=layers)
         shapes = jax.eval_shape(lambda: init(own, jax.random.key(0)))
         given = (own, shapes, row, Settings(1, 4, 4), 256)
-        return memory.predict(*given), memory.compiled(*given)
+        return memory.predict(*given), memory.compiled_bytes(*given)
 
     said, found = sizes(3)
     state = 3 / memory.COPIES * said["trained"]  # parameters and moments
@@ -47,7 +47,9 @@ def test_decoded_matrices_do_not_pile_up():
         for layers in (2, 5):
             own = dataclasses.replace(config, num_layers=layers)
             shapes = jax.eval_shape(functools.partial(init, own), jax.random.key(0))
-            sizes.append(memory.compiled(own, shapes, row, Settings(1, 4, 4), 16)["temporaries"])
+            sizes.append(
+                memory.compiled_bytes(own, shapes, row, Settings(1, 4, 4), 16)["temporaries"]
+            )
         added[name] = sizes[1] - sizes[0]
     arrays = trees.arrays(shapes)
     block = sum(4 * a.size for path, a in arrays.items() if path.startswith("layer_0/"))
@@ -64,7 +66,9 @@ def test_remat_holds_the_inside_of_one_block():
         for layers in (2, 5):
             own = dataclasses.replace(config, num_layers=layers)
             shapes = jax.eval_shape(functools.partial(init, own), jax.random.key(0))
-            sizes.append(memory.compiled(own, shapes, row, Settings(1, 4, 1), 256)["temporaries"])
+            sizes.append(
+                memory.compiled_bytes(own, shapes, row, Settings(1, 4, 1), 256)["temporaries"]
+            )
     finally:
         jax.config.update("jax_disable_most_optimizations", True)
     hidden = 4 * 256 * config.mlp_size * 4

@@ -15,7 +15,7 @@ from rates import RATES
 from lordjax.compression.low_rank import compress
 from lordjax.conversions.families.registry import tensor_table
 from lordjax.forecast import machine_rates, peak_memory, predict, shapes
-from lordjax.forecast.job import Job
+from lordjax.forecast.job import CompressionSpec
 from lordjax.forecast.low_rank_cost import stages
 from lordjax.forecast.seconds import seconds
 from lordjax.kernels import trees
@@ -135,7 +135,7 @@ def test_bytes_are_those_that_come_out(method, policy, name, dtype):
 
 def job(layers=2, **options):
     config = dataclasses.replace(BLOCKS["qwen3"], num_layers=layers)
-    return Job(config, "lord", **({"windows": 16, "length": 40} | options))
+    return CompressionSpec(config, "lord", **({"windows": 16, "length": 40} | options))
 
 
 def memory(of):
@@ -166,8 +166,8 @@ def test_memory_grows_with_windows_only_where_states_stay():
 
 def test_seconds_are_work_over_rate():
     work = {
-        "one": flops.Work({"product float32": 4e9, "equations": 50}),
-        "two": flops.Work({"exp": 3e8}),
+        "one": flops.OpCounts({"product float32": 4e9, "equations": 50}),
+        "two": flops.OpCounts({"exp": 3e8}),
     }
     found = seconds(work, RATES)
     assert found == {"one": 2.5, "two": 3.0, "total": 5.5, "compiling": 0.5}
@@ -178,7 +178,7 @@ def test_seconds_are_work_over_rate():
 @pytest.mark.quick("lord", "modegpt-published")
 @pytest.mark.parametrize("method", ["lord", "modegpt-cr", "modegpt-published", "fwsvd", "rom"])
 def test_every_kind_of_work_has_a_rate(method):
-    found = seconds(stages(Job(BLOCKS["gpt2"], method, 16, 40)), RATES)
+    found = seconds(stages(CompressionSpec(BLOCKS["gpt2"], method, 16, 40)), RATES)
     assert all(seconds > 0 for seconds in found.values())
     assert all(map(math.isfinite, found.values()))
 
@@ -199,7 +199,7 @@ def test_no_rate_of_unknown_work():
 def test_measured_rates_are_those_that_are_needed(monkeypatch, tmp_path):
     monkeypatch.setattr(machine_rates, "SIZE", {"cpu": 128})
     monkeypatch.setattr(machine_rates, "PATIENCE", 0.0)
-    rates = machine_rates.measure(tmp_path)
+    rates = machine_rates.measure_rates(tmp_path)
     assert set(rates) == set(RATES)
     assert min(rates.values()) > 0
     assert not list(tmp_path.iterdir())

@@ -21,15 +21,15 @@ from lordjax.compression.elastic import check_settings
 from lordjax.compression.quantized import quantize
 from lordjax.forecast import device_shares, peak_memory, predict
 from lordjax.forecast import shapes as sizing
-from lordjax.forecast.job import Job
+from lordjax.forecast.job import CompressionSpec
 from lordjax.forecast.low_rank_cost import stages
-from lordjax.forecast.quantized_cost import coded_stages
+from lordjax.forecast.quantized_cost import quantized_stages
 from lordjax.forecast.seconds import seconds
 from lordjax.kernels import normal_float, trees
 from lordjax.kernels.base import nbytes
 from lordjax.methods.quantized import lq, weightings
 from lordjax.runtime import flops
-from lordjax.runtime.mesh import make_mesh, share_rows
+from lordjax.runtime.mesh import make_mesh, shard_batch
 
 WINDOWS, LENGTH = 8, 24
 FLAGS = dict.fromkeys(predict.CODED)
@@ -40,7 +40,7 @@ def tokens(config):
 
 
 def coded(config, method, **flags):
-    return predict.coded(config, method, WINDOWS, LENGTH, FLAGS | flags)[0]
+    return predict.quantized_plan(config, method, WINDOWS, LENGTH, FLAGS | flags)[0]
 
 
 def result(model, method, **flags):
@@ -82,7 +82,7 @@ def test_an_estimate_uses_its_budget_and_no_more(method, bits):
     shapes = {path: block[path.split("/", 1)[1]].shape for path in job.options}
     all_in = candidates.QUANTIZERS[method].all_in
     used = sum(
-        candidates.option_bytes(option, shapes[path], 2, job.factors, products=all_in)
+        candidates.candidate_bytes(option, shapes[path], 2, job.factors, products=all_in)
         for path, option in job.options.items()
     )
     budget = bits * sum(map(math.prod, shapes.values())) / 8
@@ -100,7 +100,7 @@ def counting(work, fn):
     @functools.wraps(fn)
     def run(*args, **kwargs):
         shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(np.shape(a), a.dtype), args)
-        work.update(flops.of(functools.partial(fn, **kwargs), *shapes))
+        work.update(flops.count_ops(functools.partial(fn, **kwargs), *shapes))
         return fn(*args, **kwargs)
 
     return run
@@ -117,7 +117,7 @@ def counting(work, fn):
 )
 def test_a_quantisation_runs_what_was_counted(method, flags, monkeypatch):
     model, done = source("gpt2"), Counter()
-    expected = coded_stages(coded(model.config, method, **flags))
+    expected = quantized_stages(coded(model.config, method, **flags))
     for module, names in {
         forward_pass: ("observe", "embed"),
         backward_pass: ("observe", "observe_gradients", "loss_gradient", "embed"),
@@ -139,7 +139,7 @@ def test_a_quantisation_runs_what_was_counted(method, flags, monkeypatch):
 def test_every_weighting_has_stages_seconds_and_memory(weighting):
     config = BLOCKS["qwen3"]
     job = coded(config, "lq", bits=3.4, rank=3, weighting=weighting)
-    work = coded_stages(job)
+    work = quantized_stages(job)
     assert ("gradients" in work) == (weighting in ("fisher", "both"))
     assert {"predictions", "decomposition"} <= set(work)
     found = seconds(work, RATES)
@@ -156,7 +156,7 @@ def test_memory_of_codes_with_a_work_directory_does_not_grow_with_depth():
         config = dataclasses.replace(BLOCKS["qwen3"], num_layers=layers)
         job = coded(config, "nf", form="nf4", weighting="both")
         before = sizing.shapes(config).params
-        return peak_memory.memory(job, coded_stages(job), before, before)
+        return peak_memory.memory(job, quantized_stages(job), before, before)
 
     few, many = memory(8), memory(32)
     weights = nbytes(sizing.shapes(dataclasses.replace(BLOCKS["qwen3"], num_layers=32)).params)
@@ -192,7 +192,7 @@ def shares(job, count):
 
 
 def job(name="qwen3", windows=16, **options):
-    return Job(BLOCKS[name], "lord", windows, 40, gradient_windows=None, **options)
+    return CompressionSpec(BLOCKS[name], "lord", windows, 40, gradient_windows=None, **options)
 
 
 @pytest.mark.quick("qwen3")
@@ -220,13 +220,13 @@ def test_windows_that_do_not_divide_are_everybodys():
 
 def test_codes_are_the_first_devices():
     one = coded(BLOCKS["qwen3"], "nf", form="nf4", weighting="input")
-    work = coded_stages(one)
+    work = quantized_stages(one)
     found = device_shares.report(device_shares.shared(one, work, 4), work, {"decomposition": 2.0})
     row = found["decomposition"]
     assert row["seconds"] == 2.0
     assert row["shares"][0] > row["shares"][1] == row["shares"][3] > 0
     nothing = coded(BLOCKS["qwen3"], "nf", form="nf4")
-    parts = device_shares.shared(nothing, coded_stages(nothing), 4)["decomposition"]
+    parts = device_shares.shared(nothing, quantized_stages(nothing), 4)["decomposition"]
     assert not any(parts[1:])
 
 
@@ -234,7 +234,7 @@ def test_the_compiler_leaves_loops_to_every_device():
     """As `sharing` counts: of eight loops over sequences and heads a device runs eight."""
     config, mesh = BLOCKS["qwen3"], make_mesh({"data": 4})
     block = source("qwen3").block(0)
-    x = share_rows(jnp.ones((4, LENGTH, config.hidden_size)), mesh)
+    x = shard_batch(jnp.ones((4, LENGTH, config.hidden_size)), mesh)
     program = observe.lower(block, x, None, {}, config=config, window=None).compile()
     counts = re.findall(r'known_trip_count":\{"n":"(\d+)"', program.as_text())
     assert set(counts) == {str(4 * config.num_kv_heads)}

@@ -49,15 +49,15 @@ def normal(count, seed=0):
 # Compiled, to save time; that this changes nothing is tested below.
 quantize = jax.jit(normal_float.quantize, static_argnums=1)
 dequantize = jax.jit(normal_float.dequantize, static_argnums=1)
-encode = jax.jit(normal_float.encode, static_argnums=1)
-decode = jax.jit(normal_float.decode, static_argnums=(1, 2))
+encode = jax.jit(normal_float.quantize_packed, static_argnums=1)
+decode = jax.jit(normal_float.dequantize_packed, static_argnums=(1, 2))
 pack = jax.jit(normal_float.pack, static_argnums=1)
 unpack = jax.jit(normal_float.unpack, static_argnums=(1, 2))
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def round_trip(x, form):
-    return normal_float.decode(normal_float.encode(x, form), form, len(x))
+    return normal_float.dequantize_packed(normal_float.quantize_packed(x, form), form, len(x))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -338,7 +338,7 @@ def test_error_of_gaussian_values(bits, expected, tolerance):
 def test_bits_per_weight_are_those_that_are_stored(form, bits):
     assert form.bits_per_weight == bits
     count = 32 * form.block * form.scale_block  # whole words of everything
-    packed = jax.eval_shape(lambda: normal_float.encode(jnp.zeros(count), form))
+    packed = jax.eval_shape(lambda: normal_float.quantize_packed(jnp.zeros(count), form))
     *parts, offset = (part.size * part.dtype.itemsize for part in packed)
     assert offset == 4 and sum(parts) == bits * count / 8
     assert form.nbytes(count) == sum(parts) + offset

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lordjax.allocation.plan import Size
+from lordjax.allocation.plan import SiteSize
 from lordjax.calibration.statistics import AbsMean, Moments
 from lordjax.compression.sequential import _regress
 from lordjax.methods import METHODS, linalg, truncate
@@ -341,9 +341,9 @@ def test_dead_layer_and_singular_metric_are_finite():
 
 
 def test_break_even():
-    assert Size.matrix(4096, 4096).limit == 2048
-    assert Size.matrix(4096, 11008).limit == pytest.approx(2985.2203, abs=1e-3)
-    assert Size.matrix(6144, 24576).limit == pytest.approx(4915.2)
+    assert SiteSize.matrix(4096, 4096).limit == 2048
+    assert SiteSize.matrix(4096, 11008).limit == pytest.approx(2985.2203, abs=1e-3)
+    assert SiteSize.matrix(6144, 24576).limit == pytest.approx(4915.2)
 
 
 @pytest.mark.full

@@ -14,7 +14,7 @@ from blocks import BLOCKS, source
 from lordjax.calibration import backward_pass, forward_pass
 from lordjax.compression import site_factors
 from lordjax.compression.low_rank import prepare
-from lordjax.forecast.job import Job
+from lordjax.forecast.job import CompressionSpec
 from lordjax.forecast.low_rank_cost import recomputed, stages
 from lordjax.forecast.shapes import shapes
 from lordjax.methods import linalg
@@ -36,7 +36,7 @@ def compiled(fn, *args):
 def test_products_are_those_that_xla_counts(width):
     """Up to additions and means, which are no products."""
     rows = array(300, width)
-    assert flops.total(flops.of(linalg.gram, rows)) == pytest.approx(
+    assert flops.total(flops.count_ops(linalg.gram, rows)) == pytest.approx(
         compiled(linalg.gram, rows), rel=2e-3
     )
 
@@ -50,7 +50,7 @@ def test_an_mlp_costs_what_xla_counts(name):
         return MLP(config).apply({"params": params}, x)
 
     x = array(8, 48, config.hidden_size)
-    ours, theirs = flops.total(flops.of(run, block, x)), compiled(run, block, x)
+    ours, theirs = flops.total(flops.count_ops(run, block, x)), compiled(run, block, x)
     assert ours <= theirs <= 1.25 * ours  # activations and biases
 
 
@@ -60,7 +60,7 @@ def test_the_gradient_of_a_product_costs_twice_the_product():
     def loss(a, b):
         return jnp.sum(linalg.mm(a, b) ** 2)
 
-    both = flops.total(flops.of(jax.grad(loss, argnums=(0, 1)), a, b))
+    both = flops.total(flops.count_ops(jax.grad(loss, argnums=(0, 1)), a, b))
     assert both == 3 * 2 * 160 * 170 * 180
     assert both == pytest.approx(compiled(jax.grad(loss, argnums=(0, 1)), a, b), rel=0.02)
 
@@ -68,36 +68,38 @@ def test_the_gradient_of_a_product_costs_twice_the_product():
 @pytest.mark.quick("svd")
 @pytest.mark.parametrize("fn", [jnp.linalg.eigh, jnp.linalg.cholesky, jnp.linalg.svd])
 def test_factorisations_grow_with_the_third_power(fn):
-    once, twice = (flops.total(flops.of(fn, array(n, n))) for n in (64, 128))
+    once, twice = (flops.total(flops.count_ops(fn, array(n, n))) for n in (64, 128))
     assert once > 0
     assert twice == pytest.approx(8 * once, rel=1e-4)  # counts are whole numbers
 
 
 def test_loops_count_as_often_as_they_run():
     a = array(16, 16)
-    once = flops.total(flops.of(jnp.matmul, a, a))
+    once = flops.total(flops.count_ops(jnp.matmul, a, a))
 
     def loop(a):
         return jax.lax.fori_loop(0, 7, lambda _, x: x @ a, a)
 
-    many = flops.of(lambda xs: jax.lax.map(lambda x: x @ x, xs), array(5, 16, 16))
-    assert flops.total(flops.of(loop, a)) == 7 * once
+    many = flops.count_ops(lambda xs: jax.lax.map(lambda x: x @ x, xs), array(5, 16, 16))
+    assert flops.total(flops.count_ops(loop, a)) == 7 * once
     assert flops.total(many) == 5 * once
 
 
 def test_what_nobody_uses_is_not_counted():
     both = jax.jit(lambda a: (a @ a, jnp.linalg.eigh(a)[0]))
     a = array(16, 16)
-    assert flops.total(flops.of(lambda a: both(a)[0], a)) == 2 * 16**3
+    assert flops.total(flops.count_ops(lambda a: both(a)[0], a)) == 2 * 16**3
 
 
 def test_kinds_of_products():
     a, thin = array(256, 256), array(256, flops.THIN)
-    assert set(flops.of(jnp.matmul, a, a)) >= {"product float32 highest"}  # as conftest.py asks
-    assert set(flops.of(jnp.matmul, a, thin)) >= {"thin float32 highest"}
+    assert set(flops.count_ops(jnp.matmul, a, a)) >= {
+        "product float32 highest"
+    }  # as conftest.py asks
+    assert set(flops.count_ops(jnp.matmul, a, thin)) >= {"thin float32 highest"}
     with jax.enable_x64(True):
         wide = array(256, 256, dtype=jnp.float64)
-        assert set(flops.of(jnp.matmul, wide, wide)) >= {"product float64"}
+        assert set(flops.count_ops(jnp.matmul, wide, wide)) >= {"product float64"}
 
 
 METHODS = ["lord", "fwsvd", "modegpt-cr", "modegpt-published"]
@@ -109,7 +111,7 @@ def counting(work, stage, fn):
     @functools.wraps(fn)
     def run(*args, **kwargs):
         shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(np.shape(a), a.dtype), args)
-        work[stage] += flops.total(flops.of(functools.partial(fn, **kwargs), *shapes))
+        work[stage] += flops.total(flops.count_ops(functools.partial(fn, **kwargs), *shapes))
         return fn(*args, **kwargs)
 
     return run
@@ -141,7 +143,7 @@ def test_a_preparation_runs_what_was_counted(method, name, monkeypatch):
     model, done = source(name), Counter()
     windows, length, few = 8, 24, 4
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (windows, length))
-    job = Job(model.config, method, windows, length, gradient_windows=few)
+    job = CompressionSpec(model.config, method, windows, length, gradient_windows=few)
     expected = stages(job)
     for stage, names in {
         "passes": ("observe", "observe_gradients", "loss_gradient", "embed"),
@@ -172,7 +174,8 @@ PREPARES = ("gradients", "statistics", "factors")
 @pytest.mark.parametrize("method", ["lord", "modegpt", "svd-llm"])
 def test_passes_are_linear_in_windows(method):
     few, many = (
-        stages(Job(BLOCKS["starcoder2"], method, n, 40, gradient_windows=None)) for n in (48, 96)
+        stages(CompressionSpec(BLOCKS["starcoder2"], method, n, 40, gradient_windows=None))
+        for n in (48, 96)
     )
     assert flops.total(many["factors"]) == flops.total(few["factors"])
     for stage in set(few) & {"gradients", "statistics"}:
@@ -185,21 +188,22 @@ def test_passes_are_linear_in_windows(method):
 
 def test_gradients_stop_at_their_windows():
     few, many = (
-        stages(Job(BLOCKS["gpt2"], "lord", n, 32, gradient_windows=8))["gradients"] for n in (8, 64)
+        stages(CompressionSpec(BLOCKS["gpt2"], "lord", n, 32, gradient_windows=8))["gradients"]
+        for n in (8, 64)
     )
     assert flops.total(few) == flops.total(many)
 
 
 def test_what_is_made_twice_is_a_forward_pass():
     """A share of the backward pass; methods without one make nothing twice."""
-    job = Job(BLOCKS["gpt2"], "lord", 8, 32)
+    job = CompressionSpec(BLOCKS["gpt2"], "lord", 8, 32)
     assert 0 < recomputed(job) < flops.total(stages(job)["gradients"]) / 2
-    assert recomputed(Job(BLOCKS["gpt2"], "svd-llm", 8, 32)) == 0
+    assert recomputed(CompressionSpec(BLOCKS["gpt2"], "svd-llm", 8, 32)) == 0
 
 
 def test_more_tokens_cost_more():
     counts = [
-        sum(map(flops.total, stages(Job(BLOCKS["qwen3"], "modegpt", 8, n)).values()))
+        sum(map(flops.total, stages(CompressionSpec(BLOCKS["qwen3"], "modegpt", 8, n)).values()))
         for n in (16, 32, 48)
     ]
     assert counts == sorted(set(counts))
@@ -215,4 +219,4 @@ def test_more_tokens_cost_more():
 )
 def test_bad_jobs(method, windows, length, message):
     with pytest.raises(ValueError, match=message):
-        Job(BLOCKS["gpt2"], method, windows, length)
+        CompressionSpec(BLOCKS["gpt2"], method, windows, length)

@@ -29,14 +29,14 @@ from lordjax.compression.low_rank import compress
 from lordjax.compression.quantized import quantize
 from lordjax.compression.resumable_output import TYPES
 from lordjax.forecast import device_shares
-from lordjax.forecast.job import Job
+from lordjax.forecast.job import CompressionSpec
 from lordjax.forecast.low_rank_cost import site_factors, stages
 from lordjax.kernels import trees
 from lordjax.methods import METHODS
 from lordjax.models.sites import sites_for
 from lordjax.runtime import flops, mesh
 from lordjax.runtime.progress import Clock
-from lordjax.storage.disk_store import Workspace
+from lordjax.storage.disk_store import DiskStore
 
 FOUR = functools.partial(mesh.make_mesh, {"data": 4})
 MESHES = [{"data": 4}, {"data": 2, "model": 2}, {"model": 4}]
@@ -93,8 +93,8 @@ def test_the_plan_is_that_of_one_device(method, options):
 
 def test_rows_that_do_not_divide_lie_everywhere():
     devices = mesh.make_mesh({"data": 4})
-    assert mesh.share_rows(np.zeros((8, 3)), devices).sharding.spec == PartitionSpec("data")
-    assert mesh.share_rows(np.zeros((6, 3)), devices).sharding.is_fully_replicated
+    assert mesh.shard_batch(np.zeros((8, 3)), devices).sharding.spec == PartitionSpec("data")
+    assert mesh.shard_batch(np.zeros((6, 3)), devices).sharding.is_fully_replicated
     # 12 windows in steps of 8 and 4, then of 5: 5, 5 and 2.
     results = [
         compress(
@@ -137,7 +137,7 @@ def test_each_device_loops_over_its_own_rows():
 
     for rows, own in ((8, 2), (6, 6)):  # what does not divide is run as a whole
         x = np.arange(3 * rows, dtype=np.float32).reshape(rows, 3)
-        np.testing.assert_array_equal(mesh.over_rows(run, rows, devices)(2.0, x), 2 * x)
+        np.testing.assert_array_equal(mesh.shard_map_batch(run, rows, devices)(2.0, x), 2 * x)
         assert seen.pop() == (own, 3)
 
 
@@ -158,7 +158,7 @@ def test_jobs_take_turns_on_the_devices():
     devices = mesh.make_mesh({"data": 4})
     double = jax.jit(lambda x: 2 * x)
     jobs = [np.full(3, float(i), np.float32) for i in range(6)]
-    shares = mesh.share_jobs(dict.fromkeys(range(6), 1.0), 4)
+    shares = mesh.share_tasks(dict.fromkeys(range(6), 1.0), 4)
     found = [(jobs[k], y) for k, y in mesh.map_kernels(lambda k: double(jobs[k]), shares, devices)]
     assert [float(job[0]) for job, _ in found] == list(range(6))
     for job, out in found:
@@ -176,7 +176,7 @@ def test_devices_that_share_cores_take_turns():
         made.append(slow(np.eye(200, dtype=np.float32) * k))
         return made[-1]
 
-    shares = mesh.share_jobs(dict.fromkeys(range(8), 1.0), 4)
+    shares = mesh.share_tasks(dict.fromkeys(range(8), 1.0), 4)
     assert len(list(mesh.map_kernels(run, shares, FOUR()))) == 8
     assert all(before)
 
@@ -190,7 +190,7 @@ def test_devices_that_share_cores_take_turns():
     ],
 )
 def test_the_largest_job_goes_to_the_device_with_the_least(costs, sums):
-    shares = mesh.share_jobs(dict(enumerate(costs)), 4)
+    shares = mesh.share_tasks(dict(enumerate(costs)), 4)
     assert sorted(job for share in shares for job in share) == list(range(len(costs)))
     for share in shares:
         assert [costs[k] for k in share] == sorted((costs[k] for k in share), reverse=True)
@@ -210,7 +210,7 @@ def test_devices_factor_equally_much(monkeypatch):
     monkeypatch.setattr(single_pass, "map_kernels", seen)
     config = dataclasses.replace(small_model().config, num_layers=6)
     compress(random_model(config), TOKENS, method="modegpt", keep=0.6, mesh=FOUR())
-    job = Job(config, "modegpt", *TOKENS.shape, meshed=True)
+    job = CompressionSpec(config, "modegpt", *TOKENS.shape, meshed=True)
     work = {site: flops.total(site_factors(job, site)) for site in job.sites}
     assert max(work.values()) > 0.5 * sum(work.values())
     done = [
@@ -229,7 +229,7 @@ def test_a_group_that_is_killed_goes_on_to_the_same_bits(dying, tmp_path, monkey
     """Before some line of the journal; no factors are made twice but those that it lost."""
     config = dataclasses.replace(small_model().config, num_layers=6)
     model, left, made = random_model(config), [0], []
-    record, finish = Workspace._record, single_pass.finish
+    record, finish = DiskStore._record, single_pass.finish
 
     def killing(self, row):
         left[0] -= 1
@@ -241,13 +241,13 @@ def test_a_group_that_is_killed_goes_on_to_the_same_bits(dying, tmp_path, monkey
         made.append(arguments[1])
         return finish(*arguments)
 
-    monkeypatch.setattr(Workspace, "_record", killing)
+    monkeypatch.setattr(DiskStore, "_record", killing)
     monkeypatch.setattr(single_pass, "finish", counted)
 
     def factors(name):
         calibrated = checked(config, TOKENS, None, None, mesh=FOUR())
         options = {"keep_gradients": True, "influence": False}
-        with Workspace(tmp_path / name, {}, TYPES) as work:
+        with DiskStore(tmp_path / name, {}, TYPES) as work:
             found = single_pass.factor_all(
                 model, calibrated, "modegpt-published", {}, Clock(), work, **options
             )[0]

@@ -222,11 +222,11 @@ def told(monkeypatch, number, others):
 def test_what_one_lacks_none_has(tmp_path, monkeypatch):
     facts = {"made of": "test"}
     with contextlib.suppress(Killed), Output(tmp_path / "out", facts) as made:
-        made.work["a"], made.work["b"] = 1, 2
+        made.store["a"], made.store["b"] = 1, 2
         raise Killed
     told(monkeypatch, 0, [facts, ["b"], None])
     with contextlib.suppress(Killed), Output(tmp_path / "out", facts) as made:
-        assert made.work.below("") == ["b"] and made.resumed
+        assert made.store.below("") == ["b"] and made.resumed
         raise Killed
     told(monkeypatch, 0, [{"made of": "else"}, ["b"], None])
     with pytest.raises(ValueError, match="process 1 was given something else: made of"):
@@ -237,7 +237,7 @@ def test_all_see_that_the_first_has_finished(tmp_path, monkeypatch):
     facts = {"made of": "test"}
     told(monkeypatch, 1, [facts, [], None])
     with contextlib.suppress(Killed), Output(tmp_path / "out", facts) as made:
-        made.parts["rest"] = {}
+        made.shards["rest"] = {}
         raise Killed
     assert "rest" not in {file.stem for file in partial(tmp_path / "out", 1).rglob("*")}
     told(monkeypatch, 1, [facts, [], "done"])

@@ -10,7 +10,7 @@ import pytest
 from saved_models import CONFIG, HF_CONFIG, SHARD, dense, edit, encode, model, quantized, write
 
 from lordjax import InMemory, LowRank, Plan, compress, load, nbytes
-from lordjax.allocation.plan import Size
+from lordjax.allocation.plan import SiteSize
 from lordjax.kernels import trees
 from lordjax.kernels.normal_float import Format
 from lordjax.kernels.quantized import LowRankPlusQuantized
@@ -159,7 +159,7 @@ def test_reads_below_a_path(tmp_path):
     saved = open_saved(write(tmp_path / "out", params))
     for i in (0, 1, 10):
         assert_identical(saved.block(i), params[f"layer_{i}"])
-    assert_identical(saved.rest(), {"embed": params["embed"]})
+    assert_identical(saved.non_block_params(), {"embed": params["embed"]})
     assert_identical(saved.read("layer_1/a"), params["layer_1"]["a"])
     with pytest.raises(KeyError, match="no parameter below 'layer_7'"):
         saved.block(7)
@@ -285,7 +285,10 @@ def test_an_edited_plan_is_read(tmp_path):
     edit(tmp_path / "plan.json", lambda plan: plan["ranks"].update({"layer_0/b/kernel": 3}))
     plan = Plan.read(tmp_path / "plan.json")
     assert plan.ranks == {"layer_0/a/kernel": 8, "layer_0/b/kernel": 3}
-    sizes = {"layer_0/a/kernel": Size.matrix(20, 30), "layer_0/b/kernel": Size.matrix(10, 12)}
+    sizes = {
+        "layer_0/a/kernel": SiteSize.matrix(20, 30),
+        "layer_0/b/kernel": SiteSize.matrix(10, 12),
+    }
     assert PLAN.weights(sizes) == 8 * 50 + 120
     assert plan.weights(sizes) == 8 * 50 + 3 * 22
 

@@ -12,8 +12,8 @@ from lordjax.calibration.hidden_states import open_states
 from lordjax.calibration.statistics import Moments
 from lordjax.compression.resumable_output import TYPES
 from lordjax.methods import Factors, ModuleFactors
-from lordjax.storage.disk_store import JOURNAL, Workspace
-from lordjax.storage.store import Entries, Memory, once
+from lordjax.storage.disk_store import JOURNAL, DiskStore
+from lordjax.storage.store import Entries, MemoryStore, get_or_compute
 from lordjax.storage.tensor_files import TensorFile, TensorWriter, write_tensors
 
 IDENTITY = {"method": "lord", "settings": {"keep": 0.8}, "tokens": "ab"}
@@ -32,7 +32,7 @@ def tree():
 
 
 def opened(path, **changes):
-    return Workspace(path / "out.partial", {**IDENTITY, **changes}, TYPES)
+    return DiskStore(path / "out.partial", {**IDENTITY, **changes}, TYPES)
 
 
 def same(a, b):
@@ -70,9 +70,9 @@ def test_an_entry_is_overwritten_and_its_old_file_goes(tmp_path):
 
 def test_once_computes_once(tmp_path):
     calls = []
-    for work in (Memory(), opened(tmp_path)):
+    for work in (MemoryStore(), opened(tmp_path)):
         for _ in range(2):
-            assert once(work, "x/1", lambda: calls.append(0) or {"n": 3}) == {"n": 3}
+            assert get_or_compute(work, "x/1", lambda: calls.append(0) or {"n": 3}) == {"n": 3}
         assert dict(Entries(work, "x", int)) == {1: {"n": 3}}
     assert len(calls) == 2
 
@@ -228,7 +228,7 @@ def test_states_go_on_where_they_were_left(tmp_path):
 
 
 def test_states_are_kept_for_the_way_back(tmp_path):
-    for work in (Memory(), opened(tmp_path)):
+    for work in (MemoryStore(), opened(tmp_path)):
         states = open_states(work, "pass", SHAPES)
         for at in range(3):
             fill(states, at)
