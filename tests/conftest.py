@@ -37,7 +37,7 @@ counted = time.monotonic()
 def pytest_configure(config):
     """Coverage is that of the whole quick tier: unasked, nothing else counts it."""
     given = [str(argument) for argument in config.invocation_params.args]
-    chosen = config.args_source is pytest.Config.ArgsSource.ARGS
+    chosen = config.option.collectonly or config.args_source is pytest.Config.ArgsSource.ARGS
     chosen |= any(argument.startswith(("-k", "-m", "--lf", "--ff")) for argument in given)
     asked = any(argument.startswith("--cov") for argument in given)
     coverage = config.pluginmanager.getplugin("_cov")

@@ -141,6 +141,7 @@ def assert_gradient_sums(stats, references):
         assert not np.allclose(own["fisher"][inside], together, rtol=0.1)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_squared_and_weighted_gradients(source, references, batch_size):
     assert_gradient_sums(gradient_sums(source, TOKENS[:2], batch_size=batch_size), references)

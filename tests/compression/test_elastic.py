@@ -40,7 +40,7 @@ def same(tree, other):
     jax.tree.map(np.testing.assert_array_equal, tree, other)
 
 
-@pytest.mark.quick("lord")
+@pytest.mark.full
 @pytest.mark.parametrize("method", METHODS)
 def test_every_budget_is_that_of_a_compression_to_it(models, method):
     for keep in (0.8, 0.5):

@@ -346,7 +346,7 @@ def test_a_plan_must_name_every_matrix(prepared, results):
 # --- files ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.quick("lq")
+@pytest.mark.full
 @every_method
 def test_a_saved_model_is_the_same(results, tmp_path, method):
     result, directory = results[method], tmp_path / "model"
@@ -374,7 +374,7 @@ def lord(source):
     return prepare(source, TOKENS, method="lord-linear")
 
 
-@pytest.mark.quick("nf8-*")
+@pytest.mark.full
 @pytest.mark.parametrize(("factors", "tolerance"), [("nf8", 0.03), ("nf4", 0.3)])
 def test_factor_pairs_as_codes(lord, source, factors, tolerance):
     plain, coded = lord.compress(0.6), lord.compress(0.6, factors=factors)

@@ -88,6 +88,7 @@ def test_scores_depend_on_neither_batch_nor_bucket_nor_order(model):
         np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
+@pytest.mark.full
 def test_nothing_is_compiled_per_pair(model):
     likelihood._hidden.clear_cache()
     pairs = [([n, *range(1, n)], [n]) for n in range(2, 24)]
@@ -122,7 +123,7 @@ def test_a_context_that_is_too_long_loses_its_beginning(model):
     assert all_of_it.log_likelihood == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.quick("dynamic")
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 def test_frequencies_that_depend_on_length_are_those_of_the_pair(kind):
     base = source("qwen3")

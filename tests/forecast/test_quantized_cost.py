@@ -48,7 +48,7 @@ def result(model, method, **flags):
     return quantize(model, tokens(model.config), method=method, mask_token=1, **used)
 
 
-@pytest.mark.quick("*-flags0", "*-flags2")
+@pytest.mark.quick("nf-flags0")
 @pytest.mark.parametrize(
     ("method", "flags"),
     [
@@ -134,7 +134,7 @@ def test_a_quantisation_runs_what_was_counted(method, flags, monkeypatch):
     assert counted["select"] == pytest.approx(done["select"], rel=1e-5)
 
 
-@pytest.mark.quick("fisher")
+@pytest.mark.full
 @pytest.mark.parametrize("weighting", weightings.WEIGHTINGS)
 def test_every_weighting_has_stages_seconds_and_memory(weighting):
     config = BLOCKS["qwen3"]

@@ -180,7 +180,7 @@ def lowered_for_cuda(fn, *args):
             raise
 
 
-@pytest.mark.quick("3", "4")
+@pytest.mark.quick("4")
 @pytest.mark.parametrize("bits", BITS)
 def test_lowers_for_cuda(bits):
     base, factors = quantized(Format(bits, block=16)), low_rank(rank=20)

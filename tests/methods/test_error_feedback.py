@@ -101,6 +101,7 @@ def gptq(kernel, h, order, scales, form):
     return back
 
 
+@pytest.mark.full
 @every_shape
 def test_it_is_gptq(shape):
     kernel, h = matrix(shape), moment(shape[0])

@@ -87,6 +87,7 @@ def test_worked_example_bias():
         np.testing.assert_allclose(B + run("lord-affine", W.T, X.T, rank)[1], bias, atol=1e-6)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("method", ["lord-linear", "svd-llm"])
 def test_error_is_the_tail_of_singular_values(shape, method):

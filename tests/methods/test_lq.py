@@ -242,6 +242,7 @@ def test_the_best_iterate_is_returned(weighting):
     assert float(found.total) == pytest.approx(float(weights.measure(kernel)), rel=1e-5)
 
 
+@pytest.mark.quick("none")
 @every_weighting
 def test_never_worse_than_the_codes_alone(weighting):
     weights = WEIGHTINGS[weighting]()
@@ -312,6 +313,7 @@ def test_zero_matrix():
     assert float(found.error) == float(found.total) == 0
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("batched", [False, True])
 def test_a_stack_is_decomposed_like_its_members(batched, monkeypatch):
     """Mapped over on a CPU, batched elsewhere."""

@@ -201,6 +201,7 @@ def test_what_is_made_twice_is_a_forward_pass():
     assert recomputed(CompressionSpec(BLOCKS["gpt2"], "svd-llm", 8, 32)) == 0
 
 
+@pytest.mark.full
 def test_more_tokens_cost_more():
     counts = [
         sum(map(flops.total, stages(CompressionSpec(BLOCKS["qwen3"], "modegpt", 8, n)).values()))

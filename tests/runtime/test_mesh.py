@@ -61,7 +61,7 @@ def of_one():
     return statistics(None)
 
 
-@pytest.mark.quick("*2*2*")
+@pytest.mark.full
 @pytest.mark.parametrize("axes", MESHES, ids=str)
 def test_statistics_are_those_of_one_device(of_one, axes):
     def close(a, b):
@@ -199,6 +199,7 @@ def test_the_largest_job_goes_to_the_device_with_the_least(costs, sums):
     assert sorted(found) == sorted(sums)
 
 
+@pytest.mark.full
 def test_devices_factor_equally_much(monkeypatch):
     """Nearly all work of a block is its MLP's; what is counted is what devices are given."""
     given = []
@@ -223,7 +224,7 @@ def test_devices_factor_equally_much(monkeypatch):
     assert told["factors"]["shares"] == pytest.approx(done)
 
 
-@pytest.mark.quick("14")
+@pytest.mark.full
 @pytest.mark.parametrize("dying", range(2, 28, 4))
 def test_a_group_that_is_killed_goes_on_to_the_same_bits(dying, tmp_path, monkeypatch):
     """Before some line of the journal; no factors are made twice but those that it lost."""

@@ -119,6 +119,7 @@ def whole(model):
     return model / "whole", found
 
 
+@pytest.mark.full
 def test_two_processes_are_one(model, whole):
     """Same plan, same model but for the order of sums; one of them writes and speaks."""
     out, found = whole

@@ -58,7 +58,7 @@ def test_command_is_installed(tiny):
     assert len(bad.stderr.splitlines()) == 1
 
 
-@pytest.mark.quick("modegpt-cr")
+@pytest.mark.full
 @pytest.mark.parametrize("method", ["modegpt-cr", "modegpt-published"])
 def test_narrower_modules_are_saved_inspected_and_evaluated(tiny, text, tmp_path, method):
     out = tmp_path / "model"
@@ -252,7 +252,7 @@ def few_formats(monkeypatch):
     monkeypatch.setattr(quantized, "prepare_quantized", small)
 
 
-@pytest.mark.quick("lq-*")
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("method", "options", "kinds", "bits"),
     [

@@ -99,6 +99,7 @@ def test_recovery_keeps_the_kind_of_the_model(tiny, documents, text, tmp_path):
     assert shapes[0] == shapes[1]
 
 
+@pytest.mark.full
 def test_instructions(tiny, tmp_path):
     records = [{"instruction": f"add {i} and 1", "output": str(i + 1)} for i in range(24)]
     (tmp_path / "data.json").write_text(json.dumps(records))

@@ -80,6 +80,7 @@ def test_bad_plans(tiny, compressed, tmp_path):
     fails("unknown key", "plan", tmp_path / "config.json")
 
 
+@pytest.mark.full
 def test_codes_are_planned_as_they_come_out(tiny, text, tmp_path):
     options = ("--method", "nf", "--format", "nf4")
     planned = json.loads(run("plan", tiny, *options, "--no-measure", "--json").stdout)
