@@ -146,7 +146,7 @@ def test_taps_cost_nothing_when_nothing_is_collected(monkeypatch):
         )
 
     with_taps = traces()
-    for module in ("layers", "transformer"):
+    for module in ("layers", "attention", "blocks"):
         monkeypatch.setattr(f"lordjax.models.{module}.tap", lambda module, name, x: x)
     assert traces() == with_taps
 
