@@ -6,6 +6,7 @@
     model.safetensors.index.json         tensor -> file
     config.json                          the original Hugging Face config, plus "lordjax": {...}
     plan.json, report.json               the compression plan, and what was measured
+    report.html                          the report as a web page, if the command line wrote it
     tokenizer files                      if a writer was given
 
 Nothing is pickled. A directory is written beside its destination, synced to disk, and renamed when
@@ -104,6 +105,7 @@ def write_about(
     plan: Plan | None = None,
     report: Mapping[str, Any] | None = None,
     write_tokenizer: Callable[[Path], Any] | None = None,
+    also: Callable[[Path], Any] | None = None,
 ) -> None:
     """Writes the files of a model directory that hold no tensors, and syncs all files to disk.
 
@@ -115,6 +117,7 @@ def write_about(
       plan: see `save`.
       report: see `save`.
       write_tokenizer: see `save`.
+      also: function that writes more files into the directory, after all others.
     """
     lordjax = {
         **_about(config, found),
@@ -131,4 +134,6 @@ def write_about(
         write_json(stage / "report.json", {**report, "file_bytes": found["file_bytes"]})
     if write_tokenizer is not None:
         write_tokenizer(stage)
+    if also is not None:
+        also(stage)
     sync(stage)

@@ -14,6 +14,7 @@ from lordjax.kernels import trees
 from lordjax.models import init
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("recipe", ["full", "qlora"])
 def test_memory_is_about_what_the_compiler_lays_out(recipe):
     """The model's hidden states are larger than anything that the estimate leaves out."""
@@ -58,6 +59,7 @@ def test_dequantized_matrices_do_not_pile_up():
     assert added["codes"] - added["matrices"] < 0.5 * 3 * block
 
 
+@pytest.mark.full
 def test_remat_holds_the_inside_of_one_block():
     """Compiles with optimization, which would merge two copies of one computation."""
     config = dataclasses.replace(CONFIG, hidden_size=64, mlp_size=1024)
