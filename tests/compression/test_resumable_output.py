@@ -159,7 +159,7 @@ def test_another_run_is_refused_with_the_difference(tmp_path):
     with pytest.raises(Killed), Output(tmp_path / "out", {"keep": 0.7, "x": [1]}) as output:
         output.store["done"] = 1
         raise Killed
-    with pytest.raises(ValueError, match=r"begun with something else: keep: 0\.7 -> 0\.6"):
+    with pytest.raises(ValueError, match=r"started with other settings .*: keep: 0\.7 -> 0\.6"):
         Output(tmp_path / "out", {"keep": 0.6, "x": [1]})
 
 

@@ -1,4 +1,4 @@
-"""Perplexity: the number is that of a plain computation, and nothing is skipped."""
+"""Perplexity equals a plain computation, and skips nothing."""
 
 import dataclasses
 
@@ -40,7 +40,7 @@ def random_tokens(windows, length, seed=0):
 
 
 def plain_nll(config, params, tokens):
-    """Σ nll in float64 from whole logits."""
+    """Returns Σ nll in float64 from all logits at once."""
     logits = Transformer(config).apply({"params": params}, jnp.asarray(tokens))
     logits = np.asarray(logits, np.float64)[:, :-1]
     peak = logits.max(-1, keepdims=True)

@@ -1,4 +1,4 @@
-"""Programs behave, misbehave and lie: every limit holds, and nothing of them is left."""
+"""Programs that behave, misbehave and lie: every limit holds, and no process remains."""
 
 import os
 import shutil
@@ -35,7 +35,7 @@ def namespaces(request):
 
 
 def supervisors(script):
-    """Processes of a script, the programs among them: a fork keeps its name."""
+    """Returns the processes of a script, including the programs, since a fork keeps the name."""
     found = set()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -291,7 +291,7 @@ def test_there_is_no_network(namespaces):
 
 @pytest.fixture
 def open_folder():
-    """Where every user may write; what pytest makes is for its own only."""
+    """A directory where every user may write; pytest's own directories are private."""
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         Path(folder).chmod(0o777)
         yield Path(folder)

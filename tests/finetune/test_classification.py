@@ -1,4 +1,4 @@
-"""Classifying sequences: files with labels, scores, new heads, and the way out to transformers."""
+"""Sequence classification: labelled files, scores, new heads, and export to transformers."""
 
 import dataclasses
 import functools
@@ -53,7 +53,7 @@ def encoder(**options):
 
 @functools.cache
 def tokenizer():
-    """Bytes between [CLS] and [SEP]; the second text of a pair has type 1."""
+    """A tokenizer of bytes with [CLS] and [SEP]; the second text of a pair has type 1."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -82,7 +82,7 @@ def texts(examples):
 
 
 def contents(data):
-    """``(text, label)`` of every example."""
+    """Returns ``(text, label)`` of every example."""
     assert json.loads(json.dumps(data.facts)) == data.facts
     labels = data.facts["labels"]
     return list(zip(texts(data.train), [labels[i] for i in data.train.targets[:, 0]], strict=True))
@@ -208,7 +208,7 @@ def test_pairs_need_something_between_them(tmp_path):
 
 
 def of_table(table):
-    """(predicted, expected) with these counts ``[expected, predicted]``."""
+    """Returns (predicted, expected) with the given counts ``[expected, predicted]``."""
     pairs = [(p, e) for e, row in enumerate(table) for p, n in enumerate(row) for _ in range(n)]
     return np.array(pairs).T
 

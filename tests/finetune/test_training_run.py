@@ -1,4 +1,4 @@
-"""Runs on disk: killed, resumed, and what is kept."""
+"""Runs on disk: killed, resumed, and the checkpoints that are kept."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ from lordjax.data.examples import Data
 from lordjax.finetune import step, training_run
 from lordjax.finetune.recipes import RECIPES
 from lordjax.finetune.step import Settings
-from lordjax.finetune.training_run import Keeping, train
+from lordjax.finetune.training_run import CheckpointPolicy, train
 
 RUN = """
 import dataclasses, sys
@@ -26,15 +26,15 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 import jax
 from tuning import CONFIG, examples
-from lordjax.examples import Data
-from lordjax.finetune import Settings
+from lordjax.data.examples import Data
+from lordjax.finetune.recipes import RECIPES
+from lordjax.finetune.step import Settings
+from lordjax.finetune.training_run import CheckpointPolicy, train
 from lordjax.models import init
-from lordjax.recipes import RECIPES
-from lordjax.training import Keeping, train
 data = Data(examples(), examples(4, seed=1), {{}})
 recipe = dataclasses.replace(RECIPES["lora"], rank=4, learning_rate=1e-2)
 train(CONFIG, init(CONFIG, jax.random.key(0)), data, recipe, Settings(40, 4, 2),
-      Path(sys.argv[1]), about={{"data": 1}}, keeping=Keeping(8), resume=True,
+      Path(sys.argv[1]), about={{"data": 1}}, keeping=CheckpointPolicy(8), resume=True,
       report=lambda line: print(line["step"], flush=True))
 """
 
@@ -73,10 +73,10 @@ def test_killed_and_resumed_is_the_same_to_the_bit(tmp_path):
     assert len(metrics_of(whole)) == 40 + 1 + 5
 
 
-def short_run(params, directory, count=12, **options):
+def short_run(params, directory, count=12, recipe=RECIPES["lora"], **options):
     data = Data(examples(), examples(4, seed=1), {})
-    recipe = dataclasses.replace(RECIPES["lora"], rank=4, learning_rate=1e-2)
-    given = {"about": {"data": "a"}, "keeping": Keeping(3, 2), **options}
+    recipe = dataclasses.replace(recipe, rank=4, learning_rate=1e-2)
+    given = {"about": {"data": "a"}, "keeping": CheckpointPolicy(3, 2), **options}
     return train(CONFIG, params, data, recipe, Settings(count, 4), directory, **given)
 
 
@@ -102,10 +102,12 @@ def test_another_run_is_not_resumed(params, tmp_path):
     short_run(params, tmp_path / "run", 3)
     with pytest.raises(FileExistsError, match="a run is there; go on with --resume"):
         short_run(params, tmp_path / "run", 3)
-    with pytest.raises(ValueError, match=r"another one: data was 'a' and is 'b'"):
+    with pytest.raises(ValueError, match=r'other settings .*: data: "a" -> "b"'):
         short_run(params, tmp_path / "run", 3, resume=True, about={"data": "b"})
-    with pytest.raises(ValueError, match=r"settings\.steps was 3 and is 6"):
+    with pytest.raises(ValueError, match=r"settings\.steps: 3 -> 6"):
         short_run(params, tmp_path / "run", 6, resume=True)
+    reworded = dataclasses.replace(RECIPES["lora"], summary="another text")
+    assert short_run(params, tmp_path / "run", 3, resume=True, recipe=reworded).best
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
     with pytest.raises(FileExistsError, match="not empty, and not a run"):

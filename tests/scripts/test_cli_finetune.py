@@ -76,7 +76,7 @@ def test_a_run_goes_on_where_it_is_the_same(qlora, tiny, documents, tmp_path):
     for path, leaf in trees.arrays(load(out)[1]).items():
         np.testing.assert_array_equal(leaf, trees.arrays(load(tmp_path / "c")[1])[path])
     fails(
-        "recipe.learning_rate was 0.01 and is 0.02",
+        "recipe.learning_rate: 0.01 -> 0.02",
         *("finetune", tiny, tmp_path / "d", *options, "--resume", "--learning-rate", "2e-2"),
     )
 
@@ -116,7 +116,7 @@ def test_bad_arguments(tiny, documents, tmp_path):
     for message, *options in (
         ("no recipe 'qlor'; did you mean qlora", *data, "--recipe", "qlor"),
         ("this recipe adds no adapters", *data, "--recipe", "full", "--rank", 3),
-        ("of which the model has nothing", *data, "--recipe", "lq-lora"),
+        ("but no parameter of the model matches", *data, "--recipe", "lq-lora"),
         ("--distill is the weight of a --teacher", *data, "--distill", 0.5),
         ("a batch that accumulate divides", *data, "--accumulate", 3),
         ("no such file", "--data", tmp_path / "none.txt"),
