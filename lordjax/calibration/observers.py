@@ -23,7 +23,7 @@ from lordjax.calibration.statistics import (
     SecondMoment,
 )
 from lordjax.kernels import trees
-from lordjax.models.blocks import BLOCKS
+from lordjax.models.blocks import Block
 from lordjax.models.config import ModelConfig
 from lordjax.models.layers import PERTURBATIONS, TAPS
 from lordjax.models.sites import LINEAR_SITES, Site
@@ -102,7 +102,7 @@ def observe(
     last tap that is asked for.
     """
     positions = default_positions(x, mask)
-    y, state = BLOCKS[config.block](config, window).apply(
+    y, state = Block(config, window).apply(
         {"params": block}, x, positions, mask, mutable=[TAPS] if stats else []
     )
     taps = trees.flatten(state.get(TAPS, {})) | {BLOCK: (x, y)}
@@ -139,7 +139,7 @@ def observe_pair(
     positions = default_positions(xs[0], mask)
     taps = []
     for block, x in zip(blocks, xs, strict=True):
-        _, state = BLOCKS[config.block](config, window).apply(
+        _, state = Block(config, window).apply(
             {"params": block}, x, positions, mask, mutable=[TAPS]
         )
         taps.append(trees.flatten(state[TAPS]))
@@ -203,7 +203,7 @@ def observe_gradients(
 
     def run(x: Array, delta: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
         variables = {"params": block, PERTURBATIONS: trees.unflatten(delta)}
-        y, state = BLOCKS[config.block](config, window).apply(
+        y, state = Block(config, window).apply(
             variables, x, positions, mask, mutable=[TAPS]
         )
         return y, trees.flatten(state[TAPS])

@@ -31,7 +31,7 @@ from lordjax.finetune.recipes import Recipe
 from lordjax.kernels import trees
 from lordjax.kernels.kinds import astype
 from lordjax.models import objective
-from lordjax.models.blocks import BLOCKS
+from lordjax.models.blocks import Block
 from lordjax.models.config import ModelConfig
 from lordjax.models.transformer import Transformer, default_positions
 from lordjax.runtime.mesh import Mesh, fully_sharded, put, rows_sharded
@@ -182,7 +182,7 @@ def _stream(
     positions = default_positions(batch.tokens, batch.mask)
 
     def block(window: int | None, trained: Any, others: Any, x: Array) -> Array:
-        module, (params, *where) = BLOCKS[config.block](config, window), others
+        module, (params, *where) = Block(config, window), others
         return module.apply({"params": trees.combine(trained, params)}, x, *where)
 
     for i in range(config.num_layers):

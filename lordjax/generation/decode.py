@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lordjax.generation.sampling import GREEDY, Kind, Sampling, Values, pick
 from lordjax.models.attention import CACHE
-from lordjax.models.blocks import BLOCKS
+from lordjax.models.blocks import Block
 from lordjax.models.config import ModelConfig
 from lordjax.models.transformer import Transformer, default_positions
 
@@ -125,7 +125,7 @@ def _block(
 ) -> tuple[Float[Array, "b s m"], Any]:
     """A block's output and its cache; jitted, so that equal blocks are traced and lowered once."""
     variables = {"params": params} | ({} if cache is None else {CACHE: cache})
-    block = BLOCKS[config.block](config, window)
+    block = Block(config, window)
     x, made = block.apply(variables, x, positions, mutable=[CACHE])
     return x, made[CACHE]
 

@@ -41,10 +41,11 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from lordjax.models.blocks import BLOCKS
+from lordjax.models.blocks import Block
 from lordjax.models.config import ModelConfig
 from lordjax.models.layers import NORMS, Bias, Linear, softcap
 from lordjax.models.output_heads import TRANSFORMS
+from lordjax.names import layer
 
 
 class Transformer(nn.Module):
@@ -64,8 +65,7 @@ class Transformer(nn.Module):
             self.token_types = nn.Embed(c.token_types, c.hidden_size)
         if c.embed_norm:
             self.embed_norm = NORMS[c.norm](c.norm_eps)
-        block = BLOCKS[c.block]
-        self.blocks = [block(c, c.window(i), name=f"layer_{i}") for i in range(c.num_layers)]
+        self.blocks = [Block(c, c.window(i), name=layer(i)) for i in range(c.num_layers)]
         if c.final_norm:
             self.final_norm = NORMS[c.norm](c.norm_eps)
         if c.head in TRANSFORMS:
