@@ -203,9 +203,7 @@ def observe_gradients(
 
     def run(x: Array, delta: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
         variables = {"params": block, PERTURBATIONS: trees.unflatten(delta)}
-        y, state = Block(config, window).apply(
-            variables, x, positions, mask, mutable=[TAPS]
-        )
+        y, state = Block(config, window).apply(variables, x, positions, mask, mutable=[TAPS])
         return y, trees.flatten(state[TAPS])
 
     flat = trees.flatten(block)
