@@ -176,7 +176,7 @@ class _Sweeps:
         block = on_device(self.source.block(i), windows.mesh)
         config, window = self.source.config, self.source.config.window(i)
         for j, mask in enumerate(windows.masks()):
-            y, _ = observe(block, states[j], mask, {}, config=config, window=window)
+            y, _ = observe(block, states[j], mask, {}, config=config, sliding_window=window)
             states[j] = shard_batch(y, windows.mesh)
 
     def _backward(
@@ -200,7 +200,7 @@ class _Sweeps:
                 bases,
                 stats,
                 config=config,
-                window=config.window(i),
+                sliding_window=config.window(i),
                 shares=shares(len(states[j]), windows.mesh),
             )
             back[j] = shard_batch(gradient, windows.mesh)

@@ -18,7 +18,7 @@ from lordjax.calibration.observers import (
     empty,
     moment_taps,
     observe,
-    windows_per_step,
+    sequences_per_step,
 )
 from lordjax.kernels import trees
 from lordjax.methods import Method
@@ -199,7 +199,13 @@ def block_statistics(
         stats |= empty({INFLUENCE: None})
     for j, mask in enumerate(calibration.masks()):
         y, stats = observe(
-            block, states[j], mask, stats, config=config, window=config.window(i), forward=forward
+            block,
+            states[j],
+            mask,
+            stats,
+            config=config,
+            sliding_window=config.window(i),
+            forward=forward,
         )
         if forward:
             states[j] = devices.shard_batch(y, calibration.mesh)
@@ -242,5 +248,5 @@ def checked(
         raise ValueError(
             f"{len(tokens)} calibration windows for {share} devices; give as many windows at least"
         )
-    step = windows_per_step(len(tokens) // share, tokens.shape[1]) * share
+    step = sequences_per_step(len(tokens) // share, tokens.shape[1]) * share
     return Calibration(tokens, mask, batch_size or step, mask_token, mesh)

@@ -57,7 +57,7 @@ def observed(x, mask=None, size=None, keys=INPUTS):
             None if mask is None else jnp.asarray(mask[rows]),
             stats,
             config=CONFIG,
-            window=None,
+            sliding_window=None,
         )
         outputs.append(np.asarray(y))
     return np.concatenate(outputs), stats
@@ -144,7 +144,7 @@ def test_taps_cost_nothing_when_nothing_is_collected(monkeypatch):
         )
 
     with_taps = traces()
-    for module in ("layers", "transformer"):
+    for module in ("layers", "attention", "blocks"):
         monkeypatch.setattr(f"lordjax.models.{module}.tap", lambda module, name, x: x)
     assert traces() == with_taps
 
