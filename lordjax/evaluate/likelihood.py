@@ -5,7 +5,7 @@ The tokens of a continuation are scored one behind the other::
     log p(continuation | context) = Σ_i log p(token_i | context, tokens before i)
 
 A causal model sees nothing behind a token. So rows are filled up on the right to few widths
-(`generate.bucket`), each compiled once, and a row that begins another one is read as part of it:
+(`bucket`), each compiled once, and a row that begins another one is read as part of it:
 choices of one token cost nothing. Logits are taken where a continuation is predicted and nowhere
 else. Logits are float32, products are at full float32 precision, and sums are float64 on the host.
 """
@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from lordjax.data.token_windows import check_ids
-from lordjax.generation.decode import bucket
+from lordjax.generation.prompt_batch import bucket
 from lordjax.models.config import ModelConfig
 from lordjax.models.transformer import Transformer
 from lordjax.runtime.progress import Progress

@@ -11,6 +11,7 @@ from blocks import BLOCKS, GPT2, source
 
 from lordjax import compress
 from lordjax.generation import decode
+from lordjax.generation.prompt_batch import bucket
 from lordjax.generation.sampling import Sampling, filtered, pick
 from lordjax.kernels.convert import encode, factorize
 from lordjax.models import Rope, Transformer, init
@@ -211,7 +212,7 @@ def lowered(config, params, rows, length):
     sampling = Sampling()
     keys = jax.vmap(jax.random.key)(jnp.zeros(rows, jnp.uint32))
     stops, limit = jnp.full(16, decode.NOTHING, jnp.int32), jnp.asarray(4, jnp.int32)
-    order = decode.Order(sampling.values, stops, keys, limit)
+    order = decode.RunSettings(sampling.values, stops, keys, limit)
     tokens, lengths = jnp.zeros((rows, length), jnp.int32), jnp.full(rows, length, jnp.int32)
     given = (params, tokens, lengths, order)
     return decode.prefill.lower(*given, config=config, kind=sampling.kind)
@@ -240,23 +241,31 @@ def test_equal_blocks_are_one_function(tiny, equal):
 
 
 def test_buckets():
-    sizes = sorted({decode.bucket(n) for n in range(1, 2000)})
+    sizes = sorted({bucket(n) for n in range(1, 2000)})
     assert sizes[:6] == [16, 24, 32, 48, 64, 96]
-    assert all(n <= decode.bucket(n) <= max(16, 1.5 * n) for n in range(1, 2000))
+    assert all(n <= bucket(n) <= max(16, 1.5 * n) for n in range(1, 2000))
 
 
-def test_padding_of_a_batch_is_taken_off():
+def unpadded(tokens, mask):
+    """The prompts of a batch that a tokenizer has padded, on whichever side."""
+    return [row[seen].tolist() for row, seen in zip(tokens, mask, strict=True)]
+
+
+def test_prompts_of_a_padded_batch(tiny):
+    """Padding is taken off before generation; its side and its ids do not matter."""
     tokens = np.array([[0, 0, 5, 6], [7, 8, 0, 0]])
-    mask = np.array([[0, 0, 1, 1], [1, 1, 0, 0]])
-    assert decode.unpadded(tokens, mask) == [[5, 6], [7, 8]]
+    mask = np.array([[False, False, True, True], [True, True, False, False]])
+    found = decode.generate(tiny.config, tiny.params, unpadded(tokens, mask), max_new_tokens=9)
+    expected = [greedy(tiny.config, tiny.params, prompt, 9) for prompt in ([5, 6], [7, 8])]
+    assert [answer.tokens for answer in found] == expected
 
 
 @pytest.mark.parametrize(
     ("prompts", "count", "message"),
     [
         ([[1], []], 4, r"prompts of \[1, 0\] tokens"),
-        ([[1]], 0, "0 new ones"),
-        ([[1, 61]], 4, "ids from 0 to 61; the vocabulary has 61"),
+        ([[1]], 0, "0 new tokens"),
+        ([[1, 61]], 4, "token ids from 0 to 61: expected 0 to 60"),
         ([[1] * 40], 9, "are 49, but the model's longest sequence is 48"),
     ],
 )
