@@ -13,7 +13,7 @@ from lordjax.models.layers import ACTIVATIONS, NORMS, Linear, tap
 
 
 class MLP(nn.Module):
-    """``down(act(gate(x)) * up(x))``, or without a gate ``down(act(up(x)))``."""
+    """MLP: ``down(act(gate(x)) * up(x))``, or ``down(act(up(x)))`` if it has no gate."""
 
     config: ModelConfig
 

@@ -196,5 +196,5 @@ def test_a_model_that_predicts_nothing_has_no_gradients():
     with pytest.raises(ValueError, match="head 'none' predicts nothing, so it has no loss"):
         prepare(source, TOKENS, method="lord")
     one = dataclasses.replace(CLASSES, num_classes=1)
-    with pytest.raises(ValueError, match="one class decides nothing"):
+    with pytest.raises(ValueError, match="one class has nothing to decide"):
         prepare(InMemory(one, random_params(one)), TOKENS, method="lord")
