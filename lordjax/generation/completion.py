@@ -40,9 +40,8 @@ def complete(
 ) -> list[Completion]:
     """Completes prompts, in batches of similar lengths.
 
-    A completion ends before the first stop string, at the tokenizer's end-of-sequence token, or
-    after ``max_new_tokens``. Random draws for a prompt depend on its place in the list, not on its
-    batch.
+    A completion ends before the first stop string, at the tokenizer's EOS token, or after
+    ``max_new_tokens``. Draws for a prompt depend on its place in the list, not on its batch.
 
     Args:
       params: parameters of the model; leaves may be kernels of any kind.

@@ -14,7 +14,7 @@ from lordjax.models.config import ModelConfig
 from lordjax.models.sites import LAST_LAYER
 
 # Name in head form -> parameter path, and the axis that is split into heads. ``h``: the last axis
-# into query heads; ``k``: the last into key heads; ``H``: the axis before the last into query heads.
+# into query heads; ``k``: the last into key heads; ``H``: the one before the last into query heads.
 _LEAVES: dict[str, dict[str, tuple[str, str]]] = {
     "qk": {
         "q": ("attention/q/kernel", "h"),
