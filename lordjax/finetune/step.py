@@ -182,7 +182,8 @@ def _stream(
     positions = default_positions(batch.tokens, batch.mask)
 
     def block(window: int | None, trained: Any, others: Any, x: Array) -> Array:
-        module, (params, *where) = Block(config, window), others
+        params, *where = others
+        module: Any = Block(config, window)
         return module.apply({"params": trees.combine(trained, params)}, x, *where)
 
     for i in range(config.num_layers):
