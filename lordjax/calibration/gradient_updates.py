@@ -114,7 +114,7 @@ def _add_fisher(
 def _add_saliency(
     total: HeadMoments, queries: Array, gradient: Array, mask: Bool[Array, "b s"] | None
 ) -> HeadMoments:
-    """Adds the products of the derivatives of the loss by a factor on each rotary pair.
+    """Adds the effects of every key head's rotary pairs on the loss.
 
     A factor on a pair of a query changes the loss by gradient · query, summed over the pair. A
     factor on the key's pair has the same effect, summed over the queries of that key head.
