@@ -1,4 +1,4 @@
-"""Observers of a model: taps are where they say, and cost nothing unasked."""
+"""Observers: taps record the right activations, and cost nothing if no statistic is collected."""
 
 import functools
 
