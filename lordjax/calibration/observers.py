@@ -21,10 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from lordjax.calibration.gradient_updates import update_gradients
-from lordjax.calibration.statistics import (
-    STATISTICS,
-    Moments,
-)
+from lordjax.calibration.statistics import STATISTICS, Moments
 from lordjax.kernels import trees
 from lordjax.models.blocks import Block
 from lordjax.models.config import ModelConfig
