@@ -235,7 +235,7 @@ def test_the_compiler_leaves_loops_to_every_device():
     config, mesh = BLOCKS["qwen3"], make_mesh({"data": 4})
     block = source("qwen3").block(0)
     x = shard_batch(jnp.ones((4, LENGTH, config.hidden_size)), mesh)
-    program = observe.lower(block, x, None, {}, config=config, window=None).compile()
+    program = observe.lower(block, x, None, {}, config=config, sliding_window=None).compile()
     counts = re.findall(r'known_trip_count":\{"n":"(\d+)"', program.as_text())
     assert set(counts) == {str(4 * config.num_kv_heads)}
 
