@@ -227,7 +227,7 @@ def test_work_of_another_command_is_refused(tiny, text, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
     fails("settings.keep: 0.6 -> 0.7; give the same again", *arguments, "--keep", "0.7")
     found = run(*arguments, "--keep", "0.6")
-    assert "going on" in found.stderr and found.exit_code == 0
+    assert "resuming from" in found.stderr and found.exit_code == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
