@@ -117,9 +117,9 @@ def merge(as_json: bool, **settings: Any) -> None:
 
     OUT is a directory that must be new or empty.
     """
-    from lordjax.scripts.verbs.finetune import merge_model, show_merged
+    from lordjax.scripts.verbs.merge import merge_model, show
 
-    output(merge_model(**settings), as_json, show_merged)
+    output(merge_model(**settings), as_json, show)
 
 
 @click.command()

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lordjax.forecast import machine_rates
-from lordjax.forecast.predict import EXACT, cost, parse_settings
+from lordjax.forecast.job_settings import EXACT, parse_settings
+from lordjax.forecast.predict import cost
 from lordjax.forecast.quantized_cost import QuantizationSpec
 from lordjax.forecast.shapes import dense_shapes, multiplications, outline, stored
 from lordjax.scripts.console import format_bytes

@@ -14,7 +14,7 @@ from rates import RATES
 
 from lordjax.compression.low_rank import compress
 from lordjax.conversions.families.registry import tensor_table
-from lordjax.forecast import machine_rates, peak_memory, predict, shapes
+from lordjax.forecast import job_settings, machine_rates, peak_memory, predict, shapes
 from lordjax.forecast.job import CompressionSpec
 from lordjax.forecast.low_rank_cost import stages
 from lordjax.forecast.seconds import seconds
@@ -72,7 +72,7 @@ def test_a_model_larger_than_memory_and_disk(tmp_path):
     assert sum(file.stat().st_blocks for file in tmp_path.iterdir()) * 512 < 2**22
     assert found["before"]["bytes"] == 2 * found["before"]["parameters"] > 137e9
     assert 0.65 < found["after"]["bytes"] / found["before"]["bytes"] < 0.75
-    assert found["ranks_are"] == predict.EXACT
+    assert found["ranks_are"] == job_settings.EXACT
     memory = found["cost"]["memory"]
     assert memory["in memory"]["host"] > 137e9 > 2 * memory["with a work directory"]["host"]
     assert memory["with a work directory"]["disk"] > found["after"]["bytes"]
@@ -124,7 +124,7 @@ def test_bytes_are_those_that_come_out(method, policy, name, dtype):
     tokens = np.random.default_rng(0).integers(0, 61, (6, 24))
     settings = {"method": method, "allocation": policy, "keep": 0.7, "dtype": dtype}
     result = compress(model, tokens, mask_token=1, **settings)
-    plan, exact = predict.plan_or_estimate(model.config, method, 0.7, None, policy)
+    plan, exact = job_settings.plan_or_estimate(model.config, method, 0.7, None, policy)
     assert exact
     assert plan.ranks == result.plan.ranks
     stored = shapes.stored(model.config, table, dtype)
@@ -138,7 +138,7 @@ def job(layers=2, **options):
 
 
 def memory(of):
-    plan = predict.plan_or_estimate(of.config, of.method, 0.7, None, "uniform")[0]
+    plan = job_settings.plan_or_estimate(of.config, of.method, 0.7, None, "uniform")[0]
     before = shapes.dense_shapes(of.config).params
     return peak_memory.memory(of, stages(of), before, shapes.outline(of.config, plan))
 
@@ -214,10 +214,12 @@ def test_small_jobs_are_not_measured(monkeypatch):
 
 def test_ranks_that_need_data_are_labelled():
     config = BLOCKS["gpt2"]
-    plan, exact = predict.plan_or_estimate(config, "lord", 0.7, None, "global")
+    plan, exact = job_settings.plan_or_estimate(config, "lord", 0.7, None, "global")
     assert not exact
-    assert plan.ranks == predict.plan_or_estimate(config, "lord", 0.7, None, "uniform")[0].ranks
-    assert predict.plan_or_estimate(config, "lord", 1, None, "global")[1]
+    assert (
+        plan.ranks == job_settings.plan_or_estimate(config, "lord", 0.7, None, "uniform")[0].ranks
+    )
+    assert job_settings.plan_or_estimate(config, "lord", 1, None, "global")[1]
 
 
 def test_what_happened_is_told_in_the_forecasts_terms():

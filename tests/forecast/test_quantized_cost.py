@@ -19,7 +19,7 @@ from lordjax.calibration.observers import observe
 from lordjax.compression import quantizer
 from lordjax.compression.elastic import check_settings
 from lordjax.compression.quantized import quantize
-from lordjax.forecast import device_shares, peak_memory, predict, shapes
+from lordjax.forecast import device_shares, job_settings, peak_memory, predict, shapes
 from lordjax.forecast.job import CompressionSpec
 from lordjax.forecast.low_rank_cost import stages
 from lordjax.forecast.quantized_cost import quantized_stages
@@ -31,7 +31,7 @@ from lordjax.runtime import flops
 from lordjax.runtime.mesh import make_mesh, shard_batch
 
 WINDOWS, LENGTH = 8, 24
-FLAGS = dict.fromkeys(predict.QUANTIZATION_SETTINGS)
+FLAGS = dict.fromkeys(job_settings.QUANTIZATION_SETTINGS)
 
 
 def tokens(config):
@@ -39,7 +39,7 @@ def tokens(config):
 
 
 def coded(config, method, **flags):
-    return predict.quantized_spec(config, method, WINDOWS, LENGTH, FLAGS | flags)[0]
+    return job_settings.quantized_spec(config, method, WINDOWS, LENGTH, FLAGS | flags)[0]
 
 
 def result(model, method, **flags):
@@ -60,9 +60,9 @@ def test_bytes_are_those_that_come_out(method, flags):
     model = source("gemma2")
     settings = {"method": method, **FLAGS, **flags}
     before = shapes.stored(model.config, trees.flatten(model.params))
-    job, after, sure, _ = predict.parse_settings(model.config, before, (0, 0), settings)
+    job, after, sure, _ = job_settings.parse_settings(model.config, before, (0, 0), settings)
     found = result(model, method, **flags)
-    assert sure == predict.EXACT
+    assert sure == job_settings.EXACT
     assert nbytes(after) == found.report["bytes"] == nbytes(found.params)
     cost = predict.cost(job, before, after, RATES)  # without calibration
     assert cost["seconds"]["decomposition"] > 0
@@ -170,12 +170,12 @@ def test_an_elastic_model_is_the_dense_one_with_factors():
     settings |= {"temperature": None, "prefix": "dense", "factors": None, "dtype": None}
     before = shapes.dense_shapes(config)
     shape = (WINDOWS, LENGTH)
-    job, after, sure, _ = predict.parse_settings(
+    job, after, sure, _ = job_settings.parse_settings(
         config, before, shape, settings | {"elastic": True}
     )
-    assert sure == predict.EXACT
+    assert sure == job_settings.EXACT
     assert nbytes(after) == nbytes(before.params)
-    direct, *_ = predict.parse_settings(config, before, shape, settings | {"keep": 0.7})
+    direct, *_ = job_settings.parse_settings(config, before, shape, settings | {"keep": 0.7})
     elastic, one = stages(job), stages(direct)
     for name in ("gradients", "statistics", "factors"):
         assert flops.total(elastic[name]) == flops.total(one[name])
