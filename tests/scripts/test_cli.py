@@ -316,9 +316,18 @@ def test_codes_need_no_calibration_and_are_shown(tiny, text, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("nf", "--keep", "0.5"), "method 'nf' has no use for --keep; leave it out"),
-        (("lord", "--bits", "3"), "method 'lord' has no use for --bits; leave it out"),
-        (("lord", "--format", "nf4"), "method 'lord' has no use for --format; leave it out"),
+        (
+            ("nf", "--keep", "0.5"),
+            "method 'nf' does not take --keep, which is for low-rank methods",
+        ),
+        (
+            ("lord", "--bits", "3"),
+            "method 'lord' does not take --bits, which is for quantizing methods",
+        ),
+        (
+            ("lord", "--format", "nf4"),
+            "method 'lord' does not take --format, which is for quantizing methods",
+        ),
         (("nf",), "give exactly one of bits, budget_bytes and format"),
         (("nf", "--bits", "4", "--format", "nf4"), "give exactly one of bits"),
         (("nf", "--format", "nf5"), "'nf5' is no format; expected nf<bits>"),
