@@ -75,7 +75,9 @@ def test_wrong_exports(tiny, compressed, text, tmp_path, monkeypatch):
     fails("no such file", "export", tmp_path / "nothing", out, "--to", "dense")
     fails("--to", "export", model, out)
     fails("'onnx' is not one of", "export", model, out, "--to", "onnx")
-    fails("--tokens are for --verify", "export", model, out, "--to", "dense", "--tokens", text)
+    fails(
+        "--tokens is used by --verify only", "export", model, out, "--to", "dense", "--tokens", text
+    )
     fails("nothing to make an adapter of", "export", model, out, "--to", "peft")
     fails("not an empty directory", "export", model, tiny, "--to", "dense")
     bare = tmp_path / "bare"
