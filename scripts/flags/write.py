@@ -72,7 +72,7 @@ from lordjax.scripts.flags.options import as_json_option, output
 @click.option(
     "--learning-rate",
     type=click.FloatRange(min=0, min_open=True),
-    help="Peak learning rate.  [default: the recipe's]",
+    help="Peak of the learning rate.  [default: the recipe's]",
 )
 @click.option(
     "--schedule",
