@@ -23,12 +23,16 @@ ELASTIC_BYTES = 5.0  # bytes of an elastic model on disk, at most, per byte of b
 Run = Callable[..., Any]  # (source, tokens, mask_token=, progress=) -> Result
 
 
-def job_of(method: str, options: dict[str, Any]) -> tuple[Run, dict[str, Any], bool, float]:
+def job_of(
+    method: str, options: dict[str, Any], stored_dtype: str | None = None
+) -> tuple[Run, dict[str, Any], bool, float]:
     """Returns the job of a method and its options.
 
     Args:
       method: a key of `METHODS` or `QUANTIZERS`.
       options: the flags of the command.
+      stored_dtype: dtype that is stored if ``--dtype`` is not given, see `Model`; None: as in the
+        model.
 
     Returns:
       the function to run; its settings; whether it needs calibration data; and about which fraction
@@ -53,18 +57,19 @@ def job_of(method: str, options: dict[str, Any]) -> tuple[Run, dict[str, Any], b
             raise ValueError(
                 f"method {method!r} does not take {flag}, which is for {kind} methods; leave it out"
             )
-    return _quantized_job(method, options) if quantized else _low_rank_job(method, options)
+    job = _elastic_job if options["elastic"] else _quantized_job if quantized else _low_rank_job
+    return job(method, options, stored_dtype)
 
 
-def _low_rank_job(method: str, options: dict[str, Any]) -> tuple[Run, dict[str, Any], bool, float]:
+def _low_rank_job(
+    method: str, options: dict[str, Any], stored_dtype: str | None
+) -> tuple[Run, dict[str, Any], bool, float]:
     from lordjax.allocation.policies import check_policy
     from lordjax.compression.low_rank import compress
     from lordjax.kernels import normal_float
     from lordjax.methods import METHODS
 
     definition = METHODS[method]
-    if options["elastic"]:
-        return _elastic_job(method, options)
     ranks = options["ranks"]
     if ranks is not None and any(options[name] is not None for name in ("keep", "allocation")):
         raise ValueError("--ranks gives every rank; leave --keep and --allocation out")
@@ -75,7 +80,7 @@ def _low_rank_job(method: str, options: dict[str, Any]) -> tuple[Run, dict[str, 
         "temperature": options["temperature"],
         "prefix": options["prefix"] or definition.prefix,
         "factors": options["factors"],
-        "dtype": options["dtype"],
+        "dtype": options["dtype"] or stored_dtype,
     }
     check_policy(settings["allocation"], settings["temperature"])
     if settings["factors"] is not None:
@@ -87,7 +92,9 @@ def _low_rank_job(method: str, options: dict[str, Any]) -> tuple[Run, dict[str, 
     return run, settings, True, settings["keep"]
 
 
-def _elastic_job(method: str, options: dict[str, Any]) -> tuple[Run, dict[str, Any], bool, float]:
+def _elastic_job(
+    method: str, options: dict[str, Any], stored_dtype: str | None
+) -> tuple[Run, dict[str, Any], bool, float]:
     from lordjax.allocation.policies import check_policy
     from lordjax.compression import elastic
     from lordjax.methods import METHODS
@@ -110,21 +117,27 @@ def _elastic_job(method: str, options: dict[str, Any]) -> tuple[Run, dict[str, A
     }
     check_policy(settings["allocation"], settings["temperature"])
     chosen = {name: settings[name] for name in ("allocation", "temperature")}
+    chosen |= {"cut_dtype": stored_dtype}
 
     def run(source: Any, tokens: Any, **given: Any) -> Any:
         return elastic.compress(source, tokens, method=method, **given, **chosen)
 
+    # The dense model is stored as it was factorized: a budget that is cut from rounded weights
+    # would differ from what `compress` makes of the original.
+    settings |= {"elastic": True} | ({} if stored_dtype is None else {"cut_dtype": stored_dtype})
     # It stores the model, pairs up to break-even and a triangle for every MLP, in float32.
-    return run, settings | {"elastic": True}, True, ELASTIC_BYTES
+    return run, settings, True, ELASTIC_BYTES
 
 
-def _quantized_job(method: str, options: dict[str, Any]) -> tuple[Run, dict[str, Any], bool, float]:
+def _quantized_job(
+    method: str, options: dict[str, Any], stored_dtype: str | None
+) -> tuple[Run, dict[str, Any], bool, float]:
     from lordjax.compression import quantized
 
     settings = {
         "solver": options["allocation"] or "bisection",
         "factors": options["factors"],
-        "dtype": options["dtype"],
+        "dtype": options["dtype"] or stored_dtype,
         **{name: options[name] for name in QUANTIZED},
     }
     needs_tokens = quantized.check_settings(method, **settings)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lordjax.conversions.exporters.hf_files import Opened
 from lordjax.models.config import ModelConfig
 from lordjax.models.source import Source
 
@@ -25,10 +26,14 @@ class Model:
       hf_config: its config in Hugging Face's format.
       source: reads its parameters block by block.
       params: returns all of its parameters.
+      stored: reads its parameters in the dtype that a command writes them in, unless a flag names
+        another one: in ``stored_dtype``.
       tokenizer: opens its tokenizer.
       write_tokenizer: writes the files of its tokenizer into a directory.
       leaves: returns parameter path -> kernel or ``ShapeDtypeStruct``; weights are not read where
         the format allows it.
+      stored_dtype: dtype that its weights are written in, unless a flag names another one; None:
+        the dtype that they are read in.
     """
 
     name: str
@@ -38,9 +43,11 @@ class Model:
     hf_config: dict[str, Any]
     source: Source
     params: Callable[[], Any]
+    stored: Opened
     tokenizer: Callable[[], Any]
     write_tokenizer: Callable[[Path], None]
     leaves: Callable[[], dict[str, Any]]
+    stored_dtype: str | None = None
 
     def arrays(self) -> dict[str, Any]:
         """Returns all parameters on the device; they are read block by block to save memory."""
@@ -80,9 +87,11 @@ def _original(name: str) -> Model:
         hf_config=opened.hf_config,
         source=opened,
         params=opened.params,
+        stored=opened.as_stored(),
         tokenizer=opened.tokenizer,
         write_tokenizer=opened.tokenizer_files,
         leaves=opened.leaves,
+        stored_dtype=opened.stored_dtype,
     )
 
 
@@ -100,6 +109,7 @@ def _native(name: str, path: Path) -> Model:
         hf_config=saved.hf_config,
         source=saved,
         params=saved.params,
+        stored=saved,
         tokenizer=tokens.tokenizer,
         write_tokenizer=tokens.tokenizer_files,
         leaves=saved.leaves,

@@ -118,7 +118,7 @@ class _Sweeps:
       method: says which statistics are taken.
       clock: for progress.
       store: where they go.
-      rest: reads the parameters outside the blocks.
+      non_block_params: reads the parameters outside the blocks.
       bases: layer -> coordinates of its gradients, kept where there are several sweeps.
     """
 
@@ -126,7 +126,7 @@ class _Sweeps:
     method: Method
     clock: Clock
     store: Store
-    rest: Callable[[], Any]
+    non_block_params: Callable[[], Any]
     bases: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     def sweep(self, windows: Calibration, number: int, count: int) -> None:

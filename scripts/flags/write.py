@@ -260,7 +260,8 @@ def export(as_json: bool, **settings: Any) -> None:
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="Dtype of all arrays that are not quantized.  [default: as in MODEL]",
+    help="Dtype of all arrays that are not quantized.  [default: as in MODEL; bfloat16 if MODEL is "
+    "a quantized GGUF file]",
 )
 @click.option(
     "--shard-bytes",

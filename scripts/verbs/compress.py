@@ -44,14 +44,14 @@ def compress_model(
     # A run that was interrupted may have left a complete directory: see `Output`.
     if multihost.is_primary() and not partial(directory).exists():
         check_output(directory)
-    run, settings, needs_tokens, share = job_of(method, options)
+    _, settings, needs_tokens, share = job_of(method, options)
+    opened = _open_original(model, directory, share, settings)
+    run, settings, *_ = job_of(method, options, opened.stored_dtype)
     run, settings = _on_mesh(run, settings, options["mesh"])
-    opened = _open_original(model, directory, share, options["dtype"])
     write_tokenizer = tokenizer_writer(opened) if multihost.is_primary() else None
     _note_calibration(method, calibration, needs_tokens=needs_tokens)
-    data = Calibration(None, None, None)
-    if needs_tokens:
-        data = _read_calibration(opened, calibration, samples, seq_len, seed)
+    reading = (calibration, samples, seq_len, seed)
+    data = _read_calibration(opened, *reading) if needs_tokens else Calibration(None, None, None)
     settings = {
         "model": model,
         "method": method,
@@ -218,13 +218,16 @@ def _predict(
     return predict_compression(model.config, model.leaves(), shape, settings, directory)
 
 
-def _open_original(name: str, directory: Path, keep: float, dtype: str | None) -> Model:
+def _open_original(name: str, directory: Path, keep: float, settings: dict[str, Any]) -> Model:
     """Opens a model that is not compressed yet, if there is room for the result on disk."""
     from lordjax.storage.atomic_directory import check_room
 
     model = open_model(name)
     if model.kind == "compressed":
         raise ValueError(f"{name}: is compressed already; give the original model")
+    dtype = settings["dtype"]
+    if dtype is None and "elastic" not in settings:
+        dtype = model.stored_dtype
     check_room(directory, estimated_bytes(model, keep, dtype))
     return model
 

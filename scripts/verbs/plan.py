@@ -78,8 +78,9 @@ def plan_model(
         raise ValueError(f"{model}: is compressed already; give the original model")
     options = dict.fromkeys(COMPRESSION_OPTIONS) | options
     options |= {"rank": None if recipe is not None else rank}
-    _, settings, needs_tokens, _ = job_of(method, options)
-    config, source = open_shapes(model, options["dtype"])
+    job_of(method, options)  # finds wrong options before a model is opened
+    config, source, stored_dtype = open_shapes(model, options["dtype"])
+    _, settings, needs_tokens, _ = job_of(method, options, stored_dtype)
     length = seq_len or min(WINDOW, config.max_positions)
     calibration = (samples if needs_tokens else 0, length)
     settings = {"method": method, **settings} | ({} if mesh is None else {"mesh": mesh})
@@ -123,8 +124,8 @@ def _policy(settings: dict[str, Any], plan: Plan | None, sure: str) -> str:
     return plan.policy if sure == EXACT else settings["allocation"]
 
 
-def open_shapes(model: str, dtype: str | None) -> tuple[ModelConfig, InMemory]:
-    """Returns a model's config, and its parameters as shapes in the dtypes that are stored.
+def open_shapes(model: str, dtype: str | None) -> tuple[ModelConfig, InMemory, str | None]:
+    """Returns a model's config, its parameters as shapes, and `Model.stored_dtype`.
 
     Args:
       model: a GGUF file, a Hugging Face directory or hub id, or a ``config.json``. Headers of GGUF
@@ -137,11 +138,12 @@ def open_shapes(model: str, dtype: str | None) -> tuple[ModelConfig, InMemory]:
     path = Path(model).expanduser()
     if path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.safetensors*"))):
         opened = open_checkpoint(path)
-        return opened.config, stored(opened.config, opened.leaves())
+        before = stored(opened.config, opened.leaves())
+        return opened.config, before, opened.stored_dtype
     hf_config, config = read_config(model)
     own = hf_config.get("dtype") or hf_config.get("torch_dtype")
     used = dtype or (own if own in STORED else "float32")
-    return config, stored(config, trees.flatten(dense_shapes(config).params), used)
+    return config, stored(config, trees.flatten(dense_shapes(config).params), used), None
 
 
 def _exact_plan(method: str, plan: Plan | None, sure: str) -> Plan:
