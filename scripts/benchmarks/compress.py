@@ -198,8 +198,9 @@ def _forward_seconds(source: Any, tokens: Any) -> float:
 
 def _cost(config: Any, prepared: Any, shape: tuple[int, int]) -> float | None:
     """Operations that `prepare` must spend; None if it only collected what it was not asked for."""
+    from lordjax.forecast.calibration_cost import recomputed
     from lordjax.forecast.job import CompressionSpec
-    from lordjax.forecast.low_rank_cost import recomputed, stages
+    from lordjax.forecast.low_rank_cost import stages
     from lordjax.runtime import flops
 
     if not prepared.factors:
