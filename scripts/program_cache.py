@@ -1,4 +1,4 @@
-"""What the command line keeps between runs, below the user's cache directory."""
+"""Cache of compiled programs between runs of the command, in the user's cache directory."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ import platform
 import re
 from pathlib import Path
 
-PROGRAMS_BYTES = 10**9  # of compiled programs; those written first go first
-SECONDS = 0.2  # programs that compile faster are not kept
+PROGRAMS_BYTES = 10**9  # of compiled programs; the oldest ones are removed first
+SECONDS = 0.2  # programs that compile faster are not cached
 
 
 def cache_directory() -> Path:
-    """``$XDG_CACHE_HOME/lordjax``, or ``~/.cache/lordjax``."""
+    """Returns ``$XDG_CACHE_HOME/lordjax``, or ``~/.cache/lordjax``."""
     base = os.environ.get("XDG_CACHE_HOME")
     return Path(base or os.path.expanduser("~/.cache")) / "lordjax"
 
 
 def keep_programs() -> None:
-    """Has JAX keep compiled programs, if JAX_COMPILATION_CACHE_DIR does not say where already.
+    """Makes JAX cache compiled programs, unless JAX_COMPILATION_CACHE_DIR is set.
 
-    To be called before JAX is imported, which reads the environment. JAX's keys hold the program,
-    its versions and the compiler's options; home directories may be shared by unlike machines, so
-    that each kind of processor has a directory of its own. Nothing is kept where nothing can be
-    written.
+    Must be called before JAX is imported, which reads the environment. JAX's cache keys hold the
+    program, the versions and the compiler's options, but not the processor. Different machines may
+    share a home directory, so each kind of processor has its own directory. Nothing is cached if
+    the directory is not writable.
     """
     directory = cache_directory() / "programs" / processor()
     if "JAX_COMPILATION_CACHE_DIR" in os.environ or not writable(directory):
@@ -35,7 +35,7 @@ def keep_programs() -> None:
 
 
 def writable(directory: Path) -> bool:
-    """Whether files can be written into a directory, which may have to be made."""
+    """Returns whether files can be written into a directory, which need not exist yet."""
     if not directory.is_absolute():  # the user has no home
         return False
     there = next(path for path in (directory, *directory.parents) if path.exists())
@@ -43,10 +43,10 @@ def writable(directory: Path) -> bool:
 
 
 def processor() -> str:
-    """A name for what this machine's processor can do."""
+    """Returns a name for this machine's kind of processor and its instructions."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    # The first processor's: its name and its instructions.
+    # Name and instructions of the first core.
     kinds = ("model name", "flags", "Features", "CPU part", "isa")
     found = {name: next((line for line in lines if line.startswith(name)), "") for name in kinds}
     text = f"{platform.machine()} {platform.processor()} {found}"
@@ -55,14 +55,14 @@ def processor() -> str:
 
 
 def prune(directory: Path, most: int) -> None:
-    """Removes the files of a directory that were written first, until ``most`` bytes are left."""
+    """Removes the oldest files of a directory until at most ``most`` bytes are left."""
     if not directory.is_dir():
         return
     facts = []
     for entry in os.scandir(directory):
         try:
             facts.append((entry.stat().st_mtime, entry.path, entry.stat().st_size))
-        except FileNotFoundError:  # another process was faster
+        except FileNotFoundError:  # another process removed it
             continue
     total = sum(size for _, _, size in facts)
     for _, path, size in sorted(facts):

@@ -5,7 +5,7 @@ The log-likelihood is the sum over the tokens of the continuation::
     log p(continuation | context) = Σ_i log p(token_i | context, tokens before i)
 
 A causal model does not see the tokens after a position. So rows are padded on the right to a few
-widths (`generation.decode.bucket`), each of which is compiled once. A row that is the beginning of
+widths (`bucket`), each of which is compiled once. A row that is the beginning of
 another row is read as part of it, so choices of one token cost nothing. Logits are computed only
 where a continuation is predicted. Logits are float32, matrix products are in full float32
 precision, and sums are float64 on the host.
@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from lordjax.data.token_windows import check_ids
-from lordjax.generation.decode import bucket
+from lordjax.generation.prompt_batch import bucket
 from lordjax.models.config import ModelConfig
 from lordjax.models.transformer import Transformer
 from lordjax.runtime.progress import Progress

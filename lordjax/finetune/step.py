@@ -32,7 +32,7 @@ from lordjax.finetune.recipes import Recipe
 from lordjax.kernels import trees
 from lordjax.kernels.kinds import astype
 from lordjax.models import objective
-from lordjax.models.blocks import BLOCKS
+from lordjax.models.blocks import Block
 from lordjax.models.config import ModelConfig
 from lordjax.models.transformer import Transformer, default_positions
 from lordjax.names import layer
@@ -196,7 +196,8 @@ def _stream(
     positions = default_positions(batch.tokens, batch.mask)
 
     def block(sliding_window: int | None, trained: Any, others: Any, x: Array) -> Array:
-        module, (params, *where) = BLOCKS[config.block](config, sliding_window), others
+        params, *where = others
+        module: Any = Block(config, sliding_window)
         return module.apply({"params": trees.combine(trained, params)}, x, *where)
 
     for i in range(config.num_layers):

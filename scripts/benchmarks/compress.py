@@ -184,10 +184,10 @@ def _forward_seconds(source: Any, tokens: Any) -> float:
 
     from lordjax.calibration.calibration_set import Calibration
     from lordjax.calibration.forward_pass import block_statistics, hidden_states, on_device
-    from lordjax.calibration.observers import windows_per_step
+    from lordjax.calibration.observers import sequences_per_step
 
     start = time.perf_counter()
-    calibration = Calibration(tokens, None, windows_per_step(*tokens.shape))
+    calibration = Calibration(tokens, None, sequences_per_step(*tokens.shape))
     states = hidden_states(source, calibration)
     for i in range(source.config.num_layers):
         block = on_device(source.block(i))
@@ -198,8 +198,9 @@ def _forward_seconds(source: Any, tokens: Any) -> float:
 
 def _cost(config: Any, prepared: Any, shape: tuple[int, int]) -> float | None:
     """Operations that `prepare` must spend; None if it only collected what it was not asked for."""
+    from lordjax.forecast.calibration_cost import recomputed
     from lordjax.forecast.job import CompressionSpec
-    from lordjax.forecast.low_rank_cost import recomputed, stages
+    from lordjax.forecast.low_rank_cost import stages
     from lordjax.runtime import flops
 
     if not prepared.factors:

@@ -248,13 +248,13 @@ def memory(config: str, batch: int, seq_len: int, rank: int, dtype: str, ranks: 
     from lordjax.finetune import memory as sizes
     from lordjax.finetune import recipes
     from lordjax.finetune.step import Settings
-    from lordjax.forecast import shapes as sizing
+    from lordjax.forecast.shapes import dense_shapes, outline
     from lordjax.kernels.kinds import astype
     from lordjax.scripts.benchmarks.protocol import environment
 
     model = read_config(config)[1]
     cut = {name: int(r) for name, r in (part.split("=") for part in ranks.split(","))}
-    chosen = policies.ranks_by_pattern(site_sizes(sizing.shapes(model), "lord"), cut)
+    chosen = policies.ranks_by_pattern(site_sizes(dense_shapes(model), "lord"), cut)
     plans = {"dense": dict.fromkeys(chosen), "LoRD": chosen}
     recipe = recipes.changed(recipes.named("qlora"), rank=rank)
     settings = Settings(1, batch, dtype=dtype)
@@ -262,7 +262,7 @@ def memory(config: str, batch: int, seq_len: int, rank: int, dtype: str, ranks: 
     click.echo("|---|---|---|---|---|---|---|")
     totals = []
     for name, planned in plans.items():
-        shapes = sizing.outline(model, Plan("lord", planned, None, policies.GIVEN))
+        shapes = outline(model, Plan("lord", planned, None, policies.GIVEN))
         shapes = jax.eval_shape(lambda tree: astype(tree, dtype), shapes)
         said = sizes.predict(model, shapes, recipe, settings, seq_len)
         found = sizes.compiled_bytes(model, shapes, recipe, settings, seq_len)

@@ -1,4 +1,4 @@
-"""Observers of a model: taps are where they say, and cost nothing unasked."""
+"""Observers: taps record the right activations, and cost nothing if no statistic is collected."""
 
 import functools
 
@@ -57,7 +57,7 @@ def observed(x, mask=None, size=None, keys=INPUTS):
             None if mask is None else jnp.asarray(mask[rows]),
             stats,
             config=CONFIG,
-            window=None,
+            sliding_window=None,
         )
         outputs.append(np.asarray(y))
     return np.concatenate(outputs), stats
@@ -106,7 +106,7 @@ def test_padding_gives_the_moments_of_the_unpadded_tokens(side):
     outputs = []
     for x in short:
         y, expected = observe(
-            model()["layer_0"], jnp.asarray(x), None, expected, config=CONFIG, window=None
+            model()["layer_0"], jnp.asarray(x), None, expected, config=CONFIG, sliding_window=None
         )
         outputs.append(np.asarray(y)[0])
     padded = np.full((3, longest, CONFIG.hidden_size), 37.0, np.float32)
@@ -156,7 +156,7 @@ def test_collecting_adds_no_product_but_the_grams():
 
     def count(keys):
         jaxpr = jax.make_jaxpr(
-            lambda block, stats: observe(block, x, None, stats, config=CONFIG, window=None)
+            lambda block, stats: observe(block, x, None, stats, config=CONFIG, sliding_window=None)
         )(model()["layer_0"], empty(keys))
         return len(list(products(jaxpr.jaxpr)))
 

@@ -1,4 +1,4 @@
-"""Statistics are those of all tokens together, however they came."""
+"""Statistics do not depend on how tokens are split into batches."""
 
 import functools
 
@@ -28,10 +28,10 @@ from lordjax.calibration.statistics import (
     SecondMoment,
 )
 
-# float32 sums of a few dozen terms; the issue asks for 1e-6, relative to the whole matrix.
+# float32 sums of a few dozen terms: errors relative to the whole matrix.
 TOLERANCE = {"float32": 1e-6, "float64": 1e-12}
 
-VECTORS = {kind: STATISTICS[kind] for kind in REFERENCES}  # those of single vectors
+VECTORS = {kind: STATISTICS[kind] for kind in REFERENCES}  # statistics of single vectors
 
 every_kind = pytest.mark.parametrize("kind", REFERENCES)
 
@@ -193,7 +193,7 @@ def test_sharded_tokens_give_the_same(kind, devices):
 
 
 def test_moments_of_devices_add_up_by_psum():
-    """Counts are sums; so is the scatter about the common mean."""
+    """Counts add up, and so do scatters about the common mean."""
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
     x = data().astype(np.float32)
 

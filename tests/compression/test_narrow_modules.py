@@ -278,7 +278,7 @@ def test_padded_calibration_needs_a_temperature():
     prepared.plan(0.6, temperature=0.1)
     with pytest.raises(ValueError, match="name a temperature"):
         prepared.plan(0.6)
-    with pytest.raises(ValueError, match="one calibration window"):
+    with pytest.raises(ValueError, match="one calibration sequence"):
         prepare(InMemory(CONFIG, shifted(CONFIG)), TOKENS[:1], method="modegpt-published")
 
 

@@ -111,8 +111,8 @@ def test_chunks_of_queries_change_nothing(causal):
 
 def test_a_window_must_be_causal():
     x = jnp.zeros((1, 4, 1, 2))
-    with pytest.raises(ValueError, match="a window of 2 positions back, but attention looks ahead"):
-        attend(x, x, x, scale=1.0, window=2, causal=False)
+    with pytest.raises(ValueError, match="sliding window of 2 tokens: expected causal attention"):
+        attend(x, x, x, scale=1.0, sliding_window=2, causal=False)
 
 
 @pytest.mark.quick("roberta")

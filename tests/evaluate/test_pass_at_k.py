@@ -325,7 +325,7 @@ def test_the_solutions_of_a_set_are_its_reference(mbpp, humaneval, tmp_path, cal
 
 def test_bad_settings_are_errors_before_a_model_is_opened(humaneval, calls):
     bad = [
-        ({"reference": True}, ValueError, "one of them, not both"),
+        ({"reference": True}, ValueError, "either a MODEL or --reference"),
         ({"samples": 0}, ValueError, "--samples 0"),
         ({"first": 0}, ValueError, "--first 0"),
         ({"samples": 2}, ValueError, "would all be the same"),

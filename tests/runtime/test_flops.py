@@ -14,9 +14,10 @@ from blocks import BLOCKS, source
 from lordjax.calibration import backward_pass, forward_pass
 from lordjax.compression import site_factors
 from lordjax.compression.low_rank import prepare
+from lordjax.forecast.calibration_cost import recomputed
 from lordjax.forecast.job import CompressionSpec
-from lordjax.forecast.low_rank_cost import recomputed, stages
-from lordjax.forecast.shapes import shapes
+from lordjax.forecast.low_rank_cost import stages
+from lordjax.forecast.shapes import dense_shapes
 from lordjax.methods import linalg
 from lordjax.models.blocks import MLP
 from lordjax.runtime import flops
@@ -44,7 +45,7 @@ def test_products_are_those_that_xla_counts(width):
 @pytest.mark.parametrize("name", ["gpt2", "gemma2"])
 def test_an_mlp_costs_what_xla_counts(name):
     config = BLOCKS[name]
-    block = shapes(config).block(0)["mlp"]
+    block = dense_shapes(config).block(0)["mlp"]
 
     def run(params, x):
         return MLP(config).apply({"params": params}, x)

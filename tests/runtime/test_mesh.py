@@ -220,7 +220,7 @@ def test_devices_factor_equally_much(monkeypatch):
     ]
     assert [len({i for share in shares for i, _ in share}) for shares in given] == [4, 2]
     assert max(done) < 0.3 and sum(done) == pytest.approx(1)
-    told = device_shares.report(device_shares.shared(job, stages(job), 4), stages(job), {})
+    told = device_shares.report(device_shares.device_work(job, stages(job), 4), stages(job), {})
     assert told["factors"]["shares"] == pytest.approx(done)
 
 

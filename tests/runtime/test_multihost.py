@@ -145,7 +145,7 @@ def test_a_death_ends_the_job_and_the_next_goes_on_to_the_same_bits(model, whole
     # The one that died has written less; nothing may be made of more than both have.
     found = job(model, out, *LORD, launcher=True)
     assert [code for code, _, _ in found] == [0, 0], found
-    assert "going on with what is finished" in found[0][2]
+    assert "resuming from the finished work" in found[0][2]
     assert contents(out) == contents(whole[0])
     assert not list(model.glob(f"{out.name}.partial*"))
 

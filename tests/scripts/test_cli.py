@@ -232,7 +232,7 @@ def test_work_of_another_command_is_refused(tiny, text, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
     fails("settings.keep: 0.6 -> 0.7; give the same again", *arguments, "--keep", "0.7")
     found = run(*arguments, "--keep", "0.6")
-    assert "going on" in found.stderr and found.exit_code == 0
+    assert "resuming from" in found.stderr and found.exit_code == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -322,9 +322,18 @@ def test_codes_need_no_calibration_and_are_shown(tiny, text, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("nf", "--keep", "0.5"), "method 'nf' has no use for --keep; leave it out"),
-        (("lord", "--bits", "3"), "method 'lord' has no use for --bits; leave it out"),
-        (("lord", "--format", "nf4"), "method 'lord' has no use for --format; leave it out"),
+        (
+            ("nf", "--keep", "0.5"),
+            "method 'nf' does not take --keep, which is for low-rank methods",
+        ),
+        (
+            ("lord", "--bits", "3"),
+            "method 'lord' does not take --bits, which is for quantizing methods",
+        ),
+        (
+            ("lord", "--format", "nf4"),
+            "method 'lord' does not take --format, which is for quantizing methods",
+        ),
         (("nf",), "give exactly one of bits, budget_bytes and format"),
         (("nf", "--bits", "4", "--format", "nf4"), "give exactly one of bits"),
         (("nf", "--format", "nf5"), "'nf5' is no format; expected nf<bits>"),

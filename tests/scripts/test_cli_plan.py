@@ -98,7 +98,7 @@ def test_devices_have_shares_in_plan_and_report(tiny, text, tmp_path):
     options = (*calibration(text), "--method", "lord", "--keep", "0.7", "--mesh", "data=2")
     shown = run("compress", tiny, tmp_path / "out", *options)
     assert shown.exit_code == 0, shown.stderr
-    assert "of its operations each device did" in shown.stdout
+    assert "share of each device in its operations" in shown.stdout
     devices = json.loads((tmp_path / "out" / "report.json").read_text())["happened"]["devices"]
     assert set(devices) == {"gradients", "statistics", "factors"}
     for row in devices.values():
