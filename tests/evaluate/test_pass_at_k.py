@@ -335,6 +335,6 @@ def test_bad_settings_are_errors_before_a_model_is_opened(humaneval, calls):
     for how, kind, message in bad:
         with pytest.raises(kind, match=message):
             script.evaluate_code("model", problems=str(humaneval), **{**SETTINGS, **how})
-    with pytest.raises(ValueError, match="name a MODEL"):
+    with pytest.raises(ValueError, match="give either a MODEL or --reference"):
         script.evaluate_code(None, problems=str(humaneval), **SETTINGS)
     assert not calls

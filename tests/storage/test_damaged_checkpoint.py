@@ -126,7 +126,7 @@ CODE_DAMAGES = {
         drop_constants("constants", INNER),
         f"missing: .*{INNER}/format",
     ),
-    "no format": (drop_constants("constants", INNER, "format"), f"missing: .* {INNER}/format$"),
+    "no format": (drop_constants("constants", INNER, "format"), f"missing: {INNER}/format$"),
     "constants are a list": (in_config(constants=[1]), "config.json: damaged"),
     "constants are nothing": (in_config(constants=None), "config.json: damaged"),
     "constants of a kernel are a list": (
@@ -142,7 +142,7 @@ CODE_DAMAGES = {
     "size is negative": (constants(QUANTISED, fan_in=-16, fan_out=-16), f"{QUANTISED}: fan_in"),
     "other shape": (constants("layer_1/mlp/up/kernel/base", fan_in=24, fan_out=16), "not of one"),
     "unknown constant": (constants(QUANTISED, colour=3), f"{QUANTISED}: .*colour"),
-    "tensor left out": (drop_tensor(f"{INNER}/offset"), f"missing: .* {INNER}/offset$"),
+    "tensor left out": (drop_tensor(f"{INNER}/offset"), f"missing: {INNER}/offset$"),
 }
 
 
