@@ -117,18 +117,10 @@ def bandwidth(size: int) -> float:
 def measure(
     shape: tuple[int, ...], rows: int, form: str, rank: int, dtype: str, interpret: bool
 ) -> list[dict[str, Any]]:
-    """Measures every way to compute one product.
+    """Measures every way to compute one product; returns a row per way.
 
-    Args:
-      shape: numbers of inputs and outputs of the matrix.
-      rows: number of rows of the activations.
-      form: name of the format of the quantized matrix.
-      rank: rank of the low-rank term; 0 for none.
-      dtype: dtype of the activations and of the dense matrix.
-      interpret: whether the GPU kernel is interpreted.
-
-    Returns:
-      A row per way: shape, rows, name, seconds, bytes moved and relative error.
+    Activations ``[rows, in]`` are multiplied with a matrix of shape ``(in, out)`` in format
+    ``form``, to which a low-rank term of rank ``rank`` is added.
     """
     import jax
     import jax.numpy as jnp
