@@ -123,7 +123,7 @@ class LordjaxLM(TemplateLM):
           **kwargs: ignored; the harness may pass more.
         """
         del kwargs
-        return multiple_choice.encode(self.tokenizer, string, special=add_special_tokens)
+        return multiple_choice.tokenize(self.tokenizer, string, special=add_special_tokens)
 
     def _loglikelihood_tokens(
         self,

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from lordjax.calibration.observers import observe, observe_gradients, windows_per_step
+from lordjax.calibration.observers import observe, observe_gradients, sequences_per_step
 from lordjax.forecast.job import CompressionSpec
 from lordjax.forecast.low_rank_cost import (
     all_factors,
@@ -97,7 +97,7 @@ def together(parts: Sequence[OpCounts], processes: int = 1) -> OpCounts:
 
 def step(job: CompressionSpec, count: int, *, backward: bool) -> int:
     """Windows of a batch: as many for every device (`calibrate.checked`)."""
-    each = windows_per_step(job.windows // count, job.length)
+    each = sequences_per_step(job.windows // count, job.length)
     return count * max(1, each // 2) if backward else count * each
 
 
@@ -117,14 +117,14 @@ def _attention(job: CompressionSpec, *, backward: bool) -> OpCounts:
     """Loops over sequences and heads, in all blocks, of one window."""
 
     def forward(window: int | None) -> OpCounts:
-        run = functools.partial(observe, config=job.config, window=window)
+        run = functools.partial(observe, config=job.config, sliding_window=window)
         return flops.in_loops(run, job.block, job.stream(1), None, {})
 
     def back(window: int | None) -> OpCounts:
         stats, bases = gradient_shapes(job)
         # Weight gradients are taken in a loop, too, but each device has its own windows.
         stats = {name: table for name, table in stats.items() if "fisher" not in name}
-        run = functools.partial(observe_gradients, config=job.config, window=window)
+        run = functools.partial(observe_gradients, config=job.config, sliding_window=window)
         x = job.stream(1)
         return flops.in_loops(run, job.block, x, None, x, bases, stats)
 

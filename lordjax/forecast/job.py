@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from lordjax.allocation.policies import CURVELESS, INFLUENCED
 from lordjax.calibration.backward_pass import needs_gradients
-from lordjax.calibration.observers import windows_per_step
+from lordjax.calibration.observers import sequences_per_step
 from lordjax.compression.low_rank import GRADIENT_WINDOWS, HELD_OUT
 from lordjax.compression.site_factors import on_host
 from lordjax.forecast import shapes
@@ -100,7 +100,7 @@ class CompressionSpec:
     @property
     def batch(self) -> int:
         """Windows of a step."""
-        return windows_per_step(self.windows, self.length)
+        return sequences_per_step(self.windows, self.length)
 
     @property
     def backward(self) -> tuple[int, int]:

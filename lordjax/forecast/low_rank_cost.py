@@ -31,7 +31,7 @@ from lordjax.calibration.observers import (
     observe,
     observe_gradients,
     observe_pair,
-    windows_per_step,
+    sequences_per_step,
 )
 from lordjax.calibration.statistics import Moments
 from lordjax.compression.sequential import groups
@@ -125,7 +125,7 @@ def _pass(job: CompressionSpec, rows: int, stats: Any, *, forward: bool = True) 
     """A batch of windows through all blocks."""
 
     def block(window: int | None) -> OpCounts:
-        step = functools.partial(observe, config=job.config, window=window, forward=forward)
+        step = functools.partial(observe, config=job.config, sliding_window=window, forward=forward)
         return flops.count_ops(step, job.block, job.stream(rows), None, stats)
 
     return every_layer(job, block)
@@ -151,7 +151,7 @@ def _backward(job: CompressionSpec, windows: int, batch: int) -> OpCounts:
     objective.objective_for(job.config)  # raises where there is no loss
 
     def backward(window: int | None) -> OpCounts:
-        step = functools.partial(observe_gradients, config=job.config, window=window)
+        step = functools.partial(observe_gradients, config=job.config, sliding_window=window)
         x = job.stream(batch)
         return flops.count_ops(step, job.block, x, None, x, bases, stats)
 
@@ -206,7 +206,7 @@ def site_factors(job: CompressionSpec, site: Site) -> OpCounts:
 
 def _comparison(job: CompressionSpec) -> OpCounts:
     """Forward passes of a model for every temperature, whose modules are fitted on the host."""
-    rows = windows_per_step(job.held_out, job.length)
+    rows = sequences_per_step(job.held_out, job.length)
     with jax.default_matmul_precision("highest"):
         ends = flops.count_ops(
             functools.partial(losses, job.config),
@@ -273,7 +273,7 @@ def _pairs(job: CompressionSpec, group: tuple[Site, ...]) -> Callable[[int | Non
     )
 
     def program(window: int | None) -> OpCounts:
-        step = functools.partial(observe_pair, config=job.config, window=window)
+        step = functools.partial(observe_pair, config=job.config, sliding_window=window)
         x = job.stream(job.batch)
         return flops.count_ops(step, (job.block, job.block), (x, x), None, *zeros)
 

@@ -8,7 +8,7 @@ The command first runs once without interruption. Then it runs again, and every 
 is killed with ``SIGKILL``. About one kill in four comes at a random time after the start of the
 process; the others come at a random time after the process has stored a result, so that the
 compression advances between kills. The program prints a Markdown table. Its exit code is 1 if a
-file differs in any bit. Times and peak memory in ``report.json`` may differ.
+file differs in any bit. In ``report.json`` and ``report.html`` times and peak memory may differ.
 """
 
 from __future__ import annotations
@@ -30,25 +30,24 @@ import click
 from lordjax.compression.resumable_output import partial
 from lordjax.scripts.benchmarks.protocol import environment
 from lordjax.scripts.console import say
+from lordjax.scripts.report.page import PAGE, without_times
 from lordjax.storage.disk_store import JOURNAL
 
-TIMED = (
-    "seconds",
-    "peak_rss_bytes",
-    "predicted",
-    "happened",
-)  # keys of report.json that may differ
+# Keys of report.json that may differ.
+TIMED = ("seconds", "peak_rss_bytes", "predicted", "happened")
 POLL = 0.02  # seconds
 
 
 def contents(directory: Path) -> dict[str, str]:
-    """SHA-256 by file name; in ``report.json`` the keys `TIMED` are left out."""
+    """SHA-256 by file name, without the times and the peak memory in the reports."""
     found = {}
     for file in sorted(directory.iterdir()):
         data = file.read_bytes()
         if file.name == "report.json":
             report = json.loads(data)
             data = json.dumps({k: v for k, v in report.items() if k not in TIMED}).encode()
+        if file.name == PAGE:
+            data = without_times(data.decode()).encode()
         found[file.name] = hashlib.sha256(data).hexdigest()
     return found
 

@@ -47,7 +47,7 @@ def finetune_model(
     from lordjax.finetune import adapters
     from lordjax.finetune.recipes import changed, named
     from lordjax.finetune.step import Settings
-    from lordjax.finetune.training_run import METRICS, Keeping, train
+    from lordjax.finetune.training_run import METRICS, CheckpointPolicy, train
     from lordjax.runtime.mesh import make_mesh
     from lordjax.storage import checkpoint
 
@@ -79,7 +79,7 @@ def finetune_model(
             settings,
             folder,
             about=about,
-            keeping=Keeping(every, last),
+            keeping=CheckpointPolicy(every, last),
             resume=resume,
             teacher=_teacher(teacher, config),
             mesh=None if devices is None else make_mesh({"data": devices}),
