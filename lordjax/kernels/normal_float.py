@@ -297,31 +297,6 @@ def unpack(words: UInt[Array, "words"], bits: int, count: int) -> UInt[Array, "n
     return codes.reshape(-1)[:count].astype(jnp.uint8)
 
 
-def unpack_legacy(data: UInt[np.ndarray, "bytes"], bits: int, padding: int) -> np.ndarray:
-    """Codes, as uint8, of the layout in which the authors of LQ-LoRA save checkpoints.
-
-    Codes follow each other bit by bit, each with its highest bit first; a byte is filled from its
-    lowest bit on.
-
-    Args:
-      data: ``[bytes]`` uint8, on the host.
-      bits: of a code.
-      padding: unused bits at the end of ``data``.
-
-    Raises:
-      ValueError: if what is left after the padding is no whole number of codes.
-    """
-    stream = np.unpackbits(np.asarray(data, np.uint8), bitorder="little")
-    count, rest = divmod(len(stream) - padding, bits)
-    if not 0 <= padding < 8 or rest or count < 0:
-        raise ValueError(
-            f"{len(stream)} bits less a padding of {padding} are no whole number of {bits}-bit "
-            "codes; were both saved with this matrix?"
-        )
-    places = stream[: count * bits].reshape(count, bits) << np.arange(bits)[::-1].astype(np.uint8)
-    return places.sum(axis=1, dtype=np.uint8)
-
-
 def pack_codes(quantized: Codes, form: Format) -> Packed:
     """As it is stored."""
     return Packed(

@@ -16,7 +16,8 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.linalg import blas, lapack
 
-from lordjax.methods.linalg import JITTER, mean_unit, own_unit
+from lordjax.methods.column_selection import JITTER
+from lordjax.methods.linalg import mean_unit, own_unit
 
 PANEL = 512  # rows that are worked on at a time: what they make fits the cache
 PENDING = 256  # removed columns whose effect on the inverse is carried out in one product
@@ -53,7 +54,7 @@ def panels(n: int) -> list[tuple[int, int]]:
 
 
 def leverage_complement(gram: Float[np.ndarray, "n n"], ridge: float) -> Float[np.ndarray, "n"]:
-    """`linalg.leverage_complement`; ``gram`` is lost."""
+    """`column_selection.leverage_complement`; ``gram`` is lost."""
     empty = ~(gram.diagonal() > 0)
     cholesky(gram, ridge, mean_unit(gram.diagonal()))
     lapack.dtrtri(gram.T, lower=0, overwrite_c=1)
@@ -68,7 +69,7 @@ def leverage_complement(gram: Float[np.ndarray, "n n"], ridge: float) -> Float[n
 def nested_refit(
     gram: Float[np.ndarray, "n n"], kernel: Float[np.ndarray, "n m"], ridge: float = JITTER
 ) -> tuple[Float[np.ndarray, "n n"], Float[np.ndarray, "n m"]]:
-    """`linalg.nested_refit` in float32; ``gram`` is lost, and ``kernel`` if it is in order F."""
+    """`column_selection.nested_refit` in float32. Overwrites ``gram``, and ``kernel`` in order F."""
     cholesky(gram, ridge, own_unit(gram.diagonal()))
     right = blas.dtrmm(1.0, gram.T, kernel, lower=0, overwrite_b=1)
     del kernel
@@ -87,7 +88,7 @@ def elimination_order(
     ridge: float = JITTER,
     block: int = 32,
 ) -> Int[np.ndarray, "n"]:
-    """`linalg.elimination_order`; ``gram`` and ``kernel`` (float32 will do) are lost.
+    """`column_selection.elimination_order`; ``gram`` and ``kernel`` (float32 will do) are lost.
 
     With A the inverse, D the columns of a block, ``A_DD = L Lᵀ`` and ``B = L⁻¹ A_D``, removing
     them takes ``Bᵀ B`` off the inverse and ``Bᵀ L⁻¹ W_D`` off the refit kernel. The former waits
@@ -110,7 +111,7 @@ def elimination_order(
 
 
 def _invert(gram: Float[np.ndarray, "n n"], ridge: float) -> None:
-    """``gram`` becomes the inverse of ``gram + τD``; as `linalg.inverse_psd`."""
+    """``gram`` becomes the inverse of ``gram + τD``; as `column_selection.inverse_psd`."""
     cholesky(gram, ridge, own_unit(gram.diagonal()))
     lapack.dpotri(gram.T, lower=0, overwrite_c=1)
 

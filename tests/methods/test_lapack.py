@@ -13,7 +13,7 @@ from blocks import source
 from lordjax.calibration.statistics import Moments, SecondMoment
 from lordjax.compression import site_factors
 from lordjax.compression.low_rank import prepare
-from lordjax.methods import METHODS, lapack, linalg
+from lordjax.methods import METHODS, column_selection, lapack
 from lordjax.methods.linalg import mean_unit, own_unit
 from lordjax.methods.modular import mlp_on_host
 from lordjax.methods.modular.mlp import RIDGE, mlp
@@ -43,7 +43,7 @@ def test_the_same_columns_are_eliminated_in_the_same_order(n, dtype, monkeypatch
     monkeypatch.setattr(lapack, "PANEL", 48)
     z, kernel = problem(n)
     gram = z.T @ z / len(z)
-    expected = linalg.elimination_order(jnp.asarray(gram), jnp.asarray(kernel))
+    expected = column_selection.elimination_order(jnp.asarray(gram), jnp.asarray(kernel))
     found = lapack.elimination_order(gram, kernel.astype(dtype))
     np.testing.assert_array_equal(found, expected)
 
@@ -53,9 +53,9 @@ def test_leverage_and_refits_are_the_same(monkeypatch):
     monkeypatch.setattr(lapack, "PANEL", 48)
     z, kernel = problem(150)
     gram = z.T @ z / len(z)
-    expected = linalg.leverage_complement(jnp.asarray(gram), RIDGE)
+    expected = column_selection.leverage_complement(jnp.asarray(gram), RIDGE)
     np.testing.assert_allclose(lapack.leverage_complement(gram.copy(), RIDGE), expected, rtol=1e-8)
-    expected = linalg.nested_refit(jnp.asarray(gram), jnp.asarray(kernel))
+    expected = column_selection.nested_refit(jnp.asarray(gram), jnp.asarray(kernel))
     found = lapack.nested_refit(gram, np.asfortranarray(kernel))
     for have, want in zip(found, expected, strict=True):
         assert have.dtype == np.float32

@@ -39,7 +39,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from lordjax.methods import linalg
+from lordjax.methods import column_selection
 from lordjax.methods.base import Module, ModuleFactors
 from lordjax.methods.linalg import mm
 from lordjax.methods.modular import mlp_on_host
@@ -71,8 +71,9 @@ def mlp(
       kernels: ``down`` ``[f, m]``; the others are only sliced.
       stats: ``moments`` `Moments` of the hidden state ``[f]``; ``gradients``, optional, second
         moment of the loss gradient at the MLP's output.
-      score: ``leverage`` (ridge leverage scores, the paper's), ``elimination``
-        (`linalg.elimination_order`: what the output loses), ``energy`` (``C_ii``), ``random``.
+      score: how neurons are ranked. ``leverage``: ridge leverage scores, as in the paper;
+        ``elimination``: error added to the output (`column_selection.elimination_order`);
+        ``energy``: ``C_ii``; ``random``.
       fit: fit ``down`` by least squares; False only slices it.
       intercept: fit a bias besides.
       shrinkage: ridge of the fit in neurons per token, see `SHRINKAGE`. Predicted errors are those
@@ -85,12 +86,12 @@ def mlp(
     moments, down = stats["moments"], kernels["down"]
     gram = _gram(moments, intercept)
     weigh = metric(stats)
-    shrunk = jnp.maximum(linalg.JITTER, shrinkage * len(down) / moments.count)
+    shrunk = jnp.maximum(column_selection.JITTER, shrinkage * len(down) / moments.count)
     match score:
         case "leverage":
-            order = jnp.argsort(linalg.leverage_complement(gram, RIDGE))
+            order = jnp.argsort(column_selection.leverage_complement(gram, RIDGE))
         case "elimination":
-            order = linalg.elimination_order(gram, weigh(down), shrunk)
+            order = column_selection.elimination_order(gram, weigh(down), shrunk)
         case "energy":
             order = jnp.argsort(-jnp.diagonal(gram))
         case "random":
@@ -101,7 +102,7 @@ def mlp(
     gram, down = _gram(moments.take(order), intercept), down[order]
     parts = {"order": order}
     if fit:
-        parts["lower"], parts["right"] = linalg.nested_refit(gram, down, shrunk)
+        parts["lower"], parts["right"] = column_selection.nested_refit(gram, down, shrunk)
         spectrum = jnp.sum(weigh(parts["right"]) ** 2, axis=1) / (1 + shrunk)
     else:
         rows = weigh(down)
@@ -127,7 +128,7 @@ def narrow_mlp(kernels: Arrays, factors: ModuleFactors, width: int) -> dict[str,
     down = np.asarray(kernels["down"])
     new["down"] = down[kept]
     if "lower" in parts:
-        new["down"] = linalg.refit(parts["lower"], parts["right"], width)
+        new["down"] = column_selection.refit(parts["lower"], parts["right"], width)
     if "mean" in parts:
         mean, down = double(parts["mean"]), double(down)
         new["out_bias"] = mean @ down[parts["order"]] - mean[:width] @ new["down"]

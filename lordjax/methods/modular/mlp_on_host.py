@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from lordjax.methods import lapack, linalg
+from lordjax.methods import column_selection, lapack, linalg
 from lordjax.methods.base import ModuleFactors
 
 SCORES = ("elimination", "leverage")
@@ -45,7 +45,9 @@ def mlp(
     moments, down = stats.pop("moments"), np.asarray(kernels["down"])
     root = _root(stats.pop("gradients", None))
     with np.errstate(invalid="ignore", divide="ignore"):  # no tokens: not finite, as the rest
-        shrunk = np.maximum(linalg.JITTER, shrinkage * len(down) / np.float64(moments.count))
+        shrunk = np.maximum(
+            column_selection.JITTER, shrinkage * len(down) / np.float64(moments.count)
+        )
     gram = np.empty((len(down), len(down)))
     _fill(gram, moments, np.arange(len(down)), centred=intercept)
     if score == "elimination":

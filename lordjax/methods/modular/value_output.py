@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from lordjax.methods import linalg
+from lordjax.methods import column_selection, linalg
 from lordjax.methods.base import Module, ModuleFactors
 from lordjax.methods.modular.metric import Arrays, bmm, double, metric, root_and_pseudo_inverse
 
@@ -52,7 +52,7 @@ def value_output(kernels: Arrays, stats: Mapping[str, Any], *, fit: bool) -> Mod
     gram = jnp.einsum("hdr,hdje,jes->rhsj", each, whole, each, precision="highest")
     gram = gram.reshape(heads * width, -1)
     # Directions in which the values never go have the energy of rounding, of either sign.
-    lower, right = linalg.nested_refit(
+    lower, right = column_selection.nested_refit(
         gram, turned.transpose(1, 0, 2).reshape(-1, out), unit=linalg.mean_unit
     )
     spectrum = jnp.sum(weigh(right) ** 2, axis=1).reshape(width, heads).sum(axis=1)
@@ -85,7 +85,7 @@ def narrow_value_output(
     v, basis = double(kernels["v"]), double(parts["basis"][..., :width])
     new = {"v": (v.transpose(1, 0, 2) @ basis).transpose(1, 0, 2)}
     if "lower" in parts:
-        fitted = linalg.refit(parts["lower"], parts["right"], width * heads)
+        fitted = column_selection.refit(parts["lower"], parts["right"], width * heads)
         new["o"] = fitted.reshape(width, heads, -1).transpose(1, 0, 2)
     else:
         new["o"] = np.asarray(parts["out"])[:, :width]
