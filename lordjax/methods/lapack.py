@@ -69,7 +69,7 @@ def leverage_complement(gram: Float[np.ndarray, "n n"], ridge: float) -> Float[n
 def nested_refit(
     gram: Float[np.ndarray, "n n"], kernel: Float[np.ndarray, "n m"], ridge: float = JITTER
 ) -> tuple[Float[np.ndarray, "n n"], Float[np.ndarray, "n m"]]:
-    """`column_selection.nested_refit` in float32. Overwrites ``gram``, and ``kernel`` in order F."""
+    """`column_selection.nested_refit` in float32; overwrites ``gram`` and a ``kernel`` in order F."""
     cholesky(gram, ridge, own_unit(gram.diagonal()))
     right = blas.dtrmm(1.0, gram.T, kernel, lower=0, overwrite_b=1)
     del kernel
