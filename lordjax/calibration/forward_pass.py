@@ -203,7 +203,7 @@ def block_statistics(
         )
         if forward:
             states[j] = devices.shard_batch(y, calibration.mesh)
-    stats = devices.gathered(stats, calibration.mesh)
+    stats = devices.to_host(stats, calibration.mesh)
     bad = [
         key
         for key, stat in stats.items()
@@ -237,7 +237,7 @@ def checked(
     if mask is not None and np.shape(mask) != tokens.shape:
         raise ValueError(f"mask {np.shape(mask)}: expected the shape of the tokens {tokens.shape}")
     objective.inputs(config, tokens[:1], None, mask_token)  # raises
-    share = 1 if mesh is None else mesh.shape.get(devices.AXIS, 1)
+    share = 1 if mesh is None else mesh.shape.get(devices.DATA_AXIS, 1)
     if share > len(tokens):
         raise ValueError(
             f"{len(tokens)} calibration windows for {share} devices; give as many windows at least"

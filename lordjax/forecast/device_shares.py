@@ -29,7 +29,7 @@ from lordjax.forecast.quantized_cost import QuantizationSpec
 from lordjax.models.sites import Site
 from lordjax.runtime import flops
 from lordjax.runtime.flops import OpCounts
-from lordjax.runtime.mesh import share_tasks
+from lordjax.runtime.mesh import assign_tasks
 
 UNKNOWN = ("sequential",)  # stages of which nothing is said
 
@@ -118,7 +118,7 @@ def _attention(job: CompressionSpec, *, backward: bool) -> OpCounts:
 
     def forward(window: int | None) -> OpCounts:
         run = functools.partial(observe, config=job.config, window=window)
-        return flops.in_loops(run, job.block, job.stream(1), None, {})
+        return flops.count_loop_ops(run, job.block, job.stream(1), None, {})
 
     def back(window: int | None) -> OpCounts:
         stats, bases = gradient_shapes(job)
@@ -126,7 +126,7 @@ def _attention(job: CompressionSpec, *, backward: bool) -> OpCounts:
         stats = {name: table for name, table in stats.items() if "fisher" not in name}
         run = functools.partial(observe_gradients, config=job.config, window=window)
         x = job.stream(1)
-        return flops.in_loops(run, job.block, x, None, x, bases, stats)
+        return flops.count_loop_ops(run, job.block, x, None, x, bases, stats)
 
     found = every_layer(job, forward)
     if backward:
@@ -141,7 +141,7 @@ def _in_groups(job: CompressionSpec, count: int) -> list[OpCounts]:
     counts: list[Counter[Site]] = [Counter() for _ in range(count)]
     for first in range(0, layers, count):
         group = range(first, min(first + count, layers))
-        shares = share_tasks({(i, site): each[site] for i in group for site in sites}, count)
+        shares = assign_tasks({(i, site): each[site] for i in group for site in sites}, count)
         for found, jobs in zip(counts, shares, strict=True):
             found.update(site for _, site in jobs)
     return [all_factors(job, found) for found in counts]

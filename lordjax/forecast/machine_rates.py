@@ -142,7 +142,7 @@ def _code_rates() -> Rates:
 
     def in_turn(rows: Any) -> Any:
         return error_feedback.quantize(
-            rows, normal_float.Format.parse("nf2"), error_feedback.feedback_of(moment)
+            rows, normal_float.Format.parse("nf2"), error_feedback.make_feedback(moment)
         ).codes
 
     return {

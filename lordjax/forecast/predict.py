@@ -112,12 +112,12 @@ def devices(mesh: str | None) -> int:
     Raises:
       ValueError: if the mesh cuts blocks, of which nothing is forecast.
     """
-    from lordjax.runtime.mesh import AXIS, parse
+    from lordjax.runtime.mesh import DATA_AXIS, parse
 
-    axes = {AXIS: 1} if mesh is None else parse(mesh)
-    if set(axes) != {AXIS}:
-        raise ValueError(f"--mesh {mesh}: nothing is forecast of an axis besides {AXIS}")
-    return axes[AXIS]
+    axes = {DATA_AXIS: 1} if mesh is None else parse(mesh)
+    if set(axes) != {DATA_AXIS}:
+        raise ValueError(f"--mesh {mesh}: nothing is forecast of an axis besides {DATA_AXIS}")
+    return axes[DATA_AXIS]
 
 
 def quantized_plan(
@@ -209,7 +209,7 @@ def of_compression(
         leaves = dict(_flat(sizing.shapes(config)))
     before = sizing.stored(config, leaves)
     job, after, are, _ = asked(config, before, shape, settings)
-    among = (settings.get("mesh"), multihost.count())
+    among = (settings.get("mesh"), multihost.process_count())
     found = cost(job, before, after, None, *among)
     if worth_measuring(sum(found["flops"].values())):
         there = next(p for p in directory.absolute().parents if p.exists())

@@ -30,10 +30,10 @@ from lordjax.kernels import normal_float
 from lordjax.kernels.base import materialize, nbytes
 from lordjax.methods import Method
 from lordjax.methods.quantized.best_product import FIRST_POWERS, start_basis
-from lordjax.methods.quantized.error_feedback import feedback_of
+from lordjax.methods.quantized.error_feedback import make_feedback
 from lordjax.methods.quantized.lq import STEPS, decompose
 from lordjax.methods.quantized.predicted_loss import predict
-from lordjax.methods.quantized.weightings import WEIGHTINGS, Weights, cost_of, statistics_of
+from lordjax.methods.quantized.weightings import WEIGHTINGS, Weights, make_weights, weighting_method
 from lordjax.models.sites import Site, site_path
 from lordjax.runtime import flops
 from lordjax.runtime.flops import OpCounts
@@ -70,7 +70,7 @@ class QuantizationSpec(CompressionSpec):
     @property
     def row(self) -> Method:
         """The weighting as a method."""
-        return statistics_of(self.weighting)
+        return weighting_method(self.weighting)
 
     @property
     def policy(self) -> str:
@@ -158,10 +158,10 @@ def quantized_stages(job: QuantizationSpec) -> dict[str, OpCounts]:
 def weights_of(job: QuantizationSpec, site: Site) -> tuple[Any, Weights]:
     """Shapes of a matrix and of what its errors cost."""
     kernel, stats = inputs(job, site)
-    cost = jax.eval_shape(cost_of, kernel, stats)
+    cost = jax.eval_shape(make_weights, kernel, stats)
     if not job.feedback:
         return kernel, cost
-    return kernel, cost._replace(feedback=jax.eval_shape(feedback_of, cost.inputs))
+    return kernel, cost._replace(feedback=jax.eval_shape(make_feedback, cost.inputs))
 
 
 def _walk(job: QuantizationSpec) -> OpCounts:
@@ -170,10 +170,10 @@ def _walk(job: QuantizationSpec) -> OpCounts:
     layers = job.config.num_layers
     for site in job.sites:
         kernel, stats = inputs(job, site)
-        found.append(flops.scaled(flops.count_ops(cost_of, kernel, stats), layers))
+        found.append(flops.scaled(flops.count_ops(make_weights, kernel, stats), layers))
         if job.feedback:
-            cost = jax.eval_shape(cost_of, kernel, stats)
-            found.append(flops.scaled(flops.count_ops(feedback_of, cost.inputs), layers))
+            cost = jax.eval_shape(make_weights, kernel, stats)
+            found.append(flops.scaled(flops.count_ops(make_feedback, cost.inputs), layers))
     return flops.merged(found)
 
 

@@ -121,7 +121,7 @@ def transposed_product(g: Float[Array, "... out"], quantized: Any) -> Float[Arra
 
 
 def _after(x: Array, quantized: Any) -> tuple[Array, Array]:
-    """Packed codes, once ``x`` is there, as of `NFQuantized.decoded_after`; scales ``[out, b]``."""
+    """Packed codes, once ``x`` is there, as of `NFQuantized.materialize_after`; scales ``[out, b]``."""
     form, shape = quantized.format, (quantized.fan_out, quantized.fan_in // quantized.format.block)
     codes = quantized.codes + xla_scheduling.false_after(x).astype(quantized.codes.dtype)
     scales = normal_float.dequantize_scales(

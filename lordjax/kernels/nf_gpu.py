@@ -2,12 +2,12 @@
 
 ``y = x @ W + (x @ left) @ right``, W being `kernels.NFQuantized`. A *group* is what is unpacked at
 once: a word of 16, 8 or 4 codes (2, 4, 8 bits), three words of 32 codes (3 bits). The codes at one
-place of all groups are a *plane*; x is put into the same order, so that nothing is shuffled::
+place of all word_groups are a *plane*; x is put into the same order, so that nothing is shuffled::
 
     y[m, n] = Σ_places Σ_groups  x[m, place, group] · level[code[n, group, place]] · scale
 
-A program owns a tile of rows and columns and walks along the groups. Shapes in the kernel: N
-columns, M rows, G groups of a step; products are taken as ``[N, G] @ [G, M]``, the decoded side
+A program owns a tile of rows and columns and walks along the word_groups. Shapes in the kernel: N
+columns, M rows, G word_groups of a step; products are taken as ``[N, G] @ [G, M]``, the decoded side
 first, which a tensor core may read from registers. Scales are decoded to the bits of `nf`.
 """
 
@@ -29,7 +29,7 @@ from jaxtyping import Array, Float
 from lordjax.kernels import normal_float
 
 DTYPES = ("bfloat16", "float16", "float32")
-UNROLL = 8  # places that are written out; all of them would take long to compile
+UNROLL = 8  # codes_per_group that are written out; all of them would take long to compile
 LEAST = 16  # a tensor core's shortest side, in rows, columns and products
 
 
@@ -40,7 +40,7 @@ class Tile:
     Attributes:
       rows: 1 multiplies and adds up; 16 and more use tensor cores.
       columns: at least 16.
-      groups: of a column, per step; at least 16.
+      word_groups: of a column, per step; at least 16.
       splits: parts of the inputs that are summed apart, for more programs than there are tiles.
       gather: levels are read from a table, else selected; 8 bits are always read.
       warps: of 32 threads, per program.
@@ -49,18 +49,18 @@ class Tile:
 
     rows: int
     columns: int
-    groups: int = 32
+    word_groups: int = 32
     splits: int = 1
     gather: bool = True
     warps: int = 4
     stages: int = 2
 
     def __post_init__(self) -> None:
-        sizes = (self.rows, self.columns, self.groups, self.splits, self.warps)
-        small = min(self.columns, self.groups) < LEAST or 1 < self.rows < LEAST
+        sizes = (self.rows, self.columns, self.word_groups, self.splits, self.warps)
+        small = min(self.columns, self.word_groups) < LEAST or 1 < self.rows < LEAST
         if small or any(size < 1 or size & (size - 1) for size in sizes):
             raise ValueError(
-                f"{self}: expected powers of 2, columns and groups of at least {LEAST}, "
+                f"{self}: expected powers of 2, columns and word_groups of at least {LEAST}, "
                 f"and 1 row or at least {LEAST}"
             )
 
@@ -71,10 +71,10 @@ def default_tile(rows: int) -> Tile:
         return Tile(rows=1, columns=16, splits=2)
     if rows <= 64:
         return Tile(rows=max(LEAST, 2 ** (rows - 1).bit_length()), columns=32)
-    return Tile(rows=64, columns=64, groups=16)
+    return Tile(rows=64, columns=64, word_groups=16)
 
 
-def places(bits: int) -> int:
+def codes_per_group(bits: int) -> int:
     """Codes of a group."""
     return normal_float.WORD if bits == 3 else normal_float.WORD // bits
 
@@ -94,10 +94,10 @@ def unsupported(x: Any, quantized: Any, low_rank: Any = None) -> str:
         return f"x is {x.shape}; expected [..., {fan_in}] that is not empty"
     if x.dtype.name not in DTYPES:
         return f"x is {x.dtype}; expected one of {', '.join(DTYPES)}"
-    if fan_in % places(quantized.format.bits):
+    if fan_in % codes_per_group(quantized.format.bits):
         return (
             f"{fan_in} inputs; {quantized.format.bits} bits are unpacked "
-            f"{places(quantized.format.bits)} at a time"
+            f"{codes_per_group(quantized.format.bits)} at a time"
         )
     # Indices are 32-bit; padding at most doubles x.
     if max(fan_in * fan_out, 2 * math.prod(x.shape), 2 * fan_out * math.prod(x.shape[:-1])) > 2**31:
@@ -158,7 +158,7 @@ def _forwards(mode: Any, x: Array, inner: Any, right: Any, quantized: Any) -> tu
 def _backwards(mode: Any, kept: Any, g: Array) -> tuple[Array, Any, Any, None]:
     del mode
     inner, right, quantized = kept
-    of_x = jnp.matmul(g, quantized.decoded_after(g).T)
+    of_x = jnp.matmul(g, quantized.materialize_after(g).T)
     if inner is None:
         return of_x, None, None, None
     of_inner = jnp.matmul(g, right.astype(g.dtype).T)
@@ -176,7 +176,7 @@ def decoded(x: Array, quantized: Any, low_rank: Any = None) -> Array:
 
 
 def _decoded(x: Array, inner: Any, right: Any, quantized: Any) -> Array:
-    y = jnp.matmul(x, quantized.decoded_after(x))
+    y = jnp.matmul(x, quantized.materialize_after(x))
     return y if inner is None else y + jnp.matmul(inner, right.astype(x.dtype))
 
 
@@ -199,19 +199,21 @@ def _launch(tile: Tile, interpret: bool, x: Array, inner: Any, right: Any, quant
     """Puts x in order, pads, runs the kernel, cuts."""
     form, rows = quantized.format, len(x)
     fan_in, fan_out = quantized.shape
-    size = places(form.bits)
-    steps = math.ceil(fan_in // size / (tile.groups * tile.splits))
-    groups = steps * tile.groups * tile.splits
+    size = codes_per_group(form.bits)
+    steps = math.ceil(fan_in // size / (tile.word_groups * tile.splits))
+    word_groups = steps * tile.word_groups * tile.splits
     tiles = (math.ceil(rows / tile.rows), math.ceil(fan_out / tile.columns))
     more = tiles[0] * tile.rows - rows
-    planes = jnp.pad(x.reshape(rows, -1, size), ((0, more), (0, groups - fan_in // size), (0, 0)))
+    planes = jnp.pad(
+        x.reshape(rows, -1, size), ((0, more), (0, word_groups - fan_in // size), (0, 0))
+    )
     planes = planes.transpose(0, 2, 1)
     high, low = normal_float.scale_steps(quantized.supers, form)
     # A reference of one dimension: also the offset, and a format of 8 bits reads 256 levels.
     operands = [planes, quantized.codes, quantized.scales, high, low, quantized.offset.reshape(1)]
     operands.append(jnp.asarray(normal_float.levels(form.bits)))
     whole = [pl.BlockSpec()] * 6
-    specs = [pl.BlockSpec((tile.rows, size, groups), lambda i, j, k: (i, 0, 0)), *whole]
+    specs = [pl.BlockSpec((tile.rows, size, word_groups), lambda i, j, k: (i, 0, 0)), *whole]
     if inner is not None:
         rank = math.ceil(inner.shape[1] / LEAST) * LEAST
         operands += [jnp.pad(inner, ((0, more), (0, rank - inner.shape[1]))), right]
@@ -234,25 +236,25 @@ def _launch(tile: Tile, interpret: bool, x: Array, inner: Any, right: Any, quant
 def _kernel(
     tile: Tile, form: normal_float.Format, sizes: tuple[int, int], steps: int, *refs: Any
 ) -> None:
-    """One program; ``sizes`` are the groups of a column and the columns."""
+    """One program; ``sizes`` are the word_groups of a column and the columns."""
     x_ref, codes_ref, *scale_refs, table_ref = refs[:7]
     low_rank_refs, y_ref = refs[7:-1], refs[-1]
     per_column, fan_out = sizes
-    size, words = places(form.bits), 3 if form.bits == 3 else 1
-    ragged = per_column % (tile.groups * tile.splits) > 0
+    size, words = codes_per_group(form.bits), 3 if form.bits == 3 else 1
+    ragged = per_column % (tile.word_groups * tile.splits) > 0
     split = pl.program_id(2)
     columns = pl.program_id(1) * tile.columns + _count(tile.columns)
     columns = jnp.minimum(columns, fan_out - 1)  # beyond the last one: computed again, cut off
 
     def step(i: Array, total: Array) -> Array:
-        first = (split * steps + i) * tile.groups
-        groups = first + _count(tile.groups)
-        index = columns[:, None] * per_column + groups[None]
+        first = (split * steps + i) * tile.word_groups
+        word_groups = first + _count(tile.word_groups)
+        index = columns[:, None] * per_column + word_groups[None]
         # Groups beyond the column's last meet zeros of x.
-        mask = jnp.broadcast_to(groups[None] < per_column, index.shape) if ragged else None
+        mask = jnp.broadcast_to(word_groups[None] < per_column, index.shape) if ragged else None
         packed = [_load(codes_ref, index * words + i, mask) for i in range(words)]
         read_scale = functools.partial(_scale, scale_refs, form=form, mask=mask)
-        scale = read_scale(index * size)  # of a whole group, where blocks hold whole groups
+        scale = read_scale(index * size)  # of a whole group, where blocks hold whole word_groups
 
         def some(turn: Any, total: Array) -> Array:
             for place in range(min(size, UNROLL)):
@@ -260,14 +262,14 @@ def _kernel(
                 own = read_scale(index * size + place) if form.block % size else scale
                 codes = _code(packed, place, form.bits)
                 weights = own * _levels(table_ref, codes, form.bits, tile.gather)
-                x = x_ref[:, place, pl.ds(first, tile.groups)]
+                x = x_ref[:, place, pl.ds(first, tile.word_groups)]
                 total += _weighted(weights, x)
             return total
 
         turns = size // UNROLL
         return some(0, total) if turns < 2 else lax.fori_loop(0, turns, some, total)
 
-    wide = tile.groups if tile.rows == 1 else tile.rows
+    wide = tile.word_groups if tile.rows == 1 else tile.rows
     y = lax.fori_loop(0, steps, step, jnp.zeros((tile.columns, wide), jnp.float32))
     if tile.rows == 1:
         y = jnp.sum(y, axis=1, keepdims=True)
@@ -289,7 +291,7 @@ def _load(ref: Any, index: Array, mask: Array | None) -> Array:
 
 
 def _code(words: list[Array], place: Any, bits: int) -> Array:
-    """Codes at a place of groups, uint32; ``words`` are those of a group."""
+    """Codes at a place of word_groups, uint32; ``words`` are those of a group."""
     place = jnp.asarray(place, jnp.uint32)
     if bits == 3:
         planes = [(word >> place & 1) << i for i, word in enumerate(words)]
@@ -306,7 +308,7 @@ def _levels(ref: Any, codes: Array, bits: int, gather: bool) -> Array:
 def _scale(refs: Any, index: Array, *, form: normal_float.Format, mask: Array | None) -> Array:
     """Scales of the values at flat indices, as `nf.dequantize_scales`."""
     scales_ref, high_ref, low_ref, offset_ref = refs
-    size, words = places(form.scale_bits), 3 if form.scale_bits == 3 else 1
+    size, words = codes_per_group(form.scale_bits), 3 if form.scale_bits == 3 else 1
     block = lax.div(index, jnp.int32(form.block))
     group, place = lax.div(block, jnp.int32(size)), lax.rem(block, jnp.int32(size))
     packed = [_load(scales_ref, group * words + i, mask) for i in range(words)]

@@ -44,7 +44,7 @@ def product(x: Array, quantized: Any, low_rank: Any = None) -> Array | None:
         return None
     if nf_gpu.unsupported(x, quantized, low_rank):
         return None
-    tile = fastest(Case.of(x, quantized, low_rank))
+    tile = fastest(Case.for_operands(x, quantized, low_rank))
     if tile is None:
         return None
     return nf_gpu.matmul(x, quantized, low_rank, tile=tile)
@@ -67,7 +67,7 @@ class Case:
     leaves: tuple[tuple[tuple[int, ...], str], ...]
 
     @classmethod
-    def of(cls, x: Any, quantized: Any, low_rank: Any) -> Case:
+    def for_operands(cls, x: Any, quantized: Any, low_rank: Any) -> Case:
         """The case of a product."""
         leaves, tree = jax.tree.flatten((quantized, low_rank))
         rows = min(ROWS, 2 ** (math.prod(x.shape[:-1]) - 1).bit_length())
@@ -106,13 +106,13 @@ def fastest(case: Case) -> Tile | None:
     """The tile of the kernel that beats XLA's product on this machine's GPU, or None."""
     # The product itself may be under trace, which is a state of the thread.
     with futures.ThreadPoolExecutor(1) as other:
-        times = other.submit(measure, case).result()
+        times = other.submit(time_tiles, case).result()
     limit = times.pop(None, 0.0) / MARGIN
     best = min(times, key=lambda tile: times[tile], default=None)
     return best if best is not None and times[best] < limit else None
 
 
-def measure(case: Case, interpret: bool = False) -> dict[Tile | None, float]:
+def time_tiles(case: Case, interpret: bool = False) -> dict[Tile | None, float]:
     """Seconds of a product, per tile of the kernel; None is XLA's. What fails is warned of."""
     copies = [case.operands(0)]
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(copies))
@@ -122,7 +122,7 @@ def measure(case: Case, interpret: bool = False) -> dict[Tile | None, float]:
     times: dict[Tile | None, float] = {}
     for tile in (None, *candidates(case.rows)):
         try:
-            times[tile] = seconds(functools.partial(_one, tile, interpret), x, copies)
+            times[tile] = time_per_call(functools.partial(_one, tile, interpret), x, copies)
         except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
             what = "XLA's product" if tile is None else f"the kernel with {tile}"
             warnings.warn(f"{what} is not used for {case}: {error}", stacklevel=2)
@@ -135,7 +135,7 @@ def _one(tile: Tile | None, interpret: bool, x: Array, operands: Any) -> Array:
     return nf_gpu.matmul(x, *operands, tile=tile, interpret=interpret)
 
 
-def seconds(fn: Callable[[Array, Any], Array], x: Array, operands: list[Any]) -> float:
+def time_per_call(fn: Callable[[Array, Any], Array], x: Array, operands: list[Any]) -> float:
     """Of one ``fn(x, operand)``: best mean of a program that calls it once per operand."""
 
     @jax.jit

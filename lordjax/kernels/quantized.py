@@ -61,7 +61,7 @@ class NFQuantized(Kernel):
         """The nearest matrix of a format, computed in float32."""
         *lead, fan_in, fan_out = kernel.shape
         rows = kernel.mT.reshape(*lead, fan_in * fan_out)
-        packed = _over(lead, lambda x: normal_float.quantize_packed(x, form))(rows)
+        packed = _vmap_leading(lead, lambda x: normal_float.quantize_packed(x, form))(rows)
         return cls.of(packed, (fan_in, fan_out), form)
 
     @classmethod
@@ -101,12 +101,12 @@ class NFQuantized(Kernel):
         """The decoded matrix."""
         *lead, fan_in, fan_out = self.shape
         packed = normal_float.Packed(self.codes, self.scales, self.supers, self.offset)
-        values = _over(
+        values = _vmap_leading(
             lead, lambda p: normal_float.dequantize_packed(p, self.format, fan_in * fan_out)
         )(packed)
         return jax.lax.stop_gradient(values).reshape(*lead, fan_out, fan_in).mT
 
-    def decoded_after(self, x: Float[Array, "..."]) -> Float[Array, "... in out"]:
+    def materialize_after(self, x: Float[Array, "..."]) -> Float[Array, "... in out"]:
         """W in the dtype of ``x``, decoded no earlier than ``x`` is there.
 
         Nothing else keeps a compiler from decoding the matrices of all layers first, or once for
@@ -122,7 +122,7 @@ def _decoded_product(shape: tuple[int, ...], x: Array, kernel: NFQuantized) -> A
     del shape
     if _in_tiles(kernel):
         return nf_cpu.product(x, kernel)
-    return jnp.matmul(x, kernel.decoded_after(x))
+    return jnp.matmul(x, kernel.materialize_after(x))
 
 
 def _forwards(shape: tuple[int, ...], x: Array, kernel: NFQuantized) -> tuple[Array, NFQuantized]:
@@ -132,7 +132,7 @@ def _forwards(shape: tuple[int, ...], x: Array, kernel: NFQuantized) -> tuple[Ar
 def _backwards(shape: tuple[int, ...], kernel: NFQuantized, g: Array) -> tuple[Array, None]:
     if _in_tiles(kernel):
         return nf_cpu.transposed_product(g, kernel), None
-    decoded = kernel.decoded_after(g)
+    decoded = kernel.materialize_after(g)
     like = jax.ShapeDtypeStruct(shape, g.dtype)
     (gradient,) = jax.linear_transpose(lambda x: jnp.matmul(x, decoded), like)(g)
     return gradient, None
@@ -160,7 +160,7 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("jax.experimental.pallas.triton") is not None
 
 
-def _over(lead: Any, fn: Any) -> Any:
+def _vmap_leading(lead: Any, fn: Any) -> Any:
     """``fn`` mapped over leading axes."""
     for _ in lead:
         fn = jax.vmap(fn)

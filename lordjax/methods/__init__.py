@@ -3,7 +3,7 @@
 from typing import Any
 
 from lordjax.methods.base import Factors, Method, Module, ModuleFactors, truncate
-from lordjax.methods.low_rank import SVD_METHODS
+from lordjax.methods.low_rank import LOW_RANK_METHODS
 from lordjax.methods.modular.mlp import SHRINKAGE, mlp_module
 from lordjax.methods.modular.query_key import query_key_module
 from lordjax.methods.modular.value_output import value_output_module
@@ -22,11 +22,11 @@ def _published(summary: str, **mlp: Any) -> Method:
 
 
 METHODS: dict[str, Method] = {
-    **SVD_METHODS,
+    **LOW_RANK_METHODS,
     "modegpt": Method(
         "narrower MLPs, low-rank attention, in the metric of the loss",
-        SVD_METHODS["lord"].factor,
-        SVD_METHODS["lord"].needs,
+        LOW_RANK_METHODS["lord"].factor,
+        LOW_RANK_METHODS["lord"].needs,
         modules={"mlp": _LOSS_MLP},
         allocation="global",
     ),

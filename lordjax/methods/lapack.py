@@ -69,7 +69,7 @@ def leverage_complement(gram: Float[np.ndarray, "n n"], ridge: float) -> Float[n
 def nested_refit(
     gram: Float[np.ndarray, "n n"], kernel: Float[np.ndarray, "n m"], ridge: float = JITTER
 ) -> tuple[Float[np.ndarray, "n n"], Float[np.ndarray, "n m"]]:
-    """`column_selection.nested_refit` in float32; overwrites ``gram`` and a ``kernel`` in order F."""
+    """`column_selection.nested_refit` in float32; destroys ``gram`` (and an order-F ``kernel``)."""
     cholesky(gram, ridge, own_unit(gram.diagonal()))
     right = blas.dtrmm(1.0, gram.T, kernel, lower=0, overwrite_b=1)
     del kernel
@@ -101,7 +101,7 @@ def elimination_order(
     order = np.full(n, -1, np.int32)
     if not np.isfinite(gram.diagonal()).all():
         return np.arange(n, dtype=np.int32)
-    left = _Left(gram, kernel, floor)
+    left = _Remaining(gram, kernel, floor)
     at, count, near = n, n % block or block, 2 * block - -n % block
     while at:
         order[at - count : at] = left.remove(count, near)[::-1]
@@ -116,7 +116,7 @@ def _invert(gram: Float[np.ndarray, "n n"], ridge: float) -> None:
     lapack.dpotri(gram.T, lower=0, overwrite_c=1)
 
 
-class _Left:
+class _Remaining:
     """Columns that are left, and their part of the inverse and of the refit kernel."""
 
     def __init__(self, inverse: np.ndarray, kernel: np.ndarray, floor: np.ndarray):
@@ -124,7 +124,7 @@ class _Left:
         self._names = np.arange(len(inverse))
         self._alive = np.ones(len(inverse), bool)
         self._diagonal = inverse.diagonal().copy()
-        self._norms = _squares(kernel)
+        self._norms = _squared_norms(kernel)
         self._rows = np.zeros((0, len(inverse)))  # B of what is pending
 
     def remove(self, count: int, near: int) -> np.ndarray:
@@ -136,7 +136,7 @@ class _Left:
         upper, lower = np.maximum(*(pair := np.ix_(among, among))), np.minimum(*pair)
         pending = self._rows[:, among]
         inner = self._inverse[upper, lower] - pending.T @ pending
-        drop = among[_cheapest(inner, own @ own.T, self._floor[among], count)]
+        drop = among[_removal_order(inner, own @ own.T, self._floor[among], count)]
         rows = self._columns(drop)
         root = np.linalg.cholesky(rows[:, drop])
         rows = np.linalg.solve(root, rows)
@@ -147,7 +147,7 @@ class _Left:
         self._rows = np.concatenate([self._rows, rows])
         names = self._names[drop]
         if len(self._rows) >= PENDING:
-            self._settle()
+            self._apply_pending()
         return names
 
     def _columns(self, at: np.ndarray) -> np.ndarray:
@@ -162,14 +162,14 @@ class _Left:
         rows, target = (a.astype(self._kernel.dtype) for a in (rows, target))
         for p, q in panels(len(self._kernel)):
             self._kernel[p:q] -= rows[:, p:q].T @ target
-            self._norms[p:q] = _squares(self._kernel[p:q])
+            self._norms[p:q] = _squared_norms(self._kernel[p:q])
 
-    def _settle(self) -> None:
+    def _apply_pending(self) -> None:
         """Carries out what is pending, and moves together what is left if that is much less."""
         blas.dsyrk(-1.0, self._rows.T, 1.0, self._inverse.T, lower=0, overwrite_c=1)
         keep = np.flatnonzero(self._alive)
         if len(keep) <= SHRINK * len(self._alive):
-            self._inverse = _moved(self._inverse, keep)
+            self._inverse = _compact(self._inverse, keep)
             for p, q in panels(len(keep)):
                 self._kernel[p:q] = self._kernel[keep[p:q]]
             self._kernel = self._kernel[: len(keep)]
@@ -178,12 +178,12 @@ class _Left:
         self._rows = np.zeros((0, len(self._inverse)))
 
 
-def _squares(rows: np.ndarray) -> np.ndarray:
+def _squared_norms(rows: np.ndarray) -> np.ndarray:
     """Squared norms of rows."""
     return np.einsum("ij,ij->i", rows, rows).astype(np.float64)
 
 
-def _moved(a: Float[np.ndarray, "n n"], keep: Int[np.ndarray, "k"]) -> Float[np.ndarray, "k k"]:
+def _compact(a: Float[np.ndarray, "n n"], keep: Int[np.ndarray, "k"]) -> Float[np.ndarray, "k k"]:
     """Some rows and columns of a lower triangle, at the beginning of its memory."""
     flat, k = a.reshape(-1), len(keep)
     for i, row in enumerate(keep):  # never behind what is still to be read
@@ -191,7 +191,9 @@ def _moved(a: Float[np.ndarray, "n n"], keep: Int[np.ndarray, "k"]) -> Float[np.
     return flat[: k * k].reshape(k, k)
 
 
-def _cheapest(inverse: np.ndarray, products: np.ndarray, floor: np.ndarray, count: int) -> list:
+def _removal_order(
+    inverse: np.ndarray, products: np.ndarray, floor: np.ndarray, count: int
+) -> list:
     """Of a few columns those whose removal costs least, each after those before it.
 
     Args:

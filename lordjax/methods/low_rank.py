@@ -46,14 +46,14 @@ from lordjax.methods.linalg import mm
 ASVD_ALPHA = 0.5  # ASVD's published exponent on the mean magnitude
 
 
-def _outputs(kernel: Array, stats: Mapping[str, Any], centred: bool) -> Float[Array, "m m"]:
+def _output_moment(kernel: Array, stats: Mapping[str, Any], centred: bool) -> Float[Array, "m m"]:
     """Second moment (or covariance) of the outputs, from the inputs' or from the outputs' own."""
     moments = stats.get("output") or stats["input"]
     matrix = moments.covariance() if centred else moments.second_moment()
     return matrix if "output" in stats else mm(kernel.T, matrix, kernel)
 
 
-def _diagonal(weights: Float[Array, "in"], kernel: Array) -> Float[Array, "m m"]:
+def _diagonal_moment(weights: Float[Array, "in"], kernel: Array) -> Float[Array, "m m"]:
     """``Kᵀ diag(weights) K``."""
     return mm((kernel * weights[:, None]).T, kernel)
 
@@ -86,11 +86,11 @@ def factor(
         case "identity":
             outputs = mm(narrow.T, narrow)
         case "row_fisher":
-            outputs = _diagonal(stats["row_fisher"], narrow)
+            outputs = _diagonal_moment(stats["row_fisher"], narrow)
         case "abs_mean":
-            outputs = _diagonal(stats["abs_mean"].mean() ** (2 * ASVD_ALPHA), narrow)
+            outputs = _diagonal_moment(stats["abs_mean"].mean() ** (2 * ASVD_ALPHA), narrow)
         case "moments" | "covariance":
-            outputs = _outputs(narrow, stats, centred=inputs == "covariance")
+            outputs = _output_moment(narrow, stats, centred=inputs == "covariance")
         case _:
             raise ValueError(f"unknown input statistic {inputs!r}")
     metric = stats["gradients"].second_moment() if gradient_metric else None
@@ -116,7 +116,9 @@ def _means(kernel: Array, left: Array, right: Array, stats: Mapping[str, Any]) -
     return {"mean_out": out, "mean_in": mm(mean, left)[0]}
 
 
-def _row(summary: str, inputs: str, needs: tuple[str, ...] = ("moments",), **kwargs: Any) -> Method:
+def _method(
+    summary: str, inputs: str, needs: tuple[str, ...] = ("moments",), **kwargs: Any
+) -> Method:
     method = {k: kwargs.pop(k) for k in ("allocation", "prefix", "exceptions") if k in kwargs}
     return Method(
         summary,
@@ -127,31 +129,31 @@ def _row(summary: str, inputs: str, needs: tuple[str, ...] = ("moments",), **kwa
     )
 
 
-SVD_METHODS: dict[str, Method] = {
-    "svd": _row("truncated SVD of the weights, no data", "identity", ()),
-    "fwsvd": _row("rows weighted by Fisher information", "row_fisher", ("row_fisher",)),
-    "asvd": _row("rows weighted by mean activation magnitude", "abs_mean", ("abs_mean",)),
-    "svd-llm": _row("whitened by the activations, uniform ranks", "moments"),
-    "lord": _row(
+LOW_RANK_METHODS: dict[str, Method] = {
+    "svd": _method("truncated SVD of the weights, no data", "identity", ()),
+    "fwsvd": _method("rows weighted by Fisher information", "row_fisher", ("row_fisher",)),
+    "asvd": _method("rows weighted by mean activation magnitude", "abs_mean", ("abs_mean",)),
+    "svd-llm": _method("whitened by the activations, uniform ranks", "moments"),
+    "lord": _method(
         "PCA of outputs in the metric of the loss, global ranks",
         "moments",
         ("moments", "gradients"),
         gradient_metric=True,
         allocation="global",
     ),
-    "lord-linear": _row("PCA of outputs, no bias: LoRD's linear variant", "moments"),
-    "lord-affine": _row(
+    "lord-linear": _method("PCA of outputs, no bias: LoRD's linear variant", "moments"),
+    "lord-affine": _method(
         "PCA of centred outputs with a bias: LoRD as published",
         "covariance",
         bias=True,
     ),
-    "lord-centred": _row(
+    "lord-centred": _method(
         "PCA of centred outputs with a bias, values uncentred",
         "covariance",
         bias=True,
         exceptions={"attention/v": "lord-linear"},
     ),
-    "rom": _row(
+    "rom": _method(
         "PCA of centred outputs, last blocks, on the compressed prefix: ROM as published",
         "covariance",
         allocation="last-k",

@@ -117,10 +117,17 @@ def measure(
     packed = nbytes((quantized, low_rank)) + moved
     copies = [dense] if interpret else [dense + i for i in range(4)]
     ways = [
-        ("dense", nf_gpu_autotune.seconds(jnp.matmul, x, copies), dense.nbytes + moved, x @ dense)
+        (
+            "dense",
+            nf_gpu_autotune.time_per_call(jnp.matmul, x, copies),
+            dense.nbytes + moved,
+            x @ dense,
+        )
     ]
     if interpret or jax.default_backend() == "gpu":
-        times = nf_gpu_autotune.measure(nf_gpu_autotune.Case.of(x, quantized, low_rank), interpret)
+        times = nf_gpu_autotune.time_tiles(
+            nf_gpu_autotune.Case.for_operands(x, quantized, low_rank), interpret
+        )
         ways.append(("XLA", times.pop(None), packed, nf_gpu.decoded(x, quantized, low_rank)))
         tile = min(times, key=lambda tile: times[tile])
         y = nf_gpu.matmul(x, quantized, low_rank, tile=tile, interpret=interpret)
@@ -129,7 +136,9 @@ def measure(
         kernel = quantized if low_rank is None else LowRankPlusQuantized(quantized, low_rank)
         whole = functools.partial(_whole, low_rank)
         for name, way, operand in (("whole", whole, quantized), ("in tiles", product, kernel)):
-            ways.append((name, nf_gpu_autotune.seconds(way, x, [operand]), packed, way(x, operand)))
+            ways.append(
+                (name, nf_gpu_autotune.time_per_call(way, x, [operand]), packed, way(x, operand))
+            )
     return [
         {
             "shape": "x".join(map(str, shape)),

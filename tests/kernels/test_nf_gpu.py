@@ -23,7 +23,7 @@ from lordjax.scripts.benchmarks.kernels import main
 
 # Unit roundoff; a result in bfloat16 is rounded once, and so are the weights and x @ left.
 TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-2, "float16": 1e-3}
-ONE, FEW = Tile(1, 16, groups=16, splits=2), Tile(16, 32, groups=16)
+ONE, FEW = Tile(1, 16, word_groups=16, splits=2), Tile(16, 32, word_groups=16)
 
 
 @pytest.fixture(autouse=True)
@@ -88,9 +88,9 @@ def test_dtypes(dtype, rows):
 
 @pytest.mark.parametrize("gather", [True, False])
 def test_levels_may_be_read_or_selected(gather):
-    tile = Tile(16, 16, groups=16, gather=gather)
+    tile = Tile(16, 16, word_groups=16, gather=gather)
     y = interpreted(normal(3, (4, 96)), quantized(), tile=tile)
-    other = interpreted(normal(3, (4, 96)), quantized(), tile=Tile(16, 16, groups=16))
+    other = interpreted(normal(3, (4, 96)), quantized(), tile=Tile(16, 16, word_groups=16))
     assert (y == other).all()
 
 
@@ -216,7 +216,7 @@ def test_tiles_that_no_gpu_takes_are_refused(sizes):
 
 def tiles(case):
     """As if a tile had been the fastest."""
-    return Tile(16, 16, groups=16)
+    return Tile(16, 16, word_groups=16)
 
 
 @pytest.fixture

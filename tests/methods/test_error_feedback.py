@@ -9,9 +9,9 @@ from lordjax.kernels import normal_float
 from lordjax.methods.quantized.error_feedback import (
     BLOCK,
     DAMPING,
-    SHARES,
-    best_shares,
-    feedback_of,
+    CLIP_RATIOS,
+    best_clip_ratios,
+    make_feedback,
     quantize,
 )
 
@@ -51,13 +51,13 @@ def loss(error, h):
 @every_shape
 def test_factors_of_the_second_moment(shape):
     h = moment(shape[0])
-    found = feedback_of(h)
+    found = make_feedback(h)
     order, upper = np.asarray(found.order), np.asarray(found.upper, np.float64)
     assert sorted(order) == list(range(shape[0]))
     assert (np.diff(np.diag(np.asarray(h))[order]) <= 0).all()
     np.testing.assert_allclose(np.diag(upper), 1, atol=1e-6)
     assert not np.tril(upper, -1).any()
-    prices = np.asarray(found.prices, np.float64)
+    prices = np.asarray(found.error_weights, np.float64)
     rebuilt = upper * prices[order][None] @ upper.T
     wanted = damped(h)[order][:, order]
     np.testing.assert_allclose(rebuilt, wanted, atol=1e-5 * np.abs(wanted).max())
@@ -69,11 +69,11 @@ def test_factors_of_the_second_moment(shape):
 def test_errors_are_rounding_errors_at_their_own_prices(shape):
     """tr(Eᵀ H E) = Σ D_k |z_k - Q_k|²; z_k - Q_k is row k of Uᵀ E."""
     kernel, h = matrix(shape), moment(shape[0])
-    feedback = feedback_of(h)
+    feedback = make_feedback(h)
     error = missed(kernel, feedback)
     order = np.asarray(feedback.order)
     rounding = np.asarray(feedback.upper, np.float64).T @ error[order]
-    prices = np.asarray(feedback.prices, np.float64)[order]
+    prices = np.asarray(feedback.error_weights, np.float64)[order]
     assert np.sum(prices[:, None] * rounding**2) == pytest.approx(loss(error, damped(h)), rel=1e-4)
     # And each is what rounding one number leaves: half a gap of the levels at most.
     gaps = np.diff(normal_float.levels(FORM.bits)).max() / 2
@@ -102,7 +102,7 @@ def gptq(kernel, h, order, scales, form):
 @every_shape
 def test_it_is_gptq(shape):
     kernel, h = matrix(shape), moment(shape[0])
-    feedback = feedback_of(h)
+    feedback = make_feedback(h)
     found = codes_of(kernel.T, FORM, feedback)
     scales = normal_float.dequantize_scales(found.scales, found.supers, found.offset, FORM)
     scales = np.repeat(np.asarray(scales), FORM.block)[: kernel.size].reshape(shape[::-1]).T
@@ -118,7 +118,7 @@ def test_it_is_gptq(shape):
 def test_independent_inputs_are_rounded_one_by_one(shape):
     kernel = matrix(shape)
     for diagonal in (jnp.ones(shape[0]), jnp.arange(1.0, shape[0] + 1)):
-        found = codes_of(kernel.T, FORM, feedback_of(jnp.diag(diagonal)))
+        found = codes_of(kernel.T, FORM, make_feedback(jnp.diag(diagonal)))
         nearest = normal_float.round_to(kernel.T.reshape(-1), found, FORM)
         np.testing.assert_array_equal(found.codes, nearest.codes)
 
@@ -128,7 +128,7 @@ def test_independent_inputs_are_rounded_one_by_one(shape):
 def test_less_is_lost(shape, bits):
     kernel, h = matrix(shape), moment(shape[0])
     form = normal_float.Format(bits, 8, "float32", 16, 16)
-    fed_back = loss(missed(kernel, feedback_of(h), form), h)
+    fed_back = loss(missed(kernel, make_feedback(h), form), h)
     assert fed_back < 0.8 * loss(missed(kernel, None, form), h)
 
 
@@ -137,8 +137,8 @@ def test_less_is_lost(shape, bits):
 def test_scales_lose_least_at_the_prices(shape, bits):
     """No other share of all blocks' magnitudes would do better; 2 bits want smaller ones than 4."""
     kernel, form = matrix(shape), normal_float.Format(bits, 8, "float32", 16, 16)
-    feedback = feedback_of(moment(shape[0]))
-    flat, prices = kernel.T.reshape(-1), np.tile(feedback.prices, shape[1])
+    feedback = make_feedback(moment(shape[0]))
+    flat, prices = kernel.T.reshape(-1), np.tile(feedback.error_weights, shape[1])
     largest = normal_float.block_scales(flat, form.block)
 
     def at(shares):
@@ -146,9 +146,9 @@ def test_scales_lose_least_at_the_prices(shape, bits):
         codes = normal_float.nearest(flat / scales, bits)
         return float(np.sum(prices * (flat - normal_float.lookup(codes, bits) * scales) ** 2))
 
-    shares = np.asarray(best_shares(kernel.T, form, feedback))
-    assert set(shares) <= set(np.float32(SHARES))
-    assert at(shares) <= min(at(np.float32(share)) for share in SHARES) * (1 + 1e-5)
+    shares = np.asarray(best_clip_ratios(kernel.T, form, feedback))
+    assert set(shares) <= set(np.float32(CLIP_RATIOS))
+    assert at(shares) <= min(at(np.float32(share)) for share in CLIP_RATIOS) * (1 + 1e-5)
     assert at(shares) < 0.95 * at(np.float32(1))
     found = codes_of(kernel.T, form, feedback)
     decoded = normal_float.dequantize_scales(found.scales, found.supers, found.offset, form)
@@ -159,8 +159,8 @@ def test_scales_lose_least_at_the_prices(shape, bits):
 def test_inputs_that_never_fire_and_kernels_of_zeros():
     shape = SHAPES[0]
     h = moment(shape[0]).at[5].set(0).at[:, 5].set(0)
-    assert np.isfinite(missed(matrix(shape), feedback_of(h))).all()
-    assert not missed(jnp.zeros(shape), feedback_of(h)).any()
+    assert np.isfinite(missed(matrix(shape), make_feedback(h))).all()
+    assert not missed(jnp.zeros(shape), make_feedback(h)).any()
 
 
 @pytest.mark.parametrize("block", [16, 48, 64, 1000])
@@ -168,4 +168,4 @@ def test_blocks_may_cross_outputs(block):
     """Runs that share a scale need not divide the number of inputs."""
     shape, form = (40, 30), normal_float.Format(4, 8, "float32", block, 16)
     kernel, h = matrix(shape), moment(shape[0])
-    assert loss(missed(kernel, feedback_of(h), form), h) < loss(missed(kernel, None, form), h)
+    assert loss(missed(kernel, make_feedback(h), form), h) < loss(missed(kernel, None, form), h)

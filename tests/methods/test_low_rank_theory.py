@@ -9,7 +9,7 @@ from lordjax.allocation.plan import SiteSize
 from lordjax.calibration.statistics import AbsMean, Moments
 from lordjax.compression.sequential import _regress
 from lordjax.methods import METHODS, linalg, truncate
-from lordjax.methods.low_rank import SVD_METHODS
+from lordjax.methods.low_rank import LOW_RANK_METHODS
 
 
 @pytest.fixture(autouse=True)
@@ -285,7 +285,7 @@ def test_isotropic_gradients_make_lord_linear():
     )
 
 
-@pytest.mark.parametrize("method", sorted(SVD_METHODS))
+@pytest.mark.parametrize("method", sorted(LOW_RANK_METHODS))
 @pytest.mark.parametrize("shape", SHAPES)
 def test_full_rank_reproduces(method, shape):
     kernel, x = problem(shape)
@@ -330,7 +330,7 @@ def test_corrective_bias_meets_the_untouched_mean():
 def test_dead_layer_and_singular_metric_are_finite():
     kernel, x = problem((30, 20))
     zero = np.zeros_like(x)
-    for method in SVD_METHODS:
+    for method in LOW_RANK_METHODS:
         for inputs, gradients in ((zero, None), (x, np.zeros((5, 20))), (zero, np.zeros((5, 20)))):
             new, _, factors = run(method, kernel, inputs, 4, gradients=gradients)
             assert np.isfinite(new).all()

@@ -19,10 +19,10 @@ from lordjax.methods.quantized.best_product import (
     best_product,
     start_basis,
 )
-from lordjax.methods.quantized.error_feedback import feedback_of
+from lordjax.methods.quantized.error_feedback import make_feedback
 from lordjax.methods.quantized.lq import _decompose, decompose, decompose_all
 from lordjax.methods.quantized.predicted_loss import predict
-from lordjax.methods.quantized.weightings import Weights, cost_of
+from lordjax.methods.quantized.weightings import Weights, make_weights
 from lordjax.models import ModelConfig, init
 
 SHAPE = (48, 40)
@@ -48,7 +48,7 @@ def positive(n, seed):
 
 
 def fisher_weights(fisher):
-    return cost_of(None, {"fisher": fisher})
+    return make_weights(None, {"fisher": fisher})
 
 
 def product(target, rank, weights, width=WIDTH):
@@ -114,7 +114,7 @@ WEIGHTINGS = {
     "none": Weights,
     "fisher": lambda: fisher_weights(positive(SHAPE, 3)),
     "both": lambda: Weights(moment(), positive(SHAPE[1], 2)),
-    "feedback": lambda: Weights(moment(), positive(SHAPE[1], 2), None, feedback_of(moment())),
+    "feedback": lambda: Weights(moment(), positive(SHAPE[1], 2), None, make_feedback(moment())),
 }
 every_weighting = pytest.mark.parametrize("weighting", WEIGHTINGS)
 
@@ -229,11 +229,11 @@ def test_the_best_iterate_is_returned(weighting):
     found = run(kernel, WIDTH, weights)
     start, _ = product(kernel - quantized(kernel), WIDTH, weights)
     leftover = kernel - quantized(kernel) - jnp.asarray(start, jnp.float32)
-    candidates = [*np.asarray(found.history), float(weights.measure(leftover))]
+    candidates = [*np.asarray(found.history), float(weights.weighted_error(leftover))]
     assert found.history.shape == (5,)
     assert float(found.error) == pytest.approx(min(candidates), rel=1e-3)
     assert float(found.error) == pytest.approx(measured(kernel, found, weights), rel=1e-3)
-    assert float(found.total) == pytest.approx(float(weights.measure(kernel)), rel=1e-5)
+    assert float(found.total) == pytest.approx(float(weights.weighted_error(kernel)), rel=1e-5)
 
 
 @every_weighting
@@ -242,7 +242,7 @@ def test_never_worse_than_the_codes_alone(weighting):
     for rank in (0, 1, 3, WIDTH):
         for seed in (0, 1):
             kernel = matrix(seed)
-            alone = float(weights.measure(kernel - quantized(kernel)))
+            alone = float(weights.weighted_error(kernel - quantized(kernel)))
             assert float(run(kernel, rank, weights).error) <= alone * (1 + 1e-5)
 
 
@@ -282,7 +282,7 @@ def test_a_search_from_a_sorted_basis_stays_sorted():
     lefts = []
     for sort in (True, False):
         found = best(near, jnp.asarray(4), weights, start, sort=sort, **fixed)
-        lefts.append(float(weights.measure(near - found.left @ found.right)))
+        lefts.append(float(weights.weighted_error(near - found.left @ found.right)))
         rest = float(found.total - found.energies[:4].sum())
         assert lefts[-1] == pytest.approx(rest, rel=1e-3)
     assert lefts[1] == pytest.approx(lefts[0], rel=1e-2)
@@ -331,7 +331,7 @@ def test_predictions_bound_what_is_reached(weighting):
         0
     ]
     assert predicted.shape == (WIDTH + 1,)
-    codes = float(weights.measure(kernel - quantized(kernel)))
+    codes = float(weights.weighted_error(kernel - quantized(kernel)))
     assert predicted[0] == pytest.approx(codes, rel=1e-5)
     assert (np.diff(predicted) < 0).all()
     slack = 1.05 if weighting == "fisher" else 1 + 1e-4  # its shares are approximate
@@ -354,7 +354,7 @@ def test_predictions_with_feedback_are_near_what_is_reached():
     kernel, ranks = matrix(shape=(192, 160)), (0, 4, 8)
     # Each input close to the one before: the price of most errors is a fifth of their own.
     h = jnp.asarray(0.9 ** np.abs(np.subtract.outer(np.arange(192), np.arange(192))), jnp.float32)
-    weights = Weights(h, positive(160, 2), None, feedback_of(h))
+    weights = Weights(h, positive(160, 2), None, make_feedback(h))
     forms = (normal_float.Format(2, 8, "float32", 16, 16), FORM, None)
     coarse, predicted, alone = np.asarray(predict(kernel, weights, forms=forms, ranks=ranks))
     assert (coarse > predicted).all()

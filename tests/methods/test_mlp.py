@@ -9,7 +9,7 @@ from problems import gradients, metric, mlp_problem, moments
 
 from lordjax.compression.site_factors import factor_program
 from lordjax.methods import column_selection, linalg
-from lordjax.methods.modular.mlp import RIDGE, SHRINKAGE, mlp, narrow_mlp
+from lordjax.methods.modular.mlp import RIDGE, SHRINKAGE, mlp, prune_mlp
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -20,7 +20,7 @@ SCORES = ("leverage", "elimination", "energy", "random")
 def run_mlp(z, kernels, width, score="leverage", **options):
     stats = {"moments": moments(z), **options.pop("stats", {})}
     factors = mlp({n: jnp.asarray(a) for n, a in kernels.items()}, stats, score=score, **options)
-    return factors, narrow_mlp(kernels, factors, width)
+    return factors, prune_mlp(kernels, factors, width)
 
 
 def mlp_error(z, kernels, factors, new, m=None):
@@ -219,7 +219,7 @@ def test_a_duplicate_costs_nothing_and_the_dead_go_first(score):
     assert float(factors.spectrum[-1]) == pytest.approx(0, abs=1e-4)
     assert len({3, 5} & set(order[:22])) >= 1
     assert float(factors.spectrum[22:].sum()) < 1e-4 * float(factors.spectrum.sum())
-    assert np.isfinite(narrow_mlp(kernels, factors, 24 - 1)["down"]).all()
+    assert np.isfinite(prune_mlp(kernels, factors, 24 - 1)["down"]).all()
 
 
 @pytest.mark.parametrize("n", [1, 256, 257, 700])

@@ -12,7 +12,7 @@ from problems import (
     qk_problem,
 )
 
-from lordjax.methods.modular.query_key import narrow_query_key, query_key
+from lordjax.methods.modular.query_key import prune_query_key, query_key
 from lordjax.models.rope import rotate
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -30,7 +30,7 @@ def run_qk(x, kernels, width, positions=None, **options):
         "keys": heads(project(x, kernels, "k", positions)),
     }
     factors = query_key({n: jnp.asarray(a) for n, a in kernels.items()}, stats, **options)
-    return factors, narrow_query_key(kernels, factors, width)
+    return factors, prune_query_key(kernels, factors, width)
 
 
 @pytest.mark.parametrize("per_group", [1, 2])

@@ -153,8 +153,8 @@ def test_jobs_take_turns_on_the_devices():
     devices = mesh.make_mesh({"data": 4})
     double = jax.jit(lambda x: 2 * x)
     jobs = [np.full(3, float(i), np.float32) for i in range(6)]
-    shares = mesh.share_tasks(dict.fromkeys(range(6), 1.0), 4)
-    found = [(jobs[k], y) for k, y in mesh.map_kernels(lambda k: double(jobs[k]), shares, devices)]
+    shares = mesh.assign_tasks(dict.fromkeys(range(6), 1.0), 4)
+    found = [(jobs[k], y) for k, y in mesh.run_tasks(lambda k: double(jobs[k]), shares, devices)]
     assert [float(job[0]) for job, _ in found] == list(range(6))
     for job, out in found:
         np.testing.assert_array_equal(out, 2 * job)
@@ -163,7 +163,7 @@ def test_jobs_take_turns_on_the_devices():
 
 
 def test_devices_that_share_cores_take_turns():
-    """Programs of several CPU devices at once make mistakes (`mesh.map_kernels`)."""
+    """Programs of several CPU devices at once make mistakes (`mesh.run_tasks`)."""
     slow, before, made = jax.jit(lambda x: jax.lax.fori_loop(0, 300, lambda i, y: x @ y, x)), [], []
 
     def run(k):
@@ -171,8 +171,8 @@ def test_devices_that_share_cores_take_turns():
         made.append(slow(np.eye(200, dtype=np.float32) * k))
         return made[-1]
 
-    shares = mesh.share_tasks(dict.fromkeys(range(8), 1.0), 4)
-    assert len(list(mesh.map_kernels(run, shares, FOUR()))) == 8
+    shares = mesh.assign_tasks(dict.fromkeys(range(8), 1.0), 4)
+    assert len(list(mesh.run_tasks(run, shares, FOUR()))) == 8
     assert all(before)
 
 
@@ -185,7 +185,7 @@ def test_devices_that_share_cores_take_turns():
     ],
 )
 def test_the_largest_job_goes_to_the_device_with_the_least(costs, sums):
-    shares = mesh.share_tasks(dict(enumerate(costs)), 4)
+    shares = mesh.assign_tasks(dict(enumerate(costs)), 4)
     assert sorted(job for share in shares for job in share) == list(range(len(costs)))
     for share in shares:
         assert [costs[k] for k in share] == sorted((costs[k] for k in share), reverse=True)
@@ -200,9 +200,9 @@ def test_devices_factor_equally_much(monkeypatch):
 
     def seen(run, shares, devices):
         given.append(shares)
-        return mesh.map_kernels(run, shares, devices)
+        return mesh.run_tasks(run, shares, devices)
 
-    monkeypatch.setattr(single_pass, "map_kernels", seen)
+    monkeypatch.setattr(single_pass, "run_tasks", seen)
     config = dataclasses.replace(MODEL.config, num_layers=6)
     compress(random_model(config), TOKENS, method="modegpt", keep=0.6, mesh=FOUR())
     job = CompressionSpec(config, "modegpt", *TOKENS.shape, meshed=True)

@@ -196,25 +196,25 @@ def test_wrong_arguments_are_one_line(model, tmp_path):
 
 
 def test_nobody_and_somebody_at_the_address(monkeypatch):
-    monkeypatch.setattr(multihost, "PATIENCE", 0.0)
+    monkeypatch.setattr(multihost, "CONNECT_TIMEOUT", 0.0)
     port = free_port()
     with pytest.raises(ConnectionError, match="process 0 cannot be reached"):
-        multihost._reach(f"127.0.0.1:{port}", own=False)
-    multihost._reach(f"127.0.0.1:{port}", own=True)
+        multihost._check_address(f"127.0.0.1:{port}", own=False)
+    multihost._check_address(f"127.0.0.1:{port}", own=True)
     with socket.socket() as there:
         there.bind(("", 0))
         there.listen()
         port = there.getsockname()[1]
         with pytest.raises(ConnectionError, match=f"port {port} of this machine cannot be used"):
-            multihost._reach(f"127.0.0.1:{port}", own=True)
-        multihost._reach(f"127.0.0.1:{port}", own=False)
+            multihost._check_address(f"127.0.0.1:{port}", own=True)
+        multihost._check_address(f"127.0.0.1:{port}", own=False)
 
 
 def told(monkeypatch, number, others):
     """Has this process be one of two; ``others`` says what the other one tells."""
-    monkeypatch.setattr(multihost, "process", lambda: number)
+    monkeypatch.setattr(multihost, "process_index", lambda: number)
     monkeypatch.setattr(
-        multihost, "tell", lambda own: [own, others] if number == 0 else [others, own]
+        multihost, "all_gather_json", lambda own: [own, others] if number == 0 else [others, own]
     )
 
 

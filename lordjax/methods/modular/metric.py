@@ -20,7 +20,9 @@ RANK_TOLERANCE = 1e-12  # eigenvalues of a head's second moment below this share
 Arrays = Mapping[str, Array]
 
 
-def metric(stats: Mapping[str, Any]) -> Callable[[Float[Array, "n m"]], Float[Array, "n m"]]:
+def gradient_metric(
+    stats: Mapping[str, Any],
+) -> Callable[[Float[Array, "n m"]], Float[Array, "n m"]]:
     """Rows times a root of the gradient metric M; as they are without gradients."""
     if "gradients" not in stats:
         return lambda rows: rows
@@ -28,7 +30,7 @@ def metric(stats: Mapping[str, Any]) -> Callable[[Float[Array, "n m"]], Float[Ar
     return lambda rows: mm(rows, root)
 
 
-def dropped(effects: Float[Array, "n n"]) -> Float[Array, "n"]:
+def drop_errors(effects: Float[Array, "n n"]) -> Float[Array, "n"]:
     """Increments, at least 0, of ``Σ_{i,j≥k} effects[i, j]``: the error of dropping all from k on.
 
     An increment below 0 says that dropping more does better; such a width is not offered.
@@ -38,17 +40,17 @@ def dropped(effects: Float[Array, "n n"]) -> Float[Array, "n"]:
     return jnp.diff(jax.lax.cummax(errors))[::-1]
 
 
-def double(a: Any) -> np.ndarray:
+def to_float64(a: Any) -> np.ndarray:
     """Returns an array as float64 on the host."""
     return np.asarray(a, np.float64)
 
 
-def diagonals(c: Float[Array, "n d d"]) -> Float[Array, "n d"]:
-    """Returns the diagonals of a stack of square matrices."""
+def batched_diagonal(c: Float[Array, "n d d"]) -> Float[Array, "n d"]:
+    """Returns the batched_diagonal of a stack of square matrices."""
     return jnp.diagonal(c, axis1=1, axis2=2)
 
 
-def bmm(*factors: Array) -> Array:
+def batched_matmul(*factors: Array) -> Array:
     """Returns the batched product of several stacks of matrices, at full precision."""
     return functools.reduce(lambda a, b: jnp.matmul(a, b, precision="highest"), factors)
 

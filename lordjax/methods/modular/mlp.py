@@ -43,7 +43,7 @@ from lordjax.methods import column_selection
 from lordjax.methods.base import Module, ModuleFactors
 from lordjax.methods.linalg import mm
 from lordjax.methods.modular import mlp_on_host
-from lordjax.methods.modular.metric import Arrays, double, dropped, metric
+from lordjax.methods.modular.metric import Arrays, drop_errors, gradient_metric, to_float64
 
 RIDGE = 1e-4  # of the leverage scores, relative to the mean energy of a column
 # Ridge λ of an MLP's fit, of every neuron's own energy, in neurons per token. That shrinks the
@@ -85,7 +85,7 @@ def mlp(
     """
     moments, down = stats["moments"], kernels["down"]
     gram = _gram(moments, intercept)
-    weigh = metric(stats)
+    weigh = gradient_metric(stats)
     shrunk = jnp.maximum(column_selection.JITTER, shrinkage * len(down) / moments.count)
     match score:
         case "leverage":
@@ -106,7 +106,7 @@ def mlp(
         spectrum = jnp.sum(weigh(parts["right"]) ** 2, axis=1) / (1 + shrunk)
     else:
         rows = weigh(down)
-        spectrum = dropped(gram * mm(rows, rows.T))
+        spectrum = drop_errors(gram * mm(rows, rows.T))
     if intercept:
         parts["mean"] = moments.mean[order]
     return ModuleFactors(spectrum, parts)
@@ -116,7 +116,7 @@ def _gram(moments: Any, centred: bool) -> Float[Array, "n n"]:
     return moments.covariance() if centred else moments.second_moment()
 
 
-def narrow_mlp(kernels: Arrays, factors: ModuleFactors, width: int) -> dict[str, np.ndarray]:
+def prune_mlp(kernels: Arrays, factors: ModuleFactors, width: int) -> dict[str, np.ndarray]:
     """The MLP with ``width`` neurons."""
     parts = factors.parts
     kept = np.asarray(parts["order"])[:width]
@@ -130,7 +130,7 @@ def narrow_mlp(kernels: Arrays, factors: ModuleFactors, width: int) -> dict[str,
     if "lower" in parts:
         new["down"] = column_selection.refit(parts["lower"], parts["right"], width)
     if "mean" in parts:
-        mean, down = double(parts["mean"]), double(down)
+        mean, down = to_float64(parts["mean"]), to_float64(down)
         new["out_bias"] = mean @ down[parts["order"]] - mean[:width] @ new["down"]
     return new
 
@@ -148,4 +148,4 @@ def mlp_module(needs: tuple[str, ...], **options: Any) -> Module:
         own = {name: value for name, value in options.items() if name != "fit"}
         run = functools.partial(mlp_on_host.mlp, ridge=RIDGE, **own)
         host = {"host": run, "host_work": functools.partial(mlp_on_host.work, score=score)}
-    return Module(functools.partial(mlp, **options), narrow_mlp, needs, bias=bias, **host)
+    return Module(functools.partial(mlp, **options), prune_mlp, needs, bias=bias, **host)

@@ -14,11 +14,11 @@ from jaxtyping import Array, Float, Int
 from lordjax.methods.base import Module, ModuleFactors
 from lordjax.methods.modular.metric import (
     Arrays,
-    bmm,
-    diagonals,
-    double,
-    dropped,
+    batched_diagonal,
+    batched_matmul,
+    drop_errors,
     root_and_pseudo_inverse,
+    to_float64,
 )
 
 
@@ -33,23 +33,28 @@ def query_key(kernels: Arrays, stats: Mapping[str, Any], *, select: bool = False
       select: without rotary positions, keep columns (the paper's) instead of directions.
     """
     queries, keys = stats["queries"].second_moment(), stats["keys"].second_moment()
-    groups, width = keys.shape[:2]
-    queries = jnp.sum(queries.reshape(groups, -1, width, width), axis=1)
+    kv_heads, width = keys.shape[:2]
+    queries = jnp.sum(queries.reshape(kv_heads, -1, width, width), axis=1)
     if "rope_index" in kernels:
         # Of half-split pairs (i, i + d/2); the same before and after the rotation.
-        energy = [jnp.sum(diagonals(c).reshape(groups, 2, -1), axis=1) for c in (queries, keys)]
+        energy = [
+            jnp.sum(batched_diagonal(c).reshape(kv_heads, 2, -1), axis=1) for c in (queries, keys)
+        ]
         order, spectrum = _by_score(energy[0] * energy[1], stats.get("gates"))
         # A step of the width is one column; an error is paid for the pair.
         pairs = jnp.stack([spectrum, jnp.zeros_like(spectrum)], axis=1).reshape(-1)
         return ModuleFactors(pairs, {"order": order})
     if select:
-        order, spectrum = _by_score(diagonals(queries) * diagonals(keys), None)
+        order, spectrum = _by_score(batched_diagonal(queries) * batched_diagonal(keys), None)
         return ModuleFactors(spectrum, {"order": order})
     roots = [jax.vmap(root_and_pseudo_inverse)(c) for c in (queries, keys)]
     (q_root, q_inverse), (k_root, k_inverse) = roots
-    u, values, v = jnp.linalg.svd(bmm(q_root, k_root))
+    u, values, v = jnp.linalg.svd(batched_matmul(q_root, k_root))
     scale = jnp.sqrt(values)[:, None]
-    maps = {"q_map": bmm(q_inverse, u) * scale, "k_map": bmm(k_inverse, v.mT) * scale}
+    maps = {
+        "q_map": batched_matmul(q_inverse, u) * scale,
+        "k_map": batched_matmul(k_inverse, v.mT) * scale,
+    }
     errors = values**2
     if "gates" in stats:
         # In the loss: a direction's share of the logits' energy, of what all of them are worth.
@@ -72,26 +77,26 @@ def _by_score(
         return order, jnp.sum(jnp.take_along_axis(squares, order, axis=1), axis=0)
 
     def errors(fisher: Array, order: Array) -> Array:
-        return dropped(fisher[order][:, order] / 2)
+        return drop_errors(fisher[order][:, order] / 2)
 
     return order, jnp.sum(jax.vmap(errors)(gates.second_moment(), order), axis=0)
 
 
-def narrow_query_key(kernels: Arrays, factors: ModuleFactors, width: int) -> dict[str, np.ndarray]:
+def prune_query_key(kernels: Arrays, factors: ModuleFactors, width: int) -> dict[str, np.ndarray]:
     """Queries and keys of head width ``width``."""
     parts = factors.parts
     host = {name: np.asarray(a) for name, a in kernels.items()}
     names = [name for name in ("q", "k", "q_bias", "k_bias") if name in host]
-    groups, head = host["k"].shape[1:]
+    kv_heads, head = host["k"].shape[1:]
 
     def grouped(name: str) -> np.ndarray:
         """``[..., k, heads per group, d]``."""
         a = host[name]
-        return a.reshape(*a.shape[:-2], groups, -1, head)
+        return a.reshape(*a.shape[:-2], kv_heads, -1, head)
 
     if "order" not in parts:
-        maps = {n: double(parts[f"{n}_map"][..., :width]) for n in ("q", "k")}
-        new = {n: double(grouped(n)) @ maps[n[0]] for n in names}
+        maps = {n: to_float64(parts[f"{n}_map"][..., :width]) for n in ("q", "k")}
+        new = {n: to_float64(grouped(n)) @ maps[n[0]] for n in names}
         return {n: a.reshape(*host[n].shape[:-1], width) for n, a in new.items()}
     order, index = np.asarray(parts["order"]), {}
     if "rope_index" in host:
@@ -104,7 +109,7 @@ def narrow_query_key(kernels: Arrays, factors: ModuleFactors, width: int) -> dic
     for name in names:
         a = grouped(name)
         # The same columns for all heads of a group.
-        at = columns[:, None].reshape((1,) * (a.ndim - 3) + (groups, 1, width))
+        at = columns[:, None].reshape((1,) * (a.ndim - 3) + (kv_heads, 1, width))
         picked = np.take_along_axis(a, at, axis=-1)
         new[name] = picked.reshape(*host[name].shape[:-1], width)
     return new | index
@@ -112,4 +117,4 @@ def narrow_query_key(kernels: Arrays, factors: ModuleFactors, width: int) -> dic
 
 def query_key_module(needs: tuple[str, ...], **options: Any) -> Module:
     """A `Module` of `query_key`."""
-    return Module(functools.partial(query_key, **options), narrow_query_key, needs)
+    return Module(functools.partial(query_key, **options), prune_query_key, needs)

@@ -13,7 +13,13 @@ from jaxtyping import Array, Float
 
 from lordjax.methods import column_selection, linalg
 from lordjax.methods.base import Module, ModuleFactors
-from lordjax.methods.modular.metric import Arrays, bmm, double, metric, root_and_pseudo_inverse
+from lordjax.methods.modular.metric import (
+    Arrays,
+    batched_matmul,
+    gradient_metric,
+    root_and_pseudo_inverse,
+    to_float64,
+)
 
 
 def value_output(kernels: Arrays, stats: Mapping[str, Any], *, fit: bool) -> ModuleFactors:
@@ -31,24 +37,24 @@ def value_output(kernels: Arrays, stats: Mapping[str, Any], *, fit: bool) -> Mod
     """
     o = kernels["o"]
     heads, width, out = o.shape
-    groups = kernels["v"].shape[1]
-    weigh = metric(stats)
-    whole, context = _contexts(kernels, stats, heads, groups, width)
-    weighted = weigh(o.reshape(-1, out)).reshape(groups, -1, width, out)
+    kv_heads = kernels["v"].shape[1]
+    weigh = gradient_metric(stats)
+    whole, context = _contexts(kernels, stats, heads, kv_heads, width)
+    weighted = weigh(o.reshape(-1, out)).reshape(kv_heads, -1, width, out)
     target = jnp.einsum("gjdm,gjem->gde", weighted, weighted, precision="highest")
     square, pseudo = jax.vmap(root_and_pseudo_inverse)(context)
-    values, directions = jax.vmap(linalg.eigh_descending)(bmm(square, target, square))
-    basis, inverse = bmm(pseudo, directions), bmm(directions.mT, square)
+    values, directions = jax.vmap(linalg.eigh_descending)(batched_matmul(square, target, square))
+    basis, inverse = batched_matmul(pseudo, directions), batched_matmul(directions.mT, square)
     norms = jnp.linalg.norm(basis, axis=1)
     norms = jnp.where(norms > 0, norms, 1)
     basis, inverse = basis / norms[:, None], inverse * norms[..., None]
     turned = jnp.einsum(
-        "gde,gjem->gjdm", inverse, o.reshape(groups, -1, width, out), precision="highest"
+        "gde,gjem->gjdm", inverse, o.reshape(kv_heads, -1, width, out), precision="highest"
     ).reshape(o.shape)
     if not fit:
         return ModuleFactors(jnp.sum(values, axis=0), {"basis": basis, "out": turned})
     # Ordered by direction first and head second, so that a width is a prefix.
-    each = jnp.repeat(basis, heads // groups, axis=0)
+    each = jnp.repeat(basis, heads // kv_heads, axis=0)
     gram = jnp.einsum("hdr,hdje,jes->rhsj", each, whole, each, precision="highest")
     gram = gram.reshape(heads * width, -1)
     # Directions in which the values never go have the energy of rounding, of either sign.
@@ -60,7 +66,7 @@ def value_output(kernels: Arrays, stats: Mapping[str, Any], *, fit: bool) -> Mod
 
 
 def _contexts(
-    kernels: Arrays, stats: Mapping[str, Any], heads: int, groups: int, width: int
+    kernels: Arrays, stats: Mapping[str, Any], heads: int, kv_heads: int, width: int
 ) -> tuple[Any, Float[Array, "k d d"]]:
     """Second moment of the mixed values of all heads ``[h, d, h, d]``, and summed over a group.
 
@@ -71,18 +77,18 @@ def _contexts(
     moments = stats["moments"]
     mean = moments.mean
     if "v_bias" in kernels:
-        mean = mean - jnp.repeat(kernels["v_bias"], heads // groups, axis=0).reshape(-1)
+        mean = mean - jnp.repeat(kernels["v_bias"], heads // kv_heads, axis=0).reshape(-1)
     whole = (moments.covariance() + jnp.outer(mean, mean)).reshape(heads, width, heads, width)
     own = jnp.einsum("hdhe->hde", whole)
-    return whole, jnp.sum(own.reshape(groups, -1, width, width), axis=1)
+    return whole, jnp.sum(own.reshape(kv_heads, -1, width, width), axis=1)
 
 
-def narrow_value_output(
+def prune_value_output(
     kernels: Arrays, factors: ModuleFactors, width: int
 ) -> dict[str, np.ndarray]:
     """Values and outputs of head width ``width``; the values' bias moves to the output."""
     parts, heads = factors.parts, len(kernels["o"])
-    v, basis = double(kernels["v"]), double(parts["basis"][..., :width])
+    v, basis = to_float64(kernels["v"]), to_float64(parts["basis"][..., :width])
     new = {"v": (v.transpose(1, 0, 2) @ basis).transpose(1, 0, 2)}
     if "lower" in parts:
         fitted = column_selection.refit(parts["lower"], parts["right"], width * heads)
@@ -90,7 +96,7 @@ def narrow_value_output(
     else:
         new["o"] = np.asarray(parts["out"])[:, :width]
     if "v_bias" in kernels:
-        bias, o = double(kernels["v_bias"]), double(kernels["o"])
+        bias, o = to_float64(kernels["v_bias"]), to_float64(kernels["o"])
         new["out_bias"] = np.einsum("hd,hdm->m", np.repeat(bias, heads // len(bias), axis=0), o)
         new["v_bias"] = np.zeros((len(bias), width))
     return new
@@ -98,4 +104,4 @@ def narrow_value_output(
 
 def value_output_module(needs: tuple[str, ...], **options: Any) -> Module:
     """A `Module` of `value_output`."""
-    return Module(functools.partial(value_output, **options), narrow_value_output, needs)
+    return Module(functools.partial(value_output, **options), prune_value_output, needs)

@@ -7,8 +7,8 @@ second moment of the inputs. With ``H = U D Uᵀ``, U unit upper triangular::
 
 which makes the measure ``Σ_k D_k |z_k - Q_k|²``: rounding errors that know nothing of each other,
 each at the price D_k ≤ H_kk. The scales are known before the first code: of each block of W that
-share of its largest magnitude which loses least at those prices. Without prices and feedback such
-shares are worse than none (theory/lq_lora §9): what is cut off are outliers, which matter most.
+ratio of its largest magnitude which loses least at those error_weights. Without error_weights and feedback such
+ratios are worse than none (theory/lq_lora §9): what is cut off are outliers, which matter most.
 
 Inputs are taken by falling H_kk, the dearest while most others can still make up for them. As the
 scales are fixed this costs nothing in storage, unlike GPTQ's, which follow the order.
@@ -27,9 +27,11 @@ from jaxtyping import Array, Float
 from lordjax.kernels import normal_float
 from lordjax.methods.linalg import mm
 
-DAMPING = 1e-2  # share of the mean second moment added to all, as GPTQ's
+DAMPING = 1e-2  # ratio of the mean second moment added to all, as GPTQ's
 BLOCK = 64  # inputs between two large products
-SHARES = tuple(round(1 - 0.05 * k, 2) for k in range(13))  # of the largest magnitude of a block
+CLIP_RATIOS = tuple(
+    round(1 - 0.05 * k, 2) for k in range(13)
+)  # of the largest magnitude of a block
 
 
 class Feedback(NamedTuple):
@@ -38,15 +40,15 @@ class Feedback(NamedTuple):
     Attributes:
       order: ``[in]`` the inputs as they are taken.
       upper: ``[in, in]`` U, in that order.
-      prices: ``[in]`` D, of the inputs as they are numbered.
+      error_weights: ``[in]`` D, of the inputs as they are numbered.
     """
 
     order: Any
     upper: Any
-    prices: Any
+    error_weights: Any
 
 
-def feedback_of(moment: Float[Array, "in in"]) -> Feedback:
+def make_feedback(moment: Float[Array, "in in"]) -> Feedback:
     """`Feedback` for inputs of a second moment."""
     diagonal = jnp.diagonal(moment)
     order = jnp.argsort(diagonal, descending=True)
@@ -55,44 +57,44 @@ def feedback_of(moment: Float[Array, "in in"]) -> Feedback:
     back = order[::-1]
     upper = jnp.linalg.cholesky(damped[back][:, back])[::-1, ::-1]
     roots = jnp.diagonal(upper)
-    prices = jnp.zeros_like(roots).at[order].set(roots**2)
-    return Feedback(order, upper / roots[None], prices)
+    error_weights = jnp.zeros_like(roots).at[order].set(roots**2)
+    return Feedback(order, upper / roots[None], error_weights)
 
 
-def best_shares(
+def best_clip_ratios(
     rows: Float[Array, "out in"], form: normal_float.Format, feedback: Feedback
 ) -> Float[Array, "blocks"]:
-    """Of each block the share of `SHARES` with which its codes lose least at their prices."""
+    """Of each block the ratio of `CLIP_RATIOS` with which its codes lose least at their error_weights."""
     flat = rows.reshape(-1)
-    prices = normal_float.runs(jnp.tile(feedback.prices, len(rows)), form.block)
+    error_weights = normal_float.runs(jnp.tile(feedback.error_weights, len(rows)), form.block)
     values, largest = (
         normal_float.runs(flat, form.block),
         normal_float.block_scales(flat, form.block),
     )
     largest = jnp.where(largest > 0, largest, 1)
 
-    def step(best: tuple[Array, Array], share: Array) -> tuple[tuple[Array, Array], None]:
-        scales = (largest * share)[:, None]
+    def step(best: tuple[Array, Array], ratio: Array) -> tuple[tuple[Array, Array], None]:
+        scales = (largest * ratio)[:, None]
         error = (
             values
             - normal_float.lookup(normal_float.nearest(values / scales, form.bits), form.bits)
             * scales
         )
-        loss = jnp.sum(prices * error**2, axis=1)
+        loss = jnp.sum(error_weights * error**2, axis=1)
         better = loss < best[0]
-        return (jnp.where(better, loss, best[0]), jnp.where(better, share, best[1])), None
+        return (jnp.where(better, loss, best[0]), jnp.where(better, ratio, best[1])), None
 
     start = (jnp.full(largest.shape, jnp.inf), jnp.ones(largest.shape))
-    return lax.scan(step, start, jnp.asarray(SHARES))[0][1]
+    return lax.scan(step, start, jnp.asarray(CLIP_RATIOS))[0][1]
 
 
-def scaled_by(
-    flat: Float[Array, "n"], shares: Float[Array, "blocks"], form: normal_float.Format
+def clipped_scales(
+    flat: Float[Array, "n"], ratios: Float[Array, "blocks"], form: normal_float.Format
 ) -> normal_float.Codes:
-    """Scales that are shares of the blocks' largest magnitudes; no codes yet."""
+    """Scales that are ratios of the blocks' largest magnitudes; no codes yet."""
     return normal_float.Codes(
         None,
-        *normal_float.quantize_scales(normal_float.block_scales(flat, form.block) * shares, form),
+        *normal_float.quantize_scales(normal_float.block_scales(flat, form.block) * ratios, form),
     )
 
 
@@ -104,7 +106,7 @@ def quantize(
     if feedback is None:
         return normal_float.quantize(flat, form)
     fan_out, fan_in = rows.shape
-    scaled = scaled_by(flat, best_shares(flat.reshape(rows.shape), form, feedback), form)
+    scaled = clipped_scales(flat, best_clip_ratios(flat.reshape(rows.shape), form, feedback), form)
     decoded = normal_float.dequantize_scales(scaled.scales, scaled.supers, scaled.offset, form)
     scales = jnp.repeat(decoded, form.block)[: flat.size].reshape(rows.shape)
     # Inputs along rows, in their order, filled up to whole blocks.
@@ -117,9 +119,9 @@ def quantize(
     upper = jnp.pad(feedback.upper, ((0, pad), (0, pad)))
     upper = upper.T.reshape(-1, BLOCK, fan_in + pad)
 
-    def block(missed: Array, each: tuple[Array, ...]) -> tuple[Array, Array]:
+    def block(errors: Array, each: tuple[Array, ...]) -> tuple[Array, Array]:
         i, kernel, scales, columns = each
-        shifted = kernel + mm(columns, missed)  # rows that are still to come are 0
+        shifted = kernel + mm(columns, errors)  # rows that are still to come are 0
         inner = lax.dynamic_slice(columns, (0, i * BLOCK), (BLOCK, BLOCK))
         safe = jnp.where(scales > 0, scales, 1)
 
@@ -130,7 +132,7 @@ def quantize(
             return own.at[k].set(error), codes
 
         own, codes = lax.scan(one, jnp.zeros_like(kernel), jnp.arange(BLOCK))
-        return lax.dynamic_update_slice(missed, own, (i * BLOCK, 0)), codes
+        return lax.dynamic_update_slice(errors, own, (i * BLOCK, 0)), codes
 
     nothing = jnp.zeros((fan_in + pad, fan_out))
     _, codes = lax.scan(block, nothing, (jnp.arange(len(kernel)), kernel, scales, upper))

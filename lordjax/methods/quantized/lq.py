@@ -116,17 +116,17 @@ def _decompose(
     def fit(left: Array, basis: Array, powers: int, sort: bool) -> tuple[Product, Array]:
         found = best_product(left.T, rank, weights, basis, width=width, powers=powers, sort=sort)
         if weights.elements is not None:
-            return found, weights.measure((left - found.transposed()).T)
+            return found, weights.weighted_error((left - found.transposed()).T)
         kept = jnp.arange(len(found.energies)) < rank
         return found, found.total - jnp.sum(jnp.where(kept, found.energies, 0))
 
-    def codes_of(target: Array) -> tuple[normal_float.Codes, Array]:
+    def quantize_target(target: Array) -> tuple[normal_float.Codes, Array]:
         codes = quantize(target, form, weights.feedback)
-        return codes, missed(rows, codes, form)
+        return codes, residual(rows, codes, form)
 
     def step(state: tuple[Any, Any], _: Any) -> tuple[Any, Array]:
         product, best = state
-        codes, left = codes_of(rows - product.transposed())
+        codes, left = quantize_target(rows - product.transposed())
         product, error = fit(left, product.basis, POWERS, sort=False)
         new = (codes, product, error)
         best = jax.tree.map(lambda a, b: jnp.where(error < best[2], a, b), new, best)
@@ -134,15 +134,15 @@ def _decompose(
 
     random = start_basis(rows.shape[::-1], width)
     first = best_product(rows.T, rank, weights, random, width=width, powers=FIRST_POWERS)
-    alone, left = codes_of(rows)
+    alone, left = quantize_target(rows)
     (_, best), history = lax.scan(step, (first, (alone, first, jnp.inf)), None, length=steps)
     # Never worse than the codes alone: else their own product, which is LoftQ's start.
     codes, product, error = lax.cond(
-        best[2] < weights.measure(left.T),
+        best[2] < weights.weighted_error(left.T),
         lambda: best,
         lambda: (alone, *fit(left, random, FIRST_POWERS, sort=True)),
     )
-    total = weights.measure(rows.T)
+    total = weights.weighted_error(rows.T)
     return Decomposition(codes, product.left, product.right, error, total, history)
 
 
@@ -153,7 +153,7 @@ _stacked = functools.partial(jax.jit, static_argnames=("form", "width", "steps")
 )
 
 
-def in_stacks() -> bool:
+def runs_stacked() -> bool:
     """Whether like kernels are best decomposed together: an accelerator wants to be filled.
 
     A CPU is full, batched factorisations are slow there, and every length would compile again.
@@ -170,9 +170,9 @@ def decompose_all(
     width: int,
     steps: int = STEPS,
 ) -> list[Decomposition]:
-    """`decompose` of kernels of one shape; of several as a stack where it is `in_stacks`."""
+    """`decompose` of kernels of one shape; of several as a stack where it is `runs_stacked`."""
     fixed: dict[str, Any] = {"form": form, "width": width, "steps": steps}
-    if not in_stacks() or len(kernels) == 1:
+    if not runs_stacked() or len(kernels) == 1:
         rows = zip(kernels, ranks, weights, strict=True)
         return [decompose(kernel, jnp.asarray(rank), own, **fixed) for kernel, rank, own in rows]
     stack = jax.tree.map(lambda *a: jnp.stack(a), *weights)
@@ -180,7 +180,7 @@ def decompose_all(
     return [jax.tree.map(lambda a, k=k: a[k], found) for k in range(len(kernels))]
 
 
-def missed(
+def residual(
     rows: Float[Array, "out in"], codes: normal_float.Codes, form: normal_float.Format
 ) -> Float[Array, "out in"]:
     """What codes of a transposed kernel miss."""

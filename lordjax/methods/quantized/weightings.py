@@ -25,7 +25,7 @@ WEIGHTINGS: dict[str, tuple[str, ...]] = {
 MOMENTS = ("input", "both")  # weightings with a second moment of inputs, which feedback needs
 
 
-def cost_of(kernel: Any, stats: Mapping[str, Any]) -> Weights:
+def make_weights(kernel: Any, stats: Mapping[str, Any]) -> Weights:
     """What errors of a kernel cost, from the statistics that its weighting reads."""
     del kernel
     if "fisher" in stats:
@@ -46,9 +46,9 @@ def cost_of(kernel: Any, stats: Mapping[str, Any]) -> Weights:
     return Weights(moment + DAMPING * mean * jnp.eye(len(moment)), outputs)
 
 
-def statistics_of(weighting: str) -> Method:
+def weighting_method(weighting: str) -> Method:
     """A weighting as what the calibration passes know: statistics, and a function of them."""
-    cost: Any = cost_of
+    cost: Any = make_weights
     return Method(weighting, cost, WEIGHTINGS[weighting])
 
 
@@ -83,7 +83,7 @@ class Weights(NamedTuple):
         mean = jnp.mean(self.outputs)
         return jnp.sqrt(self.outputs + FLOOR * jnp.where(mean > 0, mean, 1))[:, None]
 
-    def measure(self, error: Float[Array, "in out"]) -> Float[Array, ""]:
+    def weighted_error(self, error: Float[Array, "in out"]) -> Float[Array, ""]:
         """What an error costs."""
         if self.elements is not None:
             return jnp.sum(self.elements * error**2)
