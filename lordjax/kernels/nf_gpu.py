@@ -110,7 +110,7 @@ def unsupported(x: Any, quantized: Any, low_rank: Any = None) -> str:
         return f"x {x.shape} or the matrix {quantized.shape} is too large for 32-bit indices"
     for factor in () if low_rank is None else (low_rank.left, low_rank.right):
         if not isinstance(factor, (jax.Array, np.ndarray)) or factor.ndim != 2:
-            return f"a low-rank factor is {type(factor).__name__}; expected an array [in, rank] or [rank, out]"
+            return f"a low-rank factor is {type(factor).__name__}; expected an array, a matrix"
     if low_rank is not None and low_rank.shape != quantized.shape:
         return f"low_rank is {low_rank.shape}; expected {quantized.shape}, as the matrix"
     return ""
@@ -245,15 +245,7 @@ def _launch(tile: Tile, interpret: bool, x: Array, inner: Any, right: Any, quant
 def _kernel(
     tile: Tile, form: normal_float.Format, sizes: tuple[int, int], steps: int, *refs: Any
 ) -> None:
-    """Runs one program.
-
-    Args:
-      tile: the tile that the program computes.
-      form: the quantization format.
-      sizes: the number of word groups in a column, and the number of columns.
-      steps: the number of loop iterations.
-      *refs: references to the operands of `_launch`, and to the output.
-    """
+    """Runs one program. ``sizes`` are the word groups of a column, and the columns."""
     x_ref, codes_ref, *scale_refs, table_ref = refs[:7]
     low_rank_refs, y_ref = refs[7:-1], refs[-1]
     per_column, fan_out = sizes
