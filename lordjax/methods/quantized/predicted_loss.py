@@ -1,4 +1,4 @@
-"""Predicted loss of every candidate of a matrix, without quantizing it in full."""
+"""Predicted loss of every candidate encoding of a matrix, without the alternation of `lq`."""
 
 from __future__ import annotations
 
@@ -24,17 +24,23 @@ def predict(
     forms: tuple[normal_float.Format | None, ...],
     ranks: tuple[int, ...],
 ) -> Float[Array, "forms ranks"]:
-    """What will be left of a kernel, without alternation: about what `decompose` reaches, or above.
+    """Predicts the weighted error of a kernel for every format and rank.
 
-    Without feedback: the codes, then the best product for what they miss. With: rounding errors at
-    their own error_weights, which takes no codes with feedback; and what a product saves of them, from
-    the middle format for all. A program per format: one's arrays go before the next one's come.
+    The prediction is about the error that `decompose` reaches, or above it.
+
+    Without error feedback: quantize, then fit the best low-rank term to the residual. With error
+    feedback: use the closed-form loss Σ D_k e_k² (`error_feedback`), which needs no GPTQ run. The
+    relative gain of a low-rank term is computed once, for the middle format, and used for all.
+    Each format is a separate program, so that only one format's arrays are live.
 
     Args:
-      kernel: the matrix.
-      weights: the measure.
-      forms: of the codes; None: there are none.
-      ranks: of products; those that the kernel does not have count as the largest one it has.
+      kernel: the matrix ``[in, out]``.
+      weights: weights of the errors.
+      forms: formats of the quantized weights; None stands for a low-rank term alone.
+      ranks: ranks of the low-rank term. Ranks above the kernel's largest one count as that.
+
+    Returns:
+      Weighted errors ``[forms, ranks]``.
     """
     rows = _as_rows(kernel)
     formats = tuple(form for form in forms if form is not None)
@@ -71,7 +77,7 @@ def _loss_of_quantized(
     *,
     form: normal_float.Format,
 ) -> Float[Array, ""]:
-    """What codes of such scales lose at their own error_weights."""
+    """Returns the closed-form loss of codes with given clip ratios under error feedback."""
     flat = target.reshape(-1)
     codes = normal_float.round_to(flat, clipped_scales(flat, ratios, form), form)
     independent = Weights(weights.feedback.error_weights, weights.outputs)
@@ -88,28 +94,37 @@ def _remaining_fractions(
     form: normal_float.Format,
     ranks: tuple[int, ...],
 ) -> Float[Array, "ranks"]:
-    """Shares of the loss of codes without that are left with products of some ranks."""
+    """Returns the fraction of the loss that remains with low-rank terms of some ranks.
+
+    Args:
+      rows: the transposed kernel.
+      ratios: clip ratio of each block.
+      without: loss of the quantized weights without a low-rank term.
+      weights: weights of the errors, with feedback.
+      form: format of the quantized weights.
+      ranks: the ranks.
+    """
     width = max(ranks)
     if width == 0:
         return jnp.ones(len(ranks))
     found = _low_rank_term(rows, weights, width)
 
-    def left_at(rank: Array) -> Array:
+    def loss_at(rank: Array) -> Array:
         kept = jnp.where(jnp.arange(width, dtype=jnp.float32)[:, None] < rank, found.right, 0)
-        # A product that is fitted to what codes miss takes its own share of a white error.
-        free = jnp.prod(1 - rank / jnp.asarray(rows.shape, jnp.float32))
-        return free * _loss_of_quantized(
+        # A term that is fitted to a white residual also removes its share of degrees of freedom.
+        unexplained = jnp.prod(1 - rank / jnp.asarray(rows.shape, jnp.float32))
+        return unexplained * _loss_of_quantized(
             rows - mm(kept.T, found.left.T), ratios, weights, form=form
         )
 
-    most = jnp.where(without > 0, without, 1)
-    return lax.map(left_at, jnp.asarray(ranks, jnp.float32)) / most
+    safe = jnp.where(without > 0, without, 1)
+    return lax.map(loss_at, jnp.asarray(ranks, jnp.float32)) / safe
 
 
 def _low_rank_term(rows: Float[Array, "out in"], weights: Weights, width: int) -> Product:
-    """The best product of a rank, from a random start."""
-    basis, most = start_basis(rows.shape[::-1], width), jnp.asarray(width)
-    return best_product(rows.T, most, weights, basis, width=width, powers=FIRST_POWERS)
+    """Returns the best low-rank term of rank ``width``, from a random start."""
+    basis, rank = start_basis(rows.shape[::-1], width), jnp.asarray(width)
+    return best_product(rows.T, rank, weights, basis, width=width, powers=FIRST_POWERS)
 
 
 def _losses_after_low_rank(
@@ -119,7 +134,7 @@ def _losses_after_low_rank(
     form: normal_float.Format | None,
     ranks: tuple[int, ...],
 ) -> Float[Array, "ranks"]:
-    """What the best product leaves of a kernel, or of what codes miss of it."""
+    """Returns the losses with the best low-rank terms for a kernel, or for its residual."""
     error = rows if form is None else _quantization_residual(rows, form=form)
     return _losses_by_rank(error, weights, ranks=ranks)
 
@@ -128,7 +143,7 @@ def _losses_after_low_rank(
 def _quantization_residual(
     rows: Float[Array, "out in"], *, form: normal_float.Format
 ) -> Float[Array, "out in"]:
-    """What codes miss that know nothing of each other."""
+    """Returns the residual of a transposed kernel after round-to-nearest."""
     return residual(rows, normal_float.quantize(rows.reshape(-1), form), form)
 
 
@@ -136,9 +151,9 @@ def _quantization_residual(
 def _losses_by_rank(
     error: Float[Array, "out in"], weights: Weights, *, ranks: tuple[int, ...]
 ) -> Float[Array, "ranks"]:
-    """What the best products of some ranks leave of a matrix.
+    """Returns the losses that the best low-rank terms of some ranks leave of an error matrix.
 
-    Knows no format: it takes longest to compile, and one program serves all of them.
+    This program takes longest to compile. It does not depend on the format, so all formats scale it.
     """
     width = max(ranks)
     if width == 0:
@@ -147,6 +162,6 @@ def _losses_by_rank(
     left = found.total - jnp.cumsum(found.energies)[:width]
     left = jnp.concatenate([found.total[None], left])
     left = jnp.pad(left, (0, width + 1 - len(left)), mode="edge")
-    # Measured on elements, the ratios are those of the two-sided approximation.
-    share = weights.weighted_error(error.T) / jnp.where(found.total > 0, found.total, 1)
-    return (jnp.maximum(left, 0) * share)[jnp.asarray(ranks)]
+    # With element weights, the relative losses of the two-sided approximation are used.
+    scale = weights.weighted_error(error.T) / jnp.where(found.total > 0, found.total, 1)
+    return (jnp.maximum(left, 0) * scale)[jnp.asarray(ranks)]
