@@ -5,10 +5,10 @@ what the low-rank term leaves::
 
     L R <- best of rank r for W - Q,    Q <- quantized W - L R
 
-starting from Q = 0 (LQ-LoRA). The iterate with the smallest weighted error is kept. The weighted
-error is ``Σ_j c_j e_jᵀ H e_j`` over the columns e_j of the error; for it the low-rank step has a
-closed form. `Weights` holds H and c. With the input x, the loss gradient g at the output, and F, the
-sum over sequences of squared weight gradients:
+starting from Q = 0 (LQ-LoRA). The iterate with the smallest weighted error is kept. The
+weighted error is ``Σ_j c_j e_jᵀ H e_j`` over the columns e_j of the error; for it the low-rank step has a
+closed form. `Weights` holds H and c. With the input x, the loss gradient g at the output, and F,
+the sum over sequences of squared weight gradients:
 
 ==========  ==================  ================  =====================================
 weighting   H (inputs)          c (outputs)       weighted error
@@ -28,7 +28,7 @@ Differences from the papers:
 * the best iterate is kept, not the one after it;
 * the low-rank term is fitted last, so that it is optimal for its codes;
 * LoftQ's start (quantize first) is a candidate too, so that the result is never worse than
-  quantized weights quantized_alone;
+  quantized weights alone;
 * the full H costs no inverse;
 * the subspace of one alternation starts the next, which saves most of an SVD;
 * the rank is traced, so that all ranks share one compiled program.
@@ -58,7 +58,7 @@ from lordjax.methods.quantized.best_product import (
 from lordjax.methods.quantized.error_feedback import quantize
 from lordjax.methods.quantized.weightings import Weights
 
-# Alternations. The first five gain most; at 2 bits more of them make it worse (theory/lq_lora §2.5).
+# Alternations. The first five gain most; at 2 bits more of them do harm (theory/lq_lora §2.5).
 STEPS = 10
 
 
@@ -153,7 +153,7 @@ def _decompose(
     (_, best), history = lax.scan(
         step, (first, (quantized_alone, first, jnp.inf)), None, length=steps
     )
-    # If no iterate beats quantized weights quantized_alone, these get their own low-rank term (LoftQ's start).
+    # If no iterate beats quantized weights alone, these get a low-rank term (LoftQ's start).
     codes, product, error = lax.cond(
         best[2] < weights.weighted_error(left.T),
         lambda: best,
