@@ -1,8 +1,8 @@
 """Error compensation between codes (GPTQ, LDLQ).
 
-Inputs of a kernel W ``[in, out]`` are quantized in turn. Later inputs compensate for the errors
-of earlier ones. The loss is ``tr(Eᵀ H E)`` with the errors ``E = W - Q`` and the second moment H of the
-inputs. With ``H = U D Uᵀ`` and U unit upper triangular::
+Inputs of a kernel W ``[in, out]`` are quantized in turn. Later inputs compensate for the errors of
+earlier ones. The loss is ``tr(Eᵀ H E)`` with the errors ``E = W - Q`` and the second moment H of
+the inputs. With ``H = U D Uᵀ`` and U unit upper triangular::
 
     z_k = W_k + Σ_{i<k} U_ik E_i      Q_k = nearest codes of z_k      k = 1 … in
 

@@ -5,8 +5,8 @@ what the low-rank term leaves::
 
     L R <- best of rank r for W - Q,    Q <- quantized W - L R
 
-starting from Q = 0 (LQ-LoRA). The iterate with the smallest weighted error is kept. The
-weighted error is ``Σ_j c_j e_jᵀ H e_j`` over the columns e_j of the error; for it the low-rank step has a
+starting from Q = 0 (LQ-LoRA). The iterate with the smallest weighted error is kept. The weighted
+error is ``Σ_j c_j e_jᵀ H e_j`` over the columns e_j of the error; for it the low-rank step has a
 closed form. `Weights` holds H and c. With the input x, the loss gradient g at the output, and F,
 the sum over sequences of squared weight gradients:
 

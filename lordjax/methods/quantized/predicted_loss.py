@@ -153,7 +153,8 @@ def _losses_by_rank(
 ) -> Float[Array, "ranks"]:
     """Returns the losses that the best low-rank terms of some ranks leave of an error matrix.
 
-    This program takes longest to compile. It does not depend on the format, so all formats scale it.
+    This program takes longest to compile. It does not depend on the format, so all formats share
+    it.
     """
     width = max(ranks)
     if width == 0:
