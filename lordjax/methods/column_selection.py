@@ -25,11 +25,15 @@ PANELS = 8  # row panels in which a product is subtracted
 
 
 def leverage_complement(gram: Float[Array, "n n"], ridge: float) -> Float[Array, "n"]:
-    """``[(C + λI)⁻¹]_ii`` with ``λ = ridge · mean(diag C)``: small where ridge leverage is large.
+    """Returns ``h_i = [(C + λI)⁻¹]_ii``, which is small where the ridge leverage is large.
 
-    The ridge leverage score is ``s = 1 - λ·h``. It is h that is returned: scores are all close to
-    1 for small λ, and their order would drown in rounding. Columns of zeros get infinity. With
-    ``C + λI = L Lᵀ`` they are the squared column norms of ``L⁻¹``.
+    The ridge leverage score is ``1 - λ·h``. For small λ all scores are close to 1, and rounding
+    would decide their order; so h is returned. Columns of zeros get infinity. With ``C + λI = L
+    Lᵀ``, h are the squared column norms of ``L⁻¹``.
+
+    Args:
+      gram: the Gram matrix C ``[n, n]``.
+      ridge: λ as a fraction of the mean of C's diagonal.
     """
     first, below, last = (
         jnp.sum(part**2, axis=0)
@@ -40,7 +44,7 @@ def leverage_complement(gram: Float[Array, "n n"], ridge: float) -> Float[Array,
 
 
 def inverse_psd(gram: Float[Array, "n n"], ridge: Ridge = JITTER) -> Float[Array, "n n"]:
-    """``(C + τD)⁻¹``, τ as of `jittered` and D of `own_unit`, by its corners."""
+    """Returns ``(C + τD)⁻¹``, with τ from `jittered` and D from `own_unit`."""
     first, below, last = inverse_corners(jittered(gram, ridge, own_unit(jnp.diagonal(gram))))
     half, across = len(first), mm(last.T, below)
     inverse = jnp.zeros_like(gram).at[half:, half:].set(mm(last.T, last))
@@ -54,20 +58,20 @@ def nested_refit(
     ridge: Ridge = JITTER,
     unit: Callable[[Any], Any] = own_unit,
 ) -> tuple[Float[Array, "n n"], Float[Array, "n m"]]:
-    """Ridge refits of ``z @ kernel`` from the first k columns of z, for every k at once.
+    """Returns the factors for ridge refits of ``z @ kernel`` on the first k columns, for every k.
 
-    With ``C + τD = L Lᵀ`` and ``R = Lᵀ kernel`` the refit is ``L[:k,:k]⁻ᵀ R[:k]`` (`refit`), and
-    ``Σ_{i≥k} ‖R[i]‖²`` its squared error per token if ``C + τD`` is the second moment of z.
+    With ``C + τD = L Lᵀ`` and ``R = Lᵀ kernel`` the refit is ``L[:k,:k]⁻ᵀ R[:k]`` (`refit`). Its
+    squared error per token is ``Σ_{i≥k} ‖R[i]‖²`` if ``C + τD`` is the second moment of z.
 
     Args:
-      gram: C.
-      kernel: to refit.
-      ridge: least τ (see `jittered`); `JITTER` gives least squares.
-      unit: D of the diagonal of C: `own_unit`, or `mean_unit` where columns without energy may have
-        some, or less than none, by rounding.
+      gram: the second moment C of z ``[n, n]``.
+      kernel: the matrix to refit ``[n, m]``.
+      ridge: smallest τ (see `jittered`); `JITTER` gives least squares.
+      unit: computes D from the diagonal of C. `own_unit`, or `mean_unit` if columns without energy
+        can have a small positive or negative one by rounding.
 
     Returns:
-      L, R.
+      L and R.
 
     Source: block form of the normal equations; theory/modegpt §2.3.
     """
@@ -76,9 +80,9 @@ def nested_refit(
 
 
 def refit(lower: Any, right: Any, k: int) -> Float[np.ndarray, "k m"]:
-    """The refit of `nested_refit` from the first k columns, in float64 on the host.
+    """Returns the refit of `nested_refit` on the first k columns, in float64 on the host.
 
-    Compiled, every k would be a program of its own or a solve of the full size.
+    A compiled version would be one program per k, or a solve of the full size.
     """
     block, target = (np.asarray(a, np.float64) for a in (lower[:k, :k], right[:k]))
     return scipy.linalg.solve_triangular(block.T, target, check_finite=False)
@@ -87,7 +91,7 @@ def refit(lower: Any, right: Any, k: int) -> Float[np.ndarray, "k m"]:
 def _subtract_product(
     a: Float[Array, "n m"], left: Float[Array, "n k"], right: Float[Array, "k m"]
 ) -> Float[Array, "n m"]:
-    """``a - left @ right``, a panel of rows after the other: XLA would hold the whole product."""
+    """Returns ``a - left @ right``, panel by panel; XLA would store the whole product."""
     rows = len(a) // math.gcd(len(a), PANELS)
 
     def panel(i: Array, a: Array) -> Array:
@@ -104,25 +108,29 @@ def _subtract_product(
 def elimination_order(
     gram: Float[Array, "n n"], kernel: Float[Array, "n m"], ridge: Ridge = JITTER, block: int = 32
 ) -> Int[Array, "n"]:
-    """Columns by falling importance: backward elimination with exact refits (OBS).
+    """Returns the columns by decreasing importance: greedy backward elimination with exact refits.
 
-    Without column i the refit error of ``z @ kernel`` grows by ``‖W_i‖² / [C⁻¹]_ii``, C being the
-    second moment with the ridge of `nested_refit` and W the refit kernel so far. Columns go one
-    after the other; of each ``block`` the choice is among the ``2 · block`` that were cheapest when
-    it began, on whose part of W and ``C⁻¹`` every removal is carried out at once, and on the rest
-    when the block is full. So of two columns that replace each other one stays, and n removals cost
-    a few products instead of n updates of everything.
+    Removing column i adds ``‖W_i‖² / [C⁻¹]_ii`` to the refit error of ``z @ kernel``. C is the
+    second moment with the ridge of `nested_refit`, and W is the refit kernel so far.
+
+    Columns are removed one after the other, in blocks. The columns of a block are chosen among the
+    ``2 · block`` that were cheapest when the block began. For these, W and ``C⁻¹`` are updated
+    after every removal; for all others when the block is full. So of two columns that can replace
+    each other one stays, and n removals cost a few matrix products instead of n full updates.
 
     Args:
-      gram: C without the ridge.
-      kernel: W before anything goes.
-      ridge: as for `nested_refit`.
-      block: columns that go at once.
+      gram: the second moment C without the ridge ``[n, n]``.
+      kernel: the kernel W of all columns ``[n, m]``.
+      ridge: smallest ridge, as for `nested_refit`.
+      block: number of columns that are removed together.
+
+    Returns:
+      Indices of the columns, the most important one first.
 
     Source: Optimal Brain Surgeon (Hassibi and Stork, 1993), with many outputs.
     """
     n, pad = gram.shape[0], -gram.shape[0] % block
-    # Columns that fill the last block up; they go first.
+    # Padding columns complete the last block; they are removed first.
     gram, kernel = jnp.pad(gram, ((0, pad), (0, pad))), jnp.pad(kernel, ((0, pad), (0, 0)))
     index = jnp.arange(n + pad)
     floor = jnp.where(index >= n, -2.0, jnp.where(jnp.diagonal(gram) <= 0, -1.0, 0.0))

@@ -1,4 +1,4 @@
-"""Queries and keys: rotary pairs are selected by their score (CR)."""
+"""Query/key modules: keep the rotary pairs with the highest scores (CR)."""
 
 from __future__ import annotations
 
@@ -23,25 +23,30 @@ from lordjax.methods.modular.metric import (
 
 
 def query_key(kernels: Arrays, stats: Mapping[str, Any], *, select: bool = False) -> ModuleFactors:
-    """Orders what a head compares: rotary pairs by CR, or directions by SVD without rotation.
+    """Ranks the rotary pairs of each key head by CR scores, or its directions by an SVD.
+
+    Directions are used if positions are not rotary.
 
     Args:
-      kernels: ``rope_index`` ``[k, d/2]`` says that positions are rotary.
-      stats: ``queries`` ``[h, d, d]`` and ``keys`` ``[k, d, d]`` second moments, biases included;
-        ``gates``, optional, ``[k, d/2, d/2]``: second moment of the loss' derivative by the size
-        of each rotary pair.
-      select: without rotary positions, keep columns (the paper's) instead of directions.
+      kernels: kernels in head form. ``rope_index`` ``[k, d/2]`` means that positions are rotary.
+      stats: second moments ``queries`` ``[h, d, d]`` and ``keys`` ``[k, d, d]``, biases included;
+        optionally ``gates`` ``[k, d/2, d/2]``, the second moment of the loss's derivative with
+        respect to the scale of each rotary pair.
+      select: without rotary positions, keep columns (as in the paper) instead of directions.
+
+    Returns:
+      The order of pairs or columns, or the maps of queries and keys; and the spectrum.
     """
     queries, keys = stats["queries"].second_moment(), stats["keys"].second_moment()
     kv_heads, width = keys.shape[:2]
     queries = jnp.sum(queries.reshape(kv_heads, -1, width, width), axis=1)
     if "rope_index" in kernels:
-        # Of half-split pairs (i, i + d/2); the same before and after the rotation.
+        # Energy of the pairs (i, i + d/2), which rotation does not change.
         energy = [
             jnp.sum(batched_diagonal(c).reshape(kv_heads, 2, -1), axis=1) for c in (queries, keys)
         ]
         order, spectrum = _by_score(energy[0] * energy[1], stats.get("gates"))
-        # A step of the width is one column; an error is paid for the pair.
+        # The width counts columns; the error of a pair is charged to its first column.
         pairs = jnp.stack([spectrum, jnp.zeros_like(spectrum)], axis=1).reshape(-1)
         return ModuleFactors(pairs, {"order": order})
     if select:
@@ -57,7 +62,7 @@ def query_key(kernels: Arrays, stats: Mapping[str, Any], *, select: bool = False
     }
     errors = values**2
     if "gates" in stats:
-        # In the loss: a direction's share of the logits' energy, of what all of them are worth.
+        # The loss of all directions together, divided in proportion to their energy in the logits.
         worth = jnp.sum(stats["gates"].second_moment(), axis=(1, 2)) / 2
         total = jnp.sum(errors, axis=1)
         errors = errors * (worth / jnp.where(total > 0, total, 1))[:, None]
@@ -65,38 +70,38 @@ def query_key(kernels: Arrays, stats: Mapping[str, Any], *, select: bool = False
 
 
 def _by_score(
-    squares: Float[Array, "k n"], gates: Any
+    squares: Float[Array, "k n"], saliency: Any
 ) -> tuple[Int[Array, "k n"], Float[Array, "n"]]:
-    """Order by falling squared CR score in each group, and the error of dropping each place.
+    """Returns the order by decreasing squared CR score per key head, and the errors of dropping.
 
-    With gates the error is half their quadratic form: the loss to second order. Without, the
-    squared score: the error in the logits but for the products of different places.
+    With a saliency the error is half its quadratic form: the change of the loss to second order.
+    Without one it is the squared score: the error of the logits without cross terms.
     """
     order = jnp.argsort(-squares, axis=1)
-    if gates is None:
+    if saliency is None:
         return order, jnp.sum(jnp.take_along_axis(squares, order, axis=1), axis=0)
 
     def errors(fisher: Array, order: Array) -> Array:
         return drop_errors(fisher[order][:, order] / 2)
 
-    return order, jnp.sum(jax.vmap(errors)(gates.second_moment(), order), axis=0)
+    return order, jnp.sum(jax.vmap(errors)(saliency.second_moment(), order), axis=0)
 
 
 def prune_query_key(kernels: Arrays, factors: ModuleFactors, width: int) -> dict[str, np.ndarray]:
-    """Queries and keys of head width ``width``."""
+    """Returns queries and keys with head width ``width``."""
     parts = factors.parts
     host = {name: np.asarray(a) for name, a in kernels.items()}
     names = [name for name in ("q", "k", "q_bias", "k_bias") if name in host]
     kv_heads, head = host["k"].shape[1:]
 
-    def grouped(name: str) -> np.ndarray:
-        """``[..., k, heads per group, d]``."""
+    def by_kv_head(name: str) -> np.ndarray:
+        """Returns an array as ``[..., k, query heads per key head, d]``."""
         a = host[name]
         return a.reshape(*a.shape[:-2], kv_heads, -1, head)
 
     if "order" not in parts:
         maps = {n: to_float64(parts[f"{n}_map"][..., :width]) for n in ("q", "k")}
-        new = {n: to_float64(grouped(n)) @ maps[n[0]] for n in names}
+        new = {n: to_float64(by_kv_head(n)) @ maps[n[0]] for n in names}
         return {n: a.reshape(*host[n].shape[:-1], width) for n, a in new.items()}
     order, index = np.asarray(parts["order"]), {}
     if "rope_index" in host:
@@ -107,8 +112,8 @@ def prune_query_key(kernels: Arrays, factors: ModuleFactors, width: int) -> dict
         columns = np.sort(order[:, :width], axis=1)
     new = {}
     for name in names:
-        a = grouped(name)
-        # The same columns for all heads of a group.
+        a = by_kv_head(name)
+        # The same columns for all query heads of a key head.
         at = columns[:, None].reshape((1,) * (a.ndim - 3) + (kv_heads, 1, width))
         picked = np.take_along_axis(a, at, axis=-1)
         new[name] = picked.reshape(*host[name].shape[:-1], width)
@@ -116,5 +121,10 @@ def prune_query_key(kernels: Arrays, factors: ModuleFactors, width: int) -> dict
 
 
 def query_key_module(needs: tuple[str, ...], **options: Any) -> Module:
-    """A `Module` of `query_key`."""
+    """Returns a `Module` that uses `query_key`.
+
+    Args:
+      needs: names of the statistics.
+      **options: keyword arguments of `query_key`.
+    """
     return Module(functools.partial(query_key, **options), prune_query_key, needs)

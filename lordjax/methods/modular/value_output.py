@@ -1,4 +1,4 @@
-"""Values and output projection: an SVD in the context of the attention."""
+"""Value/output modules: an SVD of each head, with the output projection refit on all heads."""
 
 from __future__ import annotations
 
@@ -23,17 +23,20 @@ from lordjax.methods.modular.metric import (
 
 
 def value_output(kernels: Arrays, stats: Mapping[str, Any], *, fit: bool) -> ModuleFactors:
-    """Orders the directions of every value head, and fits the output projection for every width.
+    """Ranks the directions of every value head, and fits the output projection for every width.
+
+    Without ``fit`` the output projection of a head is the truncated factor. For each head this is
+    the optimum of the paper's two SVDs, in a form that needs only head-sized eigenproblems.
 
     Args:
-      kernels: ``v`` ``[m, k, d]``, ``o`` ``[h, d, m]``, optional ``v_bias`` ``[k, d]``.
-      stats: ``moments`` `Moments` of the attention's output ``[h·d]``, or ``values`` ``[k, d, d]``
-        second moments without the bias (the paper's, which ignores where attention looks);
-        ``gradients`` as in `mlp`.
-      fit: fit the output projection to all heads at once; needs ``moments``.
+      kernels: ``v`` ``[m, k, d]``, ``o`` ``[h, d, m]``, optionally ``v_bias`` ``[k, d]``.
+      stats: ``moments``, the `Moments` of the mixed values ``[h·d]``, or ``values`` ``[k, d, d]``,
+        the second moments of values without bias (as in the paper; they ignore the attention
+        weights); optionally ``gradients``, as in `modular.mlp.mlp`.
+      fit: whether to fit the output projection to all heads at once; needs ``moments``.
 
-    Without ``fit`` the projection of each head is the truncated factor: per head, the optimum of
-    the paper's two SVDs in a form that needs only head-sized eigenproblems.
+    Returns:
+      The bases of the value heads, the output projection or its refit factors, and the spectrum.
     """
     o = kernels["o"]
     heads, width, out = o.shape
@@ -53,11 +56,11 @@ def value_output(kernels: Arrays, stats: Mapping[str, Any], *, fit: bool) -> Mod
     ).reshape(o.shape)
     if not fit:
         return ModuleFactors(jnp.sum(values, axis=0), {"basis": basis, "out": turned})
-    # Ordered by direction first and head second, so that a width is a prefix.
+    # Sorted by direction first and head second, so that a width is a prefix.
     each = jnp.repeat(basis, heads // kv_heads, axis=0)
     gram = jnp.einsum("hdr,hdje,jes->rhsj", each, whole, each, precision="highest")
     gram = gram.reshape(heads * width, -1)
-    # Directions in which the values never go have the energy of rounding, of either sign.
+    # Directions without values have an energy that is a rounding error, of either sign.
     lower, right = column_selection.nested_refit(
         gram, turned.transpose(1, 0, 2).reshape(-1, out), unit=linalg.mean_unit
     )
@@ -68,9 +71,10 @@ def value_output(kernels: Arrays, stats: Mapping[str, Any], *, fit: bool) -> Mod
 def _contexts(
     kernels: Arrays, stats: Mapping[str, Any], heads: int, kv_heads: int, width: int
 ) -> tuple[Any, Float[Array, "k d d"]]:
-    """Second moment of the mixed values of all heads ``[h, d, h, d]``, and summed over a group.
+    """Returns the second moment of the mixed values: of all heads, and summed per value head.
 
-    Attention rows sum to one, so the values' bias goes through as it is and is taken out.
+    The first is ``[h, d, h, d]``, or None if only ``values`` were collected. Attention weights sum
+    to one, so the values' bias passes through unchanged; it is subtracted.
     """
     if "moments" not in stats:
         return None, stats["values"].second_moment()
@@ -86,7 +90,7 @@ def _contexts(
 def prune_value_output(
     kernels: Arrays, factors: ModuleFactors, width: int
 ) -> dict[str, np.ndarray]:
-    """Values and outputs of head width ``width``; the values' bias moves to the output."""
+    """Returns values and outputs of head width ``width``; the values' bias moves to the output."""
     parts, heads = factors.parts, len(kernels["o"])
     v, basis = to_float64(kernels["v"]), to_float64(parts["basis"][..., :width])
     new = {"v": (v.transpose(1, 0, 2) @ basis).transpose(1, 0, 2)}
@@ -103,5 +107,10 @@ def prune_value_output(
 
 
 def value_output_module(needs: tuple[str, ...], **options: Any) -> Module:
-    """A `Module` of `value_output`."""
+    """Returns a `Module` that uses `value_output`.
+
+    Args:
+      needs: names of the statistics.
+      **options: keyword arguments of `value_output`.
+    """
     return Module(functools.partial(value_output, **options), prune_value_output, needs)
