@@ -123,6 +123,7 @@ def compress(
     allocation: str | None = None,
     temperature: float | None = None,
     prefix: str | None = None,
+    cut_dtype: str | None = None,
     **options: Any,
 ) -> Result:
     """Factors a model for all budgets; the result is the dense model, for `output.Output.finish`.
@@ -137,6 +138,7 @@ def compress(
       temperature: of block-influence, for every budget; None = chosen for each on held-out windows,
         which are kept.
       prefix: ``dense``, or None.
+      cut_dtype: the dtype of the models that are cut from it; None = that of ``source``.
       **options: see `compression.prepare`.
 
     Raises:
@@ -151,6 +153,7 @@ def compress(
         "method": method,
         "allocation": allocation,
         "temperature": temperature,
+        "cut_dtype": cut_dtype,
         "report": prepared.report,
         "influences": prepared.influences,
         "sizes": {path: vars(size) for path, size in prepared.sizes.items()},
@@ -221,7 +224,13 @@ def cut(
         progress=progress,
         store=archive,
     )
-    return prepared.compress(keep, facts["allocation"], temperature=facts["temperature"], into=into)
+    return prepared.compress(
+        keep,
+        facts["allocation"],
+        temperature=facts["temperature"],
+        dtype=facts.get("cut_dtype"),
+        into=into,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,7 +300,10 @@ def export(
         parts = Shards(stage, MemoryStore())
         result = cut(directory, keep, into=parts, progress=progress)
         stored = saved.report()
-        settings = {k: v for k, v in stored.get("settings", {}).items() if k != "elastic"}
+        settings = dict(stored.get("settings", {}))
+        settings.pop("elastic", None)
+        if (dtype := settings.pop("cut_dtype", None)) is not None:
+            settings["dtype"] = dtype
         names = [REST, *(f"layer_{i}" for i in range(result.config.num_layers))]
         checkpoint.write_about(
             stage,
