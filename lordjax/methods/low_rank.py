@@ -91,23 +91,23 @@ def factor(
     # Gradients come with their coordinates. A corrective target is another kernel with the same row
     # space, whose own basis would be rotated.
     basis = stats["basis"] if "basis" in stats else linalg.row_space(kernel)
-    narrow = kernel if basis is None else mm(kernel, basis)
+    projected = kernel if basis is None else mm(kernel, basis)
     match inputs:
         case "identity":
-            outputs = mm(narrow.T, narrow)
+            outputs = mm(projected.T, projected)
         case "row_fisher":
-            outputs = _diagonal_moment(stats["row_fisher"], narrow)
+            outputs = _diagonal_moment(stats["row_fisher"], projected)
         case "abs_mean":
-            outputs = _diagonal_moment(stats["abs_mean"].mean() ** (2 * ASVD_ALPHA), narrow)
+            outputs = _diagonal_moment(stats["abs_mean"].mean() ** (2 * ASVD_ALPHA), projected)
         case "moments" | "covariance":
-            outputs = _output_moment(narrow, stats, centred=inputs == "covariance")
+            outputs = _output_moment(projected, stats, centred=inputs == "covariance")
         case _:
             raise ValueError(
                 f"unknown input statistic {inputs!r}; expected identity, row_fisher, abs_mean, "
                 "moments or covariance"
             )
     metric = stats["gradients"].second_moment() if gradient_metric else None
-    left, right, spectrum = linalg.metric_pca(narrow, outputs, metric)
+    left, right, spectrum = linalg.metric_pca(projected, outputs, metric)
     if basis is not None:
         right = mm(right, basis.T)
     means = {}
