@@ -259,7 +259,7 @@ def test_products_without_a_kernel_are_decoded(one_gpu):
 
 
 def test_the_fastest_is_chosen_and_must_be_faster_by_a_margin(one_gpu):
-    case = nf_gpu_autotune.Case.of(normal(3, (3, 96)), quantized(), None)
+    case = nf_gpu_autotune.Case.for_operands(normal(3, (3, 96)), quantized(), None)
     for times, best in (
         ({None: 2.0, ONE: 1.0, FEW: 0.5}, FEW),
         ({None: 1.0, ONE: 0.99}, None),
@@ -267,18 +267,18 @@ def test_the_fastest_is_chosen_and_must_be_faster_by_a_margin(one_gpu):
         ({ONE: 1.0}, None),  # XLA's failed: nothing to compare with
     ):
         nf_gpu_autotune.fastest.cache_clear()
-        one_gpu.setattr(nf_gpu_autotune, "measure", lambda case, times=times: dict(times))
+        one_gpu.setattr(nf_gpu_autotune, "time_tiles", lambda case, times=times: dict(times))
         assert nf_gpu_autotune.fastest(case) == best
 
 
 def test_cases_round_rows_up_and_tell_formats_apart():
     x = [normal(3, (rows, 96)) for rows in (3, 4, 5)]
-    three, four, five = (nf_gpu_autotune.Case.of(y, quantized(), None) for y in x)
+    three, four, five = (nf_gpu_autotune.Case.for_operands(y, quantized(), None) for y in x)
     assert three == four and hash(three) == hash(four) and five.rows == 8
     many = jax.ShapeDtypeStruct((70, 70, 96), "float32")
-    assert nf_gpu_autotune.Case.of(many, quantized(), None).rows == nf_gpu_autotune.ROWS
+    assert nf_gpu_autotune.Case.for_operands(many, quantized(), None).rows == nf_gpu_autotune.ROWS
     others = [(quantized(Format(3)), None), (quantized(), low_rank())]
-    found = [four, five, *(nf_gpu_autotune.Case.of(x[0], *other) for other in others)]
+    found = [four, five, *(nf_gpu_autotune.Case.for_operands(x[0], *other) for other in others)]
     assert all(a != b for a, b in itertools.combinations(found, 2))
     base, factors = found[-1].operands(0)
     assert base.shape == (96, 40) and factors.shape == (96, 40)
@@ -299,7 +299,7 @@ def test_times_below_a_trace_and_warns_of_what_fails(one_gpu):
 
     @jax.jit
     def traced(x, base):
-        found.append(nf_gpu_autotune.fastest(nf_gpu_autotune.Case.of(x, base, None)))
+        found.append(nf_gpu_autotune.fastest(nf_gpu_autotune.Case.for_operands(x, base, None)))
         return x
 
     one_gpu.setattr(nf_gpu_autotune, "MARGIN", 1e-9)
