@@ -223,7 +223,7 @@ def test_a_group_that_is_killed_goes_on_to_the_same_bits(dying, tmp_path, monkey
     """Before some line of the journal; no factors are made twice but those that it lost."""
     config = dataclasses.replace(MODEL.config, num_layers=6)
     model, left, made = random_model(config), [0], []
-    record, finish = DiskStore._record, single_pass.finish
+    record, collect = DiskStore._record, single_pass.collect_factors
 
     def killing(self, row):
         left[0] -= 1
@@ -233,10 +233,10 @@ def test_a_group_that_is_killed_goes_on_to_the_same_bits(dying, tmp_path, monkey
 
     def counted(*arguments):
         made.append(arguments[1])
-        return finish(*arguments)
+        return collect(*arguments)
 
     monkeypatch.setattr(DiskStore, "_record", killing)
-    monkeypatch.setattr(single_pass, "finish", counted)
+    monkeypatch.setattr(single_pass, "collect_factors", counted)
 
     def factors(name):
         calibrated = checked(config, TOKENS, None, None, mesh=FOUR())
