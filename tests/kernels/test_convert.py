@@ -1,4 +1,4 @@
-"""Factorisation of raw trees: nested dicts and NNX states, under every transformation of JAX."""
+"""Factorization of parameter trees: nested dicts and NNX states, under JAX transformations."""
 
 import flax.linen as nn
 import jax

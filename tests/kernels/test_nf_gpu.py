@@ -1,4 +1,4 @@
-"""The GPU kernel for quantised products: interpreted, lowered for CUDA, and how it is chosen."""
+"""The GPU kernel for quantized products: interpreted, lowered for CUDA, and autotuned."""
 
 import functools
 import itertools
@@ -28,7 +28,7 @@ ONE, FEW = Tile(1, 16, word_groups=16, splits=2), Tile(16, 32, word_groups=16)
 
 @pytest.fixture(autouse=True)
 def short_programs(request, monkeypatch):
-    """Less to compile; what is lowered for a GPU is written out as usual."""
+    """Unrolls less, which compiles faster; programs lowered for a GPU unroll as usual."""
     if "cuda" not in request.node.name:
         monkeypatch.setattr(nf_gpu, "UNROLL", 2)
 
@@ -50,7 +50,7 @@ def low_rank(rank=5, shape=(96, 40), dtype="float32"):
 
 
 def exact(x, *parts):
-    """The product with the materialised matrices, in float32."""
+    """Returns the product with the materialized matrices, in float32."""
     return sum(x.astype(jnp.float32) @ materialize(k).astype(jnp.float32) for k in parts)
 
 
@@ -165,7 +165,7 @@ def test_off_a_gpu_the_matrix_is_decoded():
 
 
 def lowered_for_cuda(fn, *args):
-    """Text of a program for CUDA; jax 0.11 needs a GPU for that, and announces to drop Triton."""
+    """Returns the text of a program for CUDA; JAX 0.11 needs a GPU, and may drop Triton."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
         try:
@@ -215,7 +215,7 @@ def test_tiles_that_no_gpu_takes_are_refused(sizes):
 
 
 def tiles(case):
-    """As if a tile had been the fastest."""
+    """Returns a tile, as if it had been the fastest."""
     return Tile(16, 16, word_groups=16)
 
 

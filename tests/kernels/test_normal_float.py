@@ -1,4 +1,4 @@
-"""The theory of the NormalFloat quantiser: theory/lq_lora §8.1."""
+"""The theory of NormalFloat quantization: theory/lq_lora §8.1."""
 
 import functools
 

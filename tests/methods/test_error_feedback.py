@@ -1,4 +1,4 @@
-"""Error feedback: the identity of LDLQ, equality with GPTQ, and what it does not change."""
+"""Error compensation: the identity of LDLQ, equality with GPTQ, edge cases."""
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +8,8 @@ import pytest
 from lordjax.kernels import normal_float
 from lordjax.methods.quantized.error_feedback import (
     BLOCK,
-    DAMPING,
     CLIP_RATIOS,
+    DAMPING,
     best_clip_ratios,
     make_feedback,
     quantize,
@@ -26,7 +26,7 @@ def matrix(shape, seed=0):
 
 
 def moment(n, seed=1, tokens=200):
-    """Second moment of correlated inputs of different size."""
+    """Returns the second moment of correlated inputs of different size."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(tokens, n)) @ rng.normal(size=(n, n)) * np.exp(rng.normal(size=n))
     return jnp.asarray(x.T @ x / tokens, jnp.float32)
@@ -38,7 +38,7 @@ def damped(h):
 
 
 def missed(kernel, feedback, form=FORM):
-    """What the codes of a kernel miss, ``[in, out]``."""
+    """Returns the residual of a quantized kernel, ``[in, out]``."""
     found = codes_of(kernel.T, form, feedback)
     values = normal_float.dequantize(found, form).reshape(kernel.shape[::-1]).T
     return np.asarray(kernel, np.float64) - np.asarray(values, np.float64)
@@ -83,7 +83,7 @@ def test_errors_are_rounding_errors_at_their_own_prices(shape):
 
 
 def gptq(kernel, h, order, scales, form):
-    """The recursion of GPTQ in float64: Cholesky factor of the inverse, updates of what follows."""
+    """GPTQ's recursion in float64: Cholesky factor of the inverse, updates of later inputs."""
     rows = np.asarray(kernel, np.float64)[order].copy()
     scales = np.asarray(scales, np.float64)[order]
     inverse = np.linalg.inv(damped(h)[order][:, order])
@@ -135,7 +135,7 @@ def test_less_is_lost(shape, bits):
 @every_shape
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_scales_lose_least_at_the_prices(shape, bits):
-    """No other share of all blocks' magnitudes would do better; 2 bits want smaller ones than 4."""
+    """No common clip ratio does better; 2 bits need smaller ratios than 4."""
     kernel, form = matrix(shape), normal_float.Format(bits, 8, "float32", 16, 16)
     feedback = make_feedback(moment(shape[0]))
     flat, prices = kernel.T.reshape(-1), np.tile(feedback.error_weights, shape[1])
@@ -165,7 +165,7 @@ def test_inputs_that_never_fire_and_kernels_of_zeros():
 
 @pytest.mark.parametrize("block", [16, 48, 64, 1000])
 def test_blocks_may_cross_outputs(block):
-    """Runs that share a scale need not divide the number of inputs."""
+    """The block size need not divide the number of inputs."""
     shape, form = (40, 30), normal_float.Format(4, 8, "float32", block, 16)
     kernel, h = matrix(shape), moment(shape[0])
     assert loss(missed(kernel, make_feedback(h), form), h) < loss(missed(kernel, None, form), h)

@@ -1,4 +1,4 @@
-"""Column selection on the host: the same as `linalg`'s, in the memory of one matrix."""
+"""Column selection on the host: same results as `column_selection`, in the memory of one matrix."""
 
 import dataclasses
 import tracemalloc
@@ -21,13 +21,13 @@ from lordjax.methods.modular.mlp import RIDGE, mlp
 
 @pytest.fixture
 def double():
-    """Float64 where JAX is compared with."""
+    """Enables float64, for comparisons with JAX."""
     with jax.enable_x64(True):
         yield
 
 
 def problem(n, m=12, seed=0):
-    """Hidden states, a column of zeros and two that replace each other among them; a kernel."""
+    """Returns hidden states with a zero column and two interchangeable ones, and a kernel."""
     rng = np.random.default_rng(seed)
     z = rng.normal(size=(2 * n, n)) @ (np.eye(n) + rng.normal(size=(n, n)) / np.sqrt(n)) + 0.3
     z[:, 2], z[:, 5] = 0, z[:, 3]
@@ -38,7 +38,7 @@ def problem(n, m=12, seed=0):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("n", [7, 64, 150])
 def test_the_same_columns_are_eliminated_in_the_same_order(n, dtype, monkeypatch):
-    """Also where what is left moves together."""
+    """Also when the remaining columns are compacted."""
     monkeypatch.setattr(lapack, "PENDING", 32)
     monkeypatch.setattr(lapack, "PANEL", 48)
     z, kernel = problem(n)
@@ -63,7 +63,7 @@ def test_leverage_and_refits_are_the_same(monkeypatch):
 
 
 def test_a_factor_tries_harder_until_it_works_and_gives_up_on_what_is_broken(monkeypatch):
-    """As `linalg.jittered`; only the lower triangle is read."""
+    """`cholesky` equals `linalg.jittered`, and reads only the lower triangle."""
     monkeypatch.setattr(lapack, "PANEL", 5)
     rng = np.random.default_rng(0)
     pairs = ((0.5, 1e-6), (-3e-4, 1e-3))
@@ -146,7 +146,7 @@ def test_an_mlp_is_factored_in_the_memory_of_one_gram(score):
 
 
 def test_sums_are_gone_before_a_factor_is_taken(monkeypatch):
-    """Nothing holds a block's widest statistic when its MLP is refitted."""
+    """The widest statistic of a block is freed before its MLP is refit."""
     name = "modegpt-published"
     module, sums, alive = METHODS[name].modules["mlp"], [], []
 

@@ -1,4 +1,4 @@
-"""Codes with a low-rank product on top: closed forms, the best iterate, and what is promised."""
+"""Quantized weights plus a low-rank term: closed forms, the best iterate, guarantees."""
 
 import functools
 
@@ -32,12 +32,12 @@ best = jax.jit(best_product, static_argnames=("width", "powers", "sort"))
 
 
 def matrix(seed=0, shape=SHAPE):
-    """Singular values that fall slowly, as those of the errors of codes."""
+    """Returns a matrix with slowly decreasing singular values, like a quantization residual."""
     return jax.random.normal(jax.random.key(seed), shape)
 
 
 def moment(seed=1, n=SHAPE[0], tokens=200):
-    """Second moment of correlated inputs of different size."""
+    """Returns the second moment of correlated inputs of different size."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(tokens, n)) @ rng.normal(size=(n, n)) * np.exp(rng.normal(size=n))
     return jnp.asarray(x.T @ x / tokens, jnp.float32)
@@ -52,7 +52,7 @@ def fisher_weights(fisher):
 
 
 def product(target, rank, weights, width=WIDTH):
-    """The best product: as a matrix, and as it was found."""
+    """Returns the best low-rank term: as a matrix, and as its factors."""
     start = start_basis(target.shape, width)
     found = best(target, jnp.asarray(rank), weights, start, width=width, powers=FIRST_POWERS)
     return np.asarray(found.left @ found.right, np.float64), found
@@ -99,7 +99,7 @@ def quantized(kernel, form=FORM):
 
 
 def measured(kernel, found, weights, form=FORM):
-    """The measure of what is left, from codes and factors, in float64."""
+    """Returns the weighted error of codes and factors, in float64."""
     error = np.asarray(kernel - decoded(found.codes, kernel.shape, form), np.float64)
     error = error - np.asarray(found.left, np.float64) @ np.asarray(found.right, np.float64)
     if weights.elements is not None:
@@ -255,7 +255,7 @@ def test_rank_zero_is_plain_quantisation():
 
 
 def test_two_bits_diverge_and_the_best_is_kept():
-    """The raw sequence rises again, so that the last iterate is not the best."""
+    """The error of the iterates rises again, so that the last one is not the best."""
     form, kernel = normal_float.Format(2, 8, "float32", 64, 256), matrix(shape=(64, 64))
     found = run(kernel, WIDTH, form=form, steps=20)
     history = np.asarray(found.history)
@@ -265,7 +265,7 @@ def test_two_bits_diverge_and_the_best_is_kept():
 
 
 def test_planted_product_is_found():
-    """Codes plus a large product: what is left falls far below that of the codes alone."""
+    """A low-rank term of high rank reduces the error far below that of the codes alone."""
     planted = 10 * matrix(1, (SHAPE[0], 4)) @ matrix(2, (4, SHAPE[1]))
     kernel = quantized(matrix()) + planted
     alone = float(jnp.linalg.norm(kernel - quantized(kernel)))
@@ -274,7 +274,7 @@ def test_planted_product_is_found():
 
 
 def test_a_search_from_a_sorted_basis_stays_sorted():
-    """Orthogonal iteration: the best product for a nearby matrix needs no rotation."""
+    """Orthogonal iteration: the low-rank term of a nearby matrix needs no rotation."""
     target, weights = moment(3) @ matrix(), Weights(moment(), positive(SHAPE[1], 2))
     start = product(target, WIDTH, weights)[1].basis
     fixed = {"width": WIDTH, "powers": 3}
@@ -305,7 +305,7 @@ def test_zero_matrix():
 
 @pytest.mark.parametrize("batched", [False, True])
 def test_a_stack_is_decomposed_like_its_members(batched, monkeypatch):
-    """Mapped over on a CPU, batched elsewhere."""
+    """Kernels run one by one on a CPU, and as a batch elsewhere."""
     kernels = jnp.stack([matrix(0), matrix(1)])
     ranks, c = jnp.array([2, 6]), positive(SHAPE[1], 2)
     weights = [Weights(moment(1), c), Weights(moment(2), c[::-1])]
@@ -368,7 +368,7 @@ def test_predictions_with_feedback_are_near_what_is_reached():
 
 
 def as_kernel(kernel, rank):
-    """Codes and a product as they are stored in a model."""
+    """Returns quantized weights and a low-rank term as they are stored in a model."""
     found = run(kernel, rank)
     base = NFQuantized.of(normal_float.pack_codes(found.codes, FORM), kernel.shape, FORM)
     return LowRankPlusQuantized(base, LowRank(found.left[:, :rank], found.right[:rank]))

@@ -1,4 +1,4 @@
-"""Theorems of narrow MLPs: identities at full width, least squares, exact errors."""
+"""Theorems of pruned MLPs: identities at full width, least squares, exact errors."""
 
 import itertools
 
@@ -24,7 +24,7 @@ def run_mlp(z, kernels, width, score="leverage", **options):
 
 
 def mlp_error(z, kernels, factors, new, m=None):
-    """Mean squared output error of the narrow MLP, in a metric."""
+    """Returns the mean squared output error of the pruned MLP, in a metric."""
     order = np.asarray(factors.parts["order"])[: len(new["down"])]
     gap = z @ kernels["down"] - z[:, order] @ new["down"] - new.get("out_bias", 0)
     return np.einsum("ti,ij,tj->", gap, np.eye(gap.shape[1]) if m is None else m, gap) / len(z)
@@ -124,7 +124,7 @@ def test_units_of_what_is_added_to_energies():
 
 
 def test_with_shrinking_rounding_does_not_choose_the_neurons():
-    """Of fewer tokens than neurons, where a factor of the sums as they are works by luck."""
+    """Fewer tokens than neurons: an undamped Cholesky factor would succeed only by luck."""
     z, kernels = mlp_problem(tokens=16)
     exact, down = moments(z), {"down": jnp.asarray(kernels["down"])}
 
@@ -291,7 +291,7 @@ def test_order_does_not_depend_on_scale_and_follows_a_permutation():
 
 
 def test_elimination_removes_what_the_output_misses_least():
-    """One at a time it is the exact greedy choice, and no worse than leverage on average."""
+    """With blocks of 1 it is the exact greedy choice, and no worse than leverage on average."""
     z, kernels = mlp_problem(inside=12)
     c, w = z.T @ z / len(z), kernels["down"]
 

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("double")
 
 
 def logits(x, kernels, positions=None):
-    """``[h, s, t]``, unscaled."""
+    """Returns the unscaled logits ``[h, s, t]``."""
     q, k = (project(x, kernels, name, positions) for name in "qk")
     return np.einsum("shd,thd->hst", q, np.repeat(k, q.shape[1] // k.shape[1], axis=1))
 
@@ -194,7 +194,7 @@ def test_logits_depend_on_the_distance_only_after_compression():
 
 
 def test_gates_give_the_error_in_the_loss():
-    """With gates the error of a set of pairs is half the quadratic form of its block."""
+    """With a saliency the error of a set of pairs is half the quadratic form of its block."""
     x, kernels = qk_problem()
     effects = np.random.default_rng(3).normal(size=(200, 2, 4)) * [1, 5, 2, 3]
     stats = {

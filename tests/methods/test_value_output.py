@@ -70,7 +70,7 @@ def test_head_sized_form_is_the_published_one():
 
 
 def test_no_pair_of_values_and_outputs_is_better():
-    """Neither a thousand random ones nor those that alternating least squares polishes."""
+    """No solution is better: neither random ones nor those of alternating least squares."""
     kernels, x, probabilities = vo_problem(groups=1, per_group=1, bias=False)
     factors, _ = run_vo(kernels, x, probabilities, 3, fit=False, context=False)
     target = x @ kernels["v"][:, 0] @ kernels["o"][0] / np.sqrt(len(x))
@@ -100,7 +100,7 @@ def test_head_sized_form_with_inputs_in_a_subspace(rank):
 
 
 def roots(c):
-    """``C^½`` and its pseudo-inverse."""
+    """Returns ``C^½`` and its pseudo-inverse."""
     values, vectors = np.linalg.eigh(c)
     there = values > 1e-12 * values[-1]
     root = vectors * np.sqrt(np.where(there, values, 0)) @ vectors.T

@@ -1,4 +1,4 @@
-"""Several devices share the work of a compression, and come to what one comes to."""
+"""Several devices share a compression, and give the same result as one device."""
 
 import dataclasses
 import functools
@@ -43,7 +43,7 @@ MESHES = [{"data": 4}, {"data": 2, "model": 2}, {"model": 4}]
 
 
 def statistics(axes):
-    """Of the first block's activations, and of all blocks' gradients."""
+    """Returns statistics of the first block's activations and of all blocks' gradients."""
     devices = None if axes is None else mesh.make_mesh(axes)
     calibrated = checked(MODEL.config, TOKENS, None, None, mesh=devices)
     row, config = METHODS["lord"], MODEL.config
@@ -110,7 +110,7 @@ def test_rows_that_do_not_divide_lie_everywhere():
 
 @pytest.mark.slow
 def test_weight_gradients_of_windows_are_those_of_one_device():
-    """Each device squares and adds those of its own windows."""
+    """Each device squares and adds the gradients of its own sequences."""
     one, four = (
         gradient_statistics(
             MODEL, checked(MODEL.config, TOKENS, None, 4, mesh=m), METHODS["fwsvd"], Clock()
@@ -163,7 +163,7 @@ def test_jobs_take_turns_on_the_devices():
 
 
 def test_devices_that_share_cores_take_turns():
-    """Programs of several CPU devices at once make mistakes (`mesh.run_tasks`)."""
+    """CPU devices take turns, since concurrent programs go wrong (`mesh.run_tasks`)."""
     slow, before, made = jax.jit(lambda x: jax.lax.fori_loop(0, 300, lambda i, y: x @ y, x)), [], []
 
     def run(k):
@@ -195,7 +195,7 @@ def test_the_largest_job_goes_to_the_device_with_the_least(costs, sums):
 
 
 def test_devices_factor_equally_much(monkeypatch):
-    """Nearly all work of a block is its MLP's; what is counted is what devices are given."""
+    """The MLP is most of a block's work; the test adds up the tasks that each device gets."""
     given = []
 
     def seen(run, shares, devices):
@@ -220,7 +220,7 @@ def test_devices_factor_equally_much(monkeypatch):
 
 @pytest.mark.parametrize("dying", range(2, 28, 4))
 def test_a_group_that_is_killed_goes_on_to_the_same_bits(dying, tmp_path, monkeypatch):
-    """Before some line of the journal; no factors are made twice but those that it lost."""
+    """A run is killed before a line of the journal; only unfinished factors are computed again."""
     config = dataclasses.replace(MODEL.config, num_layers=6)
     model, left, made = random_model(config), [0], []
     record, collect = DiskStore._record, single_pass.collect_factors
@@ -298,7 +298,7 @@ QUICK = ("factorize", "nbytes", "matmul", "eigenvalues", "stats.moments")
     "names", [pytest.param(QUICK, id="quick"), pytest.param((), id="all", marks=pytest.mark.slow)]
 )
 def test_functions_under_pmap_on_eight_devices(names):
-    """What a user's own pipeline may call on its devices: `pmapped.CASES`."""
+    """Functions that a user's pipeline may call under ``pmap``: `pmapped.CASES`."""
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, str(Path(__file__).parents[1] / "pmapped.py"), *names]
     found = subprocess.run(

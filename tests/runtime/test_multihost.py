@@ -1,4 +1,4 @@
-"""Several processes do one job: they come to what one comes to, and live through deaths."""
+"""Several processes work on one job: same result as one process, also after a kill."""
 
 import contextlib
 import json
@@ -113,14 +113,14 @@ LORD = ("--method", "lord", "--keep", 0.6)
 
 @pytest.fixture(scope="module")
 def whole(model):
-    """What two processes make when nothing happens to them, and what they print."""
+    """Returns the result of an undisturbed run of two processes, and what they print."""
     found = job(model, model / "whole", *LORD)
     assert [code for code, _, _ in found] == [0, 0], found
     return model / "whole", found
 
 
 def test_two_processes_are_one(model, whole):
-    """Same plan, same model but for the order of sums; one of them writes and speaks."""
+    """Same plan, and same model up to the order of sums; only process 0 writes and prints."""
     out, found = whole
     one = compress(MODEL, TOKENS, method="lord", keep=0.6)
     assert json.loads((out / "plan.json").read_text())["ranks"] == one.plan.ranks
@@ -168,7 +168,7 @@ def test_other_methods_and_meshes(model, tmp_path, method, options):
 
 @pytest.mark.slow
 def test_the_death_of_the_first(model, whole):
-    """JAX itself ends the others then."""
+    """JAX itself ends the other processes in this case."""
     first, second = job(model, model / "first", *LORD, dying=(0, 10))
     assert first[0] == -signal.SIGKILL and second[0] != 0
     assert "another" in second[2] or "coordination service" in second[2]
@@ -211,7 +211,7 @@ def test_nobody_and_somebody_at_the_address(monkeypatch):
 
 
 def told(monkeypatch, number, others):
-    """Has this process be one of two; ``others`` says what the other one tells."""
+    """Simulates one of two processes; ``others`` is the JSON of the other one."""
     monkeypatch.setattr(multihost, "process_index", lambda: number)
     monkeypatch.setattr(
         multihost, "all_gather_json", lambda own: [own, others] if number == 0 else [others, own]
