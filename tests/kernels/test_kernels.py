@@ -62,7 +62,7 @@ def low_rank_of_quantized(lead, dtype):
 
 
 class Row(NamedTuple):
-    """Returns a kernel and its matrix."""
+    """A kind of kernel: how to make one, and the numbers and bytes that it holds."""
 
     make: Callable[[tuple[int, ...], str], Any]
     floats: int  # numbers in the dtype asked for; the rest is constant

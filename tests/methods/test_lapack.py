@@ -131,7 +131,7 @@ def test_no_tokens_are_not_finite():
 
 @pytest.mark.parametrize("score", mlp_on_host.SCORES)
 def test_an_mlp_is_factored_in_the_memory_of_one_gram(score):
-    """Of float64; and while it is rounded, of what is kept."""
+    """Peak memory is the float64 Gram matrix and, while it is rounded, the result."""
     n, m = 1200, 100
     rng = np.random.default_rng(0)
     moments = Moments.zeros(n).update(jnp.asarray(rng.normal(size=(2 * n, n)), jnp.float32))
