@@ -6,6 +6,7 @@
     model.safetensors.index.json         tensor -> file
     config.json                          the original Hugging Face config, plus "lordjax": {...}
     plan.json, report.json               what was decided, what came of it
+    report.html                          the same for people, if the command line wrote it
     tokenizer files                      if a writer was given
 
 Nothing is pickled. A directory is written beside its destination and renamed when it is complete
@@ -102,6 +103,7 @@ def write_about(
     plan: Plan | None = None,
     report: Mapping[str, Any] | None = None,
     write_tokenizer: Callable[[Path], Any] | None = None,
+    also: Callable[[Path], Any] | None = None,
 ) -> None:
     """Writes what a directory holds besides tensors.
 
@@ -113,6 +115,7 @@ def write_about(
       plan: see `save`.
       report: see `save`.
       write_tokenizer: see `save`.
+      also: called with the directory when everything else is in it, to put more into it.
     """
     lordjax = {
         **_about(config, found),
@@ -129,4 +132,6 @@ def write_about(
         write_json(stage / "report.json", {**report, "file_bytes": found["file_bytes"]})
     if write_tokenizer is not None:
         write_tokenizer(stage)
+    if also is not None:
+        also(stage)
     sync(stage)

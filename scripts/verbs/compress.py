@@ -16,6 +16,8 @@ from lordjax.scripts.jobs import Run, job_of
 from lordjax.scripts.opened_model import Model, model_checksums, open_model
 from lordjax.scripts.token_inputs import mask_token, read_tokens
 
+PAGE = "report.html"
+
 
 def compress_model(
     model: str,
@@ -33,7 +35,6 @@ def compress_model(
     Everything that can be wrong with the arguments is found before the work begins.
     """
     start = time.perf_counter()
-    from lordjax.compression.elastic import keep_entries
     from lordjax.compression.resumable_output import Output, partial
     from lordjax.models.objective import protocol as objective_protocol
     from lordjax.runtime import multihost
@@ -105,10 +106,21 @@ def compress_model(
             hf_config=opened.hf_config,
             report=report,
             write_tokenizer=write_tokenizer,
-            also=functools.partial(keep_entries, output.store) if is_elastic else None,
+            also=functools.partial(_add, output.store, is_elastic),
             summary=summary,
         )
     return summary
+
+
+def _add(work: Any, is_elastic: bool, directory: Path) -> None:
+    """Adds the factors of an elastic model and the page for people to a directory."""
+    from lordjax.compression.elastic import keep_entries
+    from lordjax.scripts.report.page import add_page
+    from lordjax.storage.store import Entries
+
+    if is_elastic:
+        keep_entries(work, directory)
+    add_page(directory, Entries(work, "factors"))
 
 
 def _on_mesh(run: Run, settings: dict[str, Any], axes: str | None) -> tuple[Run, dict[str, Any]]:
@@ -215,6 +227,8 @@ def show(result: dict[str, Any]) -> None:
             f"calibrated on {calibration['windows']} windows of {calibration['seq_len']} tokens: "
             f"{calibration['source']}"
         )
+    if (page := Path(result["output"]) / PAGE).exists():
+        print(f"report: {page}")
     if "elastic" in result["settings"]:
         print(f"next: lordjax export {result['output']} small --keep 0.7")
         return

@@ -34,6 +34,7 @@ def source(params):
     return InMemory(CONFIG, params)
 
 
+@pytest.mark.full
 def test_gradients_are_those_of_the_loss(source, params):
     """Σ tokens xᵀg at a linear output is the gradient of the loss at its kernel."""
 
@@ -54,6 +55,7 @@ def test_gradients_are_those_of_the_loss(source, params):
             )
 
 
+@pytest.mark.full
 def test_gradient_coordinates_keep_the_metric(source, params):
     """For a widening kernel the gradient is stored in the kernel's row space: K M Kᵀ survives."""
     stats = gradient_statistics(source, Calibration(TOKENS, None, 3), METHODS["lord"], Clock())
@@ -139,11 +141,13 @@ def assert_gradient_sums(stats, references):
         assert not np.allclose(own["fisher"][inside], together, rtol=0.1)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_squared_and_weighted_gradients(source, references, batch_size):
     assert_gradient_sums(gradient_sums(source, TOKENS[:2], batch_size=batch_size), references)
 
 
+@pytest.mark.full
 def test_padding_adds_nothing_to_squared_and_weighted_gradients(source, references):
     garbage = np.full((2, 10), 3, np.int32)
     mask = np.repeat([[True, False]], 2, axis=0).repeat([40, 10], axis=1)
@@ -151,6 +155,7 @@ def test_padding_adds_nothing_to_squared_and_weighted_gradients(source, referenc
     assert_gradient_sums(gradient_sums(source, tokens, mask), references)
 
 
+@pytest.mark.full
 def test_fisher_is_that_of_weight_gradients(source, params):
     """Against the plain gradient of the whole model, window by window; two halves add up."""
 

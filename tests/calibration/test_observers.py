@@ -63,6 +63,7 @@ def observed(x, mask=None, size=None, keys=INPUTS):
     return np.concatenate(outputs), stats
 
 
+@pytest.mark.quick("True")
 @pytest.mark.parametrize("padded", [False, True])
 def test_statistics_of_a_model_do_not_depend_on_the_batch_size(padded):
     x = states(6, 9)
@@ -96,6 +97,7 @@ def test_taps_are_where_they_say():
         np.testing.assert_allclose(outputs, kernel.T @ inputs @ kernel, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_gives_the_moments_of_the_unpadded_tokens(side):
     lengths, longest = (5, 8, 3), 8
@@ -144,7 +146,7 @@ def test_taps_cost_nothing_when_nothing_is_collected(monkeypatch):
         )
 
     with_taps = traces()
-    for module in ("layers", "transformer"):
+    for module in ("layers", "attention", "blocks"):
         monkeypatch.setattr(f"lordjax.models.{module}.tap", lambda module, name, x: x)
     assert traces() == with_taps
 

@@ -58,6 +58,7 @@ def test_any_batch_size_equals_numpy(kind, dtype, size):
         assert_close(stat, REFERENCES[kind](x), TOLERANCE[dtype])
 
 
+@pytest.mark.full
 @settings(max_examples=10, deadline=None)
 @given(st.lists(st.integers(1, ROWS - 1), max_size=6, unique=True))
 def test_any_split_and_order_of_merging_is_the_same(cuts):
@@ -251,6 +252,7 @@ def test_influence_is_one_minus_the_mean_cosine():
     assert float(zeros.update((x, mixed), half).mean()) == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("size", [1, 7, ROWS])
 def test_heads_and_influence_do_not_depend_on_batches_or_order(size):
     with jax.enable_x64(True):

@@ -45,6 +45,7 @@ def model():
     return source("qwen3")
 
 
+@pytest.mark.full
 def test_scores_are_those_of_a_plain_pass_one_pair_at_a_time():
     model = source("gemma2")
     config, params = model.config, model.params
@@ -60,6 +61,7 @@ def test_scores_are_those_of_a_plain_pass_one_pair_at_a_time():
     assert scores[-1].greedy and not all(score.greedy for score in scores)
 
 
+@pytest.mark.full
 def test_a_compressed_model_is_scored_as_it_is(model):
     params = encoded(model.params, "nf4", where=LINEAR)
     pairs = some_pairs(model.config, 16)
@@ -71,6 +73,7 @@ def test_a_compressed_model_is_scored_as_it_is(model):
         assert score.log_likelihood != pytest.approx(other.log_likelihood, abs=1e-3)
 
 
+@pytest.mark.full
 def test_scores_depend_on_neither_batch_nor_bucket_nor_order(model):
     pairs = some_pairs(model.config, 24)
     expected = [
@@ -85,6 +88,7 @@ def test_scores_depend_on_neither_batch_nor_bucket_nor_order(model):
         np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
+@pytest.mark.full
 def test_nothing_is_compiled_per_pair(model):
     likelihood._hidden.clear_cache()
     pairs = [([n, *range(1, n)], [n]) for n in range(2, 24)]
@@ -119,6 +123,7 @@ def test_a_context_that_is_too_long_loses_its_beginning(model):
     assert all_of_it.log_likelihood == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 def test_frequencies_that_depend_on_length_are_those_of_the_pair(kind):
     base = source("qwen3")

@@ -171,6 +171,7 @@ def test_time_is_limited(namespaces):
         assert limits.seconds <= result.seconds < SOON
 
 
+@pytest.mark.quick("namespaces")
 def test_processor_time_is_limited(namespaces):
     loop = "try:\n  while True: pass\nfinally:\n  while True: pass"
     result = run(loop, Limits(seconds=SOON, cpu_seconds=1), namespaces=namespaces)
@@ -178,6 +179,7 @@ def test_processor_time_is_limited(namespaces):
     assert result.seconds < SOON
 
 
+@pytest.mark.quick("namespaces")
 def test_a_program_that_prints_for_ever_fills_nothing(namespaces):
     short = Limits(seconds=SOON, cpu_seconds=1, output=1000)
     result = run("while True: print('x' * 10**6)", short, namespaces=namespaces)

@@ -21,6 +21,7 @@ from lordjax.kernels.quantized import LowRankPlusQuantized
 from lordjax.models import Transformer, init
 
 
+@pytest.mark.quick("pairs", "matrices")
 @pytest.mark.parametrize("kind", KINDS)
 def test_split_and_join(params, kind):
     new, paths = made(params, kind)
@@ -37,6 +38,7 @@ def test_split_names_what_is_not_there(params):
         trees.partition(params, {"layer_0/attention/q/kernel/left"})
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_finite_differences(params, kind):
     """In double precision."""
@@ -76,6 +78,7 @@ def test_gradients_are_finite_differences(params, kind):
     np.testing.assert_allclose(inner, measured, rtol=2e-2)
 
 
+@pytest.mark.full
 def test_new_adapters_change_nothing(params):
     for make in (lambda p: p, coded, lambda p: factorize(p, keep=0.6, where=BLOCKS)):
         before = make(params)
@@ -92,6 +95,7 @@ def test_adapters_that_do_not_fit(params):
         adapters.add_adapters(params, rank=17, key=jax.random.key(0))
 
 
+@pytest.mark.quick("*codes")
 @pytest.mark.parametrize("kind", ["over matrices", "over pairs", "over codes"])
 def test_merging_is_the_same_model(params, kind):
     new, _ = made(params, kind)
@@ -127,6 +131,7 @@ def test_recipes_on_a_model_without_what_they_train(params):
         recipes.initial_params(RECIPES["lq-lora"], params, jax.random.key(0))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("size", "expected"),
     [
@@ -152,6 +157,7 @@ def test_trainable_counts_of_llama_2(size, expected):
     assert sum(a.size for p, a in arrays.items() if "/low_rank/" in p) == expected
 
 
+@pytest.mark.full
 def test_a_trained_product_is_what_is_multiplied(params):
     new, _ = made(params, "over codes")
     leaf = new["layer_0"]["mlp"]["up"]["kernel"]

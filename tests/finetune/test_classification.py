@@ -338,6 +338,7 @@ def test_a_new_head_has_the_dtype_of_the_model():
     assert {a.dtype for a in jax.tree.leaves(changed)} == {jnp.dtype(jnp.bfloat16)}
 
 
+@pytest.mark.full
 def test_a_compressed_encoder_gets_a_head_too():
     config, params = encoder()
     small = factorize(params, rank=3, where=r"layer_\d+/.*kernel")
@@ -361,6 +362,7 @@ def test_no_new_head():
         with_labels({"model_type": "bert"}, ["a", "a"])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
 @pytest.mark.parametrize("head", ["MaskedLM", "", "SequenceClassification"])
 def test_a_new_head_is_saved_and_exported(tmp_path, kind, head):

@@ -28,6 +28,7 @@ def test_eight_examples_are_learned_by_heart(params):
     assert losses(found)[-1] < 0.05 < 1 < losses(found)[0]
 
 
+@pytest.mark.full
 def test_only_what_is_named_changes(params):
     base = coded(params)
 
@@ -50,6 +51,7 @@ def test_only_what_is_named_changes(params):
     assert digest(base).hexdigest() == before
 
 
+@pytest.mark.full
 def test_accumulation_changes_nothing_but_memory(params):
     """Micro-batches with different numbers of targets count by targets, not by batches."""
     data = examples()
@@ -61,6 +63,7 @@ def test_accumulation_changes_nothing_but_memory(params):
     assert [m["targets"] for _, m in whole] == [int((few >= 0).sum())] * 4
 
 
+@pytest.mark.full
 def test_the_loss_is_that_of_the_targets(params):
     data = examples(4)
     logits = np.asarray(Transformer(CONFIG).apply({"params": params}, data.tokens), np.float64)
@@ -78,6 +81,7 @@ def test_the_loss_is_that_of_the_targets(params):
     np.testing.assert_allclose(metrics["nll"], nll[wanted].mean(), rtol=1e-5)
 
 
+@pytest.mark.full
 def test_padding_is_not_seen(params):
     short = examples(8, 10)
     wide = [
@@ -89,6 +93,7 @@ def test_padding_is_not_seen(params):
     np.testing.assert_allclose(losses(a), losses(b), rtol=1e-5)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("scale", [0.25, pytest.param(2.0, marks=pytest.mark.slow)])
 def test_alpha_is_a_learning_rate(params, scale):
     """LoRA's ``x A B · alpha / r`` under Adam, and ours, in which the factor is no part."""
@@ -129,6 +134,7 @@ def test_alpha_is_a_learning_rate(params, scale):
     assert abs(theirs[-1] - theirs[0]) > 1e-2
 
 
+@pytest.mark.full
 def test_a_pupil_who_is_the_teacher_learns_nothing(params):
     settings = Settings(1, distill=1.0)
     (_, metrics), *_ = steps(params, RECIPES["full"], settings, teacher=params)
@@ -136,6 +142,7 @@ def test_a_pupil_who_is_the_teacher_learns_nothing(params):
     assert metrics["gradient"] < 1e-4 < metrics["nll"]
 
 
+@pytest.mark.full
 def test_distillation_comes_nearer_to_the_teacher(params):
     small = factorize(params, keep=0.4, where=BLOCKS)
     recipe = dataclasses.replace(RECIPES["factors"], learning_rate=3e-3)
@@ -152,6 +159,7 @@ def test_classifiers_are_not_distilled():
         next(run)
 
 
+@pytest.mark.full
 def test_block_by_block_changes_no_gradient(params):
     def loss(params, **how):
         return jnp.sum(step.rows_of(CONFIG, params, examples(), **how)[1])
@@ -165,6 +173,7 @@ def test_block_by_block_changes_no_gradient(params):
         )
 
 
+@pytest.mark.full
 def test_one_and_four_devices(params):
     recipe = dataclasses.replace(RECIPES["qlora"], rank=4, learning_rate=1e-2)
     one, four = (
@@ -178,6 +187,7 @@ def test_one_and_four_devices(params):
         make_mesh({"data": 9})
 
 
+@pytest.mark.full
 def test_bfloat16_trains_in_float32(params):
     found = steps(params, RECIPES["full"], Settings(8, dtype="bfloat16"))
     assert {a.dtype for a in jax.tree.leaves(found[-1][0])} == {np.dtype(np.float32)}

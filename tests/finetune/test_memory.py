@@ -14,6 +14,7 @@ from lordjax.kernels import trees
 from lordjax.models import init
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("recipe", ["full", "qlora"])
 def test_memory_is_about_what_the_compiler_lays_out(recipe):
     """Of a model whose hidden states outweigh what the count leaves out."""
@@ -55,6 +56,7 @@ def test_decoded_matrices_do_not_pile_up():
     assert added["codes"] - added["matrices"] < 0.5 * 3 * block
 
 
+@pytest.mark.full
 def test_remat_holds_the_inside_of_one_block():
     """Compiled with optimisation, which would find that something is computed twice."""
     config = dataclasses.replace(CONFIG, hidden_size=64, mlp_size=1024)

@@ -21,19 +21,26 @@ from lordjax.finetune.step import Settings
 from lordjax.finetune.training_run import Keeping, train
 
 RUN = """
-import sys
+import dataclasses, sys
+from pathlib import Path
 sys.path.insert(0, {tests!r})
-import test_training_run as t
-data = t.Data(t.examples(), t.examples(4, seed=1), {{}})
-recipe = t.dataclasses.replace(t.RECIPES["lora"], rank=4, learning_rate=1e-2)
-t.train(t.CONFIG, t.init(t.CONFIG, t.jax.random.key(0)), data, recipe, t.Settings(40, 4, 2),
-        t.Path(sys.argv[1]), about={{"data": 1}}, keeping=t.Keeping(8), resume=True,
-        report=lambda line: print(line["step"], flush=True))
+import jax
+from tuning import CONFIG, examples
+from lordjax.examples import Data
+from lordjax.finetune import Settings
+from lordjax.models import init
+from lordjax.recipes import RECIPES
+from lordjax.training import Keeping, train
+data = Data(examples(), examples(4, seed=1), {{}})
+recipe = dataclasses.replace(RECIPES["lora"], rank=4, learning_rate=1e-2)
+train(CONFIG, init(CONFIG, jax.random.key(0)), data, recipe, Settings(40, 4, 2),
+      Path(sys.argv[1]), about={{"data": 1}}, keeping=Keeping(8), resume=True,
+      report=lambda line: print(line["step"], flush=True))
 """
 
 
 def process(directory):
-    code = RUN.format(tests=os.path.dirname(__file__))
+    code = RUN.format(tests=os.path.dirname(os.path.dirname(__file__)))
     return subprocess.Popen([sys.executable, "-c", code, str(directory)], stdout=subprocess.PIPE)
 
 
@@ -48,6 +55,7 @@ def metrics_of(directory):
     return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
 
 
+@pytest.mark.full
 def test_killed_and_resumed_is_the_same_to_the_bit(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     finished(whole)
@@ -104,6 +112,7 @@ def test_another_run_is_not_resumed(params, tmp_path):
         short_run(params, tmp_path / "other", 3)
 
 
+@pytest.mark.full
 def test_a_finished_run_is_resumed_to_the_same(params, tmp_path):
     first = short_run(params, tmp_path / "run", 6)
     again = short_run(params, tmp_path / "run", 6, resume=True)

@@ -48,6 +48,7 @@ def result(model, method, **flags):
     return quantize(model, tokens(model.config), method=method, mask_token=1, **used)
 
 
+@pytest.mark.quick("nf-flags0")
 @pytest.mark.parametrize(
     ("method", "flags"),
     [
@@ -105,6 +106,7 @@ def counting(work, fn):
     return run
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("method", "flags"),
     [
@@ -132,6 +134,7 @@ def test_a_quantisation_runs_what_was_counted(method, flags, monkeypatch):
     assert counted["select"] == pytest.approx(done["select"], rel=1e-5)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("weighting", weightings.WEIGHTINGS)
 def test_every_weighting_has_stages_seconds_and_memory(weighting):
     config = BLOCKS["qwen3"]
@@ -192,6 +195,7 @@ def job(name="qwen3", windows=16, **options):
     return CompressionSpec(BLOCKS[name], "lord", windows, 40, gradient_windows=None, **options)
 
 
+@pytest.mark.quick("qwen3")
 @pytest.mark.parametrize("name", ["qwen3", "starcoder2"])
 def test_devices_share_all_but_loops(name):
     four = shares(job(name), 4)

@@ -62,6 +62,7 @@ def changed(model, how):
 NARROWER = [(block, "modegpt") for block in ("gpt2", "gemma2", "starcoder2")]
 
 
+@pytest.mark.quick("gpt2-dense", "gemma2-dense")
 @pytest.mark.parametrize(("block", "how"), [*((block, "dense") for block in CAUSAL), *NARROWER])
 def test_step_by_step_is_the_whole_at_once(block, how):
     """Logits of every position, cached token by token after a prompt, and those of one pass."""
@@ -83,6 +84,7 @@ def test_step_by_step_is_the_whole_at_once(block, how):
         np.testing.assert_allclose(logits[:, 0], whole[:, i], atol=1e-4)
 
 
+@pytest.mark.quick("pairs")
 @pytest.mark.parametrize("how", ["dense", "modegpt", "pairs", "codes"])
 def test_greedy_tokens_of_a_ragged_batch(tiny, how):
     config, params = tiny.config, changed(tiny, how)
@@ -92,6 +94,7 @@ def test_greedy_tokens_of_a_ragged_batch(tiny, how):
         assert answer.reason == "length"
 
 
+@pytest.mark.full
 def test_several_tokens_behind_a_cache(tiny):
     """As a second turn of a talk does; rows begin at places of their own."""
     config, params = tiny.config, tiny.params
@@ -134,6 +137,7 @@ def test_the_caller_ends_a_row(tiny):
     assert len(found[1].tokens) < 30 and asked.count(1) == 1
 
 
+@pytest.mark.full
 def test_draws_depend_on_the_row_and_the_seed_only(tiny):
     config, params = tiny.config, tiny.params
     how = {"max_new_tokens": 12, "sampling": Sampling(temperature=1.5)}
@@ -226,6 +230,7 @@ def test_prefill_makes_logits_of_the_last_tokens_only(tiny):
     assert made < rows * length * vocab * 4 / 4
 
 
+@pytest.mark.quick("True")
 @pytest.mark.parametrize("equal", [True, False])
 def test_equal_blocks_are_one_function(tiny, equal):
     config = dataclasses.replace(tiny.config, num_layers=5, windows=None)
@@ -277,6 +282,7 @@ def test_settings_out_of_range(field):
         Sampling(**{field: -1})
 
 
+@pytest.mark.full
 def test_rotary_frequencies_that_depend_on_the_length():
     """Within the trained length as within it; longrope beyond it from the first token on."""
     base = dataclasses.replace(BLOCKS["starcoder2"], windows=None)

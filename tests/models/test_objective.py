@@ -113,6 +113,7 @@ def whole_loss(config, params, tokens, mask):
     return -jnp.sum(jnp.where(chosen, at_tokens, 0))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("config", [MASKED, CLASSES], ids=["masked", "classes"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_gradients_are_those_of_the_whole_model(config, padded):
@@ -134,6 +135,7 @@ def test_gradients_are_those_of_the_whole_model(config, padded):
             )
 
 
+@pytest.mark.quick("17")
 @pytest.mark.parametrize("length", [17, 300])  # 300: more than one chunk of logits
 def test_pseudo_perplexity_is_that_of_a_plain_computation(length):
     params = random_params(MASKED)
@@ -149,6 +151,7 @@ def test_pseudo_perplexity_is_that_of_a_plain_computation(length):
     assert small["nll_per_token"] == result["nll_per_token"]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("config", [MASKED, CLASSES], ids=["masked", "classes"])
 def test_variants_are_judged_by_the_objective(config):
     """A classifier's variants by what the untouched model says, not by how sure they are."""

@@ -53,6 +53,7 @@ def test_what_is_written(qlora):
     assert isinstance(flat["layer_0/mlp/up/kernel"], LowRankPlusQuantized)
 
 
+@pytest.mark.full
 def test_merging_to_dense_is_the_same_model(qlora, text, tmp_path):
     out = qlora[0]
     result = run("merge", out, tmp_path / "dense", "--to", "dense", "--json")
@@ -64,6 +65,7 @@ def test_merging_to_dense_is_the_same_model(qlora, text, tmp_path):
     assert a == pytest.approx(b, rel=1e-5)
 
 
+@pytest.mark.full
 def test_a_run_goes_on_where_it_is_the_same(qlora, tiny, documents, tmp_path):
     out, summary, _ = qlora
     options = ["--data", documents, "--seq-len", WINDOW, "--recipe", "qlora", "--rank", 4]
@@ -79,6 +81,7 @@ def test_a_run_goes_on_where_it_is_the_same(qlora, tiny, documents, tmp_path):
     )
 
 
+@pytest.mark.full
 def test_recovery_keeps_the_kind_of_the_model(tiny, documents, text, tmp_path):
     small = tmp_path / "small"
     made = run(
@@ -96,6 +99,7 @@ def test_recovery_keeps_the_kind_of_the_model(tiny, documents, text, tmp_path):
     assert shapes[0] == shapes[1]
 
 
+@pytest.mark.full
 def test_instructions(tiny, tmp_path):
     records = [{"instruction": f"add {i} and 1", "output": str(i + 1)} for i in range(24)]
     (tmp_path / "data.json").write_text(json.dumps(records))

@@ -186,6 +186,7 @@ def test_a_saved_model_is_compressed_like_the_one_in_memory(tmp_path):
     assert_identical(from_disk.params, in_memory.params)
 
 
+@pytest.mark.full
 def test_a_compressed_model_can_be_compressed_again(tmp_path):
     tokens = np.random.default_rng(0).integers(0, 31, (2, 8))
     first = compress(InMemory(CONFIG, dense()), tokens, method="svd", keep=0.8)
