@@ -29,7 +29,7 @@ from lordjax.compression.result import Result
 from lordjax.data.token_windows import fingerprint
 from lordjax.kernels import normal_float, trees
 from lordjax.methods.quantized.lq import STEPS
-from lordjax.methods.quantized.weightings import MOMENTS, WEIGHTINGS, statistics_of
+from lordjax.methods.quantized.weightings import MOMENTS, WEIGHTINGS, weighting_method
 from lordjax.models import objective
 from lordjax.models.sites import LINEAR_SITES, site_path
 from lordjax.models.source import Materialized, Source
@@ -121,7 +121,7 @@ def prepare_quantized(
             "tokens_sha256": fingerprint(tokens),
             **objective.protocol(source.config, mask_token),
         }
-        statistics = statistics_of(weighting)
+        statistics = weighting_method(weighting)
         gradients = few_gradients(source, calibration, statistics, gradient_windows, clock, store)
     return Quantizer(
         source=source,

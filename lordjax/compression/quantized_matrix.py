@@ -14,10 +14,10 @@ from lordjax.allocation.candidates import Candidate
 from lordjax.kernels import normal_float, trees
 from lordjax.kernels.base import materialize, nbytes
 from lordjax.methods.quantized.best_product import best_product
-from lordjax.methods.quantized.error_feedback import feedback_of
+from lordjax.methods.quantized.error_feedback import make_feedback
 from lordjax.methods.quantized.error_feedback import quantize as codes_of
-from lordjax.methods.quantized.lq import in_stacks
-from lordjax.methods.quantized.weightings import Weights, cost_of
+from lordjax.methods.quantized.lq import runs_stacked
+from lordjax.methods.quantized.weightings import Weights, make_weights
 from lordjax.models.sites import Site
 
 # A site -> its kernel, and what errors of it cost.
@@ -30,7 +30,7 @@ best_pair = jax.jit(best_product, static_argnames=("width", "powers"))
 pack = jax.jit(normal_float.pack_codes, static_argnames="form")
 
 
-quantize_with_feedback = jax.jit(feedback_of)
+quantize_with_feedback = jax.jit(make_feedback)
 
 
 @functools.partial(jax.jit, static_argnames="form")
@@ -40,14 +40,14 @@ def encode_kernel(kernel: Any, feedback: Any, *, form: normal_float.Format) -> n
 
 
 # Compiled, so that the same bits come of arrays on the host: NumPy would round otherwise.
-jitted_cost = jax.jit(cost_of)
+jitted_cost = jax.jit(make_weights)
 
 
 @jax.jit
 def measures(kernel: Any, new: Any, weights: Weights) -> tuple[Any, Any]:
     """Shares of the weights' energy, and of the measure, that a replacement loses."""
     error = kernel - new.astype(kernel.dtype)
-    lost, whole = (jnp.stack([jnp.sum(a**2), weights.measure(a)]) for a in (error, kernel))
+    lost, whole = (jnp.stack([jnp.sum(a**2), weights.weighted_error(a)]) for a in (error, kernel))
     shares = lost / jnp.where(whole > 0, whole, 1)
     return shares[0], shares[1]
 
@@ -56,7 +56,7 @@ def stage_groups(chosen: Mapping[Site, Candidate], shapes: Mapping[Site, Any]) -
     """Sites whose matrices are found in one go: each alone, or like ones that are decomposed."""
     groups: dict[Any, list[Site]] = {}
     for site, option in chosen.items():
-        alone = option.form is None or option.rank is None or not in_stacks()
+        alone = option.form is None or option.rank is None or not runs_stacked()
         groups.setdefault(site if alone else (shapes[site], option.form), []).append(site)
     return list(groups.values())
 

@@ -49,7 +49,7 @@ from lordjax.kernels.quantized import LowRankPlusQuantized, NFQuantized
 from lordjax.methods.quantized.best_product import FIRST_POWERS, start_basis
 from lordjax.methods.quantized.lq import decompose_all
 from lordjax.methods.quantized.predicted_loss import predict
-from lordjax.methods.quantized.weightings import Weights, statistics_of
+from lordjax.methods.quantized.weightings import Weights, weighting_method
 from lordjax.models.sites import LINEAR_SITES, Site, site_path
 from lordjax.models.source import Source
 from lordjax.names import layer_index
@@ -249,7 +249,7 @@ class Quantizer:
         Blocks that are ``done`` are left out, up to the first that is not.
         """
         config = self.source.config
-        row = statistics_of(self.weighting)
+        row = weighting_method(self.weighting)
         reads = self.calibration if needs_activations(row) else None
         states, layers = resume_pass(self.store, stage, self.source, reads, done)
         for i in clock.run(stage, layers, layers.start):
@@ -278,7 +278,7 @@ class Quantizer:
         gradients, too, of which a work directory maps each array until it is let go.
         """
         kernel = on_device(flat[site.path])
-        gradients, row = self.gradients.get(i, {}), statistics_of(self.weighting)
+        gradients, row = self.gradients.get(i, {}), weighting_method(self.weighting)
         cost = jitted_cost(kernel, {**stats[site], **site_gradients(gradients, row, site, kernel)})
         return kernel, cost._replace(
             feedback=quantize_with_feedback(cost.inputs)

@@ -86,7 +86,7 @@ class Output:
 
     def __init__(self, directory: str | os.PathLike[str], identity: Mapping[str, Any]):
         self.directory = Path(directory).resolve()
-        own = partial(directory, multihost.process())
+        own = partial(directory, multihost.process_index())
         if multihost.is_primary() and not own.exists():
             atomic_directory.check_destination(directory)
         self.store = DiskStore(own, identity, TYPES)

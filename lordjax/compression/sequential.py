@@ -41,7 +41,7 @@ from lordjax.models.config import ModelConfig
 from lordjax.models.head_axes import LAST_NAME
 from lordjax.models.sites import LAST_LAYER, LINEAR_SITES, Site, site_path, sites_for
 from lordjax.models.source import Source
-from lordjax.runtime.mesh import gathered
+from lordjax.runtime.mesh import to_host
 from lordjax.runtime.progress import Clock
 from lordjax.storage.store import Entries, MemoryStore, Store, digest
 
@@ -125,7 +125,7 @@ def sequential(
     start = states.at or 0
     for i in clock.run("sequential", range(start, config.num_layers), start):
         walk.dense = walk.current = on_device(source.block(i), calibration.mesh)
-        walk.whole = gathered(walk.dense, calibration.mesh)
+        walk.whole = to_host(walk.dense, calibration.mesh)
         of_block = gradients.get(i, {})
         for group in steps:
             sites = tuple(s for s in group if plan.ranks.get(site_path(i, s)) is not None)
@@ -231,7 +231,7 @@ def _regressed(walk: _Walk, i: int, layers: tuple[Site, ...]) -> Inputs:
             config=walk.config,
             sliding_window=walk.config.window(i),
         )
-    target, fitted, cross = gathered((target, fitted, cross), walk.calibration.mesh)
+    target, fitted, cross = to_host((target, fitted, cross), walk.calibration.mesh)
     inputs: Inputs = {}
     for s in layers:
         x, y = fitted[s.input_tap], target[s.output_tap]

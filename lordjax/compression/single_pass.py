@@ -38,7 +38,7 @@ from lordjax.methods import METHODS
 from lordjax.models.sites import Site, site_path, sites_for
 from lordjax.models.source import Source
 from lordjax.runtime import flops
-from lordjax.runtime.mesh import map_kernels, own_tasks, share_tasks
+from lordjax.runtime.mesh import assign_tasks, local_tasks, run_tasks
 from lordjax.runtime.progress import Clock
 from lordjax.storage.store import Entries, Store
 
@@ -135,7 +135,7 @@ class _Pass:
             gradients = self.gradients.get(i, {})
             shapes = input_shapes(row, site, blocks[i], gradients, config)
             costs[i, site] = flops.total(site_work(self.method, site, *shapes, meshed=True))
-        return share_tasks(costs, mesh.size)
+        return assign_tasks(costs, mesh.size)
 
     def collect(
         self, i: int, states: States | None, shares: list[list[SiteTask]], *, influence: bool
@@ -157,7 +157,7 @@ class _Pass:
         # As it is stored: on the device a program's own arguments are enough.
         block = self.source.block(i)
         found = {}
-        own = None if mesh is None else own_tasks(shares, mesh)
+        own = None if mesh is None else local_tasks(shares, mesh)
         for job in (job for share in shares for job in share if job[0] == i):
             names = {name: stats[key] for name, key in keys[job[1].path].items()}
             both = site_kernels(job[1], block, config), names
@@ -179,7 +179,7 @@ class _Pass:
             )
 
         with clock.part("factors"):
-            for job, running in map_kernels(begin, shares, mesh):
+            for job, running in run_tasks(begin, shares, mesh):
                 path = site_path(*job)
                 found = collect_factors(self.method, path, begun.pop(job), running)
                 self.store[f"factors/{path}"] = found

@@ -214,7 +214,7 @@ def replace_kernels(
             flat |= _factored(site, flat, found, rank, widened=widened)
             continue
         own = gather(site.kind, before, config) | dict((kernels or {}).get(path, {}))
-        new = row.modules[site.kind].narrow(own, found, rank)
+        new = row.modules[site.kind].prune(own, found, rank)
         new = widen(site.kind, new, own) if widened else new
         flat = scatter(site.kind, new, flat)
     return trees.unflatten(flat)

@@ -108,10 +108,10 @@ def bandwidth(size: int) -> float:
     """Measures the bytes read and written per second while an array of ``size`` bytes is copied."""
     import jax.numpy as jnp
 
-    from lordjax.kernels.nf_gpu_autotune import seconds
+    from lordjax.kernels.nf_gpu_autotune import time_per_call
 
     x = jnp.zeros(size // 4, jnp.float32)
-    return 2 * size / seconds(lambda x, one: x + one, x, [jnp.float32(1)])
+    return 2 * size / time_per_call(lambda x, one: x + one, x, [jnp.float32(1)])
 
 
 def measure(
@@ -149,10 +149,17 @@ def measure(
     packed = nbytes((quantized, low_rank)) + moved
     copies = [dense] if interpret else [dense + i for i in range(4)]
     ways = [
-        ("dense", nf_gpu_autotune.seconds(jnp.matmul, x, copies), dense.nbytes + moved, x @ dense)
+        (
+            "dense",
+            nf_gpu_autotune.time_per_call(jnp.matmul, x, copies),
+            dense.nbytes + moved,
+            x @ dense,
+        )
     ]
     if interpret or jax.default_backend() == "gpu":
-        times = nf_gpu_autotune.measure(nf_gpu_autotune.Case.of(x, quantized, low_rank), interpret)
+        times = nf_gpu_autotune.time_tiles(
+            nf_gpu_autotune.Case.for_operands(x, quantized, low_rank), interpret
+        )
         ways.append(("XLA", times.pop(None), packed, nf_gpu.decoded(x, quantized, low_rank)))
         tile = min(times, key=lambda tile: times[tile])
         y = nf_gpu.matmul(x, quantized, low_rank, tile=tile, interpret=interpret)
@@ -161,7 +168,9 @@ def measure(
         kernel = quantized if low_rank is None else LowRankPlusQuantized(quantized, low_rank)
         whole = functools.partial(_whole, low_rank)
         for name, way, operand in (("whole", whole, quantized), ("in tiles", product, kernel)):
-            ways.append((name, nf_gpu_autotune.seconds(way, x, [operand]), packed, way(x, operand)))
+            ways.append(
+                (name, nf_gpu_autotune.time_per_call(way, x, [operand]), packed, way(x, operand))
+            )
     return [
         {
             "shape": "x".join(map(str, shape)),

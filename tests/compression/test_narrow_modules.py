@@ -22,7 +22,7 @@ from lordjax.kernels import trees
 from lordjax.kernels.base import nbytes
 from lordjax.kernels.low_rank import LowRank
 from lordjax.methods import METHODS, ModuleFactors
-from lordjax.methods.modular.mlp import mlp_module, narrow_mlp
+from lordjax.methods.modular.mlp import mlp_module, prune_mlp
 from lordjax.models import ModelConfig, Rope, Transformer, init
 from lordjax.models.blocks import MLP, Block
 from lordjax.models.head_axes import gather, scatter
@@ -208,7 +208,7 @@ def test_bias_of_the_values_goes_through_attention_as_it_is():
     full = (
         METHODS["modegpt-published"]
         .modules["vo"]
-        .narrow(jax.tree.map(np.asarray, kernels), prepared.factors["layer_0/attention/vo"], 8)
+        .prune(jax.tree.map(np.asarray, kernels), prepared.factors["layer_0/attention/vo"], 8)
     )
     new = {**params, "layer_0": trees.unflatten(scatter("vo", full, blocks))}
     expected = logits(BIASED, params)
@@ -383,7 +383,7 @@ def test_slicing_commutes_with_the_gate(activation):
     block = trees.flatten(shifted(config)["layer_0"])
     flat = {p: np.float32(rng.integers(-3, 4, a.shape)) for p, a in block.items()}
     kept = np.sort(rng.permutation(80)[:48])
-    new = narrow_mlp(gather("mlp", flat, config), ModuleFactors(None, {"order": kept}), 48)
+    new = prune_mlp(gather("mlp", flat, config), ModuleFactors(None, {"order": kept}), 48)
     x = jnp.asarray(rng.integers(-3, 4, (2, 16, 48)), jnp.float32)
 
     def hidden(flat):

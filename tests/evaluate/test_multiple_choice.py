@@ -100,7 +100,7 @@ def test_nothing_is_compiled_per_pair(model):
 def test_what_begins_another_row_is_read_with_it(texts):
     config = BLOCKS["gpt2"]
     pairs = [(text[:1], text[1:]) for text in texts]
-    rows, places = likelihood._laid_out(config, pairs, config.max_positions)
+    rows, places = likelihood._merge_rows(config, pairs, config.max_positions)
     for place, text in zip(places, texts, strict=True):
         assert rows[place.row][: place.end] == text[:-1]
         assert list(place.targets) == text[1:]
