@@ -107,7 +107,7 @@ def estimate(
     Raises:
       ValueError: if the smallest formats do not fit.
     """
-    all_in = QUANTIZERS[method].all_in
+    all_in = QUANTIZERS[method].counts_low_rank
     most = MIDDLE_RANK if all_in else rank or 0
 
     def option(path: str, form: normal_float.Format) -> Candidate:
@@ -116,7 +116,7 @@ def estimate(
 
     def size(path: str, form: normal_float.Format) -> int:
         made = option(path, form)
-        return candidate_bytes(made, shapes[path], itemsize, factors, products=all_in)
+        return candidate_bytes(made, shapes[path], itemsize, factors, low_rank=all_in)
 
     def least() -> float:
         return budget - sum(size(path, rising[0]) for path in shapes)

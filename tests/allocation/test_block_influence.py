@@ -7,8 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import spent
 
+from lordjax.allocation.block_influence import influence_removal
+from lordjax.allocation.curves import Curve
 from lordjax.allocation.plan import SiteSize
-from lordjax.allocation.policies import Curve, allocate, influence_removal
+from lordjax.allocation.policies import allocate
 from lordjax.compression.site_factors import site_size
 from lordjax.models import ModelConfig, init
 from lordjax.models.sites import MODULE_SITES

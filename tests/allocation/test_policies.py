@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import spent
 
+from lordjax.allocation.curves import Curve
 from lordjax.allocation.knapsack import choose
 from lordjax.allocation.plan import SiteSize
-from lordjax.allocation.policies import CURVELESS, POLICIES, Curve, allocate
+from lordjax.allocation.policies import CURVELESS, POLICIES, allocate
 
 # --- published numbers: LLaMA-7B (theory/lord_rom §4.3, §7, §9) ----------------------------------
 
@@ -184,7 +185,7 @@ def test_a_budget_that_fits_the_smallest_ranks_is_met(curves, keep, policy):
 @settings(max_examples=40, deadline=None)
 @given(models(), st.floats(0.1, 0.9), st.floats(0.0, 1.0))
 def test_more_budget_is_never_certified_worse(curves, keep, more):
-    options = [curve.options(4) for curve in curves.values()]
+    options = [curve.candidates(4) for curve in curves.values()]
     costs, errors = [o[1] for o in options], [o[2] for o in options]
     dense = sum(curve.size.dense for curve in curves.values())
     small, large = keep * dense, (keep + more * (1 - keep)) * dense
@@ -322,7 +323,7 @@ def test_a_budget_that_cannot_be_met_says_so(policy):
 
 
 def test_unknown_policy_and_broken_curve_are_named():
-    with pytest.raises(KeyError, match=r"globl.*known: .*global"):
+    with pytest.raises(KeyError, match=r"globl.*did you mean global"):
         allocate(two_layers(), 0.5, "globl")
     curves = two_layers()
     curves["layer_1/mlp/up/kernel"].errors[3] = np.nan
@@ -344,6 +345,6 @@ def test_one_rank_per_type_needs_one_size_per_type():
 def test_steps_of_several_tiles_are_for_wide_sites(width, step):
     """A narrow MLP still has a choice: 4 tiles of 8 only where 16 steps of 32 save weights."""
     curve = Curve(SiteSize(width * 9, 9, tiles=4), np.linspace(1, 0, width + 1))
-    ranks, costs, _ = curve.options(8)
+    ranks, costs, _ = curve.candidates(8)
     assert ranks == [*range(step, width, step), None]
     assert list(costs) == [9 * r for r in ranks[:-1]] + [9 * width]
