@@ -34,7 +34,7 @@ from lordjax.calibration.observers import (
     windows_per_step,
 )
 from lordjax.calibration.statistics import Moments
-from lordjax.compression.sequential import groups
+from lordjax.compression.sequential import sites_by_stage
 from lordjax.compression.site_factors import input_shapes, site_work
 from lordjax.compression.temperature import TEMPERATURES
 from lordjax.forecast.job import STAGES, CompressionSpec
@@ -237,7 +237,7 @@ def _sequential(job: CompressionSpec) -> OpCounts:
     layers = job.config.num_layers
     found = [_embedding(job, job.batch), flops.scaled(_pass(job, job.batch, {}), 1 + corrective)]
     factors = []
-    for group in groups(job.row, job.config):
+    for group in sites_by_stage(job.row, job.config):
         share = sum(_planned(job, i, group) for i in range(layers)) / layers
         if not share:
             continue

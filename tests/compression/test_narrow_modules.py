@@ -77,7 +77,7 @@ def test_modegpt_is_a_narrow_mlp_and_low_rank_attention(config):
     assert block["mlp/gate/kernel"].shape == (48, 40)
     assert all(block[f"attention/{n}/kernel"].rank == 5 for n in "qkvo")
     wide = replace_kernels(
-        shifted(config)["layer_1"], 1, prepared.factors, plan.ranks, "modegpt", config, widened=True
+        shifted(config)["layer_1"], 1, prepared.factors, plan.ranks, "modegpt", config, padded=True
     )
     x = jnp.cos(jnp.arange(2.0 * 9 * 48)).reshape(2, 9, 48)
     narrow, widened = (
@@ -174,7 +174,7 @@ def test_a_widened_module_is_the_same_function(config, method):
             plan.ranks,
             method,
             config,
-            widened=True,
+            padded=True,
         )
         for i in range(3)
     }
@@ -450,7 +450,7 @@ def test_the_temperature_of_least_held_out_loss_is_chosen():
         ranks = prepared.plan(0.6, temperature=temperature).ranks
         parts = (prepared.factors, ranks, prepared.method, CONFIG)
         blocks = {
-            f"layer_{i}": replace_kernels(params[f"layer_{i}"], i, *parts, widened=True)
+            f"layer_{i}": replace_kernels(params[f"layer_{i}"], i, *parts, padded=True)
             for i in range(3)
         }
         found = perplexity(CONFIG, {**params, **blocks}, prepared.held_out)

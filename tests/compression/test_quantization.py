@@ -102,7 +102,7 @@ def test_bits_that_were_promised_are_stored(prepared, results, method):
         assert counted == pytest.approx(stored)
     # The tables, which the solver sees, are the sizes of what is made.
     for path, table in prepared[method].tables.items():
-        k = table.options.index(_option(result.plan, path))
+        k = table.candidates.index(_option(result.plan, path))
         assert table.sizes[k] == promised(method, found[path])
 
 
@@ -129,7 +129,7 @@ def _option(plan, path):
 
 def _promise(quantizer, plan):
     """Bytes and predicted error of a plan."""
-    rows = [(t, t.options.index(_option(plan, path))) for path, t in quantizer.tables.items()]
+    rows = [(t, t.candidates.index(_option(plan, path))) for path, t in quantizer.tables.items()]
     return sum(t.sizes[i] for t, i in rows), sum(t.errors[i] for t, i in rows)
 
 
@@ -319,7 +319,7 @@ def test_matrices_without_codes(prepared, results, source):
 @pytest.mark.parametrize(
     ("ranks", "formats", "message"),
     [
-        ({"layer_9/mlp/up/kernel": 4}, {}, "layer_9/mlp/up/kernel is no matrix of the blocks"),
+        ({"layer_9/mlp/up/kernel": 4}, {}, "layer_9/mlp/up/kernel is no matrix of a block"),
         ({FIRST: 64}, {}, rf"{FIRST}: rank 64 is not in \[1, 64\)"),
         ({}, {"layer_0/mlp/upp/kernel": "nf4"}, "layer_0/mlp/upp/kernel is no matrix"),
     ],

@@ -127,7 +127,7 @@ def test_work_is_not_done_again(tmp_path, monkeypatch):
     from lordjax.compression import single_pass
 
     count = []
-    original = single_pass.finish
+    original = single_pass.collect_factors
 
     def counted(*arguments):
         count.append(arguments[1])
@@ -135,7 +135,7 @@ def test_work_is_not_done_again(tmp_path, monkeypatch):
             raise Killed
         return original(*arguments)
 
-    monkeypatch.setattr(single_pass, "finish", counted)
+    monkeypatch.setattr(single_pass, "collect_factors", counted)
     with pytest.raises(Killed):
         make(RUNS["lord"], tmp_path / "out")
     make(RUNS["lord"], tmp_path / "out")
