@@ -23,8 +23,15 @@ ELASTIC_BYTES = 5.0  # of an elastic model on disk, in bytes of the block linear
 Run = Callable[..., Any]  # (source, tokens, mask_token=, progress=) -> Result
 
 
-def job_of(method: str, options: dict[str, Any]) -> tuple[Run, dict[str, Any], bool, float]:
+def job_of(
+    method: str, options: dict[str, Any], stored_dtype: str | None = None
+) -> tuple[Run, dict[str, Any], bool, float]:
     """What to run, its settings, whether it needs tokens, and about the share that stays.
+
+    Args:
+      method: a key of `METHODS` or `QUANTIZERS`.
+      options: the flags.
+      stored_dtype: in place of ``--dtype``, if that is not given; see `common.Model`.
 
     Raises:
       KeyError: if the method, the policy or the weighting is unknown.
@@ -42,18 +49,19 @@ def job_of(method: str, options: dict[str, Any]) -> tuple[Run, dict[str, Any], b
         if options[name] is not None:
             flag = FLAGS.get(name, f"--{name.replace('_', '-')}")
             raise ValueError(f"method {method!r} has no use for {flag}; leave it out")
-    return _quantized_job(method, options) if quantized else _low_rank_job(method, options)
+    job = _elastic_job if options["elastic"] else _quantized_job if quantized else _low_rank_job
+    return job(method, options, stored_dtype)
 
 
-def _low_rank_job(method: str, options: dict[str, Any]) -> tuple[Run, dict[str, Any], bool, float]:
+def _low_rank_job(
+    method: str, options: dict[str, Any], stored_dtype: str | None
+) -> tuple[Run, dict[str, Any], bool, float]:
     from lordjax.allocation.policies import check_policy
     from lordjax.compression.low_rank import compress
     from lordjax.kernels import normal_float
     from lordjax.methods import METHODS
 
     row = METHODS[method]
-    if options["elastic"]:
-        return _elastic_job(method, options)
     ranks = options["ranks"]
     if ranks is not None and any(options[name] is not None for name in ("keep", "allocation")):
         raise ValueError("--ranks says it all; leave --keep and --allocation out")
@@ -64,7 +72,7 @@ def _low_rank_job(method: str, options: dict[str, Any]) -> tuple[Run, dict[str, 
         "temperature": options["temperature"],
         "prefix": options["prefix"] or row.prefix,
         "factors": options["factors"],
-        "dtype": options["dtype"],
+        "dtype": options["dtype"] or stored_dtype,
     }
     check_policy(settings["allocation"], settings["temperature"])
     if settings["factors"] is not None:
@@ -76,7 +84,9 @@ def _low_rank_job(method: str, options: dict[str, Any]) -> tuple[Run, dict[str, 
     return run, settings, True, settings["keep"]
 
 
-def _elastic_job(method: str, options: dict[str, Any]) -> tuple[Run, dict[str, Any], bool, float]:
+def _elastic_job(
+    method: str, options: dict[str, Any], stored_dtype: str | None
+) -> tuple[Run, dict[str, Any], bool, float]:
     from lordjax.allocation.policies import check_policy
     from lordjax.compression import elastic
     from lordjax.methods import METHODS
@@ -100,21 +110,27 @@ def _elastic_job(method: str, options: dict[str, Any]) -> tuple[Run, dict[str, A
     }
     check_policy(settings["allocation"], settings["temperature"])
     chosen = {name: settings[name] for name in ("allocation", "temperature")}
+    chosen |= {"cut_dtype": stored_dtype}
 
     def run(source: Any, tokens: Any, **given: Any) -> Any:
         return elastic.compress(source, tokens, method=method, **given, **chosen)
 
+    # The dense model is the one that was factored: a budget is cut from it and the factors, and
+    # what was rounded before would not be what `compress` makes of the original.
+    settings |= {"elastic": True} | ({} if stored_dtype is None else {"cut_dtype": stored_dtype})
     # The model, factor pairs up to break-even, and a triangle for every MLP, in float32.
-    return run, settings | {"elastic": True}, True, ELASTIC_BYTES
+    return run, settings, True, ELASTIC_BYTES
 
 
-def _quantized_job(method: str, options: dict[str, Any]) -> tuple[Run, dict[str, Any], bool, float]:
+def _quantized_job(
+    method: str, options: dict[str, Any], stored_dtype: str | None
+) -> tuple[Run, dict[str, Any], bool, float]:
     from lordjax.compression import quantized as quantization
 
     settings = {
         "solver": options["allocation"] or "bisection",
         "factors": options["factors"],
-        "dtype": options["dtype"],
+        "dtype": options["dtype"] or stored_dtype,
         **{name: options[name] for name in QUANTIZED},
     }
     needs_tokens = quantization.check_settings(method, **settings)

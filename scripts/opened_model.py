@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lordjax.conversions.exporters.hf_files import Opened
 from lordjax.models.config import ModelConfig
 from lordjax.models.source import Source
 
@@ -24,9 +25,12 @@ class Model:
       hf_config: the same in Hugging Face's words.
       source: its parameters, a block at a time.
       params: all of its parameters.
+      stored: its parameters as a verb writes them where no flag names a dtype: in ``stored_dtype``.
       tokenizer: opens its tokenizer.
       write_tokenizer: writes the tokenizer's files into a directory.
       leaves: parameter path -> kernel or ``ShapeDtypeStruct``, without reading weights if possible.
+      stored_dtype: the dtype that its weights are written in where no flag names one; None is the
+        dtype that they are read in.
     """
 
     name: str
@@ -36,9 +40,11 @@ class Model:
     hf_config: dict[str, Any]
     source: Source
     params: Callable[[], Any]
+    stored: Opened
     tokenizer: Callable[[], Any]
     write_tokenizer: Callable[[Path], None]
     leaves: Callable[[], dict[str, Any]]
+    stored_dtype: str | None = None
 
     def arrays(self) -> dict[str, Any]:
         """All of its parameters where jax computes, read a block at a time: never held twice."""
@@ -78,9 +84,11 @@ def _original(name: str) -> Model:
         hf_config=opened.hf_config,
         source=opened,
         params=opened.params,
+        stored=opened.as_stored(),
         tokenizer=opened.tokenizer,
         write_tokenizer=opened.tokenizer_files,
         leaves=opened.leaves,
+        stored_dtype=opened.stored_dtype,
     )
 
 
@@ -98,6 +106,7 @@ def _native(name: str, path: Path) -> Model:
         hf_config=saved.hf_config,
         source=saved,
         params=saved.params,
+        stored=saved,
         tokenizer=tokens.tokenizer,
         write_tokenizer=tokens.tokenizer_files,
         leaves=saved.leaves,

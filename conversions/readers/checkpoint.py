@@ -13,6 +13,7 @@ File formats are hidden behind `TensorFiles`.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import shutil
@@ -55,13 +56,24 @@ class Checkpoint:
       hf_config: its ``config.json``, raw; for a GGUF file an equivalent one.
       config: the same as a `ModelConfig`.
       table: our parameter path -> tensor.
+      stored_dtype: the dtype that parameters are stored in by default, by what writes a model; None
+        is the dtype that they are read in.
     """
 
-    def __init__(self, path: Path, hf_config: dict[str, Any], files: TensorFiles, tokens: Any):
+    def __init__(
+        self,
+        path: Path,
+        hf_config: dict[str, Any],
+        files: TensorFiles,
+        tokens: Any,
+        stored_dtype: str | None = None,
+    ):
         where = str(path / "config.json") if path.is_dir() else str(path)
         self.path, self.hf_config = path, hf_config
         self.config: ModelConfig = model_config(hf_config, where)
         self.table: dict[str, TensorSource] = tensor_table(hf_config, where)
+        self.stored_dtype = stored_dtype
+        self._dtype: np.dtype | None = None  # of `read`; None: that of the file
         self._files, self._tokens = files, tokens
         # Checkpoints of the bare model, without its head, leave out the prefix.
         self._family, names = family_of(hf_config, where), set(files.names())
@@ -77,7 +89,7 @@ class Checkpoint:
 
         Args:
           path: a key of `table`.
-          dtype: dtype to cast to; None keeps the stored one.
+          dtype: dtype to cast to; None keeps the one of the file, or of `as_stored`.
 
         Raises:
           KeyError: if there is no such parameter.
@@ -96,6 +108,7 @@ class Checkpoint:
         self._check_finite(tensor, path, "holds")
         self._check_tied(path, tensor)
         tensor = self.table[path].load(tensor)
+        dtype = self._dtype if dtype is None else dtype
         if dtype is not None and tensor.dtype != (dtype := np.dtype(dtype)):
             with np.errstate(over="ignore"):  # what overflows is reported below
                 tensor = tensor.astype(dtype)
@@ -120,10 +133,17 @@ class Checkpoint:
         """Parameter path -> ``ShapeDtypeStruct``, without reading values."""
         return {
             path: jax.ShapeDtypeStruct(
-                source.loaded_shape, source.loaded_dtype(self._files.dtype(source.name))
+                source.loaded_shape,
+                self._dtype or source.loaded_dtype(self._files.dtype(source.name)),
             )
             for path, source in self.table.items()
         }
+
+    def as_stored(self) -> Checkpoint:
+        """The same checkpoint, whose parameters are read in `stored_dtype`."""
+        other = copy.copy(self)
+        other._dtype = None if self.stored_dtype is None else np.dtype(self.stored_dtype)
+        return other
 
     def tokenizer(self) -> Any:
         """The tokenizer, as a fast tokenizer of transformers."""
@@ -247,7 +267,7 @@ def open_checkpoint(path_or_id: str | Path) -> Checkpoint:
         from lordjax.conversions.readers.gguf import Gguf
 
         file = Gguf(path)
-        return Checkpoint(path, file.hf_config, file, file)
+        return Checkpoint(path, file.hf_config, file, file, file.stored_dtype)
     config = path / "config.json"
     if not config.exists():
         raise FileNotFoundError(f"{path}: no config.json in this directory; {_EXPECTED}")

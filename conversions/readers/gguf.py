@@ -28,8 +28,9 @@ from lordjax.conversions.readers.gguf_tokenizer import read_tokenizer
 from lordjax.models.config import Rope
 from lordjax.models.rope import rope_frequencies
 
+FLOATS = ("F32", "F16", "BF16")  # GGML types that are not quantised
 # GGML types by name; each has a parity test.
-TYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+TYPES = (*FLOATS, "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
 ROW_BYTES = 2**13  # of a joined row: temporaries of 16 of them stay in the cache
 # Architecture -> class on the hub. Mistral's files call themselves llama, too.
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
@@ -117,6 +118,16 @@ class Gguf:
         value = field.contents()
         # 1e-5 is stored in single precision and would come out as 9.99999974738e-06.
         return float(str(np.float32(value))) if isinstance(value, float) else value
+
+    @property
+    def stored_dtype(self) -> str | None:
+        """The dtype that weights of this file are stored in by default.
+
+        Quantised weights have few bits, so that bfloat16 holds them about as well as float32 does.
+        None: nothing is quantised, and weights stay as they are read.
+        """
+        kinds = {tensor.tensor_type.name for tensor in self._tensors.values()}
+        return "bfloat16" if kinds - set(FLOATS) else None
 
     def names(self) -> Iterable[str]:  # noqa: D102
         return self._tensors.keys()

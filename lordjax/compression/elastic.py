@@ -117,6 +117,7 @@ def compress(
     allocation: str | None = None,
     temperature: float | None = None,
     prefix: str | None = None,
+    cut_dtype: str | None = None,
     **options: Any,
 ) -> Result:
     """Factors a model for all budgets; returns the dense model, for `Output.finish`.
@@ -131,6 +132,7 @@ def compress(
       temperature: temperature of ``block-influence`` for all budgets; None: every budget chooses
         its own on held-out sequences, which are kept.
       prefix: ``dense``, or None.
+      cut_dtype: dtype of the models that are cut from this one; None: that of ``source``.
       **options: keyword arguments of `prepare`.
 
     Raises:
@@ -146,6 +148,7 @@ def compress(
         "method": method,
         "allocation": allocation,
         "temperature": temperature,
+        "cut_dtype": cut_dtype,
         "report": prepared.report,
         "influences": prepared.influences,
         "sizes": {path: vars(size) for path, size in prepared.sizes.items()},
@@ -219,7 +222,13 @@ def cut(
         progress=progress,
         store=archive,
     )
-    return prepared.compress(keep, facts["allocation"], temperature=facts["temperature"], into=into)
+    return prepared.compress(
+        keep,
+        facts["allocation"],
+        temperature=facts["temperature"],
+        dtype=facts.get("cut_dtype"),
+        into=into,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,7 +305,10 @@ def export(
         shards = Shards(stage, MemoryStore())
         result = cut(directory, keep, into=shards, progress=progress)
         stored = saved.report()
-        settings = {k: v for k, v in stored.get("settings", {}).items() if k != "elastic"}
+        settings = dict(stored.get("settings", {}))
+        settings.pop("elastic", None)
+        if (dtype := settings.pop("cut_dtype", None)) is not None:
+            settings["dtype"] = dtype
         checkpoint.write_about(
             stage,
             shards.finish(names(result.config)),

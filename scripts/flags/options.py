@@ -30,6 +30,18 @@ def shares(context: click.Context, parameter: click.Parameter, value: str) -> tu
     return tuple(numbers)
 
 
+def bit_widths(context: click.Context, parameter: click.Parameter, value: str) -> tuple[float, ...]:
+    """Reads positive numbers of bits that are separated by commas; none of an empty text."""
+    del context
+    try:
+        numbers = [float(part) for part in value.split(",") if value]
+    except ValueError:
+        numbers = [0.0]
+    if not all(0 < number < float("inf") for number in numbers):
+        raise click.BadParameter(f"{value!r} is not a list like 4.1,3.1", param=parameter)
+    return tuple(numbers)
+
+
 def counts(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
     """Reads positive integers that are separated by commas."""
     del context
@@ -162,8 +174,8 @@ stored_options = options(
     click.option(
         "--dtype",
         type=click.Choice(["float32", "bfloat16", "float16"]),
-        help="Of the stored weights; with codes, of the other matrices.  [default: as in MODEL; "
-        "with codes float16]",
+        help="Dtype of the stored weights; with codes, of the other matrices.  [default: as in "
+        "MODEL, with codes float16; of a quantised GGUF file bfloat16]",
     ),
     click.option(
         "--elastic",

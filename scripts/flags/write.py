@@ -177,7 +177,8 @@ def export(as_json: bool, **settings: Any) -> None:
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="Of all that is no code.  [default: as in MODEL]",
+    help="Dtype of all arrays but codes.  [default: as in MODEL; of a quantised GGUF file "
+    "bfloat16]",
 )
 @click.option(
     "--shard-bytes", type=click.IntRange(min=1), metavar="N", help="Per file.  [default: 2 GiB]"

@@ -9,6 +9,7 @@ the first model's bytes and operations: the best that a compressed model can do 
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import os
 import statistics
@@ -218,13 +219,16 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     batch = next(iter(rows[0]["decode"]))
-    for row in rows:
+    for row, marker in zip(rows, itertools.cycle("os^vD<>Pph*X"), strict=False):
         name = Path(row["model"]).name
         for axes, x in ((left, row["bytes"] / 1e6), (right, row["decode"][batch])):
-            axes.scatter(x, row["perplexity"], label=name)
-    left.set(xlabel="MB", ylabel="perplexity")
-    right.set(xlabel=f"tokens per second, batch {batch}")
-    right.legend(fontsize="small")
+            axes.scatter(x, row["perplexity"], label=name, marker=marker, s=60)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.margins(0.1)
+    left.set(xlabel="weights (MB)", ylabel="perplexity")
+    right.set(xlabel=f"decoding speed (tokens per second, batch {batch})")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 

@@ -43,9 +43,10 @@ def compress_model(
         multihost.is_primary() and not partial(directory).exists()
     ):  # else it may be complete: see `output`
         check_output(directory)
-    run, settings, needs_tokens, share = job_of(method, options)
+    _, settings, needs_tokens, share = job_of(method, options)
+    opened = _open_original(model, directory, share, settings)
+    run, settings, *_ = job_of(method, options, opened.stored_dtype)
     run, settings = _on_mesh(run, settings, options["mesh"])
-    opened = _open_original(model, directory, share, options["dtype"])
     write_tokenizer = tokenizer_writer(opened) if multihost.is_primary() else None
     is_elastic = "elastic" in settings
     tokens, facts, masks = None, None, None
@@ -156,13 +157,16 @@ def _forecast(
     return of_compression(model.config, model.leaves(), shape, settings, directory)
 
 
-def _open_original(name: str, directory: Path, keep: float, dtype: str | None) -> Model:
+def _open_original(name: str, directory: Path, keep: float, settings: dict[str, Any]) -> Model:
     """Opens a model that can be compressed, if there is room for the result."""
     from lordjax.storage.atomic_directory import check_room
 
     model = open_model(name)
     if model.kind == "compressed":
         raise ValueError(f"{name}: is compressed already; give the original model")
+    dtype = settings["dtype"]
+    if dtype is None and "elastic" not in settings:
+        dtype = model.stored_dtype
     check_room(directory, estimated_bytes(model, keep, dtype))
     return model
 

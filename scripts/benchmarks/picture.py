@@ -1,0 +1,169 @@
+"""Draws the picture of the README: perplexity against size, every method.
+
+::
+
+    python -m lordjax.scripts.benchmarks.picture
+
+The numbers were measured by `benchmark_compress` and `benchmark_quantize`; the data file holds them
+with the table of the documentation and the commit that they come from. The same data give the same
+file, byte for byte.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import itertools
+from pathlib import Path
+from typing import Any
+
+import click
+
+FOLDER = Path("docs/pages/pictures")
+DENSE, BITS = "dense", 16.0  # bits of a bfloat16 number
+TOP = 1000.0  # perplexities above are off the scale
+MARKERS = "os^vD<>PXph*d8"
+LINES = ("-", "--", "-.", ":")
+MAIN = ("modegpt", "auto")  # drawn thicker
+SIZE = (9.4, 5.4)  # inches of 96 px in a browser
+# The same bytes from the same data; text as text, which is a third of the bytes of outlines.
+STYLE: Any = {"svg.hashsalt": "lordjax", "svg.fonttype": "none", "font.size": 9}
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """A measured model.
+
+    Attributes:
+      method: as in the tables.
+      bits: per weight of the dense blocks' matrices, all that is stored for them in bfloat16.
+      perplexity: of it.
+    """
+
+    method: str
+    bits: float
+    perplexity: float
+
+
+def read(path: Path) -> list[Point]:
+    """The points of a ``.csv`` with columns method, bits_per_weight and perplexity.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if a row lacks a number, or no row is the dense model.
+    """
+    points = []
+    with path.open(newline="") as file:
+        for number, row in enumerate(csv.DictReader(file), start=2):
+            try:
+                point = Point(
+                    row["method"], float(row["bits_per_weight"]), float(row["perplexity"])
+                )
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{path}: line {number}: expected method, bits_per_weight and perplexity, "
+                    f"found {row} ({error!r})"
+                ) from error
+            points.append(point)
+    if not any(point.method == DENSE for point in points):
+        raise ValueError(f"{path}: no row of method {DENSE!r}, which the others are compared with")
+    return points
+
+
+def by_method(points: list[Point]) -> dict[str, list[Point]]:
+    """Points of each method by size, the method of the least perplexity first; without `DENSE`."""
+    points = [point for point in points if point.method != DENSE]
+    points.sort(key=lambda point: (point.method, point.bits))
+    found = {n: list(own) for n, own in itertools.groupby(points, lambda point: point.method)}
+    order = sorted(found, key=lambda n: (found[n][-1].bits > BITS / 2, _mean(found[n])))
+    return {name: found[name] for name in order}
+
+
+def _mean(points: list[Point]) -> float:
+    return sum(point.perplexity for point in points) / len(points)
+
+
+def draw(points: list[Point], path: Path) -> None:
+    """Writes the picture; its suffix says in which format."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    (dense,) = (point for point in points if point.method == DENSE)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=SIZE, layout="constrained")
+        axes = figure.subplots()
+        axes.axhline(dense.perplexity, color="black", linewidth=0.8, linestyle=(0, (1, 2)))
+        axes.annotate(
+            f"dense {dense.perplexity:.1f}",
+            (BITS / 2 + 0.2, dense.perplexity),
+            textcoords="offset points",
+            xytext=(0, 3),
+        )
+        methods = by_method(points)
+        least = {name: min(point.perplexity for point in own) for name, own in methods.items()}
+        _curves(axes, {name: own for name, own in methods.items() if least[name] <= TOP})
+        off = [f"{name} from {value:,.0f}" for name, value in least.items() if value > TOP]
+        if off:
+            text = "off the scale: " + ",\n".join(off)
+            axes.text(0.02, 0.98, text, transform=axes.transAxes, va="top", fontsize=8)
+        axes.set_yscale("log")
+        axes.set(xlim=(2.5, 15), ylim=(dense.perplexity * 0.93, TOP))
+        axes.set_yticks(ticks := [30, 40, 50, 70, 100, 200, 300, 500, 1000], map(str, ticks))
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.set_xlabel("bits per weight of the dense blocks (16: not compressed)")
+        axes.set_ylabel("perplexity (log scale; lower is better)")
+        axes.set_title("SmolLM2-135M on wikitext2, compressed without training", fontsize=10)
+        share = axes.secondary_xaxis("top", functions=(_percent, _bits))
+        share.set_xlabel("bytes of the blocks' matrices (% of bfloat16)")
+        figure.legend(loc="outside right upper", fontsize=8, handlelength=3.2)
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def _curves(axes: Any, methods: dict[str, list[Point]]) -> None:
+    import matplotlib
+
+    colours = itertools.cycle(matplotlib.color_sequences["tab10"])
+    styles = zip(itertools.cycle(MARKERS), itertools.cycle(LINES), colours, strict=False)
+    for (name, points), (marker, line, colour) in zip(methods.items(), styles, strict=False):
+        x, y = [point.bits for point in points], [point.perplexity for point in points]
+        look = {"marker": marker, "linestyle": line, "color": colour}
+        look |= {"linewidth": 2.2, "zorder": 3} if name in MAIN else {"linewidth": 1.1}
+        axes.plot(x, y, label=name, **look)
+
+
+def _percent(bits: Any) -> Any:
+    return 100 * bits / BITS
+
+
+def _bits(percent: Any) -> Any:
+    return percent * BITS / 100
+
+
+@click.command()
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    default=FOLDER / "results.csv",
+    show_default=True,
+    help="Measured numbers: a .csv with columns method, bits_per_weight and perplexity.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=FOLDER / "perplexity.svg",
+    show_default=True,
+    help="The picture that is written; its suffix (.svg, .png) says in which format.",
+)
+def main(data: Path, out: Path) -> None:
+    """Draw perplexity against size for every method, and print the numbers."""
+    points = read(data)
+    for name, own in by_method(points).items():
+        print(f"{name:20}", *(f"{point.bits:g}: {point.perplexity:g}" for point in own), sep="  ")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draw(points, out)
+    print(out)
+
+
+if __name__ == "__main__":
+    main()
