@@ -35,10 +35,12 @@ class QuantizationMethod:
 
 
 QUANTIZERS: dict[str, QuantizationMethod] = {
-    "nf": QuantizationMethod("NormalFloat codes, format chosen per matrix", "none"),
-    "lq": QuantizationMethod("LQ-LoRA: codes and a product of one rank on top", "none", rank=32),
+    "nf": QuantizationMethod("NormalFloat, format chosen per matrix", "none"),
+    "lq": QuantizationMethod(
+        "LQ-LoRA: quantized weights plus a low-rank term of one rank", "none", rank=32
+    ),
     "auto": QuantizationMethod(
-        "dense, low rank, codes or both, chosen per matrix under one budget",
+        "dense, low rank, quantized or both, chosen per matrix under one budget",
         "both",
         counts_low_rank=True,
         factors="nf8-8-bfloat16-64-256",
