@@ -1,4 +1,4 @@
-"""Policies: published ranks and sizes, budgets and their properties."""
+"""Policies: published ranks and sizes, budgets, and properties that every policy has."""
 
 import dataclasses
 import itertools
@@ -28,7 +28,7 @@ LLAMA = {
     "mlp/down": (HIDDEN, WIDTH),
 }
 
-FLAT = np.zeros(WIDTH + 1)  # for policies that look at shapes only
+FLAT = np.zeros(WIDTH + 1)  # for policies that read shapes only
 
 SHAPES = {f"layer_{i}/{n}/kernel": s for i in range(BLOCKS) for n, s in LLAMA.items()}
 
@@ -40,12 +40,12 @@ def linear_weights(ranks):
 
 
 def parameters(ranks):
-    """Linear layers, embedding, untied head, two norms a block and the final one."""
+    """Weights of linear layers, embedding, untied head, two norms per block and the final norm."""
     return linear_weights(ranks) + 2 * VOCAB * WIDTH + (2 * BLOCKS + 1) * WIDTH
 
 
 def macs(ranks, length=64):
-    """Linear layers and head on every token; q·k and weights·v of full attention."""
+    """Multiply-adds of linear layers and head on every token, and of full attention."""
     return length * (linear_weights(ranks) + VOCAB * WIDTH) + BLOCKS * 2 * length**2 * WIDTH
 
 
@@ -117,7 +117,7 @@ SIZES = (1, 2, 5, 8, 16, 24, 40, 63)
 
 @st.composite
 def models(draw):
-    """Curves of a small model: a shape per layer type, a falling spectrum per kernel."""
+    """Curves of a small model: one shape per layer type, one falling spectrum per kernel."""
     layers = draw(st.integers(1, 5))
     shapes = {n: (draw(st.sampled_from(SIZES)), draw(st.sampled_from(SIZES))) for n in TYPES}
     bias = draw(st.booleans())
@@ -163,7 +163,7 @@ def test_budget_tiles_and_break_even(curves, keep, policy, tile):
         assert type(rank) is int and rank >= 1
         assert spent(one, {path: rank}) < spent(one, {path: None})  # below break-even
         if policy not in CURVELESS and rank % tile:
-            # Only a matrix too small for a whole tile may have another rank.
+            # Only a matrix smaller than a tile may have another rank.
             assert spent(one, {path: tile}) >= spent(one, {path: None})
     assert allocate(dict(curves), keep, policy, tile) == found  # deterministic
 
@@ -171,7 +171,7 @@ def test_budget_tiles_and_break_even(curves, keep, policy, tile):
 @settings(max_examples=30, deadline=None)
 @given(models(), st.floats(0.05, 0.999), st.sampled_from(sorted(POLICIES)))
 def test_a_budget_that_fits_the_smallest_ranks_is_met(curves, keep, policy):
-    """The optimising policies refuse only what is impossible."""
+    """The optimizing policies refuse only impossible budgets."""
     least = 0
     for curve in curves.values():
         smallest = {"k": 1}
@@ -226,7 +226,7 @@ def test_per_type_gives_one_rank_a_layer_type():
     assert ranks["layer_0/mlp/up/kernel"] == ranks["layer_1/mlp/up/kernel"]
     assert ranks["layer_0/mlp/down/kernel"] == ranks["layer_1/mlp/down/kernel"]
     assert gap is not None
-    # A spectrum that falls fast needs less than a flat one.
+    # A spectrum that falls fast needs a smaller rank than a flat one.
     assert ranks["layer_0/mlp/up/kernel"] is not None
     assert ranks["layer_0/mlp/down/kernel"] is None or (
         ranks["layer_0/mlp/down/kernel"] > ranks["layer_0/mlp/up/kernel"]
@@ -244,7 +244,7 @@ def test_energy_equalises_the_share_that_is_kept():
         errors = curves[path].errors
         kept.append(1 - errors[rank] / errors[0])
         one_less.append(1 - errors[rank - 1] / errors[0])
-    # One threshold lies above what any kernel keeps with a rank less, and below what all keep.
+    # One threshold separates what every kernel keeps at its rank from what it keeps at one less.
     assert max(one_less) < min(kept)
     found = list(ranks.values())
     assert found == sorted(found, reverse=True) and len(set(found)) == 3
@@ -272,7 +272,7 @@ def test_bias_weights_are_counted(policy):
 
 
 def test_blocks_of_different_sizes_keep_the_budget():
-    # The last blocks are the small ones: what they save must be reckoned by weights, not blocks.
+    # The last blocks are small, so their savings count in weights, not in blocks.
     curves = {f"layer_{i}/mlp/up/kernel": curve(np.ones(32)) for i in range(1, 4)}
     curves["layer_0/mlp/up/kernel"] = curve(np.ones(40), (40, 40))
     for keep in (0.5, 0.7, 0.9):
@@ -343,7 +343,7 @@ def test_one_rank_per_type_needs_one_size_per_type():
 
 @pytest.mark.parametrize(("width", "step"), [(1536, 32), (520, 32), (512, 8), (48, 8), (7, 1)])
 def test_steps_of_several_tiles_are_for_wide_sites(width, step):
-    """A narrow MLP still has a choice: 4 tiles of 8 only where 16 steps of 32 save weights."""
+    """Ranks go up by 4 tiles of 8 only where 16 steps of 32 save weights."""
     curve = Curve(SiteSize(width * 9, 9, tiles=4), np.linspace(1, 0, width + 1))
     ranks, costs, _ = curve.candidates(8)
     assert ranks == [*range(step, width, step), None]
