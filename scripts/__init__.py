@@ -1,1 +1,1 @@
-"""The command line; shipped as ``lordjax.scripts``."""
+"""The command line, shipped as ``lordjax.scripts``."""

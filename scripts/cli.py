@@ -1,7 +1,7 @@
-"""The command ``lordjax``: its list of verbs, and how errors end.
+"""The command ``lordjax``: its list of commands, and how errors are printed.
 
-A mistake of the user ends as one line ``error: …`` on stderr and exit code 2; with
-``LORDJAX_TRACEBACK=1`` in the environment, as a traceback. Anything else is a bug.
+A mistake of the user is printed as one line ``error: …`` on stderr, with exit code 2. With
+``LORDJAX_TRACEBACK=1`` in the environment it is a traceback. All other exceptions are bugs.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ USER_ERRORS = (ValueError, OSError, KeyError, ImportError, click.ClickException)
 
 
 class Group(click.Group):
-    """A group whose errors are one line."""
+    """A command group that prints errors as one line."""
 
     def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
-        """Runs a verb; turns exceptions into exit codes unless ``standalone_mode`` is off."""
+        """Runs a command; turns exceptions into exit codes unless ``standalone_mode`` is off."""
         if not standalone_mode:
             return super().main(*args, standalone_mode=False, **kwargs)
         try:
@@ -67,14 +67,14 @@ class Group(click.Group):
 
 
 def is_bug(error: BaseException) -> bool:
-    """Whether Python raised it, and not a check of ours, which has a sentence to say."""
+    """Returns whether Python raised the error; errors of our checks contain a sentence."""
     if isinstance(error, ImportError):
         return error.name is not None
     return isinstance(error, KeyError) and " " not in str(error.args[0] if error.args else "")
 
 
 def one_line(error: BaseException) -> str:
-    """An exception's message without line breaks (and without ``KeyError``'s quotes)."""
+    """Returns an exception's message without line breaks and without ``KeyError``'s quotes."""
     if isinstance(error, click.ClickException):
         text = error.format_message()
     elif isinstance(error, KeyError) and error.args:
@@ -90,8 +90,15 @@ def one_line(error: BaseException) -> str:
 def cli() -> None:
     """Compress pretrained transformers by matrix decomposition.
 
-    MODEL is a Hugging Face directory or hub id, a GGUF file, or a directory that compress or
-    convert wrote.
+    MODEL is a Hugging Face directory or hub id, a GGUF file, or a directory that a lordjax command
+    wrote.
+
+    OUT is the directory that a command writes a model into. It must be new or empty.
+
+    PATH is data: a text file, a directory of text or source files, a .jsonl file, or a .npy array
+    of token ids.
+
+    "lordjax COMMAND --help" lists the options of a command.
     """
 
 

@@ -1,6 +1,6 @@
-"""What the verbs of the command line share: models, checks, progress, output.
+"""What all commands share: checks of outputs, progress on stderr, and formatting.
 
-Nothing heavy is imported before it is needed: ``lordjax --help`` must be instant.
+Heavy modules are imported inside functions, so that ``lordjax --help`` is instant.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lordjax.runtime.progress import Progress
 
-KEEP = 0.8  # share of the block linear weights that stays, where nothing is said
+KEEP = 0.8  # fraction of the block linear weights that is kept, unless --keep gives one
 
 
 def check_output(directory: Path) -> None:
-    """Checks that a model can be written to a directory, before anything expensive is done.
+    """Checks that a model can be written into a directory.
 
     Raises:
-      FileExistsError: if something is there already.
-      PermissionError: if it cannot be made.
+      FileExistsError: if the directory exists and is not empty, or is a file.
+      PermissionError: if it cannot be created.
     """
     from lordjax.storage.atomic_directory import check_destination
 
@@ -34,26 +34,33 @@ def check_output(directory: Path) -> None:
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise PermissionError(f"{directory}: cannot be made, {parent} is not a writable directory")
+        raise PermissionError(
+            f"{directory}: cannot be created, {parent} is not a writable directory"
+        )
 
 
 def check_file(name: str) -> None:
-    """Checks that a new file can be written; errors as of `check_output`."""
+    """Checks that a new file can be written.
+
+    Raises:
+      FileExistsError: if the file exists.
+      PermissionError: if it cannot be created.
+    """
     if Path(name).expanduser().exists():
         raise FileExistsError(f"{name}: exists; choose another output or remove it")
     check_output(Path(name).expanduser())
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Writes a ``.jsonl`` file: all of it or none."""
+    """Writes a ``.jsonl`` file atomically, one line per row."""
+    from lordjax.storage.tensor_files import write_text
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.new")
-    fresh.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    os.replace(fresh, path)
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def format_bytes(count: int | float) -> str:
-    """Bytes as people read them: ``98.4 MB``."""
+    """Formats bytes for people: ``98.4 MB``."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -62,13 +69,13 @@ def format_bytes(count: int | float) -> str:
 
 
 def say(text: str) -> None:
-    """A line for people, on stderr: stdout holds results only."""
+    """Prints a line on stderr; stdout holds results only."""
     print(text, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def progress_report() -> Iterator[Progress]:
-    """Progress on stderr: bars on a terminal, else a line per stage and every ten seconds."""
+    """Shows progress on stderr: bars on a terminal, else one line per stage and every 10 s."""
     if not sys.stderr.isatty():
         yield _progress_lines()
         return

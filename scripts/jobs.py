@@ -1,4 +1,4 @@
-"""Jobs of ``lordjax compress``: what runs for a method and its flags."""
+"""Jobs of ``lordjax compress``: the function that runs for a method, and its settings."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Any
 
 from lordjax.scripts.console import KEEP
 
-# What goes with quantisation only, and what it has no use for.
+# Options of quantizing methods only, and of low-rank methods only.
 QUANTIZED = ("bits", "budget_bytes", "form", "rank", "weighting", "feedback")
-
-
 UNQUANTIZED = ("keep", "ranks", "temperature", "prefix", "elastic")
-
-
-FLAGS = {"form": "--format"}
-
-
-ELASTIC_BYTES = 5.0  # of an elastic model on disk, in bytes of the block linear weights, at most
-
+FLAGS = {"form": "--format"}  # option -> flag, where their names differ
+# What to do instead of giving an option together with --elastic.
+ELASTIC_HINTS = {
+    "keep": "choose the budget later with `lordjax export --keep`",
+    "ranks": "leave --ranks out, or compress without --elastic",
+    "factors": "leave --factors out, or compress without --elastic",
+    "dtype": "choose the dtype later with `lordjax convert --dtype`",
+}
+ELASTIC_BYTES = 5.0  # bytes of an elastic model on disk, at most, per byte of block linear weights
 
 Run = Callable[..., Any]  # (source, tokens, mask_token=, progress=) -> Result
 
@@ -26,12 +26,17 @@ Run = Callable[..., Any]  # (source, tokens, mask_token=, progress=) -> Result
 def job_of(
     method: str, options: dict[str, Any], stored_dtype: str | None = None
 ) -> tuple[Run, dict[str, Any], bool, float]:
-    """What to run, its settings, whether it needs tokens, and about the share that stays.
+    """Returns the job of a method and its options.
 
     Args:
       method: a key of `METHODS` or `QUANTIZERS`.
-      options: the flags.
-      stored_dtype: in place of ``--dtype``, if that is not given; see `common.Model`.
+      options: the flags of the command.
+      stored_dtype: dtype that is stored if ``--dtype`` is not given, see `Model`; None: as in the
+        model.
+
+    Returns:
+      the function to run; its settings; whether it needs calibration data; and about which fraction
+      of the block linear weights, in bytes, is stored.
 
     Raises:
       KeyError: if the method, the policy or the weighting is unknown.
@@ -48,7 +53,10 @@ def job_of(
     for name in UNQUANTIZED if quantized else QUANTIZED:
         if options[name] is not None:
             flag = FLAGS.get(name, f"--{name.replace('_', '-')}")
-            raise ValueError(f"method {method!r} has no use for {flag}; leave it out")
+            kind = "quantizing" if name in QUANTIZED else "low-rank"
+            raise ValueError(
+                f"method {method!r} does not take {flag}, which is for {kind} methods; leave it out"
+            )
     job = _elastic_job if options["elastic"] else _quantized_job if quantized else _low_rank_job
     return job(method, options, stored_dtype)
 
@@ -61,16 +69,16 @@ def _low_rank_job(
     from lordjax.kernels import normal_float
     from lordjax.methods import METHODS
 
-    row = METHODS[method]
+    definition = METHODS[method]
     ranks = options["ranks"]
     if ranks is not None and any(options[name] is not None for name in ("keep", "allocation")):
-        raise ValueError("--ranks says it all; leave --keep and --allocation out")
+        raise ValueError("--ranks gives every rank; leave --keep and --allocation out")
     settings = {
         "keep": KEEP if options["keep"] is None else options["keep"],
         "ranks": ranks,
-        "allocation": options["allocation"] or row.allocation,
+        "allocation": options["allocation"] or definition.allocation,
         "temperature": options["temperature"],
-        "prefix": options["prefix"] or row.prefix,
+        "prefix": options["prefix"] or definition.prefix,
         "factors": options["factors"],
         "dtype": options["dtype"] or stored_dtype,
     }
@@ -91,12 +99,11 @@ def _elastic_job(
     from lordjax.compression import elastic
     from lordjax.methods import METHODS
 
-    for name in ("keep", "ranks", "factors", "dtype"):
+    for name in ELASTIC_HINTS:
         if options[name] is not None:
             raise ValueError(
-                f"--elastic keeps the model as it is, and factors for every budget: leave --{name} "
-                "out, here or give it to what makes one budget of it (lordjax export --keep, "
-                "lordjax convert --dtype)"
+                f"--{name} cannot be combined with --elastic: an elastic model stores the dense "
+                f"model and factors for all budgets; {ELASTIC_HINTS[name]}"
             )
     elastic.check_settings(method, options["prefix"])
     settings = {
@@ -115,17 +122,17 @@ def _elastic_job(
     def run(source: Any, tokens: Any, **given: Any) -> Any:
         return elastic.compress(source, tokens, method=method, **given, **chosen)
 
-    # The dense model is the one that was factored: a budget is cut from it and the factors, and
-    # what was rounded before would not be what `compress` makes of the original.
+    # The dense model is stored as it was factorized: a budget that is cut from rounded weights
+    # would differ from what `compress` makes of the original.
     settings |= {"elastic": True} | ({} if stored_dtype is None else {"cut_dtype": stored_dtype})
-    # The model, factor pairs up to break-even, and a triangle for every MLP, in float32.
+    # It stores the model, pairs up to break-even and a triangle for every MLP, in float32.
     return run, settings, True, ELASTIC_BYTES
 
 
 def _quantized_job(
     method: str, options: dict[str, Any], stored_dtype: str | None
 ) -> tuple[Run, dict[str, Any], bool, float]:
-    from lordjax.compression import quantized as quantization
+    from lordjax.compression import quantized
 
     settings = {
         "solver": options["allocation"] or "bisection",
@@ -133,9 +140,9 @@ def _quantized_job(
         "dtype": options["dtype"] or stored_dtype,
         **{name: options[name] for name in QUANTIZED},
     }
-    needs_tokens = quantization.check_settings(method, **settings)
+    needs_tokens = quantized.check_settings(method, **settings)
 
     def run(source: Any, tokens: Any, **given: Any) -> Any:
-        return quantization.quantize(source, tokens, method=method, **given, **settings)
+        return quantized.quantize(source, tokens, method=method, **given, **settings)
 
     return run, settings, needs_tokens, 0.5

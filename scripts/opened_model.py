@@ -1,4 +1,4 @@
-"""Models as the commands open them: any format, with tokenizer and checksums."""
+"""Models as the commands open them: of any format, with their tokenizer and checksums."""
 
 from __future__ import annotations
 
@@ -15,22 +15,25 @@ from lordjax.models.source import Source
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A model as the verbs see it, wherever it comes from.
+    """An opened model of any format.
 
     Attributes:
       name: the path or hub id as it was given.
-      path: where it is on this machine.
-      kind: ``huggingface``, ``gguf``, ``native`` (ours, nothing compressed) or ``compressed``.
-      config: what it is.
-      hf_config: the same in Hugging Face's words.
-      source: its parameters, a block at a time.
-      params: all of its parameters.
-      stored: its parameters as a verb writes them where no flag names a dtype: in ``stored_dtype``.
+      path: its file or directory on this machine.
+      kind: ``huggingface``, ``gguf``, ``native`` (a lordjax directory, not compressed) or
+        ``compressed``.
+      config: its architecture.
+      hf_config: its config in Hugging Face's format.
+      source: reads its parameters block by block.
+      params: returns all of its parameters.
+      stored: reads its parameters in the dtype that a command writes them in, unless a flag names
+        another one: in ``stored_dtype``.
       tokenizer: opens its tokenizer.
-      write_tokenizer: writes the tokenizer's files into a directory.
-      leaves: parameter path -> kernel or ``ShapeDtypeStruct``, without reading weights if possible.
-      stored_dtype: the dtype that its weights are written in where no flag names one; None is the
-        dtype that they are read in.
+      write_tokenizer: writes the files of its tokenizer into a directory.
+      leaves: returns parameter path -> kernel or ``ShapeDtypeStruct``; weights are not read where
+        the format allows it.
+      stored_dtype: dtype that its weights are written in, unless a flag names another one; None:
+        the dtype that they are read in.
     """
 
     name: str
@@ -47,7 +50,7 @@ class Model:
     stored_dtype: str | None = None
 
     def arrays(self) -> dict[str, Any]:
-        """All of its parameters where jax computes, read a block at a time: never held twice."""
+        """Returns all parameters on the device; they are read block by block to save memory."""
         import jax
         import jax.numpy as jnp
 
@@ -59,11 +62,11 @@ class Model:
 
 
 def open_model(name: str) -> Model:
-    """Opens a Hugging Face directory or hub id, a GGUF file or a directory of ours.
+    """Opens a Hugging Face directory or hub id, a GGUF file or a lordjax directory.
 
     Raises:
       FileNotFoundError: if there is no such model.
-      ValueError: if it cannot be read or is not supported.
+      ValueError: if the model is damaged or not supported.
     """
     from lordjax.storage import saved_model
 
@@ -114,19 +117,19 @@ def _native(name: str, path: Path) -> Model:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The files that hold a model's weights."""
+    """Returns the files that hold a model's weights."""
     if path.is_file():
         return [path]
     return sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
 
 
 def file_bytes(path: Path) -> int:
-    """Size of the files that hold a model's weights."""
+    """Returns the bytes of the files that hold a model's weights."""
     return sum(file.stat().st_size for file in weight_files(path))
 
 
 def model_checksums(path: Path) -> dict[str, str]:
-    """File -> sha256, of a model's weights and ``config.json``."""
+    """Returns file name -> sha256 of a model's weights and ``config.json``."""
     from lordjax.storage.tensor_files import checksum
 
     files = [*weight_files(path), *path.glob("config.json")]
@@ -134,11 +137,11 @@ def model_checksums(path: Path) -> dict[str, str]:
 
 
 def directory_bytes(path: Path) -> int:
-    """Size of all files below a directory."""
+    """Returns the bytes of all files below a directory."""
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
 def quiet_transformers() -> None:
-    """Texts longer than a model's context are cut into windows here; no need to warn of them."""
+    """Silences warnings of transformers about long texts, which are cut into windows here."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -1,4 +1,4 @@
-"""Token windows for the commands: from texts, sources or arrays of ids."""
+"""Tokens that the commands read: from texts, source files or arrays of ids."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import numpy as np
 from lordjax.models.config import ModelConfig
 from lordjax.scripts.opened_model import Model
 
-WINDOW = 1024  # tokens per window of text, unless the model is shorter
-
-
-# Of RoBERTa, of BERT.
-MASK_TOKENS = ("<mask>", "[MASK]")
-
-
+WINDOW = 1024  # tokens of a window of text; less if the model's longest sequence is shorter
+MASK_TOKENS = ("<mask>", "[MASK]")  # of RoBERTa and BERT
 SEQUENCE_ENDS = (("<s>", "</s>"), ("[CLS]", "[SEP]"))
-
-
-DOCUMENT_TOKENS = 2048  # of every module of the standard library: many styles, no long tables
+# First tokens of a standard library module that are read, so that no long table dominates.
+DOCUMENT_TOKENS = 2048
 
 
 def window_length(path: Any, asked: int | None, config: ModelConfig) -> int:
-    """What was asked for, else an array's own length, else `WINDOW` or the model's context."""
+    """Returns the number of tokens of a window.
+
+    Args:
+      path: data; the default of a .npy array is its own length.
+      asked: the length that a flag gives, if any.
+      config: architecture of the model; the default for text is `WINDOW`, or its longest sequence.
+    """
     from lordjax.data.token_windows import array_length
 
     own = None if path is None else array_length(path)
@@ -35,9 +35,17 @@ def window_length(path: Any, asked: int | None, config: ModelConfig) -> int:
 def read_tokens(
     model: Model, path: str | None, *, seq_len: int | None, samples: int | None, seed: int
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """Token windows of a path (None: the Python standard library), and what they are.
+    """Reads windows of tokens. Windows for an encoder begin and end with its special tokens.
 
-    Windows of text for an encoder begin and end as its sequences do.
+    Args:
+      model: the model, whose tokenizer is used.
+      path: text, source files or a .npy array; None: the Python standard library.
+      seq_len: tokens of a window; None: see `window_length`.
+      samples: largest number of windows; None: all.
+      seed: seed that draws the documents.
+
+    Returns:
+      token ids ``[windows, length]``, and facts about them for a report.
     """
     import numpy as np
 
@@ -67,7 +75,7 @@ def read_tokens(
 
 
 def sequence_ends(tokenizer: Any) -> list[int]:
-    """The ids that stand before and behind every sequence of an encoder; none if not known."""
+    """Returns the ids of an encoder's first and last token of a sequence; empty if unknown."""
     vocabulary = tokenizer.get_vocab()
     for pair in ((tokenizer.cls_token, tokenizer.sep_token), *SEQUENCE_ENDS):
         if all(name in vocabulary for name in pair):
@@ -76,9 +84,9 @@ def sequence_ends(tokenizer: Any) -> list[int]:
 
 
 def mask_token(model: Model) -> int | None:
-    """The id of the mask token, of a model that predicts masked tokens; else None.
+    """Returns the id of the mask token; None if the model does not predict masked tokens.
 
-    A ``tokenizer.json`` alone does not say which token that is, so known names are looked for.
+    A ``tokenizer.json`` alone does not name the mask token, so known names are looked for.
 
     Raises:
       FileNotFoundError: if the model has no tokenizer.

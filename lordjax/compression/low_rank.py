@@ -114,7 +114,7 @@ def _take_statistics(
     calibration = settings.calibration(config)
     held_out = calibration.tokens[:0]
     if policy in INFLUENCED:
-        calibration, held_out = calibration.split(HELD_OUT)
+        calibration, held_out = calibration.hold_out(HELD_OUT)
     limit = settings.gradient_windows
     gradients = few_gradients(source, calibration, METHODS[method], limit, clock, store)
     factors: Mapping[str, AnyFactors] = {}

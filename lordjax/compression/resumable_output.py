@@ -150,7 +150,8 @@ class Output:
           hf_config: the original ``config.json``.
           report: report to write; None: the result's own.
           write_tokenizer: see `checkpoint.save`.
-          also: called with the directory, to put more files into it (`elastic.keep_entries`).
+          also: called with the directory when everything else is in it, to put more files into it
+            (`elastic.keep_entries`).
           summary: JSON for `finished`, should the process be killed after this.
 
         Raises:
@@ -172,8 +173,6 @@ class Output:
         also: Callable[[Path], Any] | None,
     ) -> None:
         """Writes the files beside the shards."""
-        if also is not None:
-            also(self._stage)
         assert isinstance(self.shards, Shards)
         checkpoint.write_about(
             self._stage,
@@ -183,6 +182,7 @@ class Output:
             plan=result.plan,
             report=result.report if report is None else report,
             write_tokenizer=write_tokenizer,
+            also=also,
         )
 
     def publish(self) -> None:

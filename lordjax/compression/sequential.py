@@ -258,7 +258,7 @@ def _regressed(run: _Pass, i: int, layers: tuple[Site, ...]) -> Inputs:
             fitted,
             cross,
             config=run.config,
-            window=run.config.window(i),
+            sliding_window=run.config.window(i),
         )
     target, fitted, cross = gathered((target, fitted, cross), run.calibration.mesh)
     inputs: Inputs = {}

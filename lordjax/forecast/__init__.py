@@ -1,1 +1,1 @@
-"""What a compression will cost and leave, from shapes alone: operations, seconds, memory, bytes."""
+"""Predicted cost of a compression, from shapes alone: operations, seconds, memory and bytes."""

@@ -1,10 +1,10 @@
-"""What each device of a mesh ``data=N`` does of a job's work, from shapes: see `mesh`.
+"""Estimates how much of a job each device of a mesh ``data=N`` does, from shapes alone.
 
-Of a pass over the blocks devices share the windows of every batch that divides; those of one that
-does not are everybody's. A compiler does not share out loops, which attention is on CPU: every
-device does all of them. Of as many blocks as there are devices, the largest matrix that is left
-goes to the device with the least to factor. What is not shared at all - codes, comparisons - is the
-first device's. Of ``sequential`` nothing is said.
+Batches of calibration sequences are split where the number of devices divides them; every device
+runs the other batches in full. XLA does not partition loops, so every device runs all iterations of
+a loop; attention on CPU is one. Blocks are factorized N at a time: matrices are assigned greedily,
+the largest one to the device with the least work. Quantization and the search of a temperature run
+on device 0 alone. The ``sequential`` stage is not estimated.
 """
 
 from __future__ import annotations
@@ -16,135 +16,138 @@ from typing import Any
 
 import jax
 
-from lordjax.calibration.observers import observe, observe_gradients, windows_per_step
-from lordjax.forecast.job import CompressionSpec
-from lordjax.forecast.low_rank_cost import (
-    all_factors,
-    every_layer,
-    forward_work,
-    gradient_shapes,
-    site_factors,
-)
+from lordjax.calibration.observers import observe, observe_gradients, sequences_per_step
+from lordjax.forecast.calibration_cost import forward_work, gradient_shapes, per_layer
+from lordjax.forecast.job import CalibrationSpec, CompressionSpec
+from lordjax.forecast.low_rank_cost import all_factors, site_factors
 from lordjax.forecast.quantized_cost import QuantizationSpec
 from lordjax.models.sites import Site
 from lordjax.runtime import flops
 from lordjax.runtime.flops import OpCounts
 from lordjax.runtime.mesh import share_tasks
 
-UNKNOWN = ("sequential",)  # stages of which nothing is said
+NOT_ESTIMATED = ("sequential",)  # stages
 
 
-def shared(
-    job: CompressionSpec, ops: Mapping[str, OpCounts], count: int
+def device_work(
+    spec: CalibrationSpec, ops: Mapping[str, OpCounts], count: int
 ) -> dict[str, list[OpCounts]]:
-    """Stage -> work of each of so many devices.
+    """Returns stage -> operation counts of every device.
 
     Args:
-      job: what is asked for.
-      ops: of its stages (`stages.stages`, `coded.coded_stages`).
-      count: of devices.
+      spec: the job.
+      ops: stage -> operation counts on one device, from `stages` or `quantized_stages`.
+      count: number of devices.
     """
-    found = {}
-    for name, whole in ops.items():
-        if name in UNKNOWN:
-            continue
-        if name == "gradients":
-            found[name] = _pass(job, whole, count, backward=True)
-        elif name == "statistics":
-            found[name] = _pass(job, whole, count, backward=False)
-        elif name == "factors":
-            found[name] = _in_groups(job, count)
-        elif (
-            isinstance(job, QuantizationSpec) and job.reads
-        ):  # a pass, and what the first device does
-            forward = forward_work(job)
-            parts = _pass(job, forward, count, backward=False)
-            found[name] = [flops.merged([parts[0], _minus(whole, forward)]), *parts[1:]]
-        else:
-            found[name] = [whole, *[Counter()] * (count - 1)]
-    return found
+    return {
+        name: _stage_work(spec, name, whole, count)
+        for name, whole in ops.items()
+        if name not in NOT_ESTIMATED
+    }
+
+
+def _stage_work(spec: CalibrationSpec, name: str, whole: OpCounts, count: int) -> list[OpCounts]:
+    """Operation counts of one stage on every device."""
+    if name in ("gradients", "statistics"):
+        return _pass(spec, whole, count, backward=name == "gradients")
+    if name == "factors" and isinstance(spec, CompressionSpec):
+        return _factorizations(spec, count)
+    if isinstance(spec, QuantizationSpec) and spec.reads_inputs:
+        # The forward pass is shared, the rest is done by the first device.
+        forward = forward_work(spec)
+        passes = _pass(spec, forward, count, backward=False)
+        return [flops.merged([passes[0], _minus(whole, forward)]), *passes[1:]]
+    return [whole, *[Counter()] * (count - 1)]
 
 
 def report(
-    shares: Mapping[str, list[OpCounts]], ops: Mapping[str, OpCounts], seconds: Mapping[str, float]
+    work: Mapping[str, list[OpCounts]], ops: Mapping[str, OpCounts], seconds: Mapping[str, float]
 ) -> dict[str, dict[str, Any]]:
-    """Of every stage with operations: its seconds, each device's operations, and their shares.
+    """Returns stage -> FLOPs of every device, their shares, and seconds where they are known.
 
-    Shares are those of the operations of one device alone; they add up to 1 if nothing is done
-    twice.
+    A share is a device's FLOPs divided by those of one device that does the stage alone. Shares add
+    up to 1 if nothing is done twice.
 
     Args:
-      shares: of `shared`.
-      ops: of the stages on one device.
-      seconds: that stages took, or will take.
+      work: stage -> operation counts of every device, from `device_work`.
+      ops: stage -> operation counts on one device.
+      seconds: stage -> seconds, measured or predicted.
     """
     found = {}
-    for name, parts in shares.items():
-        whole, each = flops.total(ops[name]), [flops.total(part) for part in parts]
+    for name, each in work.items():
+        whole, counted = flops.total(ops[name]), [flops.total(part) for part in each]
         if whole:
-            found[name] = {"flops": each, "shares": [n / whole for n in each]}
+            found[name] = {"flops": counted, "shares": [n / whole for n in counted]}
             found[name] |= {"seconds": seconds[name]} if name in seconds else {}
     return found
 
 
-def together(parts: Sequence[OpCounts], processes: int = 1) -> OpCounts:
-    """What a stage's time depends on: the busiest device; on CPU all of a process."""
+def busiest(each: Sequence[OpCounts], processes: int = 1) -> OpCounts:
+    """Returns the operation counts that a stage's time depends on: those of the busiest device.
+
+    On CPU the devices of a process share its cores, so their operations are added up.
+
+    Args:
+      each: operation counts of every device.
+      processes: number of processes, each with equally many devices.
+    """
     if jax.default_backend() == "cpu":
-        own = len(parts) // processes
-        parts = [flops.merged(parts[k : k + own]) for k in range(0, len(parts), own or 1)]
-    return max(parts, key=flops.total)
+        own = len(each) // processes
+        each = [flops.merged(each[k : k + own]) for k in range(0, len(each), own or 1)]
+    return max(each, key=flops.total)
 
 
-def step(job: CompressionSpec, count: int, *, backward: bool) -> int:
-    """Windows of a batch: as many for every device (`calibrate.checked`)."""
-    each = windows_per_step(job.windows // count, job.length)
+def _batch(spec: CalibrationSpec, count: int, *, backward: bool) -> int:
+    """Sequences of a batch on ``count`` devices: equally many on each of them."""
+    each = sequences_per_step(spec.sequences // count, spec.length)
     return count * max(1, each // 2) if backward else count * each
 
 
-def _pass(job: CompressionSpec, whole: OpCounts, count: int, *, backward: bool) -> list[OpCounts]:
-    """Of a pass over the blocks; all devices do equally much."""
-    windows = job.backward[0] if backward else job.windows - job.held_out
-    last = windows % step(job, count, backward=backward)
-    lonely = (last if last % count else 0) / windows
-    loops = flops.scaled(_attention(job, backward=backward), windows)
-    once = _minus(whole, loops)
-    copied = lonely + (1 - lonely) / count
-    each = flops.merged([loops, flops.scaled(once, copied)])
+def _pass(spec: CalibrationSpec, whole: OpCounts, count: int, *, backward: bool) -> list[OpCounts]:
+    """A pass over the blocks, in which all devices do equally much."""
+    sequences = spec.backward[0] if backward else spec.sequences - spec.held_out
+    last = sequences % _batch(spec, count, backward=backward)
+    unsplit = (last if last % count else 0) / sequences
+    loops = flops.scaled(_loop_ops(spec, backward=backward), sequences)
+    split = unsplit + (1 - unsplit) / count
+    each = flops.merged([loops, flops.scaled(_minus(whole, loops), split)])
     return [each] * count
 
 
-def _attention(job: CompressionSpec, *, backward: bool) -> OpCounts:
-    """Loops over sequences and heads, in all blocks, of one window."""
+def _loop_ops(spec: CalibrationSpec, *, backward: bool) -> OpCounts:
+    """Loops over sequences and heads in all blocks, for one sequence."""
 
-    def forward(window: int | None) -> OpCounts:
-        run = functools.partial(observe, config=job.config, window=window)
-        return flops.in_loops(run, job.block, job.stream(1), None, {})
+    def forward_loops(sliding_window: int | None) -> OpCounts:
+        run = functools.partial(observe, config=spec.config, sliding_window=sliding_window)
+        return flops.in_loops(run, spec.block, spec.residual_stream(1), None, {})
 
-    def back(window: int | None) -> OpCounts:
-        stats, bases = gradient_shapes(job)
-        # Weight gradients are taken in a loop, too, but each device has its own windows.
+    def backward_loops(sliding_window: int | None) -> OpCounts:
+        stats, bases = gradient_shapes(spec)
+        # Fisher statistics loop over sequences too, but each device has its own sequences.
         stats = {name: table for name, table in stats.items() if "fisher" not in name}
-        run = functools.partial(observe_gradients, config=job.config, window=window)
-        x = job.stream(1)
-        return flops.in_loops(run, job.block, x, None, x, bases, stats)
+        run = functools.partial(
+            observe_gradients, config=spec.config, sliding_window=sliding_window
+        )
+        x = spec.residual_stream(1)
+        return flops.in_loops(run, spec.block, x, None, x, bases, stats)
 
-    found = every_layer(job, forward)
+    found = per_layer(spec, forward_loops)
     if backward:
-        found = flops.merged([found, every_layer(job, back)])
+        found = flops.merged([found, per_layer(spec, backward_loops)])
     return Counter({kind: n for kind, n in found.items() if kind != "equations"})
 
 
-def _in_groups(job: CompressionSpec, count: int) -> list[OpCounts]:
-    """Of factors: sites of as many blocks as there are devices at a time (`factor_pass`)."""
-    layers, sites = job.config.num_layers, job.sites
-    each = {site: flops.total(site_factors(job, site)) for site in sites}
+def _factorizations(spec: CompressionSpec, count: int) -> list[OpCounts]:
+    """The factorizations of every device: the sites of ``count`` blocks are shared at a time."""
+    layers = spec.config.num_layers
+    cost = {site: flops.total(site_factors(spec, site)) for site in spec.sites}
     counts: list[Counter[Site]] = [Counter() for _ in range(count)]
     for first in range(0, layers, count):
-        group = range(first, min(first + count, layers))
-        shares = share_tasks({(i, site): each[site] for i in group for site in sites}, count)
-        for found, jobs in zip(counts, shares, strict=True):
-            found.update(site for _, site in jobs)
-    return [all_factors(job, found) for found in counts]
+        layer_batch = range(first, min(first + count, layers))
+        tasks = {(i, site): cost[site] for i in layer_batch for site in spec.sites}
+        for found, own in zip(counts, share_tasks(tasks, count), strict=True):
+            found.update(site for _, site in own)
+    return [all_factors(spec, found) for found in counts]
 
 
 def _minus(whole: OpCounts, part: OpCounts) -> OpCounts:

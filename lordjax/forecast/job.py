@@ -1,4 +1,4 @@
-"""A compression whose cost is asked for, and the names of its stages."""
+"""Specifications of a compression job for the cost model, and the names of its stages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from lordjax.allocation.policies import CURVELESS, INFLUENCED
 from lordjax.calibration.backward_pass import needs_gradients
-from lordjax.calibration.observers import windows_per_step
+from lordjax.calibration.observers import sequences_per_step
 from lordjax.compression.low_rank import GRADIENT_WINDOWS, HELD_OUT
 from lordjax.compression.site_factors import on_host
 from lordjax.forecast import shapes
@@ -23,108 +23,156 @@ STAGES = ("gradients", "statistics", "factors", "comparison", "sequential", "app
 
 
 @dataclasses.dataclass(frozen=True)
-class CompressionSpec:
-    """What `compress` is asked for.
+class CalibrationSpec:
+    """What every compression job has: a model, calibration sequences and the statistics to take.
+
+    Subclasses say which statistics those are (`definition`).
 
     Attributes:
-      config: the model.
-      method: a key of `METHODS`.
-      windows: of calibration.
-      length: tokens of a window.
-      allocation: a key of `POLICIES`; None = the method's own.
-      prefix: see `Method`; None = the method's own.
-      ranks: site path -> rank, as far as they are known; None: of no site.
-      keep: 1: nothing is compressed.
-      temperature: None: chosen on held-out windows, where the policy has one.
-      gradient_windows: at most as many see the backward pass; None = all.
-      meshed: whether devices of a mesh take turns; then nothing is factored on the host.
+      config: architecture of the model.
+      method: name of the method.
+      sequences: number of calibration sequences.
+      length: tokens of a sequence.
+      gradient_windows: the backward pass reads at most this many sequences; None: all.
 
     Raises:
-      ValueError: if there are no windows, or too few to hold one out.
+      ValueError: if there are too few sequences, or too few to hold one out.
     """
 
     config: ModelConfig
     method: str
-    windows: int
+    sequences: int
     length: int
+    gradient_windows: int | None = dataclasses.field(default=GRADIENT_WINDOWS, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not self.needs_sequences:
+            return
+        if self.sequences < 1 or self.length < 2:
+            raise ValueError(
+                f"{self.sequences} calibration sequences of {self.length} tokens; expected at "
+                "least 1 sequence (--samples) of 2 tokens (--seq-len)"
+            )
+        if self.held_out and self.sequences < 2:
+            raise ValueError(
+                "1 calibration sequence; expected at least 2 (--samples), because one is held out "
+                "to choose the temperature"
+            )
+
+    @property
+    def definition(self) -> Method:
+        """The method's sites and statistics."""
+        raise NotImplementedError
+
+    @property
+    def needs_sequences(self) -> bool:
+        """Whether calibration sequences are read at all."""
+        return True
+
+    @property
+    def held_out(self) -> int:
+        """Number of sequences that are held out to choose a temperature."""
+        return 0
+
+    @property
+    def measures_influence(self) -> bool:
+        """Whether the forward pass measures the influence of every block."""
+        return False
+
+    @property
+    def batch(self) -> int:
+        """Sequences per step of the forward pass."""
+        return sequences_per_step(self.sequences, self.length) if self.sequences else 1
+
+    @property
+    def backward(self) -> tuple[int, int]:
+        """Sequences that the backward pass reads, and sequences per step; ``(0, 1)``: none."""
+        if not needs_gradients(self.definition, self.config):
+            return 0, 1
+        available = self.sequences - self.held_out
+        return min(available, self.gradient_windows or available), max(1, self.batch // 2)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Sites of a block that the method compresses."""
+        return sites_for(self.definition.kinds, self.config)
+
+    @property
+    def block(self) -> dict[str, Any]:
+        """Shapes of a block's parameters, float32."""
+        return shapes.dense_shapes(self.config).block(0)
+
+    @property
+    def non_block_params(self) -> dict[str, Any]:
+        """Shapes of the parameters outside the blocks, float32."""
+        return shapes.dense_shapes(self.config).non_block_params()
+
+    def residual_stream(self, batch: int) -> jax.ShapeDtypeStruct:
+        """Shape of the residual stream ``[batch, length, hidden size]``, float32."""
+        return jax.ShapeDtypeStruct((batch, self.length, self.config.hidden_size), jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressionSpec(CalibrationSpec):
+    """A job of `lordjax.compress`; ``method`` is a key of `METHODS`.
+
+    Attributes:
+      allocation: a key of `POLICIES`; None: the method's default.
+      prefix: how calibration statistics are taken, see `Method`; None: the method's default.
+      ranks: site path -> rank, where ranks are known; None: no rank is known yet.
+      keep: fraction of the block linear weights that is kept; 1 compresses nothing.
+      temperature: temperature of the policy; None: it is chosen on held-out sequences, where the
+        policy has one.
+      meshed: whether the job runs on a device mesh, where no site is factorized on the host.
+    """
+
     allocation: str | None = None
     prefix: str | None = None
     ranks: Mapping[str, int | None] | None = dataclasses.field(default=None, hash=False)
     keep: float = 0.8
     temperature: float | None = None
-    gradient_windows: int | None = GRADIENT_WINDOWS
     meshed: bool = False
 
-    def __post_init__(self) -> None:
-        if self.windows < 1 or self.length < 2:
-            raise ValueError(
-                f"{self.windows} windows of {self.length} tokens; at least 1 of 2 is needed"
-            )
-        if self.held_out and self.windows < 2:
-            raise ValueError("one calibration window: at least 2 are needed to hold one out")
-
     @property
-    def row(self) -> Method:
-        """The method's row."""
+    def definition(self) -> Method:
+        """The method's entry in `METHODS`."""
         return METHODS[self.method]
 
     def on_host(self, site: Site) -> Module | None:
-        """The module of a site, if it is factored on the host."""
+        """Returns the module of a site that is factorized on the host, else None."""
         return None if self.meshed else on_host(self.method, site.kind)
 
     @property
     def policy(self) -> str:
-        """How the budget is shared out."""
-        return self.allocation or self.row.allocation
+        """The allocation policy."""
+        return self.allocation or self.definition.allocation
 
     @property
-    def walks(self) -> bool:
-        """Whether blocks are compressed one after the other, each on the compressed ones."""
-        return (self.prefix or self.row.prefix) != "dense"
+    def calibration_mode(self) -> str:
+        """How calibration statistics are taken: ``dense``, ``compressed`` or ``corrective``."""
+        return self.prefix or self.definition.prefix
+
+    @property
+    def is_sequential(self) -> bool:
+        """Whether blocks are compressed in order, each with inputs from the compressed ones."""
+        return self.calibration_mode != "dense"
 
     @property
     def factors_first(self) -> bool:
-        """Whether all sites are factored before a budget is known."""
-        return not self.walks or self.policy not in CURVELESS
+        """Whether all sites are factorized before ranks are allocated."""
+        return not self.is_sequential or self.policy not in CURVELESS
 
     @property
     def held_out(self) -> int:
-        """Windows that only choose a temperature."""
-        return max(1, min(HELD_OUT, self.windows // 8)) if self.policy in INFLUENCED else 0
+        """Number of sequences that are held out to choose a temperature."""
+        return max(1, min(HELD_OUT, self.sequences // 8)) if self.policy in INFLUENCED else 0
 
     @property
-    def compares(self) -> bool:
-        """Whether a temperature is chosen."""
+    def measures_influence(self) -> bool:
+        """Whether the forward pass measures the influence of every block."""
+        return self.policy in INFLUENCED
+
+    @property
+    def chooses_temperature(self) -> bool:
+        """Whether a temperature is chosen on held-out sequences."""
         return bool(self.held_out) and self.temperature is None and self.keep < 1
-
-    @property
-    def batch(self) -> int:
-        """Windows of a step."""
-        return windows_per_step(self.windows, self.length)
-
-    @property
-    def backward(self) -> tuple[int, int]:
-        """Windows that the backward pass sees, and how many in a step."""
-        if not needs_gradients(self.row, self.config):
-            return 0, 1
-        seen = self.windows - self.held_out
-        return min(seen, self.gradient_windows or seen), max(1, self.batch // 2)
-
-    @property
-    def sites(self) -> tuple[Site, ...]:
-        """Of a block."""
-        return sites_for(self.row.kinds, self.config)
-
-    @property
-    def block(self) -> dict[str, Any]:
-        """Shapes of a block, float32."""
-        return shapes.shapes(self.config).block(0)
-
-    @property
-    def non_block_params(self) -> dict[str, Any]:
-        """Shapes outside the blocks, float32."""
-        return shapes.shapes(self.config).non_block_params()
-
-    def stream(self, rows: int) -> Any:
-        """Shape of the residual stream of some windows."""
-        return jax.ShapeDtypeStruct((rows, self.length, self.config.hidden_size), jnp.float32)

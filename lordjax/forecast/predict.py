@@ -1,320 +1,182 @@
-"""What a compression will cost and leave, for ``lordjax plan`` and the report of ``compress``."""
+"""What a compression will cost and produce, for ``lordjax plan`` and the report of ``compress``."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from lordjax.allocation.plan import Plan
-    from lordjax.forecast.job import CompressionSpec
-    from lordjax.forecast.machine_rates import Rates
-    from lordjax.forecast.quantized_cost import QuantizationSpec
-    from lordjax.models.config import ModelConfig
-    from lordjax.models.source import InMemory
+from lordjax.forecast import device_shares, machine_rates, peak_memory
+from lordjax.forecast.job import CalibrationSpec, CompressionSpec
+from lordjax.forecast.job_settings import parse_settings
+from lordjax.forecast.low_rank_cost import stages
+from lordjax.forecast.machine_rates import Rates
+from lordjax.forecast.quantized_cost import QuantizationSpec, quantized_stages
+from lordjax.forecast.seconds import SPREAD, seconds
+from lordjax.forecast.shapes import dense_shapes, stored
+from lordjax.kernels import trees
+from lordjax.kernels.base import is_kernel, nbytes
+from lordjax.models.config import ModelConfig
+from lordjax.models.source import InMemory
+from lordjax.runtime import flops, multihost
+from lordjax.runtime.mesh import AXIS, parse
 
-MEASURING = 5.0  # seconds that the micro-benchmark may take
-LITTLE = 1e11  # operations: a second of any machine
+BENCHMARK_SECONDS = 5.0  # the longest that measuring this machine's rates takes
+BENCHMARK_SHARE = 0.02  # of a job's time, at most, that measuring may take
+SMALL_JOB = 1e11  # FLOPs: a second on any machine
 # Stages of the reports of `prepare`, `compress` and `quantize`.
 TIMED = (
     *("gradients", "statistics", "factors", "comparison", "sequential"),
     *("predictions", "decomposition", "apply"),
 )
-SHARE = 0.02  # of a job that forecasting it may take
-
-
-def planned(
-    config: ModelConfig, method: str, keep: float, ranks: dict[str, int] | None, policy: str
-) -> tuple[Plan, bool]:
-    """The plan, and whether it is exact: without calibration data it is that of uniform ranks.
-
-    Raises:
-      KeyError: if a pattern of ``ranks`` decides no site.
-      ValueError: if ranks do not fit, or the budget cannot be met.
-    """
-    from lordjax.allocation import policies
-    from lordjax.allocation.plan import Plan
-    from lordjax.allocation.policies import CURVELESS
-    from lordjax.compression.site_factors import site_sizes
-    from lordjax.forecast import shapes as sizing
-
-    sizes = site_sizes(sizing.shapes(config), method)
-    if ranks is not None:
-        chosen = policies.ranks_by_pattern(sizes, ranks)
-        return Plan(method, chosen, None, policies.GIVEN), True
-    if keep == 1 and policy not in CURVELESS:
-        return Plan(method, dict.fromkeys(sizes), keep, policy), True
-    exact = policy in CURVELESS
-    plan = sizing.plan_by_shapes(config, method, keep, policy if exact else "uniform")
-    return plan, exact
 
 
 def cost(
-    job: CompressionSpec,
+    spec: CalibrationSpec,
     before: InMemory,
     after: Any,
     rates: Rates | None,
     mesh: str | None = None,
     processes: int = 1,
 ) -> dict[str, Any]:
-    """Operations, memory and, with rates, seconds of a job.
+    """Returns operations, memory and, with rates, seconds of a job.
 
     Args:
-      job: what is asked for.
+      spec: the job.
       before: shapes of the stored model.
       after: shapes of the result.
-      rates: of this machine; None: no seconds.
-      mesh: axes of devices that share the work, ``data=N``; None: one device.
-      processes: that have them, each as many; memory and seconds are one's.
+      rates: operations per second of this machine; None: seconds are not predicted.
+      mesh: axes of the device mesh, ``data=N``; None: one device.
+      processes: number of processes, each with equally many devices. Memory and seconds are those
+        of one process.
 
     Raises:
-      ValueError: if a mesh has an axis besides ``data``, or processes do not divide it.
+      ValueError: if the mesh has another axis than ``data``, or its devices cannot be divided
+        equally among the processes.
     """
-    from lordjax.forecast import device_shares, peak_memory
-    from lordjax.forecast.low_rank_cost import stages
-    from lordjax.forecast.quantized_cost import QuantizationSpec, quantized_stages
-    from lordjax.forecast.seconds import SPREAD, seconds
-    from lordjax.kernels.base import nbytes
-    from lordjax.runtime import flops
-
-    count, job = devices(mesh), dataclasses.replace(job, meshed=mesh is not None)
+    count = device_count(mesh)
     if count % processes:
         raise ValueError(
-            f"--mesh {mesh}: {count} devices for {processes} processes; not as many each"
+            f"--mesh {mesh}: {count} devices cannot be divided equally among {processes} "
+            "processes (--num-processes); give a multiple of it"
         )
-    ops = quantized_stages(job) if isinstance(job, QuantizationSpec) else stages(job)
+    if isinstance(spec, CompressionSpec):
+        spec = dataclasses.replace(spec, meshed=mesh is not None)
+        ops = stages(spec)
+    else:
+        assert isinstance(spec, QuantizationSpec)
+        ops = quantized_stages(spec)
     ops["write"] = flops.OpCounts({"write": nbytes(after)})
     found: dict[str, Any] = {
         "bytes": nbytes(after),
         "flops": {name: flops.total(w) for name, w in ops.items() if flops.total(w)},
-        "memory": peak_memory.memory(job, ops, before.params, after, count, processes),
+        "memory": peak_memory.memory(spec, ops, before.params, after, count, processes),
     }
-    shares = device_shares.shared(job, ops, count) if count > 1 else {}
+    shares = device_shares.device_work(spec, ops, count) if count > 1 else {}
     if rates is not None:
-        done = {
-            name: device_shares.together(shares[name], processes) if name in shares else w
-            for name, w in ops.items()
+        slowest = {
+            name: device_shares.busiest(shares[name], processes) if name in shares else whole
+            for name, whole in ops.items()
         }
-        expected = seconds(done, rates)
+        expected = seconds(slowest, rates)
         found["seconds"] = expected
-        spread = SPREAD
-        found["range"] = [expected["total"] / spread, expected["total"] * spread]
+        found["range"] = [expected["total"] / SPREAD, expected["total"] * SPREAD]
         found["rates"] = rates
     if shares:
         found["devices"] = device_shares.report(shares, ops, found.get("seconds", {}))
     return found
 
 
-def devices(mesh: str | None) -> int:
-    """How many devices share the work.
+def device_count(mesh: str | None) -> int:
+    """Returns the number of devices of a mesh.
 
     Raises:
-      ValueError: if the mesh cuts blocks, of which nothing is forecast.
+      ValueError: if the mesh has another axis than ``data``, whose cost cannot be predicted.
     """
-    from lordjax.runtime.mesh import AXIS, parse
-
     axes = {AXIS: 1} if mesh is None else parse(mesh)
     if set(axes) != {AXIS}:
-        raise ValueError(f"--mesh {mesh}: nothing is forecast of an axis besides {AXIS}")
+        raise ValueError(
+            f"--mesh {mesh}: the cost of an axis other than {AXIS} cannot be predicted; give "
+            f"{AXIS}=N"
+        )
     return axes[AXIS]
 
 
-def quantized_plan(
-    config: ModelConfig, method: str, windows: int, length: int, settings: dict[str, Any]
-) -> tuple[QuantizationSpec, bool]:
-    """The job of a method with codes, and whether what becomes of its matrices is exact.
-
-    Args:
-      config: the model.
-      method: a key of `QUANTIZERS`.
-      windows: of calibration.
-      length: of a window.
-      settings: flags: bits, budget_bytes, form, rank, weighting, feedback, factors, dtype.
-
-    Raises:
-      KeyError, ValueError: as of `quantization.check_settings` and `check_rank`; or if the budget
-        cannot be met.
-    """
-    import jax.numpy as jnp
-
-    from lordjax.allocation.candidates import QUANTIZERS, Candidate
-    from lordjax.compression import quantized
-    from lordjax.forecast import shapes as sizing
-    from lordjax.forecast.quantized_cost import QuantizationSpec, estimate
-    from lordjax.kernels import normal_float
-    from lordjax.methods.quantized.weightings import MOMENTS
-    from lordjax.models.sites import LINEAR_SITES, site_path
-
-    quantized.check_settings(method, **settings)
-    row, form, factors = QUANTIZERS[method], settings["form"], settings["factors"]
-    factors = row.factors if factors is None else None if factors == "dense" else factors
-    factors = None if factors is None else normal_float.Format.parse(factors)
-    weighting, dtype = settings["weighting"] or row.weighting, settings["dtype"] or "float16"
-    rank = row.rank if settings["rank"] is None else settings["rank"]
-    block = dict(_flat_tree(sizing.shapes(config).block(0)))
-    shapes = {
-        site_path(i, site): block[site.path].shape
-        for i in range(config.num_layers)
-        for site in LINEAR_SITES
-        if site.path in block
-    }
-    quantized.check_rank(rank, shapes)
-    if form is not None:
-        options = dict.fromkeys(shapes, Candidate(normal_float.Format.parse(form), rank))
-    else:
-        count = sum(fan_in * fan_out for fan_in, fan_out in shapes.values())
-        bits, whole = settings["bits"], settings["budget_bytes"]
-        budget = whole if bits is None else bits * count / 8
-        options = estimate(shapes, method, budget, rank, factors, jnp.dtype(dtype).itemsize)
-    feedback = settings["feedback"]
-    job = QuantizationSpec(
-        config,
-        method,
-        windows,
-        length,
-        weighting=weighting,
-        options=options,
-        chosen=form is None,
-        rank=rank,
-        feedback=weighting in MOMENTS if feedback is None else feedback,
-        factors=factors,
-        dtype=dtype,
-    )
-    return job, form is not None
-
-
-def of_compression(
+def predict_compression(
     config: ModelConfig,
     leaves: dict[str, Any],
-    shape: tuple[int, int],
+    calibration: tuple[int, int],
     settings: dict[str, Any],
     directory: Path,
 ) -> dict[str, Any]:
-    """What `compress` is about to do; of small jobs no seconds, for which one has to measure.
+    """Returns what ``lordjax compress`` is about to cost; for small jobs without seconds.
+
+    Seconds need a benchmark of this machine, which would take longer than a small job.
 
     Args:
-      config: the model.
-      leaves: its parameters, by path.
-      shape: windows of calibration and their length.
-      settings: of `lordjax.compress`, and the method.
-      directory: where the result goes.
+      config: architecture of the model.
+      leaves: parameter path -> kernel, or shape and dtype.
+      calibration: number of calibration sequences, and their length in tokens.
+      settings: settings of `lordjax.compress`, and ``method``.
+      directory: where the result is written.
     """
-    from lordjax.forecast import machine_rates
-    from lordjax.forecast import shapes as sizing
-    from lordjax.kernels.base import is_kernel
-    from lordjax.runtime import multihost
-
     if any(map(is_kernel, leaves.values())):
-        leaves = dict(_flat(sizing.shapes(config)))
-    before = sizing.stored(config, leaves)
-    job, after, are, _ = asked(config, before, shape, settings)
-    among = (settings.get("mesh"), multihost.count())
-    found = cost(job, before, after, None, *among)
+        leaves = trees.flatten(dense_shapes(config).params)
+    before = stored(config, leaves)
+    spec, after, sure, _ = parse_settings(config, before, calibration, settings)
+    devices = (settings.get("mesh"), multihost.count())
+    found = cost(spec, before, after, None, *devices)
     if worth_measuring(sum(found["flops"].values())):
-        there = next(p for p in directory.absolute().parents if p.exists())
-        found = cost(job, before, after, machine_rates.measure_rates(there), *among)
-    return found | {"ranks_are": are}
-
-
-def asked(
-    config: ModelConfig, before: InMemory, shape: tuple[int, int], settings: dict[str, Any]
-) -> tuple[CompressionSpec, dict[str, Any], str, Plan | None]:
-    """What settings of `compress` ask for.
-
-    Returns:
-      the job, shapes of the result, how sure they are, and the plan where there are no codes.
-
-    Args:
-      config: the model.
-      before: shapes as they are stored.
-      shape: windows of calibration and their length.
-      settings: of `compress`, and the method.
-
-    Raises:
-      KeyError: if a pattern of ranks decides no site.
-      ValueError: if a budget cannot be met, or ranks do not fit.
-    """
-    from lordjax.allocation.candidates import QUANTIZERS
-    from lordjax.allocation.plan import Plan
-    from lordjax.compression.site_factors import site_sizes
-    from lordjax.forecast import shapes as sizing
-    from lordjax.forecast.job import CompressionSpec
-    from lordjax.forecast.shapes import quantized_outline, quantized_pairs
-    from lordjax.kernels import normal_float
-
-    method, dtype = settings["method"], settings["dtype"]
-    if method in QUANTIZERS:
-        flags = {name: settings[name] for name in CODED}
-        job, exact = quantized_plan(config, method, *shape, flags)
-        after = quantized_outline(config, job.options, before, dtype, job.factors)
-        return job, after, EXACT if exact else MIXED, None
-    ranks, keep = settings["ranks"], settings["keep"]
-    policy = "uniform" if ranks is not None else settings["allocation"]
-    if settings.get("elastic"):
-        sizes = site_sizes(sizing.shapes(config), method)
-        plan, exact, keep = Plan(method, dict.fromkeys(sizes), 1.0, policy), True, 1.0
-    else:
-        plan, exact = planned(config, method, keep, ranks, policy)
-    given = plan.ranks if exact else None
-    asked_for = (settings["prefix"], given, keep, settings["temperature"])
-    job = CompressionSpec(config, method, *shape, policy, *asked_for)
-    after = sizing.outline(
-        config, plan, sizing.stored(config, dict(_flat(before)), None if dtype is None else dtype)
-    )
-    if settings.get("factors") is not None:
-        after = quantized_pairs(after, normal_float.Format.parse(settings["factors"]))
-    return job, after, EXACT if exact else ESTIMATED, plan
-
-
-CODED = ("bits", "budget_bytes", "form", "rank", "weighting", "feedback", "factors", "dtype")
-EXACT = "exact"
-ESTIMATED = "uniform ranks, an estimate: the policy decides from calibration data"
-MIXED = "an estimate: formats next to the budget, which the weights decide"
-
-
-def _flat(source: InMemory) -> dict[str, Any]:
-    return _flat_tree(source.params)
-
-
-def _flat_tree(tree: Any) -> dict[str, Any]:
-    from lordjax.kernels import trees
-
-    return trees.flatten(tree)
+        existing = next(p for p in directory.absolute().parents if p.exists())
+        found = cost(spec, before, after, machine_rates.measure_rates(existing), *devices)
+    return found | {"ranks_are": sure}
 
 
 def worth_measuring(operations: float) -> bool:
-    """Whether the micro-benchmark takes little of a job's time."""
-    from lordjax.forecast import machine_rates
+    """Returns whether measuring this machine's rates takes a small part of a job's time.
 
-    if operations < LITTLE:
-        return False
-    return operations / machine_rates.matmul_rate() > MEASURING / SHARE
-
-
-def happened(report: dict[str, Any], predicted: dict[str, Any]) -> dict[str, Any]:
-    """What a report says of a run, in the terms of the forecast, and its speed.
-
-    ``flops_per_second`` are achieved ones, of what had to be done.
+    Args:
+      operations: FLOPs of the job.
     """
-    seconds = dict(report["seconds"])
-    both = seconds.get("statistics and factors")
+    if operations < SMALL_JOB:
+        return False
+    return operations / machine_rates.matmul_rate() > BENCHMARK_SECONDS / BENCHMARK_SHARE
+
+
+def measured(report: dict[str, Any], predicted: dict[str, Any]) -> dict[str, Any]:
+    """Returns what a run took, under the names of its prediction, and its speed.
+
+    Args:
+      report: report of `compress` or `quantize`.
+      predicted: result of `predict_compression`.
+
+    Returns:
+      ``seconds`` of every stage, ``peak_rss_bytes``, ``bytes``, ``flops_per_second`` of every stage
+      (predicted FLOPs over measured seconds) and, with several devices, ``devices``.
+    """
+    taken = dict(report["seconds"])
+    both = taken.get("statistics and factors")
     if both is not None:
-        seconds["statistics"] = both - seconds.get("factors", 0.0)
-    stages = {name: seconds[name] for name in TIMED if name in seconds}
-    for part in ("sequential", "decomposition"):  # are part of putting the result together
-        if part in stages:
-            stages["apply"] = max(stages["apply"] - stages[part], 0.0)
+        taken["statistics"] = both - taken.get("factors", 0.0)
+    by_stage = {name: taken[name] for name in TIMED if name in taken}
+    for part in ("sequential", "decomposition"):  # the report counts them as part of "apply", too
+        if part in by_stage:
+            by_stage["apply"] = max(by_stage["apply"] - by_stage[part], 0.0)
     speeds = {
-        n: predicted["flops"][n] / s for n, s in stages.items() if n in predicted["flops"] and s
+        name: predicted["flops"][name] / time
+        for name, time in by_stage.items()
+        if name in predicted["flops"] and time
     }
     found = {
-        "seconds": stages | {"total": sum(stages.values())},
+        "seconds": by_stage | {"total": sum(by_stage.values())},
         "peak_rss_bytes": report["peak_rss_bytes"],
         "bytes": report["bytes"],
         "flops_per_second": speeds,
     }
     if "devices" in predicted:
-        counted = predicted["devices"].items()
-        found["devices"] = {n: row | {"seconds": stages[n]} for n, row in counted if n in stages}
+        found["devices"] = {
+            name: row | {"seconds": by_stage[name]}
+            for name, row in predicted["devices"].items()
+            if name in by_stage
+        }
     return found

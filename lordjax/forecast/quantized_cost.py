@@ -1,6 +1,7 @@
-"""The work of quantising a model, stage by stage, and its shapes: `stages` for codes.
+"""Operation counts of a quantization, stage by stage, from shapes alone.
 
-What a budget chooses depends on the weights; without them `estimate` mixes the formats next to it.
+The solver's choice depends on the weights. Without the weights `estimate` approximates it: it mixes
+the formats closest to the budget.
 """
 
 from __future__ import annotations
@@ -23,8 +24,13 @@ from lordjax.allocation.candidates import (
     ranks_tried,
 )
 from lordjax.compression.quantized_matrix import best_pair, encode_kernel, measures, pack
-from lordjax.forecast.job import CompressionSpec
-from lordjax.forecast.low_rank_cost import forward_work, gradient_work, inputs, loaded
+from lordjax.forecast.calibration_cost import (
+    forward_work,
+    gradient_work,
+    site_inputs,
+    weight_traffic,
+)
+from lordjax.forecast.job import CalibrationSpec
 from lordjax.forecast.shapes import Candidates, kernel_shapes
 from lordjax.kernels import normal_float
 from lordjax.kernels.base import materialize, nbytes
@@ -38,21 +44,23 @@ from lordjax.models.sites import Site, site_path
 from lordjax.runtime import flops
 from lordjax.runtime.flops import OpCounts
 
-MIDDLE_RANK = 16  # of products where a solver chooses: what it gave most matrices (SmolLM2)
+MIDDLE_RANK = 16  # rank that the solver gave most matrices of SmolLM2
 
 
 @dataclasses.dataclass(frozen=True)
-class QuantizationSpec(CompressionSpec):
-    """What `quantize` is asked for; ``method`` is a key of `QUANTIZERS`.
+class QuantizationSpec(CalibrationSpec):
+    """A job of `lordjax.quantize`; ``method`` is a key of `QUANTIZERS`.
+
+    All statistics are taken on the original model.
 
     Attributes:
       weighting: a key of `WEIGHTINGS`.
       options: site path -> what the matrix becomes.
-      chosen: whether a budget chooses them, which needs predictions.
-      rank: of all products, where no budget chooses it.
-      feedback: whether codes make up for each other's errors.
-      factors: format of the products' factors; None: ``dtype``.
-      dtype: of the blocks' numbers that are no codes.
+      chosen: whether a budget chooses ``options``, which needs predicted losses.
+      rank: rank of all low-rank terms, where no budget chooses it.
+      feedback: whether quantization compensates errors (GPTQ).
+      factors: format of the low-rank factors; None: they are stored in ``dtype``.
+      dtype: dtype of the blocks' arrays that are not quantized.
     """
 
     weighting: str = "none"
@@ -63,33 +71,19 @@ class QuantizationSpec(CompressionSpec):
     factors: normal_float.Format | None = None
     dtype: str = "float16"
 
-    def __post_init__(self) -> None:
-        if WEIGHTINGS[self.weighting]:  # else no windows are read
-            super().__post_init__()
+    @property
+    def needs_sequences(self) -> bool:
+        """Whether the weighting needs calibration sequences."""
+        return bool(WEIGHTINGS[self.weighting])
 
     @property
-    def row(self) -> Method:
-        """The weighting as a method."""
+    def definition(self) -> Method:
+        """The statistics of the weighting."""
         return statistics_of(self.weighting)
 
     @property
-    def policy(self) -> str:
-        """None of those of ranks."""
-        return "uniform"
-
-    @property
-    def walks(self) -> bool:
-        """All statistics are those of the untouched model."""
-        return False
-
-    @property
-    def batch(self) -> int:
-        """Windows of a step, if any are read."""
-        return super().batch if self.windows else 1
-
-    @property
-    def reads(self) -> bool:
-        """Whether a pass over the blocks collects anything."""
+    def reads_inputs(self) -> bool:
+        """Whether a forward pass collects statistics of the sites' inputs."""
         return "inputs" in WEIGHTINGS[self.weighting]
 
 
@@ -102,137 +96,152 @@ def estimate(
     itemsize: int,
     formats: Sequence[normal_float.Format] = FORMATS,
 ) -> dict[str, Candidate]:
-    """About what a budget of so many bytes gives: small formats, then larger ones while they fit.
+    """Returns about what a budget gives every matrix: the smallest format, then larger ones.
+
+    Args:
+      shapes: site path -> ``[in, out]``.
+      method: a key of `QUANTIZERS`.
+      budget: bytes of all matrices together.
+      rank: rank of all low-rank terms, where the method does not choose it.
+      factors: format of the low-rank factors; None: they are not quantized.
+      itemsize: bytes of a number that is not quantized.
+      formats: formats to choose from.
 
     Raises:
       ValueError: if the smallest formats do not fit.
     """
-    all_in = QUANTIZERS[method].counts_low_rank
-    most = MIDDLE_RANK if all_in else rank or 0
+    counts_low_rank = QUANTIZERS[method].counts_low_rank
+    largest_rank = MIDDLE_RANK if counts_low_rank else rank or 0
 
-    def option(path: str, form: normal_float.Format) -> Candidate:
-        fits = [r for r in ranks_tried(method, rank, shapes[path])[0] if r <= most]
+    def candidate(path: str, form: normal_float.Format) -> Candidate:
+        fits = [r for r in ranks_tried(method, rank, shapes[path])[0] if r <= largest_rank]
         return Candidate(form, max(fits, default=0) or None)
 
     def size(path: str, form: normal_float.Format) -> int:
-        made = option(path, form)
-        return candidate_bytes(made, shapes[path], itemsize, factors, low_rank=all_in)
+        made = candidate(path, form)
+        return candidate_bytes(made, shapes[path], itemsize, factors, low_rank=counts_low_rank)
 
-    def least() -> float:
+    def left_by_smallest() -> float:
         return budget - sum(size(path, rising[0]) for path in shapes)
 
     some = next(iter(shapes))
     rising = sorted(formats, key=lambda form: size(some, form))
-    if least() < 0 and all_in:
-        most = 0  # products are given up first
-    left, found = least(), dict.fromkeys(shapes, rising[0])
-    if left < 0 and not all_in:  # else low rank without codes may be smaller still
+    if left_by_smallest() < 0 and counts_low_rank:
+        largest_rank = 0  # low-rank terms are given up first
+    left, found = left_by_smallest(), dict.fromkeys(shapes, rising[0])
+    # Where ranks are chosen, a low-rank term alone may still be smaller than any format.
+    if left < 0 and not counts_low_rank:
         count = sum(math.prod(shape) for shape in shapes.values())
         raise ValueError(
             f"{8 * budget / count:.4g} bits per weight cannot be met: method {method!r} needs at "
-            f"least {8 * (budget - left) / count:.4g}; ask for more"
+            f"least {8 * (budget - left) / count:.4g}; ask for more (--bits, --budget-bytes)"
         )
     for form in rising[1:]:
         for path in found:
             more = size(path, form) - size(path, found[path])
             if more <= left:
                 found[path], left = form, left - more
-    return {path: option(path, form) for path, form in found.items()}
+    return {path: candidate(path, form) for path, form in found.items()}
 
 
-def quantized_stages(job: QuantizationSpec) -> dict[str, OpCounts]:
-    """Stage -> its work; stages without any are absent."""
+def quantized_stages(spec: QuantizationSpec) -> dict[str, OpCounts]:
+    """Returns stage -> operation counts; a stage without operations is absent."""
     found = {name: Counter() for name in ("gradients", "predictions", "decomposition", "apply")}
-    weights = nbytes(job.block) * job.config.num_layers
-    found["gradients"] = gradient_work(job)
-    if job.chosen:
-        found["predictions"] = flops.merged([_walk(job), _predictions(job)])
-        found["predictions"].update(loaded(weights))
-    found["decomposition"] = flops.merged([_walk(job), _decompositions(job)])
-    found["decomposition"].update(loaded(weights))
-    found["decomposition"]["read"] += weights
-    found["apply"]["read"] += nbytes(job.non_block_params)
+    block_bytes = nbytes(spec.block) * spec.config.num_layers
+    found["gradients"] = gradient_work(spec)
+    if spec.chosen:
+        found["predictions"] = flops.merged([_error_weights(spec), _predictions(spec)])
+        found["predictions"].update(weight_traffic(block_bytes))
+    found["decomposition"] = flops.merged([_error_weights(spec), _decompositions(spec)])
+    found["decomposition"].update(weight_traffic(block_bytes))
+    found["decomposition"]["read"] += block_bytes
+    found["apply"]["read"] += nbytes(spec.non_block_params)
     return {name: ops for name, ops in found.items() if ops}
 
 
-def weights_of(job: QuantizationSpec, site: Site) -> tuple[Any, Weights]:
-    """Shapes of a matrix and of what its errors cost."""
-    kernel, stats = inputs(job, site)
-    cost = jax.eval_shape(cost_of, kernel, stats)
-    if not job.feedback:
-        return kernel, cost
-    return kernel, cost._replace(feedback=jax.eval_shape(feedback_of, cost.inputs))
+def weighted_site(spec: QuantizationSpec, site: Site) -> tuple[Any, Weights]:
+    """Returns shapes of a matrix and of its error weights."""
+    kernel, stats = site_inputs(spec, site)
+    error_weights = jax.eval_shape(cost_of, kernel, stats)
+    if not spec.feedback:
+        return kernel, error_weights
+    feedback = jax.eval_shape(feedback_of, error_weights.inputs)
+    return kernel, error_weights._replace(feedback=feedback)
 
 
-def _walk(job: QuantizationSpec) -> OpCounts:
-    """A pass over the blocks that finds out what errors cost."""
-    found = [forward_work(job)] if job.reads else []
-    layers = job.config.num_layers
-    for site in job.sites:
-        kernel, stats = inputs(job, site)
+def _error_weights(spec: QuantizationSpec) -> OpCounts:
+    """A pass over the blocks that computes the error weights of every matrix."""
+    found = [forward_work(spec)] if spec.reads_inputs else []
+    layers = spec.config.num_layers
+    for site in spec.sites:
+        kernel, stats = site_inputs(spec, site)
         found.append(flops.scaled(flops.count_ops(cost_of, kernel, stats), layers))
-        if job.feedback:
-            cost = jax.eval_shape(cost_of, kernel, stats)
-            found.append(flops.scaled(flops.count_ops(feedback_of, cost.inputs), layers))
+        if spec.feedback:
+            error_weights = jax.eval_shape(cost_of, kernel, stats)
+            found.append(flops.scaled(flops.count_ops(feedback_of, error_weights.inputs), layers))
     return flops.merged(found)
 
 
-def _predictions(job: QuantizationSpec) -> OpCounts:
-    """Tables of all matrices; those of equal shapes share programs."""
+def _predictions(spec: QuantizationSpec) -> OpCounts:
+    """Predicted losses of all matrices; matrices of equal shapes share compiled programs."""
     found: list[OpCounts] = []
-    counts = Counter(str(weights_of(job, site)) for site in job.sites)
-    shapes = {str(weights_of(job, site)): weights_of(job, site) for site in job.sites}
-    for name, (kernel, cost) in shapes.items():
-        above, alone = ranks_tried(job.method, job.rank, kernel.shape)
-        works = [
-            flops.count_ops(functools.partial(predict, forms=FORMATS, ranks=above), kernel, cost)
-        ]
-        if alone:
-            program = functools.partial(predict, forms=(None,), ranks=alone)
-            works.append(flops.count_ops(program, kernel, cost))
-        found.append(flops.scaled(flops.merged(works), counts[name] * job.config.num_layers))
+    weighted = [weighted_site(spec, site) for site in spec.sites]
+    counts = Counter(map(str, weighted))
+    for name, (kernel, error_weights) in {str(pair): pair for pair in weighted}.items():
+        with_format, without_format = ranks_tried(spec.method, spec.rank, kernel.shape)
+        program = functools.partial(predict, forms=FORMATS, ranks=with_format)
+        tables = [flops.count_ops(program, kernel, error_weights)]
+        if without_format:
+            program = functools.partial(predict, forms=(None,), ranks=without_format)
+            tables.append(flops.count_ops(program, kernel, error_weights))
+        found.append(flops.scaled(flops.merged(tables), counts[name] * spec.config.num_layers))
     return flops.merged(found)
 
 
-def _decompositions(job: QuantizationSpec) -> OpCounts:
-    """All matrices as their options say; those of equal shapes and formats share programs."""
-    width = max((o.rank for o in job.options.values() if o.rank is not None), default=1)
+def _decompositions(spec: QuantizationSpec) -> OpCounts:
+    """All matrices decomposed; those of equal shapes and formats share compiled programs."""
+    width = max((o.rank for o in spec.options.values() if o.rank is not None), default=1)
     counts: Counter[str] = Counter()
-    shapes: dict[str, tuple[Any, Weights, Candidate]] = {}
-    for site in job.sites:
-        kernel, cost = weights_of(job, site)
-        for i in range(job.config.num_layers):
-            option = job.options[site_path(i, site)]
-            name = f"{kernel} {cost} {option}"
+    kinds: dict[str, tuple[Any, Weights, Candidate]] = {}
+    for site in spec.sites:
+        kernel, error_weights = weighted_site(spec, site)
+        for i in range(spec.config.num_layers):
+            candidate = spec.options[site_path(i, site)]
+            name = f"{kernel} {error_weights} {candidate}"
             counts[name] += 1
-            shapes[name] = kernel, cost, option
+            kinds[name] = kernel, error_weights, candidate
     return flops.merged(
         [
-            flops.scaled(_decomposition(job, *shapes[name], width=width), count)
+            flops.scaled(_decomposition(spec, *kinds[name], width=width), count)
             for name, count in counts.items()
         ]
     )
 
 
 def _decomposition(
-    job: QuantizationSpec, kernel: Any, cost: Weights, option: Candidate, *, width: int
+    spec: QuantizationSpec,
+    kernel: Any,
+    error_weights: Weights,
+    candidate: Candidate,
+    *,
+    width: int,
 ) -> OpCounts:
-    """Of one matrix, with what is measured of the result."""
-    form, found = option.form, []
+    """One matrix decomposed, and the errors of the result."""
+    form, found = candidate.form, []
     rank = jax.ShapeDtypeStruct((), jnp.int32)
-    if form is not None and option.rank is not None:
+    if form is not None and candidate.rank is not None:
         run = functools.partial(decompose, form=form, width=width, steps=STEPS)
-        codes = jax.eval_shape(run, kernel, rank, cost).codes
-        found += [flops.count_ops(run, kernel, rank, cost)]
+        codes = jax.eval_shape(run, kernel, rank, error_weights).codes
+        found += [flops.count_ops(run, kernel, rank, error_weights)]
         found += [flops.count_ops(functools.partial(pack, form=form), codes)]
     elif form is not None:
-        found += [
-            flops.count_ops(functools.partial(encode_kernel, form=form), kernel, cost.feedback)
-        ]
-    elif option.rank is not None:
+        run = functools.partial(encode_kernel, form=form)
+        found += [flops.count_ops(run, kernel, error_weights.feedback)]
+    elif candidate.rank is not None:
         run = functools.partial(best_pair, width=width, powers=FIRST_POWERS)
         basis = jax.eval_shape(lambda: start_basis(kernel.shape, width))
-        found += [flops.count_ops(run, kernel, rank, cost, basis)]
-    new = kernel_shapes(kernel.shape, option, job.dtype, job.factors)
-    found += [flops.count_ops(materialize, new), flops.count_ops(measures, kernel, kernel, cost)]
+        found += [flops.count_ops(run, kernel, rank, error_weights, basis)]
+    new = kernel_shapes(kernel.shape, candidate, spec.dtype, spec.factors)
+    found += [flops.count_ops(materialize, new)]
+    found += [flops.count_ops(measures, kernel, kernel, error_weights)]
     return flops.merged(found)

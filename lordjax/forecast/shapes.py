@@ -1,7 +1,7 @@
-"""What a compressed model would weigh and cost, from shapes alone: no weights, no data.
+"""Shapes, sizes and multiplications of a compressed model, without weights and without data.
 
-Ranks are given by pattern (LoRD's one rank per layer type), or by a policy that looks at shapes
-only (`allocation.CURVELESS`).
+Ranks come from patterns (as in LoRD: one rank per layer type), or from a policy that reads shapes
+only (`CURVELESS`).
 """
 
 from __future__ import annotations
@@ -34,11 +34,13 @@ from lordjax.models.source import InMemory
 from lordjax.models.transformer import init
 from lordjax.names import is_block_linear, layer_type
 
+Candidates = Mapping[str, Candidate]  # site path -> what the matrix becomes
+
 
 @functools.cache
-def shapes(config: ModelConfig) -> InMemory:
-    """The untouched model with float32 shapes in place of arrays."""
-    # Blocks are all of one shape, and tracing 80 of them takes a minute.
+def dense_shapes(config: ModelConfig) -> InMemory:
+    """Returns the dense model with float32 shapes in place of arrays."""
+    # All blocks have the same shapes, and tracing 80 of them takes a minute.
     one = dataclasses.replace(config, num_layers=1, windows=None)
     tree = jax.eval_shape(lambda: init(one, jax.random.key(0)))
     block = tree.pop("layer_0")
@@ -46,12 +48,12 @@ def shapes(config: ModelConfig) -> InMemory:
 
 
 def stored(config: ModelConfig, leaves: Mapping[str, Any], dtype: Any = None) -> InMemory:
-    """The untouched model with shapes in place of arrays, in the dtypes that are stored.
+    """Returns the dense model with shapes in place of arrays, in the dtypes that are stored.
 
     Args:
-      config: the architecture.
-      leaves: parameter path -> shape and dtype.
-      dtype: instead of theirs.
+      config: architecture of the model.
+      leaves: parameter path -> anything with a shape and a dtype.
+      dtype: dtype of all parameters; None: the dtypes of ``leaves``.
     """
     table = {
         path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if dtype is None else jnp.dtype(dtype))
@@ -61,16 +63,25 @@ def stored(config: ModelConfig, leaves: Mapping[str, Any], dtype: Any = None) ->
 
 
 def plan_by_shapes(config: ModelConfig, method: str, keep: float, policy: str) -> Plan:
-    """The plan of a policy that looks at shapes only.
+    """Returns the plan of a policy that reads shapes only.
+
+    Args:
+      config: architecture of the model.
+      method: a key of `METHODS`.
+      keep: fraction of the block linear weights that is kept.
+      policy: a policy of `CURVELESS`.
 
     Raises:
-      ValueError: if the policy looks at data, or the budget cannot be met.
+      ValueError: if the policy reads calibration data, or the budget cannot be met.
     """
     if policy not in CURVELESS:
-        raise ValueError(f"ranks by policy {policy!r} depend on calibration data")
+        raise ValueError(
+            f"ranks of policy {policy!r} depend on calibration data; expected a policy that reads "
+            f"shapes only: {', '.join(sorted(CURVELESS))}"
+        )
     sites = counted_sites(METHODS[method].kinds, config)
     curves = {}
-    for path, size in site_sizes(shapes(config), method).items():
+    for path, size in site_sizes(dense_shapes(config), method).items():
         bias = corrects_bias(method, sites[path.split("/", 1)[1]].kind, layer_type(path))
         extra = max(size.moved, size.bias if bias else 0)
         curves[path] = Curve(size, np.zeros(math.ceil(size.limit) + 1), extra)
@@ -78,31 +89,32 @@ def plan_by_shapes(config: ModelConfig, method: str, keep: float, policy: str) -
 
 
 def outline(config: ModelConfig, plan: Plan, source: InMemory | None = None) -> dict[str, Any]:
-    """Shapes and dtypes of the parameters of a compressed model: nested dict, kernels included.
+    """Returns the parameters of a compressed model as shapes: a nested dict with kernels.
 
     Args:
-      config: of the untouched model.
-      plan: low ranks and widths.
-      source: of shapes; None: float32.
+      config: architecture of the dense model.
+      plan: rank of every site; for modules the width that is kept.
+      source: shapes of the dense model; None: float32.
     """
-    source = source or shapes(config)
+    source = source or dense_shapes(config)
     tree = dict(source.non_block_params())
     for i in range(config.num_layers):
         block = source.block(i)
         flat = trees.flatten(block)
         for site in sites_for(METHODS[plan.method].kinds, config):
             rank = plan.ranks[site_path(i, site)]
-            if rank is not None:
-                new = _factored if site.kind == "linear" else _narrow
-                flat = new(site, flat, rank, plan.method, config)
+            if rank is None:
+                continue
+            if site.kind == "linear":
+                flat = _factorized(site, flat, rank, plan.method)
+            else:
+                flat = _pruned(site, flat, rank, plan.method, config)
         tree[f"layer_{i}"] = trees.unflatten(flat)
     return tree
 
 
-def _factored(
-    site: Site, flat: Mapping[str, Any], rank: int, method: str, config: ModelConfig
-) -> dict[str, Any]:
-    del config
+def _factorized(site: Site, flat: Mapping[str, Any], rank: int, method: str) -> dict[str, Any]:
+    """Parameters of a block after one matrix became a low-rank pair."""
     (fan_in, fan_out), dtype = flat[site.path].shape, flat[site.path].dtype
 
     def array(*shape: int) -> jax.ShapeDtypeStruct:
@@ -114,95 +126,114 @@ def _factored(
     return table
 
 
-def _narrow(
+def _pruned(
     site: Site, flat: Mapping[str, Any], rank: int, method: str, config: ModelConfig
 ) -> dict[str, Any]:
+    """Parameters of a block after one module was pruned to a smaller width."""
     bias = corrects_bias(method, site.kind, site.layer)
     new = narrowed(site.kind, flat, rank, config, bias=bias)
     return {**flat, **{path: jax.ShapeDtypeStruct(*what) for path, what in new.items()}}
 
 
 def multiplications(config: ModelConfig, tree: Any, length: int) -> int:
-    """Multiplications of matrix products in a forward pass of one window of ``length`` tokens.
+    """Counts the multiplications of all matrix products in a forward pass of one sequence.
 
-    Linear layers, head, and attention with its whole square, as papers count it (not half).
+    Counts linear layers, the head, and attention with its full square, as papers do (causal models
+    need half of the square).
+
+    Args:
+      config: architecture of the model.
+      tree: parameters, or their shapes.
+      length: tokens of the sequence.
     """
     flat, total = trees.flatten(tree), 0
     for path, leaf in flat.items():
         tied_head = path == "embed/embedding" and config.tie_embeddings and config.head != "none"
         if path.endswith("kernel") or tied_head:
-            # A classifier's head sees one token.
-            once = config.head == "classes" and not is_block_linear(path)
-            total += weights(leaf) * (1 if once else length)
+            # The head of a classifier reads one token.
+            reads_one = config.head == "classes" and not is_block_linear(path)
+            total += weights(leaf) * (1 if reads_one else length)
     layers = [f"layer_{i}/attention" for i in range(config.num_layers)]
     widths = sum(flat[f"{at}/q/kernel"].shape[1] + flat[f"{at}/o/kernel"].shape[0] for at in layers)
     return total + length**2 * widths
 
 
-Candidates = Mapping[str, Candidate]
-
-
 def kernel_shapes(
-    shape: tuple[int, ...], option: Candidate, dtype: str, factors: normal_float.Format | None
+    shape: tuple[int, ...], candidate: Candidate, dtype: str, factors: normal_float.Format | None
 ) -> Any:
-    """A matrix ``[in, out]`` as an option says: shapes and dtypes."""
+    """Returns the kernel that a matrix becomes, with shapes in place of arrays.
+
+    Args:
+      shape: ``[in, out]`` of the matrix.
+      candidate: format and rank.
+      dtype: dtype of arrays that are not quantized.
+      factors: format of the low-rank factors; None: they are stored in ``dtype``.
+    """
 
     def factor(*shape: int) -> Any:
         dense = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
-        return dense if factors is None else _codes(shape, factors)
+        return dense if factors is None else _quantized(shape, factors)
 
-    (fan_in, fan_out), rank = shape, option.rank
-    base = None if option.form is None else _codes(shape, option.form)
+    (fan_in, fan_out), rank = shape, candidate.rank
+    base = None if candidate.form is None else _quantized(shape, candidate.form)
     if rank is None:
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) if base is None else base
     pair = LowRank(factor(fan_in, rank), factor(rank, fan_out))
     return pair if base is None else LowRankPlusQuantized(base, pair)
 
 
-def _codes(shape: tuple[int, ...], form: normal_float.Format) -> NFQuantized:
+def _quantized(shape: tuple[int, ...], form: normal_float.Format) -> NFQuantized:
     return jax.eval_shape(
         functools.partial(NFQuantized.encode, form=form), jax.ShapeDtypeStruct(shape, jnp.float32)
     )
 
 
 def quantized_pairs(tree: Any, form: normal_float.Format) -> Any:
-    """Shapes of parameters with all factor pairs as codes: those of `factoring.quantize_pairs`."""
+    """Returns parameters, as shapes, with the factors of all low-rank pairs quantized.
 
-    def pair(leaf: Any) -> Any:
+    The counterpart on arrays is `lordjax.kernels.convert.quantize_pairs`.
+
+    Args:
+      tree: parameters as shapes.
+      form: format of the factors.
+    """
+
+    def quantize(leaf: Any) -> Any:
         if not isinstance(leaf, LowRank):
             return leaf
-        return LowRank(_codes(leaf.left.shape, form), _codes(leaf.right.shape, form))
+        return LowRank(_quantized(leaf.left.shape, form), _quantized(leaf.right.shape, form))
 
-    return jax.tree.map(pair, tree, is_leaf=is_kernel)
+    return jax.tree.map(quantize, tree, is_leaf=is_kernel)
 
 
 def quantized_outline(
     config: ModelConfig,
-    options: Candidates,
+    candidates: Candidates,
     source: InMemory,
     dtype: str | None,
     factors: normal_float.Format | None,
 ) -> dict[str, Any]:
-    """Shapes and dtypes of the parameters of a quantised model: nested dict, kernels included.
+    """Returns the parameters of a quantized model as shapes: a nested dict with kernels.
 
     Args:
-      config: of the untouched model.
-      options: site path -> what the matrix becomes.
-      source: of shapes as they are stored.
-      dtype: of what is no code; None: float16 for the blocks' matrices, the rest as it is.
-      factors: format of products' factors; None: as other matrices.
+      config: architecture of the dense model.
+      candidates: site path -> what the matrix becomes.
+      source: shapes of the dense model, in the dtypes that are stored.
+      dtype: dtype of arrays that are not quantized; None: float16 in the matrices of the blocks,
+        and the dtypes of ``source`` elsewhere.
+      factors: format of the low-rank factors; None: they are stored in ``dtype``.
     """
 
-    def stored(a: Any) -> Any:
+    def cast(a: Any) -> Any:
         floating = dtype is not None and jnp.issubdtype(a.dtype, jnp.floating)
         return jax.ShapeDtypeStruct(a.shape, jnp.dtype(dtype)) if floating else a
 
-    tree = jax.tree.map(stored, dict(source.non_block_params()))
+    tree = jax.tree.map(cast, dict(source.non_block_params()))
     for i in range(config.num_layers):
-        flat = trees.flatten(jax.tree.map(stored, source.block(i)))
+        flat = trees.flatten(jax.tree.map(cast, source.block(i)))
         for path in flat:
-            option = options.get(f"layer_{i}/{path}")
-            if option is not None:
-                flat[path] = kernel_shapes(flat[path].shape, option, dtype or "float16", factors)
+            candidate = candidates.get(f"layer_{i}/{path}")
+            if candidate is not None:
+                flat[path] = kernel_shapes(flat[path].shape, candidate, dtype or "float16", factors)
         tree[f"layer_{i}"] = trees.unflatten(flat)
     return tree

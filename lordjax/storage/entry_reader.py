@@ -1,4 +1,4 @@
-"""Reads the entries that a `DiskStore` wrote: trees of arrays, whose files are checked once."""
+"""Reads the entries that a `DiskStore` wrote, and checks each of their files once."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class EntryReader:
     """Reads entries from a directory, and checks the checksum of every file once.
 
     Args:
-      directory: the directory that the files of the entries are relative to.
+      directory: directory that the paths of the files are relative to.
       types: dataclasses that entries may hold, by their names; see `serialize`.
-      remedy: what the reader of an error message can do about a damaged file.
+      remedy: advice at the end of an error message about a damaged file.
 
     Attributes:
-      intact: names of the files that are known to be what was written.
+      intact: names of the files whose checksums are known to be right.
     """
 
     def __init__(self, directory: Path, types: Types, remedy: str):
@@ -28,10 +28,10 @@ class EntryReader:
         self.intact: set[str] = set()
 
     def tree(self, row: Mapping[str, Any]) -> Any:
-        """Returns the entry that a line of the journal describes; its arrays are mapped.
+        """Returns the entry of a line of the journal; its arrays are memory-mapped.
 
         Raises:
-          ValueError: if the entry's file is missing or is not what was written.
+          ValueError: if the entry's file is missing, or differs from what was written.
         """
         if "file" not in row:
             return from_json(row["value"], {}, self._types)
@@ -39,11 +39,11 @@ class EntryReader:
         return from_json(json.loads(file.metadata["tree"]), file, self._types)
 
     def arrays(self, row: Mapping[str, Any]) -> TensorFile:
-        """Returns the arrays of an entry, in their order; errors as for `tree`."""
+        """Returns the file with the arrays of an entry; raises as `tree` does."""
         return TensorFile(self.checked_path(row))
 
     def checked_path(self, row: Mapping[str, Any]) -> Path:
-        """Returns the path of an entry's file; errors as for `tree`."""
+        """Returns the path of an entry's file; raises as `tree` does."""
         path = self.directory / row["file"]
         if path.name in self.intact:
             return path

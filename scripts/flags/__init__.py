@@ -1,1 +1,1 @@
-"""Options of the commands."""
+"""The commands and their options."""

@@ -1,6 +1,6 @@
-"""Verbs that decide what a model becomes and make it: compress, plan, demo.
+"""The commands that compress a model or predict the result: compress, plan, demo.
 
-Imports of what they do are inside them, so that ``--help`` is instant.
+Each command imports its implementation when it runs, so that ``--help`` is instant.
 """
 
 from __future__ import annotations
@@ -25,32 +25,43 @@ from lordjax.scripts.flags.options import (
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=str))
 @budget_options
-@click.option("--rank", type=click.IntRange(min=1), help="Of lq's products.  [default: 32]")
+@click.option(
+    "--rank",
+    type=click.IntRange(min=1),
+    help="Rank of the low-rank term (method lq).  [default: 32]",
+)
 @code_options
 @click.option(
     "--calibration",
     metavar="PATH",
-    help="Text file, directory of text or source files, .jsonl with 'text', or .npy of token ids "
-    "[n, len].  [default: the sources of Python's standard library]",
+    help="Calibration data: a text file, a directory of text or source files, a .jsonl file with "
+    "the field 'text', or a .npy array of token ids [sequences, length].  [default: the sources of "
+    "Python's standard library]",
 )
 @statistics_options
-@click.option("--seed", type=int, default=0, show_default=True, help="Draws the documents.")
+@click.option(
+    "--seed",
+    type=int,
+    default=0,
+    show_default=True,
+    help="Seed that draws the calibration documents.",
+)
 @stored_options
 @click.option(
     "--mesh",
     metavar="AXES",
-    help="Devices that share the work: data=4 shares out the calibration windows and the matrices "
-    "to factor, data=2,model=2 the blocks of a model too big for one, too.  [default: one; with "
-    "several processes all, as data]",
+    help="Mesh of devices. data=4 splits calibration sequences and matrices over four devices; "
+    "data=2,model=2 also splits every block over two, for models too large for one device.  "
+    "[default: one device; with several processes all devices, as data]",
 )
 @click.option(
     "--coordinator",
     metavar="HOST:PORT",
-    help="Joins other processes, started with the same command: the address of process 0; auto: as "
-    "the launcher says (Slurm, Open MPI, Kubernetes, Cloud TPU).",
+    help="Address of process 0, to work together with other processes that run the same command. "
+    "auto: take it from the launcher (Slurm, Open MPI, Kubernetes, Cloud TPU).",
 )
-@click.option("--process-id", type=int, help="Which process this is, from 0.")
-@click.option("--num-processes", type=int, help="How many there are.")
+@click.option("--process-id", type=int, help="Number of this process, from 0 (with --coordinator).")
+@click.option("--num-processes", type=int, help="Number of processes (with --coordinator).")
 @as_json_option
 def compress(
     as_json: bool,
@@ -59,9 +70,9 @@ def compress(
     num_processes: int | None,
     **settings: Any,
 ) -> None:
-    """Compress MODEL and write the result.
+    """Compress MODEL and write the result into OUT.
 
-    OUT is a directory that must be new or empty.
+    A run that was interrupted resumes when the same command is given again.
     """
     from lordjax.runtime.multihost import is_primary, joined_processes
     from lordjax.scripts.verbs.compress import compress_model, show
@@ -77,34 +88,57 @@ def compress(
 @budget_options
 @code_options
 @stored_options
-@click.option("--mesh", metavar="data=N", help="As of compress.")
+@click.option(
+    "--mesh",
+    metavar="data=N",
+    help="Predict for a mesh of N devices, as compress --mesh uses it.  [default: one device]",
+)
 @click.option(
     "--num-processes",
     type=click.IntRange(min=1),
     default=1,
-    help="That share the devices of --mesh; memory and time are one's.",
+    show_default=True,
+    help="Number of processes with equally many devices of --mesh; memory and time are printed per "
+    "process.",
 )
 @statistics_options
 @click.option(
     "--measure/--no-measure",
     default=True,
     show_default=True,
-    help="Measure for some seconds how fast this machine is, and expect a time.",
+    help="Benchmark this machine for some seconds to predict the time.",
 )
 @click.option(
-    "--finetune", "recipe", metavar="RECIPE", help="Count the memory of fine-tuning, too."
+    "--finetune",
+    "recipe",
+    metavar="RECIPE",
+    help="Also predict the memory of a fine-tuning step with this recipe, such as qlora.",
 )
-@click.option("--batch", type=click.IntRange(min=1), default=8, help="As of finetune.")
-@click.option("--accumulate", type=click.IntRange(min=1), help="As of finetune.")
 @click.option(
-    "--rank", type=click.IntRange(min=1), help="As of compress; with --finetune, as of finetune."
+    "--batch",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="Examples of a fine-tuning step (with --finetune).",
+)
+@click.option(
+    "--accumulate",
+    type=click.IntRange(min=1),
+    help="Micro-batches of a fine-tuning step (with --finetune).  [default: 1; on CPU one for each "
+    "example]",
+)
+@click.option(
+    "--rank",
+    type=click.IntRange(min=1),
+    help="Rank of the low-rank term (method lq); with --finetune, rank of new adapters.  "
+    "[default: 32; with --finetune the recipe's]",
 )
 @as_json_option
 def plan(as_json: bool, **settings: Any) -> None:
-    """Count what MODEL will weigh and cost when it is compressed.
+    """Predict size and cost of compressing MODEL.
 
-    Parameters, bytes, ranks, operations, time and peak memory, from its config and the headers of
-    its files alone: MODEL may be larger than memory, or a config.json without weights.
+    Prints parameters, bytes, ranks, FLOPs, time and peak memory. Only the config and the headers of
+    the files are read: MODEL may be larger than memory, or a config.json without weights.
     """
     from lordjax.scripts.verbs.plan import plan_model, show
 

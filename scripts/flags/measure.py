@@ -1,10 +1,11 @@
-"""Verbs that run a model or look at it.
+"""The commands that run, measure or show a model.
 
-Imports of what they do are inside them, so that ``--help`` is instant.
+Each command imports its implementation when it runs, so that ``--help`` is instant.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import click
@@ -15,36 +16,55 @@ from lordjax.scripts.flags.options import as_json_option, counts, output
 @click.command()
 @click.argument("model")
 @click.argument("prompt", required=False)
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    default=128,
+    show_default=True,
+    help="Largest number of generated tokens.",
+)
 @click.option(
     "--temperature",
     type=click.FloatRange(min=0),
     default=0.0,
     show_default=True,
-    help="0: always the likeliest token.",
+    help="Sampling temperature; 0 always takes the most likely token.",
 )
-@click.option("--top-k", type=click.IntRange(min=1), help="Draw from the k likeliest only.")
+@click.option(
+    "--top-k",
+    metavar="K",
+    type=click.IntRange(min=1),
+    help="Sample from the K most likely tokens only.",
+)
 @click.option(
     "--top-p",
+    metavar="P",
     type=click.FloatRange(0, 1, min_open=True),
-    help="Draw from the likeliest that add up to p only.",
+    help="Sample from the most likely tokens whose probabilities add up to P (nucleus sampling).",
 )
 @click.option(
     "--repetition-penalty",
     type=click.FloatRange(min=0, min_open=True),
     default=1.0,
     show_default=True,
-    help="Above 1: tokens that occurred are less likely.",
+    help="A value above 1 makes tokens that occurred before less likely.",
 )
-@click.option("--stop", multiple=True, metavar="TEXT", help="End before it; may be repeated.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--chat", is_flag=True, help="Write turns as the tokenizer's chat template says.")
-@click.option("--interactive", is_flag=True, help="Answer lines of the standard input.")
+@click.option(
+    "--stop",
+    multiple=True,
+    metavar="TEXT",
+    help="End before this text. May be given several times.",
+)
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the sampling."
+)
+@click.option("--chat", is_flag=True, help="Format the turns with the tokenizer's chat template.")
+@click.option("--interactive", is_flag=True, help="Answer lines that are read from standard input.")
 @as_json_option
 def generate(as_json: bool, **settings: Any) -> None:
     """Continue PROMPT with MODEL.
 
-    PROMPT may be '-' for the standard input. The text is shown as it comes.
+    PROMPT is a text, or '-' to read it from standard input. Text is printed while it is generated.
     """
     from lordjax.scripts.verbs.generate import generate_model, show
 
@@ -53,19 +73,29 @@ def generate(as_json: bool, **settings: Any) -> None:
 
 @click.command()
 @click.argument("model")
-@click.option("--tokens", metavar="PATH", required=True, help="As --calibration of compress.")
-@click.option("--windows", type=click.IntRange(min=1), help="At most so many.  [default: all]")
+@click.option(
+    "--tokens",
+    metavar="PATH",
+    required=True,
+    help="Evaluation data: a text file, a directory of text or source files, a .jsonl file with "
+    "the field 'text', or a .npy array of token ids [windows, length].",
+)
+@click.option(
+    "--windows",
+    type=click.IntRange(min=1),
+    help="Largest number of windows that are evaluated.  [default: all]",
+)
 @click.option(
     "--seq-len",
     type=click.IntRange(min=2),
-    help="Tokens per window.  [default: 1024, or the length of the .npy]",
+    help="Tokens of a window.  [default: 1024, or the length of the .npy array]",
 )
 @as_json_option
 def evaluate(as_json: bool, **settings: Any) -> None:
     """Measure the perplexity of MODEL.
 
-    The protocol is printed with the number. Of a model that predicts masked tokens it is a
-    pseudo-perplexity: of a fixed 15 % of every window, masked at once.
+    The protocol is printed with the number. A model that predicts masked tokens gets a
+    pseudo-perplexity: a fixed 15 % of the tokens of every window are masked at once.
     """
     from lordjax.scripts.verbs.evaluate import evaluate_model, show
 
@@ -78,40 +108,79 @@ def evaluate(as_json: bool, **settings: Any) -> None:
     "--problems",
     required=True,
     metavar="PATH",
-    help="HumanEval (.jsonl or .jsonl.gz) or MBPP (.jsonl).",
+    help="File of problems: HumanEval (.jsonl or .jsonl.gz) or MBPP (.jsonl).",
 )
 @click.option(
-    "--samples", type=click.IntRange(min=1), default=1, show_default=True, help="Per problem."
+    "--samples",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Programs that are generated for each problem.",
 )
-@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True)
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True))
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=512, show_default=True)
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--batch", type=click.IntRange(min=1), default=16, show_default=True)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="Sampling temperature; 0 always takes the most likely token.",
+)
+@click.option(
+    "--top-p",
+    metavar="P",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Sample from the most likely tokens whose probabilities add up to P (nucleus sampling).",
+)
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    default=512,
+    show_default=True,
+    help="Largest number of generated tokens of a program.",
+)
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the sampling."
+)
+@click.option(
+    "--batch",
+    type=click.IntRange(min=1),
+    default=16,
+    show_default=True,
+    help="Programs that are generated at a time.",
+)
 @click.option(
     "--seconds",
     type=click.FloatRange(min=0, min_open=True),
     default=10.0,
     show_default=True,
-    help="Of a program, on the clock and of CPU time.",
+    help="Time limit of a program, in seconds of wall time and of CPU time.",
 )
 @click.option(
-    "--workers", type=click.IntRange(min=1), help="Programs at a time.  [default: the cores]"
+    "--workers",
+    type=click.IntRange(min=1),
+    help="Programs that run at a time.  [default: the number of cores]",
 )
-@click.option("--first", type=click.IntRange(min=1), help="Only the first problems.")
+@click.option(
+    "--first", type=click.IntRange(min=1), metavar="N", help="Use the first N problems only."
+)
 @click.option(
     "--run-generated-code",
     is_flag=True,
-    help="Allow it: programs that a model wrote run on this machine, in a sandbox.",
+    help="Confirm that programs which a model wrote may run on this machine, in a sandbox.",
 )
-@click.option("--out", metavar="FILE", help="A .jsonl with a line per problem.")
-@click.option("--reference", is_flag=True, help="Run the set's own solutions instead of a model's.")
+@click.option(
+    "--out", metavar="FILE", help="Write a new .jsonl file with one line for each problem."
+)
+@click.option(
+    "--reference",
+    is_flag=True,
+    help="Run the reference solutions of the problems instead of a model's programs.",
+)
 @as_json_option
 def evaluate_code(as_json: bool, **settings: Any) -> None:
     """Measure pass@k of the programs that MODEL writes.
 
-    Needs --run-generated-code; best inside a container. Which isolation was in force is printed
-    with the result.
+    The programs run only with --run-generated-code; run the command inside a container. The result
+    says which isolation was active.
     """
     from lordjax.scripts.verbs.evaluate_code import evaluate_code, show
 
@@ -124,27 +193,43 @@ def evaluate_code(as_json: bool, **settings: Any) -> None:
     "--data",
     required=True,
     metavar="PATH",
-    help="A .jsonl file of questions, or a directory of such files; see the README.",
+    help="A .jsonl file of questions in the format of its data set, or a directory of such files.",
 )
 @click.option(
     "--task",
     "tasks",
     multiple=True,
     metavar="NAME",
-    help="What the questions are; may be repeated for a directory. A wrong name lists them all.  "
-    "[default: as the files' names say]",
+    help="Task of the questions. May be given several times for a directory. An unknown name lists "
+    "all tasks.  [default: the names of the files]",
 )
-@click.option("--limit", type=click.IntRange(min=1), help="Only the first questions of each set.")
 @click.option(
-    "--batch", type=click.IntRange(min=1), default=16, show_default=True, help="Rows read at once."
+    "--limit",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Use the first N questions of each task only.",
 )
-@click.option("--max-length", type=click.IntRange(min=1), help="Tokens.  [default: the model's]")
-@click.option("--out", metavar="FILE", help="A .jsonl with a line per question.")
+@click.option(
+    "--batch",
+    type=click.IntRange(min=1),
+    default=16,
+    show_default=True,
+    help="Choices that are evaluated at a time.",
+)
+@click.option(
+    "--max-length",
+    type=click.IntRange(min=1),
+    help="Largest number of tokens of a question with a choice.  [default: the model's longest "
+    "sequence]",
+)
+@click.option(
+    "--out", metavar="FILE", help="Write a new .jsonl file with one line for each question."
+)
 @as_json_option
 def evaluate_choices(as_json: bool, **settings: Any) -> None:
-    """Measure how often MODEL finds the right one of several choices.
+    """Measure accuracy on multiple-choice tasks.
 
-    Prompts and accuracies, without examples, are those of the LM evaluation harness.
+    Prompts and accuracies are those of the LM evaluation harness, zero-shot.
     """
     from lordjax.scripts.verbs.evaluate_choices import evaluate_choices, show
 
@@ -154,37 +239,67 @@ def evaluate_choices(as_json: bool, **settings: Any) -> None:
 @click.command()
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 @click.option(
-    "--prefill", type=click.IntRange(min=1), default=1024, show_default=True, help="Tokens read."
+    "--prefill",
+    type=click.IntRange(min=1),
+    default=1024,
+    show_default=True,
+    help="Tokens of the prompt that measures reading speed.",
 )
 @click.option(
     "--prompt",
     type=click.IntRange(min=1),
     default=128,
     show_default=True,
-    help="Tokens before those that are written.",
+    help="Tokens of the prompts that measure decoding speed.",
 )
 @click.option(
     "--new",
     type=click.IntRange(min=2),
     default=64,
     show_default=True,
-    help="Tokens written per row.",
+    help="Tokens that are generated for each prompt.",
 )
 @click.option(
-    "--batches", default="1,8,32", show_default=True, callback=counts, help="Rows written at once."
+    "--batches",
+    default="1,8,32",
+    show_default=True,
+    callback=counts,
+    help="Batch sizes of decoding, separated by commas.",
 )
-@click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True)
 @click.option(
-    "--transformers", metavar="DIR", help="A Hugging Face directory that torch runs beside."
+    "--repeats",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help="Runs of each measurement; the median is printed.",
 )
-@click.option("--tokens", metavar="PATH", help="Measure perplexities, too; as of evaluate.")
-@click.option("--windows", type=click.IntRange(min=1), help="Of --tokens, at most.")
-@click.option("--picture", metavar="FILE", help="Perplexity against bytes and speed.")
+@click.option(
+    "--transformers",
+    metavar="DIR",
+    help="Also measure this Hugging Face directory with transformers and PyTorch.",
+)
+@click.option(
+    "--tokens",
+    metavar="PATH",
+    help="Also measure perplexity on this data: a text file, a directory, a .jsonl file or a .npy "
+    "array of token ids.",
+)
+@click.option(
+    "--windows",
+    type=click.IntRange(min=1),
+    help="Largest number of windows of --tokens.  [default: all]",
+)
+@click.option(
+    "--picture",
+    metavar="FILE",
+    help="Draw perplexity against bytes and speed into this file (with --tokens).",
+)
 @as_json_option
 def benchmark(as_json: bool, **settings: Any) -> None:
-    """Measure how fast MODELs read and write, in turn.
+    """Measure the speed of one or more MODELs.
 
-    What others are compared with comes first. Prints a markdown table.
+    They read prompts and generate text in turn; the first one is the baseline of the others. Prints
+    a markdown table.
     """
     from lordjax.scripts.verbs.benchmark import benchmark_model, show
 
@@ -193,12 +308,19 @@ def benchmark(as_json: bool, **settings: Any) -> None:
 
 @click.command()
 @click.argument("model")
+@click.option("--full", is_flag=True, help="List every parameter of every block.")
+@click.option(
+    "--picture",
+    metavar="FILE",
+    help="Draw a map of the layers and matrices, coloured by share kept or bits, and the decay of "
+    "their spectra. FILE ends in .png, .svg or .pdf; an existing one is replaced.",
+)
 @as_json_option
-def inspect(as_json: bool, model: str) -> None:
+def inspect(as_json: bool, full: bool, **settings: Any) -> None:
     """Show the parameters of MODEL.
 
     Kinds, shapes, ranks, bytes, and the share of the weights that was kept.
     """
     from lordjax.scripts.verbs.inspect import inspect_model, show
 
-    output(inspect_model(model), as_json, show)
+    output(inspect_model(**settings), as_json, functools.partial(show, full=full))

@@ -1,4 +1,4 @@
-"""Options that verbs share: how values are read, and decorators that add several at once."""
+"""Options that several commands have: parsers of values, and decorators that add options."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import click
 
 
 def share(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
-    """Checks that a share, if one is given, is in (0, 1]."""
+    """Checks that a fraction, if one is given, is in (0, 1]."""
     del context
     if value is not None and not 0 < value <= 1:
-        raise click.BadParameter(f"{value} is not in (0, 1]", param=parameter)
+        raise click.BadParameter(f"{value} is not in (0, 1]; give a fraction", param=parameter)
     return value
 
 
 def shares(context: click.Context, parameter: click.Parameter, value: str) -> tuple[float, ...]:
-    """Reads shares that are separated by commas."""
+    """Reads fractions in (0, 1] that are separated by commas."""
     try:
         numbers = [float(part) for part in value.split(",")]
     except ValueError as error:
@@ -54,7 +54,7 @@ def counts(context: click.Context, parameter: click.Parameter, value: str) -> tu
 def ranks(
     context: click.Context, parameter: click.Parameter, value: str | None
 ) -> dict[str, int] | None:
-    """Reads ranks by layer."""
+    """Reads pairs LAYER=RANK that are separated by commas."""
     del context
     if value is None:
         return None
@@ -65,7 +65,7 @@ def ranks(
 
 
 def options(*each: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """One decorator that adds several options, in this order."""
+    """Returns a decorator that adds several options, in this order."""
 
     def add(command: Any) -> Any:
         for option in reversed(each):
@@ -78,94 +78,104 @@ def options(*each: Callable[[Any], Any]) -> Callable[[Any], Any]:
 # Method and size of a compression: of `compress` and `plan`.
 budget_options = options(
     click.option(
-        "--method", default="modegpt", show_default=True, help="A wrong name lists them all."
+        "--method",
+        metavar="NAME",
+        default="modegpt",
+        show_default=True,
+        help="Compression method. Low-rank: modegpt, lord, svd and others; quantizing: nf, lq, "
+        "auto. An unknown name lists all methods.",
     ),
     click.option(
         "--keep",
         type=float,
         callback=share,
-        help="Share of the block linear weights that stays, in (0, 1]; factor pairs count in "
-        "full.  [default: 0.8]",
+        help="Fraction of the block linear weights that is kept, in (0, 1]; both factors of a "
+        "low-rank pair count.  [default: 0.8]",
     ),
     click.option(
         "--ranks",
         callback=ranks,
         metavar="LAYER=RANK,…",
-        help="Instead of --keep: ranks by layer type, such as mlp/down=2304 (regular expressions; "
-        "layer_3/mlp/down is one layer). All others stay dense.",
+        help="Ranks by layer type, such as mlp/down=2304, instead of --keep. LAYER is a regular "
+        "expression; layer_3/mlp/down is one layer. All other layers stay dense.",
     ),
     click.option(
         "--bits",
         type=click.FloatRange(min=0, min_open=True),
-        help="Of nf and lq: average bits per block weight of the codes. Of auto: of all that is "
-        "stored for the blocks' matrices.",
+        help="Average bits per block weight (methods nf, lq, auto). nf and lq count the quantized "
+        "weights, auto counts everything that is stored for the blocks' matrices.",
     ),
     click.option(
         "--budget-bytes",
         type=click.IntRange(min=1),
         metavar="N",
-        help="Instead of --bits: bytes of the blocks' matrices.",
+        help="Bytes of the blocks' matrices, instead of --bits (methods nf, lq, auto).",
     ),
     click.option(
         "--format",
         "form",
         metavar="NAME",
-        help="Instead of --bits: the codes of all matrices, such as nf4 or nf3-4-bfloat16-64-256 "
-        "(bits, bits of scales, dtype of their scales, weights per scale, scales per scale).",
+        help="Format of all quantized matrices, instead of --bits (methods nf, lq): nf4, or "
+        "nf3-4-bfloat16-64-256 with bits of weights, bits of scales, dtype of the scales' scales, "
+        "weights per scale and scales per scale.",
     ),
 )
 
-# How a compression makes codes.
+# How a compression quantizes.
 code_options = options(
     click.option(
         "--weighting",
         type=click.Choice(["none", "fisher", "input", "both"]),
-        help="What errors of a matrix cost: see the README.  [default: none; auto: both]",
+        help="Weights of the quantization errors: none, Fisher information, second moments of the "
+        "inputs, or both (methods nf, lq, auto).  [default: none; auto: both]",
     ),
     click.option(
         "--feedback/--no-feedback",
         default=None,
-        help="Codes make up for each other's errors (GPTQ).  [default: where --weighting is "
-        "input or both]",
+        help="Compensate the error of each quantized weight in the following ones (GPTQ).  "
+        "[default: on if --weighting is input or both]",
     ),
     click.option(
         "--factors",
         metavar="NAME",
-        help="Format of factor pairs, such as nf8; 'dense' for lq and auto: --dtype.  [default: "
-        "--dtype; auto: nf8]",
+        help="Format of low-rank factors, such as nf8. dense: they are stored in --dtype (methods "
+        "lq, auto).  [default: not quantized; auto: nf8]",
     ),
 )
 
-# What a compression collects, and how it shares a budget out.
+# Which statistics a compression takes, and how it allocates a budget.
 statistics_options = options(
     click.option(
         "--samples",
         type=click.IntRange(min=1),
         default=64,
         show_default=True,
-        help="Calibration windows, at most.",
+        help="Largest number of calibration sequences.",
     ),
     click.option(
         "--seq-len",
         type=click.IntRange(min=2),
-        help="Tokens per window.  [default: 1024, or the length of the .npy]",
+        help="Tokens of a calibration sequence.  [default: 1024, or the length of the .npy array]",
     ),
     click.option(
         "--allocation",
-        help="How a budget is shared out; of nf, lq and auto: bisection or milp.  [default: the "
-        "method's own]",
+        metavar="NAME",
+        help="Policy that allocates the budget: uniform, global, block-influence, last-k and "
+        "others; for methods nf, lq and auto bisection or milp. An unknown name lists them.  "
+        "[default: the method's]",
     ),
     click.option(
         "--temperature",
         type=click.FloatRange(min=0, min_open=True),
-        help="Of block-influence: small takes from few blocks.  [default: chosen on held-out "
-        "calibration windows]",
+        help="Temperature of the policy block-influence: a small one compresses few blocks "
+        "strongly.  [default: chosen on held-out calibration sequences]",
     ),
     click.option(
         "--prefix",
         type=click.Choice(["dense", "compressed", "corrective"]),
-        help="Statistics from the untouched model in one pass, or block after block from the model "
-        "compressed so far, fitting its own or the untouched outputs.  [default: the method's own]",
+        help="How calibration statistics are taken. dense: from the original model, in one pass. "
+        "compressed: block by block, with inputs from the blocks compressed so far. corrective: "
+        "the same, fitting the outputs of the original model.  [default: the method's]",
     ),
 )
 
@@ -174,25 +184,32 @@ stored_options = options(
     click.option(
         "--dtype",
         type=click.Choice(["float32", "bfloat16", "float16"]),
-        help="Dtype of the stored weights; with codes, of the other matrices.  [default: as in "
-        "MODEL, with codes float16; of a quantised GGUF file bfloat16]",
+        help="Dtype of the stored weights; of quantizing methods, of all weights that are not "
+        "quantized.  [default: as in MODEL; with quantizing methods float16; bfloat16 if MODEL is "
+        "a quantized GGUF file]",
     ),
     click.option(
         "--elastic",
         is_flag=True,
         default=None,
-        help="Instead of --keep: the dense model with the factors beside it; export --keep cuts it "
-        "to any budget.",
+        help="Store the dense model and factors for all budgets, instead of --keep. The budget is "
+        "chosen later with: lordjax export --keep.",
     ),
 )
 
 as_json_option = click.option(
-    "--json", "as_json", is_flag=True, help="Print the result as JSON on stdout."
+    "--json", "as_json", is_flag=True, help="Print the result as JSON on standard output."
 )
 
 
 def output(result: dict[str, Any], as_json: bool, show: Callable[[dict[str, Any]], None]) -> None:
-    """Prints a verb's result on stdout: as JSON, or for people."""
+    """Prints a command's result on stdout, as JSON or for people.
+
+    Args:
+      result: what is printed.
+      as_json: prints JSON.
+      show: prints the result for people.
+    """
     if as_json:
         click.echo(json.dumps(result, indent=1))
     else:

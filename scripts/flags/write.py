@@ -1,6 +1,6 @@
-"""Verbs that make another model of one: finetune, merge, export, convert.
+"""The commands that make one model from another: finetune, merge, export, convert.
 
-Imports of what they do are inside them, so that ``--help`` is instant.
+Each command imports its implementation when it runs, so that ``--help`` is instant.
 """
 
 from __future__ import annotations
@@ -19,81 +19,159 @@ from lordjax.scripts.flags.options import as_json_option, output
     "--data",
     metavar="PATH",
     required=True,
-    help="Text or code as --calibration of compress; instructions (.json, .jsonl of instruction "
-    "and output, or messages); sentences with classes (.tsv as in GLUE).",
+    help="Training data: text or code (a file, a directory, a .jsonl file with the field 'text', a "
+    ".npy array of token ids); instructions (.json or .jsonl with instruction and output, or with "
+    "messages); or labelled sentences (.tsv as in GLUE).",
 )
 @click.option(
-    "--recipe", default="recovery", show_default=True, help="A wrong name lists them all."
+    "--recipe",
+    metavar="NAME",
+    default="recovery",
+    show_default=True,
+    help="What is trained, and how: recovery, factors, lora, qlora, lq-lora or full.",
 )
 @click.option(
     "--task",
     type=click.Choice(["text", "instructions", "classes"]),
-    help="What the data is.  [default: classes of a .tsv, instructions of a .json, else text]",
+    help="Kind of the training data.  [default: classes for .tsv, instructions for .json, else "
+    "text]",
 )
-@click.option("--steps", type=click.IntRange(min=1), default=200, show_default=True)
 @click.option(
-    "--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Examples per step."
+    "--steps",
+    type=click.IntRange(min=1),
+    default=200,
+    show_default=True,
+    help="Number of training steps.",
+)
+@click.option(
+    "--batch",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="Examples of a training step.",
 )
 @click.option(
     "--accumulate",
     type=click.IntRange(min=1),
-    help="Parts that a step's examples are computed in, one after the other: less memory.  "
-    "[default: 1; on CPU the batch]",
+    help="Micro-batches that a step is computed in, one after the other, to save memory.  "
+    "[default: 1; on CPU one for each example]",
 )
 @click.option(
     "--remat/--no-remat",
     default=True,
     show_default=True,
-    help="Compute blocks once more backwards: less memory, about a fifth more time.",
+    help="Recompute blocks in the backward pass (rematerialization): less memory, about a fifth "
+    "more time.",
 )
-@click.option("--seq-len", type=click.IntRange(min=2), help="Most tokens of an example.")
-@click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), help="Highest.")
-@click.option("--schedule", type=click.Choice(["constant", "linear", "cosine"]))
-@click.option("--warmup", type=click.FloatRange(0, 1), help="Share of the steps.")
-@click.option("--weight-decay", type=click.FloatRange(min=0))
-@click.option("--clip", type=click.FloatRange(min=0, min_open=True), help="Norm of a gradient.")
-@click.option("--rank", type=click.IntRange(min=1), help="Of new adapters.")
-@click.option("--alpha", type=click.FloatRange(min=0, min_open=True), help="LoRA's.")
-@click.option("--teacher", metavar="MODEL", help="Distil from it: the model before compression.")
-@click.option("--distill", type=click.FloatRange(0, 1), help="Its weight.  [default: 0.5]")
+@click.option(
+    "--seq-len",
+    type=click.IntRange(min=2),
+    help="Largest number of tokens of an example.  [default: 1024, or the length of the .npy "
+    "array]",
+)
+@click.option(
+    "--learning-rate",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Peak of the learning rate.  [default: the recipe's]",
+)
+@click.option(
+    "--schedule",
+    type=click.Choice(["constant", "linear", "cosine"]),
+    help="Schedule of the learning rate after the warm-up.  [default: the recipe's]",
+)
+@click.option(
+    "--warmup",
+    type=click.FloatRange(0, 1),
+    help="Fraction of the steps in which the learning rate rises to its peak.  [default: the "
+    "recipe's]",
+)
+@click.option(
+    "--weight-decay",
+    type=click.FloatRange(min=0),
+    help="Weight decay of AdamW.  [default: the recipe's]",
+)
+@click.option(
+    "--clip",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Largest norm of a gradient; larger gradients are scaled down.  [default: the recipe's]",
+)
+@click.option(
+    "--rank",
+    type=click.IntRange(min=1),
+    help="Rank of new adapters.  [default: the recipe's]",
+)
+@click.option(
+    "--alpha",
+    type=click.FloatRange(min=0, min_open=True),
+    help="LoRA's alpha: adapters are scaled by alpha / rank.  [default: not scaled]",
+)
+@click.option(
+    "--teacher",
+    metavar="MODEL",
+    help="Distil from this model, usually the original one before compression.",
+)
+@click.option(
+    "--distill",
+    type=click.FloatRange(0, 1),
+    help="Weight of the teacher's predictions in the loss (with --teacher).  [default: 0.5]",
+)
 @click.option(
     "--validation",
     type=click.FloatRange(0, 1, max_open=True),
     default=0.05,
     show_default=True,
-    help="Share of the documents that is held out; the best state on them is written.",
+    help="Fraction of the documents that is held out for validation; the state with the best "
+    "validation loss is written.",
 )
 @click.option(
     "--every",
     type=click.IntRange(min=1),
     default=50,
     show_default=True,
-    help="Steps per checkpoint.",
+    help="Steps between two checkpoints.",
 )
 @click.option(
-    "--last", type=click.IntRange(min=1), default=2, show_default=True, help="Checkpoints kept."
+    "--last",
+    type=click.IntRange(min=1),
+    default=2,
+    show_default=True,
+    help="Number of checkpoints that are kept.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Seed of new adapters, of the held-out documents and of the order of the examples.",
+)
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16"]),
     default="float32",
     show_default=True,
-    help="That is computed in; what is trained is float32.",
+    help="Dtype of the computation; trained parameters are float32.",
 )
 @click.option(
     "--devices",
     type=click.IntRange(min=1),
-    help="Share batches and weights out among so many.  [default: 1]",
+    help="Number of devices that batches and weights are split over (FSDP).  [default: 1]",
 )
-@click.option("--run", metavar="DIR", help="Checkpoints and metrics.  [default: OUT.run]")
-@click.option("--resume", is_flag=True, help="Go on after the last checkpoint of the same run.")
-@click.option("--keep-adapters", is_flag=True, help="Do not fold new adapters into their bases.")
+@click.option(
+    "--run",
+    metavar="DIR",
+    help="Directory of checkpoints and metrics.  [default: OUT.run]",
+)
+@click.option("--resume", is_flag=True, help="Continue from the last checkpoint of the same run.")
+@click.option(
+    "--keep-adapters",
+    is_flag=True,
+    help="Write adapters beside their matrices instead of merging them.",
+)
 @as_json_option
 def finetune(as_json: bool, **settings: Any) -> None:
-    """Train the low-rank parts of MODEL, or adapters beside its matrices.
+    """Train MODEL, its factors or new adapters.
 
-    OUT is a directory that must be new or empty.
+    The trained model is written into OUT. What is trained depends on --recipe.
     """
     from lordjax.scripts.verbs.finetune import finetune_model, show
 
@@ -108,18 +186,18 @@ def finetune(as_json: bool, **settings: Any) -> None:
     type=click.Choice(["factors", "dense"]),
     default="factors",
     show_default=True,
-    help="factors: adapters folded into matrices and pairs; codes keep theirs. dense: all is "
-    "multiplied out.",
+    help="factors: adapters are merged into dense matrices and low-rank pairs; those beside "
+    "quantized matrices stay. dense: all matrices become dense.",
 )
 @as_json_option
 def merge(as_json: bool, **settings: Any) -> None:
-    """Fold the adapters of MODEL into its matrices.
+    """Merge adapters of MODEL into its matrices.
 
-    OUT is a directory that must be new or empty.
+    The result is written into OUT.
     """
-    from lordjax.scripts.verbs.finetune import merge_model, show_merged
+    from lordjax.scripts.verbs.merge import merge_model, show
 
-    output(merge_model(**settings), as_json, show_merged)
+    output(merge_model(**settings), as_json, show)
 
 
 @click.command()
@@ -128,39 +206,44 @@ def merge(as_json: bool, **settings: Any) -> None:
 @click.option(
     "--to",
     type=click.Choice(["dense", "factored", "peft", "orbax"]),
-    help="dense: matrices multiplied out, for stock transformers. factored: factors and codes as "
-    "they are, with remote code. peft: codes, and products as a PEFT adapter. orbax: arrays.  "
-    "[default: with --keep a directory of ours, else to be given]",
+    help="dense: all matrices dense, for stock transformers. factored: low-rank factors and "
+    "quantized weights as they are, with remote code. peft: quantized weights, with the low-rank "
+    "terms as a PEFT adapter. orbax: arrays.  [default: with --keep a lordjax directory; else "
+    "required]",
 )
 @click.option(
     "--keep",
     type=click.FloatRange(0, 1, min_open=True),
     metavar="SHARE",
-    help="Of a MODEL made with compress --elastic: cut to this share of the block linear weights.",
+    help="Fraction of the block linear weights that is kept (for a MODEL that compress --elastic "
+    "wrote).",
 )
 @click.option(
     "--verify",
     is_flag=True,
-    help="Open the result there and compare logits; exit code 1 if not equal.",
+    help="Open the result in its target library and compare logits; exit code 1 if they differ.",
 )
 @click.option(
     "--tokens",
     metavar="PATH",
-    help="What --verify compares on; as --calibration of compress.  [default: the sources of "
-    "Python's standard library]",
+    help="Data that --verify compares logits on: a text file, a directory, a .jsonl file or a .npy "
+    "array of token ids.  [default: the sources of Python's standard library]",
 )
 @as_json_option
 def export(as_json: bool, **settings: Any) -> None:
-    """Write MODEL in a form that others open.
+    """Write MODEL for transformers, PEFT or Orbax.
 
-    OUT is a directory that must be new or empty.
+    The result is written into OUT. With --keep an elastic MODEL is first cut to a budget.
     """
     from lordjax.scripts.verbs.export import export_model, show
 
     result = export_model(**settings)
     output(result, as_json, show)
     if result["verify"] is not None and not result["verify"]["passed"]:
-        click.echo(f"error: {settings['out']}: not the model that it was made from", err=True)
+        click.echo(
+            f"error: {settings['out']}: its logits differ from those of {settings['model']}",
+            err=True,
+        )
         click.get_current_context().exit(1)
 
 
@@ -172,22 +255,25 @@ def export(as_json: bool, **settings: Any) -> None:
     type=click.Choice(["native", "hf"]),
     default="native",
     show_default=True,
-    help="native: a directory of ours. hf: a Hugging Face directory, matrices multiplied out.",
+    help="native: a lordjax directory. hf: a Hugging Face directory with dense matrices.",
 )
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="Dtype of all arrays but codes.  [default: as in MODEL; of a quantised GGUF file "
-    "bfloat16]",
+    help="Dtype of all arrays that are not quantized.  [default: as in MODEL; bfloat16 if MODEL is "
+    "a quantized GGUF file]",
 )
 @click.option(
-    "--shard-bytes", type=click.IntRange(min=1), metavar="N", help="Per file.  [default: 2 GiB]"
+    "--shard-bytes",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Largest number of bytes of a file.  [default: 2 GiB]",
 )
 @as_json_option
 def convert(as_json: bool, **settings: Any) -> None:
-    """Write MODEL in another format, dtype or number of files.
+    """Write MODEL in another format or dtype.
 
-    OUT is a directory that must be new or empty.
+    The result is written into OUT.
     """
     from lordjax.scripts.verbs.convert import convert_model, show
 

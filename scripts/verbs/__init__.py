@@ -1,1 +1,1 @@
-"""What each command does, without its options."""
+"""The implementation of every command; its options are in `lordjax.scripts.flags`."""

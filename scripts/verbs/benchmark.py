@@ -1,9 +1,9 @@
-"""``lordjax benchmark``: how fast models read prompts and write answers, side by side in one run.
+"""``lordjax benchmark``: measures how fast models read prompts and generate text.
 
-Models take turns in one process and medians are compared, since a machine's speed drifts; what is
-compiled is compiled before, and timed apart. A dense model is bound by memory when it decodes for
-few rows, by multiplications when it reads a prompt, so the columns beside the speeds are shares of
-the first model's bytes and operations: the best that a compressed model can do is their inverse.
+Models take turns in one process, and medians are compared, because the speed of a machine drifts.
+Compilation comes first and is timed separately. A dense model is bound by memory when it decodes
+small batches, and by multiplications when it reads a prompt. So the table also has bytes and
+operations relative to the first model: their inverses bound the speed-up.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ CHILD = "import sys; from lordjax.scripts.cli import main; main()"
 
 
 class Runner(Protocol):
-    """Something that generates greedily."""
+    """A model that generates greedily."""
 
     name: str
 
     def run(self, prompts: Any, new: int) -> tuple[float, float]:
-        """Seconds to the first token, and of all others; every row gets ``new`` tokens."""
+        """Returns seconds to the first token and of the others; each row gets ``new`` tokens."""
         ...
 
 
-class Ours:
-    """A model of this library."""
+class LordjaxRunner:
+    """A model that lordjax runs."""
 
     def __init__(self, name: str):
         from lordjax.kernels.base import nbytes
@@ -61,8 +61,8 @@ class Ours:
         return first - start, time.perf_counter() - first
 
 
-class Theirs:
-    """A Hugging Face directory, run by transformers in PyTorch, float32."""
+class TransformersRunner:
+    """A Hugging Face directory that transformers runs in PyTorch, in float32."""
 
     def __init__(self, name: str):
         import torch
@@ -103,28 +103,28 @@ def benchmark_model(
     windows: int | None,
     picture: str | None,
 ) -> dict[str, Any]:
-    """Measures models, the first of which is what the others are compared with."""
+    """Measures models; arguments are the flags. The first model is the baseline."""
     settings = dict(locals())
     if picture is not None and tokens is None:
-        raise ValueError("--picture needs --tokens: it shows perplexities")
+        raise ValueError("--picture draws perplexities; give --tokens, too")
     import jax
 
-    jax.config.update("jax_enable_compilation_cache", False)  # compiling is timed
-    ours = [Ours(name) for name in models]
+    jax.config.update("jax_enable_compilation_cache", False)  # compilation is timed
+    ours = [LordjaxRunner(name) for name in models]
     runners: list[Runner] = [*ours]
     if transformers is not None:
-        runners.append(Theirs(transformers))
+        runners.append(TransformersRunner(transformers))
     shapes = [(1, prefill, 1), *((batch, prompt, new) for batch in batches)]
     ids = min(runner.config.vocab_size for runner in ours)
-    seconds, compiled = timed(runners, shapes, ids, repeats)
+    seconds, compiled = time_runners(runners, shapes, ids, repeats)
     rows = [
-        row_of(runner.name, shapes, found, compiling)
+        median_row(runner.name, shapes, found, compiling)
         for runner, found, compiling in zip(runners, seconds, compiled, strict=True)
     ]
     for row, runner in zip(rows, ours, strict=False):
         row["bytes"] = runner.bytes
         row["operations"] = operations(runner.config, runner.params, 1, prefill)
-        row["memory"] = peak(runner.name, new)
+        row["memory"] = peak_memory(runner.name, new)
         if tokens is not None:
             row["perplexity"] = perplexity_of(runner, tokens, windows)
     result = {"models": rows, "settings": settings, "environment": environment()}
@@ -136,10 +136,21 @@ def benchmark_model(
 Shape = tuple[int, int, int]  # rows, tokens of a prompt, new tokens
 
 
-def timed(
+def time_runners(
     runners: list[Runner], shapes: list[Shape], ids: int, repeats: int
 ) -> tuple[list[list[list[tuple[float, float]]]], list[float]]:
-    """Seconds to the first token and of the others ``[runner][shape][repeat]``; of compiling."""
+    """Measures every runner on every shape.
+
+    Args:
+      runners: models, which take turns.
+      shapes: batch size, tokens of the prompt and new tokens.
+      ids: token ids are drawn below this number.
+      repeats: runs of each measurement.
+
+    Returns:
+      seconds to the first token and of the others, ``[runner][shape][repeat]``; and seconds of
+      compilation, ``[runner]``.
+    """
     import numpy as np
 
     generator = np.random.default_rng(0)
@@ -157,10 +168,10 @@ def timed(
     return seconds, [max(0.0, a - b) for a, b in zip(compiled, usual, strict=True)]
 
 
-def row_of(
+def median_row(
     name: str, shapes: list[Shape], found: list[list[tuple[float, float]]], compiling: float
 ) -> dict[str, Any]:
-    """Medians of a model, tokens per second."""
+    """Returns a model's row of the table: median tokens per second, and seconds."""
     medians = [tuple(map(statistics.median, zip(*runs, strict=True))) for runs in found]
     pairs = list(zip(shapes, medians, strict=True))
     (_, prefill, _), (first, _) = pairs[0]
@@ -174,7 +185,16 @@ def row_of(
 
 
 def operations(config: Any, params: Any, batch: int, length: int) -> float:
-    """Multiplications and additions of a forward pass: all kernels, causal attention, the head."""
+    """Counts FLOPs of a forward pass that reads a prompt and predicts the next token.
+
+    Counts all kernels, causal attention, and the head at the last position.
+
+    Args:
+      config: architecture of the model.
+      params: its parameters.
+      batch: number of prompts.
+      length: tokens of a prompt.
+    """
     from lordjax.kernels import trees
     from lordjax.kernels.kinds import weights
 
@@ -183,27 +203,28 @@ def operations(config: Any, params: Any, batch: int, length: int) -> float:
         if path.endswith("/kernel") and not path.startswith("head"):
             total += 2.0 * weights(leaf)
     for i in range(config.num_layers):
-        # q @ k.T and weights @ v, each half of the square.
+        # Attention needs half of the square of q @ k.T and of weights @ v.
         widths = flat[f"layer_{i}/attention/q/kernel"], flat[f"layer_{i}/attention/o/kernel"]
         total += length * (widths[0].shape[-1] + widths[1].shape[-2])
-    # Logits of the last position only.
     return (total * length + 2.0 * config.vocab_size * config.hidden_size) * batch
 
 
-def peak(model: str, new: int) -> int:
-    """Peak resident memory of a process that opens a model and generates, bytes."""
+def peak_memory(model: str, new: int) -> int:
+    """Returns the peak resident bytes of a process that opens a model and generates."""
     command = [sys.executable, "-c", CHILD, "generate", model, "def", "--json"]
     command += ["--max-new-tokens", str(new)]
-    # Memory of a first run, which compiles.
-    alone = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"}
-    found = subprocess.run(command, capture_output=True, text=True, check=False, env=alone)
+    # Without the cache, so that the memory of compilation is counted.
+    environ = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    found = subprocess.run(command, capture_output=True, text=True, check=False, env=environ)
     if found.returncode:
-        raise RuntimeError(f"{model}: could not be run on its own: {found.stderr.strip()}")
+        raise RuntimeError(
+            f"{model}: `lordjax generate` failed in a process of its own: {found.stderr.strip()}"
+        )
     return json.loads(found.stdout)["peak_rss"]
 
 
-def perplexity_of(runner: Ours, tokens: str, windows: int | None) -> float:
-    """On the windows of a path."""
+def perplexity_of(runner: LordjaxRunner, tokens: str, windows: int | None) -> float:
+    """Returns the perplexity of a model on windows of a path."""
     from lordjax.evaluate import perplexity
 
     ids, _ = read_tokens(runner.opened, tokens, seq_len=None, samples=windows, seed=0)
@@ -212,7 +233,7 @@ def perplexity_of(runner: Ours, tokens: str, windows: int | None) -> float:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Perplexity against bytes, and against tokens per second for the first batch."""
+    """Draws perplexity against bytes, and against tokens per second at the first batch size."""
     from matplotlib.figure import Figure
 
     rows = [row for row in rows if "perplexity" in row]
@@ -253,7 +274,7 @@ def show(result: dict[str, Any]) -> None:
             cells += [f"{row['perplexity']:.2f}"] if "perplexity" in row else []
         print("| " + " | ".join([*cells, *[""] * (len(columns) - len(cells))]) + " |")
     shown = {k: result["settings"][k] for k in ("prefill", "prompt", "new", "repeats")}
-    print("\nTokens per second and how many times the first model's. " + json.dumps(shown))
+    print("\nTokens per second, and the ratio to the first model. " + json.dumps(shown))
     print(json.dumps(result["environment"]))
 
 

@@ -1,4 +1,4 @@
-"""``lordjax compress``: open, calibrate, factor, allocate, write."""
+"""``lordjax compress``: opens, calibrates and compresses a model, and writes the result."""
 
 from __future__ import annotations
 
@@ -8,13 +8,19 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lordjax.forecast.predict import happened, of_compression
+from lordjax.forecast.predict import measured, predict_compression
 from lordjax.scripts.console import check_output, format_bytes, progress_report, say
 from lordjax.scripts.jobs import Run, job_of
 from lordjax.scripts.opened_model import Model, model_checksums, open_model
 from lordjax.scripts.token_inputs import mask_token, read_tokens
+
+if TYPE_CHECKING:
+    from lordjax.compression.result import Result
+    from lordjax.compression.resumable_output import Output
+
+PAGE = "report.html"
 
 
 def compress_model(
@@ -30,89 +36,150 @@ def compress_model(
 ) -> dict[str, Any]:
     """Compresses a model into a directory; arguments are the flags. Returns the summary.
 
-    Everything that can be wrong with the arguments is found before the work begins.
+    All arguments are checked before the work begins.
     """
     start = time.perf_counter()
-    from lordjax.compression.elastic import keep_entries
     from lordjax.compression.resumable_output import Output, partial
-    from lordjax.models.objective import protocol as objective_protocol
     from lordjax.runtime import multihost
 
     directory = Path(out).expanduser()
-    if (
-        multihost.is_primary() and not partial(directory).exists()
-    ):  # else it may be complete: see `output`
+    # A run that was interrupted may have left a complete directory: see `Output`.
+    if multihost.is_primary() and not partial(directory).exists():
         check_output(directory)
     _, settings, needs_tokens, share = job_of(method, options)
     opened = _open_original(model, directory, share, settings)
     run, settings, *_ = job_of(method, options, opened.stored_dtype)
     run, settings = _on_mesh(run, settings, options["mesh"])
     write_tokenizer = tokenizer_writer(opened) if multihost.is_primary() else None
-    is_elastic = "elastic" in settings
-    tokens, facts, masks = None, None, None
-    if needs_tokens:
-        if calibration is None and multihost.is_primary():
-            say("calibrating on the sources of Python's standard library (--calibration to change)")
-        masks = mask_token(opened)
-        tokens, facts = read_tokens(
-            opened, calibration, seq_len=seq_len, samples=samples, seed=seed
-        )
-        facts |= objective_protocol(opened.config, masks)
-    elif calibration is not None and multihost.is_primary():
-        say(f"note: method {method!r} as asked for needs no calibration; {calibration} is not read")
+    _note_calibration(method, calibration, needs_tokens=needs_tokens)
+    reading = (calibration, samples, seq_len, seed)
+    data = _read_calibration(opened, *reading) if needs_tokens else Calibration(None, None, None)
     settings = {
         "model": model,
         "method": method,
         **settings,
-        "calibration": None if facts is None else facts["source"],
+        "calibration": None if data.facts is None else data.facts["source"],
         "samples": samples,
-        "seq_len": None if facts is None else facts["seq_len"],
+        "seq_len": None if data.facts is None else data.facts["seq_len"],
         "seed": seed,
     }
-    with Output(directory, _identity(opened, facts, settings)) as output:
+    with Output(directory, _identity(opened, data.facts, settings)) as output:
         if output.resumed and multihost.is_primary():
-            say(f"going on with what is finished in {output.work.directory}")
-        summary = output.finished
-        if summary is not None:
+            say(f"resuming from the finished work in {output.store.directory}")
+        if output.finished is not None:
             output.publish()
-            return summary
-        # Of a run that goes on, only a part happens here.
-        predicted = None if output.resumed else _forecast(opened, tokens, settings, directory)
-        with progress_report() if multihost.is_primary() else contextlib.nullcontext() as progress:
-            result = run(
-                opened.source,
-                tokens,
-                mask_token=masks,
-                progress=progress,
-                work=output.store,
-                into=output.shards,
-            )
-        report = {**result.report, "calibration": facts, "settings": settings}
-        if predicted is not None:
-            report |= {"predicted": predicted, "happened": happened(report, predicted)}
-        summary = {
-            "output": str(directory),
-            **{k: v for k, v in result.report["plan"].items() if k in ("kept", "bits_per_weight")},
-            "bytes": result.report["bytes"],
-            "seconds": time.perf_counter() - start,
-            "predicted": predicted,
-            "happened": report.get("happened"),
-            "calibration": facts,
-            "settings": settings,
-        }
+            return output.finished
+        # A resumed run does only a part of the work, so its cost is not predicted.
+        predicted = None if output.resumed else _predict(opened, data, settings, directory)
+        result = _run(run, opened, data, output)
+        report = _report(result, data.facts, settings, predicted)
+        summary = _summary(directory, report, start)
         output.finish(
             result,
             hf_config=opened.hf_config,
             report=report,
             write_tokenizer=write_tokenizer,
-            also=functools.partial(keep_entries, output.store) if is_elastic else None,
+            also=functools.partial(_add, output.store, "elastic" in settings),
             summary=summary,
         )
     return summary
 
 
+def _add(work: Any, is_elastic: bool, directory: Path) -> None:
+    """Adds the factors of an elastic model and the page for people to a directory."""
+    from lordjax.compression.elastic import keep_entries
+    from lordjax.scripts.report.page import add_page
+    from lordjax.storage.store import Entries
+
+    if is_elastic:
+        keep_entries(work, directory)
+    add_page(directory, Entries(work, "factors"))
+
+
+class Calibration(NamedTuple):
+    """Calibration data; all fields are None if the method needs no data.
+
+    Attributes:
+      tokens: token ids ``[sequences, length]``.
+      facts: where they come from, for the report.
+      mask_token: id of the mask token, of a model that predicts masked tokens.
+    """
+
+    tokens: Any
+    facts: dict[str, Any] | None
+    mask_token: int | None
+
+
+def _note_calibration(method: str, calibration: str | None, *, needs_tokens: bool) -> None:
+    """Says which calibration data is read where that may surprise."""
+    from lordjax.runtime import multihost
+
+    if not multihost.is_primary():
+        return
+    if needs_tokens and calibration is None:
+        say("calibrating on the sources of Python's standard library (--calibration to change)")
+    if not needs_tokens and calibration is not None:
+        say(
+            f"note: method {method!r} with these options needs no calibration; {calibration} is "
+            "not read"
+        )
+
+
+def _read_calibration(
+    opened: Model, path: str | None, samples: int, seq_len: int | None, seed: int
+) -> Calibration:
+    """Reads the calibration sequences of a path, or of Python's standard library."""
+    from lordjax.models.objective import protocol
+
+    mask = mask_token(opened)
+    tokens, facts = read_tokens(opened, path, seq_len=seq_len, samples=samples, seed=seed)
+    return Calibration(tokens, facts | protocol(opened.config, mask), mask)
+
+
+def _run(run: Run, opened: Model, data: Calibration, output: Output) -> Result:
+    """Runs the job, with progress on stderr of the first process."""
+    from lordjax.runtime import multihost
+
+    with progress_report() if multihost.is_primary() else contextlib.nullcontext() as progress:
+        return run(
+            opened.source,
+            data.tokens,
+            mask_token=data.mask_token,
+            progress=progress,
+            work=output.store,
+            into=output.shards,
+        )
+
+
+def _report(
+    result: Result,
+    facts: dict[str, Any] | None,
+    settings: dict[str, Any],
+    predicted: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """The content of ``report.json``."""
+    report = {**result.report, "calibration": facts, "settings": settings}
+    if predicted is not None:
+        report |= {"predicted": predicted, "happened": measured(report, predicted)}
+    return report
+
+
+def _summary(directory: Path, report: dict[str, Any], start: float) -> dict[str, Any]:
+    """What the command prints, from the report."""
+    return {
+        "output": str(directory),
+        **{k: v for k, v in report["plan"].items() if k in ("kept", "bits_per_weight")},
+        "bytes": report["bytes"],
+        "seconds": time.perf_counter() - start,
+        "predicted": report.get("predicted"),
+        "happened": report.get("happened"),
+        "calibration": report["calibration"],
+        "settings": report["settings"],
+    }
+
+
 def _on_mesh(run: Run, settings: dict[str, Any], axes: str | None) -> tuple[Run, dict[str, Any]]:
-    """Adds the devices that share the work, if there is more than one."""
+    """Adds the device mesh of ``--mesh``; several processes use all devices by default."""
     import jax
 
     from lordjax.runtime import multihost
@@ -129,13 +196,13 @@ def _on_mesh(run: Run, settings: dict[str, Any], axes: str | None) -> tuple[Run,
 def _identity(
     model: Model, facts: dict[str, Any] | None, settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """What decides every bit of the result, apart from where it was read from."""
+    """Everything that the bits of the result depend on; files count by content, not by path."""
     import jax
 
     from lordjax import __version__
     from lordjax.runtime import multihost
 
-    names = ("model", "calibration", "seed", "samples")  # contents count
+    by_content = ("model", "calibration", "seed", "samples")
     processes = {"processes": multihost.count()} if multihost.count() > 1 else {}
     return processes | {
         "lordjax": __version__,
@@ -143,22 +210,22 @@ def _identity(
         "device": jax.devices()[0].device_kind,
         "model": model_checksums(model.path),
         "calibration": None if facts is None else {k: v for k, v in facts.items() if k != "source"},
-        "settings": {key: value for key, value in settings.items() if key not in names},
+        "settings": {key: value for key, value in settings.items() if key not in by_content},
     }
 
 
-def _forecast(
-    model: Model, tokens: Any, settings: dict[str, Any], directory: Path
+def _predict(
+    model: Model, data: Calibration, settings: dict[str, Any], directory: Path
 ) -> dict[str, Any] | None:
-    """What will be paid; None of blocks that are cut into parts: not counted."""
+    """The predicted cost; None with a mesh axis ``model``, whose cost cannot be predicted."""
     if "model=" in settings.get("mesh", ""):
         return None
-    shape = (0, 0) if tokens is None else tokens.shape
-    return of_compression(model.config, model.leaves(), shape, settings, directory)
+    shape = (0, 0) if data.tokens is None else data.tokens.shape
+    return predict_compression(model.config, model.leaves(), shape, settings, directory)
 
 
 def _open_original(name: str, directory: Path, keep: float, settings: dict[str, Any]) -> Model:
-    """Opens a model that can be compressed, if there is room for the result."""
+    """Opens a model that is not compressed yet, if there is room for the result on disk."""
     from lordjax.storage.atomic_directory import check_room
 
     model = open_model(name)
@@ -172,9 +239,9 @@ def _open_original(name: str, directory: Path, keep: float, settings: dict[str, 
 
 
 def tokenizer_writer(model: Model) -> Callable[[Path], None] | None:
-    """What writes the tokenizer; None, with a note, if the model has none.
+    """Returns what writes the model's tokenizer; None, with a note, if it has no tokenizer.
 
-    Tried out at once: a tokenizer that cannot be written must not be found after the work.
+    The tokenizer is written once for a test, so that an error is found before the work begins.
     """
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -186,7 +253,13 @@ def tokenizer_writer(model: Model) -> Callable[[Path], None] | None:
 
 
 def estimated_bytes(model: Model, keep: float, dtype: str | None) -> int:
-    """What the compressed weights will take on disk."""
+    """Estimates the bytes of a compressed model on disk.
+
+    Args:
+      model: the original model.
+      keep: fraction of the block linear weights that is stored.
+      dtype: dtype that is stored; None: as in the model.
+    """
     import jax.numpy as jnp
 
     from lordjax.names import is_block_linear
@@ -209,12 +282,14 @@ def show(result: dict[str, Any]) -> None:
     method, size = result["settings"]["method"], format_bytes(result["bytes"])
     print(f"{result['output']}: {method}, {what}, {size}, {result['seconds']:.0f} s")
     if result["predicted"] is not None:
-        _show_forecast(result["predicted"], result["happened"])
+        _show_cost(result["predicted"], result["happened"])
     if calibration is not None:
         print(
-            f"calibrated on {calibration['windows']} windows of {calibration['seq_len']} tokens: "
+            f"calibrated on {calibration['windows']} sequences of {calibration['seq_len']} tokens: "
             f"{calibration['source']}"
         )
+    if (page := Path(result["output"]) / PAGE).exists():
+        print(f"report: {page}")
     if "elastic" in result["settings"]:
         print(f"next: lordjax export {result['output']} small --keep 0.7")
         return
@@ -222,8 +297,8 @@ def show(result: dict[str, Any]) -> None:
     print(f"      lordjax evaluate {result['output']} --tokens PATH")
 
 
-def _show_forecast(predicted: dict[str, Any], happened: dict[str, Any]) -> None:
-    """A line on what was expected and what came."""
+def _show_cost(predicted: dict[str, Any], happened: dict[str, Any]) -> None:
+    """Prints measured memory and time beside the predicted ones."""
     memory = predicted["memory"]["with a work directory"]["host"]
     line = (
         f"peak memory {format_bytes(happened['peak_rss_bytes'])} (expected {format_bytes(memory)})"
@@ -234,4 +309,4 @@ def _show_forecast(predicted: dict[str, Any], happened: dict[str, Any]) -> None:
     print(line)
     for name, row in happened.get("devices", {}).items():
         each = ", ".join(f"{share:.2f}" for share in row["shares"])
-        print(f"{name}: {row['seconds']:.1f} s; of its operations each device did {each}")
+        print(f"{name}: {row['seconds']:.1f} s; share of each device in its operations: {each}")

@@ -1,4 +1,4 @@
-"""``lordjax convert``: another format, dtype or number of files, and the same model."""
+"""``lordjax convert``: writes a model in another format, dtype or number of files."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _native(
     from lordjax.storage import checkpoint, saved_model
 
     params = model.params()
-    with np.errstate(over="ignore"):  # what overflows is reported below
+    with np.errstate(over="ignore"):  # overflows are reported below
         params = params if dtype is None else astype(params, dtype)
     _check_finite(params)
     saved = model.source if isinstance(model.source, saved_model.Saved) else None
@@ -73,7 +73,7 @@ FORMATS = {"native": _native, "hf": _hf}
 
 
 def _check_finite(params: Any) -> None:
-    """Raises ValueError if a value is not finite; names the parameter."""
+    """Raises ValueError with the parameter's name if a value is not finite."""
     import jax
     import numpy as np
 
@@ -81,7 +81,9 @@ def _check_finite(params: Any) -> None:
 
     for path, leaf in trees.flatten(params).items():
         if not all(np.isfinite(np.asarray(a, np.float32)).all() for a in jax.tree.leaves(leaf)):
-            raise ValueError(f"{path} is not finite (does it overflow in {leaf.dtype}?)")
+            raise ValueError(
+                f"{path} is not finite in {leaf.dtype}; if it overflows, choose another --dtype"
+            )
 
 
 def show(result: dict[str, Any]) -> None:

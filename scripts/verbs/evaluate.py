@@ -1,4 +1,4 @@
-"""``lordjax evaluate``: perplexity of any model that can be opened."""
+"""``lordjax evaluate``: measures the perplexity of a model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def evaluate_model(
     ids, facts = read_tokens(opened, tokens, seq_len=seq_len, samples=windows, seed=0)
     from lordjax.evaluate import perplexity
 
-    # Who made the ids of an array is not known.
+    # The tokenizer of an array is not known.
     name = None if Path(tokens).suffix == ".npy" else model
     with progress_report() as progress:
         result = perplexity(

@@ -1,4 +1,4 @@
-"""``lordjax evaluate-choices``: accuracy on questions with choices."""
+"""``lordjax evaluate-choices``: measures accuracy on multiple-choice tasks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def evaluate_choices(
     max_length: int | None,
     out: str | None,
 ) -> dict[str, Any]:
-    """Measures a model on one or more sets; arguments are the flags."""
+    """Measures a model on one or more tasks; arguments are the flags."""
     settings = dict(locals())
     from lordjax.evaluate.choice_tasks import read_questions
 
@@ -52,13 +52,17 @@ def evaluate_choices(
 
 
 def located(data: str, tasks: tuple[str, ...]) -> dict[str, Path]:
-    """The file of every task: the given one, or those of a directory whose names are tasks.
+    """Returns task -> file of its questions.
+
+    Args:
+      data: a file, or a directory of files that are named after their tasks.
+      tasks: tasks that were asked for; empty: as the names of the files say.
 
     Raises:
       FileNotFoundError: if there is no such path, or a task has no file in the directory.
-      ValueError: if it is not known what the questions of a file are, or two files are one task's.
+      ValueError: if the task of a file is unknown, or two files have the same task.
     """
-    from lordjax.evaluate.choice_tasks import TASKS, task_of
+    from lordjax.evaluate.choice_tasks import TASKS, task_from_name
 
     known, path = ", ".join(TASKS), Path(data).expanduser()
     if not path.exists():
@@ -67,22 +71,26 @@ def located(data: str, tasks: tuple[str, ...]) -> dict[str, Path]:
         if task not in TASKS:
             raise ValueError(f"--task {task}: no such task; expected one of {known}")
     if path.is_file():
-        named = task_of(path)
+        named = task_from_name(path)
         if len(tasks) > 1 or not (tasks or named):
             raise ValueError(f"{data}: name its task with --task, one of {known}")
         return {(tasks or (str(named),))[0]: path}
     found: dict[str, Path] = {}
     for file in sorted(f for f in path.iterdir() if f.name.endswith(SUFFIXES)):
-        task = task_of(file)
+        task = task_from_name(file)
         if task is None or (tasks and task not in tasks):
             continue
         if task in found:
-            raise ValueError(f"{found[task]} and {file.name}: two files of {task}; give one")
+            raise ValueError(
+                f"{found[task]} and {file.name}: two files of task {task}; expected one"
+            )
         found[task] = file
     if missing := [task for task in tasks if task not in found]:
-        raise FileNotFoundError(f"{data}: no file {missing[0]}.jsonl in it, or .jsonl.gz")
+        raise FileNotFoundError(f"{data}: has no file {missing[0]}.jsonl or {missing[0]}.jsonl.gz")
     if not found:
-        raise FileNotFoundError(f"{data}: no .jsonl file in it that is named as one of {known}")
+        raise FileNotFoundError(
+            f"{data}: has no .jsonl file that is named after a task; known tasks: {known}"
+        )
     return found
 
 
@@ -96,7 +104,7 @@ def show(result: dict[str, Any]) -> None:
         protocol = found["protocol"]
         notes = [f"{protocol['questions']} questions", *protocol["notes"]]
         if protocol["truncated"]:
-            notes.append(f"{protocol['truncated']} choices lost tokens at their beginning")
+            notes.append(f"{protocol['truncated']} choices were truncated at their beginning")
         print(f"{found['task']:14} {values}  ({'; '.join(notes)})")
     print(f"{'time':14} {result['seconds']:.1f} s")
     if result["output"]:

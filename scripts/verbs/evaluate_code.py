@@ -1,4 +1,4 @@
-"""``lordjax evaluate-code``: programs that a model writes for HumanEval or MBPP, and pass@k."""
+"""``lordjax evaluate-code``: measures pass@k of a model's programs on HumanEval or MBPP."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lordjax.evaluate.pass_at_k import Complete
     from lordjax.runtime.progress import Progress
 
-KS = (1, 10, 100)  # of pass@k, those that there are samples for
+KS = (1, 10, 100)  # values of k of pass@k, as far as there are enough samples
 
 
 def evaluate_code(
@@ -34,7 +34,7 @@ def evaluate_code(
     out: str | None,
     reference: bool,
 ) -> dict[str, Any]:
-    """Measures a model, or with ``reference`` the set's own solutions; arguments are the flags."""
+    """Measures a model, or with ``reference`` the problems' own solutions; arguments are flags."""
     settings = dict(locals())
     from lordjax.evaluate import pass_at_k
     from lordjax.evaluate.code_problems import read_problems
@@ -83,10 +83,10 @@ def _check(
     out: str | None,
     reference: bool,
 ) -> None:
-    """Raises what can be known before a model is opened."""
+    """Raises ValueError for wrong flags, before a model is opened."""
     if reference != (model is None):
         raise ValueError(
-            "name a MODEL, or --reference for the set's own solutions; one of them, not both"
+            "give either a MODEL or --reference, which runs the problems' own solutions"
         )
     for name, value in {"--samples": samples, "--batch": batch, "--first": first}.items():
         if value is not None and value < 1:
@@ -101,7 +101,7 @@ def _check(
 
 
 def _completer(settings: dict[str, Any], stops: tuple[str, ...], progress: Progress) -> Complete:
-    """Completes prompts with a model, a batch at a time; opens it when it is called."""
+    """Returns a function that completes prompts in batches; it opens the model when called."""
 
     def complete(prompts: list[str]) -> list[str]:
         from lordjax.generation import completion
@@ -110,7 +110,7 @@ def _completer(settings: dict[str, Any], stops: tuple[str, ...], progress: Progr
         opened = open_model(settings["model"])
         if opened.config.head != "causal":
             raise ValueError(
-                f"{settings['model']}: a model with head {opened.config.head!r} writes no programs"
+                f"{settings['model']}: its head {opened.config.head!r} cannot generate text"
             )
         found = completion.complete(
             opened.arrays(),

@@ -1,4 +1,4 @@
-"""``lordjax export``: a model in a form that others open, and a look whether it is the same."""
+"""``lordjax export``: writes a model for another library, and compares logits there."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lordjax.scripts.opened_model import directory_bytes, open_model
 from lordjax.scripts.token_inputs import read_tokens
 from lordjax.scripts.verbs.compress import tokenizer_writer
 
-WINDOWS, WINDOW = 4, 256  # tokens that an export is verified on, unless others are given
+WINDOWS, WINDOW = 4, 256  # number and length of the windows of --verify, unless --tokens is given
 
 
 def export_model(
@@ -28,10 +28,10 @@ def export_model(
     directory = Path(out).expanduser()
     check_output(directory)
     if tokens is not None and not verify:
-        raise ValueError("--tokens are for --verify; give both or none")
+        raise ValueError("--tokens is used by --verify only; give both or none")
     if to is None:
         if keep is None or verify:
-            raise ValueError("--to says in which form: dense, factored, peft or orbax")
+            raise ValueError("--to is missing; expected dense, factored, peft or orbax")
         return _cut(model, directory, keep, start)
     opened = open_model(model)
     source = opened.stored
@@ -51,7 +51,7 @@ def export_model(
     export(source, directory, to, write_tokenizer=tokenizer_writer(opened))
     notes = []
     if to == "peft" and (rank := adapter_rank(directory)) > VLLM_RANK:
-        notes.append(f"vLLM takes adapters of this rank with --max-lora-rank {rank} only")
+        notes.append(f"vLLM needs --max-lora-rank {rank} for this adapter")
     for note in notes:
         say(f"note: {note}")
     verified = None if ids is None else verification.verify(source, directory, to, ids)
@@ -59,13 +59,16 @@ def export_model(
 
 
 def _cut(model: str, directory: Path, keep: float, start: float) -> dict[str, Any]:
-    """The model of one budget, as a directory of ours."""
+    """Cuts an elastic model to one budget and writes it as a lordjax directory."""
     from lordjax.compression import elastic
+    from lordjax.scripts.report.page import add_page
 
     opened = open_model(model)
     writer = tokenizer_writer(opened)
     with progress_report() as progress:
-        elastic.export(opened.path, directory, keep, write_tokenizer=writer, progress=progress)
+        elastic.export(
+            opened.path, directory, keep, write_tokenizer=writer, also=add_page, progress=progress
+        )
     return _summary(directory, "lordjax", start)
 
 
@@ -90,5 +93,5 @@ def show(result: dict[str, Any]) -> None:
             f"{found['tolerance']:.2e}, on {found['windows']} windows"
         )
         if "perplexity" in found:
-            change = f"{found['perplexity_difference']:+.1e} of ours"
+            change = f"relative difference {found['perplexity_difference']:+.1e}"
             print(f"perplexity {found['perplexity']:.4f}, {change}")

@@ -1,4 +1,4 @@
-"""``lordjax finetune``: open, read examples, train, write; and ``lordjax merge``."""
+"""``lordjax finetune``: reads examples, trains a model and writes it."""
 
 from __future__ import annotations
 
@@ -9,15 +9,20 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from lordjax.kernels.base import nbytes
 from lordjax.scripts.console import check_output, format_bytes, say
 from lordjax.scripts.opened_model import Model, open_model
 from lordjax.scripts.token_inputs import window_length
 
+if TYPE_CHECKING:
+    from lordjax.finetune.step import Settings
+
 TASKS = ("text", "instructions", "classes")
 BY_SUFFIX = {".tsv": "classes", ".json": "instructions"}
 CURVE = "loss.png"
+DISTILL = 0.5  # weight of the teacher, unless --distill gives one
 
 
 def finetune_model(
@@ -42,82 +47,126 @@ def finetune_model(
 ) -> dict[str, Any]:
     """Fine-tunes a model into a directory; arguments are the flags. Returns the summary."""
     start = time.perf_counter()
-    from lordjax.data import examples
-    from lordjax.evaluate.classification import classify
     from lordjax.finetune import adapters
     from lordjax.finetune.recipes import changed, named
-    from lordjax.finetune.step import Settings
-    from lordjax.finetune.training_run import METRICS, Keeping, train
-    from lordjax.runtime.mesh import make_mesh
-    from lordjax.storage import checkpoint
+    from lordjax.finetune.training_run import CheckpointPolicy, train
 
     directory = Path(out).expanduser()
     check_output(directory)
-    row = changed(named(recipe), rank=rank, **options)
-    if distill is not None and teacher is None:
-        raise ValueError("--distill is the weight of a --teacher; name one")
-    weight = (0.5 if distill is None else distill) if teacher else 0.0
-    names = {field.name for field in dataclasses.fields(Settings)}
-    settings = Settings(**{k: v for k, v in options.items() if k in names}, distill=weight)
-    settings.check()
+    method = changed(named(recipe), rank=rank, **options)
+    settings = _settings(options, teacher, distill)
     opened = open_model(model)
     found, config, params, hf_config = _task(opened, data, task, seq_len, validation, settings.seed)
-    examples.check(config, found.train)
-    about = {
-        "model": _identity(opened),
-        "recipe_name": recipe,
-        "data": found.facts,
-        "teacher": teacher,
-    }
+    about = _about(opened, recipe, found, teacher)
     folder = Path(run).expanduser() if run else directory.with_name(f"{directory.name}.run")
+    job = config, params, found, method
     with _progress(settings.steps) as report:
         trained = train(
-            config,
-            params,
-            found,
-            row,
+            *job,
             settings,
             folder,
             about=about,
-            keeping=Keeping(every, last),
+            keeping=CheckpointPolicy(every, last),
             resume=resume,
             teacher=_teacher(teacher, config),
-            mesh=None if devices is None else make_mesh({"data": devices}),
+            mesh=_mesh(devices),
             report=report,
         )
     new = trained.params if keep_adapters else adapters.merge(trained.params)
-    summary = _summary(trained)
-    if config.head == "classes" and found.validation.size:
-        summary["scores"] = classify(config, new, found.validation)[1]
-    picture = folder / CURVE
-    draw(trained.history, picture)
-
-    def beside(stage: Path) -> None:
-        opened.write_tokenizer(stage)
-        for path in (folder / METRICS, picture):
-            shutil.copy(path, stage / path.name)
-
-    everything = {
-        **about,
-        "settings": dataclasses.asdict(settings),
-        "recipe": dataclasses.asdict(row),
-    }
-    report_json = {"finetune": {**everything, **summary}}
-    checkpoint.save(
-        directory, config, new, hf_config=hf_config, report=report_json, write_tokenizer=beside
-    )
+    summary = _summary(trained) | _scores(config, new, found.validation)
+    details = {"settings": dataclasses.asdict(settings), "recipe": dataclasses.asdict(method)}
+    draw(trained.history, folder / CURVE)
+    _save(directory, (config, new, hf_config), opened, folder, {**about, **details, **summary})
     return {
         "output": str(directory),
         "run": str(folder),
         **summary,
-        "bytes": checkpoint.nbytes(new),
+        "bytes": nbytes(new),
         "seconds": time.perf_counter() - start,
         "recipe": recipe,
     }
 
 
+def _settings(options: dict[str, Any], teacher: str | None, distill: float | None) -> Settings:
+    """The settings of training that the flags give.
+
+    Raises:
+      ValueError: if a setting is out of range, or ``--distill`` has no ``--teacher``.
+    """
+    from lordjax.finetune.step import Settings
+
+    if distill is not None and teacher is None:
+        raise ValueError("--distill is the weight of a --teacher; name one")
+    weight = (DISTILL if distill is None else distill) if teacher else 0.0
+    names = {field.name for field in dataclasses.fields(Settings)}
+    settings = Settings(**{k: v for k, v in options.items() if k in names}, distill=weight)
+    settings.check()
+    return settings
+
+
+def _scores(config: Any, params: Any, validation: Any) -> dict[str, Any]:
+    """Scores of a classifier on the held-out examples; empty if there are none."""
+    from lordjax.evaluate.classification import classify
+
+    if config.head != "classes" or not validation.size:
+        return {}
+    return {"scores": classify(config, params, validation)[1]}
+
+
+def _save(
+    directory: Path,
+    model: tuple[Any, Any, dict[str, Any]],
+    opened: Model,
+    folder: Path,
+    report: dict[str, Any],
+) -> None:
+    """Writes the trained model, with the tokenizer, the metrics and the loss curve of the run.
+
+    Args:
+      directory: where the model is written.
+      model: its config, its parameters and its config in Hugging Face's format.
+      opened: the model that was trained, whose tokenizer is copied.
+      folder: directory of the run.
+      report: content of ``report.json`` under ``finetune``.
+    """
+    from lordjax.finetune.training_run import METRICS
+    from lordjax.storage import checkpoint
+
+    def write_beside(stage: Path) -> None:
+        opened.write_tokenizer(stage)
+        for path in (folder / METRICS, folder / CURVE):
+            shutil.copy(path, stage / path.name)
+
+    config, params, hf_config = model
+    checkpoint.save(
+        directory,
+        config,
+        params,
+        hf_config=hf_config,
+        report={"finetune": report},
+        write_tokenizer=write_beside,
+    )
+
+
+def _mesh(devices: int | None) -> Any:
+    """A mesh of so many devices; None for one device."""
+    from lordjax.runtime.mesh import make_mesh
+
+    return None if devices is None else make_mesh({"data": devices})
+
+
+def _about(opened: Model, recipe: str, found: Any, teacher: str | None) -> dict[str, Any]:
+    """What a run is about: a resumed run must have the same."""
+    return {
+        "model": _identity(opened),
+        "recipe_name": recipe,
+        "data": found.facts,
+        "teacher": teacher,
+    }
+
+
 def _identity(opened: Model) -> dict[str, Any]:
-    """What a resumed run must have in common: not the path alone, which may hold another model."""
+    """What a resumed run must have in common: more than a path, which may hold another model."""
     leaves = {path: list(leaf.shape) for path, leaf in opened.leaves().items()}
     files = [opened.path] if opened.path.is_file() else sorted(opened.path.glob("*.safetensors"))
     stats = [file.stat() for file in files]
@@ -129,21 +178,35 @@ def _identity(opened: Model) -> dict[str, Any]:
 
 
 def _teacher(name: str | None, config: Any) -> Any:
+    """Parameters of the teacher; None without one."""
     if name is None:
         return None
     opened = open_model(name)
     if opened.config != config:
         raise ValueError(
-            f"{name}: not of the architecture of the model that is trained; take the model that it "
-            "was compressed from"
+            f"--teacher {name}: has another architecture than the model that is trained; give the "
+            "original model that it was compressed from"
         )
     return opened.params()
 
 
+Task = tuple[Any, Any, Any, dict[str, Any]]  # examples; config, parameters and HF config of a model
+
+
 def _task(
     opened: Model, path: str, task: str | None, seq_len: int | None, share: float, seed: int
-) -> tuple[Any, Any, Any, dict[str, Any]]:
-    """Examples, and the model with the head that they need."""
+) -> Task:
+    """The examples, checked; and the model with the head that they need."""
+    from lordjax.data import examples
+
+    found, config, params, hf_config = _read_task(opened, path, task, seq_len, share, seed)
+    examples.check(config, found.train)
+    return found, config, params, hf_config
+
+
+def _read_task(
+    opened: Model, path: str, task: str | None, seq_len: int | None, share: float, seed: int
+) -> Task:
     import jax
 
     from lordjax.conversions.families.registry import with_labels
@@ -161,7 +224,9 @@ def _task(
         "seed": seed,
     }
     if task != "classes" and config.head != "causal":
-        raise ValueError(f"{opened.name}: head {config.head!r}; only classes can be trained")
+        raise ValueError(
+            f"{opened.name}: its head {config.head!r} can only be trained with --task classes"
+        )
     if task == "text":
         return examples.packed(path, **given), config, params, hf_config
     if task == "instructions":
@@ -174,14 +239,14 @@ def _task(
 
 
 def _named_classes(config: Any, hf_config: dict[str, Any]) -> list[str] | None:
-    """The names that a classifier has for its classes; None: just numbers."""
+    """The names of a classifier's classes; None if they are only numbers."""
     known = hf_config.get("id2label") if config.head == "classes" else None
     names = [] if known is None else [known[key] for key in sorted(known, key=int)]
     return None if all(name.startswith("LABEL_") for name in names) else names
 
 
 def _summary(trained: Any) -> dict[str, Any]:
-    """Nats at the start, at the end and at best; tokens and seconds of the steps."""
+    """Validation loss before training and at the best step; targets per second."""
     held = [(line["step"], line["validation"]) for line in trained.history if "validation" in line]
     steps = [line for line in trained.history if "nll" in line]
     # The first step compiles.
@@ -199,7 +264,7 @@ def _summary(trained: Any) -> dict[str, Any]:
 
 @contextmanager
 def _progress(steps: int) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A bar on a terminal; else a line for every measurement and every ten seconds."""
+    """Progress on stderr: a bar on a terminal, else a line per validation and every 10 s."""
     seconds: list[float] = []
     last = [-10.0]
 
@@ -244,7 +309,12 @@ def _progress(steps: int) -> Iterator[Callable[[dict[str, Any]], None]]:
 
 
 def draw(history: list[dict[str, Any]], path: Path) -> None:
-    """The curves of the loss as a picture."""
+    """Draws the training and validation loss into a picture.
+
+    Args:
+      history: lines of the metrics file.
+      path: where the picture is written; its suffix is the format.
+    """
     from matplotlib.figure import Figure
 
     axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()
@@ -270,35 +340,6 @@ def show(result: dict[str, Any]) -> None:
         )
     if "scores" in result:
         scores = ", ".join(f"{name} {value:.3f}" for name, value in result["scores"].items())
-        print(f"of the held-out examples: {scores}")
-    print(f"metrics, checkpoints and the curve of the loss: {result['run']}")
+        print(f"scores on the held-out examples: {scores}")
+    print(f"metrics, checkpoints and loss curve: {result['run']}")
     print(f"next: lordjax evaluate {result['output']} --tokens PATH")
-
-
-def merge_model(model: str, out: str, *, to: str) -> dict[str, Any]:
-    """Folds adapters in; arguments are the flags. Returns the summary."""
-    from lordjax.finetune import adapters
-    from lordjax.kernels.base import materialize, nbytes
-    from lordjax.kernels.kinds import astype
-    from lordjax.storage import checkpoint
-
-    directory = Path(out).expanduser()
-    check_output(directory)
-    opened = open_model(model)
-    params = opened.params()
-    new = adapters.merge(params) if to == "factors" else materialize(params)
-    new = new if opened.stored_dtype is None else astype(new, opened.stored_dtype)
-    checkpoint.save(
-        directory,
-        opened.config,
-        new,
-        hf_config=opened.hf_config,
-        write_tokenizer=opened.write_tokenizer,
-    )
-    return {"output": str(directory), "bytes_before": nbytes(params), "bytes": nbytes(new)}
-
-
-def show_merged(result: dict[str, Any]) -> None:
-    """Prints the summary for people."""
-    before, now = format_bytes(result["bytes_before"]), format_bytes(result["bytes"])
-    print(f"{result['output']}: {before} before, {now} now")

@@ -1,4 +1,4 @@
-"""``lordjax generate``: text that continues a prompt, or answers in a talk."""
+"""``lordjax generate``: continues a prompt, or answers in a conversation."""
 
 from __future__ import annotations
 
@@ -29,14 +29,19 @@ def generate_model(
     interactive: bool,
     quiet: bool,
 ) -> dict[str, Any]:
-    """Generates, and shows the text as it comes unless ``quiet``; arguments are the flags."""
+    """Generates text; arguments are the flags.
+
+    The text is printed while it is generated, unless ``quiet``.
+    """
     from lordjax.generation.sampling import Sampling
     from lordjax.runtime.progress import peak_rss
 
     if (prompt is None) != interactive:
-        raise ValueError("give a PROMPT ('-' reads it from standard input), or --interactive")
+        raise ValueError(
+            "give a PROMPT ('-' reads it from standard input) or --interactive, not both"
+        )
     if interactive and quiet:
-        raise ValueError("--interactive shows text as it comes; leave --json out")
+        raise ValueError("--interactive prints text while it is generated; leave --json out")
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
     writer = Writer(open_model(model), sampling, max_new_tokens, stop, seed, chat=chat)
     if interactive:
@@ -53,9 +58,9 @@ def generate_model(
 
 
 def talk(writer: Writer) -> dict[str, Any]:
-    """Reads lines until the input ends; each is answered with what was said before in mind."""
+    """Answers lines from stdin until they end; every answer sees the conversation so far."""
     messages: list[dict[str, str]] = []
-    say("one line a turn; an empty line or the end of the input ends the talk")
+    say("write one line per turn; an empty line or the end of the input ends the conversation")
     while line := _line():
         messages.append({"role": "user", "content": line})
         answer = ""
@@ -74,9 +79,9 @@ def _line() -> str:
 
 
 class Writer:
-    """A model, its tokenizer and how tokens are chosen.
+    """A model that answers messages, with its tokenizer and sampling.
 
-    With a chat template turns are written as it says; without one they just follow each other.
+    With ``chat`` the tokenizer's chat template formats the messages; else they are concatenated.
     """
 
     def __init__(
@@ -102,7 +107,7 @@ class Writer:
         }
 
     def answer(self, messages: list[dict[str, str]]) -> Iterator[str]:
-        """The answer to the last of the messages, as it comes."""
+        """Yields the answer to the last message, piece by piece."""
         from lordjax.generation.completion import pieces, tokenize
 
         if self._chat:
@@ -116,6 +121,6 @@ class Writer:
 
 
 def show(result: dict[str, Any]) -> None:
-    """Ends the line: the text was shown as it came."""
+    """Ends the line of the text, which was printed while it was generated."""
     if "text" in result:
         print(flush=True)

@@ -1,165 +1,193 @@
-"""``lordjax plan``: what a compressed model will weigh and cost, before anything is paid."""
+"""``lordjax plan``: size and cost of a compressed model, before any weights are read."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lordjax.forecast.predict import EXACT, asked, cost
+from lordjax.forecast import machine_rates
+from lordjax.forecast.job_settings import EXACT, parse_settings
+from lordjax.forecast.predict import cost
+from lordjax.forecast.quantized_cost import QuantizationSpec
+from lordjax.forecast.shapes import dense_shapes, multiplications, outline, stored
 from lordjax.scripts.console import format_bytes
 from lordjax.scripts.jobs import QUANTIZED, job_of
 from lordjax.scripts.opened_model import quiet_transformers
+from lordjax.scripts.token_inputs import WINDOW
 
 if TYPE_CHECKING:
     from lordjax.allocation.plan import Plan
+    from lordjax.forecast.job import CalibrationSpec
     from lordjax.models.config import ModelConfig
     from lordjax.models.source import InMemory
 
 STORED = ("float32", "bfloat16", "float16")
+COMPRESSION_OPTIONS = (
+    *("keep", "ranks", "allocation", "temperature", "prefix", "elastic"),
+    *("dtype", "factors", *QUANTIZED),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class FineTuning:
+    """The flags of a fine-tuning step whose memory is predicted.
+
+    Attributes:
+      recipe: a key of `RECIPES`.
+      rank: rank of new adapters; None: the recipe's.
+      batch: examples of a step.
+      accumulate: micro-batches of a step; None: the default of ``lordjax finetune``.
+    """
+
+    recipe: str
+    rank: int | None
+    batch: int
+    accumulate: int | None
 
 
 def plan_model(
     model: str,
     *,
     method: str,
-    keep: float | None,
-    ranks: dict[str, int] | None,
-    allocation: str | None,
     seq_len: int | None,
-    dtype: str | None,
     recipe: str | None,
     batch: int,
     accumulate: int | None,
     rank: int | None,
     samples: int = 64,
-    prefix: str | None = None,
-    temperature: float | None = None,
     measure: bool = True,
-    elastic: bool | None = None,
     mesh: str | None = None,
     num_processes: int = 1,
-    **coding: Any,
+    **options: Any,
 ) -> dict[str, Any]:
     """Counts weights, bytes, operations, memory and seconds; arguments are the flags.
 
-    Of the model its config and the headers of its files are read. ``coding`` are those of methods
-    with codes.
+    Only the model's config and the headers of its files are read. ``options`` are those of
+    `COMPRESSION_OPTIONS`, where ``rank`` is one if no recipe is given.
 
     Raises:
       KeyError: if the method, the policy or a layer of ``ranks`` is unknown.
       ValueError: if ranks do not fit, or the budget cannot be met.
     """
-    from lordjax.forecast import machine_rates
-    from lordjax.forecast import shapes as sizing
-    from lordjax.scripts.token_inputs import WINDOW
     from lordjax.storage.saved_model import is_compressed
 
     quiet_transformers()
     if is_compressed(Path(model).expanduser()):
         raise ValueError(f"{model}: is compressed already; give the original model")
-    options = {"keep": keep, "ranks": ranks, "temperature": temperature, "prefix": prefix}
-    options |= {"allocation": allocation, "dtype": dtype, "elastic": elastic, **coding}
+    options = dict.fromkeys(COMPRESSION_OPTIONS) | options
     options |= {"rank": None if recipe is not None else rank}
-    options = dict.fromkeys((*QUANTIZED, "factors")) | options
-    job_of(method, options)  # what is wrong with the options is found before a model is opened
-    config, source, stored_dtype = open_shapes(model, dtype)
+    job_of(method, options)  # finds wrong options before a model is opened
+    config, source, stored_dtype = open_shapes(model, options["dtype"])
     _, settings, needs_tokens, _ = job_of(method, options, stored_dtype)
     length = seq_len or min(WINDOW, config.max_positions)
-    shape = (samples if needs_tokens else 0, length)
+    calibration = (samples if needs_tokens else 0, length)
     settings = {"method": method, **settings} | ({} if mesh is None else {"mesh": mesh})
-    job, after, sure, plan = asked(config, source, shape, settings)
+    job, after, sure, plan = parse_settings(config, source, calibration, settings)
     rates = machine_rates.measure_rates() if measure else None
     found = {
         "model": model,
         "settings": settings
         | {"policy": _policy(settings, plan, sure)}
-        | {"samples": shape[0], "seq_len": length},
+        | {"samples": calibration[0], "seq_len": length},
         "before": _counts(source.params, config, length),
         "after": _counts(after, config, length),
-        "ranks": plan.ranks if plan else {path: o.rank for path, o in job.options.items()},
-        "formats": {} if plan else {path: str(o.form) for path, o in job.options.items()},
+        **_ranks_and_formats(job, plan),
         "ranks_are": sure,
         "cost": cost(job, source, after, rates, mesh, num_processes),
     }
     if recipe is not None:
-        if plan is None:
-            raise ValueError(f"--finetune counts factor pairs; method {method!r} makes codes")
-        if sure != EXACT:
-            raise ValueError(
-                "--finetune needs ranks, which depend on calibration data here; give --ranks, or "
-                "an --allocation that needs none"
-            )
-        stored = dtype or "float32"
-        memory = {"recipe": recipe, "rank": rank, "batch": batch, "accumulate": accumulate}
-        from lordjax.allocation.plan import Plan
-
-        untouched = Plan(method, dict.fromkeys(plan.ranks), 1.0, "uniform")
-        for name, tree in (("before", untouched), ("after", plan)):
-            shapes = sizing.outline(config, tree)
-            memory[name] = _memory(config, shapes, recipe, rank, batch, accumulate, length, stored)
-        found["finetune"] = memory
+        step = FineTuning(recipe, rank, batch, accumulate)
+        dtype = options["dtype"] or "float32"
+        found["finetune"] = _fine_tuning_memory(
+            config, method, _exact_plan(method, plan, sure), step, length, dtype
+        )
     return found
 
 
+def _ranks_and_formats(job: CalibrationSpec, plan: Plan | None) -> dict[str, Any]:
+    """Rank of every site; and its format, if the method quantizes."""
+    if plan is not None:
+        return {"ranks": plan.ranks, "formats": {}}
+    assert isinstance(job, QuantizationSpec)
+    return {
+        "ranks": {path: chosen.rank for path, chosen in job.options.items()},
+        "formats": {path: str(chosen.form) for path, chosen in job.options.items()},
+    }
+
+
 def _policy(settings: dict[str, Any], plan: Plan | None, sure: str) -> str:
-    """How a budget is shared out."""
+    """The policy or solver that allocates the budget."""
     if plan is None:
         return "uniform" if settings["form"] else settings["solver"]
     return plan.policy if sure == EXACT else settings["allocation"]
 
 
 def open_shapes(model: str, dtype: str | None) -> tuple[ModelConfig, InMemory, str | None]:
-    """A model's config, its parameters as shapes in the dtypes that are stored, and `stored_dtype`.
+    """Returns a model's config, its parameters as shapes, and `Model.stored_dtype`.
 
-    Of a directory of safetensors their headers are read, else the config alone; then all is of the
-    config's dtype, or of the one that is asked for.
+    Args:
+      model: a GGUF file, a Hugging Face directory or hub id, or a ``config.json``. Headers of GGUF
+        and safetensors files are read. Otherwise only the config is read.
+      dtype: dtype of all parameters if only the config is read; None: the config's dtype.
     """
     from lordjax.conversions.readers.checkpoint import open_checkpoint, read_config
-    from lordjax.forecast import shapes as sizing
+    from lordjax.kernels import trees
 
     path = Path(model).expanduser()
     if path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.safetensors*"))):
         opened = open_checkpoint(path)
-        before = sizing.stored(opened.config, opened.leaves())
+        before = stored(opened.config, opened.leaves())
         return opened.config, before, opened.stored_dtype
     hf_config, config = read_config(model)
     own = hf_config.get("dtype") or hf_config.get("torch_dtype")
     used = dtype or (own if own in STORED else "float32")
-    return config, sizing.stored(config, _leaves(sizing.shapes(config)), used), None
+    return config, stored(config, trees.flatten(dense_shapes(config).params), used), None
 
 
-def _leaves(source: InMemory) -> dict[str, Any]:
-    from lordjax.kernels import trees
+def _exact_plan(method: str, plan: Plan | None, sure: str) -> Plan:
+    """The plan, if the memory of fine-tuning can be predicted from it.
 
-    return trees.flatten(source.params)
+    Raises:
+      ValueError: if the method quantizes, or its ranks depend on calibration data.
+    """
+    if plan is None:
+        raise ValueError(
+            f"--finetune predicts the memory of training low-rank factors; method {method!r} "
+            "quantizes; choose a low-rank --method, or leave --finetune out"
+        )
+    if sure != EXACT:
+        raise ValueError(
+            "--finetune needs ranks, which depend on calibration data here; give --ranks, or "
+            "an --allocation that needs none (uniform, last-k)"
+        )
+    return plan
 
 
-def _memory(
-    config: Any,
-    shapes: Any,
-    recipe: str,
-    rank: int | None,
-    batch: int,
-    accumulate: int | None,
-    seq_len: int,
-    dtype: str,
-) -> dict[str, int]:
-    """Bytes of a step of fine-tuning."""
+def _fine_tuning_memory(
+    config: ModelConfig, method: str, plan: Plan, step: FineTuning, seq_len: int, dtype: str
+) -> dict[str, Any]:
+    """Bytes of a fine-tuning step of the original and of the compressed model."""
+    from lordjax.allocation.plan import Plan
     from lordjax.finetune.memory import predict
     from lordjax.finetune.recipes import changed, named
     from lordjax.finetune.step import Settings
 
-    settings = Settings(1, batch, accumulate, dtype=dtype)
+    settings = Settings(1, step.batch, step.accumulate, dtype=dtype)
     settings.check()
-    return predict(config, shapes, changed(named(recipe), rank=rank), settings, seq_len)
+    recipe = changed(named(step.recipe), rank=step.rank)
+    original = Plan(method, dict.fromkeys(plan.ranks), 1.0, "uniform")
+    return dataclasses.asdict(step) | {
+        name: predict(config, outline(config, ranks), recipe, settings, seq_len)
+        for name, ranks in (("before", original), ("after", plan))
+    }
 
 
-def _counts(tree: Any, config: Any, seq_len: int) -> dict[str, int]:
-    """Of a model's shapes: parameters, block linear weights, bytes, multiplications."""
+def _counts(tree: Any, config: ModelConfig, seq_len: int) -> dict[str, int]:
+    """Parameters, block linear weights, bytes and multiplications of a model's shapes."""
     import jax.numpy as jnp
 
-    from lordjax.forecast import shapes as sizing
     from lordjax.kernels import trees
     from lordjax.kernels.base import nbytes
     from lordjax.kernels.kinds import weights
@@ -173,7 +201,7 @@ def _counts(tree: Any, config: Any, seq_len: int) -> dict[str, int]:
             weights(a) for path, a in flat.items() if is_block_linear(path)
         ),
         "bytes": nbytes(tree),
-        "multiplications": sizing.multiplications(config, tree, seq_len),
+        "multiplications": multiplications(config, tree, seq_len),
     }
 
 
@@ -188,7 +216,7 @@ def show(result: dict[str, Any]) -> None:
         name = names.get(key, key.replace("_", " "))
         print(f"{name:30}{count:>22,}{after[key]:>22,}{after[key] / count:>8.4f}")
     if memory := result.get("finetune"):
-        print(f"\n{memory['recipe']}, {memory['batch']} examples, bytes of a step:")
+        print(f"\nbytes of a fine-tuning step ({memory['recipe']}, {memory['batch']} examples):")
         for key, count in memory["before"].items():
             ratio = memory["after"][key] / max(count, 1)
             print(f"{key:30}{count:>22,}{memory['after'][key]:>22,}{ratio:>8.4f}")
@@ -200,8 +228,9 @@ def _show_ranks(result: dict[str, Any]) -> None:
     from lordjax.names import layer_type
 
     if result["ranks_are"] != EXACT:
-        print(f"\nranks and what follows from them: {result['ranks_are']}")
-    forms, nothing = result["formats"], "no product" if result["formats"] else "dense"
+        what = "formats" if result["formats"] else "ranks"
+        print(f"\n{what}, and all that depends on them: {result['ranks_are']}")
+    forms, nothing = result["formats"], "none" if result["formats"] else "dense"
     print(f"\n{'layer':24}{'rank':>12}{'blocks':>8}")
     found = Counter(
         (layer_type(path), forms.get(path, ""), rank) for path, rank in result["ranks"].items()
@@ -213,7 +242,7 @@ def _show_ranks(result: dict[str, Any]) -> None:
 def _show_cost(found: dict[str, Any], settings: dict[str, Any]) -> None:
     seconds = found.get("seconds", {})
     if settings["samples"]:
-        print(f"\n{settings['samples']} windows of {settings['seq_len']} tokens")
+        print(f"\n{settings['samples']} calibration sequences of {settings['seq_len']} tokens")
     else:
         print("\nno calibration")
     print(f"{'stage':24}{'TFLOP':>12}{'seconds':>12}")
@@ -226,23 +255,22 @@ def _show_cost(found: dict[str, Any], settings: dict[str, Any]) -> None:
     if seconds:
         low, high = found["range"]
         print(
-            f"expected: {duration(low)} to {duration(high)} on this machine as busy as it is now, "
-            f"about {duration(seconds['compiling'])} of it compiling; reading calibration data is "
-            "not counted"
+            f"expected time: {duration(low)} to {duration(high)} on this machine under its current "
+            f"load, about {duration(seconds['compiling'])} of it compiling; reading calibration "
+            "data is not included"
         )
     for name, row in found.get("devices", {}).items():
-        print(f"share of each device, {name}: {', '.join(f'{s:.2f}' for s in row['shares'])}")
+        print(f"share of each device in {name}: {', '.join(f'{s:.2f}' for s in row['shares'])}")
     for name, memory in found["memory"].items():
         where = "each device" if "devices" in found else "the device"
         device = f", {format_bytes(memory['device'])} on {where}" if memory["device"] else ""
-        disk = f", {format_bytes(memory['disk'])} of disk" if "disk" in memory else ""
-        print(
-            f"peak memory {name}: {format_bytes(memory['host'])}{device}{disk} ({memory['stage']})"
-        )
+        disk = f", {format_bytes(memory['disk'])} on disk" if "disk" in memory else ""
+        stage = f"in stage {memory['stage']}"
+        print(f"peak memory {name}: {format_bytes(memory['host'])}{device}{disk} ({stage})")
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people read them: ``44 s``, ``12 min``, ``3.2 h``, ``12 days``."""
+    """Formats seconds for people: ``44 s``, ``12 min``, ``3.2 h``, ``12 days``."""
     for unit, length, most in (("s", 1, 120), ("min", 60, 120), ("h", 3600, 48)):
         if seconds < most * length:
             return (

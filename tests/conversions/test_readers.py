@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from lordjax.conversions.readers import tensor_files
 from lordjax.conversions.readers.checkpoint import open_checkpoint
-from lordjax.forecast import peak_memory
+from lordjax.forecast import stage_memory
 from lordjax.kernels.trees import flatten
 
 torch = pytest.importorskip("torch")
@@ -100,7 +100,7 @@ def test_what_was_read_of_files_does_not_stay_mapped(directory, kind, monkeypatc
 
 
 def test_the_forecast_counts_the_pages_that_stay_mapped():
-    assert peak_memory.PAGES == tensor_files.PAGES
+    assert stage_memory.PAGES == tensor_files.PAGES
 
 
 def test_a_file_that_cannot_be_mapped_is_read_once(directory, monkeypatch):

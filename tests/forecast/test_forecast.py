@@ -14,7 +14,7 @@ from rates import RATES
 
 from lordjax.compression.low_rank import compress
 from lordjax.conversions.families.registry import tensor_table
-from lordjax.forecast import machine_rates, peak_memory, predict, shapes
+from lordjax.forecast import job_settings, machine_rates, peak_memory, predict, shapes
 from lordjax.forecast.job import CompressionSpec
 from lordjax.forecast.low_rank_cost import stages
 from lordjax.forecast.seconds import seconds
@@ -72,7 +72,7 @@ def test_a_model_larger_than_memory_and_disk(tmp_path):
     assert sum(file.stat().st_blocks for file in tmp_path.iterdir()) * 512 < 2**22
     assert found["before"]["bytes"] == 2 * found["before"]["parameters"] > 137e9
     assert 0.65 < found["after"]["bytes"] / found["before"]["bytes"] < 0.75
-    assert found["ranks_are"] == predict.EXACT
+    assert found["ranks_are"] == job_settings.EXACT
     memory = found["cost"]["memory"]
     assert memory["in memory"]["host"] > 137e9 > 2 * memory["with a work directory"]["host"]
     assert memory["with a work directory"]["disk"] > found["after"]["bytes"]
@@ -100,6 +100,7 @@ def test_damaged_headers_are_named(tmp_path):
         plan_model(str(tmp_path), method="svd", keep=0.7, **OPTIONS)
 
 
+@pytest.mark.quick("svd-*-None", "modegpt-published-*-float16")
 @pytest.mark.parametrize("dtype", [None, "float16"])
 @pytest.mark.parametrize(
     "name", ["gpt2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gemma2", "roberta"))]
@@ -124,7 +125,7 @@ def test_bytes_are_those_that_come_out(method, policy, name, dtype):
     tokens = np.random.default_rng(0).integers(0, 61, (6, 24))
     settings = {"method": method, "allocation": policy, "keep": 0.7, "dtype": dtype}
     result = compress(model, tokens, mask_token=1, **settings)
-    plan, exact = predict.planned(model.config, method, 0.7, None, policy)
+    plan, exact = job_settings.plan_or_estimate(model.config, method, 0.7, None, policy)
     assert exact
     assert plan.ranks == result.plan.ranks
     stored = shapes.stored(model.config, table, dtype)
@@ -134,19 +135,19 @@ def test_bytes_are_those_that_come_out(method, policy, name, dtype):
 
 def job(layers=2, **options):
     config = dataclasses.replace(BLOCKS["qwen3"], num_layers=layers)
-    return CompressionSpec(config, "lord", **({"windows": 16, "length": 40} | options))
+    return CompressionSpec(config, "lord", **({"sequences": 16, "length": 40} | options))
 
 
 def memory(of):
-    plan = predict.planned(of.config, of.method, 0.7, None, "uniform")[0]
-    before = shapes.shapes(of.config).params
+    plan = job_settings.plan_or_estimate(of.config, of.method, 0.7, None, "uniform")[0]
+    before = shapes.dense_shapes(of.config).params
     return peak_memory.memory(of, stages(of), before, shapes.outline(of.config, plan))
 
 
 def test_memory_with_a_work_directory_does_not_grow_with_depth():
     few, many = memory(job(2)), memory(job(32))
     grown = {name: many[name]["host"] - few[name]["host"] for name in few}
-    weights = nbytes(shapes.shapes(job(32).config).params)
+    weights = nbytes(shapes.dense_shapes(job(32).config).params)
     assert grown["in memory"] > weights / 2
     assert grown["with a work directory"] < weights / 32
     assert many["with a work directory"]["disk"] > few["with a work directory"]["disk"]
@@ -156,10 +157,10 @@ def test_memory_with_a_work_directory_does_not_grow_with_depth():
 
 
 def test_memory_grows_with_windows_only_where_states_stay():
-    few, many = memory(job(windows=16)), memory(job(windows=4096))
+    few, many = memory(job(sequences=16)), memory(job(sequences=4096))
     assert few["in memory"]["host"] < many["in memory"]["host"]
     kind = "with a work directory"
-    states = {n: memory(job(windows=n))[kind]["parts"]["statistics"] for n in (64, 4096)}
+    states = {n: memory(job(sequences=n))[kind]["parts"]["statistics"] for n in (64, 4096)}
     assert states[64] == states[4096]
 
 
@@ -174,6 +175,7 @@ def test_seconds_are_work_over_rate():
     assert fast["total"] == found["total"] / 2
 
 
+@pytest.mark.quick("lord", "modegpt-published")
 @pytest.mark.parametrize("method", ["lord", "modegpt-cr", "modegpt-published", "fwsvd", "rom"])
 def test_every_kind_of_work_has_a_rate(method):
     found = seconds(stages(CompressionSpec(BLOCKS["gpt2"], method, 16, 40)), RATES)
@@ -190,7 +192,7 @@ def test_rates_of_eigendecompositions_lie_on_a_line():
 
 
 def test_no_rate_of_unknown_work():
-    with pytest.raises(KeyError, match="no rate of 'prayer'; measured were"):
+    with pytest.raises(KeyError, match="no measured rate for 'prayer'; expected one of"):
         machine_rates.rate(RATES, "prayer")
 
 
@@ -206,7 +208,7 @@ def test_measured_rates_are_those_that_are_needed(monkeypatch, tmp_path):
 def test_small_jobs_are_not_measured(monkeypatch):
     asked = []
     monkeypatch.setattr(machine_rates, "matmul_rate", lambda: asked.append(1) or 1e11)
-    assert not predict.worth_measuring(predict.LITTLE / 2)
+    assert not predict.worth_measuring(predict.SMALL_JOB / 2)
     assert not asked
     assert not predict.worth_measuring(1e12)
     assert predict.worth_measuring(1e14)
@@ -214,10 +216,12 @@ def test_small_jobs_are_not_measured(monkeypatch):
 
 def test_ranks_that_need_data_are_labelled():
     config = BLOCKS["gpt2"]
-    plan, exact = predict.planned(config, "lord", 0.7, None, "global")
+    plan, exact = job_settings.plan_or_estimate(config, "lord", 0.7, None, "global")
     assert not exact
-    assert plan.ranks == predict.planned(config, "lord", 0.7, None, "uniform")[0].ranks
-    assert predict.planned(config, "lord", 1, None, "global")[1]
+    assert (
+        plan.ranks == job_settings.plan_or_estimate(config, "lord", 0.7, None, "uniform")[0].ranks
+    )
+    assert job_settings.plan_or_estimate(config, "lord", 1, None, "global")[1]
 
 
 def test_what_happened_is_told_in_the_forecasts_terms():
@@ -231,7 +235,7 @@ def test_what_happened_is_told_in_the_forecasts_terms():
         "peak_rss_bytes": 5,
         "bytes": 6,
     }
-    found = predict.happened(report, {"flops": {"gradients": 8e9, "factors": 3e9}})
+    found = predict.measured(report, {"flops": {"gradients": 8e9, "factors": 3e9}})
     assert found["seconds"] == {
         "gradients": 4.0,
         "statistics": 5.0,

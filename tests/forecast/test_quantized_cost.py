@@ -1,4 +1,4 @@
-"""Forecasts of codes, of elastic models and of several devices: what is counted is what runs."""
+"""Predictions for quantization, elastic models and several devices: what is counted runs."""
 
 import dataclasses
 import functools
@@ -19,8 +19,7 @@ from lordjax.calibration.observers import observe
 from lordjax.compression import quantized_matrix, quantizer
 from lordjax.compression.elastic import check_settings
 from lordjax.compression.quantized import quantize
-from lordjax.forecast import device_shares, peak_memory, predict
-from lordjax.forecast import shapes as sizing
+from lordjax.forecast import device_shares, job_settings, peak_memory, predict, shapes
 from lordjax.forecast.job import CompressionSpec
 from lordjax.forecast.low_rank_cost import stages
 from lordjax.forecast.quantized_cost import quantized_stages
@@ -32,7 +31,7 @@ from lordjax.runtime import flops
 from lordjax.runtime.mesh import make_mesh, shard_batch
 
 WINDOWS, LENGTH = 8, 24
-FLAGS = dict.fromkeys(predict.CODED)
+FLAGS = dict.fromkeys(job_settings.QUANTIZATION_SETTINGS)
 
 
 def tokens(config):
@@ -40,7 +39,7 @@ def tokens(config):
 
 
 def coded(config, method, **flags):
-    return predict.quantized_plan(config, method, WINDOWS, LENGTH, FLAGS | flags)[0]
+    return job_settings.quantized_spec(config, method, WINDOWS, LENGTH, FLAGS | flags)[0]
 
 
 def result(model, method, **flags):
@@ -48,6 +47,7 @@ def result(model, method, **flags):
     return quantize(model, tokens(model.config), method=method, mask_token=1, **used)
 
 
+@pytest.mark.quick("nf-flags0")
 @pytest.mark.parametrize(
     ("method", "flags"),
     [
@@ -60,16 +60,16 @@ def result(model, method, **flags):
 def test_bytes_are_those_that_come_out(method, flags):
     model = source("gemma2")
     settings = {"method": method, **FLAGS, **flags}
-    before = sizing.stored(model.config, trees.flatten(model.params))
-    job, after, sure, _ = predict.asked(model.config, before, (0, 0), settings)
+    before = shapes.stored(model.config, trees.flatten(model.params))
+    job, after, sure, _ = job_settings.parse_settings(model.config, before, (0, 0), settings)
     found = result(model, method, **flags)
-    assert sure == predict.EXACT
+    assert sure == job_settings.EXACT
     assert nbytes(after) == found.report["bytes"] == nbytes(found.params)
     cost = predict.cost(job, before, after, RATES)  # without calibration
     assert cost["seconds"]["decomposition"] > 0
     assert cost["memory"]["with a work directory"]["host"] > 0
-    shapes = jax.tree.map(lambda a: (a.shape, np.dtype(a.dtype)), dict(found.params))
-    assert jax.tree.map(lambda a: (a.shape, np.dtype(a.dtype)), after) == shapes
+    expected = jax.tree.map(lambda a: (a.shape, np.dtype(a.dtype)), dict(found.params))
+    assert jax.tree.map(lambda a: (a.shape, np.dtype(a.dtype)), after) == expected
 
 
 @pytest.mark.parametrize(("method", "bits"), [("nf", 3.0), ("lq", 3.4), ("auto", 5.0)])
@@ -77,14 +77,14 @@ def test_an_estimate_uses_its_budget_and_no_more(method, bits):
     config = BLOCKS["qwen3"]
     job = coded(config, method, bits=bits, rank=3 if method == "lq" else None)
     assert len(job.options) == 14
-    block = trees.flatten(sizing.shapes(config).block(0))
-    shapes = {path: block[path.split("/", 1)[1]].shape for path in job.options}
-    all_in = candidates.QUANTIZERS[method].counts_low_rank
+    block = trees.flatten(shapes.dense_shapes(config).block(0))
+    matrices = {path: block[path.split("/", 1)[1]].shape for path in job.options}
+    counted = candidates.QUANTIZERS[method].counts_low_rank
     used = sum(
-        candidates.candidate_bytes(option, shapes[path], 2, job.factors, low_rank=all_in)
+        candidates.candidate_bytes(option, matrices[path], 2, job.factors, low_rank=counted)
         for path, option in job.options.items()
     )
-    budget = bits * sum(map(math.prod, shapes.values())) / 8
+    budget = bits * sum(map(math.prod, matrices.values())) / 8
     assert 0.85 * budget < used <= budget
 
 
@@ -98,13 +98,14 @@ def counting(work, fn):
 
     @functools.wraps(fn)
     def run(*args, **kwargs):
-        shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(np.shape(a), a.dtype), args)
-        work.update(flops.count_ops(functools.partial(fn, **kwargs), *shapes))
+        given = jax.tree.map(lambda a: jax.ShapeDtypeStruct(np.shape(a), a.dtype), args)
+        work.update(flops.count_ops(functools.partial(fn, **kwargs), *given))
         return fn(*args, **kwargs)
 
     return run
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("method", "flags"),
     [
@@ -133,6 +134,7 @@ def test_a_quantisation_runs_what_was_counted(method, flags, monkeypatch):
     assert counted["select"] == pytest.approx(done["select"], rel=1e-5)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("weighting", weightings.WEIGHTINGS)
 def test_every_weighting_has_stages_seconds_and_memory(weighting):
     config = BLOCKS["qwen3"]
@@ -142,7 +144,7 @@ def test_every_weighting_has_stages_seconds_and_memory(weighting):
     assert {"predictions", "decomposition"} <= set(work)
     found = seconds(work, RATES)
     assert all(math.isfinite(n) and n > 0 for n in found.values())
-    before = sizing.shapes(config).params
+    before = shapes.dense_shapes(config).params
     found = peak_memory.memory(job, work, before, before)
     for name, parts in found["in memory"]["parts"].items():
         streamed = found["with a work directory"]["parts"][name]
@@ -153,11 +155,13 @@ def test_memory_of_codes_with_a_work_directory_does_not_grow_with_depth():
     def memory(layers):
         config = dataclasses.replace(BLOCKS["qwen3"], num_layers=layers)
         job = coded(config, "nf", form="nf4", weighting="both")
-        before = sizing.shapes(config).params
+        before = shapes.dense_shapes(config).params
         return peak_memory.memory(job, quantized_stages(job), before, before)
 
     few, many = memory(8), memory(32)
-    weights = nbytes(sizing.shapes(dataclasses.replace(BLOCKS["qwen3"], num_layers=32)).params)
+    weights = nbytes(
+        shapes.dense_shapes(dataclasses.replace(BLOCKS["qwen3"], num_layers=32)).params
+    )
     grown = {name: many[name]["host"] - few[name]["host"] for name in few}
     assert grown["in memory"] > weights / 2
     assert grown["with a work directory"] < weights / 32
@@ -168,12 +172,14 @@ def test_an_elastic_model_is_the_dense_one_with_factors():
     check_settings("lord", None)
     settings = {"method": "lord", "keep": None, "ranks": None, "allocation": "global"}
     settings |= {"temperature": None, "prefix": "dense", "factors": None, "dtype": None}
-    before = sizing.shapes(config)
+    before = shapes.dense_shapes(config)
     shape = (WINDOWS, LENGTH)
-    job, after, sure, _ = predict.asked(config, before, shape, settings | {"elastic": True})
-    assert sure == predict.EXACT
+    job, after, sure, _ = job_settings.parse_settings(
+        config, before, shape, settings | {"elastic": True}
+    )
+    assert sure == job_settings.EXACT
     assert nbytes(after) == nbytes(before.params)
-    direct, *_ = predict.asked(config, before, shape, settings | {"keep": 0.7})
+    direct, *_ = job_settings.parse_settings(config, before, shape, settings | {"keep": 0.7})
     elastic, one = stages(job), stages(direct)
     for name in ("gradients", "statistics", "factors"):
         assert flops.total(elastic[name]) == flops.total(one[name])
@@ -186,13 +192,14 @@ def test_an_elastic_model_is_the_dense_one_with_factors():
 
 def shares(job, count):
     work = stages(job)
-    return device_shares.report(device_shares.shared(job, work, count), work, {})
+    return device_shares.report(device_shares.device_work(job, work, count), work, {})
 
 
 def job(name="qwen3", windows=16, **options):
     return CompressionSpec(BLOCKS[name], "lord", windows, 40, gradient_windows=None, **options)
 
 
+@pytest.mark.quick("qwen3")
 @pytest.mark.parametrize("name", ["qwen3", "starcoder2"])
 def test_devices_share_all_but_loops(name):
     four = shares(job(name), 4)
@@ -218,21 +225,23 @@ def test_windows_that_do_not_divide_are_everybodys():
 def test_codes_are_the_first_devices():
     one = coded(BLOCKS["qwen3"], "nf", form="nf4", weighting="input")
     work = quantized_stages(one)
-    found = device_shares.report(device_shares.shared(one, work, 4), work, {"decomposition": 2.0})
+    found = device_shares.report(
+        device_shares.device_work(one, work, 4), work, {"decomposition": 2.0}
+    )
     row = found["decomposition"]
     assert row["seconds"] == 2.0
     assert row["shares"][0] > row["shares"][1] == row["shares"][3] > 0
     nothing = coded(BLOCKS["qwen3"], "nf", form="nf4")
-    parts = device_shares.shared(nothing, quantized_stages(nothing), 4)["decomposition"]
+    parts = device_shares.device_work(nothing, quantized_stages(nothing), 4)["decomposition"]
     assert not any(parts[1:])
 
 
 def test_the_compiler_leaves_loops_to_every_device():
-    """As `sharing` counts: of eight loops over sequences and heads a device runs eight."""
+    """As `device_shares` counts: of eight loops over sequences and heads a device runs eight."""
     config, mesh = BLOCKS["qwen3"], make_mesh({"data": 4})
     block = source("qwen3").block(0)
     x = shard_batch(jnp.ones((4, LENGTH, config.hidden_size)), mesh)
-    program = observe.lower(block, x, None, {}, config=config, window=None).compile()
+    program = observe.lower(block, x, None, {}, config=config, sliding_window=None).compile()
     counts = re.findall(r'known_trip_count":\{"n":"(\d+)"', program.as_text())
     assert set(counts) == {str(4 * config.num_kv_heads)}
 
@@ -240,7 +249,7 @@ def test_the_compiler_leaves_loops_to_every_device():
 def test_memory_of_devices():
     """Hidden states are shared; of what each has there are as many as devices."""
     one = job()
-    work, before = stages(one), sizing.shapes(one.config).params
+    work, before = stages(one), shapes.dense_shapes(one.config).params
     found = {n: peak_memory.memory(one, work, before, before, n)["in memory"] for n in (1, 2, 4)}
     assert found[1]["device"] == 0  # it is the host's
     assert found[2]["device"] >= found[4]["device"] > 0
@@ -248,10 +257,10 @@ def test_memory_of_devices():
 
 
 def test_a_mesh_that_cuts_blocks_is_not_forecast():
-    with pytest.raises(ValueError, match="nothing is forecast of an axis besides data"):
-        predict.devices("data=2,model=2")
-    assert predict.devices("data=4") == 4
-    assert predict.devices(None) == 1
+    with pytest.raises(ValueError, match="the cost of an axis other than data cannot be predicted"):
+        predict.device_count("data=2,model=2")
+    assert predict.device_count("data=4") == 4
+    assert predict.device_count(None) == 1
 
 
 def test_formats_of_estimates_are_those_that_a_budget_mixes():

@@ -69,6 +69,7 @@ def shapes_of(tree):
     return jax.tree.map(lambda a: (a.shape, jnp.issubdtype(a.dtype, jnp.floating)), tree)
 
 
+@pytest.mark.quick("svd-llama", "modegpt-published-qwen3")
 @pytest.mark.parametrize("config", [LLAMA, QWEN3, GPT], ids=["llama", "qwen3", "gpt"])
 @pytest.mark.parametrize("method", METHODS)
 def test_outline_is_the_shape_of_the_compressed_model(method, config):
@@ -84,7 +85,7 @@ LORDCODER = {4480: 14.983, 4096: 14.511, 3584: 13.882, 3072: 13.253, 2560: 12.62
 def test_lordcoder_sizes(rank, billions):
     """The released LoRD models (theory/lord_rom §2.3): one MLP matrix of every StarCoder block."""
     config = model_config(STARCODER)
-    sizes = site_sizes(shapes.shapes(config), "lord-linear")
+    sizes = site_sizes(shapes.dense_shapes(config), "lord-linear")
     plan = Plan("lord-linear", policies.ranks_by_pattern(sizes, {"mlp/down": rank}), None, "given")
     leaves = trees.flatten(shapes.outline(config, plan)).values()
     assert round(sum(map(weights, leaves)) / 1e9, 3) == billions
@@ -125,12 +126,13 @@ def dot_multiplications(jaxpr):
     return total
 
 
+@pytest.mark.quick("llama-*", "gpt-svd")
 @pytest.mark.parametrize("method", ["svd", "modegpt-published"])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_multiplications_are_those_of_the_program(method, config):
     """On windows that attention takes in one piece, where it computes its whole square."""
     patterns = {".*": 4} if method == "svd" else {"attention/.*": 4, "mlp": 12}
-    sizes = site_sizes(shapes.shapes(config), method)
+    sizes = site_sizes(shapes.dense_shapes(config), method)
     plan = Plan(method, policies.ranks_by_pattern(sizes, patterns), None, "given")
     tree = shapes.outline(config, plan)
 
@@ -142,7 +144,7 @@ def test_multiplications_are_those_of_the_program(method, config):
 
 
 def test_first_pattern_decides_and_others_stay_dense():
-    sizes = site_sizes(shapes.shapes(LLAMA), "svd")
+    sizes = site_sizes(shapes.dense_shapes(LLAMA), "svd")
     ranks = policies.ranks_by_pattern(sizes, {"layer_0/mlp/up": 3, "mlp/.*": 5})
     assert ranks["layer_0/mlp/up/kernel"] == 3
     assert ranks["layer_1/mlp/up/kernel"] == ranks["layer_0/mlp/down/kernel"] == 5
@@ -159,7 +161,7 @@ def test_first_pattern_decides_and_others_stay_dense():
 )
 def test_bad_ranks(patterns, error, message):
     with pytest.raises(error, match=message):
-        policies.ranks_by_pattern(site_sizes(shapes.shapes(LLAMA), "svd"), patterns)
+        policies.ranks_by_pattern(site_sizes(shapes.dense_shapes(LLAMA), "svd"), patterns)
 
 
 def test_compress_by_ranks():

@@ -105,7 +105,7 @@ def test_bad_output(tiny, compressed, text, tmp_path):
     fails("not an empty directory", "compress", tiny, tmp_path / "old", *calibration(text))
     assert (tmp_path / "old" / "file").read_text() == "precious"
     fails("not an empty directory", "compress", tiny, tmp_path / "old" / "file", *calibration(text))
-    fails("cannot be made", "compress", tiny, tmp_path / "old/file/out", *calibration(text))
+    fails("cannot be created", "compress", tiny, tmp_path / "old/file/out", *calibration(text))
     fails("compressed already", "compress", compressed[0], tmp_path / "new", *calibration(text))
     fails("not an empty directory", "demo", "--out", tmp_path / "old")
 

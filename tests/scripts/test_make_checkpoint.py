@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from lordjax.conversions.families.registry import model_config
 from lordjax.conversions.readers.checkpoint import open_checkpoint
-from lordjax.forecast.shapes import shapes
+from lordjax.forecast.shapes import dense_shapes
 from lordjax.models import transformer
 from lordjax.scripts.make_checkpoint import config_like, main, make, matrix
 
@@ -21,13 +21,14 @@ SMALL = {"layers": 2, "shrink": 32, "vocabulary": 96}
 
 @pytest.mark.parametrize(("like", "billions"), PARAMETERS.items())
 def test_the_whole_model_has_the_released_number_of_parameters(like, billions):
-    source = shapes(model_config(config_like(like)))
+    source = dense_shapes(model_config(config_like(like)))
     trees = [source.non_block_params(), *(source.block(i) for i in range(source.config.num_layers))]
     count = sum(leaf.size for leaf in jax.tree.leaves(trees))
     assert round(count / 1e9, 3) == billions
 
 
 # Their numbers of key/value heads allow no more.
+@pytest.mark.quick("llama-2-7b-32")
 @pytest.mark.parametrize(
     ("like", "shrink"), [("llama-2-7b", 32), ("llama-2-70b", 8), ("starcoder-16b", 24)]
 )
