@@ -110,7 +110,7 @@ def estimate(
     Raises:
       ValueError: if the smallest formats do not fit.
     """
-    counts_low_rank = QUANTIZERS[method].all_in
+    counts_low_rank = QUANTIZERS[method].counts_low_rank
     largest_rank = MIDDLE_RANK if counts_low_rank else rank or 0
 
     def candidate(path: str, form: normal_float.Format) -> Candidate:
@@ -119,7 +119,7 @@ def estimate(
 
     def size(path: str, form: normal_float.Format) -> int:
         made = candidate(path, form)
-        return candidate_bytes(made, shapes[path], itemsize, factors, products=counts_low_rank)
+        return candidate_bytes(made, shapes[path], itemsize, factors, low_rank=counts_low_rank)
 
     def left_by_smallest() -> float:
         return budget - sum(size(path, rising[0]) for path in shapes)

@@ -57,7 +57,7 @@ def main(model: str, bits: str, out: str | None) -> None:
         click.echo(json.dumps(rows[-1]))
         if out is not None:
             Path(out).write_text(json.dumps(rows, indent=1) + "\n")
-    options = sum(len(t.options) for t in found) / len(found)
+    options = sum(len(t.candidates) for t in found) / len(found)
     click.echo(
         f"{len(found)} matrices, table in {built:.0f} s, {options:.0f} options each not beaten"
     )
@@ -84,7 +84,9 @@ def tables(source: Any) -> tuple[list[Any], int]:
             kernel = jnp.asarray(flat[site.path], jnp.float32)
             errors = jax.device_get(predict(kernel, Weights(), forms=tuple(grid), ranks=(0,)))[:, 0]
             rows = zip(grid, errors, strict=True)
-            found.append(Table.of((f.nbytes(kernel.size), e, Candidate(f, None)) for f, e in rows))
+            found.append(
+                Table.pareto((f.nbytes(kernel.size), e, Candidate(f, None)) for f, e in rows)
+            )
             count += kernel.size
     return found, count
 
