@@ -70,8 +70,7 @@ def classification(
       tokenizer: a tokenizer of transformers.
       seq_len: largest number of tokens of an example.
       vocab_size: size of the vocabulary; every token id must be below it.
-      text_columns: one or two text columns: names in the header, or positions from 0 in a file
-        without a header. None: the columns of a known layout.
+      text_columns: one or two names in the header, or positions from 0; None: a known layout.
       label_column: name or position of the label column; given together with ``text_columns``.
       labels: names of the classes in the order of their numbers. None: the labels in the file,
         sorted, by value if all of them are numbers.

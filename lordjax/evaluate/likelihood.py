@@ -117,13 +117,18 @@ def log_likelihoods(
         done += len(numbers)
         if progress is not None:
             progress("score", done, len(rows))
+    _check_finite(sums)
+    return [Score(float(s), bool(g)) for s, g in zip(sums, greedy, strict=True)]
+
+
+def _check_finite(sums: np.ndarray) -> None:
+    """Raises ValueError if a log-likelihood is not finite; names the first such pair."""
     if not np.isfinite(sums).all():
         first = int(np.flatnonzero(~np.isfinite(sums))[0])
         raise ValueError(
             f"pair {first}: log-likelihood is {sums[first]}, expected a finite number; the weights "
             "hold NaN, or activations overflow in the dtype of the embedding"
         )
-    return [Score(float(s), bool(g)) for s, g in zip(sums, greedy, strict=True)]
 
 
 def _merge_rows(

@@ -49,6 +49,7 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from lordjax.runtime.progress import Progress
 
@@ -124,11 +125,6 @@ def run(program: str, limits: Limits | None = None, *, namespaces: bool = True) 
     limits.check()
     if sys.platform != "linux":
         raise OSError(f"programs are run on Linux only, not on {sys.platform}; use a container")
-    # The program can read its environment, so that is empty. A fixed hash seed gives sets of texts,
-    # and so the results of programs, the same order in every process.
-    command = [sys.executable, "-P", "-s", "-S", "-B", "-u", "-X", "utf8", str(SUPERVISOR)]
-    # Some builds of Python do not start without LD_LIBRARY_PATH.
-    kept = {k: v for k, v in os.environ.items() if k == "LD_LIBRARY_PATH"}
     with tempfile.TemporaryDirectory(
         prefix="lordjax-program-", ignore_cleanup_errors=True
     ) as directory:
@@ -138,24 +134,7 @@ def run(program: str, limits: Limits | None = None, *, namespaces: bool = True) 
             "limits": dataclasses.asdict(limits),
             "namespaces": namespaces,
         }
-        try:
-            done = subprocess.run(
-                command,
-                input=json.dumps(request),
-                capture_output=True,
-                text=True,
-                encoding="utf-8",
-                env={"PYTHONHASHSEED": "0", **kept},
-                cwd=directory,
-                start_new_session=True,
-                timeout=limits.seconds + GRACE,
-                check=False,
-            )
-        except subprocess.TimeoutExpired as error:
-            raise OSError(
-                f"the sandbox returned no result within {limits.seconds + GRACE:g} s; is the "
-                "machine overloaded?"
-            ) from error
+        done = _supervise(request, directory, limits.seconds + GRACE)
     if done.returncode < 0:
         why = f"its supervisor was killed by {signal.Signals(-done.returncode).name}"
         return Result(FAILED, why, 0.0, "", {})
@@ -169,6 +148,32 @@ def run(program: str, limits: Limits | None = None, *, namespaces: bool = True) 
             "namespaces=False, which uses no namespaces of the kernel"
         )
     return Result(**report)
+
+
+def _supervise(request: dict[str, Any], directory: str, seconds: float) -> Any:
+    """Starts the supervisor and waits for it; raises OSError if it takes too long."""
+    command = [sys.executable, "-P", "-s", "-S", "-B", "-u", "-X", "utf8", str(SUPERVISOR)]
+    # Some builds of Python do not start without LD_LIBRARY_PATH.
+    kept = {k: v for k, v in os.environ.items() if k == "LD_LIBRARY_PATH"}
+    try:
+        return subprocess.run(
+            command,
+            input=json.dumps(request),
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            # The program can read its environment, so that is nearly empty. A fixed hash seed gives
+            # sets of texts, and so the results of programs, the same order in every process.
+            env={"PYTHONHASHSEED": "0", **kept},
+            cwd=directory,
+            start_new_session=True,
+            timeout=seconds,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise OSError(
+            f"the sandbox returned no result within {seconds:g} s; is the machine overloaded?"
+        ) from error
 
 
 def run_all(

@@ -268,29 +268,6 @@ def make_step(
     return step
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype"))
-def _evaluate(
-    trained: Any, frozen: Any, batch: Examples, *, config: ModelConfig, dtype: str
-) -> Any:
-    params = astype(trees.combine(trained, frozen), dtype)
-    return target_losses(config, params, batch)[0]
-
-
-def evaluate(
-    config: ModelConfig, state: State, frozen: Any, examples: Examples, *, batch: int, dtype: str
-) -> float:
-    """Returns the nats per target of all examples, computed in ``dtype``."""
-    total, targets, count = 0.0, 0, examples.size
-    for first in range(0, count, batch):
-        # Pad the last batch: another shape would be compiled again.
-        rows = np.arange(first, first + batch)
-        part = examples.rows(np.minimum(rows, count - 1))
-        nll = _evaluate(state.params, frozen, part, config=config, dtype=dtype)
-        total += float(np.asarray(nll, np.float64)[rows < count].sum())
-        targets += int((part.targets[rows < count] >= 0).sum())
-    return total / max(targets, 1)
-
-
 def microbatches(examples: Examples, settings: Settings, step: int) -> Examples:
     """Returns the examples of a step, with a leading axis of micro-batches."""
     rows = batch_indices(examples.size, settings.batch, step, settings.seed)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
@@ -30,6 +31,8 @@ from lordjax.data.examples import Data, Examples
 from lordjax.finetune import step
 from lordjax.finetune.recipes import Recipe
 from lordjax.finetune.step import Settings, State
+from lordjax.kernels import trees
+from lordjax.kernels.kinds import astype
 from lordjax.models.config import ModelConfig
 from lordjax.runtime.mesh import Mesh
 from lordjax.storage.disk_store import differences
@@ -165,18 +168,10 @@ def train(
     own = {"recipe": recipe, "settings": settings, "keeping": keeping}
     fields = {name: dataclasses.asdict(value) for name, value in own.items()}
     _claim(directory, resume, {**about, **fields})
-    with contextlib.ExitStack() as stack:
-        checkpoints = _CheckpointStore(directory / "checkpoints", keeping)
-        stack.enter_context(contextlib.closing(checkpoints))
-        template = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-        done = checkpoints.steps()
-        if done:
-            state = checkpoints.restore(template, max(done))
-        log = stack.enter_context(
-            contextlib.closing(Log(directory / METRICS, int(state.step), report))
-        )
-        validate = functools.partial(_validate, config, frozen, data.validation, settings)
-        if not done:
+    template = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+    validate = functools.partial(_validate, config, frozen, data.validation, settings)
+    with _opened(directory, keeping, state, report) as (checkpoints, log, state):
+        if not int(state.step):
             log.write(step=0, **validate(state))
         steps = step.run(
             config, state, frozen, data.train, optimizer, settings, teacher=teacher, mesh=mesh
@@ -185,6 +180,19 @@ def train(
         best = checkpoints.best()
         state = checkpoints.restore(template, best)
     return Trained(step.with_trained(state.params, params, paths), best, log.lines)
+
+
+@contextlib.contextmanager
+def _opened(
+    directory: Path, policy: CheckpointPolicy, state: State, report: Report | None
+) -> Iterator[tuple[_CheckpointStore, Log, State]]:
+    """Opens the checkpoints and metrics of a run; also yields the state of the last checkpoint."""
+    with contextlib.closing(_CheckpointStore(directory / "checkpoints", policy)) as checkpoints:
+        if done := checkpoints.steps():
+            template = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+            state = checkpoints.restore(template, max(done))
+        with contextlib.closing(Log(directory / METRICS, int(state.step), report)) as log:
+            yield checkpoints, log, state
 
 
 def _is_due(count: int, policy: CheckpointPolicy, settings: Settings) -> bool:
@@ -220,7 +228,30 @@ def _validate(
         return {}
     batch = min(settings.batch // settings.micro_batches, examples.size)
     own = {"batch": batch, "dtype": settings.dtype}
-    return {"validation": step.evaluate(config, state, frozen, examples, **own)}
+    return {"validation": evaluate(config, state, frozen, examples, **own)}
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype"))
+def _evaluate(
+    trained: Any, frozen: Any, batch: Examples, *, config: ModelConfig, dtype: str
+) -> Any:
+    params = astype(trees.combine(trained, frozen), dtype)
+    return step.target_losses(config, params, batch)[0]
+
+
+def evaluate(
+    config: ModelConfig, state: State, frozen: Any, examples: Examples, *, batch: int, dtype: str
+) -> float:
+    """Returns the nats per target of all examples, computed in ``dtype``."""
+    total, targets, count = 0.0, 0, examples.size
+    for first in range(0, count, batch):
+        # Pad the last batch: another shape would be compiled again.
+        rows = np.arange(first, first + batch)
+        part = examples.rows(np.minimum(rows, count - 1))
+        nll = _evaluate(state.params, frozen, part, config=config, dtype=dtype)
+        total += float(np.asarray(nll, np.float64)[rows < count].sum())
+        targets += int((part.targets[rows < count] >= 0).sum())
+    return total / max(targets, 1)
 
 
 class Log:

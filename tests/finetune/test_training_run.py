@@ -87,7 +87,7 @@ def test_the_best_and_the_last_are_kept(params, tmp_path):
     assert trained.best == min(held, key=held.get)
     there = {int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()}
     assert there == {9, 12, trained.best}
-    own = step.evaluate(
+    own = training_run.evaluate(
         CONFIG,
         step.State(jnp.zeros((), jnp.int32), trained.params, None),
         jax.tree.map(lambda a: None, trained.params),
