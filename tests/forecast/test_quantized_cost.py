@@ -16,7 +16,7 @@ from rates import RATES
 from lordjax.allocation import candidates
 from lordjax.calibration import backward_pass, forward_pass
 from lordjax.calibration.observers import observe
-from lordjax.compression import quantizer
+from lordjax.compression import quantized_matrix, quantizer
 from lordjax.compression.elastic import check_settings
 from lordjax.compression.quantized import quantize
 from lordjax.forecast import device_shares, job_settings, peak_memory, predict, shapes
@@ -118,12 +118,13 @@ def test_a_quantisation_runs_what_was_counted(method, flags, monkeypatch):
     for module, names in {
         forward_pass: ("observe", "embed"),
         backward_pass: ("observe", "observe_gradients", "loss_gradient", "embed"),
-        quantizer: ("predict", "encode_kernel", "best_pair", "pack", "measures", "materialize"),
+        quantizer: ("predict", "encode_kernel", "best_pair", "pack"),
+        quantized_matrix: ("measures", "materialize"),
         lq: ("decompose",),
     }.items():
         for name in names:
             monkeypatch.setattr(module, name, counting(done, getattr(module, name)))
-    for name in ("_cost", "_feedback"):
+    for name in ("jitted_cost", "quantize_with_feedback"):
         monkeypatch.setattr(quantizer, name, counting(done, getattr(quantizer, name)))
     result(model, method, **flags)
     counted = flops.merged(list(expected.values()))
