@@ -16,6 +16,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return "known: " + ", ".join(known[:16]) + (", …" if len(known) > 16 else "")
 
 
+def layer(i: int) -> str:
+    """Key of block ``i`` in the parameter tree: ``layer_12``."""
+    return f"layer_{i}"
+
+
 def layer_type(path: str) -> str:
     """``layer_7/mlp/up/kernel`` -> ``mlp/up``: the same layer in every block."""
     return path.split("/", 1)[1].removesuffix("/kernel")

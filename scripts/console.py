@@ -53,10 +53,10 @@ def check_file(name: str) -> None:
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     """Writes a ``.jsonl`` file atomically, one line per row."""
+    from lordjax.storage.tensor_files import write_text
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.new")
-    fresh.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    os.replace(fresh, path)
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def format_bytes(count: int | float) -> str:

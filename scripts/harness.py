@@ -109,7 +109,7 @@ class LordjaxLM(TemplateLM):
     ) -> list[int]:
         """The ids of a text."""
         del kwargs
-        return multiple_choice.encode(self.tokenizer, string, special=add_special_tokens)
+        return multiple_choice.tokenize(self.tokenizer, string, special=add_special_tokens)
 
     def _loglikelihood_tokens(
         self,

@@ -1,6 +1,8 @@
 """JAX as strict as it gets, on several CPU devices, before any test imports it."""
 
 import os
+import time
+from fnmatch import fnmatch
 from pathlib import Path
 
 from flags import faster
@@ -29,14 +31,41 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
 MAPPINGS = Path("/proc/self/maps")
+counted = time.monotonic()
+
+
+def pytest_configure(config):
+    """Coverage is that of the whole quick tier: unasked, nothing else counts it."""
+    given = [str(argument) for argument in config.invocation_params.args]
+    chosen = config.option.collectonly or config.args_source is pytest.Config.ArgsSource.ARGS
+    chosen |= any(argument.startswith(("-k", "-m", "--lf", "--ff")) for argument in given)
+    asked = any(argument.startswith("--cov") for argument in given)
+    coverage = config.pluginmanager.getplugin("_cov")
+    if coverage and chosen and not asked:
+        config.option.no_cov = coverage.options.no_cov = True
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of a test marked ``quick`` all parameters that the mark does not name are ``full``."""
+    for item in items:
+        for mark in item.iter_markers("quick"):
+            if not any(fnmatch(item.callspec.id, pattern) for pattern in mark.args):
+                item.add_marker("full")
 
 
 @pytest.fixture(autouse=True)
 def forget_programs():
-    """Every compiled program holds memory mappings, and Linux allows a process 65530 of them."""
+    """Every compiled program holds memory mappings, and Linux allows a process 65530 of them.
+
+    Ten thousand take 10 ms to count, so they are counted every two seconds.
+    """
+    global counted
     yield
-    if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > 30_000:
-        jax.clear_caches()
+    if time.monotonic() - counted > 2 and MAPPINGS.exists():
+        counted = time.monotonic()
+        if MAPPINGS.read_bytes().count(b"\n") > 30_000:
+            jax.clear_caches()
 
 
 @pytest.fixture(autouse=True, scope="module")

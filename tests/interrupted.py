@@ -1,6 +1,7 @@
 """A small model and its tokens for runs that are killed and go on."""
 
 import dataclasses
+import functools
 
 import numpy as np
 from blocks import GPT2, random_model
@@ -20,8 +21,12 @@ CONFIG = dataclasses.replace(
     out_bias=False,
     mlp_bias=False,
 )
-MODEL = random_model(CONFIG)
 TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (12, 16), np.int32)
+
+
+@functools.cache
+def small_model():
+    return random_model(CONFIG)
 
 
 class Killed(BaseException):

@@ -56,7 +56,7 @@ def compressed_logits(params, tokens):
 def statistics(params, tokens):
     """Of the activations and gradients of a block."""
     x = embed(params, tokens, config=CONFIG)
-    given = {"config": CONFIG, "window": None}
+    given = {"config": CONFIG, "sliding_window": None}
     width = CONFIG.hidden_size
     stats = {f"{TAP}:moments": STATISTICS["moments"].zeros(width)}
     y, stats = observe(params["layer_0"], x, None, stats, **given)

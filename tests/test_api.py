@@ -1,13 +1,19 @@
 """The public names: they resolve, are documented, and cost nothing until they are used."""
 
+import dataclasses
 import importlib
+import importlib.resources
 import inspect
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 import lordjax
+from lordjax.models import ModelConfig
 
 
 @pytest.mark.parametrize("name", lordjax.__all__)
@@ -72,6 +78,54 @@ def test_from_import_of_everything_and_no_device_is_touched():
     done = run(code)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["True", "True", "False"]
+
+
+def test_the_package_runs_like_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "lordjax", "inspect", "nothing"], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: nothing: ")
+    shown = subprocess.run([sys.executable, "-m", "lordjax", "-h"], capture_output=True, text=True)
+    assert shown.returncode == 0 and shown.stdout.startswith("Usage: lordjax [OPTIONS]")
+
+
+def test_type_checkers_find_the_marker_and_wheels_have_it():
+    assert importlib.resources.files("lordjax").joinpath("py.typed").is_file()
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    assert "py.typed" in project["tool"]["setuptools"]["package-data"]["lordjax"]
+
+
+def test_all_packages_are_in_the_wheel():
+    root = Path(__file__).parents[1]
+    setuptools = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
+    places = setuptools["package-dir"]
+    folders = {file.parent.relative_to(root) for file in root.glob("[!.]*/**/__init__.py")}
+    listed = set()
+    for name in setuptools["packages"]:
+        top = max((p for p in places if f"{name}.".startswith(f"{p}.")), key=len)
+        listed.add(Path(places[top], *name.removeprefix(top).strip(".").split(".")))
+    shipped = {Path(place).parts[0] for place in places.values()}
+    assert {folder for folder in folders if folder.parts[0] in shipped} == listed
+
+
+def test_a_result_is_a_few_lines():
+    plan = lordjax.Plan(
+        "lord", {"layer_0/mlp/up/kernel": 3, "layer_0/mlp/down/kernel": None}, 0.7, "g"
+    )
+    config = ModelConfig(61, 32, 64, 2, 4, 4, 8, 48)
+    found = {"kept": 0.7, "weights_before": 1000, "weights_after": 700}
+    report = {"plan": found, "bytes": 2800}
+    result = lordjax.Result(config, {"big": np.zeros((512, 512))}, plan, report)
+    lines = repr(result).splitlines()
+    assert len(lines) <= 6 and max(map(len, lines)) < 100
+    assert lines[0] == "Result(method='lord', keep=0.7, policy='g')"
+    assert "2 blocks of width 32" in lines[1] and "1 compressed, 1 dense" in lines[2]
+    assert "700 of 1,000 block linear weights (0.7000)" in lines[3] and "2,800" in lines[4]
+    plan = dataclasses.replace(plan, keep=None, bits=3.1, formats={"layer_0/mlp/up/kernel": "nf3"})
+    result = dataclasses.replace(result, plan=plan, report={"plan": {"bits_per_weight": 3.0991}})
+    assert "bits=3.1" in repr(result) and "3.099 per block linear weight" in repr(result)
+    assert repr(dataclasses.replace(result, report={}))  # also of one that somebody made by hand
 
 
 def test_version_is_that_of_the_distribution():

@@ -51,6 +51,8 @@ MAY_NOT_KNOW = {
     "lordjax.conversions": {"lordjax.scripts"},
 }
 COPIED = "lordjax.conversions.exporters.modeling_lordjax"  # into exports, for transformers
+# A program of its own, which cannot import the rest of the package.
+LONG = {"sandbox_supervisor.py"}
 # What runs beside ours in these benchmarks is torch's.
 TORCH_PEERS = {
     *(f"lordjax.scripts.benchmarks.{name}" for name in ("decompose", "export", "finetune")),
@@ -176,3 +178,43 @@ def test_distributions_hold_every_package():
         for f in (ROOT / m).rglob("__init__.py")
     }
     assert set(listed) == packages
+
+
+# Files that Python and type checkers want to have there, whatever else a folder holds.
+ALWAYS = {"__init__.py", "__main__.py", "py.typed", "__pycache__"}
+FOLDERS = sorted(
+    {
+        f.parent
+        for top in ("lordjax", "conversions", "scripts", "tests")
+        for f in (ROOT / top).rglob("*.py")
+    }
+)
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_folder_has_at_most_fifteen_entries(folder):
+    entries = {path.name for path in folder.iterdir()} - ALWAYS
+    assert len(entries) <= 15, sorted(entries)
+
+
+def test_every_module_has_a_floor():
+    """A module outside the folders of the list would escape the order."""
+    outside_of_the_list = {m for m in sources() if not folder_of(m)}
+    assert outside_of_the_list == {"lordjax", "lordjax.__main__"}
+
+
+def lines_of(path):
+    """``(what, lines)`` of a file and of every function in it."""
+    text = path.read_text()
+    yield path.name, text.count("\n")
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield f"{path.name}: {node.name}", node.end_lineno - node.lineno + 1
+
+
+@pytest.mark.parametrize("top", ["lordjax", "conversions", "scripts"])
+def test_files_and_functions_are_short(top):
+    found = [pair for path in sorted((ROOT / top).rglob("*.py")) for pair in lines_of(path)]
+    limits = {True: 60, False: 350}  # lines of a function, of a file
+    long = [(what, n) for what, n in found if n > limits[": " in what]]
+    assert {what for what, _ in long} <= LONG, long

@@ -32,7 +32,7 @@ class Part:
 class Layer:
     """One of their linear layers, of our kernels; sizes are those that it has now."""
 
-    kernel_fields: list[Part]
+    parts: list[Part]
     shape: tuple[int, int]
     bias: np.ndarray | None
 

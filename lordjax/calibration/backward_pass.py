@@ -1,4 +1,9 @@
-"""Loss gradients inside every block: what methods read of them, and the sweeps that take them."""
+"""The backward pass of calibration: collects statistics of loss gradients in every block.
+
+`gradient_statistics` sweeps forward and then backward over all blocks, by
+`observers.observe_gradients`. `site_gradients` hands the statistics of one site to a method.
+`forward_pass` collects statistics of activations.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +32,8 @@ from lordjax.runtime.mesh import AXIS, Mesh, gathered, shard_batch, shard_map_ba
 from lordjax.runtime.progress import Clock
 from lordjax.storage.store import Entries, MemoryStore, Store
 
-# Hidden states that a backward sweep may hold; a few batches already hide the reading of blocks.
+# Bytes of hidden states that a sweep in memory may hold. A few batches are enough to make the time
+# for reading blocks small.
 STATE_BYTES = 2**28
 
 
@@ -35,22 +41,38 @@ def few_gradients(
     source: Source,
     calibration: Calibration,
     method: Method,
-    windows: int | None,
+    sequences: int | None,
     clock: Clock,
     store: Store | None = None,
 ) -> Mapping[int, dict[str, dict[str, Any]]]:
-    """`gradient_statistics` of ``windows`` of the calibration; empty if the method reads none."""
+    """Collects `gradient_statistics` of a subset of the calibration set.
+
+    Args:
+      source: the model.
+      calibration: calibration tokens.
+      method: the method that reads the statistics.
+      sequences: largest number of sequences to use, evenly spread; None: all.
+      clock: reports progress.
+      store: finished results of this and earlier processes; None: results stay in memory.
+
+    Returns:
+      layer -> statistics, as `gradient_updates` describes; empty if the method reads
+      none.
+
+    Raises:
+      ValueError: if the method reads gradients, but the model has no loss.
+    """
     if not needs_gradients(method, source.config):
         return {}
-    objective.objective_for(source.config)  # raises before the work begins
-    few = calibration.spread(windows)
-    # A backward pass holds every activation of a block: half the batch, about the same memory.
+    objective.objective_for(source.config)  # raises before any work is done
+    few = calibration.spread(sequences)
+    # A backward pass holds every activation of a block: half the batch takes about the same memory.
     few = dataclasses.replace(few, batch_size=half_batch(few))
     return gradient_statistics(source, few, method, clock, store)
 
 
 def half_batch(calibration: Calibration) -> int:
-    """Windows of a step that needs twice the memory; as many for every device."""
+    """Returns half the batch size, as a multiple of the number of devices that split a batch."""
     share = 1 if calibration.mesh is None else calibration.mesh.shape.get(AXIS, 1)
     return max(share, calibration.batch_size // 2 // share * share)
 
@@ -62,47 +84,48 @@ def gradient_statistics(
     clock: Clock,
     store: Store | None = None,
 ) -> Mapping[int, dict[str, dict[str, Any]]]:
-    """Loss gradients inside every block, by forward and backward sweeps over the blocks.
+    """Collects statistics of loss gradients in every block, by sweeps over the blocks.
 
-    In memory a sweep takes as many batches as their hidden states fit `STATE_BYTES`: the more, the
-    less often a block is read. On disk there is one sweep: it keeps the states before every block,
-    and the statistics of a block are complete, and out of memory, before the next one's.
+    In memory, a sweep takes as many batches as have hidden states of at most `STATE_BYTES`: the
+    more batches, the less often a block is read. On disk there is one sweep. It keeps the states
+    before every block, and the statistics of a block are finished and stored before those of the
+    next one are started.
 
     Args:
       source: the model.
-      calibration: tokens.
-      method: says which statistics are taken, at which sites.
-      clock: for progress.
-      store: where statistics go, and where a killed process left them; None: in memory.
+      calibration: calibration tokens.
+      method: says which statistics are collected, and at which sites.
+      clock: reports progress.
+      store: finished results of this and earlier processes; None: results stay in memory.
 
     Returns:
-      layer -> statistics as in `collect.observe_gradients`.
+      layer -> statistics, as `gradient_updates` describes.
     """
     store = MemoryStore() if store is None else store
     found = Entries(store, "gradients", int)
     if len(found) < source.config.num_layers:
         sweeps = [calibration] if store.durable else _sweeps(calibration, source.config)
-        # Read again for every use where memory is short.
-        rest = functools.partial(_rest, source)
+        read = functools.partial(_read_non_block_params, source)
+        # With a store on disk memory is short, so these parameters are read again for every use.
         run = _Sweeps(
-            source, method, clock, store, rest if store.durable else functools.cache(rest)
+            source, method, clock, store, read if store.durable else functools.cache(read)
         )
         for number, sweep in enumerate(sweeps):
             run.sweep(sweep, number, len(sweeps))
     return found
 
 
-def _rest(source: Source) -> Any:
+def _read_non_block_params(source: Source) -> Any:
     return on_device(source.non_block_params())
 
 
 def _sweeps(calibration: Calibration, config: ModelConfig) -> list[Calibration]:
-    """Calibrations of as many batches as their hidden states fit `STATE_BYTES`."""
+    """Splits the calibration set into sweeps whose hidden states take at most `STATE_BYTES`."""
     tokens, mask = calibration.tokens, calibration.mask
-    row = tokens.shape[1] * config.hidden_size * config.num_layers * 4  # bytes of a window
+    sequence_bytes = tokens.shape[1] * config.hidden_size * config.num_layers * 4
     batch = calibration.batch_size
-    rows = batch * max(1, STATE_BYTES // (row * min(batch, len(tokens))))
-    cuts = [slice(start, start + rows) for start in range(0, len(tokens), rows)]
+    size = batch * max(1, STATE_BYTES // (sequence_bytes * min(batch, len(tokens))))
+    cuts = [slice(start, start + size) for start in range(0, len(tokens), size)]
     return [
         dataclasses.replace(calibration, tokens=tokens[c], mask=None if mask is None else mask[c])
         for c in cuts
@@ -111,15 +134,15 @@ def _sweeps(calibration: Calibration, config: ModelConfig) -> list[Calibration]:
 
 @dataclasses.dataclass
 class _Sweeps:
-    """Forward and backward over the blocks, windows by windows.
+    """Sweeps over the blocks, each forward and then backward with some of the sequences.
 
     Attributes:
       source: the model.
-      method: says which statistics are taken.
-      clock: for progress.
-      store: where they go.
-      non_block_params: reads the parameters outside the blocks.
-      bases: layer -> coordinates of its gradients, kept where there are several sweeps.
+      method: says which statistics are collected.
+      clock: reports progress.
+      store: where the statistics are stored.
+      non_block_params: function that reads the parameters outside the blocks.
+      bases: layer -> bases in which its gradients are stored, for the next sweeps.
     """
 
     source: Source
@@ -129,69 +152,69 @@ class _Sweeps:
     non_block_params: Callable[[], Any]
     bases: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
-    def sweep(self, windows: Calibration, number: int, count: int) -> None:
-        """One sweep of ``count``; statistics of earlier ones are added to."""
+    def sweep(self, calibration: Calibration, number: int, count: int) -> None:
+        """Runs sweep ``number`` of ``count`` and adds to the statistics of earlier sweeps."""
         config, layers = self.source.config, self.source.config.num_layers
-        shapes = state_shapes(self.source, windows)
-        back = open_states(self.store, "backward", shapes, windows.mesh)
-        states = open_states(self.store, "forward", shapes, windows.mesh)
+        shapes = state_shapes(self.source, calibration)
+        back = open_states(self.store, "backward", shapes, calibration.mesh)
+        states = open_states(self.store, "forward", shapes, calibration.mesh)
         before, after = 2 * layers * number, 2 * layers * (count - number - 1)
         if back.at is None:
-            self._forward(windows, states, before, after + layers)
-            rest, step = self.non_block_params(), loss_gradient
-            if windows.mesh is not None:
-                step = functools.partial(_shared_gradient, mesh=windows.mesh)
-            for j, batch in enumerate(windows.batches()):
+            self._forward(calibration, states, before, after + layers)
+            outer, step = self.non_block_params(), loss_gradient
+            if calibration.mesh is not None:
+                step = functools.partial(_shared_gradient, mesh=calibration.mesh)
+            for j, batch in enumerate(calibration.batches()):
                 goals = objective.targets(config, *batch)
-                gradient = step(rest, states[j], goals, config=config)
-                back[j] = shard_batch(gradient, windows.mesh)
-            del rest
+                gradient = step(outer, states[j], goals, config=config)
+                back[j] = shard_batch(gradient, calibration.mesh)
+            del outer
             back.commit(layers)
         start = layers if back.at is None else back.at
         done = before + 2 * layers - start
         for i in self.clock.run("gradients", range(start - 1, -1, -1), done, after):
             states.back(i)
-            self._backward(i, windows, states, back, more=number > 0)
+            self._backward(i, calibration, states, back, more=number > 0)
             back.commit(i)
         states.close()
         back.close()
 
-    def _forward(self, windows: Calibration, states: States, done: int, left: int) -> None:
-        """The states before every block, and after the last one."""
+    def _forward(self, calibration: Calibration, states: States, done: int, left: int) -> None:
+        """Computes and keeps the states before every block, and those after the last one."""
         config, layers = self.source.config, self.source.config.num_layers
         if states.at is None:
-            rest = self.non_block_params()
-            for j, (tokens, mask) in enumerate(windows.batches()):
-                x = windows.read(config, tokens, mask)
-                states[j] = shard_batch(embed(rest, x, mask, config=config), windows.mesh)
-            del rest
+            outer = self.non_block_params()
+            for j, (tokens, mask) in enumerate(calibration.batches()):
+                x = calibration.read(config, tokens, mask)
+                states[j] = shard_batch(embed(outer, x, mask, config=config), calibration.mesh)
+            del outer
             states.commit(0, keep=True)
         start = states.at or 0
         for i in self.clock.run("gradients", range(start, layers), done + start, left):
-            self._ahead(i, windows, states)
+            self._ahead(i, calibration, states)
             states.commit(i + 1, keep=True)
 
-    def _ahead(self, i: int, windows: Calibration, states: States) -> None:
-        """Block ``i`` on all windows; its parameters go before the next one's come."""
-        block = on_device(self.source.block(i), windows.mesh)
+    def _ahead(self, i: int, calibration: Calibration, states: States) -> None:
+        """Runs block ``i`` on all sequences; its parameters are freed before the next block's."""
+        block = on_device(self.source.block(i), calibration.mesh)
         config, window = self.source.config, self.source.config.window(i)
-        for j, mask in enumerate(windows.masks()):
-            y, _ = observe(block, states[j], mask, {}, config=config, window=window)
-            states[j] = shard_batch(y, windows.mesh)
+        for j, mask in enumerate(calibration.masks()):
+            y, _ = observe(block, states[j], mask, {}, config=config, sliding_window=window)
+            states[j] = shard_batch(y, calibration.mesh)
 
     def _backward(
-        self, i: int, windows: Calibration, states: States, back: States, *, more: bool
+        self, i: int, calibration: Calibration, states: States, back: States, *, more: bool
     ) -> None:
-        """Statistics of a block, and the gradients before it in place of those after it."""
+        """Collects a block's statistics and replaces the gradients after it by those before it."""
         config, key = self.source.config, f"gradients/{i}"
-        block = on_device(self.source.block(i), windows.mesh)
+        block = on_device(self.source.block(i), calibration.mesh)
         if more:
             stats, bases = self.store[key], self.bases[i]
         else:
             stats, bases = empty_gradients(block, self.method, config)
         if not self.store.durable:
             self.bases[i] = bases
-        for j, mask in enumerate(windows.masks()):
+        for j, mask in enumerate(calibration.masks()):
             gradient, stats = observe_gradients(
                 block,
                 states[j],
@@ -200,31 +223,33 @@ class _Sweeps:
                 bases,
                 stats,
                 config=config,
-                window=config.window(i),
-                shares=shares(len(states[j]), windows.mesh),
+                sliding_window=config.window(i),
+                shares=shares(len(states[j]), calibration.mesh),
             )
-            back[j] = shard_batch(gradient, windows.mesh)
-        self.store[key] = gathered(stats, windows.mesh)
+            back[j] = shard_batch(gradient, calibration.mesh)
+        self.store[key] = gathered(stats, calibration.mesh)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "mesh"))
-def _shared_gradient(rest: Any, x: Any, goals: Any, *, config: ModelConfig, mesh: Mesh) -> Any:
-    """`loss_gradient` of a batch of `share_rows`."""
+def _shared_gradient(
+    non_block_params: Any, x: Any, goals: Any, *, config: ModelConfig, mesh: Mesh
+) -> Any:
+    """Computes `loss_gradient` of a batch that devices split."""
     run = functools.partial(loss_gradient, config=config)
-    return shard_map_batch(run, len(x), mesh)(rest, x, goals)
+    return shard_map_batch(run, len(x), mesh)(non_block_params, x, goals)
 
 
 @jax.jit
 def gradient_basis(kernel: Float[Array, "in out"]) -> Float[Array, "out m"] | None:
-    """Coordinates that gradients at a kernel's output are taken in; None: as they are.
+    """Returns the basis in which gradients at a kernel's output are stored; None: no basis.
 
-    Cheap enough to be computed again instead of kept for every kernel of the model.
+    It is cheap, so it is computed again instead of stored for every kernel of the model.
     """
     return linalg.row_space(kernel.astype(jnp.float32))
 
 
 def _gradient_keys(method: Method, site: Site) -> dict[str, str]:
-    """Name of a statistic of the backward pass that a site reads -> its key; see `collect`."""
+    """Which gradient statistics a method reads for a site: name -> key in the accumulators."""
     needs = method.needs if site.kind == "linear" else method.modules[site.kind].needs
     path = LAST_LAYER.get(site.kind, site.path)
     names = ("gradients", "row_fisher", "fisher", "weighted_inputs", "weighted_squares")
@@ -233,20 +258,20 @@ def _gradient_keys(method: Method, site: Site) -> dict[str, str]:
 
 
 def needs_gradients(method: Method, config: ModelConfig) -> bool:
-    """Whether a method reads anything of a backward pass."""
+    """Returns whether a method reads statistics of gradients."""
     return any(_gradient_keys(method, site) for site in sites_for(method.kinds, config))
 
 
 def site_gradients(
     stats: Mapping[str, Mapping[str, Any]], method: Method, site: Site, kernel: Any
 ) -> dict[str, Any]:
-    """What ``factor`` reads of one site's gradients, by name; empty if there are none.
+    """Returns the gradient statistics that a method's ``factor`` reads for one site, by name.
 
     Args:
       stats: gradient statistics of the block.
-      method: says what is read.
-      site: of the block.
-      kernel: of a linear site, the untouched kernel, whose coordinates the gradients are in.
+      method: says which statistics are read.
+      site: a site of the block.
+      kernel: the dense kernel of a linear site; its row space is the basis of the gradients.
     """
     keys = _gradient_keys(method, site)
     found = {name: stats[name][key] for name, key in keys.items() if name in stats}
@@ -258,9 +283,14 @@ def site_gradients(
 def empty_gradients(
     block: Mapping[str, Any], method: Method, config: ModelConfig
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """Zero accumulators of one block, and the coordinates that the gradients are taken in.
+    """Returns zero accumulators of one block, and the bases of its gradients.
 
-    Gradients at a module's output are taken as they are.
+    Gradients at a module's output have no basis.
+
+    Args:
+      block: parameters of the block, nested.
+      method: says which statistics are collected.
+      config: the architecture.
     """
     flat = trees.flatten(block)
     stats: dict[str, dict[str, Any]] = {}

@@ -1,4 +1,4 @@
-"""What goes into a compression: a model read block by block, and calibration tokens."""
+"""The calibration set: token sequences, and the batches in which they run."""
 
 from __future__ import annotations
 
@@ -16,10 +16,15 @@ from lordjax.runtime.mesh import Mesh
 
 @dataclasses.dataclass
 class Calibration:
-    """Tokens and how to run them: ``[n, len]`` in batches, mask False at padding.
+    """Calibration sequences and how they run.
 
-    ``mask_token`` is what a model that predicts masked tokens reads there (`objective.inputs`);
-    ``mesh`` are the devices that share the work, None: the first one.
+    Attributes:
+      tokens: token ids ``[n, len]``.
+      mask: ``[n, len]``, False at padding; None: there is no padding.
+      batch_size: sequences of a batch.
+      mask_token: id that a model of masked tokens reads at masked positions; see
+        `objective.inputs`.
+      mesh: devices that split every batch; None: the first device.
     """
 
     tokens: np.ndarray
@@ -29,43 +34,48 @@ class Calibration:
     mesh: Mesh | None = None
 
     def batches(self) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-        """Tokens and mask of each batch."""
+        """Yields tokens and mask of each batch."""
         for start in range(0, len(self.tokens), self.batch_size):
             rows = slice(start, start + self.batch_size)
             yield self.tokens[rows], None if self.mask is None else self.mask[rows]
 
     def read(self, config: ModelConfig, tokens: Any, mask: Any) -> np.ndarray:
-        """What the model reads of a batch: some of it masked, if that is what it predicts."""
+        """Returns the ids that the model reads: the tokens, some masked for masked heads."""
         return objective.inputs(config, tokens, mask, self.mask_token)
 
-    def spread(self, windows: int | None) -> Calibration:
-        """A subset of at most that many windows, evenly spread."""
-        if windows is None or windows >= len(self.tokens):
+    def spread(self, count: int | None) -> Calibration:
+        """Returns at most ``count`` of the sequences, evenly spread; None: all."""
+        if count is None or count >= len(self.tokens):
             return self
-        chosen = np.linspace(0, len(self.tokens) - 1, windows).round().astype(int)
+        chosen = np.linspace(0, len(self.tokens) - 1, count).round().astype(int)
         mask = None if self.mask is None else self.mask[chosen]
         return dataclasses.replace(self, tokens=self.tokens[chosen], mask=mask)
 
-    def split(self, windows: int) -> tuple[Calibration, np.ndarray]:
-        """The calibration without its last windows, and those: at most an eighth of all.
+    def hold_out(self, count: int) -> tuple[Calibration, np.ndarray]:
+        """Holds out the last sequences: at most ``count``, at most an eighth, at least one.
+
+        Returns:
+          The calibration set without them; their tokens.
 
         Raises:
-          ValueError: if there is only one window, so that nothing can be held out.
+          ValueError: if there is only one sequence.
         """
         if len(self.tokens) < 2:
-            raise ValueError("one calibration window: at least 2 are needed to hold one out")
-        windows = max(1, min(windows, len(self.tokens) // 8))
-        mask = None if self.mask is None else self.mask[:-windows]
-        kept = dataclasses.replace(self, tokens=self.tokens[:-windows], mask=mask)
-        return kept, self.tokens[-windows:]
+            raise ValueError(
+                "one calibration sequence: expected at least 2, because one is held out"
+            )
+        count = max(1, min(count, len(self.tokens) // 8))
+        mask = None if self.mask is None else self.mask[:-count]
+        kept = dataclasses.replace(self, tokens=self.tokens[:-count], mask=mask)
+        return kept, self.tokens[-count:]
 
     def masks(self) -> list[np.ndarray | None]:
-        """The mask of each batch."""
+        """Returns the mask of each batch."""
         return [mask for _, mask in self.batches()]
 
 
 def check_tokens(config: ModelConfig, tokens: np.ndarray) -> np.ndarray:
-    """Calibration tokens as int32 ``[n, len]``.
+    """Returns calibration tokens as int32 ``[n, len]``.
 
     Raises:
       ValueError: if the array is not 2-D integer, is empty, or holds ids outside the vocabulary.
@@ -73,7 +83,7 @@ def check_tokens(config: ModelConfig, tokens: np.ndarray) -> np.ndarray:
     tokens = np.asarray(tokens)
     if tokens.ndim != 2 or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
         raise ValueError(
-            "calibration tokens: expected a non-empty integer array [windows, length], got "
+            "calibration tokens: expected a non-empty integer array [sequences, length], got "
             f"{tokens.dtype} {tokens.shape}"
         )
     check_ids(tokens, config.vocab_size, "calibration tokens")

@@ -1,4 +1,8 @@
-"""Calibration of one block after the other: hidden states and statistics of activations."""
+"""The forward pass of calibration: runs block after block and collects activation statistics.
+
+`block_statistics` runs one block on all batches, by `observers.observe`. `backward_pass` collects
+statistics of gradients.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ from lordjax.calibration.observers import (
     empty,
     moment_taps,
     observe,
-    windows_per_step,
+    sequences_per_step,
 )
 from lordjax.kernels import trees
 from lordjax.methods import Method
@@ -26,6 +30,7 @@ from lordjax.models import objective
 from lordjax.models.config import ModelConfig
 from lordjax.models.sites import LINEAR_SITES, Site
 from lordjax.models.source import Source
+from lordjax.names import layer
 from lordjax.runtime import mesh as devices
 from lordjax.storage.store import Store
 
@@ -34,11 +39,11 @@ INFLUENCE = f"{BLOCK}:influence"
 
 
 def on_device(tree: Any, mesh: devices.Mesh | None = None) -> Any:
-    """Weights in float32: statistics do not depend on the dtype a model is stored in.
+    """Puts parameters on the device in float32, whatever dtype the model is stored in.
 
-    With a mesh, a block's are laid out as `mesh.RULES` say.
+    With a mesh that shards the model, a block's arrays are laid out as `mesh.RULES` say.
     """
-    # What is cut into parts need not fit on one device.
+    # Arrays that are sharded need not fit on one device, so they stay on the host until then.
     asarray: Any = np.asarray if devices.is_model_sharded(mesh) else jnp.asarray
 
     def put(a: Any) -> Any:
@@ -51,31 +56,31 @@ def on_device(tree: Any, mesh: devices.Mesh | None = None) -> Any:
 
 
 def embedded(source: Source, calibration: Calibration) -> Iterator[Any]:
-    """The residual stream before the first block, batch by batch."""
-    rest, config = source.non_block_params(), source.config
-    tables = on_device({key: rest[key] for key in EMBEDDINGS if key in rest})
-    del rest
+    """Yields the residual stream before the first block, batch by batch."""
+    outer, config = source.non_block_params(), source.config
+    tables = on_device({key: outer[key] for key in EMBEDDINGS if key in outer})
+    del outer
     for tokens, mask in calibration.batches():
         x = embed(tables, calibration.read(config, tokens, mask), mask, config=config)
         yield devices.shard_batch(x, calibration.mesh)
 
 
 def hidden_states(source: Source, calibration: Calibration) -> list[Any]:
-    """`embedded`, all at once."""
+    """Returns the residual stream before the first block, for all batches."""
     return list(embedded(source, calibration))
 
 
 def start_pass(
     store: Store, name: str, source: Source, calibration: Calibration, streams: int = 1
 ) -> States:
-    """The hidden states of a pass over the blocks where it was left, or before the first block.
+    """Returns the hidden states of a pass over the blocks: where it stopped, or before block 0.
 
     Args:
-      store: what is kept so far.
-      name: of the pass.
+      store: finished results of this and earlier processes.
+      name: name of the pass in the store.
       source: the model.
-      calibration: tokens.
-      streams: how many residual streams there are, one after the other.
+      calibration: calibration tokens.
+      streams: number of residual streams; the batches of one follow those of the other.
     """
     shapes = state_shapes(source, calibration) * streams
     states = open_states(store, name, shapes, calibration.mesh)
@@ -95,36 +100,39 @@ def resume_pass(
     calibration: Calibration | None,
     done: Callable[[int], bool],
 ) -> tuple[States | None, range]:
-    """Where a pass over the blocks goes on: its hidden states, and the blocks that are left.
+    """Resumes a pass over the blocks.
 
     Args:
-      store: what is kept so far.
-      name: of the pass.
+      store: finished results of this and earlier processes.
+      name: name of the pass in the store.
       source: the model.
-      calibration: tokens; None for a pass that runs no block, and has no states.
-      done: whether nothing is left to do for a block.
+      calibration: calibration tokens; None for a pass that runs no block and has no states.
+      done: function that returns whether a block is finished.
+
+    Returns:
+      Hidden states before the first block that is left, or None; the blocks that are left.
     """
     layers = source.config.num_layers
     start = next((i for i in range(layers) if not done(i)), layers)
     if calibration is None:
         return None, range(start, layers)
     if start == layers:
-        open_states(store, name, []).close()  # of a process that was killed before it could
+        open_states(store, name, []).close()  # those of a process that was killed before it could
         return None, range(layers, layers)
     states = start_pass(store, name, source, calibration)
-    # States may be behind what is done: a process was killed before it could write them. They are
-    # ahead of it in the middle of a group of blocks.
+    # States may be older than the first unfinished block, if a process was killed before it could
+    # write them. They are newer if it was killed in the middle of a batch of blocks.
     if (states.at or 0) > start:
         states.back(start)
     return states, range(states.at or 0, layers)
 
 
 def state_shapes(source: Source, calibration: Calibration) -> list[tuple[int, ...]]:
-    """Of the residual stream of every batch."""
+    """Returns the shape of the residual stream for every batch."""
     return [(*tokens.shape, source.config.hidden_size) for tokens, _ in calibration.batches()]
 
 
-# What a module's ``needs`` mean; ``moments`` are those of its last layer's input.
+# A module's ``needs`` -> accumulator key. ``moments`` are those of its last layer's input.
 MODULE_KEYS = {
     "queries": f"{QUERIES}:heads",
     "keys": "attention/keys:heads",
@@ -133,7 +141,7 @@ MODULE_KEYS = {
 
 
 def needs_activations(method: Method) -> bool:
-    """Whether a method reads anything of a forward pass."""
+    """Returns whether a method reads statistics of activations."""
     needs = {*method.needs, *(name for m in method.modules.values() for name in m.needs)}
     return bool(needs & {"moments", "inputs", "abs_mean", *MODULE_KEYS})
 
@@ -141,7 +149,16 @@ def needs_activations(method: Method) -> bool:
 def activation_keys(
     block: Mapping[str, Any], sites: tuple[Site, ...], method: Method
 ) -> dict[str, dict[str, str]]:
-    """Site path -> ``{name that the method reads: accumulator key}``."""
+    """Returns which accumulators a method reads.
+
+    Args:
+      block: parameters of the block, nested.
+      sites: sites of the block.
+      method: the method.
+
+    Returns:
+      site path -> ``{name in the method's needs: accumulator key}``.
+    """
     taps = moment_taps(block)
     keys: dict[str, dict[str, str]] = {}
     for site in sites:
@@ -161,14 +178,20 @@ def activation_keys(
 
 
 def statistic_width(key: str, flat: Mapping[str, Any], config: ModelConfig) -> Any:
-    """How wide the statistic of a key is: see the ``zeros`` of its kind."""
+    """Returns the width of an accumulator: the argument of its statistic's ``zeros``.
+
+    Args:
+      key: accumulator key, ``"<tap>:<kind>"``.
+      flat: parameters of the block by path.
+      config: the architecture, for the numbers of heads.
+    """
     tap, kind = key.rsplit(":", 1)
     inputs = {site.input_tap: site.path for site in LINEAR_SITES if site.path in flat}
     if tap in inputs:
         return flat[inputs[tap]].shape[0]
-    layer = {QUERIES: "attention/q", "attention/keys": "attention/k"}.get(tap)
-    width = flat[f"{layer or tap.removesuffix('/out')}/kernel"].shape[1]
-    heads = config.num_heads if layer == "attention/q" else config.num_kv_heads
+    linear = {QUERIES: "attention/q", "attention/keys": "attention/k"}.get(tap)
+    width = flat[f"{linear or tap.removesuffix('/out')}/kernel"].shape[1]
+    heads = config.num_heads if linear == "attention/q" else config.num_kv_heads
     return (heads, width // heads) if kind == "heads" else width
 
 
@@ -184,13 +207,24 @@ def block_statistics(
     forward: bool = True,
     influence: bool = False,
 ) -> dict[str, Any]:
-    """Runs a block on all batches and accumulates what ``keys`` asks for.
+    """Runs a block on all batches and collects statistics of its activations.
 
-    With ``influence`` the block's own is among them, at `INFLUENCE`. With ``forward`` the entries
-    of ``states`` - a list, or `states.States` - are replaced by the block's outputs.
+    Args:
+      block: parameters of the block, on the device.
+      i: number of the block.
+      states: residual stream before the block, per batch: a list or `States`.
+      calibration: calibration tokens.
+      sites: sites whose statistics are collected.
+      keys: site path -> ``{name: accumulator key}``; see `activation_keys`.
+      config: the architecture.
+      forward: whether to replace the entries of ``states`` by the block's outputs.
+      influence: whether to collect the block influence, too, at `INFLUENCE`.
+
+    Returns:
+      accumulator key -> statistic.
 
     Raises:
-      ValueError: if an activation is not finite; names the tap.
+      ValueError: if an activation is not finite; the error names the tap.
     """
     flat = trees.flatten(block)
     wanted = {key for site in sites for key in keys[site.path].values()}
@@ -199,7 +233,13 @@ def block_statistics(
         stats |= empty({INFLUENCE: None})
     for j, mask in enumerate(calibration.masks()):
         y, stats = observe(
-            block, states[j], mask, stats, config=config, window=config.window(i), forward=forward
+            block,
+            states[j],
+            mask,
+            stats,
+            config=config,
+            sliding_window=config.window(i),
+            forward=forward,
         )
         if forward:
             states[j] = devices.shard_batch(y, calibration.mesh)
@@ -211,8 +251,8 @@ def block_statistics(
     ]
     if bad:
         raise ValueError(
-            f"layer_{i}: non-finite activations at {', '.join(bad)}, although computed in float32; "
-            "a weight of this or an earlier block is broken"
+            f"{layer(i)}: non-finite activations at {', '.join(bad)}, although computed in "
+            "float32; check the weights of this and earlier blocks for NaN and infinity"
         )
     return stats
 
@@ -225,22 +265,30 @@ def checked(
     mask_token: int | None = None,
     mesh: devices.Mesh | None = None,
 ) -> Calibration:
-    """Calibration tokens ready to run; ``batch_size=None``: as many as this backend does best.
+    """Checks calibration tokens and chooses their batch size.
 
-    With a mesh, as many for each of the devices that share out rows.
+    Args:
+      config: the model.
+      tokens: token ids ``[n, len]``.
+      mask: ``[n, len]``, False at padding; None: there is no padding.
+      batch_size: sequences of a batch; None: `observers.sequences_per_step`, for each device of
+        the mesh's data axis.
+      mask_token: id of the mask token, for a model that predicts masked tokens.
+      mesh: devices that split every batch; None: the first device.
 
     Raises:
-      ValueError: if tokens do not fit the model, or the mask does not fit the tokens, or the mask
-        token is missing, or there are fewer windows than devices that share them.
+      ValueError: if tokens do not fit the model, the mask does not fit the tokens, the mask token
+        is missing, or there are fewer sequences than devices that split them.
     """
     tokens = check_tokens(config, tokens)
     if mask is not None and np.shape(mask) != tokens.shape:
         raise ValueError(f"mask {np.shape(mask)}: expected the shape of the tokens {tokens.shape}")
-    objective.inputs(config, tokens[:1], None, mask_token)  # raises
+    objective.inputs(config, tokens[:1], None, mask_token)  # raises if the mask token is missing
     share = 1 if mesh is None else mesh.shape.get(devices.AXIS, 1)
     if share > len(tokens):
         raise ValueError(
-            f"{len(tokens)} calibration windows for {share} devices; give as many windows at least"
+            f"{len(tokens)} calibration sequences for {share} devices: expected at least one for "
+            "each device; give more sequences or use fewer devices"
         )
-    step = windows_per_step(len(tokens) // share, tokens.shape[1]) * share
+    step = sequences_per_step(len(tokens) // share, tokens.shape[1]) * share
     return Calibration(tokens, mask, batch_size or step, mask_token, mesh)

@@ -1,15 +1,15 @@
-"""The residual stream between two blocks, batch by batch: in memory, or on disk.
+"""Hidden states: the residual stream between two blocks, batch by batch, in memory or on disk.
 
-On disk one batch at a time is in memory. The states before block ``i + 1`` are written beside those
-before block ``i``; once they are complete they are an entry of the workspace, and the old ones
-go. So a run that was killed goes on before the first block that it did not finish.
+On disk, one batch at a time is in memory. The states before block ``i + 1`` are written beside
+those before block ``i``. When they are complete they become an entry of the store, and the old ones
+are deleted. So a run that was killed resumes at the first block that it did not finish.
 
 A pass over the blocks::
 
-    states = open_states(work, "statistics", shapes)
+    states = open_states(store, "statistics", shapes)
     if states.at is None: ...          # states[j] = ... for all j, states.commit(0)
     for i in range(states.at, layers):
-        ...                            # read states[j], then states[j] = block's output
+        ...                            # read states[j], then states[j] = output of block i
         states.commit(i + 1)
     states.close()
 """
@@ -29,10 +29,10 @@ from lordjax.storage.store import Store
 
 
 class States(Protocol):
-    """Hidden states before one block, an array per batch.
+    """Hidden states before one block, one array per batch.
 
     Attributes:
-      at: number of the block; None before the first `commit`.
+      at: number of that block; None before the first `commit`.
     """
 
     at: int | None
@@ -40,20 +40,25 @@ class States(Protocol):
     def __getitem__(self, j: int) -> Any: ...
     def __setitem__(self, j: int, x: Any) -> None: ...
     def commit(self, at: int, *, keep: bool = False) -> None:
-        """What was set are the states before block ``at``; the others go, unless kept."""
+        """Makes the arrays that were set the states before block ``at``.
+
+        Args:
+          at: number of the block.
+          keep: whether to keep the states before earlier blocks; else they are deleted.
+        """
         ...
 
     def back(self, at: int) -> None:
-        """Goes back to the last states that were kept up to block ``at``; later ones go."""
+        """Returns to the last kept states before block ``at`` or earlier; deletes later ones."""
         ...
 
     def close(self) -> None:
-        """Removes all of them."""
+        """Deletes all states."""
         ...
 
 
 class MemoryStates:
-    """In memory; setting a batch replaces it at once."""
+    """Hidden states in memory; setting a batch replaces it at once."""
 
     def __init__(self) -> None:
         self.at: int | None = None
@@ -67,42 +72,42 @@ class MemoryStates:
         self._now[j] = x
 
     def commit(self, at: int, *, keep: bool = False) -> None:
-        """See `States`."""
+        """As `States` says."""
         self.at = at
         self._kept = {**self._kept, at: dict(self._now)} if keep else {}
 
     def back(self, at: int) -> None:
-        """See `States`."""
+        """As `States` says."""
         self._kept = {kept: states for kept, states in self._kept.items() if kept <= at}
         self.at = max(self._kept)
         self._now = dict(self._kept[self.at])
 
     def close(self) -> None:
-        """See `States`."""
+        """As `States` says."""
         self._now, self._kept = {}, {}
 
 
 class DiskStates:
-    """On disk; batches are set in their order, all of them before `commit`.
+    """Hidden states on disk; batches are set in their order, all of them before `commit`.
 
-    Each of several processes keeps the rows that lie on its devices. States go only when all of
-    them have the next ones, so that there are always some that all have.
+    Each of several processes stores the rows of its own devices. States are deleted only when all
+    processes have the next ones, so that at any time all processes have some states in common.
     """
 
     def __init__(
         self, store: DiskStore, name: str, shapes: list[tuple[int, ...]], mesh: Mesh | None = None
     ):
-        self._work, self._name, self._shapes, self._mesh = store, name, shapes, mesh
+        self._store, self._name, self._shapes, self._mesh = store, name, shapes, mesh
         self._stream: Stream | None = None
-        self._file: Mapping[str, Any] = {}
+        self._arrays: Mapping[str, Any] = {}
         self.at: int | None = None
         found = self._all()
-        if found:  # the last one, if it was killed before the one before could go
+        if found:  # there may be two, if the process was killed before it deleted the older one
             self._open(found[-1])
 
     def __getitem__(self, j: int) -> Any:
-        # Mapped when it is asked for: what stays mapped counts as memory.
-        rows = self._file[str(j)]
+        # The file is mapped only when it is read, because mapped pages count as used memory.
+        rows = self._arrays[str(j)]
         if self._mesh is None:
             return jnp.asarray(rows)
         return give_rows(rows, self._shapes[j], self._mesh)
@@ -114,11 +119,11 @@ class DiskStates:
                 jax.ShapeDtypeStruct((rows.stop - rows.start, *shape[1:]), jnp.float32)
                 for rows, shape in zip(own, self._shapes, strict=True)
             ]
-            self._stream = self._work.stream(f"{self._name}/writing", shapes)
+            self._stream = self._store.stream(f"{self._name}/writing", shapes)
         self._stream.add(take_rows(x, self._mesh))
 
     def commit(self, at: int, *, keep: bool = False) -> None:
-        """See `States`."""
+        """As `States` says."""
         if self._stream is not None:
             self._stream.close(f"{self._name}/{at}")
             self._stream = None
@@ -128,27 +133,27 @@ class DiskStates:
         self._open(at)
 
     def back(self, at: int) -> None:
-        """See `States`."""
+        """As `States` says."""
         self._discard(lambda kept: kept > at)
         self._open(max(self._all()))
 
     def close(self) -> None:
-        """See `States`."""
+        """As `States` says."""
         self._discard(lambda _: True)
 
     def _all(self) -> list[int]:
-        """The blocks before which there are states, the oldest first."""
-        return [int(key.rsplit("/", 1)[1]) for key in self._work.below(f"{self._name}/")]
+        """Blocks before which there are states, the oldest first."""
+        return [int(key.rsplit("/", 1)[1]) for key in self._store.below(f"{self._name}/")]
 
     def _discard(self, which: Callable[[int], bool]) -> None:
-        self._work.discard(*(f"{self._name}/{at}" for at in self._all() if which(at)))
+        self._store.discard(*(f"{self._name}/{at}" for at in self._all() if which(at)))
 
     def _open(self, at: int) -> None:
-        self.at, self._file = at, self._work.arrays(f"{self._name}/{at}")
+        self.at, self._arrays = at, self._store.arrays(f"{self._name}/{at}")
 
 
 class Shifted:
-    """A part of the batches of some states, counted from 0: one of several streams."""
+    """One of several residual streams: batches of `States` from ``start`` on, counted from 0."""
 
     def __init__(self, states: States, start: int):
         self._states, self._start = states, start
@@ -163,12 +168,12 @@ class Shifted:
 def open_states(
     store: Store, name: str, shapes: list[tuple[int, ...]], mesh: Mesh | None = None
 ) -> States:
-    """The states of one pass, where it was left; on disk if that is where the work is.
+    """Opens the hidden states of a pass, where it stopped; on disk if the store is.
 
     Args:
-      store: what is kept so far.
-      name: of the pass.
-      shapes: of the batches.
-      mesh: devices that share their rows; batches are to be set as `mesh.share_rows` lays them out.
+      store: finished results of this and earlier processes.
+      name: name of the pass in the store.
+      shapes: shape of every batch.
+      mesh: devices that split the batches; batches have to be laid out by `mesh.shard_batch`.
     """
     return DiskStates(store, name, shapes, mesh) if isinstance(store, DiskStore) else MemoryStates()

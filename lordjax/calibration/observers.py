@@ -1,8 +1,13 @@
-"""Statistics of one block: forward for activations, backward for gradients.
+"""Observers: jitted functions that run one block on one batch and update statistics.
 
-Both are jitted steps that fold a batch into donated accumulators; parameters are arguments, so
-all blocks of a model share one compilation. Which statistics are taken is the structure of the
-accumulator: a dict from ``"<tap>:<kind>"`` to a statistic.
+`observe` runs a block forward and updates statistics of activations. `observe_pair` relates the
+activations of a dense and a compressed block. `observe_gradients` runs a block backward and updates
+statistics of loss gradients. `forward_pass` and `backward_pass` call these functions for all blocks
+and batches. `statistics` holds the accumulators.
+
+Parameters are arguments of the jitted functions, so that blocks of equal shapes share one compiled
+program. The accumulators are donated. Their structure says which statistics are collected: for
+activations it is a dict from ``"<tap>:<kind>"`` to a statistic.
 """
 
 from __future__ import annotations
@@ -15,76 +20,97 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from lordjax.calibration.statistics import (
-    STATISTICS,
-    HeadMoments,
-    MeanSquare,
-    Moments,
-    SecondMoment,
-)
+from lordjax.calibration.gradient_updates import update_gradients
+from lordjax.calibration.statistics import STATISTICS, Moments
 from lordjax.kernels import trees
-from lordjax.models.blocks import BLOCKS
+from lordjax.models.blocks import Block
 from lordjax.models.config import ModelConfig
 from lordjax.models.layers import PERTURBATIONS, TAPS
 from lordjax.models.sites import LINEAR_SITES, Site
 from lordjax.models.transformer import Transformer, default_positions
 
 Stats = dict[str, Any]
-# Parameters that come before the first block.
+# Parameters that are used before the first block.
 EMBEDDINGS = ("embed", "project_in", "positions", "token_types", "embed_norm")
-BLOCK = "block"  # stands for the pair of a block's input and output where a tap is named
+BLOCK = "block"  # used as the name of a tap: the pair of a block's input and output
 
 
 def moment_taps(block: Mapping[str, Any], sites: Iterable[Site] = LINEAR_SITES) -> dict[str, str]:
-    """Site path -> the tap whose second moment gives the site's output moments most cheaply.
+    """Chooses, for every site, the cheapest tap that gives the second moment of its output.
 
-    The input's, if it is no wider than the widest layer it feeds (it is shared by the group);
-    else the output's. So no second moment is larger than the smaller side of its kernels.
+    This is the tap of the input, if the input is no wider than the widest layer that reads it;
+    layers that read the same input share its statistic. Else it is the tap of the output. So no
+    second moment is larger than the smaller side of its kernels.
+
+    Args:
+      block: parameters of the block, nested.
+      sites: sites to choose for; those that the block does not have are left out.
+
+    Returns:
+      site path -> tap.
     """
     flat = trees.flatten(block)
     sites = tuple(site for site in sites if site.path in flat)
     shapes = {site.path: flat[site.path].shape for site in sites}
     taps = {}
     for site in sites:
-        group = [shapes[other.path] for other in sites if other.input_tap == site.input_tap]
-        narrow = group[0][0] <= max(out for _, out in group)
+        siblings = [shapes[other.path] for other in sites if other.input_tap == site.input_tap]
+        narrow = siblings[0][0] <= max(out for _, out in siblings)
         taps[site.path] = site.input_tap if narrow else site.output_tap
     return taps
 
 
-def windows_per_step(windows: int, length: int) -> int:
-    """How many of ``windows`` of this length the default backend does best at a time.
+def sequences_per_step(sequences: int, length: int) -> int:
+    """Chooses the batch size at which the default backend runs a block fastest.
 
     On CPU the activations of a step should fit the cache: forward passes of 1024 tokens of a model
-    of width 576 take a sixth less time than of 4096. An accelerator wants to be filled. Steps that
-    divide the windows are preferred: a last, shorter one compiles again.
+    of width 576 take a sixth less time per token than those of 4096. An accelerator needs large
+    batches. Batch sizes that divide the number of sequences are preferred, because a smaller last
+    batch needs another compilation.
+
+    Args:
+      sequences: number of calibration sequences.
+      length: tokens of a sequence.
+
+    Returns:
+      Sequences of a batch, at least 1.
     """
     most = max(1, (1024 if jax.default_backend() == "cpu" else 8192) // length)
-    even = [n for n in range(most, most // 2, -1) if windows % n == 0]
+    even = [n for n in range(most, most // 2, -1) if sequences % n == 0]
     return even[0] if even else most
 
 
 def empty(widths: Mapping[str, Any]) -> Stats:
-    """Zero accumulators for ``{"<tap>:<kind>": width}``, as wide as the kind's ``zeros`` says."""
+    """Returns zero accumulators for ``{"<tap>:<kind>": width}``.
+
+    The width is the argument of the ``zeros`` of that kind; see `statistics.STATISTICS`.
+    """
     return {key: STATISTICS[key.rsplit(":", 1)[1]].zeros(width) for key, width in widths.items()}
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
 def embed(
-    rest: Any,
+    non_block_params: Any,
     tokens: Int[Array, "b s"],
     mask: Bool[Array, "b s"] | None = None,
     *,
     config: ModelConfig,
 ) -> Float[Array, "b s m"]:
-    """The residual stream before the first block; of ``rest`` only `EMBEDDINGS` are read."""
-    model = Transformer(config)
-    x: Any = model.apply({"params": rest}, tokens, mask, method=Transformer.embed_tokens)
+    """Computes the residual stream before the first block.
+
+    Args:
+      non_block_params: parameters outside the blocks; only `EMBEDDINGS` are read.
+      tokens: token ids.
+      mask: False at padding.
+      config: the architecture.
+    """
+    model, params = Transformer(config), {"params": non_block_params}
+    x: Any = model.apply(params, tokens, mask, method=Transformer.embed_tokens)
     return x
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "window", "forward"), donate_argnames=("stats",)
+    jax.jit, static_argnames=("config", "sliding_window", "forward"), donate_argnames=("stats",)
 )
 def observe(
     block: Any,
@@ -93,16 +119,26 @@ def observe(
     stats: Stats,
     *,
     config: ModelConfig,
-    window: int | None,
+    sliding_window: int | None,
     forward: bool = True,
 ) -> tuple[Float[Array, "b s m"] | None, Stats]:
-    """Runs a block on a batch and adds its taps to ``stats`` (donated).
+    """Runs a block on a batch and updates statistics of its activations.
 
-    With ``forward=False`` the block's output is not returned, and XLA drops the layers behind the
-    last tap that is asked for.
+    Args:
+      block: parameters of the block.
+      x: residual stream before the block.
+      mask: False at padding.
+      stats: ``"<tap>:<kind>"`` -> accumulator (donated).
+      config: the architecture.
+      sliding_window: sliding window of this layer's attention.
+      forward: whether to return the block's output. If not, XLA drops the layers behind the last
+        tap that is needed.
+
+    Returns:
+      The block's output, or None; the updated accumulators.
     """
     positions = default_positions(x, mask)
-    y, state = BLOCKS[config.block](config, window).apply(
+    y, state = Block(config, sliding_window).apply(
         {"params": block}, x, positions, mask, mutable=[TAPS] if stats else []
     )
     taps = trees.flatten(state.get(TAPS, {})) | {BLOCK: (x, y)}
@@ -111,7 +147,9 @@ def observe(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "window"), donate_argnames=("target", "fitted", "cross")
+    jax.jit,
+    static_argnames=("config", "sliding_window"),
+    donate_argnames=("target", "fitted", "cross"),
 )
 def observe_pair(
     blocks: tuple[Any, Any],
@@ -122,24 +160,28 @@ def observe_pair(
     cross: dict[str, Any],
     *,
     config: ModelConfig,
-    window: int | None,
+    sliding_window: int | None,
 ) -> tuple[dict[str, Moments], dict[str, Moments], dict[str, Any]]:
-    """Runs the untouched and the compressed block in lockstep and relates their taps.
+    """Runs the dense and the compressed block on a batch and relates their activations.
 
     Args:
-      blocks: parameters (untouched, compressed).
-      xs: residual streams (of the untouched prefix, of the compressed prefix).
+      blocks: parameters of the dense block, and of the compressed one.
+      xs: residual stream before the block in the dense model, and in the model that is compressed
+        up to this block.
       mask: False at padding.
-      target: output tap -> moments of the untouched outputs ``y``.
-      fitted: input tap -> moments of the compressed inputs ``x̂``.
-      cross: ``"<input tap>|<output tap>"`` -> Σ ``x̂ᵀ y``, uncentred.
+      target: output tap -> `Moments` of the dense block's outputs ``y`` (donated).
+      fitted: input tap -> `Moments` of the compressed block's inputs ``x̂`` (donated).
+      cross: ``"<input tap>|<output tap>"`` -> Σ ``x̂ᵀ y`` ``[in, out]``, uncentered (donated).
       config: the architecture.
-      window: sliding window of this layer.
+      sliding_window: sliding window of this layer's attention.
+
+    Returns:
+      The updated ``target``, ``fitted`` and ``cross``.
     """
     positions = default_positions(xs[0], mask)
     taps = []
     for block, x in zip(blocks, xs, strict=True):
-        _, state = BLOCKS[config.block](config, window).apply(
+        _, state = Block(config, sliding_window).apply(
             {"params": block}, x, positions, mask, mutable=[TAPS]
         )
         taps.append(trees.flatten(state[TAPS]))
@@ -159,7 +201,7 @@ def observe_pair(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "window", "shares"), donate_argnames=("stats",)
+    jax.jit, static_argnames=("config", "sliding_window", "shares"), donate_argnames=("stats",)
 )
 def observe_gradients(
     block: Any,
@@ -170,40 +212,32 @@ def observe_gradients(
     stats: dict[str, dict[str, Any]],
     *,
     config: ModelConfig,
-    window: int | None,
+    sliding_window: int | None,
     shares: int = 1,
 ) -> tuple[Float[Array, "b s m"], dict[str, dict[str, Any]]]:
-    """Runs a block backwards and adds the gradients at its linear outputs.
+    """Runs a block backward on a batch and updates statistics of loss gradients.
 
     Args:
-      block: parameters.
-      x: block input.
+      block: parameters of the block.
+      x: residual stream before the block.
       mask: False at padding.
       cotangent: gradient of the loss at the block's output.
-      bases: site path -> ``[out, m]`` coordinates for the gradient (`linalg.row_space`), or None.
-      stats: accumulators (donated). ``gradients``: site path -> second moment of the loss gradient
-        at the site's output; ``fisher``: site path -> ``[in, out]``, the sum over windows of
-        squared weight gradients; ``row_fisher``: ``[in]``, that summed over outputs;
-        ``weighted_inputs``: site path -> `SecondMoment` of its input, every token weighted by the
-        squared norm of the gradient at its output; ``weighted_squares``: site path -> `MeanSquare`
-        of that gradient, every token weighted by the squared norm of its input;
-        ``gates``: ``"attention/queries"`` -> `HeadMoments` of
-        how the loss changes with the size of each rotary pair of the queries of a key head, or of
-        all of them without rotary positions.
+      bases: site path -> ``[out, m]`` basis in which the gradient is stored (`linalg.row_space`);
+        None: the gradient is stored as it is.
+      stats: accumulators by name, then by site path (donated); see `gradient_updates`.
       config: the architecture.
-      window: sliding window of this layer.
-      shares: how many devices share the rows; what is done window by window each does with its own.
+      sliding_window: sliding window of this layer's attention.
+      shares: number of devices that split the batch. Each device loops over its own sequences.
 
     Returns:
-      Gradient at the block's input, and the accumulators.
+      Gradient of the loss at the block's input; the updated accumulators.
     """
     positions = default_positions(x, mask)
     sites = {s.path: s for s in LINEAR_SITES if any(s.path in table for table in stats.values())}
-    gates = stats.get("gates", {})
 
     def run(x: Array, delta: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
         variables = {"params": block, PERTURBATIONS: trees.unflatten(delta)}
-        y, state = BLOCKS[config.block](config, window).apply(
+        y, state = Block(config, sliding_window).apply(
             variables, x, positions, mask, mutable=[TAPS]
         )
         return y, trees.flatten(state[TAPS])
@@ -214,71 +248,7 @@ def observe_gradients(
         for path, s in sites.items()
     }
     queries = flat["attention/q/kernel"].shape[-1]
-    zero |= {tap: jnp.zeros((*x.shape[:2], queries), x.dtype) for tap in gates}
+    zero |= {tap: jnp.zeros((*x.shape[:2], queries), x.dtype) for tap in stats.get("gates", {})}
     _, pull, taps = jax.vjp(run, x, zero, has_aux=True)
     grad_x, grads = pull(cotangent)
-    return grad_x, _add_gradients(stats, sites, taps, grads, bases, mask, shares)
-
-
-def _add_gradients(
-    stats: dict[str, dict[str, Any]],
-    sites: Mapping[str, Site],
-    taps: Mapping[str, Array],
-    grads: Mapping[str, Array],
-    bases: Mapping[str, Any],
-    mask: Bool[Array, "b s"] | None,
-    shares: int,
-) -> dict[str, dict[str, Any]]:
-    """Accumulators of `observe_gradients` with one batch more, from activations and gradients."""
-
-    def second_moment(path: str, moment: Any) -> Any:
-        g = grads[sites[path].output_tap]
-        if bases[path] is not None:
-            g = jnp.matmul(g, bases[path].astype(g.dtype), precision="highest")
-        return moment.update(g, mask)
-
-    def fisher(path: str, total: Array) -> Array:
-        def window(totals: Array, pair: tuple[Array, Array]) -> tuple[Array, None]:
-            gradient = jnp.matmul(jnp.swapaxes(pair[0], 1, 2), pair[1], precision="highest")
-            square = gradient**2
-            return totals + (square if total.ndim == 2 else jnp.sum(square, axis=-1)), None
-
-        def cut(a: Array) -> Array:  # [windows of a share, shares, ...]
-            return jnp.swapaxes(a.reshape(shares, -1, *a.shape[1:]), 0, 1)
-
-        # One after the other: weight gradients of a whole batch may not fit.
-        site = sites[path]
-        others = jnp.zeros((shares - 1, *total.shape), total.dtype)
-        start = jnp.concatenate([total[None], others])
-        pairs = (cut(taps[site.input_tap]), cut(grads[site.output_tap]))
-        return jnp.sum(jax.lax.scan(window, start, pairs)[0], axis=0)
-
-    def weighted_inputs(path: str, total: SecondMoment) -> SecondMoment:
-        return total.update(taps[sites[path].input_tap], energy(grads[sites[path].output_tap]))
-
-    def weighted_squares(path: str, total: MeanSquare) -> MeanSquare:
-        return total.update(grads[sites[path].output_tap], energy(taps[sites[path].input_tap]))
-
-    def energy(a: Array) -> Array:
-        squares = jnp.sum(a**2, axis=-1)
-        return squares if mask is None else jnp.where(mask, squares, 0)
-
-    def gate(tap: str, total: HeadMoments) -> HeadMoments:
-        # The loss changes by g·q when a pair's query is scaled; keys have the same effect, summed.
-        # Members of a pair are d/2 apart, so that pairs are the last axis.
-        groups, pairs = total.total.shape[:2]
-        effect = (grads[tap] * taps[tap]).reshape(*taps[tap].shape[:2], groups, -1, pairs)
-        return total.update(jnp.sum(effect, axis=3).reshape(*effect.shape[:2], -1), mask)
-
-    add = {
-        "gradients": second_moment,
-        "row_fisher": fisher,
-        "fisher": fisher,
-        "weighted_inputs": weighted_inputs,
-        "weighted_squares": weighted_squares,
-        "gates": gate,
-    }
-    return {
-        name: {key: add[name](key, total) for key, total in table.items()}
-        for name, table in stats.items()
-    }
+    return grad_x, update_gradients(stats, sites, taps, grads, bases, mask, shares)

@@ -1,10 +1,11 @@
-"""Statistics of activations: places to look at, and sums that can be streamed.
+"""Statistics: accumulators that are updated batch by batch.
 
-A model marks places with `tap`; a caller chooses what is recorded with
-``apply(..., mutable=["taps"])``. With nothing mutable a tap costs nothing.
+`observers` updates them with the activations and gradients of a block. Each has ``zeros`` (a
+statistic of no vectors) and ``update`` (adds the vectors of a batch, with optional token weights).
 
-Moments are kept as count, mean and *centred* scatter and merged by Chan, Golub and LeVeque's rule
-(1983), so that a large mean cannot swallow the covariance in float32::
+`Moments` holds count, mean and *centered* scatter. Two of them are merged by the rule of Chan,
+Golub and LeVeque (1983), so that a large mean does not destroy the precision of the covariance in
+float32::
 
     δ = m_b - m_a        m = m_a + δ·n_b/n        S = S_a + S_b + δδᵀ·n_a·n_b/n
 """
@@ -22,21 +23,21 @@ from lordjax.methods import linalg
 
 
 def _rows(x: Array, weights: Array | None, dtype: Any) -> tuple[Array, Array | None]:
-    """Vectors as rows ``[t, d]`` and their weights ``[t]``; rows of weight 0 are 0."""
+    """Reshapes vectors to rows ``[t, d]`` and weights to ``[t]``; rows of weight 0 become 0."""
     rows = x.reshape(-1, x.shape[-1]).astype(dtype)
     if weights is None:
         return rows, None
     w = weights.reshape(-1).astype(dtype)
-    # Masked rows may hold anything, NaN included; 0 · NaN is NaN.
+    # Masked rows may hold NaN, and 0 · NaN is NaN.
     return jnp.where(w[:, None] > 0, rows, 0), w
 
 
 @flax.struct.dataclass
 class Moments:
-    """Count, mean and centred scatter of vectors of width d.
+    """Count, mean and centered scatter of vectors of width d.
 
     Attributes:
-      count: ``[]`` sum of token weights.
+      count: ``[]``, sum of token weights.
       mean: ``[d]``.
       scatter: ``[d, d]``, Σ w (x - mean)(x - mean)ᵀ.
     """
@@ -47,11 +48,11 @@ class Moments:
 
     @classmethod
     def zeros(cls, width: int, dtype: Any = jnp.float32) -> Moments:
-        """The moments of no vectors."""
+        """Returns the moments of no vectors."""
         return cls(jnp.zeros((), dtype), jnp.zeros(width, dtype), jnp.zeros((width, width), dtype))
 
     def merge(self, other: Moments) -> Moments:
-        """Moments of both sets together."""
+        """Returns the moments of both sets of vectors together."""
         count = self.count + other.count
         share = jnp.where(count > 0, other.count / jnp.where(count > 0, count, 1), 0)
         shift = other.mean - self.mean
@@ -62,7 +63,7 @@ class Moments:
         )
 
     def update(self, x: Float[Array, "... d"], weights: Float[Array, ...] | None = None) -> Moments:
-        """Adds the rows of ``x``; ``weights`` (0 at padding) are broadcast over the last axis."""
+        """Adds the vectors of ``x``; ``weights``, 0 at padding, has one number per vector."""
         rows, w = _rows(x, weights, self.mean.dtype)
         if w is None:
             count = jnp.asarray(rows.shape[0], rows.dtype)
@@ -74,24 +75,24 @@ class Moments:
         return self.merge(Moments(count, mean, scatter))
 
     def covariance(self) -> Float[Array, "d d"]:
-        """Centred second moment per token, symmetrised."""
+        """Returns the centered second moment per token, symmetrized."""
         return (self.scatter + self.scatter.T) / (2 * self.count)
 
     def take(self, order: Int[Array, "k"]) -> Moments:
-        """Those of some features, in an order."""
+        """Returns the moments of the features ``order``, in that order."""
         return Moments(self.count, self.mean[order], self.scatter[order][:, order])
 
     def second_moment(self) -> Float[Array, "d d"]:
-        """Uncentred second moment per token, symmetrised."""
+        """Returns the uncentered second moment per token, symmetrized."""
         return self.covariance() + jnp.outer(self.mean, self.mean)
 
 
 @flax.struct.dataclass
 class SecondMoment:
-    """Uncentred second moment of vectors of width d, where the mean is of no interest.
+    """Uncentered second moment of vectors of width d, where the mean is not needed.
 
     Attributes:
-      count: ``[]`` number of tokens (or sum of their weights).
+      count: ``[]``, sum of token weights.
       total: ``[d, d]``, Σ w x xᵀ.
     """
 
@@ -100,19 +101,19 @@ class SecondMoment:
 
     @classmethod
     def zeros(cls, width: int, dtype: Any = jnp.float32) -> SecondMoment:
-        """The statistic of no vectors."""
+        """Returns the statistic of no vectors."""
         return cls(jnp.zeros((), dtype), jnp.zeros((width, width), dtype))
 
     def update(
         self, x: Float[Array, "... d"], weights: Float[Array, ...] | None = None
     ) -> SecondMoment:
-        """Adds the rows of ``x``."""
+        """Adds the vectors of ``x``."""
         rows, w = _rows(x, weights, self.total.dtype)
         count = jnp.asarray(rows.shape[0], rows.dtype) if w is None else jnp.sum(w)
         return SecondMoment(self.count + count, self.total + linalg.gram(rows, w))
 
     def second_moment(self) -> Float[Array, "d d"]:
-        """Uncentred second moment per token."""
+        """Returns the uncentered second moment per token."""
         return self.total / self.count
 
 
@@ -121,7 +122,7 @@ class AbsMean:
     """Mean magnitude of each feature.
 
     Attributes:
-      count: ``[]`` sum of token weights.
+      count: ``[]``, sum of token weights.
       total: ``[d]``, Σ w |x|.
     """
 
@@ -130,18 +131,18 @@ class AbsMean:
 
     @classmethod
     def zeros(cls, width: int, dtype: Any = jnp.float32) -> AbsMean:
-        """The statistic of no vectors."""
+        """Returns the statistic of no vectors."""
         return cls(jnp.zeros((), dtype), jnp.zeros(width, dtype))
 
     def update(self, x: Float[Array, "... d"], weights: Float[Array, ...] | None = None) -> AbsMean:
-        """Adds the rows of ``x``."""
+        """Adds the vectors of ``x``."""
         rows, w = _rows(x, weights, self.total.dtype)
         w = jnp.ones(rows.shape[0], rows.dtype) if w is None else w
         total = jnp.sum(w[:, None] * jnp.abs(rows), axis=0)
         return AbsMean(self.count + jnp.sum(w), self.total + total)
 
     def mean(self) -> Float[Array, "d"]:
-        """Mean magnitude per token."""
+        """Returns the mean magnitude per token."""
         return self.total / self.count
 
 
@@ -150,7 +151,7 @@ class MeanSquare:
     """Mean square of each feature: the diagonal of a `SecondMoment`.
 
     Attributes:
-      count: ``[]`` sum of token weights.
+      count: ``[]``, sum of token weights.
       total: ``[d]``, Σ w x².
     """
 
@@ -159,13 +160,13 @@ class MeanSquare:
 
     @classmethod
     def zeros(cls, width: int, dtype: Any = jnp.float32) -> MeanSquare:
-        """The statistic of no vectors."""
+        """Returns the statistic of no vectors."""
         return cls(jnp.zeros((), dtype), jnp.zeros(width, dtype))
 
     def update(
         self, x: Float[Array, "... d"], weights: Float[Array, ...] | None = None
     ) -> MeanSquare:
-        """Adds the rows of ``x``."""
+        """Adds the vectors of ``x``."""
         rows, w = _rows(x, weights, self.total.dtype)
         w = jnp.ones(rows.shape[0], rows.dtype) if w is None else w
         return MeanSquare(
@@ -173,16 +174,16 @@ class MeanSquare:
         )
 
     def mean(self) -> Float[Array, "d"]:
-        """Mean square per token."""
+        """Returns the mean square per token."""
         return self.total / self.count
 
 
 @flax.struct.dataclass
 class HeadMoments:
-    """Uncentred second moments of the heads of vectors ``[heads · d]``.
+    """Uncentered second moments of the heads of vectors ``[heads · d]``.
 
     Attributes:
-      count: ``[]`` sum of token weights.
+      count: ``[]``, sum of token weights.
       total: ``[heads, d, d]``, Σ w x_h x_hᵀ.
     """
 
@@ -191,14 +192,14 @@ class HeadMoments:
 
     @classmethod
     def zeros(cls, width: tuple[int, int], dtype: Any = jnp.float32) -> HeadMoments:
-        """The statistic of no vectors; ``width`` is (heads, d)."""
+        """Returns the statistic of no vectors; ``width`` is (heads, d)."""
         heads, d = width
         return cls(jnp.zeros((), dtype), jnp.zeros((heads, d, d), dtype))
 
     def update(
         self, x: Float[Array, "... hd"], weights: Float[Array, ...] | None = None
     ) -> HeadMoments:
-        """Adds the rows of ``x``."""
+        """Adds the vectors of ``x``."""
         rows, w = _rows(x, weights, self.total.dtype)
         heads = rows.reshape(len(rows), *self.total.shape[:2]).transpose(1, 0, 2)
         grams = jax.vmap(linalg.gram, in_axes=(0, None))(heads, w)
@@ -206,7 +207,7 @@ class HeadMoments:
         return HeadMoments(self.count + count, self.total + grams)
 
     def second_moment(self) -> Float[Array, "heads d d"]:
-        """Uncentred second moment of each head per token."""
+        """Returns the uncentered second moment of each head, per token."""
         return self.total / self.count
 
 
@@ -215,7 +216,7 @@ class Influence:
     """Block influence: one minus the mean cosine between a block's input and output (ShortGPT).
 
     Attributes:
-      count: ``[]`` sum of token weights.
+      count: ``[]``, sum of token weights.
       total: ``[]``, Σ w (1 - cos).
     """
 
@@ -224,7 +225,7 @@ class Influence:
 
     @classmethod
     def zeros(cls, width: Any = None, dtype: Any = jnp.float32) -> Influence:
-        """The statistic of no vectors; it has no width."""
+        """Returns the statistic of no vectors; it has no width."""
         del width
         return cls(jnp.zeros((), dtype), jnp.zeros((), dtype))
 
@@ -233,7 +234,7 @@ class Influence:
         pair: tuple[Float[Array, "... d"], Float[Array, "... d"]],
         weights: Float[Array, ...] | None = None,
     ) -> Influence:
-        """Adds the rows of a block's input and output."""
+        """Adds the vectors of a block's input and output."""
         (x, w), (y, _) = (_rows(z, weights, self.total.dtype) for z in pair)
         norms = jnp.linalg.norm(x, axis=-1) * jnp.linalg.norm(y, axis=-1)
         cosine = jnp.sum(x * y, axis=-1) / jnp.where(norms > 0, norms, 1)
@@ -241,11 +242,11 @@ class Influence:
         return Influence(self.count + jnp.sum(w), self.total + jnp.sum(w * (1 - cosine)))
 
     def mean(self) -> Float[Array, ""]:
-        """Influence per token, in [0, 2]."""
+        """Returns the block influence per token, in [0, 2]."""
         return self.total / self.count
 
 
-# Kinds of statistics by name; a method's `needs` and the driver's accumulators use these names.
+# Kinds of statistics by name; the keys of accumulators, ``"<tap>:<kind>"``, use these names.
 STATISTICS: dict[str, Any] = {
     "moments": Moments,
     "second_moment": SecondMoment,

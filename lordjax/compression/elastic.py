@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +233,15 @@ def cut(
     )
 
 
+def factors_of(directory: str | os.PathLike[str]) -> Mapping[str, Any]:
+    """Site path -> factors at all ranks, of an elastic directory; read when they are asked for.
+
+    Raises:
+      ValueError: if the directory is damaged.
+    """
+    return Entries(Archive(Path(directory) / DIRECTORY), "factors")
+
+
 @dataclasses.dataclass(frozen=True)
 class Cut(InMemory):
     """The model of one budget, with the original ``config.json``."""
@@ -276,6 +285,7 @@ def export(
     keep: float,
     *,
     write_tokenizer: Callable[[Path], Any] | None = None,
+    also: Callable[[Path, Mapping[str, Any]], Any] | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Writes the model of one budget as a directory of its own, a block at a time.
@@ -285,6 +295,8 @@ def export(
       out: where to; must be free.
       keep: see `cut`.
       write_tokenizer: see `checkpoint.save`.
+      also: called with the directory when everything else is in it, and with site path -> factors,
+        to put more into it.
       progress: called with (stage, done, total).
 
     Raises:
@@ -317,5 +329,6 @@ def export(
                 "settings": {**settings, "keep": keep},
             },
             write_tokenizer=write_tokenizer,
+            also=None if also is None else lambda stage: also(stage, factors_of(directory)),
         )
     return out

@@ -113,7 +113,7 @@ def prepare(
     source = Materialized(source)
     clock = Clock(progress)
     if policy in INFLUENCED:
-        calibration, held_out = calibration.split(HELD_OUT)
+        calibration, held_out = calibration.hold_out(HELD_OUT)
     store = MemoryStore() if work is None else work
     gradients = few_gradients(source, calibration, row, gradient_windows, clock, store)
     factors: Mapping[str, AnyFactors] = {}

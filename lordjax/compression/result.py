@@ -18,7 +18,7 @@ from lordjax.models import ModelConfig
 from lordjax.models.sites import counted_sites
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Result:
     """A compressed model: the same module with other leaves, and how it came about.
 
@@ -35,6 +35,26 @@ class Result:
     params: Any
     plan: Plan
     report: dict[str, Any]
+
+    def __repr__(self) -> str:
+        """The model, the plan and the sizes in a few lines, without arrays."""
+        plan, config = self.plan, self.config
+        budget = f"keep={plan.keep}" if plan.bits is None else f"bits={plan.bits}"
+        dense = sum(rank is None and path not in plan.formats for path, rank in plan.ranks.items())
+        lines = [
+            f"Result(method={plan.method!r}, {budget}, policy={plan.policy!r})",
+            f"  model: {config.num_layers} blocks of width {config.hidden_size}",
+            f"  sites: {len(plan.ranks) - dense} compressed, {dense} dense",
+        ]
+        found = self.report.get("plan", {})
+        if "kept" in found:
+            counts = f"{found['weights_after']:,} of {found['weights_before']:,}"
+            lines.append(f"  kept: {counts} block linear weights ({found['kept']:.4f})")
+        if "bits_per_weight" in found:
+            lines.append(f"  bits: {found['bits_per_weight']:.3f} per block linear weight")
+        if "bytes" in self.report:
+            lines.append(f"  bytes: {self.report['bytes']:,}")
+        return "\n".join(lines)
 
 
 def layer_report(factors: Mapping[str, AnyFactors], plan: Plan) -> dict[str, dict[str, Any]]:

@@ -147,7 +147,8 @@ class Output:
           hf_config: the original ``config.json``.
           report: in place of the result's.
           write_tokenizer: see `checkpoint.save`.
-          also: called with the directory, to put more into it (`elastic.keep_entries`).
+          also: called with the directory when everything else is in it, to put more into it
+            (`elastic.keep_entries`).
           summary: JSON for `finished`.
 
         Raises:
@@ -168,8 +169,6 @@ class Output:
         write_tokenizer: Callable[[Path], Any] | None,
         also: Callable[[Path], Any] | None,
     ) -> None:
-        if also is not None:
-            also(self._stage)
         assert isinstance(self.shards, Shards)
         names = [REST, *(f"layer_{i}" for i in range(result.config.num_layers))]
         checkpoint.write_about(
@@ -180,6 +179,7 @@ class Output:
             plan=result.plan,
             report=result.report if report is None else report,
             write_tokenizer=write_tokenizer,
+            also=also,
         )
 
     def publish(self) -> None:

@@ -229,7 +229,7 @@ def _regressed(walk: _Walk, i: int, layers: tuple[Site, ...]) -> Inputs:
             fitted,
             cross,
             config=walk.config,
-            window=walk.config.window(i),
+            sliding_window=walk.config.window(i),
         )
     target, fitted, cross = gathered((target, fitted, cross), walk.calibration.mesh)
     inputs: Inputs = {}

@@ -10,7 +10,7 @@ import numpy as np
 
 from lordjax.calibration.calibration_set import Calibration
 from lordjax.calibration.forward_pass import hidden_states, on_device
-from lordjax.calibration.observers import observe, windows_per_step
+from lordjax.calibration.observers import observe, sequences_per_step
 from lordjax.models import objective
 from lordjax.models.objective import check_finite, check_windows, decisions, losses
 from lordjax.models.source import Source
@@ -48,7 +48,7 @@ def compare(
     """
     check_windows(tokens)
     config = source.config
-    steps = Calibration(tokens, None, windows_per_step(*tokens.shape), mask_token)
+    steps = Calibration(tokens, None, sequences_per_step(*tokens.shape), mask_token)
     goals = [objective.targets(config, *batch) for batch in steps.batches()]
     classes = config.head == "classes"
     with jax.default_matmul_precision("highest"):
@@ -59,7 +59,9 @@ def compare(
             for j, xs in enumerate(states):
                 own = on_device(change(block, i, j) if j < variants else block)
                 for k, x in enumerate(xs):
-                    xs[k] = observe(own, x, None, {}, config=config, window=config.window(i))[0]
+                    xs[k] = observe(
+                        own, x, None, {}, config=config, sliding_window=config.window(i)
+                    )[0]
         with clock.part("comparison"):
             rest = on_device(source.non_block_params())
             if classes:

@@ -1,1 +1,1 @@
-"""Texts, token windows, training examples and their order."""
+"""Reads texts and instructions; makes token windows and training examples."""

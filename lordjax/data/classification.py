@@ -1,11 +1,12 @@
-"""Sentences and pairs with a label, for encoders that classify: tab-separated files as of GLUE.
+"""Classification data for encoders: labelled sentences and sentence pairs in GLUE's file format.
 
-A file has a header with names of `_LAYOUTS`, or none and one of these kinds of rows::
+A file is tab-separated. It has a header with the names of one of `_LAYOUTS`, or no header and one
+of these kinds of rows::
 
     gj04 <tab> 1 <tab>   <tab> Our friends won't buy this.       CoLA: source, label, mark, sentence
-    1 <tab> a moving film                                        one column of numbers, one of text
+    1 <tab> a moving film                                        a number as label, and a text
 
-Any other is read when the columns are named. Cells are taken as they are, quotes included.
+For any other file, name the columns. Cells are taken as they are, quotes included.
 """
 
 from __future__ import annotations
@@ -22,13 +23,19 @@ from lordjax.data.examples import VALIDATION, Data, Examples, hold_out, pad
 
 
 class Columns(NamedTuple):
-    """One text or two, and the label; names of a header, or places from 0."""
+    """The columns of a file, by names in its header or by positions from 0.
+
+    Attributes:
+      texts: one or two text columns.
+      label: the label column.
+    """
 
     texts: tuple[str | int, ...]
     label: str | int
 
 
-# Headers of GLUE and of sets like those; the first of which all names are there.
+# Column names of GLUE and similar data sets. The first layout whose names are all in the header
+# is used.
 _LAYOUTS = (
     Columns(("sentence1", "sentence2"), "gold_label"),  # MNLI, SNLI
     Columns(("#1 String", "#2 String"), "Quality"),  # MRPC
@@ -53,28 +60,31 @@ def classification(
     share: float = VALIDATION,
     seed: int = 0,
 ) -> Data:
-    """Reads a tab-separated file.
+    """Reads classification examples from a tab-separated file.
 
-    Sequences begin and end as the tokenizer says. They are cut at ``seq_len`` (of a pair the longer
-    text) and filled up to the longest (see `examples.pad`). ``facts["labels"]`` are the names of
-    the classes.
+    The tokenizer adds its special tokens. Sequences are truncated to ``seq_len`` tokens (in a pair,
+    the longer text first) and padded to the longest (see `examples.pad`).
 
     Args:
-      path: see the module's docstring.
+      path: the file; the module's docstring describes its format.
       tokenizer: a tokenizer of transformers.
-      seq_len: most tokens of an example.
-      vocab_size: every id must be below it.
-      text_columns: one or two columns: names of a header, or places from 0 where there is none.
-      label_column: likewise, given together with ``text_columns``.
-      labels: names of the classes in the order of their numbers; None: those of the file, sorted,
-        as numbers if all of them are.
-      share: of the texts that are held out; 0: none.
-      seed: of the split.
+      seq_len: largest number of tokens of an example.
+      vocab_size: size of the vocabulary; every token id must be below it.
+      text_columns: one or two text columns: names in the header, or positions from 0 in a file
+        without a header. None: the columns of a known layout.
+      label_column: name or position of the label column; given together with ``text_columns``.
+      labels: names of the classes in the order of their numbers. None: the labels in the file,
+        sorted, by value if all of them are numbers.
+      share: fraction of the texts that is held out for validation; 0 holds out none.
+      seed: seed of the split.
+
+    Returns:
+      Training and validation examples; ``facts["labels"]`` are the names of the classes.
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: if it is not as described, there are fewer than two classes or not those of
-        ``labels``, or an id is not in the vocabulary; says where.
+      ValueError: if the file has another format, there are fewer than two classes, a label is not
+        in ``labels``, or a token id is not in the vocabulary; says where.
     """
     path = Path(path)
     if (text_columns is None) != (label_column is None):
@@ -102,16 +112,17 @@ def classification(
 
 
 def _cells(path: Path, asked: Columns | None) -> tuple[list[tuple[str, ...]], list[str]]:
-    """The texts and the label of every row."""
+    """Returns the texts and the label of every row."""
     documents.located(path)
     lines = enumerate(documents.read_text(path).split("\n"), 1)
     rows = [(n, line.rstrip("\r").split("\t")) for n, line in lines if line.strip()]
     if not rows:
-        raise ValueError(f"{path}: no text")
+        raise ValueError(f"{path}: no text; expected tab-separated rows with a text and a label")
     columns = _columns(path, [cells for _, cells in rows], asked)
     header = rows[0][1]
     named = isinstance(columns.label, str)
-    places = [header.index(c) if isinstance(c, str) else c for c in (*columns.texts, columns.label)]
+    wanted = (*columns.texts, columns.label)
+    positions = [header.index(c) if isinstance(c, str) else c for c in wanted]
     texts, labels = [], []
     for number, cells in rows[named:]:
         if len(cells) != len(header):
@@ -119,27 +130,39 @@ def _cells(path: Path, asked: Columns | None) -> tuple[list[tuple[str, ...]], li
                 f"{path}, line {number}: {len(cells)} columns; expected {len(header)}, as in the "
                 "first line"
             )
-        *text, label = (cells[place].strip() for place in places)
+        *text, label = (cells[position].strip() for position in positions)
         if not label:
-            raise ValueError(f"{path}, line {number}: no label")
+            raise ValueError(
+                f"{path}, line {number}: no label; expected one in column {positions[-1]}"
+            )
         texts.append(tuple(text))
         labels.append(label)
     if not texts:
-        raise ValueError(f"{path}: a header and nothing below it")
+        raise ValueError(f"{path}: a header and nothing below it; expected a row per example")
     return texts, labels
 
 
 def _check_length(path: Path, seq_len: int, texts: int, tokenizer: Any) -> None:
-    """Raises ValueError unless there is room for a token of every text, and an end between two."""
-    ends = tokenizer.num_special_tokens_to_add(pair=texts == 2)
-    if texts == 2 and not ends:
-        raise ValueError(f"{path}: pairs of texts, but this tokenizer puts nothing between them")
-    if seq_len < ends + texts:
-        raise ValueError(f"{path}: examples of {seq_len} tokens; expected {ends + texts} or more")
+    """Checks the sequence length and the tokenizer.
+
+    Raises:
+      ValueError: unless an example has room for the special tokens and a token of every text, and
+        the tokenizer separates the texts of a pair.
+    """
+    special = tokenizer.num_special_tokens_to_add(pair=texts == 2)
+    if texts == 2 and not special:
+        raise ValueError(
+            f"{path}: pairs of texts, but this tokenizer puts nothing between them; use a model "
+            "whose tokenizer has a separator token"
+        )
+    if seq_len < special + texts:
+        raise ValueError(
+            f"{path}: examples of {seq_len} tokens; expected {special + texts} or more (--seq-len)"
+        )
 
 
 def _columns(path: Path, rows: list[list[str]], asked: Columns | None) -> Columns:
-    """Those that were asked for, or those of a known kind of file."""
+    """Returns the columns that were asked for, or those of a known layout."""
     header = rows[0]
     for columns in _LAYOUTS if asked is None else (asked,):
         kinds = {type(column) for column in (*columns.texts, columns.label)}
@@ -156,10 +179,12 @@ def _columns(path: Path, rows: list[list[str]], asked: Columns | None) -> Column
         if sorted(numeric) == [False, True]:
             return Columns((numeric.index(False),), numeric.index(True))
     listed = ", ".join(f"{i}: {cell[:40]!r}" for i, cell in enumerate(header))
-    wanted = "its columns are none of a known kind" if asked is None else f"no columns {asked}"
+    problem = "its columns are none of a known kind"
+    if asked is not None:
+        problem = f"no columns {[*asked.texts, asked.label]}"
     raise ValueError(
-        f"{path}: {wanted}; name one or two text columns and the label column, all of them as in "
-        f"a header or by their places. The first line has {listed}"
+        f"{path}: {problem}; name one or two text columns and the label column, all by their names "
+        f"in the header or all by their positions from 0. The first line has {listed}"
     )
 
 
@@ -168,15 +193,18 @@ def _is_integer(cell: str) -> bool:
 
 
 def _classes(path: Path, found: list[str], asked: Sequence[str] | None) -> list[str]:
-    """Names of the classes in the order of their numbers."""
+    """Returns the names of the classes in the order of their numbers."""
     own = set(found)
     names = sorted(own, key=int) if all(map(_is_integer, own)) else sorted(own)
     if asked is not None:
         names = list(asked)
         if unknown := sorted(own - set(names)):
-            raise ValueError(f"{path}: labels {unknown} are none of {names}")
+            raise ValueError(f"{path}: labels {unknown} are none of {names}, the given classes")
     if scores := [name for name in names if re.fullmatch(r"-?\d*\.\d+", name)]:
-        raise ValueError(f"{path}: labels like {scores[0]} are scores; expected classes")
+        raise ValueError(
+            f"{path}: labels like {scores[0]} are scores; expected classes, because regression is "
+            "not supported"
+        )
     if len(names) < 2 or len(set(names)) < len(names):
         raise ValueError(f"{path}: labels {names}; expected two different ones or more")
     if asked is None and len(names) > max(2, len(found) // 2):

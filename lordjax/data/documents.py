@@ -1,4 +1,4 @@
-"""Documents: one text file, one line of a ``.jsonl`` file, in a fixed or a drawn order."""
+"""Reads documents: text files and lines of ``.jsonl`` files, in order or shuffled."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ TEXT_SUFFIXES = frozenset(_SUFFIXES.split())
 
 
 def documents(path: str | Path | Sequence[Path], seed: int | None = None) -> Iterator[str]:
-    """Texts one by one, so that a large corpus is read only as far as it is needed.
+    """Yields texts one by one, so that only the needed part of a large corpus is read.
 
     Args:
-      path: as for `data.load_tokens`, without arrays.
-      seed: of the order; None: that of the paths.
+      path: a text file, a ``.jsonl`` file, a directory, or a list of files, as for
+        `token_windows.load_tokens`.
+      seed: seed of a random order; None keeps the order of the paths and lines.
 
     Raises:
       FileNotFoundError: if the path does not exist.
-      ValueError: if the content is not what is described there; says where.
+      ValueError: if a file cannot be read as text or has no "text" in a line; says where.
     """
     paths, where = located(path)
     files = [f for p in paths for f in (sorted(walk(p, TEXT_SUFFIXES)) if p.is_dir() else [p])]
@@ -50,7 +51,13 @@ def documents(path: str | Path | Sequence[Path], seed: int | None = None) -> Ite
 def walk(
     root: Path, suffixes: frozenset[str], skipped: frozenset[str] = frozenset()
 ) -> Iterator[Path]:
-    """Files below a folder with one of some suffixes, without hidden ones and skipped folders."""
+    """Yields the files below a folder that have one of the suffixes.
+
+    Args:
+      root: the folder.
+      suffixes: suffixes in lower case, with the dot.
+      skipped: names of folders that are left out; hidden files and folders are left out, too.
+    """
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".") and name not in skipped]
         for name in names:
@@ -59,19 +66,23 @@ def walk(
 
 
 def located(path: str | Path | Sequence[Path]) -> tuple[list[Path], str]:
-    """Paths that exist, and what error messages call them."""
+    """Returns a list of paths, and a name for them in error messages.
+
+    Raises:
+      FileNotFoundError: if a path does not exist.
+    """
     paths = [Path(p) for p in ([path] if isinstance(path, str | Path) else path)]
     for p in paths:
         if not p.exists():
-            raise FileNotFoundError(f"{p}: no such file or directory (text or token ids)")
+            raise FileNotFoundError(f"{p}: no such file or directory; expected text or token ids")
     return paths, str(paths[0]) if len(paths) == 1 else f"{len(paths)} files"
 
 
 def read_text(path: Path) -> str:
-    """The text of a file, without a byte order mark.
+    """Returns the text of a file, without a byte order mark.
 
     Raises:
-      ValueError: if it is not UTF-8; says where.
+      ValueError: if the file is not UTF-8; names the first bad byte and its offset.
     """
     try:
         return path.read_bytes().decode("utf-8-sig")
@@ -83,12 +94,20 @@ def read_text(path: Path) -> str:
 
 
 def json_lines(path: Path) -> list[tuple[int, str]]:
-    """The lines of a ``.jsonl`` file that are not empty, each with its number, from 1."""
+    """Returns the non-empty lines of a ``.jsonl`` file, each with its line number from 1."""
     return [(n, s) for n, s in enumerate(read_text(path).split("\n"), 1) if s.strip()]
 
 
 def parse_json(text: str, where: str) -> Any:
-    """The value; raises ValueError, which says where, if the text is not JSON."""
+    """Parses JSON.
+
+    Args:
+      text: the JSON text.
+      where: its file and line, for error messages.
+
+    Raises:
+      ValueError: if the text is not JSON; says where.
+    """
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -96,18 +115,18 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def records(path: str | Path, what: str) -> tuple[list[tuple[str, dict[str, Any]]], str]:
-    """Every record of a ``.jsonl`` or ``.jsonl.gz`` file with the place where it stands.
+    """Reads all records (JSON objects) of a ``.jsonl`` or ``.jsonl.gz`` file.
 
     Args:
       path: the file.
-      what: it should hold, for error messages.
+      what: the expected contents, for error messages.
 
     Returns:
-      The records, and the sha256 of the file's text, unpacked.
+      A list of (file and line, record), and the SHA-256 of the uncompressed file.
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: if it is not such a file or empty; says where.
+      ValueError: if the file cannot be read, is empty, or a line is not a JSON object; says where.
     """
     path = Path(path)
     if not path.is_file():
@@ -124,10 +143,10 @@ def records(path: str | Path, what: str) -> tuple[list[tuple[str, dict[str, Any]
             where = f"{path}, line {number}"
             record = parse_json(line, where)
             if not isinstance(record, dict):
-                raise ValueError(f"{where}: {type(record).__name__}; expected a record")
+                raise ValueError(f"{where}: {type(record).__name__}; expected a JSON object")
             found.append((where, record))
     if not found:
-        raise ValueError(f"{path}: empty; expected a record a line")
+        raise ValueError(f"{path}: empty; expected a JSON object per line")
     return found, hashlib.sha256(data).hexdigest()
 
 
@@ -135,5 +154,5 @@ def _jsonl_text(path: Path, number: int, line: str) -> str:
     record = parse_json(line, f"{path}, line {number}")
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str):
-        raise ValueError(f'{path}, line {number}: no "text"; expected {{"text": "…"}} a line')
+        raise ValueError(f'{path}, line {number}: no "text"; expected {{"text": "…"}} in each line')
     return text

@@ -1,9 +1,9 @@
-"""Examples to train on and to hold out, and the order in which training reads them.
+"""Training and validation examples, and the order in which training reads them.
 
-What is held out is decided document by document, from a hash of the seed and the document's text:
-a document that is held out stays so, wherever it stands and whatever comes beside it, and no
-document lies in both parts. A document is a file or a line of jsonl for packed text, a row for an
-array of token ids, the first question for instructions, the sentence or pair for classification.
+Examples are held out by document: a hash of the seed and the document's text decides. So the same
+document is always on the same side, wherever it stands and whatever data is added, and no document
+is on both sides. A document is a file or a line of jsonl for packed text, a row for an array of
+token ids, the first question for instructions, and the sentence or pair for classification.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from lordjax.data import token_windows
 from lordjax.data.documents import documents, located
 from lordjax.models.config import ModelConfig
 
-VALIDATION = 0.05  # share of the documents that is held out
-# Lengths are rounded up to a multiple of it: few shapes, and full tiles.
+VALIDATION = 0.05  # fraction of the documents that is held out
+# Lengths are rounded up to this multiple, for few compiled shapes and full tiles.
 _MULTIPLE = 64
 
 
 class Examples(NamedTuple):
-    """What a model reads and what it is to answer.
+    """A batch of inputs and targets.
 
     Attributes:
-      tokens: ``[n, L]`` int32.
-      targets: ``[n, L]`` int32 ids, of a causal model at i the token at i+1; ``[n, 1]`` classes of
-        a classifier. -1 is no target.
-      mask: ``[n, L]``, False at padding; None: nothing is padded.
-      token_types: ``[n, L]`` int32; None: all are 0.
+      tokens: ``[n, L]`` int32 token ids.
+      targets: ``[n, L]`` int32 token ids; a causal model's target at i is the token at i+1. For a
+        classifier, ``[n, 1]`` classes. -1 means no target.
+      mask: ``[n, L]``, False at padding; None if nothing is padded.
+      token_types: ``[n, L]`` int32; None if all are 0.
     """
 
     tokens: np.ndarray
@@ -43,17 +43,23 @@ class Examples(NamedTuple):
 
     @property
     def size(self) -> int:
-        """How many there are."""
+        """Number of examples."""
         return len(self.tokens)
 
     def rows(self, indices: Any) -> Examples:
-        """Those of some numbers or a Boolean choice ``[n]``, in that order."""
+        """Returns the examples at some indices, or where a Boolean array ``[n]`` is True."""
         arrays = {name: a for name, a in self._asdict().items() if a is not None}
         return self._replace(**{name: a[indices] for name, a in arrays.items()})
 
 
 class Data(NamedTuple):
-    """Examples, and ``facts`` for a report: where they come from, counts, settings, checksums."""
+    """Training and validation examples, and facts about them.
+
+    Attributes:
+      train: examples to train on.
+      validation: held-out examples; may be empty.
+      facts: source, counts, settings and checksums, for a report.
+    """
 
     train: Examples
     validation: Examples
@@ -61,7 +67,7 @@ class Data(NamedTuple):
 
 
 def fingerprint(examples: Examples) -> str:
-    """Sha256 of the arrays, little-endian in C order, each behind its name and shape."""
+    """Returns the SHA-256 of the arrays (little-endian, C order), each after its name and shape."""
     digest = hashlib.sha256()
     for name, array in examples._asdict().items():
         if array is not None:
@@ -71,56 +77,61 @@ def fingerprint(examples: Examples) -> str:
 
 
 def check(config: ModelConfig, examples: Examples) -> None:
-    """Verifies that a model can read examples and answer them.
+    """Checks that examples fit a model.
+
+    Args:
+      config: the model's architecture.
+      examples: the examples.
 
     Raises:
-      ValueError: if they are too long, or an id, a class or a token type is none of the model's.
+      ValueError: if the examples are longer than the model's positions, or a token id, class or
+        token type is out of the model's range.
     """
     length, classes = examples.tokens.shape[1], config.num_classes
     if length > config.max_positions:
         raise ValueError(
-            f"examples of {length} tokens, but the model was made for {config.max_positions}; "
+            f"examples of {length} tokens, but the model has {config.max_positions} positions; "
             "give a shorter length (--seq-len)"
         )
     token_windows.check_ids(examples.tokens, config.vocab_size, "examples")
     if (classes is None) != (examples.targets.shape[1] == length):
         raise ValueError(
             f"targets {list(examples.targets.shape)} for a model with head {config.head!r}; "
-            "expected an id for every token, or of a classifier one class"
+            "expected a token id per position, or for a classifier one class per example"
         )
     limit, last = classes or config.vocab_size, int(examples.targets.max(initial=-1))
     if last >= limit:
-        raise ValueError(f"target {last}; expected 0 to {limit - 1}, what the model can answer")
+        raise ValueError(f"target {last}; expected 0 to {limit - 1}, the model's outputs")
     types = 0 if examples.token_types is None else int(examples.token_types.max(initial=0))
     if types and types >= config.token_types:
         raise ValueError(
-            f"token type {types}, but the model has {config.token_types} "
-            "(was the text read with another model's tokenizer?)"
+            f"token type {types}; expected less than {config.token_types}, the model's number of "
+            "token types (was the text read with another model's tokenizer?)"
         )
 
 
 def batch_indices(count: int, batch: int, step: int, seed: int) -> np.ndarray:
-    """The examples that a step reads; the step is all there is of a position in the data.
+    """Returns the indices of the examples that a step reads, a function of the step number.
 
     The permutations of all epochs, ``np.random.default_rng([seed, epoch]).permutation(count)``, are
-    one stream, of which step k takes the places from k·batch to (k+1)·batch.
+    concatenated to one stream. Step k reads the positions k·batch to (k+1)·batch of this stream.
 
     Args:
       count: number of examples.
-      batch: examples a step; may be more than there are.
+      batch: examples per step; may exceed ``count``.
       step: number of the step, from 0.
-      seed: of the order.
+      seed: seed of the order.
 
     Returns:
-      ``[batch]`` numbers of examples.
+      ``[batch]`` indices of examples.
 
     Raises:
-      ValueError: if there are no examples, the batch is empty, or the step or seed negative.
+      ValueError: if ``count`` or ``batch`` is below 1, or the step or seed is negative.
     """
     if count < 1 or batch < 1 or step < 0 or seed < 0:
         raise ValueError(
             f"{count} examples, batches of {batch}, step {step}, seed {seed}; "
-            "expected 1 or more examples and rows, and no negative step or seed"
+            "expected 1 or more examples, batches of 1 or more, and no negative step or seed"
         )
     places = np.arange(step * batch, (step + 1) * batch)
     epochs = places // count
@@ -128,7 +139,7 @@ def batch_indices(count: int, batch: int, step: int, seed: int) -> np.ndarray:
     return np.concatenate([order[e][places[epochs == e] % count] for e in order])
 
 
-@functools.lru_cache(maxsize=2)  # a step lies in one epoch or two
+@functools.lru_cache(maxsize=2)  # a step usually reads one epoch or two
 def _permutation(count: int, epoch: int, seed: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(count)
 
@@ -136,20 +147,21 @@ def _permutation(count: int, epoch: int, seed: int) -> np.ndarray:
 def split_documents(
     texts: Sequence[str | bytes], *, share: float = VALIDATION, seed: int = 0
 ) -> np.ndarray:
-    """Which documents are held out: those whose hash with the seed lies in the first ``share``.
+    """Chooses the documents that are held out, by a hash of the seed and the text.
 
-    If there is none, the one with the smallest hash; if all are, all but the one with the largest.
+    A document is held out if its hash is below ``share`` of the range. At least the document with
+    the smallest hash is held out, and never the one with the largest.
 
     Args:
-      texts: the documents; equal ones stay together.
-      share: expected share, 0 to 1; 0: none.
-      seed: another one holds out others.
+      texts: the documents; equal documents are on the same side.
+      share: expected fraction that is held out, in [0, 1); 0 holds out none.
+      seed: seed of the hash; another seed holds out other documents.
 
     Returns:
-      ``[n]``, True where held out.
+      ``[n]`` Booleans, True where a document is held out.
 
     Raises:
-      ValueError: if the share is none, or there are not two different documents.
+      ValueError: if ``share`` is out of range, or there are not two different documents.
     """
     if not 0 <= share < 1:
         raise ValueError(f"validation share {share}; expected 0 or more and below 1")
@@ -159,7 +171,7 @@ def split_documents(
     if len(np.unique(hashes)) < 2:
         raise ValueError(
             f"{len(texts)} document(s), not two different ones, so none can be held out; give "
-            "validation data of its own, or a validation share of 0"
+            "separate validation data, or a validation share of 0"
         )
     # 53 bits, which a float holds exactly.
     held = (hashes < int(share * 2**53)) | (hashes == hashes.min())
@@ -180,20 +192,24 @@ def packed(
     share: float = VALIDATION,
     seed: int = 0,
 ) -> Data:
-    """Text or code for a causal language model, in windows; see `data.load_tokens`.
+    """Reads text or code for a causal language model, packed into windows of equal length.
 
     Args:
-      path: as there.
-      tokenizer: turns text into ids; not needed for an array.
-      seq_len: length of a window.
-      vocab_size: every id must be below it.
-      share: of the documents that are held out; 0: none, and `Data.validation` is empty.
-      seed: of the split.
+      path: text files, ``.jsonl`` files, directories or a ``.npy`` array; see
+        `token_windows.load_tokens`.
+      tokenizer: converts text to token ids; not needed for an array.
+      seq_len: tokens per window.
+      vocab_size: size of the vocabulary; every token id must be below it.
+      share: fraction of the documents that is held out; 0 leaves `Data.validation` empty.
+      seed: seed of the split.
+
+    Returns:
+      Training and validation examples.
 
     Raises:
       FileNotFoundError: if the path does not exist.
-      ValueError: if the content is not what is described there, there are not two documents to
-        split, or a part fills no window; says where.
+      ValueError: if the contents are not as described, there are not two different documents to
+        split, or one side has fewer tokens than a window; says where.
     """
     paths, where = located(path)
     own: dict[str, Any] = {"seq_len": seq_len, "vocab_size": vocab_size}
@@ -201,35 +217,39 @@ def packed(
         tokens = token_windows.load_tokens(path, tokenizer=None, **own)
         texts: list[Any] = [row.tobytes() for row in tokens]
         held = split_documents(texts, share=share, seed=seed)
-        parts = [tokens[~held], tokens[held]]
+        sides = [tokens[~held], tokens[held]]
     else:
         texts = [text for text in documents(path) if text]
         held = split_documents(texts, share=share, seed=seed)
-        parts = [np.zeros((0, seq_len), np.int32)] * 2
+        sides = [np.zeros((0, seq_len), np.int32)] * 2
         for i, part in enumerate(("training", "validation")):
             chosen = [text for text, h in zip(texts, held, strict=True) if h == i]
             if chosen or not i:
                 name = f"{where} ({part} documents)"
-                parts[i] = token_windows.windows(chosen, tokenizer, where=name, **own)
-    train, validation = (Examples(t, next_tokens(t, np.ones(t.shape, bool))) for t in parts)
+                sides[i] = token_windows.windows(chosen, tokenizer, where=name, **own)
+    train, validation = (Examples(t, next_tokens(t, np.ones(t.shape, bool))) for t in sides)
     counts = {"train": int((~held).sum()), "validation": int(held.sum())}
     facts = {"source": where, "documents": counts, "share": share, "seed": seed}
     return described(train, validation, facts)
 
 
 def next_tokens(tokens: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Targets of a causal model: at i the token at i+1 where that one is ``wanted``, else -1."""
+    """Returns a causal model's targets: at i the token at i+1 if it is ``wanted``, else -1."""
     targets = np.full(tokens.shape, -1, np.int32)
     targets[:, :-1] = np.where(wanted[:, 1:], tokens[:, 1:], -1)
     return targets
 
 
 def pad(rows: Sequence[Sequence[int]], seq_len: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """Rows one below the other, filled up on the right with 0, which no token sees.
+    """Stacks rows and pads them on the right with 0.
+
+    Args:
+      rows: token ids of each row.
+      seq_len: largest number of tokens of a row; longer rows are truncated.
 
     Returns:
-      ``[n, L]`` int32 and the mask, None if nothing is padded. L is the longest length, rounded up
-      to a multiple of 64, and at most ``seq_len``; longer rows are cut.
+      ``[n, L]`` int32 token ids, and the mask ``[n, L]``, False at padding (None if nothing is
+      padded). L is the longest length, rounded up to a multiple of 64, and at most ``seq_len``.
     """
     longest = max(map(len, rows), default=1)
     length = min(seq_len, -(-longest // _MULTIPLE) * _MULTIPLE)
@@ -244,18 +264,18 @@ def pad(rows: Sequence[Sequence[int]], seq_len: int) -> tuple[np.ndarray, np.nda
 def hold_out(
     examples: Examples, texts: Sequence[str], share: float, seed: int, facts: Mapping[str, Any]
 ) -> Data:
-    """Examples in two parts by their documents ``[n]``; arguments as for `split_documents`."""
+    """Splits examples by their documents ``texts [n]``; arguments as for `split_documents`."""
     held = split_documents(texts, share=share, seed=seed)
     facts = {**facts, "share": share, "seed": seed}
     return described(examples.rows(~held), examples.rows(held), facts)
 
 
 def described(train: Examples, validation: Examples, facts: Mapping[str, Any]) -> Data:
-    """The two parts, and facts that say what they are."""
-    parts = {"train": train, "validation": validation}
+    """Adds counts, length and checksums to ``facts``, and returns all as `Data`."""
+    splits = {"train": train, "validation": validation}
     own = {
-        "examples": {name: part.size for name, part in parts.items()},
+        "examples": {name: split.size for name, split in splits.items()},
         "seq_len": train.tokens.shape[1],
-        "sha256": {name: fingerprint(part) for name, part in parts.items()},
+        "sha256": {name: fingerprint(split) for name, split in splits.items()},
     }
     return Data(train, validation, {**facts, **own})

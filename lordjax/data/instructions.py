@@ -1,13 +1,14 @@
-"""Instructions with answers, for a causal language model that is to learn the answers only.
+"""Instruction data for a causal language model: chats and questions, where answers are learned.
 
-A ``.jsonl`` file or a ``.json`` list of records of one of these kinds (`_RECORDS`)::
+The data is a ``.jsonl`` file or a ``.json`` list of records of these kinds (`_RECORDS`)::
 
     {"instruction": "…", "input": "…", "output": "…"}                 Alpaca; input may be missing
     {"messages": [{"role": "user", "content": "…"}, …]}               chats
     {"conversations": [{"from": "human", "value": "…"}, …]}           ShareGPT
 
-They are written out by the tokenizer's chat template, or without one under plain headings. The
-targets are the tokens of every answer, with what ends it; a model reads the rest.
+The tokenizer's chat template formats the messages; without a template they get plain headings. The
+targets are the tokens of the answers, including the token that ends an answer. All other tokens are
+input only.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from lordjax.data import documents, token_windows
 from lordjax.data.examples import VALIDATION, Data, Examples, hold_out, next_tokens, pad
 
 Message = dict[str, str]  # role and content
-Piece = tuple[str, bool]  # a part of a text, and whether it is to be learned
+Piece = tuple[str, bool]  # a piece of text, and whether its tokens are targets
 
 ANSWER = "assistant"
-# Names of the three roles in the wild.
+# Names that data sets use for the three roles.
 _ROLES = {
     "system": "system",
     **dict.fromkeys(("user", "human", "prompter"), "user"),
@@ -41,26 +42,30 @@ def instructions(
     share: float = VALIDATION,
     seed: int = 0,
 ) -> Data:
-    """Reads instructions.
+    """Reads instruction examples.
 
-    Examples are filled up to the longest (see `examples.pad`). One whose first answer begins behind
-    ``seq_len`` is left out; others are cut there. ``facts`` counts both: ``left_out``, ``cut``.
+    Examples are padded to the longest (see `examples.pad`). An example whose first answer begins
+    after ``seq_len`` tokens is left out; a longer one is truncated.
 
     Args:
-      path: see the module's docstring.
+      path: the file; the module's docstring describes its format.
       tokenizer: a tokenizer of transformers, with or without a chat template.
-      seq_len: most tokens of an example.
-      vocab_size: every id must be below it.
-      share: of the first questions that are held out; 0: none.
-      seed: of the split.
+      seq_len: largest number of tokens of an example.
+      vocab_size: size of the vocabulary; every token id must be below it.
+      share: fraction of the first questions that is held out for validation; 0 holds out none.
+      seed: seed of the split.
+
+    Returns:
+      Training and validation examples; ``facts`` counts the examples that were ``left_out`` or
+      ``cut``.
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: if a record is none of these, the template refuses it, an id is not in the
-        vocabulary, or no example is left; says where.
+      ValueError: if a record has another format, the chat template refuses it, a token id is not in
+        the vocabulary, or no example is left; says where.
     """
     if seq_len < 2:
-        raise ValueError(f"examples of {seq_len} tokens; expected 2 or more")
+        raise ValueError(f"examples of {seq_len} tokens; expected 2 or more (--seq-len)")
     chat = bool(getattr(tokenizer, "chat_template", None))
     write = _by_template if chat else _under_headings
     rows, wanted, texts = [], [], []
@@ -78,8 +83,8 @@ def instructions(
             texts.append(_question(messages))
     if not rows:
         raise ValueError(
-            f"{path}: no example of at most {seq_len} tokens, {left_out} left out whose answers "
-            "begin behind them; give instructions, or a longer length (--seq-len)"
+            f"{path}: no example of at most {seq_len} tokens, {left_out} left out because their "
+            "answers begin later; give other data, or a longer length (--seq-len)"
         )
     tokens, mask = pad(rows, seq_len)
     token_windows.check_ids(tokens, vocab_size, str(path))
@@ -90,7 +95,7 @@ def instructions(
 
 
 def _records(path: Path) -> Iterator[tuple[str, Any]]:
-    """Every record with the place where it stands, counted from 1."""
+    """Yields every record with its file and line (or number in the list), from 1."""
     documents.located(path)
     if path.suffix == ".jsonl":
         for number, line in documents.json_lines(path):
@@ -105,15 +110,15 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _messages(record: Any, where: str) -> list[Message]:
-    """The messages of a record up to its last answer."""
+    """Returns the messages of a record up to its last answer."""
     key = next((key for key in _RECORDS if isinstance(record, dict) and key in record), None)
     if key is None:
         known = " or ".join(f'"{key}"' for key in _RECORDS)
-        raise ValueError(f"{where}: expected a record with {known}")
+        raise ValueError(f"{where}: expected a JSON object with {known}")
     messages = _RECORDS[key](record, where)
     roles = [message["role"] for message in messages]
     if ANSWER not in roles[1:]:
-        raise ValueError(f"{where}: no answer; expected one ({ANSWER}) behind a question")
+        raise ValueError(f"{where}: no answer; expected one (role {ANSWER}) after a question")
     return messages[: len(roles) - roles[::-1].index(ANSWER)]
 
 
@@ -125,11 +130,17 @@ def _alpaca(record: dict[str, Any], where: str) -> list[Message]:
 
 
 def _chat(key: str, role: str, content: str) -> Callable[[dict[str, Any], str], list[Message]]:
-    """Reads the list under a key, whose messages have other names for their parts."""
+    """Returns a reader of the list of messages under a key.
+
+    Args:
+      key: the record's key.
+      role: a message's key for its role.
+      content: a message's key for its text.
+    """
 
     def read(record: dict[str, Any], where: str) -> list[Message]:
         if not isinstance(record[key], list):
-            raise ValueError(f'{where}: "{key}" is no list')
+            raise ValueError(f'{where}: "{key}" is no list; expected a list of messages')
         found = []
         for number, message in enumerate(record[key], 1):
             place = f"{where}, message {number}"
@@ -142,7 +153,7 @@ def _chat(key: str, role: str, content: str) -> Callable[[dict[str, Any], str], 
     return read
 
 
-# The key by which a record is recognised, the first that it has -> its messages.
+# Readers of records by key; the first key that a record has chooses its reader.
 _RECORDS: dict[str, Callable[[dict[str, Any], str], list[Message]]] = {
     "messages": _chat("messages", "role", "content"),
     "conversations": _chat("conversations", "from", "value"),
@@ -157,17 +168,17 @@ def _text(record: dict[str, Any], key: str, where: str) -> str:
 
 
 def _question(messages: list[Message]) -> str:
-    """What comes before the first answer."""
+    """Returns the text before the first answer."""
     first = [message["role"] for message in messages].index(ANSWER, 1)
     return "\n\n".join(message["content"] for message in messages[:first])
 
 
 def _by_template(messages: list[Message], tokenizer: Any, where: str) -> list[list[Piece]]:
-    """The text of every example in pieces.
+    """Formats messages by the tokenizer's chat template; returns the pieces of every example.
 
-    A template may write a past answer in another way than the present one (without its reasoning,
-    for instance). Then what a model reads before the next answer is not what it has answered, and
-    that answer is an example of its own.
+    A template may format an earlier answer differently from the last one, for instance without its
+    reasoning. Then the text before the next answer does not begin with the text so far, and the
+    next answer starts a new example.
     """
 
     def render(count: int, prompt: bool) -> str:
@@ -175,7 +186,7 @@ def _by_template(messages: list[Message], tokenizer: Any, where: str) -> list[li
             return tokenizer.apply_chat_template(
                 messages[:count], tokenize=False, add_generation_prompt=prompt
             )
-        except Exception as error:  # whatever the template's code does
+        except Exception as error:  # a template's code may raise anything
             raise ValueError(f"{where}: the chat template refuses this: {error}") from error
 
     found: list[list[Piece]] = []
@@ -184,9 +195,9 @@ def _by_template(messages: list[Message], tokenizer: Any, where: str) -> list[li
         if message["role"] != ANSWER or not i:
             continue
         prompt, whole = render(i, True), render(i + 1, False)
-        # What follows the end of a turn is not for the model to say.
+        # White space after the end of a turn is no target.
         whole = whole.rstrip()
-        # The prompt may hold what the template leaves out beside an answer.
+        # The prompt may end with text that the template omits before an answer.
         prompt = whole[: _common(prompt, whole)]
         if done is None or not prompt.startswith(done):
             found.append([])
@@ -197,13 +208,13 @@ def _by_template(messages: list[Message], tokenizer: Any, where: str) -> list[li
 
 
 def _common(a: str, b: str) -> int:
-    """How many letters two texts have in common at their beginning."""
+    """Returns the length of the common prefix of two texts."""
     unlike = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
     return next(unlike, min(len(a), len(b)))
 
 
 def _under_headings(messages: list[Message], tokenizer: Any, where: str) -> list[list[Piece]]:
-    """The text of an example in pieces; every answer ends with the tokenizer's end of text."""
+    """Formats messages under plain headings; every answer ends with the end-of-text token."""
     del where
     pieces: list[Piece] = []
     end = getattr(tokenizer, "eos_token", None) or ""
@@ -218,7 +229,7 @@ def _under_headings(messages: list[Message], tokenizer: Any, where: str) -> list
 
 
 def _beginning(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts before a text; a chat template writes that itself."""
+    """Returns the tokenizer's BOS token if it adds one; a chat template writes its own."""
     first = tokenizer.encode("", add_special_tokens=True)[:1]
     return first if first == [getattr(tokenizer, "bos_token_id", None)] else []
 
@@ -226,31 +237,31 @@ def _beginning(tokenizer: Any) -> list[int]:
 def _tokens(
     pieces: list[Piece], tokenizer: Any, beginning: list[int]
 ) -> tuple[list[int], list[bool]]:
-    """Ids of a text, and which of them are to be learned.
+    """Returns the token ids of a text, and whether each one is a target.
 
-    A prompt has the ids that it has when it stands alone, as when the model is asked. The ids of
-    prompt and answer together are taken where they begin with those; where the last letters of the
-    prompt and the first of the answer would be one token, the answer is tokenised by itself.
+    A prompt keeps the ids that it has alone, as in generation. If the ids of prompt and answer
+    together begin with these ids, they are used. Otherwise a token would span the end of the prompt
+    and the start of the answer, and the answer is tokenized separately.
     """
     ids: list[int] = []
     answers: list[bool] = []
-    merged = [False] * len(beginning)
+    bos = [False] * len(beginning)
     text = ""
-    for piece, wanted in _joined(pieces):
+    for piece, wanted in _merge_neighbors(pieces):
         text += piece
         whole = list(tokenizer.encode(text, add_special_tokens=False))
         if whole[: len(ids)] != ids:
             whole = ids + list(tokenizer.encode(piece, add_special_tokens=False))
         answers += [wanted] * (len(whole) - len(ids))
         ids = whole
-    return beginning + ids, merged + answers
+    return beginning + ids, bos + answers
 
 
-def _joined(pieces: list[Piece]) -> list[Piece]:
-    """Neighbours of one kind as one piece."""
-    joined: list[Piece] = []
+def _merge_neighbors(pieces: list[Piece]) -> list[Piece]:
+    """Merges neighbouring pieces that are both targets or both not."""
+    merged: list[Piece] = []
     for text, wanted in pieces:
-        if joined and joined[-1][1] == wanted:
-            text = joined.pop()[0] + text
-        joined.append((text, wanted))
-    return joined
+        if merged and merged[-1][1] == wanted:
+            text = merged.pop()[0] + text
+        merged.append((text, wanted))
+    return merged

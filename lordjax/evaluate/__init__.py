@@ -1,4 +1,4 @@
-"""Measurements of a model; every number comes with the protocol it was taken under."""
+"""Measures models; every number is returned with the protocol that it was measured by."""
 
 from lordjax.evaluate.perplexity import perplexity
 

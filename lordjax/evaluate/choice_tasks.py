@@ -1,11 +1,11 @@
-"""Questions with choices: ARC, BoolQ, HellaSwag, OpenBookQA, PIQA, Social IQa, WinoGrande.
+"""Multiple-choice tasks: ARC, BoolQ, HellaSwag, OpenBookQA, PIQA, Social IQa, WinoGrande.
 
-Names and prompts are those of the LM evaluation harness's tasks, whose numbers are the published
-ones. A file is lines of the set's own fields, or of ``question`` (text), ``choices`` (list of
-texts) and ``answer`` (number of the right one, from 0).
+Names and prompts are those of the LM evaluation harness, which published numbers use. Each line of
+a file is a JSON object with the data set's own fields, or with ``question`` (text), ``choices``
+(list of texts) and ``answer`` (number of the right choice, from 0).
 
-A choice continues the question. WinoGrande is scored partially: a choice stands in the sentence,
-and what is scored is the rest of the sentence behind it.
+A choice continues the question. WinoGrande uses partial scoring: the choice is inserted into the
+sentence, and the rest of the sentence after it is scored.
 
 Source of partial scoring: Trinh and Le, A simple method for commonsense reasoning (arXiv
 1806.02847).
@@ -24,13 +24,13 @@ from lordjax.data import documents
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """What is asked, as texts to score.
+    """A question, as texts to score.
 
     Attributes:
       where: its file and line.
-      pairs: for every choice a context and what continues it.
-      choices: the texts whose lengths normalise scores.
-      answer: number of the right choice.
+      pairs: a context and its continuation for every choice.
+      choices: texts whose lengths normalize the scores.
+      answer: number of the right choice, from 0.
     """
 
     where: str
@@ -41,13 +41,13 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class QuestionSet:
-    """Questions of one file.
+    """The questions of one file.
 
     Attributes:
       task: a key of `TASKS`.
-      questions: in the order of the file.
-      sha256: of the file's text, unpacked.
-      notes: where the file differs from the published set.
+      questions: the questions, in the order of the file.
+      sha256: SHA-256 of the uncompressed file.
+      notes: differences from the published data set.
     """
 
     task: str
@@ -56,12 +56,19 @@ class QuestionSet:
     notes: tuple[str, ...] = ()
 
     def first(self, count: int) -> QuestionSet:
-        """The same with its first questions only."""
+        """Returns a set of the first ``count`` questions."""
         return dataclasses.replace(self, questions=self.questions[:count])
 
 
 class Fields(NamedTuple):
-    """A record as prompts need it."""
+    """The fields of a record that prompts use.
+
+    Attributes:
+      question: the question, or the text that a choice continues.
+      choices: the choices.
+      answer: number of the right choice, from 0.
+      passage: text that the question is about; None if there is none.
+    """
 
     question: str
     choices: list[str]
@@ -70,7 +77,7 @@ class Fields(NamedTuple):
 
 
 class Record:
-    """A record, read with errors that say where it stands."""
+    """A JSON object of a file, whose readers raise errors that name file and line."""
 
     def __init__(self, where: str, values: dict[str, Any]):
         self.where, self._values = where, values
@@ -79,13 +86,13 @@ class Record:
         return key in self._values
 
     def text(self, key: str) -> str:
-        """A text."""
+        """Returns the text of a field."""
         if not isinstance(value := self._values.get(key), str):
             raise self.error(key, "text")
         return value
 
     def texts(self, *keys: str) -> list[str]:
-        """A list of texts, below one or more keys."""
+        """Returns a list of texts, below one key or nested keys."""
         value: Any = self._values
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
@@ -94,7 +101,7 @@ class Record:
         return value
 
     def label(self, key: str, labels: list[str]) -> int:
-        """The number of the answer among the labels, which may be written as numbers or texts."""
+        """Returns the index of a field's value in ``labels``; the value may be number or text."""
         value = self._values.get(key)
         name = str(value).strip().lower()
         if value is None or name not in labels:
@@ -102,7 +109,7 @@ class Record:
         return labels.index(name)
 
     def error(self, key: str, expected: str) -> ValueError:
-        """What is wrong with a field."""
+        """Returns a ValueError that names the field, its value and what was expected."""
         return ValueError(
             f'{self.where}: "{key}" is {self._values.get(key)!r}; expected {expected}'
         )
@@ -156,11 +163,11 @@ def _hellaswag(record: Record) -> Fields:
     return Fields(f"{record.text('activity_label')}: {context}", endings, answer)
 
 
-Prompts = tuple[list[tuple[str, str]], list[str]]  # of `Question`: pairs, choices
+Prompts = tuple[list[tuple[str, str]], list[str]]  # `Question.pairs` and `Question.choices`
 
 
-def _behind(template: str) -> Callable[[Fields], Prompts]:
-    """Choices behind a prompt and a space."""
+def _template(template: str) -> Callable[[Fields], Prompts]:
+    """Returns a function that puts each choice after a prompt and a space."""
 
     def prompts(fields: Fields) -> Prompts:
         context = template.format(fields.question)
@@ -189,18 +196,18 @@ def _hellaswag_prompts(fields: Fields) -> Prompts:
 
 
 def _cleaned(text: str) -> str:
-    """Without the marks that WikiHow's headings left."""
+    """Removes the marks of WikiHow's headings, such as " [title]"."""
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
 class Task(NamedTuple):
-    """How a set is read and asked.
+    """How a data set is read and asked.
 
     Attributes:
-      published: reads a record with the set's own fields.
-      prompts: texts to score.
-      normalised: whether accuracies by normalised scores are reported, too.
+      published: function that reads a record with the data set's own fields.
+      prompts: function that makes the texts to score.
+      normalised: whether accuracies by length-normalized scores are reported, too.
     """
 
     published: Callable[[Record], Fields]
@@ -209,29 +216,32 @@ class Task(NamedTuple):
 
 
 TASKS = {
-    "arc_challenge": Task(_arc, _behind("Question: {}\nAnswer:"), True),
-    "arc_easy": Task(_arc, _behind("Question: {}\nAnswer:"), True),
+    "arc_challenge": Task(_arc, _template("Question: {}\nAnswer:"), True),
+    "arc_easy": Task(_arc, _template("Question: {}\nAnswer:"), True),
     "boolq": Task(_boolq, _boolq_prompts, False),
     "hellaswag": Task(_hellaswag, _hellaswag_prompts, True),
-    "openbookqa": Task(_openbookqa, _behind("{}"), True),
-    "piqa": Task(_piqa, _behind("Question: {}\nAnswer:"), True),
-    "social_iqa": Task(_social_iqa, _behind("Q: {}\nA:"), False),
+    "openbookqa": Task(_openbookqa, _template("{}"), True),
+    "piqa": Task(_piqa, _template("Question: {}\nAnswer:"), True),
+    "social_iqa": Task(_social_iqa, _template("Q: {}\nA:"), False),
     "winogrande": Task(_winogrande, _winogrande_prompts, False),
 }
 OTHER_NAMES = {"social_i_qa": "social_iqa", "siqa": "social_iqa"}
 
 
 def read_questions(path: str | Path, task: str) -> QuestionSet:
-    """Reads a set.
+    """Reads the questions of a file.
 
     Args:
-      path: a ``.jsonl`` or ``.jsonl.gz`` file; see the module's docstring.
+      path: a ``.jsonl`` or ``.jsonl.gz`` file; the module's docstring describes its lines.
       task: a key of `TASKS`.
+
+    Returns:
+      The questions.
 
     Raises:
       KeyError: if there is no such task.
       FileNotFoundError: if there is no such file.
-      ValueError: if a line is not such a record; says where.
+      ValueError: if a line is not as described; says where.
     """
     if task not in TASKS:
         raise KeyError(f"no task {task!r}; expected one of {', '.join(TASKS)}")
@@ -257,8 +267,8 @@ def _fields(record: Record, task: str) -> Fields:
     return fields
 
 
-def task_of(path: str | Path) -> str | None:
-    """The task that a file's name tells; None if it tells none."""
+def task_from_name(path: str | Path) -> str | None:
+    """Returns the task that a file is named after; None if its name is no task."""
     stem = Path(path).name.split(".")[0]
     name = re.sub(r"\W", "_", stem).lower()
     name = OTHER_NAMES.get(name, name)

@@ -1,4 +1,4 @@
-"""How well a classifier classifies: accuracy, F1 and Matthews' correlation, those of GLUE."""
+"""Measures classifiers by GLUE's metrics: accuracy, F1 and Matthews correlation."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from lordjax.models.transformer import Transformer
 def scores(
     predicted: np.ndarray, expected: np.ndarray, num_classes: int | None = None
 ) -> dict[str, float]:
-    """Compares classes.
+    """Compares predicted with expected classes.
 
-    ``f1`` of two classes is that of class 1; of more it is the mean over those that occur (macro).
-    ``matthews`` is the correlation of both as indicators, -1 to 1, for any number of classes; 0
-    where one of them is constant. An F1 without a positive is 0.
+    With two classes, ``f1`` is that of class 1; with more, it is the mean over the classes that
+    occur (macro F1). A class without positives has F1 0. ``matthews`` is the correlation of the
+    class indicators, from -1 to 1, for any number of classes; it is 0 if one side is constant.
 
     Args:
-      predicted: ``[n]`` classes from 0.
-      expected: ``[n]`` likewise.
-      num_classes: how many there are; None: up to the largest that occurs, at least 2.
+      predicted: ``[n]`` predicted classes, from 0.
+      expected: ``[n]`` right classes, from 0.
+      num_classes: number of classes; None: the largest class that occurs plus 1, at least 2.
 
     Returns:
       ``accuracy``, ``f1`` and ``matthews``.
 
     Raises:
-      ValueError: if there is nothing to compare, or a class is none.
+      ValueError: if the shapes differ, there is nothing to compare, or a class is out of range.
 
     Source: Gorodkin, Comparing two K-category assignments by a K-category correlation coefficient
     (2004).
@@ -41,7 +41,8 @@ def scores(
     predicted, expected = np.asarray(predicted), np.asarray(expected)
     if predicted.shape != expected.shape or predicted.ndim != 1 or not predicted.size:
         raise ValueError(
-            f"classes {list(predicted.shape)} and {list(expected.shape)}; expected [n ≥ 1] twice"
+            f"classes of shapes {list(predicted.shape)} and {list(expected.shape)}; expected [n] "
+            "twice, n ≥ 1"
         )
     both = np.concatenate([predicted, expected])
     count = max(2, int(both.max()) + 1) if num_classes is None else num_classes
@@ -49,14 +50,14 @@ def scores(
         raise ValueError(f"classes {both.min()} to {both.max()}; expected 0 to {count - 1}")
     table = np.zeros((count, count))  # [expected, predicted]
     np.add.at(table, (expected, predicted), 1)
-    hits, truth, said = np.diag(table), table.sum(axis=1), table.sum(axis=0)
-    f1 = 2 * hits / np.maximum(truth + said, 1)
+    hits, right, guessed = np.diag(table), table.sum(axis=1), table.sum(axis=0)
+    f1 = 2 * hits / np.maximum(right + guessed, 1)
     total = table.sum()
-    spread = np.sqrt((total**2 - (truth**2).sum()) * (total**2 - (said**2).sum()))
-    covariance = hits.sum() * total - truth @ said
+    spread = np.sqrt((total**2 - (right**2).sum()) * (total**2 - (guessed**2).sum()))
+    covariance = hits.sum() * total - right @ guessed
     return {
         "accuracy": float(hits.sum() / total),
-        "f1": float(f1[-1] if count == 2 else f1[truth + said > 0].mean()),
+        "f1": float(f1[-1] if count == 2 else f1[right + guessed > 0].mean()),
         "matthews": float(covariance / spread) if spread else 0.0,
     }
 
@@ -64,38 +65,42 @@ def scores(
 def classify(
     config: ModelConfig, params: Any, examples: Examples, batch_size: int = 32
 ) -> tuple[np.ndarray, dict[str, float]]:
-    """Runs a classifier, dense or compressed; products are at full float32 precision.
+    """Runs a classifier, dense or compressed, with matrix products in full float32 precision.
 
     Args:
-      config: the model.
-      params: its parameters.
-      examples: what it reads and what is right.
-      batch_size: sequences per forward pass; does not change the result beyond rounding.
+      config: the model's architecture.
+      params: the model's parameters; leaves may be kernels of any kind.
+      examples: inputs and right classes.
+      batch_size: sequences per forward pass; changes the result only by rounding.
 
     Returns:
-      The predicted classes ``[n]``, and their `scores`.
+      The predicted classes ``[n]`` int32, and their `scores`.
 
     Raises:
-      ValueError: if the model is no classifier, does not fit the examples, or a logit is not
+      ValueError: if the model is no classifier, the examples do not fit it, or a logit is not
         finite.
     """
     if config.head != "classes":
-        raise ValueError(f"a model with head {config.head!r} does not classify")
+        raise ValueError(
+            f"a model with head {config.head!r} does not classify; expected head 'classes'"
+        )
     if not examples.size or batch_size < 1:
-        raise ValueError(f"{examples.size} examples, {batch_size} a batch; expected 1 or more each")
+        raise ValueError(
+            f"{examples.size} examples, batch size {batch_size}; expected 1 or more of each"
+        )
     check(config, examples)
-    # Once, or every call would move the weights to the device again.
+    # Move the weights to the device once, not in every call.
     params = jax.tree.map(jnp.asarray, params)
     batch_size = min(batch_size, examples.size)
-    parts = []
+    batches = []
     for start in range(0, examples.size, batch_size):
-        # A last, shorter batch is filled up: another shape would be compiled again.
+        # Pad a last, shorter batch: another shape would be compiled again.
         rows = np.minimum(np.arange(start, start + batch_size), examples.size - 1)
         batch = examples.rows(rows)
         with jax.default_matmul_precision("highest"):
             logits = _logits(config, params, batch.tokens, batch.mask, batch.token_types)
-        parts.append(np.asarray(logits))
-    logits = np.concatenate(parts)[: examples.size]
+        batches.append(np.asarray(logits))
+    logits = np.concatenate(batches)[: examples.size]
     if not np.isfinite(logits).all():
         first = int(np.argwhere(~np.isfinite(logits))[0, 0])
         raise ValueError(f"example {first}: a logit is not finite; do the weights hold NaN?")

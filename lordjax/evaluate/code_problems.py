@@ -1,13 +1,13 @@
-"""Problems whose answers are programs: HumanEval and MBPP.
+"""Programming problems: HumanEval and MBPP.
 
-- **HumanEval**: the completion goes on after a signature and a docstring. Prompts are stripped of
-  white space at their ends, as in most published numbers: a line break and the indent behind it
-  are often one token, which a prompt that ends with the line break keeps from being written.
-  Source: Chen et al., Evaluating large language models trained on code (arXiv 2107.03374), where
-  prompts are not stripped.
-- **MBPP**: no examples; a docstring of the description and the first test, then the completion
-  brings the whole function. Source of the problems: Austin et al., Program synthesis with large
-  language models (arXiv 2108.07732); of the prompt: Fried et al., InCoder (arXiv 2204.05999).
+- **HumanEval**: the model completes a function after its signature and docstring. White space at
+  the end of a prompt is stripped, as for most published numbers: a line break and the following
+  indent are often one token, which the model cannot write after a prompt that ends with the line
+  break. Source: Chen et al., Evaluating large language models trained on code (arXiv 2107.03374),
+  where prompts are not stripped.
+- **MBPP**: zero-shot; the prompt is a docstring of the description and the first test, and the
+  model writes the whole function. Source of the problems: Austin et al., Program synthesis with
+  large language models (arXiv 2108.07732); of the prompt: Fried et al., InCoder (arXiv 2204.05999).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any
 
 from lordjax.data import documents
 
-# What ends a completion. The first five of HumanEval are those of Chen et al. (section 3.2); the
-# others of both sets are those of the BigCode evaluation harness.
+# Stop strings, which end a completion. The first five of HumanEval are from Chen et al. (section
+# 3.2); all others are from the BigCode evaluation harness.
 HUMANEVAL_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n@", "\n```", "<file_sep>")
 MBPP_STOPS = ("\nclass", "\nassert", '\n"""', "\nprint", "\nif", "\n<|/", "\n```")
 WHAT = "HumanEval or MBPP"
@@ -28,13 +28,13 @@ WHAT = "HumanEval or MBPP"
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """What is asked, and how an answer is tested.
+    """A programming problem and its tests.
 
     Attributes:
-      task_id: its name in its set.
-      prompt: the beginning of the program, which is to be completed.
-      solution: a completion that is right.
-      tests: the end of the program.
+      task_id: the problem's name in its data set.
+      prompt: the start of the program, which the model completes.
+      solution: a right completion.
+      tests: the end of the program, which tests the completion.
     """
 
     task_id: str
@@ -43,19 +43,19 @@ class Problem:
     tests: str
 
     def program(self, completion: str) -> str:
-        """The source that runs to its end if the completion is right."""
+        """Returns the program's source, which runs to its end if the completion is right."""
         return f"{self.prompt}{completion}\n\n{self.tests}\n"
 
 
 @dataclasses.dataclass(frozen=True)
 class ProblemSet:
-    """Problems of one file.
+    """The problems of one file.
 
     Attributes:
-      name: of the format, ``humaneval`` or ``mbpp``.
-      problems: in the order of the file.
-      stops: what ends a completion.
-      sha256: of the file's text, unpacked.
+      name: name of the format, ``humaneval`` or ``mbpp``.
+      problems: the problems, in the order of the file.
+      stops: stop strings, which end a completion.
+      sha256: SHA-256 of the uncompressed file.
     """
 
     name: str
@@ -64,20 +64,25 @@ class ProblemSet:
     sha256: str
 
     def first(self, count: int) -> ProblemSet:
-        """The same with its first problems only."""
+        """Returns a set of the first ``count`` problems."""
         return dataclasses.replace(self, problems=self.problems[:count])
 
 
 def read_humaneval(path: str | Path, *, strip: bool = True) -> ProblemSet:
-    """Reads lines of ``task_id``, ``prompt``, ``canonical_solution``, ``entry_point``, ``test``.
+    """Reads a HumanEval file.
+
+    Each line has ``task_id``, ``prompt``, ``canonical_solution``, ``entry_point`` and ``test``.
 
     Args:
       path: a ``.jsonl`` or ``.jsonl.gz`` file.
-      strip: whether prompts lose the white space at their ends; see the module's docstring.
+      strip: whether to strip white space at the end of prompts; see the module's docstring.
+
+    Returns:
+      The problems.
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: if a line is not such a record, or a task is there twice; says where.
+      ValueError: if a line lacks a field, or a task occurs twice; says where.
     """
     records, sha256 = documents.records(path, WHAT)
     problems = []
@@ -91,16 +96,20 @@ def read_humaneval(path: str | Path, *, strip: bool = True) -> ProblemSet:
 
 
 def read_mbpp(path: str | Path) -> ProblemSet:
-    """Reads lines of ``text``, ``code``, ``task_id``, ``test_setup_code`` and ``test_list``.
+    """Reads an MBPP file.
 
-    ``challenge_test_list`` is not used, as in published numbers.
+    Each line has ``text``, ``code``, ``task_id``, ``test_setup_code`` and ``test_list``. As for
+    published numbers, ``challenge_test_list`` is not used.
 
     Args:
       path: a ``.jsonl`` or ``.jsonl.gz`` file.
 
+    Returns:
+      The problems.
+
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: if a line is not such a record, or a task is there twice; says where.
+      ValueError: if a line lacks a field, or a task occurs twice; says where.
     """
     records, sha256 = documents.records(path, WHAT)
     problems = []
@@ -108,7 +117,7 @@ def read_mbpp(path: str | Path) -> ProblemSet:
         text, code, setup = (_text(record, n, where) for n in ("text", "code", "test_setup_code"))
         tests = record.get("test_list")
         if not isinstance(tests, list) or not tests or not all(isinstance(t, str) for t in tests):
-            raise ValueError(f'{where}: "test_list" is {tests!r}; expected a list of tests')
+            raise ValueError(f'{where}: "test_list" is {tests!r}; expected a list of texts')
         prompt = f'"""\n{text}\n{tests[0]}\n"""\n'
         task_id = f"MBPP/{record.get('task_id')}"
         problems.append(Problem(task_id, prompt, code, "\n".join([setup, *tests])))
@@ -116,18 +125,18 @@ def read_mbpp(path: str | Path) -> ProblemSet:
 
 
 def read_problems(path: str | Path) -> ProblemSet:
-    """Reads a file of either kind, which its first record tells.
+    """Reads a HumanEval or MBPP file; the fields of the first line decide which.
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: if it is of neither kind; says where.
+      ValueError: if the file is neither; says where.
     """
     where, record = documents.records(path, WHAT)[0][0]
     for key, read in {"entry_point": read_humaneval, "test_list": read_mbpp}.items():
         if key in record:
             return read(path)
     raise ValueError(
-        f'{where}: expected a record with "entry_point" (HumanEval) or "test_list" (MBPP)'
+        f'{where}: expected a JSON object with "entry_point" (HumanEval) or "test_list" (MBPP)'
     )
 
 
@@ -136,7 +145,7 @@ def _set(
 ) -> ProblemSet:
     counts = Counter(problem.task_id for problem in problems)
     if twice := [task for task, count in counts.items() if count > 1]:
-        raise ValueError(f"{path}: {twice[0]} is there twice; expected every task once")
+        raise ValueError(f"{path}: task {twice[0]} is there twice; expected every task once")
     return ProblemSet(name, tuple(problems), stops, sha256)
 
 

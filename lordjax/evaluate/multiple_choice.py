@@ -1,8 +1,9 @@
-"""Multiple choice: of each question's choices the likeliest is taken.
+"""Multiple-choice accuracy: the model's answer is the likeliest choice.
 
-``acc`` compares log-likelihoods as they are, ``acc_norm`` divides them by a choice's characters and
-``acc_bytes`` by its UTF-8 bytes; of equal ones the first counts. Standard errors are those of a
-mean of independent questions, with n - 1. All of it as in the LM evaluation harness.
+``acc`` compares the log-likelihoods, ``acc_norm`` divides them by the choice's number of
+characters, and ``acc_bytes`` by its number of UTF-8 bytes. On a tie, the first choice wins. The
+standard error is that of a mean over independent questions, with n - 1. All follow the LM
+evaluation harness.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from lordjax.evaluate.likelihood import BATCH, Pair, log_likelihoods
 from lordjax.models.config import ModelConfig
 from lordjax.runtime.progress import Progress
 
-LENGTHS = {  # what a score is divided by
+LENGTHS = {  # divisors of the log-likelihood, by metric
     "acc": lambda choice: 1,
     "acc_norm": len,
     "acc_bytes": lambda choice: len(choice.encode()),
@@ -33,26 +34,26 @@ def evaluate(
     max_length: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Measures a model, dense or compressed, on questions with choices.
+    """Measures a model, dense or compressed, on multiple-choice questions.
 
     Args:
-      config: of a causal model.
-      params: its parameters; leaves may be kernels of any kind.
-      tokenizer: the model's.
-      questions: of one set.
-      batch_size: rows of a forward pass; does not change the result beyond rounding.
-      max_length: most tokens the model reads; None: its longest sequence.
-      progress: as of `likelihood.log_likelihoods`.
+      config: architecture of a causal model.
+      params: the model's parameters; leaves may be kernels of any kind.
+      tokenizer: the model's tokenizer.
+      questions: the questions of one task.
+      batch_size: rows of a forward pass; changes the result only by rounding.
+      max_length: largest number of tokens the model reads; None: its longest sequence.
+      progress: called with ("score", rows done, number of rows).
 
     Returns:
-      ``metrics`` (each with its ``value`` and ``stderr``, None of a single question), ``rows`` (a
-      record per question) and ``protocol``.
+      ``metrics`` (``value`` and ``stderr`` of each; the latter is None for a single question),
+      ``rows`` (one record per question) and ``protocol``.
 
     Raises:
       ValueError: as `likelihood.log_likelihoods`.
     """
     asked = questions.questions
-    pairs = [encode_pair(tokenizer, *pair) for question in asked for pair in question.pairs]
+    pairs = [tokenize_pair(tokenizer, *pair) for question in asked for pair in question.pairs]
     how = {"batch_size": batch_size, "max_length": max_length, "progress": progress}
     scores = log_likelihoods(config, params, pairs, **how)
     rows, start = [], 0
@@ -92,7 +93,7 @@ def _row(question: Question, scores: list[float]) -> dict[str, Any]:
 
 
 def pick(scores: list[float], choices: tuple[str, ...], metric: str) -> int:
-    """The number of the choice that a metric takes; keys of `LENGTHS`."""
+    """Returns the index of the choice with the best score by a metric, a key of `LENGTHS`."""
     lengths = np.array([LENGTHS[metric](choice) for choice in choices], np.float64)
     return int(np.argmax(np.asarray(scores) / lengths))
 
@@ -103,11 +104,14 @@ def _mean(values: list[bool]) -> dict[str, float | None]:
     return {"value": float(numbers.mean()), "stderr": error}
 
 
-def encode(tokenizer: Any, text: str, *, special: bool | None = None) -> list[int]:
-    """The ids of a text, with the special tokens that the tokenizer adds.
+def tokenize(tokenizer: Any, text: str, *, special: bool | None = None) -> list[int]:
+    """Returns the token ids of a text.
 
-    ``special`` says whether they are added; None: as the tokenizer does, but not to a text that
-    begins with the token that begins sequences.
+    Args:
+      tokenizer: a tokenizer of transformers.
+      text: the text.
+      special: whether special tokens are added. None: as the tokenizer does by default, but not to
+        a text that already begins with the BOS token (EOS, if there is no BOS).
     """
     first = tokenizer.bos_token or tokenizer.eos_token
     if special is None and first and text.startswith(first):
@@ -116,29 +120,29 @@ def encode(tokenizer: Any, text: str, *, special: bool | None = None) -> list[in
     return list(tokenizer.encode(text, **how))
 
 
-def encode_pair(tokenizer: Any, context: str, continuation: str) -> Pair:
-    """The ids of a context and of its continuation, encoded as one text.
+def tokenize_pair(tokenizer: Any, context: str, continuation: str) -> Pair:
+    """Returns the token ids of a context and of its continuation, tokenized as one text.
 
-    White space at the context's end goes to the continuation, as tokens begin with it. Instead of
-    an empty context stands the token that begins (else ends) sequences.
+    White space at the end of the context is moved to the continuation, because tokens begin with
+    it. An empty context is replaced by the BOS token (EOS, if there is no BOS).
 
     Raises:
-      ValueError: if the context is empty and there is no such token.
+      ValueError: if the context is empty and the tokenizer has neither BOS nor EOS.
 
-    Source of the protocol: the LM evaluation harness, whose numbers are the published ones.
+    Source: the protocol of the LM evaluation harness, which published numbers use.
     """
     kept = context.rstrip()
     if not context:
         first = prefix_token(tokenizer)
-        ids = encode(tokenizer, continuation, special=False)
+        ids = tokenize(tokenizer, continuation, special=False)
         return ([first], ids) if ids[:1] != [first] else (ids[:1], ids[1:])
-    whole = encode(tokenizer, context + continuation)
-    start = encode(tokenizer, kept)
+    whole = tokenize(tokenizer, context + continuation)
+    start = tokenize(tokenizer, kept)
     return start, whole[len(start) :]
 
 
 def prefix_token(tokenizer: Any) -> int:
-    """The token that begins (else ends) sequences.
+    """Returns the id of the BOS token; that of EOS if there is no BOS.
 
     Raises:
       ValueError: if the tokenizer has neither.
@@ -146,4 +150,6 @@ def prefix_token(tokenizer: Any) -> int:
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:
             return int(token)
-    raise ValueError("an empty context, and the tokenizer has no BOS or EOS token to begin with")
+    raise ValueError(
+        "an empty context, and the tokenizer has no BOS or EOS token to replace it; give a context"
+    )

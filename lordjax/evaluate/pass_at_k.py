@@ -1,6 +1,6 @@
-"""Functional correctness of programs that a model writes: pass@k.
+"""Functional correctness of generated programs: pass@k.
 
-A completion passes if prompt + completion + tests, as one program, run to the end in a `sandbox`.
+A completion passes if the program of prompt, completion and tests runs to its end in the `sandbox`.
 """
 
 from __future__ import annotations
@@ -19,16 +19,21 @@ Complete = Callable[[list[str]], list[str]]  # prompts -> one completion each
 
 
 def truncate(completion: str, stops: Sequence[str]) -> str:
-    """The completion up to the first of the stop strings."""
+    """Returns a completion up to the first stop string in it."""
     found = [completion.find(stop) for stop in stops]
     return completion[: min((i for i in found if i >= 0), default=len(completion))]
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """The probability that one of k samples is right, estimated from c right ones of n.
+    """Estimates the probability that at least one of k samples is right.
 
-    That is ``1 - C(n - c, k) / C(n, k)``, which has no bias. It is computed as a product of k
-    factors, since binomials overflow.
+    The estimate is ``1 - C(n - c, k) / C(n, k)``, which is unbiased. It is computed as a product
+    of k factors, because binomials overflow.
+
+    Args:
+      n: number of samples.
+      c: number of right samples among them.
+      k: number of samples that are drawn.
 
     Raises:
       ValueError: unless 0 ≤ c ≤ n and 1 ≤ k ≤ n.
@@ -51,35 +56,38 @@ def evaluate(
     allow_execution: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Completes prompts and runs what comes of them.
+    """Generates completions of problems, and runs them.
 
     Args:
-      problems: what is asked.
-      complete: called once, with every prompt as often in a row as there are samples.
-      samples: completions of every prompt.
-      ks: of pass@k, each at most ``samples``.
-      limits: of every program; None: `Limits`.
-      workers: programs that run at one time; see `sandbox.run_all`.
-      allow_execution: must be True, since programs that nobody has read are run.
-      progress: called with ("run", programs done, programs in all).
+      problems: the problems.
+      complete: function from prompts to completions; called once, with every prompt ``samples``
+        times in a row.
+      samples: completions per prompt.
+      ks: values of k for pass@k, each at most ``samples``.
+      limits: limits of every program; None: the defaults of `Limits`.
+      workers: number of programs that run at the same time; see `sandbox.run_all`.
+      allow_execution: must be True, because programs are run that nobody has read.
+      progress: called with ("run", programs done, number of programs).
 
     Returns:
-      As `judge`; ``protocol`` has the stop strings.
+      The results of `judge`; ``protocol`` also has the stop strings.
 
     Raises:
       PermissionError: without ``allow_execution``, before anything is generated.
-      ValueError: if k is larger than ``samples``, a limit lets nothing run, or the number of
-        completions is not that of the prompts.
+      ValueError: if k is larger than ``samples``, no program can run within the limits, or
+        ``complete`` returns another number of completions than prompts.
       OSError: if the sandbox cannot be set up.
     """
     _check(samples, ks, allow_execution)
-    # Generation takes hours, so what would stop it all is tried before.
+    # Generation may take hours, so test the sandbox first.
     if (empty := sandbox.run("", limits)).outcome != sandbox.PASSED:
         raise ValueError(f"an empty program does not pass ({empty.error}); are limits too small?")
     prompts = [problem.prompt for problem in problems.problems for _ in range(samples)]
     completions = complete(prompts)
     if len(completions) != len(prompts):
-        raise ValueError(f"{len(completions)} completions of {len(prompts)} prompts")
+        raise ValueError(
+            f"{len(completions)} completions of {len(prompts)} prompts; expected one each"
+        )
     texts = [truncate(completion, problems.stops) for completion in completions]
     rows = [texts[i : i + samples] for i in range(0, len(texts), samples)]
     result = judge(
@@ -105,46 +113,34 @@ def judge(
     allow_execution: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Runs completions that are there already, as they are.
+    """Runs given completions, which are not truncated.
 
     Args:
-      problems: what was asked.
-      completions: of every problem, equally many each.
-      ks: of pass@k, each at most the completions of a problem.
+      problems: the problems.
+      completions: the completions of every problem, equally many each.
+      ks: values of k for pass@k, each at most the number of completions per problem.
       limits: as for `evaluate`.
-      workers: likewise.
-      allow_execution: likewise.
-      progress: likewise.
+      workers: as for `evaluate`.
+      allow_execution: as for `evaluate`.
+      progress: as for `evaluate`.
 
     Returns:
-      ``pass_at`` (k -> mean over problems), ``tasks`` (their number), ``rows`` (of each problem
-      ``task_id``, ``n``, ``correct`` and ``samples``: completion, outcome, error, seconds) and
-      ``protocol``.
+      ``pass_at`` (the mean over problems, by k), ``tasks`` (number of problems), ``rows`` (for each
+      problem ``task_id``, ``n``, ``correct`` and ``samples``: completion, outcome, error, seconds)
+      and ``protocol``.
 
     Raises:
       PermissionError, ValueError, OSError: as `evaluate`.
     """
-    counts = {len(texts) for texts in completions}
-    if len(completions) != len(problems.problems) or len(counts) != 1:
-        raise ValueError(
-            f"completions of {len(completions)} problems, {sorted(counts)} each; expected those of "
-            f"{len(problems.problems)} problems, as many of one as of another"
-        )
-    samples = counts.pop()
+    samples = _samples_each(problems, completions)
     _check(samples, ks, allow_execution)
-    pairs = [
-        (p, text) for p, texts in zip(problems.problems, completions, strict=True) for text in texts
-    ]
     limits = limits or Limits()
-    results = sandbox.run_all(
-        [problem.program(text) for problem, text in pairs],
-        limits,
-        workers=workers,
-        progress=progress,
-    )
+    answers = list(zip(problems.problems, completions, strict=True))
+    programs = [problem.program(text) for problem, texts in answers for text in texts]
+    results = sandbox.run_all(programs, limits, workers=workers, progress=progress)
     rows = [
         _row(problem, texts, results[i * samples : (i + 1) * samples])
-        for i, (problem, texts) in enumerate(zip(problems.problems, completions, strict=True))
+        for i, (problem, texts) in enumerate(answers)
     ]
     right = [row["correct"] for row in rows]
     means = {k: math.fsum(pass_at_k(samples, c, k) for c in right) / len(right) for k in ks}
@@ -162,11 +158,23 @@ def judge(
     }
 
 
+def _samples_each(problems: ProblemSet, completions: Sequence[Sequence[str]]) -> int:
+    """Returns the number of completions per problem; raises ValueError if they differ."""
+    counts = {len(texts) for texts in completions}
+    if len(completions) != len(problems.problems) or len(counts) != 1:
+        raise ValueError(
+            f"completions of {len(completions)} problems, {sorted(counts)} each; expected those of "
+            f"{len(problems.problems)} problems, equally many each"
+        )
+    return counts.pop()
+
+
 def _check(samples: int, ks: Sequence[int], allow_execution: bool) -> None:
+    """Raises PermissionError without ``allow_execution``, and ValueError if a k is out of range."""
     if not allow_execution:
         raise PermissionError(
-            "this runs programs that a model wrote and nobody has read; say allow_execution=True "
-            "(--run-generated-code) where that is acceptable, in a container at best"
+            "this runs programs that a model wrote and nobody has read; pass allow_execution=True "
+            "(--run-generated-code) where that is acceptable, preferably in a container"
         )
     if not ks or not all(1 <= k <= samples for k in ks):
         raise ValueError(f"pass@k of k {list(ks)} with {samples} samples; expected 1 ≤ k ≤ samples")
@@ -187,6 +195,6 @@ def _row(problem: Problem, texts: Sequence[str], results: list[Result]) -> dict[
 
 
 def _isolation(results: list[Result]) -> dict[str, str]:
-    """What was in force for all; where it changed on the way, every value."""
+    """Returns the isolation of all programs; where it differed, every value."""
     pairs = sorted({pair for result in results for pair in result.isolation.items()})
     return {key: ", ".join(v for k, v in pairs if k == key) for key, _ in pairs}

@@ -1,19 +1,19 @@
-"""Perplexity under one stated protocol.
+"""Perplexity by one fixed protocol.
 
-Every window is read alone from its first token; the targets are its tokens 1 … L-1. Of a model that
-predicts masked tokens they are a fixed 15 % of its tokens, masked all at once (`objective`): a
-pseudo-perplexity, to be compared with others of its kind only::
+The model reads every window separately, from its first token; the targets are the tokens 1 … L-1.
+For a masked language model the targets are a fixed 15 % of the tokens, which are masked at the same
+time (`models.objective`). The result is a pseudo-perplexity, which is only comparable to others of
+its kind::
 
     nll = logsumexp(logits) - logits[target]        perplexity = exp(Σ nll / number of targets)
 
-Logits and nll are float32, products are at full float32 precision on every device, and sums are
-float64 on the host. Nothing is skipped: a value that is not finite is an error.
+Logits and nll are float32, matrix products are in full float32 precision on every device, and sums
+are float64 on the host. No value is skipped: one that is not finite raises an error.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ from lordjax.models import objective
 from lordjax.models.config import ModelConfig
 from lordjax.models.objective import check_finite, check_windows
 from lordjax.models.transformer import Transformer
+from lordjax.runtime.progress import Progress
 
 
 def perplexity(
@@ -37,51 +38,87 @@ def perplexity(
     tokenizer_name: str | None = None,
     bos: bool = False,
     mask_token: int | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Measures a model, dense or compressed, on windows of token ids.
+    """Measures the perplexity of a model, dense or compressed, on windows of token ids.
 
     Args:
-      config: the model.
-      params: its parameters; leaves may be kernels of any kind.
-      tokens: ``[n, L]`` integer ids, L ≥ 2.
-      batch_size: windows per forward pass; does not change the result beyond rounding.
-      tokenizer_name: for the protocol: who made the ids.
-      bos: for the protocol: whether every window begins with a BOS token.
-      mask_token: id of the mask token, of a model that predicts masked tokens.
-      progress: called with ("evaluate", windows done, windows in all).
+      config: the model's architecture.
+      params: the model's parameters; leaves may be kernels of any kind.
+      tokens: ``[n, L]`` integer token ids, L ≥ 2.
+      batch_size: windows per forward pass; changes the result only by rounding.
+      tokenizer_name: name of the tokenizer, for the protocol.
+      bos: whether every window begins with a BOS token, for the protocol.
+      mask_token: id of the mask token; needed for a masked language model.
+      progress: called with ("evaluate", windows done, number of windows).
 
     Returns:
       ``perplexity``, ``nll_per_token`` (nats), ``tokens`` (number of targets) and ``protocol``.
 
     Raises:
-      ValueError: if an id is not in the vocabulary, or a negative log-likelihood is not finite;
-        names the window and the position. If the model predicts no tokens, or masked ones and the
-        mask token is not given.
+      ValueError: if a token id is not in the vocabulary or a negative log-likelihood is not finite
+        (names the window and the position), if the model predicts no tokens, or if a masked
+        language model is given no mask token.
     """
+    ids = _checked(config, tokens, batch_size)
+    goals = objective.targets(config, ids, None)
+    read = objective.inputs(config, ids, None, mask_token)
+    # Move the weights to the device once, not in every call.
+    params = jax.tree.map(jnp.asarray, params)
+    total = _total_nll(config, params, read, goals, batch_size, progress)
+    targets = int((goals >= 0).sum())
+    with np.errstate(over="ignore"):
+        value = float(np.exp(np.float64(total / targets)))
+    return {
+        "perplexity": value,
+        "nll_per_token": total / targets,
+        "tokens": targets,
+        "protocol": {
+            "tokenizer": tokenizer_name,
+            "bos": bos,
+            "window": ids.shape[1],
+            "stride": ids.shape[1],
+            "windows": len(ids),
+            "token_count": ids.size,
+            # Activations have the dtype of the embedding.
+            "dtype": str(jax.tree.leaves(params["embed"])[0].dtype),
+            "matmul_precision": "highest",
+            "tokens_sha256": fingerprint(ids),
+            **objective.protocol(config, mask_token),
+        },
+    }
+
+
+def _checked(config: ModelConfig, tokens: np.ndarray, batch_size: int) -> np.ndarray:
+    """Returns the token ids as int32; raises ValueError if they or the model do not fit."""
     tokens = np.asarray(tokens)
     check_windows(tokens)
     if batch_size < 1:
         raise ValueError(f"batch size {batch_size}; expected 1 or more")
     if config.head not in ("causal", "masked"):
         raise ValueError(
-            f"a model with head {config.head!r} predicts no tokens, so it has no perplexity"
+            f"a model with head {config.head!r} predicts no tokens, so it has no perplexity; "
+            "expected a causal or masked language model"
         )
     check_ids(tokens, config.vocab_size)
-    ids = tokens.astype(np.int32)
-    goals, read = (
-        objective.targets(config, ids, None),
-        objective.inputs(config, ids, None, mask_token),
-    )
-    # Once, or every call would move the weights to the device again.
-    params = jax.tree.map(jnp.asarray, params)
-    count, length = tokens.shape
+    return tokens.astype(np.int32)
+
+
+def _total_nll(
+    config: ModelConfig,
+    params: Any,
+    inputs: np.ndarray,
+    targets: np.ndarray,
+    batch_size: int,
+    progress: Progress | None,
+) -> float:
+    """Returns the sum of the negative log-likelihoods of all targets, in nats."""
+    total, count = 0.0, len(inputs)
     batch_size = min(batch_size, count)
-    total = 0.0
     for start in range(0, count, batch_size):
-        batch, goal = (a[start : start + batch_size] for a in (read, goals))
+        batch, goal = (a[start : start + batch_size] for a in (inputs, targets))
         rows = len(batch)
-        # A last, shorter batch is filled up: another shape would be compiled again.
+        # Pad a last, shorter batch: another shape would be compiled again.
         fill = ((0, batch_size - rows), (0, 0))
         batch, filled = (np.pad(a, fill, mode="edge") for a in (batch, goal))
         with jax.default_matmul_precision("highest"):
@@ -90,35 +127,14 @@ def perplexity(
         total += float(nll[goal >= 0].sum())
         if progress:
             progress("evaluate", start + rows, count)
-    targets = int((goals >= 0).sum())
-    with np.errstate(over="ignore"):
-        value = float(np.exp(np.float64(total / targets)))
-    protocol = {
-        "tokenizer": tokenizer_name,
-        "bos": bos,
-        "window": length,
-        "stride": length,
-        "windows": count,
-        "token_count": tokens.size,
-        # Activations have the dtype of the embedding.
-        "dtype": str(jax.tree.leaves(params["embed"])[0].dtype),
-        "matmul_precision": "highest",
-        "tokens_sha256": fingerprint(tokens),
-        **objective.protocol(config, mask_token),
-    }
-    return {
-        "perplexity": value,
-        "nll_per_token": total / targets,
-        "tokens": targets,
-        "protocol": protocol,
-    }
+    return total
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _token_nll(
     config: ModelConfig, params: Any, tokens: Int[Array, "b s"], targets: Int[Array, "b s"]
 ) -> Float[Array, "b s"]:
-    """Negative log-likelihood of the targets; 0 where there is none."""
+    """Returns the negative log-likelihood of the targets, 0 where there is no target."""
     model = Transformer(config)
     x: Any = model.apply({"params": params}, tokens, method=Transformer.hidden)
     return objective.losses(config, params, x, targets)

@@ -1,36 +1,40 @@
-"""Untrusted Python programs, each in processes of its own, with limits.
+"""Runs untrusted Python programs in separate processes with limits.
 
-A program passes if its last line is reached: it then hands over a token that nothing but its
-harness reads, and only then. ``sys.exit(0)`` or ``os._exit(0)`` before that is a failure.
+A program passes if it reaches its last line. Only then can its harness read a secret token and
+report it. ``sys.exit(0)`` or ``os._exit(0)`` before the last line is a failure.
 
-**What it is.** Every program has an own interpreter with the standard library and nothing else
-(``-S``), no environment but a fixed hash seed, an empty standard input and an empty directory.
-`Limits` bound it, and nothing of it is left when its result is there. What else holds depends on
-the machine, so every result says it (``isolation``):
+**What it is.** Every program has its own interpreter with only the standard library (``-S``), an
+environment with only a fixed hash seed, an empty standard input and an empty directory. `Limits`
+bound its resources. When its result is returned, all its processes are killed and its directory is
+removed. All other isolation depends on the machine, so every result reports it (``isolation``):
 
 ============= ================================= ==================================================
 key           value                             meaning
 ============= ================================= ==================================================
-network       namespace                         own, empty network; of sockets only those that
-                                                are files, of this machine, can be reached
-              socket module                     Python's module refuses; a C library would not
-processes     namespace                         reaches only its own, and all end with it
-              orphans adopted                   all end with it; may kill others of its user
-files         read-only                         writes to its directory and ``/dev/shm``, both in
-                                                memory and bounded; ``/proc``, ``/run`` are empty
-              those of its user                 writes what its user may write
-user          own                               started by root, which it no longer is
-              caller                            the user who started it, without capabilities
-process_limit own                               counts its processes (before Linux 5.14 per user)
-              per user                          counts all processes of the user: often none left
-              none                              root, whom the kernel does not limit
+network       namespace                         an empty network of its own; it reaches only Unix
+                                                sockets that are files on this machine
+              socket module                     Python's socket module refuses; a C library would
+                                                not
+processes     namespace                         it sees only its own processes; all end with it
+              orphans adopted                   all its processes end with it; it may kill others
+                                                of its user
+files         read-only                         it writes to its directory and ``/dev/shm``, both
+                                                in memory and bounded; ``/proc``, ``/run`` are empty
+              those of its user                 it writes wherever its user may write
+user          own                               started by root, it runs as another user
+              caller                            it runs as the caller, without capabilities
+process_limit own                               counts its own processes (before Linux 5.14: all
+                                                of the user)
+              per user                          counts all processes of the user; often the limit
+                                                is reached already
+              none                              it runs as root, which the kernel does not limit
 ============= ================================= ==================================================
 
-**What it is not.** No virtual machine: a program that attacks the kernel may win. A program may
-*read* every file that its caller may read. Limits of memory and of CPU time are per process; all
-of them together are bounded by their number and by wall-clock time only. Tests share their process
-with what they test: a program that sets out to deceive them can. For programs of unknown origin use
-a machine or a container that holds nothing else.
+**What it is not.** It is no virtual machine: a program that attacks the kernel may succeed. A
+program can *read* every file that the caller can read. Memory and CPU time are limited per process;
+their total is limited only by the number of processes and the wall-clock time. The tests run in the
+same process as the tested code, so a malicious program can deceive them. Run programs of unknown
+origin on a machine or in a container that holds nothing else.
 """
 
 from __future__ import annotations
@@ -50,21 +54,21 @@ from lordjax.runtime.progress import Progress
 
 PASSED, FAILED, TIMED_OUT, OUT_OF_MEMORY = "passed", "failed", "timed out", "out of memory"
 SUPERVISOR = Path(__file__).with_name("sandbox_supervisor.py")
-GRACE = 60  # seconds the supervisor has beyond a program's, for starting and for killing
+GRACE = 60  # extra seconds for the supervisor, to start and to kill a program
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a program may use.
+    """Resources that a program may use.
 
     Attributes:
-      seconds: of wall-clock time, until everything of it is killed.
-      cpu_seconds: of CPU time of each process; rounded up.
-      memory: bytes of address space of each process.
-      file_bytes: of its largest file; where files are read-only, of all of them together.
-      processes: and threads, at one time.
-      open_files: of each process.
-      output: bytes of what it prints that are kept, the last ones; it may print more.
+      seconds: seconds of wall-clock time, after which all its processes are killed.
+      cpu_seconds: seconds of CPU time per process; rounded up.
+      memory: bytes of address space per process.
+      file_bytes: bytes of the largest file; where files are read-only, bytes of all its files.
+      processes: number of processes and threads at the same time.
+      open_files: number of open files per process.
+      output: last bytes of its output that are kept; it may print more.
     """
 
     seconds: float = 10.0
@@ -76,7 +80,7 @@ class Limits:
     output: int = 2**16
 
     def check(self) -> None:
-        """Raises ValueError if one of them is not positive."""
+        """Raises ValueError if a limit is not positive."""
         for name, value in dataclasses.asdict(self).items():
             if not value > 0:
                 raise ValueError(f"limit {name} is {value}; expected more than 0")
@@ -84,14 +88,14 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What became of a program.
+    """The result of a program.
 
     Attributes:
       outcome: ``passed``, ``failed``, ``timed out`` or ``out of memory``.
-      error: one line that says why it did not pass.
-      seconds: of wall-clock time that it ran.
-      output: the end of what it printed, on stdout and stderr.
-      isolation: what was in force; see the module's docstring. Empty if not even that is known.
+      error: one line that says why the program did not pass; empty if it passed.
+      seconds: wall-clock seconds that it ran.
+      output: the end of its output on stdout and stderr.
+      isolation: the isolation in force, see the module's docstring; empty if unknown.
     """
 
     outcome: str
@@ -102,12 +106,15 @@ class Result:
 
 
 def run(program: str, limits: Limits | None = None, *, namespaces: bool = True) -> Result:
-    """Runs a program.
+    """Runs a program in the sandbox.
 
     Args:
-      program: its source; it is no ``__main__``.
-      limits: what it may use; None: `Limits`.
-      namespaces: False: without those of the kernel, as where they are not allowed.
+      program: source text; its ``__name__`` is not ``__main__``.
+      limits: resources it may use; None: the defaults of `Limits`.
+      namespaces: whether to use namespaces of the kernel where they are allowed.
+
+    Returns:
+      The outcome, output and isolation.
 
     Raises:
       ValueError: if a limit is not positive.
@@ -117,10 +124,10 @@ def run(program: str, limits: Limits | None = None, *, namespaces: bool = True) 
     limits.check()
     if sys.platform != "linux":
         raise OSError(f"programs are run on Linux only, not on {sys.platform}; use a container")
-    # What the environment holds is for the program to see. Its hash seed is fixed: sets of texts
-    # have another order in every process otherwise, and so may what a program returns.
+    # The program can read its environment, so that is empty. A fixed hash seed gives sets of texts,
+    # and so the results of programs, the same order in every process.
     command = [sys.executable, "-P", "-s", "-S", "-B", "-u", "-X", "utf8", str(SUPERVISOR)]
-    # Without it some builds of Python do not start.
+    # Some builds of Python do not start without LD_LIBRARY_PATH.
     kept = {k: v for k, v in os.environ.items() if k == "LD_LIBRARY_PATH"}
     with tempfile.TemporaryDirectory(
         prefix="lordjax-program-", ignore_cleanup_errors=True
@@ -146,7 +153,8 @@ def run(program: str, limits: Limits | None = None, *, namespaces: bool = True) 
             )
         except subprocess.TimeoutExpired as error:
             raise OSError(
-                f"the sandbox gave no result {GRACE} s after its program's time"
+                f"the sandbox returned no result within {limits.seconds + GRACE:g} s; is the "
+                "machine overloaded?"
             ) from error
     if done.returncode < 0:
         why = f"its supervisor was killed by {signal.Signals(-done.returncode).name}"
@@ -157,8 +165,8 @@ def run(program: str, limits: Limits | None = None, *, namespaces: bool = True) 
             report.get("error") or (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         )
         raise OSError(
-            f"the sandbox did not work (exit code {done.returncode}: {reason}); "
-            "namespaces=False does without those of the kernel"
+            f"the sandbox did not work (exit code {done.returncode}: {reason}); try "
+            "namespaces=False, which uses no namespaces of the kernel"
         )
     return Result(**report)
 
@@ -171,17 +179,17 @@ def run_all(
     namespaces: bool = True,
     progress: Progress | None = None,
 ) -> list[Result]:
-    """Runs programs beside each other.
+    """Runs programs in parallel.
 
     Args:
-      programs: their sources.
-      limits: what each of them may use.
-      workers: how many run at one time; None: as many as there are cores for this process.
-      namespaces: see `run`.
-      progress: called with ("run", programs done, programs in all).
+      programs: source texts.
+      limits: resources that each program may use; None: the defaults of `Limits`.
+      workers: number of programs that run at the same time; None: one per core of this process.
+      namespaces: as for `run`.
+      progress: called with ("run", programs done, number of programs).
 
     Returns:
-      Their results, in the order of the programs.
+      The results, in the order of the programs.
 
     Raises:
       ValueError: if a limit or the number of workers is not positive.
@@ -192,7 +200,7 @@ def run_all(
     if workers < 1:
         raise ValueError(f"{workers} workers; expected 1 or more")
     results = []
-    # Threads only wait: the work is in the processes.
+    # Threads are enough: they only wait for processes.
     pool = ThreadPoolExecutor(workers)
     try:
         waiting = [pool.submit(run, text, limits, namespaces=namespaces) for text in programs]

@@ -1,14 +1,15 @@
-"""The trusted process beside an untrusted program; `sandbox` starts it as a script of its own.
+"""Supervises an untrusted program; `sandbox` starts this file as a stand-alone script.
 
-It reads a request from stdin and writes a report on stdout, both JSON. It must import nothing but
-the standard library, and starts no thread: it forks. Three processes::
+The script reads a request from stdin and writes a report to stdout, both as JSON. It imports only
+the standard library, so it stays one file, although it exceeds 350 lines. It starts no threads,
+because it forks. There are three processes::
 
-    supervisor   waits, reads what is printed, kills, reports
-    └ keeper     first of its process namespace: when it ends, the kernel kills all that is in it
-      └ program  limited; runs the text, then says so with a token that it can read only now
+    supervisor   waits, reads the output, kills, reports
+    └ keeper     first process of its namespace: when it ends, the kernel kills all others in it
+      └ program  limited; runs the text, then reads the secret token and writes it as its answer
 
-Without namespaces the keeper leads a session, the supervisor adopts orphans, and kills both.
-Linux only; namespaces and mounts as in the manual pages unshare(2), mount_setattr(2).
+Without namespaces, the keeper leads a session, and the supervisor adopts orphans and kills all.
+Linux only; for namespaces and mounts see the manual pages unshare(2) and mount_setattr(2).
 """
 
 from __future__ import annotations
@@ -27,22 +28,25 @@ import time
 import types
 from collections.abc import Callable
 
-TYPE_CHECKING = False  # as `typing` has it, which takes longer to import than most programs run
+TYPE_CHECKING = False  # not from `typing`: importing it takes longer than most programs run
 if TYPE_CHECKING:
     from typing import Any, NoReturn
 
 NEW_USER, NEW_NETWORK, NEW_PIDS, NEW_IPC, NEW_MOUNTS = 1 << 28, 1 << 30, 1 << 29, 1 << 27, 1 << 17
 DEATH_SIGNAL, KEEP_CAPABILITIES, ADOPT_ORPHANS, NO_NEW_PRIVILEGES = 1, 8, 36, 38  # of prctl
 MOUNT_SETATTR, WORKING_DIRECTORY, RECURSIVE = 442, -100, 0x8000
-PRIVATE, NO_DEVICES = 1 << 18 | 1 << 14, 1 << 1 | 1 << 2  # of mount: recursively; nor set-uid files
+PRIVATE, NO_DEVICES = (
+    1 << 18 | 1 << 14,
+    1 << 1 | 1 << 2,
+)  # of mount: recursive, private; no devices or set-uid files
 CAPABILITY_VERSION, READ_EVERYTHING = 0x20080522, 1 << 2  # the latter is CAP_DAC_READ_SEARCH
-# No account of a normal system is in this range (systemd takes it for users it makes up, too).
+# Normal systems have no accounts in this range; systemd takes its dynamic users from it, too.
 FIRST_USER, USERS = 61184, 4336
-LINE = 500  # letters of an error line
+LINE = 500  # largest number of characters of an error line
 
 
 def main() -> None:
-    """Serves the one request."""
+    """Reads the request, runs the program and writes the report."""
     request = json.load(sys.stdin)
     nothing = os.open(os.devnull, os.O_RDWR)
     os.dup2(nothing, 0)
@@ -52,7 +56,7 @@ def main() -> None:
 def supervise(
     program: str, directory: str, limits: dict[str, Any], namespaces: bool
 ) -> dict[str, Any]:
-    """Runs a program to its end or its limits, and leaves no process of it behind."""
+    """Runs a program to its end or its limits, then kills all its processes; returns the report."""
     call("prctl", ADOPT_ORPHANS, 1, 0, 0, 0)
     spaces = namespaces and new_namespaces()
     user = FIRST_USER + os.getpid() % USERS
@@ -61,9 +65,10 @@ def supervise(
     keeper = os.fork()
     if not keeper:
         guarded(lambda: keep(program, directory, limits, spaces, user, pipes), pipes["status"][1])
-    for name in ("output", "answer", "status"):  # a secret may be written when nobody reads it
+    # The secret's pipe stays open at both ends, so that writing cannot fail if the program ended.
+    for name in ("output", "answer", "status"):
         os.close(pipes[name][1])
-    # Made only now: what was in memory before the fork is in the program's memory, too.
+    # Made after the fork, because the program inherits all memory from before it.
     token = os.urandom(16).hex()
     os.write(pipes["secret"][1], token.encode())
     reading = pipes["output"][0], pipes["status"][0]
@@ -96,7 +101,7 @@ def failure(
     ended: bool,
     limits: dict[str, Any],
 ) -> tuple[str, str]:
-    """What became of a program that did not pass, and the line that says why."""
+    """Returns the outcome of a program that did not pass, and a line that says why."""
     if not ended:
         return "timed out", f"no end after {limits['seconds']:g} s"
     code = status.get("status")
@@ -108,22 +113,22 @@ def failure(
         return answer
     if code is None:
         return "failed", "its keeper was killed"
-    said = output.decode(errors="replace").strip().splitlines()
-    last = f": {said[-1][:LINE]}" if said and code else ""
+    lines = output.decode(errors="replace").strip().splitlines()
+    last = f": {lines[-1][:LINE]}" if lines and code else ""
     how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     return "failed", f"ended before its tests did, {how}{last}"
 
 
 def new_namespaces() -> bool:
-    """Leaves the network, the processes and the mounts of the machine; False if it may not."""
+    """Enters new namespaces for network, processes, IPC and mounts; False if not permitted."""
     user, group = os.getuid(), os.getgid()
     flags = NEW_NETWORK | NEW_PIDS | NEW_IPC | NEW_MOUNTS | (NEW_USER if user else 0)
     if libc().unshare(flags):
         return False
     if user:
         maps = {"uid_map": f"{user} {user} 1", "setgroups": "deny", "gid_map": f"{group} {group} 1"}
-        # Ubuntu may grant a namespace of users, but no rights in it. Then all namespaces hold, the
-        # user has no name in there, and `mount` will be refused.
+        # Ubuntu may grant a user namespace without rights in it. Then all namespaces are in force,
+        # but the user is not mapped, and `mount` will be refused.
         with contextlib.suppress(PermissionError):
             for name, text in maps.items():
                 with open(f"/proc/self/{name}", "w") as file:
@@ -132,10 +137,11 @@ def new_namespaces() -> bool:
 
 
 def watch(output: int, status: int, deadline: float, limit: int) -> tuple[bytes, bytes, bool]:
-    """Reads what is printed, its last bytes, and the keeper's messages.
+    """Reads the program's output and the keeper's messages until the keeper ends or time is up.
 
-    The third value is whether the keeper has ended, which alone holds the pipe of messages, before
-    time was up.
+    Returns:
+      The last ``limit`` bytes of output, the messages, and whether the keeper ended in time. The
+      keeper alone holds the pipe of messages, so its end closes that pipe.
     """
     printed, messages, waiting = b"", b"", [output, status]
     while (left := deadline - time.monotonic()) > 0:
@@ -147,13 +153,13 @@ def watch(output: int, status: int, deadline: float, limit: int) -> tuple[bytes,
                     return printed, messages, True
             elif data:
                 printed = (printed + data)[-limit:]
-            else:  # the program has closed it
+            else:  # the program closed its output
                 waiting.remove(output)
     return printed, messages, False
 
 
 def drain(pipe: int) -> bytes:
-    """What is in a pipe, without waiting for whoever may hold its other end."""
+    """Returns the contents of a pipe without waiting for processes that hold its other end."""
     os.set_blocking(pipe, False)
     try:
         return os.read(pipe, 1 << 20)
@@ -162,18 +168,18 @@ def drain(pipe: int) -> bytes:
 
 
 def kill_all(keeper: int, spaces: bool) -> None:
-    """Kills the keeper and everything below it, and waits until it is gone."""
+    """Kills the keeper and all processes below it, and waits until they are gone."""
     if spaces:
         os.kill(keeper, signal.SIGKILL)
         os.waitpid(keeper, 0)
         return
-    os.kill(keeper, signal.SIGKILL)  # it may not lead its session yet
+    os.kill(keeper, signal.SIGKILL)  # by itself, because it may not lead its session yet
     while True:
         with open(f"/proc/self/task/{os.getpid()}/children") as file:
             for child in file.read().split():
                 os.kill(int(child), signal.SIGKILL)
         try:
-            os.waitpid(-1, 0)  # its children become ours
+            os.waitpid(-1, 0)  # then its children become children of this process
         except ChildProcessError:
             return
 
@@ -186,12 +192,12 @@ def keep(
     user: int,
     pipes: dict[str, tuple[int, int]],
 ) -> None:
-    """The keeper: shuts the doors, starts the program, and reports how it ended."""
+    """Runs the keeper: isolates itself, starts the program, and reports how it ended."""
     os.setsid()
     read_only = spaces and mount(directory, limits["file_bytes"])
-    os.chdir(directory)  # which another user may not find
+    os.chdir(directory)  # before the change of user, who may not be able to reach it
     own_user = leave_privileges(user, directory)
-    call("prctl", DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)  # changes of user clear it
+    call("prctl", DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)  # here, as a change of user clears it
     isolation = {
         "network": "namespace" if spaces else "socket module",
         "processes": "namespace" if spaces else "orphans adopted",
@@ -201,14 +207,14 @@ def keep(
     }
     if not os.getuid():
         isolation["process_limit"] = "none"
-    # Of the program's user there is the keeper, and in a namespace of users the supervisor.
+    # The keeper counts as a process of the program's user; in a user namespace the supervisor, too.
     spare = 1 if own_user else 2
     send(pipes["status"][1], {"isolation": isolation})
     child = os.fork()
     if not child:
         guarded(lambda: run(program, limits, spare, spaces, pipes), pipes["status"][1])
     while True:
-        found, status, usage = os.wait4(-1, 0)  # orphans of the program are ours, too
+        found, status, usage = os.wait4(-1, 0)  # also returns adopted orphans of the program
         if found == child:
             break
     cpu = usage.ru_utime + usage.ru_stime
@@ -216,7 +222,7 @@ def keep(
 
 
 def mount(directory: str, size: int) -> bool:
-    """Makes all files read-only but those of an own, empty directory; False if it may not."""
+    """Makes all files read-only, except in an empty directory; False if not permitted."""
     if libc().mount(None, b"/", None, ctypes.c_ulong(PRIVATE), None):
         return False
     attributes = (ctypes.c_uint64 * 4)(1, 0, 0, 0)  # set: read-only
@@ -224,7 +230,7 @@ def mount(directory: str, size: int) -> bool:
     number, start, how, size_of = words
     if libc().syscall(number, start, b"/", how, attributes, size_of):
         return False
-    # Empty, too: what other processes say of themselves, and the sockets of services.
+    # Hide the files about other processes, and the sockets of services.
     rooms = {"/proc": 0, "/run": 0, "/dev/shm": size, directory: size}
     for path, room in rooms.items():
         if os.path.isdir(path):
@@ -234,9 +240,9 @@ def mount(directory: str, size: int) -> bool:
 
 
 def leave_privileges(user: int, directory: str) -> bool:
-    """Gives up what root may do; True if that included becoming another user.
+    """Gives up root's privileges; returns whether the process became another user.
 
-    Python may lie where only root can read; then the right to read everything is kept.
+    If only root can read Python's own files, the capability to read everything is kept.
     """
     call("prctl", NO_NEW_PRIVILEGES, 1, 0, 0, 0)
     kept, changed = 0, False
@@ -253,7 +259,7 @@ def leave_privileges(user: int, directory: str) -> bool:
 
 
 def become(user: int, directory: str) -> bool:
-    """Becomes another user, if there is one (a container may have no other)."""
+    """Becomes another user; returns False if not possible, as in a container without others."""
     try:
         os.chown(directory, user, user)
         os.setgroups([])
@@ -271,7 +277,7 @@ def run(
     spaces: bool,
     pipes: dict[str, tuple[int, int]],
 ) -> None:
-    """The program's own process: limits, then its text, then the answer."""
+    """Runs the program's process: sets limits, executes the text, and writes the answer."""
     call("prctl", DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
     output, answer, secret = pipes["output"][1], pipes["answer"][1], pipes["secret"][0]
     os.dup2(output, 1)
@@ -282,25 +288,25 @@ def run(
     for pair in pipes.values():
         for end in set(pair) - {answer, secret}:
             os.close(end)
-    # A program may replace these.
+    # Keep these functions, because a program may replace them.
     read, write, leave, number, own = os.read, os.write, os._exit, os.getpid, os.getpid()
     module = types.ModuleType("program")
     sys.modules["program"] = module
     try:
         exec(compile(program, "program", "exec", dont_inherit=True), module.__dict__)
-        # A copy of this process, which the program has made, has nothing to say.
-        said = read(secret, 64) if number() == own else b""
+        # A process that the program forked must not answer.
+        reply = read(secret, 64) if number() == own else b""
     except MemoryError:
-        said = b"out of memory\nMemoryError"
+        reply = b"out of memory\nMemoryError"
     except BaseException as error:
-        said = b"failed\n" + line(error).encode(errors="replace")
+        reply = b"failed\n" + line(error).encode(errors="replace")
     if number() == own:
-        write(answer, said)
+        write(answer, reply)
     leave(0)
 
 
 def line(error: BaseException) -> str:
-    """One line of an exception, as Python prints it."""
+    """Returns the first line of an exception, as Python prints it."""
     try:
         text = str(error)
     except BaseException as other:
@@ -310,7 +316,7 @@ def line(error: BaseException) -> str:
 
 
 def limit(limits: dict[str, Any], spare: int) -> None:
-    """Sets what the kernel enforces, for each process by itself."""
+    """Sets the limits that the kernel enforces per process."""
     processes = limits["processes"] + spare
     cpu = math.ceil(limits["cpu_seconds"])
     wanted = {
@@ -328,7 +334,7 @@ def limit(limits: dict[str, Any], spare: int) -> None:
 
 
 def close_sockets() -> None:
-    """Makes the module refuse: against accidents, not against intent."""
+    """Makes Python's socket module refuse; protects against accidents, not against intent."""
     import socket
 
     def refuse(*args: Any, **kwargs: Any) -> NoReturn:
@@ -340,7 +346,7 @@ def close_sockets() -> None:
 
 
 def guarded(part: Callable[[], None], errors: int) -> NoReturn:
-    """Runs a part of a forked process, which must never return into the code of its parent."""
+    """Runs a function in a forked process and exits; never returns into the parent's code."""
     code = 0
     try:
         part()
@@ -353,17 +359,17 @@ def guarded(part: Callable[[], None], errors: int) -> NoReturn:
 
 @functools.cache
 def libc() -> Any:
-    """The C library."""
+    """Returns the C library."""
     return ctypes.CDLL(None, use_errno=True)
 
 
 def send(pipe: int, message: dict[str, Any]) -> None:
-    """Writes a message, one line; short enough never to wait."""
+    """Writes a message as one line, short enough that writing never blocks."""
     os.write(pipe, json.dumps(message).encode() + b"\n")
 
 
 def call(name: str, *args: Any) -> None:
-    """A function of the C library; raises OSError."""
+    """Calls a function of the C library; raises OSError if it fails."""
     words = [ctypes.c_ulong(a) if isinstance(a, int) else a for a in args]
     if getattr(libc(), name)(*words):
         code = ctypes.get_errno()
@@ -371,14 +377,14 @@ def call(name: str, *args: Any) -> None:
 
 
 def capabilities() -> int:
-    """Those among the first 32 that this process may have."""
+    """Returns the permitted capabilities of this process among the first 32, as bits."""
     words = (ctypes.c_uint32 * 6)()
     call("capget", (ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0), words)
     return words[1]
 
 
 def set_capabilities(kept: int) -> None:
-    """Gives up all but these."""
+    """Gives up all capabilities but these."""
     words = (ctypes.c_uint32 * 6)(kept, kept, 0, 0, 0, 0)
     call("capset", (ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0), words)
 

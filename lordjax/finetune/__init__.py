@@ -1,4 +1,4 @@
-"""Fine-tuning of compressed models: what is trained, the jitted step, a run on disk."""
+"""Fine-tuning of compressed models: recipes, adapters, the jitted step, and runs on disk."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""What is put beside weights to be trained, and folded into them afterwards (LoRA, QLoRA).
+"""Low-rank adapters that are trained beside frozen weights and merged afterwards (LoRA, QLoRA).
 
-An adapter is the low-rank part of a `LowRankPlusQuantized` kernel; the base, of whatever kind, is
-not trained. LoRA's factor ``alpha / rank`` on the product is no part of the kernel: under Adam,
-whose steps do not know the size of a gradient, it is the same as a learning rate times its square
-root and factors times that, too.
+An adapter is the low-rank term of a `LowRankPlusQuantized` kernel. The base, a matrix or a kernel
+of any kind, is frozen. We do not store LoRA's scale ``alpha / rank``. Adam's step size does not
+depend on the gradient's scale, so scaling the low-rank term by s is equivalent to scaling both
+factors, and their learning rate, by √s.
 
 Source: LoRA, arXiv 2106.09685; QLoRA, arXiv 2305.14314.
 """
@@ -29,22 +29,26 @@ from lordjax.names import is_block_linear
 def add_adapters(
     params: Any, *, rank: int, key: Array, scale: float = 1.0, where: str = r"layer_\d+/.*/kernel$"
 ) -> Any:
-    """Puts a product beside matrices that changes nothing yet: its right factor is 0.
+    """Adds a low-rank adapter to each chosen matrix.
+
+    The right factor is 0, so the model's outputs do not change before training.
 
     Args:
-      params: nested dict; matrices ``[in, out]`` or kernels of any kind.
-      rank: of the products.
-      key: draws the left factors, uniform within ``± sqrt(scale / in)``, as in PEFT.
+      params: nested dict of matrices ``[in, out]`` or kernels of any kind.
+      rank: rank of the adapters.
+      key: random key for the left factors, uniform within ``± sqrt(scale / in)`` as in PEFT.
       scale: LoRA's ``alpha / rank``.
       where: regular expression searched in the path of a matrix.
 
     Returns:
-      A tree with `LowRankPlusQuantized` at those paths, the products in float32. A kernel that has
-      one already stays as it is.
+      A tree with `LowRankPlusQuantized` kernels at the chosen paths and adapters in float32. A
+      kernel that already has a low-rank term stays as it is.
 
     Raises:
       KeyError: if no parameter matches; suggests paths.
-      ValueError: if the rank is not in 1 … the smaller side of a matrix.
+      ValueError: if the rank is below 1 or above the smaller side of a matrix.
+
+    Source: LoRA, arXiv 2106.09685.
     """
     chosen = trees.select(trees.flatten(params), where)
     keys = dict(zip(chosen, jax.random.split(key, len(chosen)), strict=True))
@@ -54,7 +58,10 @@ def add_adapters(
             return leaf
         fan_in, fan_out = leaf.shape
         if not 1 <= rank <= min(fan_in, fan_out):
-            raise ValueError(f"{path} {leaf.shape}: an adapter of rank {rank} does not fit")
+            raise ValueError(
+                f"{path} {list(leaf.shape)}: adapter rank {rank}; expected 1 to "
+                f"{min(fan_in, fan_out)}, the smaller side of the matrix"
+            )
         bound = math.sqrt(scale / fan_in)
         left = jax.random.uniform(keys[path], (fan_in, rank), minval=-bound, maxval=bound)
         return LowRankPlusQuantized(leaf, LowRank(left, jnp.zeros((rank, fan_out))))
@@ -62,35 +69,47 @@ def add_adapters(
     return trees.map_with_path(replace, params)
 
 
-def encode_bases(params: Any, form: str) -> Any:
-    """The blocks' matrices as NormalFloat codes, factors of pairs too; what is codes stays so.
+def quantize_bases(params: Any, form: str) -> Any:
+    """Quantizes the matrices of the blocks to a NormalFloat format.
+
+    Both factors of a low-rank kernel are quantized. Weights that are quantized already stay as
+    they are.
 
     Args:
       params: nested dict of a model's parameters.
-      form: name of the format, see `functional.encode`.
+      form: name of the format; see `kernels.convert.encode`.
+
+    Returns:
+      The tree with quantized block matrices.
 
     Raises:
-      ValueError: if there is no such format.
+      ValueError: if the format is unknown.
     """
     flat = {p: leaf for p, leaf in trees.flatten(params).items() if is_block_linear(p)}
     plain: dict[str, Any] = {p: leaf for p, leaf in flat.items() if not is_kernel(leaf)}
     for path, leaf in flat.items():
         if isinstance(leaf, LowRank):
             plain |= {f"{path}/{name}": getattr(leaf, name) for name in ("left", "right")}
-    coded = convert.encode(plain, form, where="") if plain else {}
-    new = {path: coded[path] for path, leaf in flat.items() if not is_kernel(leaf)}
+    quantized = convert.encode(plain, form, where="") if plain else {}
+    new = {path: quantized[path] for path, leaf in flat.items() if not is_kernel(leaf)}
     for path, leaf in flat.items():
         if isinstance(leaf, LowRank):
-            new[path] = LowRank(coded[f"{path}/left"], coded[f"{path}/right"])
+            new[path] = LowRank(quantized[f"{path}/left"], quantized[f"{path}/right"])
     return trees.update(params, new)
 
 
 def merge(params: Any) -> Any:
-    """Folds products into their bases where that loses nothing.
+    """Merges adapters into their bases where that loses nothing.
 
-    A base that is a matrix becomes the sum; a pair of factors becomes a pair of the summed rank, or
-    a matrix where that is smaller. Codes keep their product: to multiply it out see
-    `kernels.materialize`.
+    A dense base becomes the sum of base and adapter. A low-rank base becomes a low-rank kernel of
+    the summed rank, or a dense matrix where that is smaller. A quantized base keeps its adapter;
+    `kernels.base.materialize` gives the dense sum.
+
+    Args:
+      params: nested dict; leaves may be kernels of any kind.
+
+    Returns:
+      The tree with merged kernels.
     """
     return trees.map_with_path(lambda path, leaf: _merged(leaf), params)
 
@@ -98,23 +117,30 @@ def merge(params: Any) -> Any:
 def _merged(leaf: Any) -> Any:
     if not isinstance(leaf, LowRankPlusQuantized):
         return leaf
-    base, product = leaf.base, leaf.low_rank
+    base, adapter = leaf.base, leaf.low_rank
     if not is_kernel(base):
-        wide = base.astype(jnp.float32) + materialize(product).astype(jnp.float32)
+        wide = base.astype(jnp.float32) + materialize(adapter).astype(jnp.float32)
         return wide.astype(base.dtype)
     if isinstance(base, LowRank) and not any(map(is_kernel, (base.left, base.right))):
         dtype = base.dtype
-        left = jnp.concatenate([base.left, product.left.astype(dtype)], axis=-1)
-        right = jnp.concatenate([base.right, product.right.astype(dtype)], axis=-2)
+        left = jnp.concatenate([base.left, adapter.left.astype(dtype)], axis=-1)
+        right = jnp.concatenate([base.right, adapter.right.astype(dtype)], axis=-2)
         pair = LowRank(left, right)
         return pair if weights(pair) < math.prod(pair.shape) else pair.materialize()
     return leaf
 
 
 def trainable(params: Any, patterns: tuple[str, ...]) -> list[str]:
-    """Paths of the arrays (`trees.arrays`) that match one of several regular expressions.
+    """Returns the paths of the arrays (`trees.arrays`) that match one of several patterns.
 
-    Codes and indices are not trained, whatever matches them.
+    Quantized weights, their scales and integer arrays are never trained, whatever matches them.
+
+    Args:
+      params: nested dict; leaves may be kernels of any kind.
+      patterns: regular expressions searched in the paths.
+
+    Returns:
+      The matching paths, in the order of the arrays.
 
     Raises:
       KeyError: if a pattern matches no array that can be trained; suggests paths.

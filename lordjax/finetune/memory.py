@@ -1,15 +1,17 @@
-"""What a step of fine-tuning will hold in memory, from shapes alone; nothing is allocated.
+"""Peak memory of a fine-tuning step, estimated from shapes; nothing is allocated.
 
-`predict` counts; `compiled` asks the compiler, which takes as long as compiling does::
+`predict` estimates by a formula. `compiled_bytes` compiles the step and reads the compiler's
+numbers. The formula has three terms::
 
-    base         what is not trained, codes packed
-    trained      4 bytes a number for the parameter, Adam's two moments, the gradient of a
-                 micro-batch, the sum of those, and two on the way to the new parameter
-    activations  the input of every block; and of one block at a time, what its gradient needs
+    base         frozen parameters; quantized weights are packed
+    trained      7 float32 copies of each trained parameter: the parameter, Adam's two moments,
+                 the gradient of a micro-batch, the sum of the gradients, and two temporaries
+                 of the update
+    activations  the input of every block, and what the gradient of one block needs
 
-The last is, for a micro-batch, the largest of: the logits of a chunk of positions with their
-gradient; the MLP's hidden states with theirs; the attention's probabilities with theirs. Of codes,
-one matrix is held besides: codes, levels, scales and their product.
+The gradient of one block needs, for a micro-batch, the largest of three: the logits of a chunk of
+positions, the MLP's hidden states, or the attention probabilities, each with its gradient. One
+dequantized matrix is added: its codes, levels, scales and their product.
 """
 
 from __future__ import annotations
@@ -20,35 +22,35 @@ import jax
 import jax.numpy as jnp
 
 from lordjax.data.examples import Examples
-from lordjax.finetune import recipes
-from lordjax.finetune import step as finetune
+from lordjax.finetune import recipes, step
 from lordjax.finetune.recipes import Recipe
 from lordjax.finetune.step import Settings, State
 from lordjax.kernels import base, quantized, trees
 from lordjax.models.config import ModelConfig
 from lordjax.models.objective import CHUNK
+from lordjax.names import layer
 
-COPIES = 7  # of what is trained, see above
+COPIES = 7  # float32 copies of each trained parameter; see the module's docstring
 
 
 def abstract_state(
     config: ModelConfig, params: Any, recipe: Recipe, settings: Settings, seq_len: int
 ) -> tuple[State, Any, Examples]:
-    """The state, what is not trained, and a batch, as shapes.
+    """Returns the shapes of the training state, the frozen parameters and a batch.
 
     Args:
-      config: the model.
-      params: its parameters, or their shapes.
-      recipe: what is trained.
-      settings: of the run.
+      config: the model's architecture.
+      params: the model's parameters, or their shapes.
+      recipe: what is trained, and how.
+      settings: settings of the run.
       seq_len: tokens per example.
     """
 
-    def begun(params: Any) -> tuple[State, Any]:
-        found = finetune.begin(config, params, recipe, settings)
-        return found.state, found.frozen
+    def initial(params: Any) -> tuple[State, Any]:
+        setup = step.prepare_training(config, params, recipe, settings)
+        return setup.state, setup.frozen
 
-    state, frozen = jax.eval_shape(begun, params)
+    state, frozen = jax.eval_shape(initial, params)
     rows = settings.micro_batches, settings.batch // settings.micro_batches
     tokens: Any = jax.ShapeDtypeStruct((*rows, seq_len), jnp.int32)
     targets: Any = jax.ShapeDtypeStruct(
@@ -60,17 +62,21 @@ def abstract_state(
 def predict(
     config: ModelConfig, params: Any, recipe: Recipe, settings: Settings, seq_len: int
 ) -> dict[str, int]:
-    """Bytes of ``base``, ``trained``, ``activations`` and their sum; arguments as of `abstract`."""
+    """Estimates the bytes of ``base``, ``trained`` and ``activations``, and their ``total``.
+
+    The arguments are those of `abstract_state`.
+    """
     state, frozen, _ = abstract_state(config, params, recipe, settings, seq_len)
     rows, size = settings.batch // settings.micro_batches, jnp.dtype(settings.dtype).itemsize
     stream = rows * seq_len * config.hidden_size * size
     blocks = [
-        [leaf for path, leaf in trees.flatten(frozen).items() if path.startswith(f"layer_{i}/")]
+        [leaf for path, leaf in trees.flatten(frozen).items() if path.startswith(f"{layer(i)}/")]
         for i in range(config.num_layers)
     ]
-    decoded = max((_decoded(leaf, size) for block in blocks for leaf in block), default=0)
+    largest = (_dequantized_bytes(leaf, size) for block in blocks for leaf in block)
+    dequantized = max(largest, default=0)
     hidden = rows * seq_len * config.mlp_size * size * (3 if config.gated else 2)
-    # On CPU one window and key head at a time, see `models.layers.attend`.
+    # On CPU, attention runs one sequence and key head at a time; see `models.attention.attend`.
     at_once = 1 if jax.default_backend() == "cpu" else rows * config.num_kv_heads
     heads = at_once * config.num_heads // config.num_kv_heads
     scores = 2 * heads * seq_len**2 * 4
@@ -80,33 +86,37 @@ def predict(
         "trained": COPIES * base.nbytes(state.params),
         "activations": (config.num_layers + 1) * stream
         + max(logits, 2 * hidden + 4 * stream, scores + 6 * stream)
-        + 4 * decoded,
+        + 4 * dequantized,
     }
     return {**found, "total": sum(found.values())}
 
 
-def _decoded(leaf: Any, size: int) -> int:
-    """Bytes of the matrix that codes become when they are used."""
+def _dequantized_bytes(leaf: Any, size: int) -> int:
+    """Bytes of the largest matrix that a kernel dequantizes when it is applied."""
     if isinstance(leaf, quantized.NFQuantized):
         return leaf.fan_in * leaf.fan_out * size
     if isinstance(leaf, base.Kernel):
-        return max(_decoded(getattr(leaf, name), size) for name in base.kernel_fields(leaf)[0])
+        arrays = base.kernel_fields(leaf)[0]
+        return max(_dequantized_bytes(getattr(leaf, name), size) for name in arrays)
     return 0
 
 
 def compiled_bytes(
     config: ModelConfig, params: Any, recipe: Recipe, settings: Settings, seq_len: int
 ) -> dict[str, int]:
-    """Bytes of ``arguments``, ``temporaries`` and their sum, as the compiler has laid them out."""
+    """Returns the bytes of ``arguments`` and ``temporaries`` of the compiled step, and their total.
+
+    The arguments are those of `abstract_state`. Takes as long as compiling the step.
+    """
     state, frozen, batch = abstract_state(config, params, recipe, settings, seq_len)
     optimizer = recipes.optimizer(recipe, settings.steps)
-    step = finetune.make_step(config, optimizer, dtype=settings.dtype)
-    found = step.lower(state, frozen, batch).compile().memory_analysis()
-    # The new state lies where the old one was.
-    parts = {
-        "arguments": found.argument_size_in_bytes,
-        "temporaries": found.temp_size_in_bytes
-        + found.output_size_in_bytes
-        - found.alias_size_in_bytes,
+    jitted: Any = step.make_step(config, optimizer, dtype=settings.dtype)
+    memory = jitted.lower(state, frozen, batch).compile().memory_analysis()
+    # The new state takes the donated memory of the old one.
+    found = {
+        "arguments": memory.argument_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes,
     }
-    return {**parts, "total": sum(parts.values())}
+    return {**found, "total": sum(found.values())}

@@ -1,6 +1,6 @@
-"""Settings of fine-tuning by name: what is trained, over what, and how fast.
+"""Fine-tuning recipes by name: which arrays are trained, on which base, with which optimizer.
 
-A classification head is trained by all of them.
+Every recipe also trains the classification head of a classifier.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from lordjax.kernels import trees
 from lordjax.kernels.base import is_kernel
 from lordjax.names import did_you_mean, is_block_linear
 
-PRODUCTS = r"kernel/low_rank/(left|right)$"
+ADAPTERS = r"kernel/low_rank/(left|right)$"
 FACTORS = r"layer_\d+/.*/kernel/(left|right)$"
-HEAD = r"^(transform/|head/)"  # of a classifier
+HEAD = r"^(transform/|head/)"  # a classifier's head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,17 +28,18 @@ class Recipe:
     """How a model is fine-tuned.
 
     Attributes:
-      train: regular expressions of the arrays that are trained (`trees.arrays`).
-      codes: format that the blocks' matrices are encoded in before; None: as they are.
-      rank: of new adapters; None: there are none.
-      alpha: LoRA's; the products' learning rate is times ``sqrt(alpha / rank)``, see `adapters`.
-      learning_rate: highest of the schedule.
-      schedule: a key of `SCHEDULES`, behind the warm-up.
-      warmup: share of the steps in which the learning rate rises from 0.
-      weight_decay: of AdamW.
-      b2: of AdamW.
-      clip: largest norm of a gradient; None: any.
-      summary: one line for people.
+      train: regular expressions of the paths of trained arrays (`trees.arrays`).
+      codes: format to which the blocks' matrices are quantized first; None leaves them as they are.
+      rank: rank of new adapters; None adds none.
+      alpha: LoRA's alpha. The adapters' learning rate is multiplied by ``sqrt(alpha / rank)``; see
+        `adapters`.
+      learning_rate: peak learning rate.
+      schedule: a key of `SCHEDULES`; the schedule after the warm-up.
+      warmup: fraction of the steps in which the learning rate rises linearly from 0.
+      weight_decay: AdamW's weight decay.
+      b2: AdamW's second-moment decay rate.
+      clip: largest global norm of a gradient; None does not clip.
+      summary: one line for help texts.
     """
 
     train: tuple[str, ...]
@@ -57,34 +58,35 @@ class Recipe:
 # Usual rates of LoRA; LQ-LoRA's scripts have 2e-5 for batches of 128 and 512, 2e-4 for 16.
 RECIPES: dict[str, Recipe] = {
     "lq-lora": Recipe(
-        (PRODUCTS,), summary="the products beside codes, as lq left them (arXiv 2311.12023)"
+        (ADAPTERS,),
+        summary="the low-rank terms of a model that method lq wrote (arXiv 2311.12023)",
     ),
     "qlora": Recipe(
-        (PRODUCTS,),
+        (ADAPTERS,),
         codes="nf4",
         rank=32,
-        summary="new adapters over NF4 codes; over factor pairs, codes of both factors (LoRD's)",
+        summary="new adapters on an NF4 base; both factors of a low-rank base are quantized (LoRD)",
     ),
     "lora": Recipe(
-        (PRODUCTS,), rank=32, summary="new adapters over what is there, folded in afterwards"
+        (ADAPTERS,), rank=32, summary="new adapters on the weights as they are, merged afterwards"
     ),
     "recovery": Recipe(
-        (PRODUCTS, FACTORS),
+        (ADAPTERS, FACTORS),
         rank=32,
-        summary="factor pairs; of the blocks' matrices adapters, folded in afterwards",
+        summary="low-rank factors, and new adapters on the other block matrices, merged afterwards",
     ),
-    "factors": Recipe((FACTORS,), summary="factor pairs only"),
+    "factors": Recipe((FACTORS,), summary="low-rank factors only"),
     "full": Recipe(
-        (".",), learning_rate=5e-5, summary="everything (LoRD's all parameters trainable)"
+        (".",), learning_rate=5e-5, summary="all parameters (as LoRD with all parameters trainable)"
     ),
 }
 
 
 def named(name: str) -> Recipe:
-    """The recipe of a name.
+    """Returns the recipe with a name.
 
     Raises:
-      KeyError: if there is none.
+      KeyError: if there is no such recipe; suggests names.
     """
     if name not in RECIPES:
         raise KeyError(f"no recipe {name!r}; {did_you_mean(name, RECIPES)}")
@@ -92,15 +94,22 @@ def named(name: str) -> Recipe:
 
 
 def changed(recipe: Recipe, **asked: Any) -> Recipe:
-    """A recipe with what was asked for instead; None and what is no field of it changes nothing.
+    """Returns a recipe with some fields replaced.
+
+    Args:
+      recipe: the recipe.
+      **asked: new values by field; None, and names that are no field, are ignored.
 
     Raises:
-      ValueError: if a rank is asked for and the recipe adds no adapters.
+      ValueError: if a rank is given and the recipe adds no adapters.
     """
     names = {field.name for field in dataclasses.fields(recipe)}
     new = {key: value for key, value in asked.items() if key in names and value is not None}
     if "rank" in new and recipe.rank is None:
-        raise ValueError("this recipe adds no adapters, so it has no use for a rank")
+        raise ValueError(
+            f"rank {new['rank']}: this recipe adds no adapters; leave the rank out, or choose a "
+            "recipe with adapters such as lora"
+        )
     return dataclasses.replace(recipe, **new)
 
 
@@ -114,20 +123,20 @@ SCHEDULES = {
 def initial_params(
     recipe: Recipe, params: Any, key: Array, *, classes: bool = False
 ) -> tuple[Any, list[str]]:
-    """The model that training starts from, and the paths of the arrays that are trained.
+    """Returns the parameters that training starts from, and the paths of the trained arrays.
 
     Args:
-      recipe: what to do.
-      params: nested dict of a model; its kernels may be of any kind.
-      key: draws new adapters.
-      classes: the model classifies.
+      recipe: what is trained, and how.
+      params: nested dict of a model; leaves may be kernels of any kind.
+      key: random key for new adapters.
+      classes: whether the model is a classifier, whose head is trained too.
 
     Raises:
-      KeyError: if nothing matches what the recipe trains.
-      ValueError: if a format or rank is wrong.
+      KeyError: if the model has no array that the recipe trains.
+      ValueError: if the recipe's format is unknown or its rank does not fit a matrix.
     """
     if recipe.codes is not None:
-        params = adapters.encode_bases(params, recipe.codes)
+        params = adapters.quantize_bases(params, recipe.codes)
     if recipe.rank is not None:
         where = [
             path for path, leaf in trees.flatten(params).items() if _adapted(recipe, path, leaf)
@@ -142,27 +151,31 @@ def initial_params(
     patterns = [p for p in recipe.train if p == "." or any(re.search(p, path) for path in able)]
     if not patterns:
         raise KeyError(
-            f"this recipe trains {' and '.join(recipe.train)}, of which the model has nothing; "
-            f"{did_you_mean(recipe.train[0], able)}"
+            f"this recipe trains {' and '.join(recipe.train)}, but no parameter of the model "
+            f"matches; {did_you_mean(recipe.train[0], able)}"
         )
     return params, adapters.trainable(params, (*patterns, *([HEAD] if classes else [])))
 
 
 def _adapted(recipe: Recipe, path: str, leaf: Any) -> bool:
-    """Whether a matrix gets an adapter: factor pairs do not where they are trained themselves."""
+    """Whether a block matrix gets an adapter; low-rank factors that are trained need none."""
     if not is_block_linear(path):
         return False
     return not (FACTORS in recipe.train and is_kernel(leaf))
 
 
 def optimizer(recipe: Recipe, steps: int) -> optax.GradientTransformation:
-    """AdamW as a recipe says, for so many steps.
+    """Returns AdamW with a recipe's schedule, clipping and adapter learning rates.
+
+    Args:
+      recipe: the recipe.
+      steps: number of steps of the whole run.
 
     Raises:
-      ValueError: if there is no such schedule.
+      ValueError: if the schedule is unknown.
     """
     if recipe.schedule not in SCHEDULES:
-        raise ValueError(f"schedule {recipe.schedule!r}; known: {', '.join(SCHEDULES)}")
+        raise ValueError(f"schedule {recipe.schedule!r}; expected one of {', '.join(SCHEDULES)}")
     warm = min(round(recipe.warmup * steps), steps - 1)
     peak = recipe.learning_rate
     schedule = SCHEDULES[recipe.schedule](peak, steps - warm)
@@ -170,24 +183,24 @@ def optimizer(recipe: Recipe, steps: int) -> optax.GradientTransformation:
         rise = optax.linear_schedule(peak / warm, peak, warm)
         schedule = optax.join_schedules([rise, schedule], [warm])
     adam = optax.adamw(schedule, b2=recipe.b2, weight_decay=recipe.weight_decay)
-    scaled = [] if recipe.alpha is None else [_product_rates(recipe.alpha)]
+    scaled = [] if recipe.alpha is None else [_scale_adapter_updates(recipe.alpha)]
     clip = [] if recipe.clip is None else [optax.clip_by_global_norm(recipe.clip)]
     return optax.chain(*clip, adam, *scaled)
 
 
-def _product_rates(alpha: float) -> optax.GradientTransformation:
-    """Steps of products times ``sqrt(alpha / rank)``, whatever their ranks are."""
+def _scale_adapter_updates(alpha: float) -> optax.GradientTransformation:
+    """Multiplies the updates of adapters by ``sqrt(alpha / rank)``, each with its own rank."""
 
     def scaled(updates: Any, params: Any) -> Any:
         del params
         leaves, structure = jax.tree.flatten(updates)
-        rates = (_product_rate(alpha, path, a) for path, a in trees.arrays(updates).items())
+        rates = (_adapter_rate(alpha, path, a) for path, a in trees.arrays(updates).items())
         return structure.unflatten([a * rate for a, rate in zip(leaves, rates, strict=True)])
 
     return optax.stateless(scaled)
 
 
-def _product_rate(alpha: float, path: str, array: Array) -> float:
-    if not re.search(PRODUCTS, path):
+def _adapter_rate(alpha: float, path: str, array: Array) -> float:
+    if not re.search(ADAPTERS, path):
         return 1.0
     return (alpha / array.shape[-1 if path.endswith("left") else -2]) ** 0.5

@@ -1,15 +1,16 @@
-"""Fine-tuning: a jitted step of optax over the trainable part of a model, and the loop around it.
+"""The jitted fine-tuning step over the trainable part of a model, and the training loop.
 
-Parameters are two trees (`trees.split`): what is trained, in float32, with its optimiser state; and
-the rest, which has no gradient: matrices in the dtype that is computed in, codes as they are,
-decoded a layer at a time forwards and once more backwards. The loss is the mean over the targets of
-all micro-batches of a step, so that accumulation changes nothing but memory::
+The parameters are split in two trees (`trees.partition`). The trainable tree is float32 and has
+optimizer state. The frozen tree has no gradient: its dense arrays are in the computing dtype, and
+its quantized weights are dequantized one layer at a time, in the forward pass and again in the
+backward pass. The loss is the mean over the targets of all micro-batches of a step, so gradient
+accumulation changes only the memory::
 
     loss = Σ nll / targets
     loss = (1 - w) · Σ nll / targets + w · Σ KL(teacher ‖ student) / targets      with a teacher
 
-A run is a function of its arguments: the rows of a step follow from the seed and its number, so the
-position in the data is the number of steps done, and nothing else is drawn after the start.
+A run is a function of its arguments. The examples of a step follow from the seed and the step's
+number, and no other random number is drawn after the start.
 """
 
 from __future__ import annotations
@@ -31,20 +32,21 @@ from lordjax.finetune.recipes import Recipe
 from lordjax.kernels import trees
 from lordjax.kernels.kinds import astype
 from lordjax.models import objective
-from lordjax.models.blocks import BLOCKS
+from lordjax.models.blocks import Block
 from lordjax.models.config import ModelConfig
 from lordjax.models.transformer import Transformer, default_positions
+from lordjax.names import layer
 from lordjax.runtime.mesh import Mesh, fully_sharded, put, rows_sharded
 from lordjax.runtime.xla_scheduling import block_by_block
 
 
 class State(NamedTuple):
-    """What a step changes.
+    """The training state, which a step updates.
 
     Attributes:
-      step: how many are done.
-      params: the trainable part, float32; None elsewhere.
-      optimizer: optax' state.
+      step: number of steps done.
+      params: the trainable arrays in float32; None elsewhere.
+      optimizer: the state of the optax optimizer.
     """
 
     step: Int[Array, ""]
@@ -54,17 +56,18 @@ class State(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Of a run, apart from its recipe.
+    """Settings of a run that do not belong to its recipe.
 
     Attributes:
-      steps: how many times the parameters change.
+      steps: number of optimizer steps.
       batch: examples per step.
-      accumulate: micro-batches that a step's examples are computed in; divides ``batch``. None:
-        one, or on CPU, whose cache holds the activations of few tokens, one for every example.
-      remat: compute every block once more backwards, instead of keeping what is inside it.
-      seed: of the order of the examples and of new adapters.
-      dtype: that is computed in; gradients, optimiser and what is trained are float32.
-      distill: the teacher's weight in the loss, 0 to 1.
+      accumulate: micro-batches per step; must divide ``batch``. None: one per step; on CPU one per
+        example, because its cache holds the activations of few tokens.
+      remat: whether to recompute each block in the backward pass instead of storing its
+        activations.
+      seed: seed of the order of the examples and of new adapters.
+      dtype: computing dtype; gradients, optimizer state and trained arrays are float32.
+      distill: weight of the teacher's term in the loss, 0 to 1.
     """
 
     steps: int
@@ -77,40 +80,39 @@ class Settings:
 
     @property
     def micro_batches(self) -> int:
-        """Micro-batches of a step."""
+        """Micro-batches per step."""
         alone = self.batch if jax.default_backend() == "cpu" else 1
         return alone if self.accumulate is None else self.accumulate
 
     def check(self) -> None:
-        """Raises ValueError if something is out of range."""
-        parts = 1 if self.accumulate is None else self.accumulate
-        if min(self.steps, self.batch, parts) < 1 or self.batch % parts:
+        """Raises ValueError if a setting is out of range."""
+        count = 1 if self.accumulate is None else self.accumulate
+        if min(self.steps, self.batch, count) < 1 or self.batch % count:
             raise ValueError(
                 f"steps {self.steps}, batch {self.batch}, accumulate {self.accumulate}: expected 1 "
                 "or more, and a batch that accumulate divides"
             )
         if not 0 <= self.distill <= 1:
-            raise ValueError(f"distill {self.distill}: expected a weight in [0, 1]")
+            raise ValueError(f"distill {self.distill}: expected a weight from 0 to 1")
 
 
-def split(params: Any, paths: list[str], dtype: str) -> tuple[Any, Any]:
-    """The trainable part in float32, copied, and the rest in the dtype that is computed in."""
-    first, second = trees.partition(jax.tree.map(jnp.asarray, params), set(paths))
-    # Copied: a step gives the memory of its arguments to its results.
-    return jax.tree.map(lambda a: jnp.array(a, jnp.float32, copy=True), first), astype(
-        second, dtype
-    )
+def split_trainable(params: Any, paths: list[str], dtype: str) -> tuple[Any, Any]:
+    """Splits parameters into a trainable tree in float32 and a frozen tree in ``dtype``."""
+    trained, frozen = trees.partition(jax.tree.map(jnp.asarray, params), set(paths))
+    # A copy, because a step donates the memory of its arguments.
+    trained = jax.tree.map(lambda a: jnp.array(a, jnp.float32, copy=True), trained)
+    return trained, astype(frozen, dtype)
 
 
-class Begun(NamedTuple):
-    """What a run begins with.
+class TrainingSetup(NamedTuple):
+    """Everything that a run starts from.
 
     Attributes:
-      params: the whole model, with new codes and adapters.
-      paths: of the arrays that are trained.
-      state: before the first step.
-      frozen: what is not trained, in the dtype that is computed in.
-      optimizer: of the recipe.
+      params: parameters of the whole model, after quantization and with new adapters.
+      paths: paths of the trained arrays.
+      state: the state before the first step.
+      frozen: the frozen parameters in the computing dtype.
+      optimizer: the recipe's optimizer.
     """
 
     params: Any
@@ -120,28 +122,30 @@ class Begun(NamedTuple):
     optimizer: optax.GradientTransformation
 
 
-def begin(config: ModelConfig, params: Any, recipe: Recipe, settings: Settings) -> Begun:
-    """Makes a model ready for a recipe; the errors are those of `recipes.start`."""
+def prepare_training(
+    config: ModelConfig, params: Any, recipe: Recipe, settings: Settings
+) -> TrainingSetup:
+    """Prepares a model for training by a recipe; raises as `recipes.initial_params` does."""
     optimizer = recipes.optimizer(recipe, settings.steps)
     key, classes = jax.random.key(settings.seed), config.head == "classes"
     params, paths = recipes.initial_params(recipe, params, key, classes=classes)
-    trained, frozen = split(params, paths, settings.dtype)
-    return Begun(params, paths, init_state(trained, optimizer), frozen, optimizer)
+    trained, frozen = split_trainable(params, paths, settings.dtype)
+    return TrainingSetup(params, paths, init_state(trained, optimizer), frozen, optimizer)
 
 
-def joined(trained: Any, params: Any, paths: list[str]) -> Any:
-    """The model with what was trained at ``paths``, in the dtype that it had before."""
+def with_trained(trained: Any, params: Any, paths: list[str]) -> Any:
+    """Returns a model's parameters with the trained arrays at ``paths``, in the old dtypes."""
     before, others = trees.partition(params, set(paths))
     new = jax.tree.map(lambda a, old: a.astype(old.dtype), trained, before)
     return trees.combine(new, others)
 
 
 def init_state(params: Any, optimizer: optax.GradientTransformation) -> State:
-    """The state before the first step, of the trainable part."""
+    """Returns the state before the first step."""
     return State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
-def rows_of(
+def target_losses(
     config: ModelConfig,
     params: Any,
     batch: Examples,
@@ -151,10 +155,20 @@ def rows_of(
     remat: bool = True,
     trained: Collection[str] | None = None,
 ) -> tuple[Float[Array, "b t"], Float[Array, "b t"]]:
-    """Nats of every target, and what is trained on: those, mixed with the distance to a teacher.
+    """Returns the nats of every target, and the training loss of every target.
 
-    ``trained`` are the paths of the only arrays with a gradient, which is computed block by block;
-    None: all have one, and ``remat`` means nothing.
+    The training loss mixes the nats with the divergence from a teacher; without a teacher both
+    results are equal.
+
+    Args:
+      config: the model's architecture.
+      params: the model's parameters.
+      batch: examples ``[b, s]``.
+      teacher: the teacher's parameters; needed if ``distill`` is not 0.
+      distill: weight of the divergence from the teacher.
+      remat: whether to recompute each block in the backward pass; needs ``trained``.
+      trained: paths of the arrays that get a gradient, which is computed block by block. None: all
+        arrays get one, and ``remat`` has no effect.
     """
     stream = functools.partial(_stream, config, batch, remat)
     x = stream(params, trained)
@@ -162,8 +176,8 @@ def rows_of(
     if not distill:
         return nll, nll
     y = stream(teacher)
-    far = objective.divergences(config, params, teacher, x, y, batch.targets)
-    return nll, (1 - distill) * nll + distill * far
+    divergence = objective.divergences(config, params, teacher, x, y, batch.targets)
+    return nll, (1 - distill) * nll + distill * divergence
 
 
 def _stream(
@@ -173,7 +187,7 @@ def _stream(
     params: Any,
     trained: Collection[str] | None = None,
 ) -> Float[Array, "b s m"]:
-    """The residual stream behind the last block."""
+    """Returns the residual stream after the last block."""
     run: Any = functools.partial(Transformer(config).apply, {"params": params})
     inputs = (batch.tokens, batch.mask, batch.token_types)
     if trained is None:
@@ -181,14 +195,15 @@ def _stream(
     x: Any = run(*inputs, method=Transformer.embed_tokens)
     positions = default_positions(batch.tokens, batch.mask)
 
-    def block(window: int | None, trained: Any, others: Any, x: Array) -> Array:
-        module, (params, *where) = BLOCKS[config.block](config, window), others
+    def block(sliding_window: int | None, trained: Any, others: Any, x: Array) -> Array:
+        params, *where = others
+        module: Any = Block(config, sliding_window)
         return module.apply({"params": trees.combine(trained, params)}, x, *where)
 
     for i in range(config.num_layers):
-        name = f"layer_{i}/"
-        inside = {path.removeprefix(name) for path in trained if path.startswith(name)}
-        first, second = trees.partition(params[f"layer_{i}"], inside)
+        prefix = f"{layer(i)}/"
+        inside = {path.removeprefix(prefix) for path in trained if path.startswith(prefix)}
+        first, second = trees.partition(params[layer(i)], inside)
         fn = functools.partial(block, config.window(i))
         x = block_by_block(fn, remat, first, (second, positions, batch.mask), x)
     return x
@@ -203,26 +218,30 @@ def make_step(
     remat: bool = True,
     shardings: Any = None,
 ) -> Callable[..., tuple[State, dict[str, Array]]]:
-    """The jitted step ``(state, frozen, batch, teacher) -> (state, metrics)``.
+    """Returns the jitted step ``(state, frozen, batch, teacher) -> (state, metrics)``.
 
-    The state's memory is given to the result. Every array of ``batch`` (`Examples`) has a leading
-    axis of micro-batches. Metrics: ``loss`` (mean of what is trained on), ``nll`` (nats per
-    target), ``gradient`` (norm before clipping), ``targets``.
+    The step donates the state's memory to its result. Every array of ``batch`` (`Examples`) has a
+    leading axis of micro-batches.
 
     Args:
-      config: the model.
-      optimizer: any of optax'.
-      dtype: that is computed in.
-      distill: weight of the teacher, parameters of a model of the same architecture.
-      remat: as of `Settings`.
-      shardings: of the state; it stays where it is.
+      config: the model's architecture.
+      optimizer: any optax optimizer.
+      dtype: computing dtype.
+      distill: weight of the divergence from ``teacher``, the parameters of a model of the same
+        architecture.
+      remat: whether to recompute each block in the backward pass.
+      shardings: shardings of the state; None leaves them to JAX.
+
+    Returns:
+      The jitted function. Its metrics are ``loss`` (mean training loss), ``nll`` (nats per target),
+      ``gradient`` (global norm before clipping) and ``targets`` (their number).
     """
 
     def loss(trained: Any, frozen: Any, batch: Examples, teacher: Any) -> tuple[Array, Array]:
         params = astype(trees.combine(trained, frozen), dtype)
         every = tuple(trees.arrays(trained))
         given = {"distill": distill, "remat": remat, "trained": every}
-        nll, mixed = rows_of(config, params, batch, teacher, **given)
+        nll, mixed = target_losses(config, params, batch, teacher, **given)
         return jnp.sum(mixed), jnp.sum(nll)
 
     where = {} if shardings is None else {"out_shardings": (shardings, None)}
@@ -254,16 +273,16 @@ def _evaluate(
     trained: Any, frozen: Any, batch: Examples, *, config: ModelConfig, dtype: str
 ) -> Any:
     params = astype(trees.combine(trained, frozen), dtype)
-    return rows_of(config, params, batch)[0]
+    return target_losses(config, params, batch)[0]
 
 
 def evaluate(
     config: ModelConfig, state: State, frozen: Any, examples: Examples, *, batch: int, dtype: str
 ) -> float:
-    """Nats per target of all examples, in the dtype of training."""
+    """Returns the nats per target of all examples, computed in ``dtype``."""
     total, targets, count = 0.0, 0, examples.size
     for first in range(0, count, batch):
-        # The last batch is filled up: another shape would be compiled again.
+        # Pad the last batch: another shape would be compiled again.
         rows = np.arange(first, first + batch)
         part = examples.rows(np.minimum(rows, count - 1))
         nll = _evaluate(state.params, frozen, part, config=config, dtype=dtype)
@@ -273,10 +292,10 @@ def evaluate(
 
 
 def microbatches(examples: Examples, settings: Settings, step: int) -> Examples:
-    """The examples of a step, with a leading axis of micro-batches."""
+    """Returns the examples of a step, with a leading axis of micro-batches."""
     rows = batch_indices(examples.size, settings.batch, step, settings.seed)
-    part, parts = examples.rows(rows), settings.micro_batches
-    return jax.tree.map(lambda a: a.reshape(parts, -1, *a.shape[1:]), part)
+    count = settings.micro_batches
+    return jax.tree.map(lambda a: a.reshape(count, -1, *a.shape[1:]), examples.rows(rows))
 
 
 def run(
@@ -290,16 +309,30 @@ def run(
     teacher: Any = None,
     mesh: Mesh | None = None,
 ) -> Iterator[tuple[State, dict[str, float]]]:
-    """Trains from a state to the last step; yields after every one.
+    """Trains from a state to the last step; yields the state and metrics after every step.
 
-    A state that was yielded is used up by the next step.
+    The next step donates the memory of the yielded state, so use or copy it before.
+
+    Args:
+      config: the model's architecture.
+      state: the state to start from; see `prepare_training`.
+      frozen: the frozen parameters.
+      examples: the training examples.
+      optimizer: the optimizer whose state ``state`` holds.
+      settings: settings of the run.
+      teacher: parameters of a model of the same architecture, to distill from.
+      mesh: devices that share the work; None uses one device.
 
     Raises:
-      ValueError: if a setting is out of range, or a loss or gradient is not finite; names the step.
+      ValueError: if a setting is out of range, the teacher is missing or not possible, or a loss or
+        gradient is not finite; names the step.
     """
     settings.check()
     if settings.distill and teacher is None:
-        raise ValueError("distillation needs a teacher")
+        raise ValueError(
+            f"distill {settings.distill}: distillation needs a teacher; give one, or set distill "
+            "to 0"
+        )
     if settings.distill and config.head == "classes":
         raise ValueError("only models that predict tokens are distilled; leave the teacher out")
     teacher = (

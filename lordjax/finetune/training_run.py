@@ -1,13 +1,14 @@
-"""A run of fine-tuning on disk: checkpoints, metrics, and going on after the process was killed.
+"""A fine-tuning run on disk: checkpoints, metrics, and resuming after a crash.
 
 A run's directory::
 
-    run.json           settings, recipe, data, model: a resumed run must have the same
-    metrics.jsonl      a line per step, and per measurement on the held-out examples
-    checkpoints/N/     Orbax: the state after N steps (trained arrays, optimiser, number of steps)
+    run.json           settings, recipe, data and model; a resumed run must have the same
+    metrics.jsonl      a line per step, and per validation on the held-out examples
+    checkpoints/N/     Orbax: the state after N steps (trained arrays, optimizer, step count)
 
-A checkpoint appears whole or not at all. The rows of a step follow from its number, so a resumed
-run repeats the steps behind the last checkpoint exactly; their lines are written anew.
+A checkpoint appears whole or not at all. The examples of a step are a function of its number. A
+resumed run therefore repeats the steps after the last checkpoint exactly; their metrics are written
+again.
 """
 
 from __future__ import annotations
@@ -16,9 +17,8 @@ import contextlib
 import dataclasses
 import functools
 import json
-import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,82 +27,89 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from lordjax.data.examples import Data, Examples
-from lordjax.finetune import step as finetune
+from lordjax.finetune import step
 from lordjax.finetune.recipes import Recipe
 from lordjax.finetune.step import Settings, State
 from lordjax.models.config import ModelConfig
 from lordjax.runtime.mesh import Mesh
+from lordjax.storage.disk_store import differences
+from lordjax.storage.tensor_files import write_json, write_text
 
 METRICS = "metrics.jsonl"
 Report = Callable[[dict[str, Any]], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Keeping:
-    """What a run measures and keeps, and when.
+class CheckpointPolicy:
+    """When a run validates and writes checkpoints, and how many it keeps.
 
     Attributes:
-      every: steps between checkpoints; each is measured on the held-out examples first.
-      last: checkpoints that are kept besides the best.
+      every: steps between checkpoints; each state is validated before it is written.
+      last: number of latest checkpoints that are kept besides the best one.
     """
 
     every: int = 50
     last: int = 2
 
 
-class _Checkpoints:
+class _CheckpointStore:
     """The checkpoints of a run."""
 
-    def __init__(self, directory: Path, keeping: Keeping):
+    def __init__(self, directory: Path, policy: CheckpointPolicy):
         def nll(metrics: Any) -> float:
             return metrics["nll"]
 
         best = BestN(get_metric_fn=nll, reverse=True, n=1)
         options = ocp.CheckpointManagerOptions(
-            best_fn=nll,  # without it no metrics are written
+            best_fn=nll,  # without it Orbax writes no metrics
             best_mode="min",
-            preservation_policy=AnyPreservationPolicy([best, LatestN(keeping.last)]),
-            enable_async_checkpointing=False,  # a run may be killed at any moment
+            preservation_policy=AnyPreservationPolicy([best, LatestN(policy.last)]),
+            enable_async_checkpointing=False,  # the process may be killed at any moment
             cleanup_tmp_directories=True,
         )
         self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
 
     def save(self, state: State, nll: float) -> None:
-        """Writes the state after its step; ``nll`` decides which is the best."""
+        """Writes a state; ``nll``, in nats per target, decides which checkpoint is the best."""
         leaves = _named(state)
         self._manager.save(
             int(state.step), args=ocp.args.StandardSave(leaves), metrics={"nll": nll}
         )
 
     def steps(self) -> dict[int, float]:
-        """Number of steps of every checkpoint -> its nats."""
-        found = ((step, self._manager.metrics(step)) for step in self._manager.all_steps())
-        return {step: metrics["nll"] for step, metrics in found if metrics is not None}
+        """Returns the nats per target of every checkpoint, by its number of steps."""
+        found = ((count, self._manager.metrics(count)) for count in self._manager.all_steps())
+        return {count: metrics["nll"] for count, metrics in found if metrics is not None}
 
-    def restore(self, template: State, step: int) -> State:
-        """The state after a step; the template's shapes say what it is and where it lies."""
+    def best(self) -> int:
+        """Returns the step count of the checkpoint with the fewest nats; on a tie the earliest."""
+        steps = self.steps()
+        return min(steps, key=lambda count: (steps[count], count))
+
+    def restore(self, template: State, count: int) -> State:
+        """Returns the state after ``count`` steps, with the shapes and placement of a template."""
         leaves = _named(template)
-        found = self._manager.restore(step, args=ocp.args.StandardRestore(leaves))
+        found = self._manager.restore(count, args=ocp.args.StandardRestore(leaves))
         return jax.tree.unflatten(jax.tree.structure(template), [found[name] for name in leaves])
 
     def close(self) -> None:
-        """Lets go of the directory."""
+        """Closes Orbax's checkpoint manager."""
         self._manager.close()
 
 
 def _named(state: State) -> dict[str, Any]:
-    """Arrays by name; Orbax knows nothing of kernels with holes."""
+    """Returns the arrays of a state by name; Orbax cannot store kernels with missing fields."""
     leaves = jax.tree_util.tree_flatten_with_path(state)[0]
     return {f"{i:05d}{jax.tree_util.keystr(keys)}": leaf for i, (keys, leaf) in enumerate(leaves)}
 
 
 @dataclasses.dataclass
 class Trained:
-    """What a run made.
+    """The result of a fine-tuning run.
 
     Attributes:
-      params: the model, adapters beside their bases.
-      best: number of steps after which it was best on the held-out examples; that is ``params``.
+      params: the best model's parameters; adapters are not merged.
+      best: number of steps of the best checkpoint, judged on the held-out examples.
       history: the lines of ``metrics.jsonl``.
     """
 
@@ -120,93 +127,112 @@ def train(
     directory: Path,
     *,
     about: Mapping[str, Any],
-    keeping: Keeping = Keeping(),
+    keeping: CheckpointPolicy = CheckpointPolicy(),
     resume: bool = False,
     teacher: Any = None,
     mesh: Mesh | None = None,
     report: Report | None = None,
 ) -> Trained:
-    """Fine-tunes a model; killed and resumed, it gives the same to the bit.
+    """Fine-tunes a model. A run that was killed and resumed gives the same bits.
 
     Args:
-      config: the model.
-      params: its parameters; kernels may be of any kind.
-      data: examples, and those that are held out, on which the best state is chosen.
-      recipe: what is trained.
-      settings: of the run.
-      directory: of the run; must be new or empty, or with ``resume`` that of the same run.
-      about: JSON that a resumed run must share, such as the model and its data.
-      keeping: when to measure and what to keep.
-      resume: go on after the last checkpoint, if there is one.
-      teacher: parameters to distil from.
-      mesh: devices that share the work; None: the first alone.
+      config: the model's architecture.
+      params: the model's parameters; leaves may be kernels of any kind.
+      data: training examples, and held-out examples that choose the best checkpoint.
+      recipe: what is trained, and how.
+      settings: settings of the run.
+      directory: the run's directory; must be new or empty, or with ``resume`` hold the same run.
+      about: JSON that a resumed run must share, such as names of the model and its data.
+      keeping: when to validate, and which checkpoints to keep.
+      resume: whether to go on after the last checkpoint, if there is one.
+      teacher: parameters of a model of the same architecture, to distill from.
+      mesh: devices that share the work; None uses one device.
       report: called with every line of the metrics.
+
+    Returns:
+      The parameters of the best checkpoint, and the metrics.
 
     Raises:
       FileExistsError: if the directory is not free.
-      KeyError: if the model has nothing of what the recipe trains.
-      ValueError: if a setting is out of range, a resumed run is another one (names the difference),
-        or a loss is not finite.
+      KeyError: if the model has no array that the recipe trains.
+      ValueError: if a setting is out of range, the directory holds a run with other settings (names
+        them), or a loss is not finite.
     """
     settings.check()
-    params, paths, state, frozen, optimizer = finetune.begin(config, params, recipe, settings)
-    template = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-    parts = {"recipe": recipe, "settings": settings, "keeping": keeping}
-    _claim(directory, resume, {**about, **{k: dataclasses.asdict(v) for k, v in parts.items()}})
+    params, paths, state, frozen, optimizer = step.prepare_training(
+        config, params, recipe, settings
+    )
+    own = {"recipe": recipe, "settings": settings, "keeping": keeping}
+    fields = {name: dataclasses.asdict(value) for name, value in own.items()}
+    _claim(directory, resume, {**about, **fields})
     with contextlib.ExitStack() as stack:
-        store = stack.enter_context(
-            contextlib.closing(_Checkpoints(directory / "checkpoints", keeping))
-        )
-        done = store.steps()
+        checkpoints = _CheckpointStore(directory / "checkpoints", keeping)
+        stack.enter_context(contextlib.closing(checkpoints))
+        template = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        done = checkpoints.steps()
         if done:
-            state = store.restore(template, max(done))
-        log = Log(directory / METRICS, int(state.step), report)
-        stack.callback(log.close)
-        measure = functools.partial(_held_out, config, frozen, data.validation, settings)
+            state = checkpoints.restore(template, max(done))
+        log = stack.enter_context(
+            contextlib.closing(Log(directory / METRICS, int(state.step), report))
+        )
+        validate = functools.partial(_validate, config, frozen, data.validation, settings)
         if not done:
-            log.write(step=0, **measure(state))
-        start = time.perf_counter()
-        steps = finetune.run(
+            log.write(step=0, **validate(state))
+        steps = step.run(
             config, state, frozen, data.train, optimizer, settings, teacher=teacher, mesh=mesh
         )
-        for new, metrics in steps:
-            step, now = int(new.step), time.perf_counter()
-            log.write(step=step, **metrics, seconds=now - start)
-            if step % keeping.every == 0 or step == settings.steps:
-                found = measure(new)
-                store.save(new, found.get("validation", metrics["nll"]))
-                if found:
-                    log.write(step=step, **found)
-            start = time.perf_counter()
-        done = store.steps()
-        best = min(done, key=lambda step: (done[step], step))
-        state = store.restore(template, best)
-    return Trained(finetune.joined(state.params, params, paths), best, log.lines)
+        _record(steps, checkpoints, log, validate, lambda k: _is_due(k, keeping, settings))
+        best = checkpoints.best()
+        state = checkpoints.restore(template, best)
+    return Trained(step.with_trained(state.params, params, paths), best, log.lines)
 
 
-def _held_out(
+def _is_due(count: int, policy: CheckpointPolicy, settings: Settings) -> bool:
+    """Whether a checkpoint is written after ``count`` steps."""
+    return count % policy.every == 0 or count == settings.steps
+
+
+def _record(
+    steps: Iterator[tuple[State, dict[str, float]]],
+    checkpoints: _CheckpointStore,
+    log: Log,
+    validate: Callable[[State], dict[str, float]],
+    is_due: Callable[[int], bool],
+) -> None:
+    """Runs the steps, logs each one, and validates and writes a checkpoint where one is due."""
+    start = time.perf_counter()
+    for state, metrics in steps:
+        count, now = int(state.step), time.perf_counter()
+        log.write(step=count, **metrics, seconds=now - start)
+        if is_due(count):
+            found = validate(state)
+            checkpoints.save(state, found.get("validation", metrics["nll"]))
+            if found:
+                log.write(step=count, **found)
+        start = time.perf_counter()
+
+
+def _validate(
     config: ModelConfig, frozen: Any, examples: Examples, settings: Settings, state: State
 ) -> dict[str, float]:
-    """``validation``: nats per target; nothing if no example is held out."""
+    """Returns ``validation``, the nats per held-out target; empty if no example is held out."""
     if not examples.size:
         return {}
     batch = min(settings.batch // settings.micro_batches, examples.size)
     own = {"batch": batch, "dtype": settings.dtype}
-    return {"validation": finetune.evaluate(config, state, frozen, examples, **own)}
+    return {"validation": step.evaluate(config, state, frozen, examples, **own)}
 
 
 class Log:
-    """Lines of metrics, in memory and in a file that a resumed run goes on with."""
+    """Lines of metrics, in memory and in a file that a resumed run continues."""
 
     def __init__(self, path: Path, step: int, report: Report | None):
         self._report = report
         text = path.read_text() if path.exists() else ""
-        # The last line may be cut off; steps behind the checkpoint are done again.
+        # The last line may be cut off. Steps after the checkpoint are run again.
         whole = [json.loads(line) for line in text.split("\n")[:-1]]
         self.lines = [line for line in whole if line["step"] <= step]
-        fresh = path.with_suffix(".new")
-        fresh.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
-        os.replace(fresh, path)
+        write_text(path, "".join(json.dumps(line) + "\n" for line in self.lines))
         self._file = path.open("a", buffering=1)
 
     def close(self) -> None:
@@ -214,7 +240,7 @@ class Log:
         self._file.close()
 
     def write(self, **line: Any) -> None:
-        """Adds a line."""
+        """Appends a line to the file, and reports it."""
         self.lines.append(line)
         self._file.write(json.dumps(line) + "\n")
         if self._report is not None:
@@ -222,30 +248,26 @@ class Log:
 
 
 def _claim(directory: Path, resume: bool, about: dict[str, Any]) -> None:
-    """Makes a run's directory, or checks that it is this very run's."""
+    """Creates a run's directory, or checks that the directory holds a run of the same settings."""
     path = directory / "run.json"
     about = json.loads(json.dumps(about))
     if not path.exists():
         if directory.exists() and any(directory.iterdir()):
             raise FileExistsError(
-                f"{directory}: not empty, and not a run; choose another directory"
+                f"{directory}: not empty, and not a run (it has no run.json); choose another "
+                "directory"
             )
         directory.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_suffix(".new")
-        fresh.write_text(json.dumps(about, indent=1) + "\n")
-        os.replace(fresh, path)
+        write_json(path, about)
         return
     if not resume:
         raise FileExistsError(f"{directory}: a run is there; go on with --resume, or remove it")
     there = json.loads(path.read_text())
-    differences = _differences(there, about)
-    if differences:
-        raise ValueError(f"{directory}: the run there is another one: {'; '.join(differences)}")
-
-
-def _differences(there: Any, here: Any, name: str = "") -> list[str]:
-    if isinstance(there, dict) and isinstance(here, dict):
-        keys = sorted(set(there) | set(here))
-        pairs = ((k, there.get(k), here.get(k)) for k in keys)
-        return [d for k, a, b in pairs for d in _differences(a, b, f"{name}.{k}".lstrip("."))]
-    return [] if there == here else [f"{name} was {there!r} and is {here!r}"]
+    for run in (there, about):  # another version of lordjax may word the summary differently
+        run.get("recipe", {}).pop("summary", None)
+    changes = list(differences(there, about))
+    if changes:
+        raise ValueError(
+            f"{directory}: this run was started with other settings (old -> new): "
+            f"{'; '.join(changes)}; give the same settings again, or choose another directory"
+        )

@@ -104,7 +104,7 @@ def blocks_ops(spec: CalibrationSpec, batch: int, stats: Any, *, forward: bool =
 
     def block(sliding_window: int | None) -> OpCounts:
         step = functools.partial(
-            observe, config=spec.config, window=sliding_window, forward=forward
+            observe, config=spec.config, sliding_window=sliding_window, forward=forward
         )
         return flops.count_ops(step, spec.block, spec.residual_stream(batch), None, stats)
 
@@ -153,7 +153,9 @@ def _backward(spec: CalibrationSpec, sequences: int, batch: int) -> OpCounts:
     objective.objective_for(spec.config)  # raises if the head has no loss
 
     def backward(sliding_window: int | None) -> OpCounts:
-        step = functools.partial(observe_gradients, config=spec.config, window=sliding_window)
+        step = functools.partial(
+            observe_gradients, config=spec.config, sliding_window=sliding_window
+        )
         x = spec.residual_stream(batch)
         return flops.count_ops(step, spec.block, x, None, x, bases, stats)
 

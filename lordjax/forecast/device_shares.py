@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from lordjax.calibration.observers import observe, observe_gradients, windows_per_step
+from lordjax.calibration.observers import observe, observe_gradients, sequences_per_step
 from lordjax.forecast.calibration_cost import forward_work, gradient_shapes, per_layer
 from lordjax.forecast.job import CalibrationSpec, CompressionSpec
 from lordjax.forecast.low_rank_cost import all_factors, site_factors
@@ -99,7 +99,7 @@ def busiest(each: Sequence[OpCounts], processes: int = 1) -> OpCounts:
 
 def _batch(spec: CalibrationSpec, count: int, *, backward: bool) -> int:
     """Sequences of a batch on ``count`` devices: equally many on each of them."""
-    each = windows_per_step(spec.sequences // count, spec.length)
+    each = sequences_per_step(spec.sequences // count, spec.length)
     return count * max(1, each // 2) if backward else count * each
 
 
@@ -118,14 +118,16 @@ def _loop_ops(spec: CalibrationSpec, *, backward: bool) -> OpCounts:
     """Loops over sequences and heads in all blocks, for one sequence."""
 
     def forward_loops(sliding_window: int | None) -> OpCounts:
-        run = functools.partial(observe, config=spec.config, window=sliding_window)
+        run = functools.partial(observe, config=spec.config, sliding_window=sliding_window)
         return flops.in_loops(run, spec.block, spec.residual_stream(1), None, {})
 
     def backward_loops(sliding_window: int | None) -> OpCounts:
         stats, bases = gradient_shapes(spec)
         # Fisher statistics loop over sequences too, but each device has its own sequences.
         stats = {name: table for name, table in stats.items() if "fisher" not in name}
-        run = functools.partial(observe_gradients, config=spec.config, window=sliding_window)
+        run = functools.partial(
+            observe_gradients, config=spec.config, sliding_window=sliding_window
+        )
         x = spec.residual_stream(1)
         return flops.in_loops(run, spec.block, x, None, x, bases, stats)
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from lordjax.allocation.policies import CURVELESS, INFLUENCED
 from lordjax.calibration.backward_pass import needs_gradients
-from lordjax.calibration.observers import windows_per_step
+from lordjax.calibration.observers import sequences_per_step
 from lordjax.compression.low_rank import GRADIENT_WINDOWS, HELD_OUT
 from lordjax.compression.site_factors import on_host
 from lordjax.forecast import shapes
@@ -82,7 +82,7 @@ class CalibrationSpec:
     @property
     def batch(self) -> int:
         """Sequences per step of the forward pass."""
-        return windows_per_step(self.sequences, self.length) if self.sequences else 1
+        return sequences_per_step(self.sequences, self.length) if self.sequences else 1
 
     @property
     def backward(self) -> tuple[int, int]:

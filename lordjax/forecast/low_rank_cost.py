@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from lordjax.calibration.forward_pass import activation_keys
-from lordjax.calibration.observers import observe_pair, windows_per_step
+from lordjax.calibration.observers import observe_pair, sequences_per_step
 from lordjax.calibration.statistics import Moments
 from lordjax.compression.sequential import groups
 from lordjax.compression.site_factors import site_work
@@ -87,7 +87,7 @@ def site_factors(spec: CompressionSpec, site: Site) -> OpCounts:
 
 def _comparison(spec: CompressionSpec) -> OpCounts:
     """Forward passes of one model per temperature; its modules are fitted on the host."""
-    batch = windows_per_step(spec.held_out, spec.length)
+    batch = sequences_per_step(spec.held_out, spec.length)
     with jax.default_matmul_precision("highest"):
         head = flops.count_ops(
             functools.partial(losses, spec.config),
@@ -158,7 +158,7 @@ def _pair_ops(spec: CompressionSpec, group: tuple[Site, ...]) -> Callable[[int |
     )
 
     def program(sliding_window: int | None) -> OpCounts:
-        step = functools.partial(observe_pair, config=spec.config, window=sliding_window)
+        step = functools.partial(observe_pair, config=spec.config, sliding_window=sliding_window)
         x = spec.residual_stream(spec.batch)
         return flops.count_ops(step, (spec.block, spec.block), (x, x), None, *zeros)
 

@@ -1,4 +1,4 @@
-"""Texts that continue texts: `generate` between a tokenizer's two ends, and stop strings."""
+"""Completion of texts: tokenizes prompts, generates, decodes answers, finds stop strings."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from lordjax.runtime.progress import Progress
 
 
 class Completion(NamedTuple):
-    """An answer.
+    """The completion of a prompt.
 
     Attributes:
-      text: up to the first stop string.
-      tokens: how many were generated.
-      reason: as of `generate.Generated`.
+      text: generated text up to the first stop string.
+      tokens: number of generated tokens.
+      reason: why generation ended; see `decode.Generated`.
     """
 
     text: str
@@ -38,21 +38,35 @@ def complete(
     batch_size: int = 8,
     progress: Progress | None = None,
 ) -> list[Completion]:
-    """Continues texts or their ids, those of about one length together, in the prompts' order.
+    """Completes prompts, in batches of similar lengths.
 
-    A text ends before the first stop string, at the tokenizer's end-of-sequence token, or after
-    ``max_new_tokens``. What is drawn for a prompt depends on its place in the list, not on the
-    batch.
+    A completion ends before the first stop string, at the tokenizer's EOS token, or after
+    ``max_new_tokens``. Draws for a prompt depend on its place in the list, not on its batch.
+
+    Args:
+      params: parameters of the model; leaves may be kernels of any kind.
+      config: architecture of a causal model.
+      tokenizer: the model's tokenizer, with the interface of transformers.
+      prompts: texts, or token ids.
+      max_new_tokens: largest number of new tokens per prompt.
+      sampling: how tokens are chosen.
+      stop_strings: texts that end a completion; they are not part of it.
+      seed: seed of the random draws.
+      batch_size: prompts that are completed at a time.
+      progress: called after every batch with the number of finished prompts.
+
+    Returns:
+      One completion per prompt, in the order of the prompts.
 
     Raises:
-      ValueError: as `generate.stream`.
+      ValueError: as `decode.stream`.
     """
     ids = [tokenize(tokenizer, p) if isinstance(p, str) else list(p) for p in prompts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     found: dict[int, Completion] = {}
     for first in range(0, len(order), batch_size):
         rows = order[first : first + batch_size]
-        # A last, smaller batch is filled up: another shape would be compiled again.
+        # A smaller last batch is padded, because another shape needs another compilation.
         filled = [*rows, *[rows[-1]] * (batch_size - len(rows))] if first else rows
         texts = [_Text(tokenizer, ids[i], stop_strings) for i in filled]
         answers = generate(
@@ -85,10 +99,24 @@ def pieces(
     seed: int = 0,
     chunk: int = 4,
 ) -> Iterator[str]:
-    """The text that continues a prompt of ids, as it comes: for a terminal.
+    """Completes one prompt and yields the text piece by piece, for a terminal.
+
+    Args:
+      params: parameters of the model; leaves may be kernels of any kind.
+      config: architecture of a causal model.
+      tokenizer: the model's tokenizer, with the interface of transformers.
+      prompt: token ids.
+      max_new_tokens: largest number of new tokens.
+      sampling: how tokens are chosen.
+      stop_strings: texts that end the completion; they are not part of it.
+      seed: seed of the random draws.
+      chunk: tokens between two pieces.
+
+    Yields:
+      Pieces of the completion. Text that may still change is held back.
 
     Raises:
-      ValueError: as `generate.stream`.
+      ValueError: as `decode.stream`.
     """
     text, tokens, shown = _Text(tokenizer, prompt, stop_strings), [], 0
     settings = {"max_new_tokens": max_new_tokens, "sampling": sampling, "seed": seed}
@@ -97,7 +125,7 @@ def pieces(
         tokens += [int(token) for token in out[0] if token != NOTHING]
         over = text.ended(tokens)
         so_far = text.so_far(tokens)
-        # Held back: half a character, and what may become a stop string.
+        # An incomplete character, and a possible start of a stop string, are held back.
         ready = so_far if over else so_far[: len(so_far) - text.uncertain(so_far)]
         yield ready[shown:]
         shown = max(shown, len(ready))
@@ -107,14 +135,14 @@ def pieces(
 
 
 class _Text:
-    """The text of a row's tokens."""
+    """Decodes the tokens of an answer and finds stop strings in them."""
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int], stops: Sequence[str]):
         self._tokenizer, self._prompt, self._stops = tokenizer, list(prompt), tuple(stops)
         self._start = len(self._decoded([]))
 
     def _decoded(self, tokens: list[int]) -> str:
-        # With the prompt: the first token of a text loses its space in some tokenizers.
+        # The prompt is decoded, too: some tokenizers drop the space of a text's first token.
         return self._tokenizer.decode(
             [*self._prompt, *tokens], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
@@ -124,16 +152,16 @@ class _Text:
         return text[: min(places, default=len(text))]
 
     def ended(self, tokens: list[int]) -> bool:
-        """Whether a stop string has come."""
+        """Returns whether the answer holds a stop string."""
         text = self._decoded(tokens)[self._start :]
         return any(stop in text for stop in self._stops)
 
     def so_far(self, tokens: list[int]) -> str:
-        """The text before the first stop string."""
+        """Returns the answer's text before the first stop string."""
         return self._cut(self._decoded(tokens)[self._start :])
 
     def uncertain(self, text: str) -> int:
-        """How many characters at the end of a text may change, or be the start of a stop string."""
+        """Returns how many last characters may change, or may be the start of a stop string."""
         longest = max((len(stop) - 1 for stop in self._stops), default=0)
         for count in range(min(longest, len(text)), 0, -1):
             if any(stop.startswith(text[-count:]) for stop in self._stops):
@@ -142,20 +170,22 @@ class _Text:
 
 
 def tokenize(tokenizer: Any, text: str) -> list[int]:
-    """A prompt's ids; of an empty one, the token that begins (else ends) sequences.
+    """Returns the token ids of a prompt; for an empty prompt the BOS token, or else the EOS token.
 
     Raises:
-      ValueError: if the prompt is empty and there is no such token.
+      ValueError: if the prompt is empty, and the tokenizer has neither token.
     """
     ids = tokenizer(text)["input_ids"]
     if ids:
         return list(ids)
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if first is None:
-        raise ValueError("an empty prompt, and the tokenizer has no BOS or EOS token to begin with")
+        raise ValueError(
+            "empty prompt: the tokenizer has no BOS or EOS token to start with; give a prompt"
+        )
     return [first]
 
 
 def end_tokens(tokenizer: Any) -> list[int]:
-    """The tokens that end an answer."""
+    """Returns the tokens that end an answer."""
     return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]

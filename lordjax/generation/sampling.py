@@ -1,11 +1,11 @@
-"""How the next token is chosen from logits: greedily, or drawn from what filters leave.
+"""Chooses the next token from logits: the most likely one, or a random draw after filtering.
 
-In this order, which is that of Hugging Face's generate::
+The steps run in the order of Hugging Face's ``generate``::
 
-    penalty      a logit of a token that occurred is divided by it where positive, else multiplied
+    penalty      positive logits of tokens that occurred are divided by it, negative ones multiplied
     temperature  logits / temperature
-    top_k        only the k largest
-    top_p        of those, only the largest whose probabilities add up to top_p, one at least
+    top_k        keeps the k largest logits
+    top_p        of those, keeps the largest whose probabilities add up to top_p, at least one
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """Settings of the module's docstring.
+    """Settings of the sampling of tokens; see the module's docstring.
 
     Attributes:
-      temperature: 0 is greedy: the likeliest token after the penalty, nothing is drawn.
-      top_k: None: all.
-      top_p: in (0, 1]; None: all.
-      repetition_penalty: 1 is none.
+      temperature: divisor of the logits; 0: the most likely token is chosen, nothing is drawn.
+      top_k: number of tokens to draw from; None: all.
+      top_p: probability of the tokens to draw from, in (0, 1]; None: all.
+      repetition_penalty: factor against tokens that have occurred; 1: no penalty.
 
     Raises:
       ValueError: if a value is out of range.
@@ -50,7 +50,7 @@ class Sampling:
 
     @property
     def kind(self) -> Kind:
-        """What a program is compiled for."""
+        """The part of the settings that a program is compiled for."""
         drawn = self.temperature > 0
         top_k = self.top_k if drawn else None
         nucleus = drawn and self.top_p is not None and self.top_p < 1
@@ -58,7 +58,7 @@ class Sampling:
 
     @property
     def values(self) -> Values:
-        """What it is told when it runs."""
+        """The part of the settings that are arguments of the compiled program."""
         numbers = (self.temperature, self.top_p or 1.0, self.repetition_penalty)
         return Values(*(jnp.asarray(x, jnp.float32) for x in numbers))
 
@@ -67,7 +67,7 @@ GREEDY = Sampling()
 
 
 class Kind(NamedTuple):
-    """Which steps there are."""
+    """Which steps the sampling has."""
 
     drawn: bool
     top_k: int | None
@@ -76,7 +76,7 @@ class Kind(NamedTuple):
 
 
 class Values(NamedTuple):
-    """Numbers of the steps, float32."""
+    """Numbers of the sampling's steps, float32."""
 
     temperature: Any
     top_p: Any
@@ -90,14 +90,17 @@ def pick(
     kind: Kind,
     values: Values,
 ) -> Int[Array, "b"]:
-    """The next token of every row.
+    """Chooses the next token of every row.
 
     Args:
-      logits: float32.
-      occurred: tokens that the penalty is for; None without a penalty.
-      keys: ``[b]`` random keys; not read when nothing is drawn.
-      kind: the steps.
-      values: their numbers.
+      logits: float32 logits.
+      occurred: tokens that the penalty applies to; None: no penalty.
+      keys: ``[b]`` random keys; not read if nothing is drawn.
+      kind: steps of the sampling.
+      values: numbers of the steps.
+
+    Returns:
+      Token ids.
     """
     if occurred is not None:
         lower = jnp.where(logits > 0, logits / values.penalty, logits * values.penalty)
@@ -109,15 +112,15 @@ def pick(
 
 
 def filtered(logits: Float[Array, "b v"], kind: Kind, values: Values) -> Float[Array, "b v"]:
-    """Logits, -∞ where ``top_k`` and ``top_p`` leave nothing."""
+    """Returns the logits, with -∞ for tokens that ``top_k`` and ``top_p`` remove."""
     if kind.top_k is None and not kind.nucleus:
         return logits
     count = min(kind.top_k or logits.shape[-1], logits.shape[-1])
-    best = jax.lax.top_k(logits, count)[0]  # falling
+    best = jax.lax.top_k(logits, count)[0]  # in descending order
     least = best[:, -1:]
     if kind.nucleus:
         shares = jax.nn.softmax(best, axis=-1)
         before = jnp.cumsum(shares, axis=-1) - shares
-        # The largest has nothing before it, so it stays.
+        # No probability comes before the largest token, so it always stays.
         least = jnp.min(jnp.where(before < values.top_p, best, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits >= least, logits, -jnp.inf)

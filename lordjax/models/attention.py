@@ -1,6 +1,9 @@
-"""Attention: in chunks of queries, over a cache, and the module that both serve."""
+"""Attention: in chunks of queries, over a cache, and the Flax module that uses both."""
 
 from __future__ import annotations
+
+import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -19,76 +22,95 @@ def attend(
     *,
     scale: float,
     cap: float | None = None,
-    window: int | None = None,
+    sliding_window: int | None = None,
     mask: Bool[Array, "b s"] | None = None,
     causal: bool = True,
     chunk: int = 256,
 ) -> Float[Array, "b s h e"]:
-    """Attention of grouped heads, one chunk of queries after the other.
+    """Computes grouped-query attention, one chunk of queries after the other.
 
-    A chunk multiplies only the keys it can see, which saves half of a long sequence's work where
-    attention is causal. On CPU one sequence and key head is done at a time, so that its logits stay
-    in cache: 3.4 times faster at 4 × 1024 positions on two cores than all heads at once.
+    A chunk multiplies only the keys that it can see, which saves half of the work of a long causal
+    sequence. On CPU one sequence and key head is computed at a time, so that its logits stay in
+    cache: 3.4 times faster at 4 × 1024 positions on two cores than all heads at once.
 
     Args:
       q: queries; head h uses key head ``h // (heads / key heads)``.
       k: keys. Their width may differ from that of the values.
       v: values.
       scale: factor on the logits.
-      cap: of the scaled logits; see `softcap`.
-      window: how many positions a token sees back, itself included; None = all.
+      cap: bound of the scaled logits; see `softcap`. None: no bound.
+      sliding_window: number of positions that a token sees, itself included; None: all.
       mask: False at padding, which no token sees. A query that sees nothing gives zeros.
-      causal: whether a token sees nothing behind it; a window must be causal.
+      causal: whether a token sees only itself and earlier tokens; a sliding window needs it.
       chunk: queries per product.
 
     Returns:
-      Mixed values in the dtype of ``v``; the softmax is taken in float32.
+      Attention output in the dtype of ``v``; the softmax is computed in float32.
 
     Raises:
-      ValueError: if there is a window, but attention is not causal.
+      ValueError: if there is a sliding window, but attention is not causal.
     """
-    batch, length, heads, _ = q.shape
-    groups = k.shape[2]
-    if window is not None and not causal:
-        raise ValueError(f"a window of {window} positions back, but attention looks ahead as well")
-
-    def one(group: tuple[Array, Array, Array, Array | None]) -> Float[Array, "g s e"]:
-        queries, keys, values, seen = group  # [g, s, d], [s, d], [s, e], [s]
-        out = []
-        for start in range(0, length, chunk):
-            end = min(start + chunk, length)
-            last = end if causal else length
-            first = 0 if window is None else max(0, start - window + 1)
-            back = jnp.arange(start, end)[:, None] - jnp.arange(first, last)[None]
-            visible = (back >= 0) if window is None else (back >= 0) & (back < window)
-            if not causal:
-                visible = jnp.ones_like(visible)
-            if seen is not None:
-                visible = visible & seen[None, first:last]
-            # Plain matrix products: XLA's CPU backend is slow on several contracted axes.
-            rows = queries[:, start:end].reshape(-1, queries.shape[-1])
-            logits = (rows @ keys[first:last].T).reshape(-1, end - start, last - first)
-            weights, total = _softmax(softcap(logits, cap), visible[None])
-            rows = weights.reshape(-1, last - first).astype(values.dtype)
-            mixed = (rows @ values[first:last]).reshape(*weights.shape[:2], -1)
-            # The division comes after the product: fewer elements, the same value.
-            out.append((mixed.astype(total.dtype) / total).astype(values.dtype))
-        return jnp.concatenate(out, axis=1)
+    batch, length, heads, kv_heads = *q.shape[:3], k.shape[2]
+    if sliding_window is not None and not causal:
+        raise ValueError(
+            f"sliding window of {sliding_window} tokens: expected causal attention, but this model "
+            "attends in both directions; remove the window from the config"
+        )
 
     def split(x: Array) -> Array:
         """``[b, s, k·n, d]`` -> ``[b·k, n, s, d]``."""
-        x = x.reshape(batch, length, groups, -1, x.shape[-1]).transpose(0, 2, 3, 1, 4)
-        return x.reshape(batch * groups, *x.shape[2:])
+        x = x.reshape(batch, length, kv_heads, -1, x.shape[-1]).transpose(0, 2, 3, 1, 4)
+        return x.reshape(batch * kv_heads, *x.shape[2:])
 
-    seen = None if mask is None else jnp.repeat(jnp.asarray(mask), groups, axis=0)
-    parts = (split(q * scale), split(k)[:, 0], split(v)[:, 0], seen)
-    # An accelerator wants all groups at once; either way is right everywhere.
-    in_turn = jax.default_backend() == "cpu"
-    # Backward, logits are computed again: cheaper than writing and reading them.
-    one = jax.checkpoint(one)
-    mixed = jax.lax.map(one, parts) if in_turn else jax.vmap(one)(parts)
-    mixed = mixed.reshape(batch, heads, length, -1)
-    return mixed.transpose(0, 2, 1, 3)
+    seen = None if mask is None else jnp.repeat(jnp.asarray(mask), kv_heads, axis=0)
+    split_inputs = (split(q * scale), split(k)[:, 0], split(v)[:, 0], seen)
+    attend_one: Any = functools.partial(
+        _attend_kv_head, cap=cap, sliding_window=sliding_window, causal=causal, chunk=chunk
+    )
+    # The backward pass computes logits again: this is cheaper than writing and reading them.
+    attend_one = jax.checkpoint(attend_one)
+    # CPU: one key head at a time. An accelerator is faster with all of them at once.
+    one_by_one = jax.default_backend() == "cpu"
+    out = (
+        jax.lax.map(attend_one, split_inputs) if one_by_one else jax.vmap(attend_one)(split_inputs)
+    )
+    return out.reshape(batch, heads, length, -1).transpose(0, 2, 1, 3)
+
+
+def _attend_kv_head(
+    inputs: tuple[Array, Array, Array, Array | None],
+    *,
+    cap: float | None,
+    sliding_window: int | None,
+    causal: bool,
+    chunk: int,
+) -> Float[Array, "g s e"]:
+    """Attention of one sequence to one key head, from ``(q, k, v, mask)``.
+
+    Shapes: queries ``[g, s, d]``, already scaled; keys ``[s, d]``; values ``[s, e]``; mask ``[s]``.
+    """
+    queries, keys, values, seen = inputs
+    length = queries.shape[1]
+    out = []
+    for start in range(0, length, chunk):
+        end = min(start + chunk, length)
+        last = end if causal else length
+        first = 0 if sliding_window is None else max(0, start - sliding_window + 1)
+        distance = jnp.arange(start, end)[:, None] - jnp.arange(first, last)[None]
+        visible = _in_reach(distance, sliding_window)
+        if not causal:
+            visible = jnp.ones_like(visible)
+        if seen is not None:
+            visible = visible & seen[None, first:last]
+        # Plain matrix products: XLA's CPU backend is slow on several contracted axes.
+        rows = queries[:, start:end].reshape(-1, queries.shape[-1])
+        logits = (rows @ keys[first:last].T).reshape(-1, end - start, last - first)
+        weights, total = _softmax(softcap(logits, cap), visible[None])
+        rows = weights.reshape(-1, last - first).astype(values.dtype)
+        mixed = (rows @ values[first:last]).reshape(*weights.shape[:2], -1)
+        # The division comes after the product: fewer elements, the same value.
+        out.append((mixed.astype(total.dtype) / total).astype(values.dtype))
+    return jnp.concatenate(out, axis=1)
 
 
 def attend_cached(
@@ -99,40 +121,47 @@ def attend_cached(
     *,
     scale: float,
     cap: float | None = None,
-    window: int | None = None,
+    sliding_window: int | None = None,
 ) -> Float[Array, "b s h e"]:
-    """Causal attention to a cache whose column i is position i; for few queries.
+    """Computes causal attention of a few queries to a cache whose column i is position i.
 
     Args:
       q: queries; head h uses key head ``h // (heads / key heads)``.
-      keys: of every column; those behind a query's position are not seen and may hold anything
-        finite.
-      values: likewise.
-      positions: of the queries.
+      keys: cached keys. Columns behind a query's position are not seen; they may hold any finite
+        numbers.
+      values: cached values, column by column like the keys.
+      positions: position of every query.
       scale: factor on the logits.
-      cap: of the scaled logits; see `softcap`.
-      window: how many positions a token sees back, itself included; None = all.
+      cap: bound of the scaled logits; see `softcap`. None: no bound.
+      sliding_window: number of positions that a token sees, itself included; None: all.
 
     Returns:
-      Mixed values in the dtype of ``q``; the softmax is taken in float32.
+      Attention output in the dtype of ``q``; the softmax is computed in float32.
     """
     batch, length, heads, width = q.shape
-    groups, capacity = keys.shape[1:3]
-    rows = (q * scale).astype(keys.dtype).reshape(batch, length, groups, -1, width)
-    # Queries of one key head side by side: a plain batched product, as XLA's CPU backend likes it.
-    rows = rows.transpose(0, 2, 1, 3, 4).reshape(batch, groups, -1, width)
+    kv_heads, capacity = keys.shape[1:3]
+    rows = (q * scale).astype(keys.dtype).reshape(batch, length, kv_heads, -1, width)
+    # Queries of one key head side by side: XLA's CPU backend is fast on a plain batched product.
+    rows = rows.transpose(0, 2, 1, 3, 4).reshape(batch, kv_heads, -1, width)
     logits = jnp.matmul(rows, keys.mT)
-    back = positions[:, :, None] - jnp.arange(capacity, dtype=positions.dtype)[None, None]
-    visible = (back >= 0) if window is None else (back >= 0) & (back < window)
-    visible = jnp.repeat(visible, heads // groups, axis=1)[:, None]
+    distance = positions[:, :, None] - jnp.arange(capacity, dtype=positions.dtype)[None, None]
+    visible = _in_reach(distance, sliding_window)
+    visible = jnp.repeat(visible, heads // kv_heads, axis=1)[:, None]
     weights, total = _softmax(softcap(logits, cap), visible)
     mixed = jnp.matmul(weights.astype(values.dtype), values).astype(total.dtype) / total
-    mixed = mixed.reshape(batch, groups, length, heads // groups, -1).transpose(0, 2, 1, 3, 4)
+    mixed = mixed.reshape(batch, kv_heads, length, heads // kv_heads, -1).transpose(0, 2, 1, 3, 4)
     return mixed.astype(q.dtype).reshape(batch, length, heads, -1)
 
 
+def _in_reach(distance: Array, sliding_window: int | None) -> Array:
+    """Whether a key is not ahead of its query, and inside the sliding window."""
+    if sliding_window is None:
+        return distance >= 0
+    return (distance >= 0) & (distance < sliding_window)
+
+
 def _softmax(logits: Array, visible: Array) -> tuple[Array, Array]:
-    """Unnormalised softmax in float32 and its total, 1 where nothing is visible."""
+    """Unnormalized softmax in float32, and its sum; the sum is 1 where nothing is visible."""
     logits = jnp.where(visible, logits.astype(jnp.float32), -jnp.inf)
     peak = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     weights = jnp.exp(logits - jnp.where(jnp.isfinite(peak), peak, 0.0))
@@ -140,14 +169,14 @@ def _softmax(logits: Array, visible: Array) -> tuple[Array, Array]:
     return weights, jnp.where(total > 0, total, 1.0)
 
 
-CACHE = "cache"  # the collection of keys and values
+CACHE = "cache"  # name of the Flax collection of cached keys and values
 
 
 class Attention(nn.Module):
     """Self-attention with grouped key/value heads and rotary positions."""
 
     config: ModelConfig
-    window: int | None = None
+    sliding_window: int | None = None
 
     @nn.compact
     def __call__(
@@ -156,7 +185,13 @@ class Attention(nn.Module):
         positions: Int[Array, "#b s"],
         mask: Bool[Array, "b s"] | None = None,
     ) -> Float[Array, "b s m"]:
-        """Attends; ``mask`` is False at padding, which no token sees."""
+        """Computes attention and its output projection.
+
+        Args:
+          x: normalized residual stream.
+          positions: position of every token.
+          mask: False at padding, which no token sees; None: there is no padding.
+        """
         c = self.config
         x = tap(self, "attention_in", x)
 
@@ -168,7 +203,7 @@ class Attention(nn.Module):
         k, v = project("k", c.num_kv_heads), project("v", c.num_kv_heads)
         if c.qk_norm:
             q, k = RMSNorm(c.norm_eps, name="q_norm")(q), RMSNorm(c.norm_eps, name="k_norm")(k)
-        rope = c.rope if self.window is None else c.local_rope or c.rope
+        rope = c.rope if self.sliding_window is None else c.local_rope or c.rope
         if rope is not None:
             q, k = self._rotate(rope, q, k, positions)
         q, k = (
@@ -176,9 +211,13 @@ class Attention(nn.Module):
             for name, z in (("queries", q), ("keys", k))
         )
 
-        # The softmax scale keeps the original head size: compression approximates q @ k.
+        # The scale uses the original head size, because compression approximates q @ k.
         scale = c.attention_scale or c.head_size**-0.5
-        how = {"scale": scale, "cap": c.attention_softcap, "window": self.window}
+        how: dict[str, Any] = {
+            "scale": scale,
+            "cap": c.attention_softcap,
+            "sliding_window": self.sliding_window,
+        }
         if self.has_variable(CACHE, "keys"):
             cached = self._extended("keys", k, positions), self._extended("values", v, positions)
             mixed = attend_cached(q, *cached, positions, **how)
@@ -193,7 +232,7 @@ class Attention(nn.Module):
     def _extended(
         self, name: str, new: Float[Array, "b s k d"], positions: Int[Array, "b s"]
     ) -> Float[Array, "b k t d"]:
-        """The cache with new columns, which follow each other from a row's first position on."""
+        """The cache after new columns are written, in order, from each row's first position on."""
         columns, new = self.get_variable(CACHE, name), new.transpose(0, 2, 1, 3)
 
         def write(row: Array, new: Array, first: Array) -> Array:
@@ -210,10 +249,10 @@ class Attention(nn.Module):
         k: Float[Array, "b s k d"],
         positions: Int[Array, "#b s"],
     ) -> tuple[Float[Array, "b s h d"], Float[Array, "b s k d"]]:
-        """Queries and keys with rotary positions.
+        """Queries and keys after the rotary embedding.
 
-        Where pairs were dropped, ``rope_index`` says which frequencies are left: the one parameter
-        that is not a weight.
+        Where rotary pairs were pruned, the parameter ``rope_index`` holds the indices of the
+        frequencies that are left. It is the only parameter that is not a weight.
         """
         c = self.config
         length = q.shape[1]

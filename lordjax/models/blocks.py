@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import flax.linen as nn
 from jaxtyping import Array, Bool, Float, Int
@@ -13,7 +13,7 @@ from lordjax.models.layers import ACTIVATIONS, NORMS, Linear, tap
 
 
 class MLP(nn.Module):
-    """``down(act(gate(x)) * up(x))``, or without a gate ``down(act(up(x)))``."""
+    """MLP: ``down(act(gate(x)) * up(x))``, or ``down(act(up(x)))`` if it has no gate."""
 
     config: ModelConfig
 
@@ -32,11 +32,48 @@ class MLP(nn.Module):
         return Linear(c.hidden_size, c.mlp_bias, name="down")(hidden)
 
 
-class Block(nn.Module):
-    """Pre-norm block: ``x + attention(norm(x))``, then ``x + mlp(norm(x))``.
+class Arrangement(NamedTuple):
+    """How a block combines its norms, attention and MLP.
 
-    Works on its own sub-dict of the parameters, which is how statistics are streamed:
+    Attributes:
+      parallel: attention and MLP both read the block's input; else the MLP reads what attention
+        has added to it.
+      shared_norm: a parallel block's MLP reads what attention reads; there is no ``mlp_norm``.
+      norm_input: attention and MLP read normalized inputs.
+      norm_output: the outputs of attention and MLP are normalized before they are added.
+      norm_sum: the sums are normalized.
+    """
+
+    parallel: bool = False
+    shared_norm: bool = False
+    norm_input: bool = True
+    norm_output: bool = False
+    norm_sum: bool = False
+
+
+BLOCKS = {
+    # Pre-norm: x + attention(norm(x)), then x + mlp(norm(x)).
+    "sequential": Arrangement(),
+    # GPT-J, CodeGen: x + attention(norm(x)) + mlp(norm(x)) with one norm.
+    "parallel": Arrangement(parallel=True, shared_norm=True),
+    # GPT-NeoX: x + attention(norm(x)) + mlp(norm(x)) with two norms.
+    "parallel_norms": Arrangement(parallel=True),
+    # Gemma 2: x + norm(attention(norm(x))), then x + norm(mlp(norm(x))).
+    "sandwich": Arrangement(norm_output=True),
+    # BERT, OPT-350m: norm(x + attention(x)), then norm(x + mlp(x)).
+    "post_norm": Arrangement(norm_input=False, norm_sum=True),
+}
+
+
+class Block(nn.Module):
+    """A transformer block, arranged as ``BLOCKS[config.block]`` says.
+
+    A block runs on its own sub-dict of the parameters, so that calibration can stream blocks:
     ``Block(config).apply({"params": params["layer_3"]}, x, positions)``.
+
+    Attributes:
+      config: the architecture.
+      window: sliding window of attention, in tokens; None: attention sees every position.
     """
 
     config: ModelConfig
@@ -49,106 +86,28 @@ class Block(nn.Module):
         positions: Int[Array, "#b s"],
         mask: Bool[Array, "b s"] | None = None,
     ) -> Float[Array, "b s m"]:
-        """Residual stream in, residual stream out."""
-        c = self.config
-        norm = NORMS[c.norm]
-        h = norm(c.norm_eps, name="attention_norm")(x)
-        x = x + Attention(c, self.window, name="attention")(h, positions, mask)
-        h = norm(c.norm_eps, name="mlp_norm")(x)
-        return x + MLP(c, name="mlp")(h)
+        """Maps the residual stream before the block to the one after it.
 
+        Args:
+          x: residual stream before the block.
+          positions: position of every token.
+          mask: False at padding, which no token sees; None: there is no padding.
 
-class ParallelBlock(nn.Module):
-    """Parallel block: ``x + attention(norm(x)) + mlp(norm(x))`` with one norm (GPT-J, CodeGen)."""
+        Returns:
+          Residual stream after the block.
+        """
+        c, how = self.config, BLOCKS[self.config.block]
 
-    config: ModelConfig
-    window: int | None = None
+        def norm(name: str, applies: bool, z: Array) -> Array:
+            return NORMS[c.norm](c.norm_eps, name=name)(z) if applies else z
 
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "b s m"],
-        positions: Int[Array, "#b s"],
-        mask: Bool[Array, "b s"] | None = None,
-    ) -> Float[Array, "b s m"]:
-        """Residual stream in, residual stream out."""
-        c = self.config
-        h = NORMS[c.norm](c.norm_eps, name="attention_norm")(x)
+        h = norm("attention_norm", how.norm_input, x)
         attended = Attention(c, self.window, name="attention")(h, positions, mask)
-        return x + attended + MLP(c, name="mlp")(h)
-
-
-class ParallelNormsBlock(nn.Module):
-    """``x + attention(norm(x)) + mlp(norm(x))`` with a norm for each of the two (GPT-NeoX)."""
-
-    config: ModelConfig
-    window: int | None = None
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "b s m"],
-        positions: Int[Array, "#b s"],
-        mask: Bool[Array, "b s"] | None = None,
-    ) -> Float[Array, "b s m"]:
-        """Residual stream in, residual stream out."""
-        c = self.config
-        norm = NORMS[c.norm]
-        h = norm(c.norm_eps, name="attention_norm")(x)
-        attended = Attention(c, self.window, name="attention")(h, positions, mask)
-        h = norm(c.norm_eps, name="mlp_norm")(x)
-        return x + attended + MLP(c, name="mlp")(h)
-
-
-class SandwichBlock(nn.Module):
-    """Block with four norms: ``x + norm(attention(norm(x)))``, then ``x + norm(mlp(norm(x)))``."""
-
-    config: ModelConfig
-    window: int | None = None
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "b s m"],
-        positions: Int[Array, "#b s"],
-        mask: Bool[Array, "b s"] | None = None,
-    ) -> Float[Array, "b s m"]:
-        """Residual stream in, residual stream out."""
-        c = self.config
-        norm = NORMS[c.norm]
-        h = norm(c.norm_eps, name="attention_norm")(x)
-        h = Attention(c, self.window, name="attention")(h, positions, mask)
-        x = x + norm(c.norm_eps, name="attention_post_norm")(h)
-        h = norm(c.norm_eps, name="mlp_norm")(x)
-        h = MLP(c, name="mlp")(h)
-        return x + norm(c.norm_eps, name="mlp_post_norm")(h)
-
-
-class PostNormBlock(nn.Module):
-    """Post-norm block: ``norm(x + attention(x))``, then ``norm(x + mlp(x))`` (BERT, OPT-350m)."""
-
-    config: ModelConfig
-    window: int | None = None
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "b s m"],
-        positions: Int[Array, "#b s"],
-        mask: Bool[Array, "b s"] | None = None,
-    ) -> Float[Array, "b s m"]:
-        """Residual stream in, residual stream out."""
-        c = self.config
-        norm = NORMS[c.norm]
-        attended = Attention(c, self.window, name="attention")(x, positions, mask)
-        x = norm(c.norm_eps, name="attention_norm")(x + attended)
-        return norm(c.norm_eps, name="mlp_norm")(x + MLP(c, name="mlp")(x))
-
-
-BLOCKS: dict[str, Any] = {
-    "sequential": Block,
-    "parallel": ParallelBlock,
-    "parallel_norms": ParallelNormsBlock,
-    "sandwich": SandwichBlock,
-    "post_norm": PostNormBlock,
-}
+        if how.parallel and not how.shared_norm:
+            h = norm("mlp_norm", how.norm_input, x)
+        x = x + norm("attention_post_norm", how.norm_output, attended)
+        x = norm("attention_norm", how.norm_sum, x)
+        if not how.parallel:
+            h = norm("mlp_norm", how.norm_input, x)
+        x = x + norm("mlp_post_norm", how.norm_output, MLP(c, name="mlp")(h))
+        return norm("mlp_norm", how.norm_sum, x)

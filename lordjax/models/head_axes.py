@@ -1,4 +1,7 @@
-"""The modules of a block as arrays with head axes, as `methods.modular` wants them, and back."""
+"""Reshapes the modules of a block to arrays with head axes and back.
+
+`methods.modular` works on arrays in this *head form*.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,8 @@ import numpy as np
 from lordjax.models.config import ModelConfig
 from lordjax.models.sites import LAST_LAYER
 
-# Name in head form -> parameter, and which axis is split into heads: ``h`` or ``k``, the last into
-# query or key heads; ``H``, the one before it into query heads.
+# Name in head form -> parameter path, and the axis that is split into heads. ``h``: the last axis
+# into query heads; ``k``: the last into key heads; ``H``: the one before the last into query heads.
 _LEAVES: dict[str, dict[str, tuple[str, str]]] = {
     "qk": {
         "q": ("attention/q/kernel", "h"),
@@ -32,21 +35,21 @@ _LEAVES: dict[str, dict[str, tuple[str, str]]] = {
         "up_bias": ("mlp/up/bias", ""),
     },
 }
-LAST_NAME = {"vo": "o", "mlp": "down"}  # what `sites.LAST_LAYER` is called in head form
+LAST_NAME = {"vo": "o", "mlp": "down"}  # the name of `sites.LAST_LAYER` in head form
 ROPE_INDEX = "attention/rope_index"
 
 
 def gather(kind: str, flat: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """A module's arrays in head form.
+    """Returns a module's arrays in head form.
 
     Args:
-      kind: ``qk``, ``vo`` or ``mlp``.
+      kind: kind of the module: ``qk``, ``vo`` or ``mlp``.
       flat: parameters of the block by path.
-      config: number of heads.
+      config: the architecture, for the numbers of heads.
 
     Returns:
-      name -> array; absent biases and gates are absent. Rotary queries and keys come with
-      ``rope_index`` ``[k, d/2]``, the frequencies that their pairs turn at.
+      name -> array, without biases and gates that the block does not have. With rotary positions,
+      ``qk`` has ``rope_index`` ``[k, d/2]``: the index of every pair's frequency.
     """
     heads = {"h": config.num_heads, "k": config.num_kv_heads}
     found = {}
@@ -65,18 +68,18 @@ def gather(kind: str, flat: Mapping[str, Any], config: ModelConfig) -> dict[str,
 
 
 def _all_pairs(config: ModelConfig) -> np.ndarray:
-    """The rotary pairs of every key head, ``[k, d/2]``."""
+    """Indices of all rotary pairs, for every key head: ``[k, d/2]``."""
     pairs = np.arange(config.head_size // 2, dtype=np.int32)
     return np.tile(pairs, (config.num_kv_heads, 1))
 
 
 def scatter(kind: str, new: Mapping[str, Any], flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters by path with a module's new arrays in their place, in the old ones' dtypes.
+    """Returns the block's parameters with a module's arrays replaced; dtypes stay the same.
 
     Args:
-      kind: as for `gather`.
+      kind: kind of the module: ``qk``, ``vo`` or ``mlp``.
       new: arrays in head form; ``out_bias`` is added to the last layer's bias.
-      flat: parameters of the block by path; untouched.
+      flat: parameters of the block by path; they are not changed.
     """
     table = dict(flat)
     for name, value in new.items():
@@ -100,12 +103,12 @@ def scatter(kind: str, new: Mapping[str, Any], flat: Mapping[str, Any]) -> dict[
 
 
 def widen(kind: str, new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
-    """A narrow module in arrays of its former shapes, filled up with zeros: the same function.
+    """Zero-pads a pruned module to its original shapes; it computes the same function.
 
     Args:
-      kind: as for `gather`.
-      new: the narrow module's arrays, in head form.
-      old: the arrays it was made of.
+      kind: kind of the module: ``qk``, ``vo`` or ``mlp``.
+      new: arrays of the pruned module, in head form.
+      old: arrays of the original module, in head form.
     """
     wide = {name: new[name] for name in new if name == "out_bias"}
     for name in set(new) & set(old) - {"rope_index"}:
@@ -123,7 +126,7 @@ def widen(kind: str, new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str
 
 
 def _columns(kept: Any, all_pairs: Any) -> np.ndarray:
-    """Where the columns of kept rotary pairs were, half-split like the columns themselves."""
+    """Original columns of the kept rotary pairs; the halves of a pair are half a head apart."""
     kept, all_pairs = np.asarray(kept), np.asarray(all_pairs)
     at = np.argmax(kept[:, :, None] == all_pairs[:, None], axis=2)
     return np.concatenate([at, at + all_pairs.shape[1]], axis=1)
@@ -132,14 +135,17 @@ def _columns(kept: Any, all_pairs: Any) -> np.ndarray:
 def narrowed(
     kind: str, flat: Mapping[str, Any], width: int, config: ModelConfig, *, bias: bool
 ) -> dict[str, tuple[tuple[int, ...], Any]]:
-    """Shape and dtype, by path, of what `scatter` puts in for a module of another width.
+    """Returns shape and dtype of the parameters that `scatter` writes for a pruned module.
 
     Args:
-      kind: as for `gather`.
+      kind: kind of the module: ``qk``, ``vo`` or ``mlp``.
       flat: parameters of the block by path, or their shapes.
-      width: of a head, or inside the MLP.
-      config: number of heads.
+      width: new width of a head, or of the MLP.
+      config: the architecture, for the numbers of heads.
       bias: whether the method corrects the last layer's bias.
+
+    Returns:
+      parameter path -> (shape, dtype).
     """
     heads = {"h": config.num_heads, "k": config.num_kv_heads, "H": config.num_heads, "": 1}
     new: dict[str, tuple[tuple[int, ...], Any]] = {}
@@ -159,14 +165,15 @@ def narrowed(
 def places(
     flat: Mapping[str, Any], config: ModelConfig
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Which inputs and outputs of the original layers those of a block are.
+    """Returns where the rows and columns of a pruned block's kernels were in the original ones.
 
     Args:
-      flat: parameters of the block by path, kernels of any kind.
-      config: the original sizes.
+      flat: parameters of the block by path; kernels of any kind.
+      config: the architecture, with the original sizes.
 
     Returns:
-      kernel's path -> (inputs, outputs), as numbers; a model with zeros elsewhere is the same.
+      kernel's path -> (original input indices, original output indices). A kernel of the original
+      shape with these entries, and zeros elsewhere, computes the same function.
     """
     heads = {"h": config.num_heads, "k": config.num_kv_heads}
     found = {}
@@ -185,7 +192,7 @@ def places(
 
 
 def _head_columns(size: int, heads: int, pairs: Any, config: ModelConfig) -> np.ndarray:
-    """Where the columns of heads were: the first of each, or those of kept rotary pairs."""
+    """Original columns of pruned heads: the first of each head, or those of kept rotary pairs."""
     own = np.tile(np.arange(size // heads), (heads, 1))
     if pairs is not None:
         kept = _columns(pairs, _all_pairs(config))

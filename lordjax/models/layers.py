@@ -1,7 +1,7 @@
-"""Linear, norm, rotary embedding: the parts of a transformer block.
+"""Layers of a transformer block: linear layer, norms, activations; `tap` for statistics.
 
 Axis letters: b batch, s position (query), t position (key), h head, g query heads per key head,
-k key/value head, d width of a head, m model width.
+k key/value head, d width of a head, m width of the residual stream.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from lordjax.kernels.base import Kernel, matmul
 
-# Keys are Hugging Face's names.
+# The keys are Hugging Face's names.
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "swish": jax.nn.silu,
@@ -31,14 +31,17 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 class Linear(nn.Module):
     """``y = x @ kernel + bias`` where ``kernel`` is an array or a `Kernel`.
 
-    The one caller of `kernels.matmul`. Existing parameters are taken as they are: Flax's own
-    ``Dense`` would refuse a factored kernel, and compression may change the width or add a bias.
-    ``features`` and ``use_bias`` matter only when parameters are initialised.
+    Existing parameters are used as they are: Flax's own ``Dense`` would reject a factored kernel,
+    and compression may change the width or add a bias. The product without the bias is tapped as
+    ``"out"``.
 
-    The product without the bias is tapped as ``"out"``.
+    Attributes:
+      features: output width, used only when parameters are initialized.
+      use_bias: whether the layer has a bias.
 
     Raises:
-      ValueError: if the kernel's input width is not that of ``x``; names the path.
+      ValueError: if the kernel's input width is not that of ``x``, or the bias is missing; the
+        error names the path.
     """
 
     features: int
@@ -46,19 +49,19 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
-        """Applies the layer; computes in the dtype of ``x``."""
+        """Applies the layer in the dtype of ``x``."""
         kernel = self._read("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
         if kernel.shape[-2] != x.shape[-1]:
             raise ValueError(
-                f"{'/'.join(self.path)}/kernel: input width {kernel.shape[-2]}, "
-                f"but the layer is fed {x.shape[-1]} features"
+                f"{'/'.join(self.path)}/kernel: expected {x.shape[-1]} rows, the width of the "
+                f"layer's input, got {kernel.shape[-2]}"
             )
         y = tap(self, "out", matmul(x, kernel))
         if self.has_variable("params", "bias") or (self.use_bias and self.is_initializing()):
             bias = self._read("bias", nn.initializers.zeros, (self.features,))
             y = y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)
         elif self.use_bias:
-            raise ValueError(f"{'/'.join(self.path)}/bias: missing, but this layer has a bias")
+            raise ValueError(f"{'/'.join(self.path)}/bias: missing; this layer needs a bias")
         return y
 
     def _read(self, name: str, init: Any, shape: tuple[int, ...]) -> Array | Kernel:
@@ -68,7 +71,7 @@ class Linear(nn.Module):
 
 
 class Bias(nn.Module):
-    """``x + bias``: the rest of a layer whose matrix is another layer's."""
+    """``x + bias``: the bias of an output head whose matrix is the tied embedding."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "... m"]) -> Float[Array, "... m"]:
@@ -78,9 +81,10 @@ class Bias(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """``x / rms(x) * scale``, the mean square taken in float32.
+    """``x / rms(x) * scale``; the mean square is computed in float32.
 
-    A scale that is wider than ``x`` is multiplied before ``x`` is rounded.
+    The product is computed in the wider dtype of ``x`` and the scale, and then rounded to that of
+    ``x``.
     """
 
     eps: float
@@ -97,7 +101,7 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """``(x - mean(x)) / std(x) * scale + bias``, the moments taken in float32."""
+    """``(x - mean(x)) / std(x) * scale + bias``; mean and variance are computed in float32."""
 
     eps: float
 
@@ -117,22 +121,25 @@ NORMS: dict[str, Callable[..., nn.Module]] = {"rms": RMSNorm, "layer": LayerNorm
 
 
 def softcap(x: Array, cap: float | None) -> Array:
-    """``cap * tanh(x / cap)`` in float32; without a cap ``x`` as it is."""
+    """Returns ``cap * tanh(x / cap)`` in float32, or ``x`` itself if there is no cap."""
     return x if cap is None else cap * jnp.tanh(x.astype(jnp.float32) / cap)
 
 
-TAPS = "taps"
-
-
-PERTURBATIONS = "perturbations"
+TAPS = "taps"  # Flax collection of recorded activations
+PERTURBATIONS = "perturbations"  # Flax collection of what is added to them
 
 
 def tap(module: nn.Module, name: str, x: Array) -> Array:
-    """Marks ``x`` as a place where statistics can be taken, and returns it.
+    """Marks an activation for statistics, and returns it.
 
-    The value is recorded as ``taps/<module path>/<name>`` if that collection is mutable. If the
-    collection ``perturbations`` holds an array of that name it is added, so that the gradient with
-    respect to a zero perturbation is the gradient with respect to ``x``.
+    If the collection ``taps`` is mutable, the value is recorded as ``taps/<module path>/<name>``;
+    else a tap costs nothing. If the collection ``perturbations`` holds an array of that name, it is
+    added. So the gradient by a zero perturbation is the gradient by the activation.
+
+    Args:
+      module: the module that computes the activation.
+      name: name of the tap inside the module.
+      x: the activation.
     """
     if module.has_variable(PERTURBATIONS, name):
         x = x + module.get_variable(PERTURBATIONS, name)

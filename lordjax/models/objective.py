@@ -1,14 +1,18 @@
-"""What a model has to predict, and its loss: one row for every head.
+"""Loss of every head: what a model predicts, its targets, and their gradient.
 
-``causal``   the next token, at every position
-``masked``   the tokens of `SHARE` of a window's positions, all of them read as the mask token
-``classes``  the model's own most likely class: the empirical Fisher information of its decision
+``causal``   predicts the next token, at every position
+``masked``   predicts the tokens at `SHARE` of the positions; the model reads the mask token there
+``classes``  predicts a class; calibration uses the model's own most likely class, which gives the
+             empirical Fisher information of its decision
 
-Which positions are masked is drawn by a generator that is seeded with the ids of the window: a
-window is masked alike in every batch, subset and measurement, padded or not.
+The masked positions are random. The generator is seeded with the ids of the sequence, so that a
+sequence is masked in the same way in every batch, subset and evaluation, padded or not.
 
-Targets are ``[windows, length]`` ids, or ``[windows, 1]`` classes; -1 is no target, of a class the
-model's own.
+Targets are token ids ``[sequences, length]``, or classes ``[sequences, 1]``. `NO_TARGET`, -1, has
+two meanings:
+
+* for token ids: there is no target at this position; its loss is 0;
+* for classes: the target is the class that the model itself finds most likely.
 """
 
 from __future__ import annotations
@@ -26,18 +30,25 @@ from jaxtyping import Array, Float, Int
 from lordjax.models.config import ModelConfig
 from lordjax.models.transformer import Transformer
 
-SHARE = 0.15  # of a window's tokens is masked, as in BERT's training
-# Positions whose logits are held at once: 256 x 49152 float32 are 50 MB.
+SHARE = 0.15  # share of a sequence's tokens that are masked, as in BERT's training
+# Positions whose logits are in memory at a time: 256 x 49152 float32 are 50 MB.
 CHUNK = 256
+NO_TARGET = -1  # see the module's docstring: it means something else for classes
 
 
 def inputs(
     config: ModelConfig, tokens: np.ndarray, mask: np.ndarray | None, mask_token: int | None
 ) -> np.ndarray:
-    """The ids ``[n, len]`` that the model reads; arguments as for `targets`.
+    """Returns the ids that the model reads: the tokens, some of them masked for a masked head.
+
+    Args:
+      config: the model.
+      tokens: token ids ``[n, len]``, none of them masked.
+      mask: False at padding; None: there is no padding.
+      mask_token: id of the mask token; None if the model does not predict masked tokens.
 
     Raises:
-      ValueError: if the model predicts masked tokens and no mask token of its vocabulary is given.
+      ValueError: if the model predicts masked tokens, and no id of its vocabulary is given.
     """
     if config.head != "masked":
         return tokens
@@ -50,60 +61,67 @@ def inputs(
 
 
 def targets(config: ModelConfig, tokens: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-    """What is to be predicted; see the module's docstring.
+    """Returns the targets of a batch; see the module's docstring.
 
     Args:
       config: the model.
-      tokens: ids ``[n, len]``, none of them masked.
-      mask: False at padding.
+      tokens: token ids ``[n, len]``, none of them masked.
+      mask: False at padding; None: there is no padding.
 
     Raises:
-      ValueError: if the model has no head.
+      ValueError: if the model has no head, or only one class.
     """
     return objective_for(config).targets(tokens, mask)
 
 
 def protocol(config: ModelConfig, mask_token: int | None) -> dict[str, Any]:
-    """What a report has to say about the objective; nothing of a causal one."""
+    """Returns what a report says about the objective; nothing for a causal model."""
     if config.head != "masked":
         return {}
     return {"objective": "masked tokens", "masked_share": SHARE, "mask_token": mask_token}
 
 
 def masked_positions(tokens: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-    """True at a fixed `SHARE` of every window's tokens, one at least; never at padding."""
+    """Returns True at `SHARE` of every sequence's tokens, at least one; never at padding."""
     chosen = np.zeros(tokens.shape, bool)
-    for i, window in enumerate(tokens):
-        places = np.arange(len(window)) if mask is None else np.flatnonzero(mask[i])
-        seed = zlib.crc32(np.ascontiguousarray(window[places], "<i4").tobytes())
+    for i, sequence in enumerate(tokens):
+        places = np.arange(len(sequence)) if mask is None else np.flatnonzero(mask[i])
+        seed = zlib.crc32(np.ascontiguousarray(sequence[places], "<i4").tobytes())
         count = max(1, round(SHARE * len(places)))
         chosen[i, np.random.default_rng(seed).permutation(places)[:count]] = True
     return chosen
 
 
 def _masked_tokens(tokens: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-    return np.where(masked_positions(tokens, mask), tokens, np.asarray(-1, tokens.dtype))
+    return np.where(masked_positions(tokens, mask), tokens, np.asarray(NO_TARGET, tokens.dtype))
 
 
 def _next_tokens(tokens: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
     counts = np.ones(tokens.shape, bool) if mask is None else np.asarray(mask)
     counts = counts & np.roll(counts, -1, axis=1)
     counts[:, -1] = False
-    return np.where(counts, np.roll(tokens, -1, axis=1), np.asarray(-1, tokens.dtype))
+    return np.where(counts, np.roll(tokens, -1, axis=1), np.asarray(NO_TARGET, tokens.dtype))
 
 
 def _own_class(tokens: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
     del mask
-    return np.full((len(tokens), 1), -1, np.int32)
+    return np.full((len(tokens), 1), NO_TARGET, np.int32)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def losses(
     config: ModelConfig, params: Any, x: Float[Array, "b s m"], targets: Int[Array, "b t"]
 ) -> Float[Array, "b t"]:
-    """Nats of every target from the residual stream behind the last block; 0 where there is none.
+    """Computes the loss of every target, in nats.
 
-    Of ``params`` only what is outside the blocks is read.
+    Args:
+      config: the model.
+      params: parameters; only those outside the blocks are read.
+      x: residual stream after the last block.
+      targets: token ids or classes; see the module's docstring.
+
+    Returns:
+      Losses; 0 at positions without a target.
     """
     return objective_for(config).losses(config, params, x, targets)
 
@@ -117,15 +135,18 @@ def divergences(
     y: Float[Array, "b s m"],
     targets: Int[Array, "b s"],
 ) -> Float[Array, "b s"]:
-    """``KL(teacher || student)`` in nats at every target; 0 where there is none.
+    """Computes ``KL(teacher || student)`` at every target, in nats.
 
     Args:
-      config: the student, which predicts tokens.
-      params: of ``params`` and ``teacher`` only what is outside the blocks is read.
-      teacher: parameters of a model of the same architecture.
-      x: the student's residual stream behind the last block.
-      y: the teacher's.
-      targets: only whether there is one matters.
+      config: architecture of both models, which predict tokens.
+      params: the student's parameters; only those outside the blocks are read.
+      teacher: the teacher's parameters; only those outside the blocks are read.
+      x: the student's residual stream after the last block.
+      y: the teacher's residual stream after the last block.
+      targets: token ids; only whether there is a target matters.
+
+    Returns:
+      Divergences; 0 at positions without a target.
     """
 
     def divergence(x: Array, y: Array, target: Array) -> Array:
@@ -139,10 +160,21 @@ def divergences(
 
 @functools.partial(jax.jit, static_argnames=("config",))
 def loss_gradient(
-    rest: Any, x: Float[Array, "b s m"], targets: Int[Array, "b t"], *, config: ModelConfig
+    non_block_params: Any,
+    x: Float[Array, "b s m"],
+    targets: Int[Array, "b t"],
+    *,
+    config: ModelConfig,
 ) -> Float[Array, "b s m"]:
-    """Gradient of the summed loss at the last block's output."""
-    return objective_for(config).gradient(config, rest, x, targets)
+    """Computes the gradient of the summed loss by the residual stream after the last block.
+
+    Args:
+      non_block_params: parameters outside the blocks.
+      x: residual stream after the last block.
+      targets: token ids or classes; see the module's docstring.
+      config: the model.
+    """
+    return objective_for(config).gradient(config, non_block_params, x, targets)
 
 
 def _logits(config: ModelConfig, params: Any, x: Float[Array, "b s m"]) -> Any:
@@ -157,18 +189,18 @@ def _nll(logits: Float[Array, "*n v"], targets: Int[Array, "*n"]) -> Float[Array
 def _token_losses(
     config: ModelConfig, params: Any, x: Float[Array, "b s m"], targets: Int[Array, "b s"]
 ) -> Float[Array, "b s"]:
-    """Logits are taken chunk by chunk."""
+    """Losses of token targets; logits are computed chunk by chunk."""
     return _chunked(lambda x, target: _nll(_logits(config, params, x), target), x, targets)
 
 
 def _chunked(fn: Callable[..., Array], *rows: Float[Array, "b s ..."]) -> Float[Array, "b s"]:
-    """``fn`` of a few positions at a time; a gradient computes what it held again."""
+    """Applies ``fn`` to `CHUNK` positions at a time; the backward pass computes it again."""
     batch, length = rows[0].shape[:2]
     size = min(CHUNK, length)
     chunks = -(-length // size)
 
     def cut(a: Array) -> Array:
-        # The filling of the last chunk is cut off again.
+        # The padding of the last chunk is cut off below.
         fill = [(0, 0), (0, chunks * size - length)] + [(0, 0)] * (a.ndim - 2)
         return jnp.moveaxis(jnp.pad(a, fill).reshape(batch, chunks, size, *a.shape[2:]), 1, 0)
 
@@ -177,15 +209,16 @@ def _chunked(fn: Callable[..., Array], *rows: Float[Array, "b s ..."]) -> Float[
 
 
 def _token_gradient(
-    config: ModelConfig, rest: Any, x: Float[Array, "b s m"], targets: Int[Array, "b s"]
+    config: ModelConfig, params: Any, x: Float[Array, "b s m"], targets: Int[Array, "b s"]
 ) -> Float[Array, "b s m"]:
-    """Positions are independent behind the last block, so a few are done at a time.
+    """Gradient of the losses of token targets, a few positions at a time.
 
-    The logits of a whole batch would be the largest array of the run.
+    Positions are independent after the last block. The logits of a whole batch would be the largest
+    array of the run.
     """
 
     def loss(x: Array, target: Array) -> Array:
-        return _nll(_logits(config, rest, x[None, None])[0, 0], target)
+        return _nll(_logits(config, params, x[None, None])[0, 0], target)
 
     rows = (x.reshape(-1, x.shape[-1]), targets.reshape(-1))
     gradients = jax.lax.map(lambda row: jax.grad(loss)(*row), rows, batch_size=256)
@@ -200,19 +233,25 @@ def _class_losses(
 
 
 def _class_gradient(
-    config: ModelConfig, rest: Any, x: Float[Array, "b s m"], targets: Int[Array, "b 1"]
+    config: ModelConfig, params: Any, x: Float[Array, "b s m"], targets: Int[Array, "b 1"]
 ) -> Float[Array, "b s m"]:
-    return jax.grad(lambda x: jnp.sum(_class_losses(config, rest, x, targets)))(x)
+    return jax.grad(lambda x: jnp.sum(_class_losses(config, params, x, targets)))(x)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def decisions(config: ModelConfig, params: Any, x: Float[Array, "b s m"]) -> Int[Array, "b 1"]:
-    """The most likely class from the residual stream behind the last block."""
+    """Returns the most likely class, from the residual stream after the last block."""
     return jnp.argmax(_logits(config, params, x), axis=-1)[:, None]
 
 
 class Objective(NamedTuple):
-    """What a head is to predict; signatures as of the functions above."""
+    """Targets, losses and gradient of a head.
+
+    Attributes:
+      targets: function of (tokens, mask).
+      losses: function of (config, params, x, targets).
+      gradient: function of (config, params, x, targets).
+    """
 
     targets: Callable[[np.ndarray, np.ndarray | None], np.ndarray]
     losses: Callable[[ModelConfig, Any, Array, Array], Array]
@@ -227,32 +266,38 @@ OBJECTIVES = {
 
 
 def objective_for(config: ModelConfig) -> Objective:
-    """The row of a model's head.
+    """Returns the objective of a model's head.
 
     Raises:
-      ValueError: if it predicts nothing, or there is nothing to choose from.
+      ValueError: if the model has no head, or only one class.
     """
     if config.head not in OBJECTIVES:
         raise ValueError(
-            f"a model with head {config.head!r} predicts nothing, so it has no loss; take a method "
-            "that needs no gradients, or a checkpoint with a head"
+            f"a model with head {config.head!r} predicts nothing, so it has no loss; choose a "
+            "method that needs no gradients, or a checkpoint with a head"
         )
     if config.num_classes == 1:
         raise ValueError(
-            "a model with one class decides nothing, so its likelihood has no gradient; take a "
+            "a model with one class has nothing to decide, so its loss has no gradient; choose a "
             "method that needs no gradients"
         )
     return OBJECTIVES[config.head]
 
 
 def check_windows(tokens: np.ndarray) -> None:
-    """Raises ValueError unless there is a window with a target."""
+    """Raises ValueError unless there is at least one sequence of at least two tokens."""
     if tokens.ndim != 2 or not tokens.shape[0] or tokens.shape[1] < 2:
         raise ValueError(f"tokens {list(tokens.shape)}; expected [windows ≥ 1, length ≥ 2]")
 
 
 def check_finite(config: ModelConfig, nll: np.ndarray, first_window: int) -> None:
-    """Raises ValueError if a negative log-likelihood is not finite; names window and token."""
+    """Raises ValueError if a loss is not finite; the error names window and token.
+
+    Args:
+      config: the model.
+      nll: losses ``[windows, targets]``.
+      first_window: number of the first of these windows.
+    """
     if np.isfinite(nll).all():
         return
     window, position = np.argwhere(~np.isfinite(nll))[0]

@@ -1,4 +1,4 @@
-"""What comes before the last layer of a head, where that is not the final norm alone; new heads."""
+"""Output heads: layers between the final norm and the last layer, and new classification heads."""
 
 from __future__ import annotations
 
@@ -15,55 +15,55 @@ from lordjax.models.layers import ACTIVATIONS, NORMS, Linear
 
 
 class MaskedTransform(nn.Module):
-    """``norm(act(dense(x)))`` before the prediction of masked tokens."""
+    """``norm(act(dense(x)))``, before the prediction of masked tokens."""
 
     config: ModelConfig
 
     @nn.compact
     def __call__(self, x: Float[Array, "b s m"]) -> Float[Array, "b s m"]:
-        """Applies it to every position."""
+        """Transforms every position."""
         c = self.config
         x = ACTIVATIONS[c.head_activation](Linear(c.hidden_size, True, name="dense")(x))
         return NORMS[c.norm](c.norm_eps, name="norm")(x)
 
 
 class Pooler(nn.Module):
-    """``tanh(dense(x))`` of the first token, which is classified."""
+    """``tanh(dense(x))`` of the first token, before the classification of a sequence."""
 
     config: ModelConfig
 
     @nn.compact
     def __call__(self, x: Float[Array, "b s m"]) -> Float[Array, "b m"]:
-        """One row for a sequence."""
+        """Returns one vector per sequence."""
         return jnp.tanh(Linear(self.config.hidden_size, True, name="dense")(x[:, 0]))
 
 
-# Head -> what comes before its last layer.
+# Head -> the module before its last layer.
 TRANSFORMS: dict[str, Any] = {"masked": MaskedTransform, "classes": Pooler}
 
-_DEVIATION = 0.02  # of a new kernel's values, as BERT was initialised
+_DEVIATION = 0.02  # standard deviation of a new kernel, as in BERT's initialization
 
 
 def with_classes(
     config: ModelConfig, params: Any, num_classes: int, key: Array
 ) -> tuple[ModelConfig, dict[str, Any]]:
-    """An encoder with a new head that classifies sequences, to be trained.
+    """Gives an encoder a new head that classifies sequences, for fine-tuning.
 
-    Kernels of the head are normal with standard deviation 0.02, biases 0, in the dtype of the
-    embedding. The pooler of a model that classifies stays; everything outside the head is the same
-    arrays.
+    Kernels of the head are normal with standard deviation 0.02, biases are 0, both in the dtype of
+    the embedding. A model that already classifies keeps its pooler. Arrays outside the head are
+    not copied.
 
     Args:
       config: the model, with any head.
-      params: its parameters, compressed or not.
-      num_classes: 2 or more.
-      key: for the new kernels.
+      params: parameters of the model, compressed or not.
+      num_classes: number of classes, at least 2.
+      key: random key for the new kernels.
 
     Returns:
       Config and parameters of the new model.
 
     Raises:
-      ValueError: if the model is no encoder, or there are fewer than two classes.
+      ValueError: if the model is not an encoder, or there are fewer than two classes.
     """
     if config.causal:
         raise ValueError("a causal model gets no head for classes; only encoders are supported")

@@ -1,15 +1,16 @@
-"""What can be compressed in a block: a linear layer alone, or layers that share an inner width.
+"""Sites: the parts of a block that are compressed, each a linear layer or a module.
 
-A *site* is one entry of a plan. Its kind says which mathematics applies:
+A *site* is one entry of a plan. Its kind says what it holds, and what its rank means:
 
-* ``linear``  one kernel ``[in, out]``; the rank of a factor pair;
+* ``linear``  one kernel ``[in, out]``; the rank of its two factors;
 * ``qk``      queries and keys; the width of a head in the product ``q @ k.T``;
 * ``vo``      values and the output projection; the width of a head's value;
-* ``mlp``     up (and gate) and down; the width inside;
-* ``dense``   one kernel that the method leaves as it is; it counts for the budget.
+* ``mlp``     up, gate (if there is one) and down; the width of the MLP;
+* ``dense``   one kernel that the method does not compress; it counts for the budget.
 
-``qk``, ``vo`` and ``mlp`` are *modules*: compressed, they are the same layers, only narrower. Where
-a norm runs over each head of the queries and keys there is no ``qk``: it would see another head.
+``qk``, ``vo`` and ``mlp`` are *modules*: layers that share an inner width. A compressed module has
+the same layers with a smaller width. There is no ``qk`` where a norm runs over each head of the
+queries and keys, because pruning columns of a head changes its norm.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Protocol
 
+from lordjax import names
+
 
 class Architecture(Protocol):
-    """What the sites of a block depend on; a `models.config.ModelConfig` is one."""
+    """The properties of a config that decide which sites a block has; see `ModelConfig`."""
 
     @property
     def gated(self) -> bool:
@@ -34,14 +37,15 @@ class Architecture(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """One thing to compress.
+    """One linear layer or module that is compressed.
 
     Attributes:
-      path: its key inside the block: a kernel's path, or the module's.
-      stage: sites of a lower stage run earlier; those of one stage do not feed each other.
-      kind: see the module's docstring.
-      kernels: paths of the kernels that its rank shrinks.
-      input_tap: where the input (of a module: of its last layer) is tapped.
+      path: path inside the block: that of the kernel, or of the module.
+      stage: order in the forward pass. Sites of lower stages run earlier; sites of one stage do
+        not read each other's outputs.
+      kind: kind of the site; see the module's docstring.
+      kernels: paths of the kernels that become smaller with the rank.
+      input_tap: tap of the layer's input; for a module, of its last layer's input.
     """
 
     path: str
@@ -52,12 +56,12 @@ class Site:
 
     @property
     def layer(self) -> str:
-        """Path of the linear layer, which also holds the bias."""
+        """Path of the linear layer, which holds the kernel and the bias."""
         return self.path.removesuffix("/kernel")
 
     @property
     def output_tap(self) -> str:
-        """Where the product without the bias is tapped."""
+        """Tap of the layer's output without the bias."""
         return f"{self.layer}/out"
 
 
@@ -100,14 +104,18 @@ MODULE_SITES: tuple[Site, ...] = (
     ),
 )
 
-# The last layer of a module: linear in what the module computes, so that it can be fitted again.
+# The last layer of a module. The module is linear in it, so it can be refitted by least squares.
 LAST_LAYER = {"vo": "attention/o/kernel", "mlp": "mlp/down/kernel"}
 
 
 def sites_for(kinds: frozenset[str], config: Architecture) -> tuple[Site, ...]:
-    """The sites of some kinds that a block has, in the order in which they run.
+    """Returns the sites of a block, in the order in which they run.
 
-    A kernel that a module covers is no linear site besides.
+    A kernel that is part of a module is not also a linear site.
+
+    Args:
+      kinds: kinds of sites that the method compresses.
+      config: the architecture.
     """
     modules = _modules(kinds, config)
     alone = _alone(modules, config) if "linear" in kinds else ()
@@ -115,7 +123,14 @@ def sites_for(kinds: frozenset[str], config: Architecture) -> tuple[Site, ...]:
 
 
 def counted_sites(kinds: frozenset[str], config: Architecture) -> dict[str, Site]:
-    """`sites_for` by path, and kernels beside them as ``dense`` sites: all that ``keep`` counts."""
+    """Returns all sites that count for the budget, by path.
+
+    These are `sites_for` and, as ``dense`` sites, the kernels that the method does not compress.
+
+    Args:
+      kinds: kinds of sites that the method compresses.
+      config: the architecture.
+    """
     sites = sites_for(kinds, config)
     if "linear" not in kinds:
         alone = _alone(sites, config)
@@ -129,12 +144,12 @@ def _modules(kinds: frozenset[str], config: Architecture) -> tuple[Site, ...]:
 
 
 def _alone(modules: tuple[Site, ...], config: Architecture) -> tuple[Site, ...]:
-    """Kernels that no module covers."""
+    """Linear sites of the kernels that are in none of the modules."""
     covered = {path for site in modules for path in site.kernels}
     covered |= set() if config.gated else {GATE}
     return tuple(site for site in LINEAR_SITES if site.path not in covered)
 
 
 def site_path(layer: int, site: Site) -> str:
-    """The site's path in the whole model."""
-    return f"layer_{layer}/{site.path}"
+    """Returns the site's path in the whole model."""
+    return f"{names.layer(layer)}/{site.path}"

@@ -1,4 +1,4 @@
-"""A model that is read block by block."""
+"""Sources: models that are read block by block."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any, Protocol
 
 from lordjax.kernels.base import materialize
 from lordjax.models.config import ModelConfig
+from lordjax.names import layer
 
 
 class Source(Protocol):
-    """Where parameters come from, a block at a time."""
+    """A model whose parameters are read one block at a time."""
 
     @property
     def config(self) -> ModelConfig:
@@ -19,33 +20,42 @@ class Source(Protocol):
         ...
 
     def block(self, i: int) -> dict[str, Any]:
-        """Nested dict of ``layer_i``."""
+        """Returns the parameters of block ``i`` as a nested dict."""
         ...
 
     def non_block_params(self) -> dict[str, Any]:
-        """Nested dict of everything outside the blocks."""
+        """Returns the parameters outside the blocks as a nested dict."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class InMemory:
-    """A `Source` over a parameter tree."""
+    """A `Source` of a parameter tree in memory.
+
+    Attributes:
+      config: the architecture.
+      params: parameters of the whole model, nested.
+    """
 
     config: ModelConfig
     params: Mapping[str, Any]
 
     def block(self, i: int) -> dict[str, Any]:
-        """Nested dict of ``layer_i``."""
-        return self.params[f"layer_{i}"]
+        """Returns the parameters of block ``i`` as a nested dict."""
+        return self.params[layer(i)]
 
     def non_block_params(self) -> dict[str, Any]:
-        """Nested dict of everything outside the blocks."""
+        """Returns the parameters outside the blocks as a nested dict."""
         return {k: v for k, v in self.params.items() if not k.startswith("layer_")}
 
 
 @dataclasses.dataclass(frozen=True)
 class Materialized:
-    """A `Source` whose kernels are multiplied out: a compressed model as one to compress."""
+    """A `Source` with dense kernels, so that a compressed model can be compressed again.
+
+    Attributes:
+      source: the model, with kernels of any kind.
+    """
 
     source: Source
 
@@ -55,9 +65,9 @@ class Materialized:
         return self.source.config
 
     def block(self, i: int) -> dict[str, Any]:
-        """Nested dict of ``layer_i``, arrays only."""
+        """Returns the parameters of block ``i`` as a nested dict of arrays."""
         return materialize(self.source.block(i))
 
     def non_block_params(self) -> dict[str, Any]:
-        """Nested dict of everything outside the blocks."""
+        """Returns the parameters outside the blocks as a nested dict."""
         return self.source.non_block_params()

@@ -1,36 +1,37 @@
-"""The model: attention, MLP, block, head. One file for every family.
+"""The model of all families: embedding, blocks, head.
 
 Parameters (``[in, out]`` kernels; biases where the family has them)::
 
     embed/embedding                         [vocab, m]
-    project_in/kernel                       [e, m], only where embeddings have another width
-    positions/embedding                     [rows, m], only where positions are learned
+    project_in/kernel                       [e, m], only if embeddings have another width
+    positions/embedding                     [rows, m], only if positions are learned
     token_types/embedding                   [types, m], only in encoders
     embed_norm/{scale,bias}                 [m], only in encoders
     layer_0/attention_norm/scale            [m]; and bias, where norms have one
     layer_0/attention/{q,k,v,o}/kernel      [m, h·d] [m, k·d] [m, k·e] [h·e, m]
-    layer_0/attention/rope_index            [k, d/2], only where rotary pairs were dropped
-    layer_0/attention/{q,k}_norm/scale      [d], only where heads are normalised
-    layer_0/{attention,mlp}_post_norm/scale [m], only where outputs are normalised, too
+    layer_0/attention/rope_index            [k, d/2], only if rotary pairs were pruned
+    layer_0/attention/{q,k}_norm/scale      [d], only if heads are normalized
+    layer_0/{attention,mlp}_post_norm/scale [m], only if outputs are normalized, too
     layer_0/mlp_norm/scale                  [m]
     layer_0/mlp/{gate,up,down}/kernel       [m, f] [m, f] [f, m]; gate only in gated MLPs
-    final_norm/scale                        [m], absent where blocks end with a norm
-    project_out/kernel                      [m, e], beside project_in
+    final_norm/scale                        [m], absent if blocks end with a norm
+    project_out/kernel                      [m, e], only with project_in
     transform/dense/kernel                  [m, m], before the head of an encoder
-    transform/norm/{scale,bias}             [m], where it predicts masked tokens
+    transform/norm/{scale,bias}             [m], if it predicts masked tokens
     head/kernel                             [m, vocab or classes], absent when tied to the embedding
 
-The norm before the MLP is absent where attention and MLP read the same normalised stream.
+The norm before the MLP is absent where attention and MLP read the same normalized stream.
 
-A compressed model is this same module with other leaves: sizes that compression may change are
-read from the arrays. Places where statistics can be taken are marked with `stats.tap`.
+A compressed model is the same module with other leaves: sizes that compression may change are read
+from the arrays. Activations whose statistics can be collected are marked with `layers.tap`.
 
-If the collection ``cache`` is mutable, keys and values are kept there::
+If the collection ``cache`` is mutable, keys and values are stored in it::
 
     layer_0/attention/{keys,values}         [b, k, capacity, d] [b, k, capacity, e]
 
-Column i is position i. A pass without a cache makes one of as many columns as it has tokens; a pass
-with one writes its tokens' columns and attends to all columns up to their positions (`generate`).
+Column i is position i. A pass without a cache makes one with as many columns as it has tokens. A
+pass with a cache writes the columns of its tokens and attends to all columns up to their positions;
+see `generation.decode`.
 """
 
 from __future__ import annotations
@@ -41,19 +42,26 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from lordjax.models.blocks import BLOCKS
+from lordjax.models.blocks import Block
 from lordjax.models.config import ModelConfig
 from lordjax.models.layers import NORMS, Bias, Linear, softcap
 from lordjax.models.output_heads import TRANSFORMS
+from lordjax.names import layer
 
 
 class Transformer(nn.Module):
-    """Token ids to logits. Layers are a Python loop, since their ranks may differ."""
+    """Maps token ids to logits.
+
+    Blocks run in a Python loop, because their ranks may differ.
+
+    Attributes:
+      config: the architecture.
+    """
 
     config: ModelConfig
 
     def setup(self) -> None:
-        """Names the parts; see the module's docstring."""
+        """Builds the layers; their names are those of the module's docstring."""
         c = self.config
         self.embed = nn.Embed(c.vocab_size, c.embed_size or c.hidden_size)
         if c.embed_size is not None:
@@ -64,8 +72,7 @@ class Transformer(nn.Module):
             self.token_types = nn.Embed(c.token_types, c.hidden_size)
         if c.embed_norm:
             self.embed_norm = NORMS[c.norm](c.norm_eps)
-        block = BLOCKS[c.block]
-        self.blocks = [block(c, c.window(i), name=f"layer_{i}") for i in range(c.num_layers)]
+        self.blocks = [Block(c, c.window(i), name=layer(i)) for i in range(c.num_layers)]
         if c.final_norm:
             self.final_norm = NORMS[c.norm](c.norm_eps)
         if c.head in TRANSFORMS:
@@ -83,9 +90,15 @@ class Transformer(nn.Module):
         mask: Bool[Array, "b s"] | None = None,
         token_types: Int[Array, "b s"] | None = None,
     ) -> Float[Array, "..."]:
-        """Logits ``[b, s, vocab]`` or ``[b, classes]`` in float32; without a head the stream.
+        """Computes the logits. A causal model predicts the next token, a masked one the same token.
 
-        A causal model predicts the next token at every position, a masked one that very token.
+        Args:
+          tokens: token ids.
+          mask: False at padding, which no token sees; None: there is no padding.
+          token_types: type of every token, for encoders; None: 0.
+
+        Returns:
+          Float32 logits ``[b, s, vocab]`` or ``[b, classes]``; without a head, the residual stream.
         """
         return self.unembed(self.hidden(tokens, mask, token_types))
 
@@ -96,10 +109,15 @@ class Transformer(nn.Module):
         token_types: Int[Array, "b s"] | None = None,
         positions: Int[Array, "b s"] | None = None,
     ) -> Float[Array, "b s m"]:
-        """The residual stream after the last block.
+        """Computes the residual stream after the last block.
 
-        With a cache the tokens' ``positions`` have to be given, rising by one from column to
-        column; what is behind the cache's capacity overwrites its end.
+        Args:
+          tokens: token ids.
+          mask: False at padding, which no token sees; None: there is no padding.
+          token_types: type of every token, for encoders; None: 0.
+          positions: position of every token; None: see `default_positions`. With a cache they are
+            required, and rise by one from column to column. Positions beyond the cache's capacity
+            overwrite its last columns.
         """
         x = self.embed_tokens(tokens, mask, token_types, positions)
         positions = default_positions(tokens, mask) if positions is None else positions
@@ -114,15 +132,16 @@ class Transformer(nn.Module):
         token_types: Int[Array, "b s"] | None = None,
         positions: Int[Array, "b s"] | None = None,
     ) -> Float[Array, "b s m"]:
-        """The residual stream before the first block; token types are 0 where none are given.
+        """Computes the residual stream before the first block; arguments as for `hidden`.
 
         Raises:
-          ValueError: if there are more tokens than learned positions, or types but no table.
+          ValueError: if there are more tokens than learned positions, or token types are given but
+            the model has no table of them.
         """
         c = self.config
         x = self.embed(tokens) * c.embedding_scale
         if token_types is not None and not c.token_types:
-            raise ValueError("token types are given, but this model has none")
+            raise ValueError("token types are given, but this model has none; leave them out")
         if c.embed_size is not None:
             x = self.project_in(x)
         if c.token_types:
@@ -135,19 +154,19 @@ class Transformer(nn.Module):
     def _add_positions(
         self, x: Float[Array, "b s m"], positions: Int[Array, "#b s"]
     ) -> Float[Array, "b s m"]:
-        """Adds the learned positions."""
+        """Adds the embeddings of learned positions."""
         c = self.config
         rows = c.position_rows or 0
         if x.shape[1] > rows - c.position_offset:
             raise ValueError(
-                f"{x.shape[1]} tokens, but the model has learned "
-                f"{rows - c.position_offset} positions; use shorter windows"
+                f"sequences of {x.shape[1]} tokens, but the model has learned "
+                f"{rows - c.position_offset} positions; use shorter sequences"
             )
         added = self.positions(positions + c.position_offset)
         return x + jnp.broadcast_to(added, x.shape)
 
     def unembed(self, x: Float[Array, "b s m"]) -> Float[Array, "..."]:
-        """Logits from the residual stream after the last block."""
+        """Computes the logits from the residual stream after the last block."""
         c = self.config
         if c.final_norm:
             x = self.final_norm(x)
@@ -164,13 +183,13 @@ class Transformer(nn.Module):
 
 
 def default_positions(tokens: Any, mask: Any = None) -> Int[Array, "#b s"]:
-    """Positions ``0, 1, …`` of the tokens that the mask keeps (all, if there is none)."""
+    """Returns positions ``0, 1, …``; with a mask, padding is not counted."""
     if mask is None:
         return jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     return jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
 
 
 def init(config: ModelConfig, key: Array) -> dict[str, Any]:
-    """Random parameters, for tests and shapes (``jax.eval_shape``)."""
+    """Returns random parameters, for tests and shapes (``jax.eval_shape``)."""
     tokens = jnp.zeros((1, 2), jnp.int32)
     return dict(Transformer(config).init(key, tokens)["params"])

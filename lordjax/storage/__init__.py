@@ -1,1 +1,1 @@
-"""Files: tensors, shards, journals of unfinished work, saved models."""
+"""Files on disk: tensors, shards, journals of unfinished runs, and saved models."""

@@ -13,15 +13,15 @@ from lordjax.storage.tensor_files import sync_directory
 
 
 def check_destination(directory: str | os.PathLike[str]) -> Path:
-    """Where a model is to be written.
+    """Returns the absolute path of a directory that is to be written.
 
     Raises:
-      FileExistsError: if something is there already (an empty directory is fine).
+      FileExistsError: if the path exists and is not an empty directory, or cannot be replaced.
     """
     directory = Path(directory).resolve()
     if directory.is_mount() or directory == Path.cwd():
         raise FileExistsError(
-            f"{directory}: is in use as a mount point or working directory and cannot be replaced; "
+            f"{directory}: is a mount point or the working directory and cannot be replaced; "
             "name a directory inside it"
         )
     if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
@@ -33,10 +33,12 @@ def check_destination(directory: str | os.PathLike[str]) -> Path:
 
 @contextlib.contextmanager
 def staged(directory: Path) -> Iterator[Path]:
-    """A fresh directory beside ``directory`` that takes its name when the block succeeds.
+    """Yields a fresh directory beside ``directory``, which takes its name when the block succeeds.
+
+    If the block raises, the fresh directory is removed.
 
     Raises:
-      FileExistsError: if the destination is not free.
+      FileExistsError: if the destination is not free; see `check_destination`.
     """
     directory = check_destination(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -44,7 +46,7 @@ def staged(directory: Path) -> Iterator[Path]:
     try:
         yield stage
         sync(stage)
-        stage.chmod(0o777 & ~_umask())  # mkdtemp makes it private
+        stage.chmod(0o777 & ~_umask())  # mkdtemp creates it with mode 700
         publish(stage, directory)
     except BaseException:
         shutil.rmtree(stage, ignore_errors=True)
@@ -52,17 +54,21 @@ def staged(directory: Path) -> Iterator[Path]:
 
 
 def sync(stage: Path) -> None:
-    """Brings all files below a directory to disk."""
+    """Syncs all files below a directory to disk, and sets their modes by the umask."""
     for file in stage.rglob("*"):
         if file.is_file():
-            file.chmod(0o666 & ~_umask())  # safetensors makes its files private
+            file.chmod(0o666 & ~_umask())  # safetensors creates files with mode 600
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
     sync_directory(stage)
 
 
 def publish(stage: Path, directory: Path) -> None:
-    """Gives a complete directory its name, where nothing but an empty directory may be."""
+    """Renames a complete directory to its final name.
+
+    Raises:
+      OSError: if the destination exists and is not an empty directory.
+    """
     if directory.exists():
         directory.rmdir()
     stage.rename(directory)
@@ -70,18 +76,26 @@ def publish(stage: Path, directory: Path) -> None:
 
 
 def _umask() -> int:
-    """The process' umask, which can only be read by setting it."""
+    """Returns the process's umask, which can only be read by setting it."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 
 def check_room(directory: Path, need: int) -> None:
-    """Raises OSError if the disk of ``directory`` has less than ``need`` bytes and 16 MiB."""
+    """Checks that a disk has room for ``need`` bytes and 16 MiB.
+
+    Args:
+      directory: a path on the disk; need not exist.
+      need: bytes that will be written.
+
+    Raises:
+      OSError: if there is not enough room; says how much is needed and how much is free.
+    """
     there = next(p for p in [directory, *directory.absolute().parents] if p.exists())
     free = shutil.disk_usage(there).free
     if free < need + 2**24:
         raise OSError(
-            f"{directory}: needs about {need / 1e6:.0f} MB of disk, {free / 1e6:.0f} MB are free; "
-            "make room or choose another output"
+            f"{directory}: needs about {need / 1e6:.0f} MB of disk, but {free / 1e6:.0f} MB are "
+            "free; make room or choose another output"
         )

@@ -1,15 +1,16 @@
-"""A model, compressed or not, as a directory that describes itself.
+"""Saves a model, compressed or not, as a directory that describes itself.
 
 ::
 
-    model-00001-of-0000N.safetensors …   what is no block, then a block each: tensors by "/"-path
+    model-00001-of-0000N.safetensors …   non-block parameters, then a file per block; "/"-paths
     model.safetensors.index.json         tensor -> file
     config.json                          the original Hugging Face config, plus "lordjax": {...}
-    plan.json, report.json               what was decided, what came of it
+    plan.json, report.json               the compression plan, and what was measured
+    report.html                          the report as a web page, if the command line wrote it
     tokenizer files                      if a writer was given
 
-Nothing is pickled. A directory is written beside its destination and renamed when it is complete
-and on disk, so that a crash leaves nothing half-written.
+Nothing is pickled. A directory is written beside its destination, synced to disk, and renamed when
+it is complete. A crash therefore leaves no half-written model.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from lordjax.storage.shards import SHARD_BYTES, Shards, split_blocks
 from lordjax.storage.store import MemoryStore
 from lordjax.storage.tensor_files import write_json
 
-FORMAT = 1  # of the directory; raised when a reader of the old one would misread the new one
+FORMAT = 1  # version of the directory; raised when an older reader would misread the new one
 INDEX = "model.safetensors.index.json"
 
 
@@ -43,34 +44,35 @@ def save(
     write_tokenizer: Callable[[Path], Any] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
-    """Writes a model directory; see the module's docstring for its files.
+    """Writes a model directory; the module's docstring lists its files.
 
     Args:
-      directory: destination; must be free (see `check_destination`).
-      config: the architecture.
-      params: the parameters; kernels of any kind.
-      hf_config: the original ``config.json``.
-      plan: written as ``plan.json``.
-      report: written as ``report.json``.
-      write_tokenizer: called with the directory to put tokenizer files into.
-      shard_bytes: most tensor bytes per file.
+      directory: destination; must not exist, or be an empty directory.
+      config: the model's architecture.
+      params: the model's parameters; leaves may be kernels of any kind.
+      hf_config: contents of the original ``config.json``.
+      plan: the compression plan, written as ``plan.json``; None writes none.
+      report: the report, written as ``report.json``; None writes none.
+      write_tokenizer: function that writes tokenizer files into a directory.
+      shard_bytes: largest number of tensor bytes per file.
 
     Returns:
-      The directory.
+      The absolute path of the directory.
 
     Raises:
       FileExistsError: if the destination is not free.
-      OSError: if there is not enough room; says how much is needed and how much there is.
+      OSError: if there is not enough room on the disk; says how much is needed and how much is
+        free.
     """
     directory = check_destination(directory)
     check_room(directory, nbytes(params))
     with staged(directory) as stage:
-        writer, pieces = Shards(stage, MemoryStore(), shard_bytes), split_blocks(params)
-        for name, part in pieces.items():
-            writer[name] = part
+        writer, blocks = Shards(stage, MemoryStore(), shard_bytes), split_blocks(params)
+        for name, block in blocks.items():
+            writer[name] = block
         write_about(
             stage,
-            writer.finish(list(pieces)),
+            writer.finish(list(blocks)),
             config,
             hf_config=hf_config,
             plan=plan,
@@ -81,11 +83,12 @@ def save(
 
 
 def describe(config: ModelConfig, params: Any) -> dict[str, Any]:
-    """What `assemble` must know besides the tensors, as JSON: kinds, static fields, the model."""
+    """Returns the metadata for `saved_model.assemble`: kernel kinds, constants, architecture."""
     return _about(config, shards.describe(params))
 
 
 def _about(config: ModelConfig, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the "lordjax" entry of ``config.json`` from what `Shards.finish` found."""
     from lordjax import __version__
 
     own = {"format": FORMAT, "version": __version__}
@@ -102,17 +105,19 @@ def write_about(
     plan: Plan | None = None,
     report: Mapping[str, Any] | None = None,
     write_tokenizer: Callable[[Path], Any] | None = None,
+    also: Callable[[Path], Any] | None = None,
 ) -> None:
-    """Writes what a directory holds besides tensors.
+    """Writes the files of a model directory that hold no tensors, and syncs all files to disk.
 
     Args:
       stage: the directory.
-      found: what `Parts.finish` says.
-      config: the architecture.
+      found: the return value of `Shards.finish`.
+      config: the model's architecture.
       hf_config: see `save`.
       plan: see `save`.
       report: see `save`.
       write_tokenizer: see `save`.
+      also: function that writes more files into the directory, after all others.
     """
     lordjax = {
         **_about(config, found),
@@ -129,4 +134,6 @@ def write_about(
         write_json(stage / "report.json", {**report, "file_bytes": found["file_bytes"]})
     if write_tokenizer is not None:
         write_tokenizer(stage)
+    if also is not None:
+        also(stage)
     sync(stage)

@@ -1,14 +1,15 @@
-"""Work that is kept on disk, so that it can go on after it was killed.
+"""A store of finished results on disk, so that a run can be resumed after it was killed.
 
-An entry is a tree of arrays - nested dicts, lists, and the dataclasses of `entries` - under a key::
+An entry is a tree of arrays (nested dicts, lists and known dataclasses; see `serialize`) under a
+key. The directory holds::
 
-    run.json         what is being made, and of what: the same command has the same
-    lock             held as long as a process works here; a killed one lets go of it
-    journal.jsonl    a line per entry that is finished: key, file, size, checksum
-    entries/         safetensors with the shape of the tree in their metadata
+    run.json         the run's identity: what is made of what; equal for the same command
+    lock             locked while a process works here; the lock of a killed process is released
+    journal.jsonl    a line per finished entry: key, file, size, checksum
+    entries/         safetensors files with the structure of the tree in their metadata
 
-A line is written when its file is on disk, so that whatever the journal names is whole. A process
-that is killed loses the entry it was making, no other.
+A line is written after its file is on disk, so every file that the journal names is complete. A
+process that is killed loses only the entry that it was writing.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lordjax.storage.serialize import Types, from_json, to_json
+from lordjax.storage.entry_reader import EntryReader
+from lordjax.storage.serialize import Types, to_json
 from lordjax.storage.tensor_files import (
     TensorFile,
     TensorWriter,
     Written,
-    checksum,
     sync_directory,
     write_json,
     write_tensors,
@@ -39,17 +40,17 @@ RUN, LOCK, JOURNAL, ENTRIES = "run.json", "lock", "journal.jsonl", "entries"
 
 
 class DiskStore:
-    """Entries in a directory.
+    """A store of entries in a directory.
 
     Args:
-      directory: is made, or taken up where it was left.
-      identity: JSON that says what is made of what; all of it decides whether this is the same.
+      directory: the store's directory; is created, or opened with the entries it has.
+      identity: JSON that identifies the run; it must equal that of the run that created the store.
       types: dataclasses that entries may hold, by their names; see `serialize`.
 
     Raises:
-      BlockingIOError: if another process works there.
-      FileExistsError: if the directory holds something else.
-      ValueError: if the directory is that of another run, or is damaged; says how.
+      BlockingIOError: if another process works in the directory.
+      FileExistsError: if the directory holds files that are not a store's.
+      ValueError: if the directory belongs to another run, or is damaged; says how.
     """
 
     durable = True
@@ -62,8 +63,9 @@ class DiskStore:
     ):
         self.directory = Path(directory).absolute()
         self._types: Types = types or {}
+        remedy = f"remove {self.directory} to start over"
+        self._reader = EntryReader(self.directory, self._types, remedy)
         self._entries: dict[str, dict[str, Any]] = {}
-        self._checked: set[str] = set()
         self._streams: list[TensorWriter] = []
         self._count = 0
         known = {RUN, LOCK, JOURNAL, ENTRIES}
@@ -71,8 +73,8 @@ class DiskStore:
             others = {path.name for path in self.directory.iterdir()} - known - {f"{RUN}.new"}
             if others:
                 raise FileExistsError(
-                    f"{self.directory}: is where the work is kept, but holds {sorted(others)[0]}; "
-                    "choose another output or remove it"
+                    f"{self.directory}: unfinished results are kept here, but it holds "
+                    f"{sorted(others)[0]}, which is none; choose another output, or remove it"
                 )
         (self.directory / ENTRIES).mkdir(parents=True, exist_ok=True)
         self._lock = _locked(self.directory)
@@ -90,7 +92,7 @@ class DiskStore:
         self.close()
 
     def close(self) -> None:
-        """Lets go of the directory, which stays."""
+        """Releases the directory; its files stay."""
         for writer in self._streams:
             writer.abandon()
         if self._lock >= 0:
@@ -98,47 +100,41 @@ class DiskStore:
         self._lock = -1
 
     def remove(self) -> None:
-        """Removes the directory: its work is done, or there is none."""
+        """Removes the directory with all entries, and closes the store."""
         shutil.rmtree(self.directory)
         sync_directory(self.directory.parent)
         self.close()
 
     @property
     def empty(self) -> bool:
-        """Whether nothing is finished."""
+        """Whether the store has no entry."""
         return not self._entries
 
     @property
     def open(self) -> bool:
-        """Whether this process still holds the directory."""
+        """Whether this process holds the directory's lock."""
         return self._lock >= 0
 
     def __contains__(self, key: str) -> bool:
         return key in self._entries
 
     def __getitem__(self, key: str) -> Any:
-        """An entry; its arrays are mapped, not read.
+        """Returns an entry; its arrays are memory-mapped, not read.
 
         Raises:
-          ValueError: if its file is not what was written.
+          ValueError: if the file differs from what was written.
         """
-        if "file" not in self._entries[key]:
-            return from_json(self._entries[key]["value"], {}, self._types)
-        file = self.arrays(key)
-        return from_json(json.loads(file.metadata["tree"]), file, self._types)
+        return self._reader.tree(self._entries[key])
 
     def arrays(self, key: str) -> TensorFile:
-        """The arrays of an entry, in their order; errors as of reading it."""
-        row = self._entries[key]
-        path = self.directory / row["file"]
-        self.check(path, Written(row["bytes"], row["sha256"]))
-        return TensorFile(path)
+        """Returns the file with the arrays of an entry; raises as reading the entry does."""
+        return self._reader.arrays(self._entries[key])
 
     def __setitem__(self, key: str, tree: Any) -> None:
-        """Brings an entry to disk, in place of an older one.
+        """Writes an entry to disk; replaces an older one.
 
         Raises:
-          OSError: if the disk is full; the older one is still there then.
+          OSError: if the disk is full; then the older entry is still there.
         """
         arrays: dict[str, Any] = {}
         value = to_json(tree, arrays, self._types)
@@ -149,60 +145,53 @@ class DiskStore:
         self._file(key, path, write_tensors(path, arrays, {"tree": json.dumps(value)}))
 
     def below(self, prefix: str) -> list[str]:
-        """Keys that begin like that, the oldest first."""
+        """Returns the keys with a prefix, oldest first."""
         return [key for key in self._entries if key.startswith(prefix)]
 
     def release(self, key: str) -> None:
-        """Nothing: entries take no memory."""
+        """Does nothing, because entries on disk take no memory."""
 
     def discard(self, *keys: str) -> None:
-        """Removes entries, those of them that there are."""
+        """Removes entries; keys without an entry are ignored."""
         there = [key for key in keys if key in self._entries]
         if there:
             self._record({"removed": there})
 
     def link(self, keys: list[str], directory: Path) -> dict[str, dict[str, Any]]:
-        """Gives the files of entries another name each, below a directory on the same disk.
+        """Hard-links the files of entries into another directory on the same disk.
+
+        Args:
+          keys: keys of the entries.
+          directory: the other directory; the files keep their relative paths.
 
         Returns:
-          key -> what the journal says of it: ``file`` (below either directory), ``bytes``,
-          ``sha256``; or ``value``, of an entry without arrays.
+          The journal's line of each key: ``file`` (relative to either directory), ``bytes`` and
+          ``sha256``; or ``value`` for an entry without arrays.
         """
         (directory / ENTRIES).mkdir(exist_ok=True)
         rows = {}
         for key in keys:
             row = {name: value for name, value in self._entries[key].items() if name != "key"}
             if "file" in row:
-                path, other = self.directory / row["file"], directory / row["file"]
-                self.check(path, Written(row["bytes"], row["sha256"]))
-                other.unlink(missing_ok=True)  # of a process that was killed
+                path, other = self._reader.checked_path(row), directory / row["file"]
+                other.unlink(missing_ok=True)  # a killed process may have left it
                 os.link(path, other)
             rows[key] = row
         sync_directory(directory / ENTRIES)
         return rows
 
     def stream(self, key: str, shapes: list[Any]) -> Stream:
-        """An entry that is a list of arrays of some shapes and dtypes, to be given one by one.
+        """Opens an entry that is a list of arrays, which are written one by one.
 
         Args:
-          key: names the file; the entry's own is given when it is closed.
-          shapes: anything with a shape and a dtype.
+          key: text for the name of the file; `Stream.close` is given the entry's key.
+          shapes: one object with a shape and a dtype per array, in order.
         """
         path, names = self._path(key), [str(j) for j in range(len(shapes))]
         value = json.dumps({"list": [{"array": name} for name in names]})
         writer = TensorWriter(path, dict(zip(names, shapes, strict=True)), {"tree": value})
         self._streams = [each for each in self._streams if not each.closed] + [writer]
         return Stream(writer.add, lambda key: self._file(key, path, writer.close()))
-
-    def check(self, path: Path, written: Written) -> None:
-        """Raises ValueError if a file is not what was written; what it once was it stays."""
-        if path.name in self._checked:
-            return
-        if not path.is_file():
-            self._broken(f"{path} is missing")
-        if checksum(path) != written:
-            self._broken(f"{path} is not what was written there (its checksum differs)")
-        self._checked.add(path.name)
 
     def _broken(self, what: str) -> None:
         raise ValueError(f"{what}; remove {self.directory} to start over")
@@ -213,12 +202,12 @@ class DiskStore:
         return self.directory / ENTRIES / f"{self._count:06d}-{name}.safetensors"
 
     def _file(self, key: str, path: Path, written: Written) -> None:
-        self._checked.add(path.name)
+        self._reader.intact.add(path.name)
         file = str(path.relative_to(self.directory))
         self._record({"key": key, "file": file, **written._asdict()})
 
     def _record(self, row: dict[str, Any]) -> None:
-        """Appends to the journal; then the file of an older entry of the key is of no use."""
+        """Appends a line to the journal, then removes the files of entries that it replaces."""
         text = json.dumps(row).encode()
         path = self.directory / JOURNAL
         with path.open("ab", buffering=0) as journal:
@@ -235,7 +224,7 @@ class DiskStore:
             (self.directory / old).unlink(missing_ok=True)
 
     def _apply(self, row: dict[str, Any]) -> list[str]:
-        """Takes a line of the journal into account; returns the files that it makes useless."""
+        """Applies a line of the journal; returns the files that no entry needs any more."""
         removed = row["removed"] if "removed" in row else [row["key"]]
         old = [self._entries.pop(key, {}).get("file") for key in removed]
         if "key" in row:
@@ -243,7 +232,7 @@ class DiskStore:
         return [file for file in old if file is not None]
 
     def _same(self, identity: dict[str, Any]) -> None:
-        """Writes what this run is; raises ValueError if the directory is that of another."""
+        """Writes the run's identity; raises ValueError if the directory has another one."""
         path = self.directory / RUN
         if not path.exists():
             write_json(path, identity)
@@ -255,11 +244,13 @@ class DiskStore:
         changes = list(differences(before, identity))
         if changes:
             raise ValueError(
-                f"{self.directory}: was begun with something else: {'; '.join(changes)}; "
-                "give the same again to go on, or remove the directory to start over"
+                f"{self.directory}: this run was started with other settings (old -> new): "
+                f"{'; '.join(changes)}; give the same settings to go on, or remove the directory "
+                "to start over"
             )
 
     def _read_journal(self) -> None:
+        """Reads the journal, checks the files that it names, and removes all others."""
         path = self.directory / JOURNAL
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         good = 0
@@ -268,7 +259,7 @@ class DiskStore:
             if row is None:
                 if number < len(lines):
                     self._broken(f"{path}: line {number} of {len(lines)} is damaged")
-                os.truncate(path, good)  # killed while it was written: made again
+                os.truncate(path, good)  # the process was killed while it wrote this line
                 break
             good += len(line)
             self._apply(row)
@@ -277,13 +268,13 @@ class DiskStore:
             if "file" in row:
                 file = self.directory / row["file"]
                 if not file.is_file():
-                    self._broken(f"{file} is missing, which {path} names")
+                    self._broken(f"{file} is missing, but {path} names it")
                 if (size := file.stat().st_size) != row["bytes"]:
-                    self._broken(f"{file} has {size} bytes, {path} says {row['bytes']}")
+                    self._broken(f"{file} has {size} bytes, but {path} says {row['bytes']}")
         useful = {row.get("file") for row in self._entries.values()}
         for file in (self.directory / ENTRIES).iterdir():
             if str(file.relative_to(self.directory)) not in useful:
-                file.unlink()  # half-written, or replaced, when a process was killed
+                file.unlink()  # incomplete or replaced when the process was killed
             else:
                 self._count = max(self._count, int(file.name.split("-", 1)[0]))
 
@@ -293,8 +284,8 @@ class Stream:
     """An entry that is being written.
 
     Attributes:
-      add: writes the next array.
-      close: brings all to disk, under a key.
+      add: function that writes the next array.
+      close: function that finishes the entry under a key and syncs it to disk.
     """
 
     add: Callable[[Any], None]
@@ -302,7 +293,7 @@ class Stream:
 
 
 def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
-    """Where two pieces of JSON differ, in words."""
+    """Yields a text ``path: old -> new`` for every place where two JSON values differ."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in dict.fromkeys([*old, *new]):
             yield from differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
@@ -311,7 +302,7 @@ def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
 
 
 def _line(line: bytes) -> dict[str, Any] | None:
-    """What a line of the journal says; None if it is damaged."""
+    """Returns the contents of a line of the journal; None if its checksum is wrong."""
     head, _, text = line.rstrip(b"\n").partition(b" ")
     if not line.endswith(b"\n") or head != b"%08x" % zlib.crc32(text):
         return None
@@ -319,7 +310,7 @@ def _line(line: bytes) -> dict[str, Any] | None:
 
 
 def _locked(directory: Path) -> int:
-    """A handle that holds the directory's lock until it is closed or the process ends."""
+    """Locks a directory; returns the file handle, which holds the lock until it is closed."""
     while True:
         handle = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -327,9 +318,9 @@ def _locked(directory: Path) -> int:
         except BlockingIOError as error:
             os.close(handle)
             raise BlockingIOError(
-                f"{directory}: another process works there; wait for it, or choose another output"
+                f"{directory}: another process works here; wait for it, or choose another output"
             ) from error
-        try:  # whoever was there before may have removed the file meanwhile
+        try:  # the process that held the lock before may have removed the file
             if os.stat(directory / LOCK).st_ino == os.fstat(handle).st_ino:
                 return handle
         except FileNotFoundError:

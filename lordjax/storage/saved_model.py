@@ -1,4 +1,4 @@
-"""A saved model: opened by its manifest, read block by block or whole."""
+"""Opens a saved model from its metadata; reads it block by block or as a whole."""
 
 from __future__ import annotations
 
@@ -20,26 +20,30 @@ from lordjax.kernels.base import Kernel
 from lordjax.kernels.kinds import KINDS, check
 from lordjax.models.config import ModelConfig
 from lordjax.models.transformer import init
+from lordjax.names import layer
 from lordjax.storage.checkpoint import FORMAT, INDEX
 from lordjax.storage.tensor_files import DTYPES
 
 
 def _kernel(kind: str, tensors: Mapping[str, Any], constants: Mapping[str, Any]) -> Kernel:
-    """A kernel from its tensors and what `_constants` wrote."""
+    """Returns a kernel from its tensors and the constants that `shards.describe` wrote."""
     if "format" in constants:
         constants = {**constants, "format": normal_float.Format.parse(constants["format"])}
     return KINDS[kind](**tensors, **constants)
 
 
 def assemble(arrays: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Inverse of `parts.tensors`, of all of them or of some whole kernels.
+    """Puts parameters together from tensors; the inverse of `shards.tensors`.
 
     Args:
-      arrays: by the names they have on disk.
-      meta: from `describe`.
+      arrays: tensors by their names on disk; some or all, but with all tensors of each kernel.
+      meta: metadata from `checkpoint.describe`.
+
+    Returns:
+      The parameters as a nested dict with kernels.
 
     Raises:
-      ValueError: if a kernel's parts do not fit; names it.
+      ValueError: if the tensors of a kernel do not fit together; names the kernel.
     """
     tree = trees.unflatten(arrays)
     kinds, constants = meta["kinds"], meta.get("constants", {})
@@ -57,7 +61,7 @@ def assemble(arrays: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[str, An
 
 
 def is_compressed(path: str | os.PathLike[str]) -> bool:
-    """Whether ``path`` is a directory written by `save`."""
+    """Whether ``path`` is a directory that `checkpoint.save` wrote."""
     file = Path(path) / "config.json"
     try:
         config = json.loads(file.read_text())
@@ -67,36 +71,50 @@ def is_compressed(path: str | os.PathLike[str]) -> bool:
 
 
 def header(file: Any, name: str) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of a tensor of an open safetensors file, without reading its values.
+    """Returns shape and dtype of a tensor in an open safetensors file, without reading its values.
 
     Raises:
-      ValueError: if NumPy has no such dtype.
+      ValueError: if the dtype is not supported.
     """
-    part = file.get_slice(name)
-    if part.get_dtype() not in DTYPES:
-        raise ValueError(f"{name}: dtype {part.get_dtype()}; known: {', '.join(DTYPES)}")
-    return jax.ShapeDtypeStruct(tuple(part.get_shape()), np.dtype(DTYPES[part.get_dtype()]))
+    view = file.get_slice(name)
+    if view.get_dtype() not in DTYPES:
+        raise ValueError(
+            f"{name}: dtype {view.get_dtype()} is not supported; expected one of "
+            f"{', '.join(DTYPES)}"
+        )
+    return jax.ShapeDtypeStruct(tuple(view.get_shape()), np.dtype(DTYPES[view.get_dtype()]))
 
 
 @dataclasses.dataclass(frozen=True)
 class Saved:
-    """An opened model directory; tensors are read when they are asked for.
+    """An open model directory; tensors are read on request.
 
-    A `source.Source`, so that a compressed model can be compressed again.
+    Implements `models.source.Source`, so a compressed model can be compressed again.
+
+    Attributes:
+      directory: the model directory.
+      config: the model's architecture.
+      hf_config: contents of the original ``config.json``.
+      meta: metadata of `checkpoint.describe`.
+      files: name of the file that holds each tensor.
     """
 
     directory: Path
     config: ModelConfig
     hf_config: dict[str, Any]
     meta: dict[str, Any]
-    files: dict[str, str]  # tensor -> file
+    files: dict[str, str]
 
     def read(self, prefix: str = "") -> dict[str, Any]:
-        """Parameters below a "/"-path (all, if empty) as a nested dict, kernels put together.
+        """Reads the parameters below a path as a nested dict with kernels.
+
+        Args:
+          prefix: "/"-separated path; empty reads all parameters.
 
         Raises:
-          KeyError: if there are none.
-          ValueError: if a file is damaged or a kernel's parts do not fit; names them.
+          KeyError: if there is no parameter below the path.
+          ValueError: if a file is damaged, or the tensors of a kernel do not fit together; names
+            them.
         """
 
         def below(path: str) -> bool:
@@ -109,7 +127,9 @@ class Saved:
         return functools.reduce(lambda at, key: at[key], prefix.split("/") if prefix else [], tree)
 
     def leaves(self) -> dict[str, Any]:
-        """Parameter path -> ``ShapeDtypeStruct`` or kernel of them, from the files' headers.
+        """Returns a ``ShapeDtypeStruct``, or a kernel of them, for every parameter path.
+
+        Reads only the headers of the files.
 
         Raises:
           ValueError: as `read`.
@@ -117,7 +137,7 @@ class Saved:
         return trees.flatten(self._tree(list(self.files), header))
 
     def is_original(self) -> bool:
-        """Whether nothing is compressed: arrays in the original shapes, and no other."""
+        """Whether nothing is compressed: all parameters are dense and have the original shapes."""
         make = functools.partial(init, self.config)
         original = trees.flatten(jax.eval_shape(make, jax.random.key(0)))
         leaves = self.leaves()
@@ -127,7 +147,7 @@ class Saved:
         )
 
     def _tree(self, names: list[str], read: Callable[[Any, str], Any]) -> dict[str, Any]:
-        """The named tensors as a nested dict, parts of kernels put together."""
+        """Returns the named tensors as a nested dict with kernels."""
         arrays = self._arrays(names, read)
         try:
             return assemble({name: arrays[name] for name in names}, self.meta)
@@ -135,7 +155,7 @@ class Saved:
             raise ValueError(f"{self.directory}: {error}") from error
 
     def _arrays(self, names: list[str], read: Callable[[Any, str], Any]) -> dict[str, Any]:
-        """What ``read(file, name)`` gives; every file is opened once and closed again."""
+        """Returns ``read(file, name)`` for every name; opens every file once."""
         arrays = {}
         for file in dict.fromkeys(self.files[name] for name in names):
             try:
@@ -145,54 +165,59 @@ class Saved:
                             arrays[name] = read(handle, name)
             except (OSError, safetensors.SafetensorError) as error:
                 raise ValueError(
-                    f"{self.directory / file}: not the safetensors file it should be ({error})"
+                    f"{self.directory / file}: cannot be read as a safetensors file with the "
+                    f"tensors of the index ({error}); write or download the model again"
                 ) from error
         return arrays
 
     def block(self, i: int) -> dict[str, Any]:
-        """Nested dict of ``layer_i``."""
-        return self.read(f"layer_{i}")
+        """Returns the parameters of block ``i`` as a nested dict."""
+        return self.read(layer(i))
 
     def non_block_params(self) -> dict[str, Any]:
-        """Nested dict of everything outside the blocks."""
+        """Returns the parameters outside the blocks as a nested dict."""
         tops = dict.fromkeys(name.split("/", 1)[0] for name in self.files)
         return {top: self.read(top) for top in tops if not top.startswith("layer_")}
 
     def params(self) -> dict[str, Any]:
-        """The whole tree."""
+        """Returns all parameters as a nested dict."""
         return self.read()
 
     def file_bytes(self) -> int:
-        """Of the files that hold tensors."""
+        """Returns the total size in bytes of the files that hold tensors."""
         return sum((self.directory / file).stat().st_size for file in set(self.files.values()))
 
     def report(self) -> dict[str, Any]:
-        """The contents of ``report.json``, empty if there is none."""
+        """Returns the contents of ``report.json``; empty if there is no such file."""
         file = self.directory / "report.json"
         return json.loads(file.read_text()) if file.exists() else {}
 
     def plan(self) -> Plan | None:
-        """The plan, if there is one."""
+        """Returns the compression plan; None if there is no ``plan.json``."""
         file = self.directory / "plan.json"
         return Plan.read(file) if file.exists() else None
 
 
 def open_saved(directory: str | os.PathLike[str]) -> Saved:
-    """Opens a directory written by `save`, without reading tensors.
+    """Opens a directory that `checkpoint.save` wrote, without reading tensors.
 
     Raises:
-      ValueError: if it is not such a directory, is of a newer format, or is incomplete.
+      ValueError: if the directory was not written by `checkpoint.save`, has a newer format, or is
+        incomplete.
     """
     directory = Path(directory)
     if not is_compressed(directory):
-        raise ValueError(f'{directory}: no config.json with a "lordjax" entry; not written by save')
+        raise ValueError(
+            f'{directory}: no config.json with a "lordjax" entry; expected a model directory that '
+            "lordjax wrote"
+        )
     hf_config = json.loads((directory / "config.json").read_text())
     meta = hf_config.pop("lordjax")
     try:
         if meta["format"] > FORMAT:
             raise ValueError(
-                f"{directory}: format {meta['format']} of lordjax {meta['version']}; this version "
-                f"reads up to {FORMAT}, upgrade lordjax"
+                f"{directory}: format {meta['format']}, written by lordjax {meta['version']}; this "
+                f"version reads formats up to {FORMAT}; upgrade lordjax"
             )
         unknown = {kind for kind in meta["kinds"].values() if kind not in KINDS}
         if unknown:
@@ -200,7 +225,7 @@ def open_saved(directory: str | os.PathLike[str]) -> Saved:
                 f"{directory}: unknown kernel kinds {sorted(unknown)}; upgrade lordjax"
             )
         if not all(isinstance(c, dict) for c in meta.get("constants", {}).values()):
-            raise TypeError("constants of a kernel are no table")
+            raise TypeError("the constants of a kernel are no JSON object")
         config = ModelConfig.from_json(meta["model"])
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(
@@ -213,12 +238,12 @@ def open_saved(directory: str | os.PathLike[str]) -> Saved:
         raise ValueError(f"{directory / INDEX}: unreadable index ({error!r})") from error
     if missing:
         raise ValueError(f"{directory}: files named in the index are missing: {missing}")
-    _check_parts(directory, meta, files)
+    _check_fields(directory, meta, files)
     return Saved(directory, config, hf_config, meta, files)
 
 
-def _check_parts(directory: Path, meta: Mapping[str, Any], files: Mapping[str, str]) -> None:
-    """Raises ValueError if a kernel of the directory lacks a tensor or another field."""
+def _check_fields(directory: Path, meta: Mapping[str, Any], files: Mapping[str, str]) -> None:
+    """Raises ValueError if a kernel of the directory lacks a tensor or a constant."""
     lacking, constants = [], meta.get("constants", {})
     for path, kind in meta["kinds"].items():
         tensors, others = base.kernel_fields(KINDS[kind])
@@ -226,4 +251,4 @@ def _check_parts(directory: Path, meta: Mapping[str, Any], files: Mapping[str, s
         lacking += [f"{path}/{name}" for name in tensors if f"{path}/{name}" not in there]
         lacking += [f"{path}/{name}" for name in others if name not in constants.get(path, {})]
     if lacking:
-        raise ValueError(f"{directory}: lacks parts of kernels: {', '.join(lacking)}")
+        raise ValueError(f"{directory}: fields of kernels are missing: {', '.join(lacking)}")

@@ -9,16 +9,19 @@ from typing import Any
 import jax
 import numpy as np
 
-Types = Mapping[str, type]  # dataclasses that may occur in a tree, by their names
+Types = Mapping[str, type]  # dataclasses that a tree may hold, by their names
 
 
 def to_json(tree: Any, arrays: dict[str, Any], types: Types) -> Any:
-    """Returns a tree as JSON, and puts its arrays into ``arrays``.
+    """Converts a tree to JSON, and puts its arrays into ``arrays``.
 
     Args:
       tree: nested mappings, lists and tuples of arrays, numbers, strings and dataclasses.
-      arrays: receives every array under the name that the JSON refers to.
-      types: the dataclasses that may occur, by their names.
+      arrays: receives every array under the name that the JSON uses for it.
+      types: dataclasses that the tree may hold, by their names.
+
+    Returns:
+      The JSON value.
 
     Raises:
       TypeError: if the tree holds an object of any other type.
@@ -39,11 +42,18 @@ def to_json(tree: Any, arrays: dict[str, Any], types: Types) -> Any:
         return tree.item()
     if tree is None or isinstance(tree, (bool, int, float, str)):
         return tree
-    raise TypeError(f"{type(tree).__name__} cannot be kept in a workspace")
+    known = ", ".join(["arrays", "numbers", "strings", "dicts", "lists", "tuples", *types])
+    raise TypeError(f"a {type(tree).__name__} cannot be stored; expected {known}")
 
 
 def from_json(value: Any, arrays: Mapping[str, Any], types: Types) -> Any:
-    """Returns the tree that `encode` turned into JSON and arrays."""
+    """Returns the tree that `to_json` converted.
+
+    Args:
+      value: the JSON value.
+      arrays: the arrays, by the names that the JSON uses.
+      types: dataclasses that the tree may hold, by their names.
+    """
     if not isinstance(value, dict):
         return value
     if "array" in value:

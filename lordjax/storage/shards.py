@@ -1,8 +1,8 @@
-"""A model that is written part by part: what is outside the blocks, and every block.
+"""Writes a model shard by shard: the non-block parameters first, then each block.
 
-A part is one safetensors file (several, if it is larger than a limit). What reading it takes -
-names, kinds of kernels - goes where finished work is kept, so that a run that was killed goes on
-with the next part. The files get their last names when all are there.
+A shard is one safetensors file, or several if it exceeds a size limit. Metadata needed to read a
+shard (tensor names, kernel kinds) is stored with the finished results, so a run that was killed
+goes on with the next shard. The files get their final names when all shards exist.
 """
 
 from __future__ import annotations
@@ -17,28 +17,35 @@ from lordjax.allocation.plan import Plan
 from lordjax.kernels import base, normal_float, trees
 from lordjax.kernels.base import Kernel, nbytes
 from lordjax.kernels.kinds import kind_of
+from lordjax.models.config import ModelConfig
+from lordjax.names import layer
 from lordjax.storage.store import Store, get_or_compute
 from lordjax.storage.tensor_files import Written, checksum, sync_directory, write_tensors
 
-REST = "rest"  # the name of the part that is no block
+REST = "rest"  # name of the shard with the parameters outside the blocks
 SHARD_BYTES = 2 * 2**30
 
 
+def names(config: ModelConfig) -> list[str]:
+    """Returns the names of a model's shards: `REST`, then the blocks in their order."""
+    return [REST, *(layer(i) for i in range(config.num_layers))]
+
+
 def split_blocks(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The parts of a model by name: `REST` first, then the blocks in their order."""
+    """Splits parameters by shard name: `REST` first, then the blocks in their order."""
     blocks = [key for key in params if re.fullmatch(r"layer_\d+", key)]
     blocks.sort(key=lambda name: int(name.removeprefix("layer_")))
     rest = {key: value for key, value in params.items() if key not in blocks}
     return {REST: rest} | {name: params[name] for name in blocks}
 
 
-def join_blocks(parts: Mapping[str, Any]) -> dict[str, Any]:
-    """Inverse of `split`."""
-    return {**parts[REST], **{name: part for name, part in parts.items() if name != REST}}
+def join_blocks(shards: Mapping[str, Any]) -> dict[str, Any]:
+    """Joins what `split_blocks` split."""
+    return {**shards[REST], **{name: tree for name, tree in shards.items() if name != REST}}
 
 
-def _blocks_and_outer(params: Any) -> Iterator[tuple[str, Any]]:
-    """All kernels and leaf arrays with their names on disk; kernels before their own parts."""
+def _kernels_and_arrays(params: Any) -> Iterator[tuple[str, Any]]:
+    """Yields all kernels and arrays with their names on disk; a kernel before its own fields."""
     todo = list(reversed(trees.flatten(params).items()))
     while todo:
         path, leaf = todo.pop()
@@ -49,28 +56,30 @@ def _blocks_and_outer(params: Any) -> Iterator[tuple[str, Any]]:
 
 
 def tensors(params: Any) -> dict[str, Any]:
-    """All arrays by the names they have on disk; parts of kernels are below the kernels' paths."""
-    return {name: part for name, part in _blocks_and_outer(params) if not isinstance(part, Kernel)}
+    """Returns all arrays by their names on disk; a kernel's arrays are below the kernel's path."""
+    found = _kernels_and_arrays(params)
+    return {name: array for name, array in found if not isinstance(array, Kernel)}
 
 
 def _constants(kernel: Kernel) -> dict[str, Any]:
-    """The fields of a kernel that are no tensors, as JSON."""
+    """Returns the fields of a kernel that are no tensors, as JSON."""
     values = {name: getattr(kernel, name) for name in base.kernel_fields(kernel)[1]}
     return {k: str(v) if isinstance(v, normal_float.Format) else v for k, v in values.items()}
 
 
 def describe(params: Any) -> dict[str, Any]:
-    """What putting kernels together takes besides the tensors, as JSON: kinds, static fields."""
-    inside = {path: part for path, part in _blocks_and_outer(params) if isinstance(part, Kernel)}
-    constants = {path: _constants(kernel) for path, kernel in inside.items()}
+    """Returns the metadata of all kernels as JSON: ``kinds`` and ``constants``, by path."""
+    found = _kernels_and_arrays(params)
+    kernels = {path: kernel for path, kernel in found if isinstance(kernel, Kernel)}
+    constants = {path: _constants(kernel) for path, kernel in kernels.items()}
     return {
-        "kinds": {path: kind_of(kernel) for path, kernel in inside.items()},
+        "kinds": {path: kind_of(kernel) for path, kernel in kernels.items()},
         "constants": {path: values for path, values in constants.items() if values},
     }
 
 
-def _shards(params: Any, limit: int) -> list[dict[str, Any]]:
-    """Tensors in order, cut into groups of at most ``limit`` bytes (or one tensor)."""
+def _files(params: Any, limit: int) -> list[dict[str, Any]]:
+    """Distributes tensors, in order, over files of at most ``limit`` bytes (or one tensor)."""
     shards: list[dict[str, Any]] = [{}]
     size = 0
     for name, array in tensors(params).items():
@@ -83,102 +92,120 @@ def _shards(params: Any, limit: int) -> list[dict[str, Any]]:
 
 
 class Shards:
-    """Where the parts of a model go; asks for them by name, and knows which are there.
+    """Writer of the shards of a model, by name; knows which shards are written.
 
     Args:
-      directory: of the files.
-      store: knows what was written before.
-      limit: most tensor bytes per file (or one tensor).
+      directory: directory of the files.
+      store: remembers the shards that earlier processes wrote.
+      limit: largest number of tensor bytes per file; a larger tensor gets its own file.
     """
 
     def __init__(self, directory: Path, store: Store, limit: int = SHARD_BYTES):
-        self.directory, self._work, self._limit = directory, store, limit
+        self.directory, self._store, self._limit = directory, store, limit
         self._own: set[str] = set()
 
     def __contains__(self, name: str) -> bool:
-        return f"parts/{name}" in self._work
+        return f"parts/{name}" in self._store
 
     def __setitem__(self, name: str, tree: Any) -> None:
-        """Writes a part.
+        """Writes a shard.
+
+        Args:
+          name: name of the shard.
+          tree: its parameters as a nested dict; leaves may be kernels of any kind.
 
         Raises:
           OSError: if the disk is full.
         """
         tree = tree if name == REST else {name: tree}
         files = {}
-        for k, shard in enumerate(_shards(tree, self._limit)):
+        for k, arrays in enumerate(_files(tree, self._limit)):
             file = f"{name}-{k}.safetensors"
-            written = write_tensors(self.directory / file, shard, {"format": "lordjax"})
+            written = write_tensors(self.directory / file, arrays, {"format": "lordjax"})
             self._own.add(file)
-            files[file] = {**written._asdict(), "tensors": list(shard)}
-        row = {"files": files, **describe(tree), "nbytes": nbytes(tree)}
-        self._work[f"parts/{name}"] = row
+            files[file] = {**written._asdict(), "tensors": list(arrays)}
+        entry = {"files": files, **describe(tree), "nbytes": nbytes(tree)}
+        self._store[f"parts/{name}"] = entry
 
     def finish(self, names: Iterable[str]) -> dict[str, Any]:
-        """Gives the files of all parts, in this order, their last names.
+        """Renames the files of all shards to their final names.
+
+        Args:
+          names: names of the shards, in the order of the files.
 
         Returns:
-          ``index``: tensor -> file; ``kinds`` and ``constants``: see `describe`; ``nbytes`` of the
-          tensors, ``file_bytes``.
+          ``index`` (tensor -> file), ``kinds`` and ``constants`` (see `describe`), ``nbytes`` of
+          the tensors, and ``file_bytes`` of the files.
 
         Raises:
           ValueError: if a file that an earlier process wrote is damaged; names it.
         """
-        rows = [self._work[f"parts/{name}"] for name in names]
-        count = sum(len(row["files"]) for row in rows)
+        entries = [self._store[f"parts/{name}"] for name in names]
+        count = sum(len(entry["files"]) for entry in entries)
         found: dict[str, Any] = {"index": {}, "kinds": {}, "constants": {}}
-        found |= {"nbytes": sum(row["nbytes"] for row in rows), "file_bytes": 0}
+        found |= {"nbytes": sum(entry["nbytes"] for entry in entries), "file_bytes": 0}
         number = 0
-        for row in rows:
-            found["kinds"] |= row["kinds"]
-            found["constants"] |= row["constants"]
-            for file, facts in row["files"].items():
+        for entry in entries:
+            found["kinds"] |= entry["kinds"]
+            found["constants"] |= entry["constants"]
+            for file, facts in entry["files"].items():
                 number += 1
-                last = f"model-{number:05d}-of-{count:05d}.safetensors"
-                self._name(file, last, Written(facts["bytes"], facts["sha256"]))
-                found["index"] |= dict.fromkeys(facts["tensors"], last)
+                final = f"model-{number:05d}-of-{count:05d}.safetensors"
+                self._rename(file, final, Written(facts["bytes"], facts["sha256"]))
+                found["index"] |= dict.fromkeys(facts["tensors"], final)
                 found["file_bytes"] += facts["bytes"]
         sync_directory(self.directory)
         return found
 
-    def _name(self, file: str, last: str, written: Written) -> None:
-        old, new = self.directory / file, self.directory / last
-        path = old if old.exists() else new  # it may have been killed in the midst of this
+    def _rename(self, file: str, final: str, written: Written) -> None:
+        """Renames a file to its final name; raises ValueError if it is damaged."""
+        old, new = self.directory / file, self.directory / final
+        path = old if old.exists() else new  # an earlier process may have renamed it already
         if file not in self._own and (not path.exists() or checksum(path) != written):
             raise ValueError(
-                f"{path} is missing, or not what was written there (its checksum differs); remove "
+                f"{path} is missing or damaged (its checksum differs); remove "
                 f"{self.directory.parent} to start over"
             )
         os.replace(path, new)
 
 
 def open_shards(into: Any, store: Store, plan: Plan) -> Any:
-    """Where the parts of a plan's model go: ``into``, or a dictionary.
+    """Returns the mapping that the shards of a plan's model are written to.
+
+    Args:
+      into: a `Shards`, or None for a new dict.
+      store: remembers the plan whose shards ``into`` holds.
+      plan: the plan.
 
     Raises:
-      ValueError: if ``into`` has parts of another plan.
+      ValueError: if ``into`` holds shards of another plan.
     """
     if into is None:
         return {}
     if get_or_compute(store, "applied", lambda: plan) != plan:
-        raise ValueError("the output has parts of another plan; choose another one")
+        raise ValueError(
+            "the output holds blocks of a model that another plan made; choose another output"
+        )
     return into
 
 
 def write_shard_once(
-    parts: Any, store: Store, name: str, make: Callable[[str], tuple[Any, dict[str, Any]]]
+    shards: Any, store: Store, name: str, make: Callable[[str], tuple[Any, dict[str, Any]]]
 ) -> dict[str, Any]:
-    """Makes a part of a model, unless it is there, and puts it there; returns what to know of it.
+    """Computes and writes a shard, unless it is written already.
 
     Args:
-      parts: name -> part.
-      store: keeps what to know of parts.
-      name: of the part.
-      make: the part of a name, and what to know of it.
+      shards: mapping of shards that `open_shards` returned.
+      store: keeps the facts about each shard.
+      name: name of the shard.
+      make: function that computes the shard of a name and the facts about it.
+
+    Returns:
+      The facts about the shard.
     """
-    if name in parts:
+    if name in shards:
         return store[f"about/{name}"]
-    part, about = make(name)
+    shard, about = make(name)
     store[f"about/{name}"] = about
-    parts[name] = part
+    shards[name] = shard
     return about

@@ -1,4 +1,4 @@
-"""Where long work keeps what is finished, as entries under keys: in memory, or in a `workspace`."""
+"""Stores of finished results under keys, in memory or on disk (`disk_store`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from typing import Any, Protocol
 
 
 class Store(Protocol):
-    """What `Memory` and `Workspace` have in common."""
+    """The interface that `MemoryStore` and `DiskStore` implement.
+
+    Attributes:
+      durable: whether entries survive the process.
+    """
 
     durable: bool
 
@@ -17,16 +21,16 @@ class Store(Protocol):
     def __getitem__(self, key: str) -> Any: ...
     def __setitem__(self, key: str, tree: Any) -> None: ...
     def below(self, prefix: str) -> list[str]:
-        """Keys that begin like that, the oldest first."""
+        """Returns the keys with a prefix, oldest first."""
         ...
 
     def release(self, key: str) -> None:
-        """This process will not read an entry again: frees the memory that it takes."""
+        """Frees the memory of an entry that this process will not read again."""
         ...
 
 
 class MemoryStore:
-    """Entries in memory."""
+    """A store in memory."""
 
     durable = False
 
@@ -43,37 +47,37 @@ class MemoryStore:
         self._entries[key] = tree
 
     def below(self, prefix: str) -> list[str]:
-        """Keys that begin like that, the oldest first."""
+        """Returns the keys with a prefix, oldest first."""
         return [key for key in self._entries if key.startswith(prefix)]
 
     def release(self, key: str) -> None:
-        """Forgets an entry."""
+        """Removes an entry."""
         self._entries.pop(key, None)
 
 
 class Entries(Mapping[Any, Any]):
-    """The entries below a prefix as a mapping: ``factors/layer_0/mlp`` at ``layer_0/mlp``.
+    """A mapping of the entries below a prefix: key ``layer_0/mlp`` reads ``factors/layer_0/mlp``.
 
     Args:
-      store: where they are.
-      prefix: of their keys.
-      kind: what their keys are: text, or numbers.
+      store: the store of the entries.
+      prefix: first part of their keys, here ``factors``.
+      kind: type of the mapping's keys, text or numbers.
     """
 
     def __init__(self, store: Store, prefix: str, kind: type[str] | type[int] = str):
-        self._work, self._prefix, self._kind = store, prefix, kind
+        self._store, self._prefix, self._kind = store, prefix, kind
 
     def __getitem__(self, key: Any) -> Any:
         if key not in self:
             raise KeyError(key)
-        return self._work[f"{self._prefix}/{key}"]
+        return self._store[f"{self._prefix}/{key}"]
 
     def __contains__(self, key: object) -> bool:
-        return f"{self._prefix}/{key}" in self._work
+        return f"{self._prefix}/{key}" in self._store
 
     def __iter__(self) -> Iterator[Any]:
         start = f"{self._prefix}/"
-        keys = self._work.below(start)
+        keys = self._store.below(start)
         return (self._kind(key.removeprefix(start)) for key in keys)
 
     def __len__(self) -> int:
@@ -81,12 +85,12 @@ class Entries(Mapping[Any, Any]):
 
 
 def get_or_compute(store: Store, key: str, compute: Callable[[], Any]) -> Any:
-    """An entry, computed if it is not there."""
+    """Returns an entry; computes and stores it first if it is missing."""
     if key not in store:
         store[key] = compute()
     return store[key]
 
 
 def digest(*values: Any) -> str:
-    """A short name for what some JSON says, to tell apart entries made with other options."""
+    """Returns a short checksum of JSON values, to tell apart entries made with other options."""
     return f"{zlib.crc32(json.dumps(values, sort_keys=True).encode()):08x}"

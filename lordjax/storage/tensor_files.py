@@ -1,8 +1,8 @@
-"""Files that are on disk when they are said to be: arrays as safetensors, JSON, checksums.
+"""Atomic, durable files: arrays as safetensors, text and JSON, checksums.
 
-A file is written beside its name, synced and renamed, so that whoever is killed leaves the old file
-or the new one. Arrays are written one by one, and mapped one by one when they are read: a file
-larger than memory is no trouble.
+A file is written under a temporary name, synced to disk and renamed. A process that is killed
+leaves the old file or the new one. Arrays are written one by one, and memory-mapped one by one when
+they are read, so a file may be larger than memory.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-# safetensors' names of dtypes.
+# Supported dtypes by their names in safetensors.
 DTYPES = {
     "F64": np.float64,
     "F32": np.float32,
@@ -30,26 +30,26 @@ DTYPES = {
     "I8": np.int8,
 }
 _NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
-FRESH = ".new"  # ends the name of a file that is being written
+FRESH = ".new"  # suffix of a file that is being written
 
 
 class Written(NamedTuple):
-    """What a file must be when it is read again."""
+    """Size and checksum of a written file."""
 
     bytes: int
     sha256: str
 
 
 class TensorWriter:
-    """A safetensors file, written array by array; it has its name when `close` returns.
+    """Writer of a safetensors file, array by array; `close` gives the file its name.
 
     Args:
-      path: of the file.
-      shapes: name -> anything with a shape and a dtype, in the order in which arrays will come.
-      metadata: names and texts.
+      path: the file.
+      shapes: an object with a shape and a dtype per name, in the order of the arrays.
+      metadata: texts by name, stored in the file's header.
 
     Raises:
-      ValueError: if safetensors has no such dtype.
+      ValueError: if a dtype is not supported.
       OSError: if the file cannot be written.
     """
 
@@ -67,21 +67,26 @@ class TensorWriter:
         """Writes the next array.
 
         Raises:
-          ValueError: if it is not of the shape and dtype that were announced.
-          OSError: if the disk is full; the file is gone then.
+          ValueError: if its shape or dtype is not the announced one.
+          OSError: if the disk is full; then the file is removed.
         """
         name, shape, dtype = self._left.pop()
         array = np.asarray(array, order="C")
         if (array.shape, array.dtype) != (shape, dtype):
             raise ValueError(
-                f"{self.path}: {name} should be {dtype} {shape}, got {array.dtype} {array.shape}"
+                f"{self.path}: {name} is {array.dtype} {array.shape}; expected {dtype} {shape}"
             )
         self._write(array.reshape(-1).view(np.uint8).data)
 
     def close(self) -> Written:
-        """Brings the file to disk, under its name."""
+        """Syncs the file to disk and gives it its name; returns its size and checksum.
+
+        Raises:
+          ValueError: if announced arrays are missing.
+          OSError: if the disk is full; then the file is removed.
+        """
         if self._left:
-            raise ValueError(f"{self.path}: {len(self._left)} arrays are missing")
+            raise ValueError(f"{self.path}: {len(self._left)} announced arrays were not written")
         try:
             os.fsync(self._file.fileno())
             self._file.close()
@@ -105,11 +110,11 @@ class TensorWriter:
 
     @property
     def closed(self) -> bool:
-        """Whether nothing more can be written."""
+        """Whether the file is closed."""
         return self._file.closed
 
     def abandon(self) -> None:
-        """Removes what was written, unless the file has its name."""
+        """Removes the temporary file, unless `close` has renamed it."""
         if not self.closed:
             self._file.close()
             self._fresh.unlink(missing_ok=True)
@@ -120,12 +125,14 @@ class TensorWriter:
 
 
 def _header(shapes: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
-    """Safetensors' table of contents, filled up to 8 bytes."""
+    """Returns the header of a safetensors file as JSON, padded to a multiple of 8 bytes."""
     table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     start = 0
     for name, a in shapes.items():
         if np.dtype(a.dtype) not in _NAMES:
-            raise ValueError(f"{name}: dtype {a.dtype}; known: {', '.join(DTYPES)}")
+            raise ValueError(
+                f"{name}: dtype {a.dtype} is not supported; expected one of {', '.join(DTYPES)}"
+            )
         end = start + int(np.prod(a.shape, dtype=np.int64)) * np.dtype(a.dtype).itemsize
         kind = _NAMES[np.dtype(a.dtype)]
         table[name] = {"dtype": kind, "shape": list(a.shape), "data_offsets": [start, end]}
@@ -137,8 +144,21 @@ def _header(shapes: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
 def write_tensors(
     path: Path, arrays: Mapping[str, Any], metadata: Mapping[str, str] | None = None
 ) -> Written:
-    """Writes a safetensors file; errors as of `TensorWriter`."""
-    # As safetensors itself does it: wide dtypes first, so that all are aligned.
+    """Writes a safetensors file atomically.
+
+    Args:
+      path: the file.
+      arrays: arrays by name.
+      metadata: texts by name, stored in the file's header.
+
+    Returns:
+      The size and checksum of the file.
+
+    Raises:
+      ValueError: if a dtype is not supported.
+      OSError: if the file cannot be written.
+    """
+    # Wide dtypes first, as safetensors itself does, so that all arrays are aligned.
     names = sorted(arrays, key=lambda name: (-np.dtype(arrays[name].dtype).itemsize, name))
     writer = TensorWriter(path, {name: arrays[name] for name in names}, metadata)
     try:
@@ -150,10 +170,10 @@ def write_tensors(
 
 
 class TensorFile(Mapping[str, np.ndarray]):
-    """A safetensors file; every array is mapped on its own, and let go of with it.
+    """A safetensors file as a mapping; each array is memory-mapped separately when it is read.
 
     Raises:
-      ValueError: if it is no such file.
+      ValueError: if the file is not a safetensors file.
     """
 
     def __init__(self, path: Path):
@@ -184,17 +204,33 @@ class TensorFile(Mapping[str, np.ndarray]):
 
 
 def checksum(path: Path) -> Written:
-    """What a file is now."""
+    """Returns the size and SHA-256 of a file."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return Written(path.stat().st_size, digest)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file and brings it to disk."""
+    """Writes a JSON file atomically; see `write_text`."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file atomically.
+
+    The text goes to a file beside ``path``, which is synced to disk and then renamed. A process
+    that is killed leaves the old file or the new one, never a part of it.
+
+    Args:
+      path: the file; is replaced if it exists.
+      text: the whole contents.
+
+    Raises:
+      OSError: if the file cannot be written.
+    """
     fresh = path.with_name(path.name + FRESH)
     with fresh.open("w") as file:
-        file.write(json.dumps(value, indent=1) + "\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(fresh, path)
@@ -202,7 +238,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Brings the names in a directory to disk."""
+    """Syncs the entries of a directory (its file names) to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -184,10 +184,10 @@ def _forward_seconds(source: Any, tokens: Any) -> float:
 
     from lordjax.calibration.calibration_set import Calibration
     from lordjax.calibration.forward_pass import block_statistics, hidden_states, on_device
-    from lordjax.calibration.observers import windows_per_step
+    from lordjax.calibration.observers import sequences_per_step
 
     start = time.perf_counter()
-    calibration = Calibration(tokens, None, windows_per_step(*tokens.shape))
+    calibration = Calibration(tokens, None, sequences_per_step(*tokens.shape))
     states = hidden_states(source, calibration)
     for i in range(source.config.num_layers):
         block = on_device(source.block(i))

@@ -92,9 +92,9 @@ def _our_steps(opened: Any, tokens: Any, recipe: str, rank: int, *, remat: bool)
 
     settings = step.Settings(10_000, len(tokens), remat=remat)
     row = recipes.changed(recipes.named(recipe), rank=rank)
-    begun = step.begin(opened.config, opened.params(), row, settings)
+    setup = step.prepare_training(opened.config, opened.params(), row, settings)
     examples = Examples(tokens, next_tokens(tokens, np.ones(tokens.shape, bool)))
-    start = (begun.state, begun.frozen, examples, begun.optimizer, settings)
+    start = (setup.state, setup.frozen, examples, setup.optimizer, settings)
     return step.run(opened.config, *start)
 
 
@@ -212,13 +212,13 @@ def _recovered(
     settings = step.Settings(steps, batch, distill=distill)
     row = recipes.changed(recipes.named(recipe), learning_rate=learning_rate)
     teacher = opened.params() if distill else None
-    begun = step.begin(config, params, row, settings)
-    given = (begun.state, begun.frozen, examples, begun.optimizer, settings)
-    state, losses = begun.state, []
+    setup = step.prepare_training(config, params, row, settings)
+    given = (setup.state, setup.frozen, examples, setup.optimizer, settings)
+    state, losses = setup.state, []
     for state, metrics in step.run(config, *given, teacher=teacher):  # noqa: B007
         losses.append(metrics["nll"])
-    after = adapters.merge(step.joined(state.params, begun.params, begun.paths))
-    found = [perplexity(config, p, held_out)["perplexity"] for p in (begun.params, after)]
+    after = adapters.merge(step.with_trained(state.params, setup.params, setup.paths))
+    found = [perplexity(config, p, held_out)["perplexity"] for p in (setup.params, after)]
     return {
         "bytes": nbytes(after),
         "before": found[0],

@@ -5,6 +5,7 @@ Each command imports its implementation when it runs, so that ``--help`` is inst
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import click
@@ -307,12 +308,19 @@ def benchmark(as_json: bool, **settings: Any) -> None:
 
 @click.command()
 @click.argument("model")
+@click.option("--full", is_flag=True, help="List every parameter of every block.")
+@click.option(
+    "--picture",
+    metavar="FILE",
+    help="Draw a map of the layers and matrices, coloured by share kept or bits, and the decay of "
+    "their spectra. FILE ends in .png, .svg or .pdf; an existing one is replaced.",
+)
 @as_json_option
-def inspect(as_json: bool, model: str) -> None:
+def inspect(as_json: bool, full: bool, **settings: Any) -> None:
     """Show the parameters of MODEL.
 
     Kinds, shapes, ranks, bytes, and the share of the weights that was kept.
     """
     from lordjax.scripts.verbs.inspect import inspect_model, show
 
-    output(inspect_model(model), as_json, show)
+    output(inspect_model(**settings), as_json, functools.partial(show, full=full))

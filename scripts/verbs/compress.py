@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from lordjax.compression.result import Result
     from lordjax.compression.resumable_output import Output
 
+PAGE = "report.html"
+
 
 def compress_model(
     model: str,
@@ -77,10 +79,21 @@ def compress_model(
             hf_config=opened.hf_config,
             report=report,
             write_tokenizer=write_tokenizer,
-            also=_elastic_entries(output) if "elastic" in settings else None,
+            also=functools.partial(_add, output.store, "elastic" in settings),
             summary=summary,
         )
     return summary
+
+
+def _add(work: Any, is_elastic: bool, directory: Path) -> None:
+    """Adds the factors of an elastic model and the page for people to a directory."""
+    from lordjax.compression.elastic import keep_entries
+    from lordjax.scripts.report.page import add_page
+    from lordjax.storage.store import Entries
+
+    if is_elastic:
+        keep_entries(work, directory)
+    add_page(directory, Entries(work, "factors"))
 
 
 class Calibration(NamedTuple):
@@ -163,13 +176,6 @@ def _summary(directory: Path, report: dict[str, Any], start: float) -> dict[str,
         "calibration": report["calibration"],
         "settings": report["settings"],
     }
-
-
-def _elastic_entries(output: Output) -> Callable[[Path], None]:
-    """What adds the factors of an elastic model to a directory."""
-    from lordjax.compression.elastic import keep_entries
-
-    return functools.partial(keep_entries, output.store)
 
 
 def _on_mesh(run: Run, settings: dict[str, Any], axes: str | None) -> tuple[Run, dict[str, Any]]:
@@ -282,6 +288,8 @@ def show(result: dict[str, Any]) -> None:
             f"calibrated on {calibration['windows']} sequences of {calibration['seq_len']} tokens: "
             f"{calibration['source']}"
         )
+    if (page := Path(result["output"]) / PAGE).exists():
+        print(f"report: {page}")
     if "elastic" in result["settings"]:
         print(f"next: lordjax export {result['output']} small --keep 0.7")
         return

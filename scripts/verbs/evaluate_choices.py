@@ -62,7 +62,7 @@ def located(data: str, tasks: tuple[str, ...]) -> dict[str, Path]:
       FileNotFoundError: if there is no such path, or a task has no file in the directory.
       ValueError: if the task of a file is unknown, or two files have the same task.
     """
-    from lordjax.evaluate.choice_tasks import TASKS, task_of
+    from lordjax.evaluate.choice_tasks import TASKS, task_from_name
 
     known, path = ", ".join(TASKS), Path(data).expanduser()
     if not path.exists():
@@ -71,13 +71,13 @@ def located(data: str, tasks: tuple[str, ...]) -> dict[str, Path]:
         if task not in TASKS:
             raise ValueError(f"--task {task}: no such task; expected one of {known}")
     if path.is_file():
-        named = task_of(path)
+        named = task_from_name(path)
         if len(tasks) > 1 or not (tasks or named):
             raise ValueError(f"{data}: name its task with --task, one of {known}")
         return {(tasks or (str(named),))[0]: path}
     found: dict[str, Path] = {}
     for file in sorted(f for f in path.iterdir() if f.name.endswith(SUFFIXES)):
-        task = task_of(file)
+        task = task_from_name(file)
         if task is None or (tasks and task not in tasks):
             continue
         if task in found:

@@ -61,11 +61,14 @@ def export_model(
 def _cut(model: str, directory: Path, keep: float, start: float) -> dict[str, Any]:
     """Cuts an elastic model to one budget and writes it as a lordjax directory."""
     from lordjax.compression import elastic
+    from lordjax.scripts.report.page import add_page
 
     opened = open_model(model)
     writer = tokenizer_writer(opened)
     with progress_report() as progress:
-        elastic.export(opened.path, directory, keep, write_tokenizer=writer, progress=progress)
+        elastic.export(
+            opened.path, directory, keep, write_tokenizer=writer, also=add_page, progress=progress
+        )
     return _summary(directory, "lordjax", start)
 
 

@@ -49,7 +49,7 @@ def finetune_model(
     start = time.perf_counter()
     from lordjax.finetune import adapters
     from lordjax.finetune.recipes import changed, named
-    from lordjax.finetune.training_run import Keeping, train
+    from lordjax.finetune.training_run import CheckpointPolicy, train
 
     directory = Path(out).expanduser()
     check_output(directory)
@@ -66,7 +66,7 @@ def finetune_model(
             settings,
             folder,
             about=about,
-            keeping=Keeping(every, last),
+            keeping=CheckpointPolicy(every, last),
             resume=resume,
             teacher=_teacher(teacher, config),
             mesh=_mesh(devices),

@@ -1,4 +1,4 @@
-"""Statistics by NumPy, in float64."""
+"""Reference statistics, computed by NumPy in float64."""
 
 import jax
 import numpy as np
@@ -9,13 +9,13 @@ ROWS, WIDTH = 60, 7
 
 
 def data(seed=0, rows=ROWS, width=WIDTH):
-    """Correlated features with means of their own."""
+    """Correlated features with different means."""
     rng = np.random.default_rng(seed)
     return rng.normal(size=(rows, width)) @ rng.normal(size=(width, width)) + rng.normal(size=width)
 
 
 def reference(x, weights=None):
-    """Moments by NumPy, in two passes and in float64."""
+    """Moments, computed in two passes."""
     x = np.asarray(x, np.float64)
     w = np.ones(len(x)) if weights is None else np.asarray(weights, np.float64)
     mean = w @ x / w.sum()
@@ -49,7 +49,7 @@ def assert_close(actual, expected, tolerance):
 
 
 def products(jaxpr):
-    """All matrix products of a jaxpr, those inside its calls included."""
+    """Yields all matrix products of a jaxpr, also those inside its calls."""
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             yield equation

@@ -1,4 +1,4 @@
-"""Gradients of the loss: those of JAX, squared, weighted, and with padding."""
+"""Gradient statistics equal those of `jax.grad`: squared, weighted, and with padding."""
 
 import dataclasses
 import itertools
@@ -34,8 +34,9 @@ def source(params):
     return InMemory(CONFIG, params)
 
 
+@pytest.mark.full
 def test_gradients_are_those_of_the_loss(source, params):
-    """Σ tokens xᵀg at a linear output is the gradient of the loss at its kernel."""
+    """The sum of xᵀg over tokens at a linear output is the gradient of the loss by its kernel."""
 
     def loss(params):
         out = Transformer(CONFIG).apply({"params": params}, TOKENS[:1])[0, :-1]
@@ -47,21 +48,22 @@ def test_gradients_are_those_of_the_loss(source, params):
     for i in range(CONFIG.num_layers):
         flat = trees.flatten(expected[f"layer_{i}"])
         for site in LINEAR_SITES:
-            # One window: the row Fisher is the squared weight gradient summed over outputs.
+            # One sequence: the row Fisher is the squared weight gradient summed over outputs.
             rows = jnp.sum(flat[site.path] ** 2, axis=1)
             np.testing.assert_allclose(
                 stats[i]["row_fisher"][site.path], rows, rtol=1e-3, atol=1e-6
             )
 
 
+@pytest.mark.full
 def test_gradient_coordinates_keep_the_metric(source, params):
-    """For a widening kernel the gradient is stored in the kernel's row space: K M Kᵀ survives."""
+    """Gradients are stored in the row space of a widening kernel, which keeps K M Kᵀ."""
     stats = gradient_statistics(source, Calibration(TOKENS, None, 3), METHODS["lord"], Clock())
     path = "mlp/up/kernel"
     kernel = params["layer_1"]["mlp"]["up"]["kernel"]
     narrow = kernel @ row_space(kernel)
     small = narrow @ stats[1]["gradients"][path].second_moment() @ narrow.T
-    # The gradient at the layer's input through this kernel alone is g Kᵀ: its trace by hand.
+    # The gradient at the layer's input through this kernel alone is g Kᵀ.
     taps = []
     for window in TOKENS:
         taps.append(_output_gradient(params, window, "layer_1/mlp/up/out") @ kernel.T)
@@ -88,7 +90,7 @@ def gradient_sums(source, tokens, mask=None, batch_size=2):
 
 @pytest.fixture(scope="module")
 def references(params):
-    """Of two windows, by site: the layer's inputs, and the loss gradient at its output."""
+    """For two sequences, by site: the layer's inputs, and the loss gradient at its output."""
     paths = [(i, site) for i in range(CONFIG.num_layers) for site in LINEAR_SITES]
     widths = {site_path(i, s): trees.flatten(params)[site_path(i, s)].shape[1] for i, s in paths}
     zero = {
@@ -119,7 +121,7 @@ def references(params):
 
 
 def assert_gradient_sums(stats, references):
-    """Fisher: squared per window, then summed. The others: token by token."""
+    """Compares: Fisher is squared per sequence, then summed; the others are summed by token."""
     for path, windows in references.items():
         layer, inside = path.split("/", 1)
         own = stats[int(layer[6:])]
@@ -139,11 +141,13 @@ def assert_gradient_sums(stats, references):
         assert not np.allclose(own["fisher"][inside], together, rtol=0.1)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_squared_and_weighted_gradients(source, references, batch_size):
     assert_gradient_sums(gradient_sums(source, TOKENS[:2], batch_size=batch_size), references)
 
 
+@pytest.mark.full
 def test_padding_adds_nothing_to_squared_and_weighted_gradients(source, references):
     garbage = np.full((2, 10), 3, np.int32)
     mask = np.repeat([[True, False]], 2, axis=0).repeat([40, 10], axis=1)
@@ -151,8 +155,9 @@ def test_padding_adds_nothing_to_squared_and_weighted_gradients(source, referenc
     assert_gradient_sums(gradient_sums(source, tokens, mask), references)
 
 
+@pytest.mark.full
 def test_fisher_is_that_of_weight_gradients(source, params):
-    """Against the plain gradient of the whole model, window by window; two halves add up."""
+    """Fisher equals squared gradients of the whole model, by sequence; two halves add up."""
 
     @jax.jit
     def squares(window):

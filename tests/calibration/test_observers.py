@@ -1,4 +1,4 @@
-"""Observers of a model: taps are where they say, and cost nothing unasked."""
+"""Observers: taps record the right activations, and cost nothing if no statistic is collected."""
 
 import functools
 
@@ -57,12 +57,13 @@ def observed(x, mask=None, size=None, keys=INPUTS):
             None if mask is None else jnp.asarray(mask[rows]),
             stats,
             config=CONFIG,
-            window=None,
+            sliding_window=None,
         )
         outputs.append(np.asarray(y))
     return np.concatenate(outputs), stats
 
 
+@pytest.mark.quick("True")
 @pytest.mark.parametrize("padded", [False, True])
 def test_statistics_of_a_model_do_not_depend_on_the_batch_size(padded):
     x = states(6, 9)
@@ -96,6 +97,7 @@ def test_taps_are_where_they_say():
         np.testing.assert_allclose(outputs, kernel.T @ inputs @ kernel, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_gives_the_moments_of_the_unpadded_tokens(side):
     lengths, longest = (5, 8, 3), 8
@@ -104,7 +106,7 @@ def test_padding_gives_the_moments_of_the_unpadded_tokens(side):
     outputs = []
     for x in short:
         y, expected = observe(
-            model()["layer_0"], jnp.asarray(x), None, expected, config=CONFIG, window=None
+            model()["layer_0"], jnp.asarray(x), None, expected, config=CONFIG, sliding_window=None
         )
         outputs.append(np.asarray(y)[0])
     padded = np.full((3, longest, CONFIG.hidden_size), 37.0, np.float32)
@@ -144,7 +146,7 @@ def test_taps_cost_nothing_when_nothing_is_collected(monkeypatch):
         )
 
     with_taps = traces()
-    for module in ("layers", "transformer"):
+    for module in ("layers", "attention", "blocks"):
         monkeypatch.setattr(f"lordjax.models.{module}.tap", lambda module, name, x: x)
     assert traces() == with_taps
 
@@ -154,7 +156,7 @@ def test_collecting_adds_no_product_but_the_grams():
 
     def count(keys):
         jaxpr = jax.make_jaxpr(
-            lambda block, stats: observe(block, x, None, stats, config=CONFIG, window=None)
+            lambda block, stats: observe(block, x, None, stats, config=CONFIG, sliding_window=None)
         )(model()["layer_0"], empty(keys))
         return len(list(products(jaxpr.jaxpr)))
 

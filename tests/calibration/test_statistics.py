@@ -1,4 +1,4 @@
-"""Statistics are those of all tokens together, however they came."""
+"""Statistics do not depend on how tokens are split into batches."""
 
 import functools
 
@@ -28,10 +28,10 @@ from lordjax.calibration.statistics import (
     SecondMoment,
 )
 
-# float32 sums of a few dozen terms; the issue asks for 1e-6, relative to the whole matrix.
+# float32 sums of a few dozen terms: errors relative to the whole matrix.
 TOLERANCE = {"float32": 1e-6, "float64": 1e-12}
 
-VECTORS = {kind: STATISTICS[kind] for kind in REFERENCES}  # those of single vectors
+VECTORS = {kind: STATISTICS[kind] for kind in REFERENCES}  # statistics of single vectors
 
 every_kind = pytest.mark.parametrize("kind", REFERENCES)
 
@@ -58,6 +58,7 @@ def test_any_batch_size_equals_numpy(kind, dtype, size):
         assert_close(stat, REFERENCES[kind](x), TOLERANCE[dtype])
 
 
+@pytest.mark.full
 @settings(max_examples=10, deadline=None)
 @given(st.lists(st.integers(1, ROWS - 1), max_size=6, unique=True))
 def test_any_split_and_order_of_merging_is_the_same(cuts):
@@ -192,7 +193,7 @@ def test_sharded_tokens_give_the_same(kind, devices):
 
 
 def test_moments_of_devices_add_up_by_psum():
-    """Counts are sums; so is the scatter about the common mean."""
+    """Counts add up, and so do scatters about the common mean."""
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
     x = data().astype(np.float32)
 
@@ -251,6 +252,7 @@ def test_influence_is_one_minus_the_mean_cosine():
     assert float(zeros.update((x, mixed), half).mean()) == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("size", [1, 7, ROWS])
 def test_heads_and_influence_do_not_depend_on_batches_or_order(size):
     with jax.enable_x64(True):

@@ -52,6 +52,7 @@ def prefixes():
         yield pytest.param(method, prefix, marks=[] if quick else pytest.mark.slow)
 
 
+@pytest.mark.quick("rom-compressed", "lord-dense")
 @pytest.mark.parametrize(("method", "prefix"), list(prefixes()))
 def test_every_method_keeps_its_budget(source, params, method, prefix):
     if prefix == "corrective" and "abs_mean" in METHODS[method].needs:
@@ -76,6 +77,7 @@ def test_every_method_keeps_its_budget(source, params, method, prefix):
     jax.tree.map(np.testing.assert_array_equal, params, before)
 
 
+@pytest.mark.quick("lord", "modegpt-cr")
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_keep_one_changes_nothing(source, params, method):
     result = compress(source, TOKENS, method=method, keep=1.0)
@@ -95,12 +97,14 @@ def test_one_preparation_serves_every_budget(source):
     assert errors[0] < errors[-1]
 
 
+@pytest.mark.full
 def test_result_does_not_depend_on_the_batch_size(source):
     a, b = (compress(source, TOKENS, method="lord", batch_size=n) for n in (1, 4))
     assert a.plan.ranks == b.plan.ranks
     np.testing.assert_allclose(logits(CONFIG, a.params), logits(CONFIG, b.params), atol=2e-4)
 
 
+@pytest.mark.full
 def test_padding_changes_nothing(source):
     mask = np.ones((6, 50), bool)
     mask[:, 40:] = False
@@ -115,6 +119,7 @@ def test_padding_changes_nothing(source):
         )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method, prefix", [("lord", "dense"), ("rom", "compressed")])
 def test_blocks_share_their_compilations(source, method, prefix):
     steps = (observers.observe, observers.observe_gradients, loss_gradient)
@@ -135,6 +140,7 @@ def test_blocks_share_their_compilations(source, method, prefix):
     assert first[2] <= 1
 
 
+@pytest.mark.full
 def test_sequential_equals_one_shot_where_the_prefix_is_untouched(source):
     """Only q, k, v of the first block: their inputs are the untouched model's either way."""
     prepared = {
@@ -163,6 +169,7 @@ def test_sequential_sees_the_compressed_prefix(source):
     assert np.abs(results["compressed", None] - results["compressed", 1]).max() > 1e-4
 
 
+@pytest.mark.full
 def test_corrective_target_lowers_the_error_of_the_model(source):
     """The residual stream after the last block is closer to the untouched model's."""
     errors = {}
@@ -178,6 +185,7 @@ def test_dtype_of_the_result(source):
     assert {leaf.dtype for leaf in jax.tree.leaves(result.params)} == {jnp.dtype(jnp.bfloat16)}
 
 
+@pytest.mark.full
 def test_bfloat16_model_is_compressed_and_stays_bfloat16(params):
     half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
     result = compress(InMemory(CONFIG, half), TOKENS, method="lord", keep=0.5)
@@ -223,6 +231,7 @@ def test_wrong_arguments(source, options, error, message):
         compress(source, TOKENS, **options)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("prefix", ["dense", "compressed", "corrective"])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_statistics_do_not_depend_on_the_stored_dtype(source, params, dtype, prefix):

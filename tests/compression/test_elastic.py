@@ -7,20 +7,23 @@ import jax
 import numpy as np
 import pytest
 from commands import calibration, fails, run
-from interrupted import MODEL, TOKENS
+from interrupted import TOKENS, small_model
 
 from lordjax import load
 from lordjax.allocation.plan import Plan
 from lordjax.compression import elastic
 from lordjax.compression.low_rank import compress
 from lordjax.compression.resumable_output import Output, partial
+from lordjax.scripts.report.page import PAGE, without_times
 
 METHODS = ("lord", "modegpt")
 
 
 def made(directory, **options):
     with Output(directory, {"made of": "test"}) as output:
-        result = elastic.compress(MODEL, TOKENS, work=output.store, into=output.shards, **options)
+        result = elastic.compress(
+            small_model(), TOKENS, work=output.store, into=output.shards, **options
+        )
         output.finish(
             result, hf_config={}, also=lambda stage: elastic.keep_entries(output.store, stage)
         )
@@ -38,22 +41,23 @@ def same(tree, other):
     jax.tree.map(np.testing.assert_array_equal, tree, other)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", METHODS)
 def test_every_budget_is_that_of_a_compression_to_it(models, method):
     for keep in (0.8, 0.5):
-        direct = compress(MODEL, TOKENS, method=method, keep=keep)
+        direct = compress(small_model(), TOKENS, method=method, keep=keep)
         cut = elastic.cut(models[method], keep)
         assert cut.plan == direct.plan
         same(load(models[method], keep=keep)[1], direct.params)
     # Without a budget it is the dense model.
-    same(load(models[method])[1], MODEL.params)
+    same(load(models[method])[1], small_model().params)
     assert not partial(models[method]).exists()
 
 
 def test_a_temperature_is_chosen_for_every_budget_unless_it_is_named(tmp_path):
     """On the held-out windows that a compression would have chosen it on."""
     chosen = made(tmp_path / "chosen", method="modegpt-published")
-    direct = compress(MODEL, TOKENS, method="modegpt-published", keep=0.6)
+    direct = compress(small_model(), TOKENS, method="modegpt-published", keep=0.6)
     assert elastic.cut(chosen, 0.6).plan == direct.plan
     same(load(chosen, keep=0.6)[1], direct.params)
     named = made(tmp_path / "named", method="modegpt-published", temperature=0.3)
@@ -107,8 +111,10 @@ def test_the_command_line_writes_the_files_of_a_direct_compression(tiny, text, t
     assert json.loads(found.stdout)["to"] == "lordjax"
     ours, theirs = ({f.name: f for f in path.iterdir()} for path in (small, direct))
     assert ours.keys() == theirs.keys()
-    for name in ours.keys() - {"report.json"}:
+    for name in ours.keys() - {"report.json", PAGE}:
         assert ours[name].read_bytes() == theirs[name].read_bytes(), name
+    pages = [without_times(files[PAGE].read_text()) for files in (ours, theirs)]
+    assert pages[0] == pages[1]
     assert Plan.read(small / "plan.json").keep == 0.6
     # In another form, and as the dense model that it is.
     found = run("export", whole, tmp_path / "dense", "--keep", 0.6, "--to", "dense", "--verify")

@@ -61,6 +61,9 @@ def pairs(methods, often):
         yield pytest.param(method, block, marks=[] if quick else pytest.mark.slow)
 
 
+@pytest.mark.quick(
+    "modegpt-gpt2", "modegpt-codegen", "modegpt-gpt_neox", "modegpt-gemma2", "modegpt-opt-350m"
+)
 @pytest.mark.parametrize(("method", "block"), list(pairs(METHODS, ["modegpt"])))
 def test_compression(method, block, tmp_path):
     original = source(block)
@@ -74,6 +77,7 @@ def test_compression(method, block, tmp_path):
     check(half, original, tmp_path / "out")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("method", "block"), list(pairs(QUANTIZERS, ["nf"])))
 def test_quantisation(method, block, tmp_path):
     original = source(block)
@@ -89,6 +93,7 @@ def test_quantisation(method, block, tmp_path):
     check(result, original, tmp_path / "out")
 
 
+@pytest.mark.quick("modegpt-slice")
 @pytest.mark.parametrize("method", [m for m in METHODS if "qk" in METHODS[m].modules])
 def test_heads_that_are_normalised_keep_their_width(method):
     original = source("qwen3")
@@ -101,6 +106,7 @@ def test_heads_that_are_normalised_keep_their_width(method):
         prepared.compress(0.1)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("block", ["opt", "roberta"])
 def test_padding_does_not_count(block):
     """Learned positions count tokens, not places; statistics see no padding."""

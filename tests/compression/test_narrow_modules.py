@@ -47,6 +47,7 @@ def by_hand(prepared, **widths):
     return Plan(prepared.method, ranks, 0.5, "by hand")
 
 
+@pytest.mark.quick("modegpt-cr-plain")
 @pytest.mark.parametrize("config", [CONFIG, BIASED, STATIC], ids=["plain", "biased", "static"])
 @pytest.mark.parametrize("method", ["modegpt-published", "modegpt-cr"])
 def test_modules_become_narrower_and_work(config, method):
@@ -65,6 +66,7 @@ def test_modules_become_narrower_and_work(config, method):
     assert 0 < np.mean((got - expected) ** 2) < np.mean(expected**2)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("config", [CONFIG, BIASED], ids=["plain", "biased"])
 def test_modegpt_is_a_narrow_mlp_and_low_rank_attention(config):
     prepared = prepare(InMemory(config, shifted(config)), TOKENS, method="modegpt")
@@ -87,6 +89,7 @@ def test_modegpt_is_a_narrow_mlp_and_low_rank_attention(config):
     np.testing.assert_allclose(narrow, widened, atol=1e-5)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", MODULAR)
 def test_round_trip_with_rotary_indices(tmp_path, method):
     result = compress(InMemory(CONFIG, shifted(CONFIG)), TOKENS, method=method, keep=0.6)
@@ -100,6 +103,7 @@ def test_round_trip_with_rotary_indices(tmp_path, method):
     assert all(a.dtype == np.int32 and a.shape[0] == CONFIG.num_kv_heads for a in index)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "config",
     [pytest.param(BIASED, marks=pytest.mark.slow), STATIC],
@@ -114,6 +118,7 @@ def test_a_compressed_model_is_compressed_again(config, method):
     assert np.isfinite(logits(config, again.params)).all()
 
 
+@pytest.mark.full
 def test_a_bias_that_appears_is_charged_to_the_budget():
     """Qwen2: the values have a bias and the output projection none; it is there after."""
     qwen = dataclasses.replace(CONFIG, qkv_bias=True)
@@ -133,6 +138,7 @@ def test_another_dtype_leaves_indices_alone():
     assert dtypes["rope_index"] == np.int32
 
 
+@pytest.mark.full
 def test_attention_keeps_its_scale():
     """Columns that are zero may go, and nothing changes: the scale is that of the whole head."""
     params = trees.flatten(shifted(CONFIG)["layer_0"])
@@ -160,6 +166,7 @@ def test_attention_keeps_its_scale():
     np.testing.assert_allclose(*outs, atol=1e-5)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("config", [BIASED, STATIC], ids=["rotary", "static"])
 @pytest.mark.parametrize("method", ["modegpt-cr", "modegpt-published"])
 def test_a_widened_module_is_the_same_function(config, method):
@@ -208,6 +215,7 @@ def test_bias_of_the_values_goes_through_attention_as_it_is():
     np.testing.assert_allclose(logits(BIASED, new), expected, atol=1e-3 * np.abs(expected).max())
 
 
+@pytest.mark.full
 def test_gates_are_derivatives_by_the_size_of_pairs():
     """Σ tokens of a gate is the derivative of the loss by a factor on the pair's queries."""
     params, tokens = shifted(CONFIG), TOKENS[:1]
@@ -270,7 +278,7 @@ def test_padded_calibration_needs_a_temperature():
     prepared.plan(0.6, temperature=0.1)
     with pytest.raises(ValueError, match="name a temperature"):
         prepared.plan(0.6)
-    with pytest.raises(ValueError, match="one calibration window"):
+    with pytest.raises(ValueError, match="one calibration sequence"):
         prepare(InMemory(CONFIG, shifted(CONFIG)), TOKENS[:1], method="modegpt-published")
 
 
@@ -285,6 +293,7 @@ def test_widths_of_rotary_heads_are_even():
         prepared.apply(by_hand(prepared, mlp=80))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("prefix", ["compressed", "corrective"])
 def test_sequential_statistics_help_modules(prefix):
     """Statistics of what the compressed prefix feeds a module do no harm to the final logits."""
@@ -300,6 +309,7 @@ def test_sequential_statistics_help_modules(prefix):
     assert error(prefix) < 1.05 * error("dense")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("prefix", ["compressed", "corrective"])
 @pytest.mark.parametrize("config", [BIASED, STATIC], ids=["biased", "static"])
 def test_sequential_statistics_on_every_kind_of_head(config, prefix):
@@ -309,6 +319,7 @@ def test_sequential_statistics_on_every_kind_of_head(config, prefix):
     assert np.isfinite(logits(config, result.params)).all()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_sources_give_half_precision_results(dtype):
     half = jax.tree.map(lambda a: a.astype(dtype), shifted(BIASED))
@@ -317,6 +328,7 @@ def test_half_precision_sources_give_half_precision_results(dtype):
         assert leaf.dtype == (np.int32 if path.endswith("rope_index") else dtype), path
 
 
+@pytest.mark.full
 def test_padding_changes_nothing_in_modules():
     padded = np.concatenate([TOKENS, np.full((8, 10), 3, np.int32)], axis=1)
     mask = np.ones(padded.shape, bool)
@@ -329,6 +341,7 @@ def test_padding_changes_nothing_in_modules():
         np.testing.assert_allclose(masked[path].spectrum, factors.spectrum, atol=1e-3 * scale)
 
 
+@pytest.mark.full
 def test_decode_order_does_not_matter_to_a_narrow_model():
     """Logits of a prefix do not depend on what follows: the mask is causal at every width."""
     result = compress(InMemory(CONFIG, shifted(CONFIG)), TOKENS, method="modegpt-cr", keep=0.5)
@@ -337,6 +350,7 @@ def test_decode_order_does_not_matter_to_a_narrow_model():
     assert Rope() == CONFIG.rope
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("config", "dtype", "tolerance"),
     [
@@ -383,6 +397,7 @@ SCALED = {"factor": 4.0, "original_max_positions": 16}
 ROPES = [Rope(), Rope(kind="llama3", **SCALED), Rope(kind="yarn", **SCALED)]
 
 
+@pytest.mark.quick("default")
 @pytest.mark.parametrize("rope", ROPES, ids=lambda rope: rope.kind)
 def test_kept_pairs_turn_as_before(rope):
     config = dataclasses.replace(CONFIG, rope=rope)
@@ -402,6 +417,7 @@ def test_kept_pairs_turn_as_before(rope):
         np.testing.assert_allclose(tap(params, name, heads), expected, atol=1e-4)
 
 
+@pytest.mark.full
 def test_influence_of_the_last_block_is_before_the_final_norm():
     norm = {"scale": jnp.linspace(-2.0, 5.0, 48)}
     params = {**shifted(CONFIG), "final_norm": norm}
@@ -430,6 +446,7 @@ def test_round_trip_of_different_widths(tmp_path):
     assert [b["mlp"]["down"]["kernel"].shape[0] for b in blocks] == [40, 48, 56]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", ["modegpt-cr", "modegpt-published"])
 def test_modules_do_not_depend_on_the_batch_size(method):
     source = InMemory(CONFIG, shifted(CONFIG))
@@ -478,6 +495,7 @@ def test_queries_and_keys_have_a_rate_of_their_own():
     assert high["qk"] > high["mlp"]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", ["modegpt", "modegpt-cr"])
 def test_values_that_leave_directions_out(method):
     """Fewer tokens than directions: what is left over is rounding, of either sign."""
@@ -492,6 +510,7 @@ def test_values_that_leave_directions_out(method):
     assert np.abs(after).max() < 3 * np.abs(before).max()
 
 
+@pytest.mark.full
 def test_corrective_prefix_fits_the_untouched_output(monkeypatch):
     """Ẑ_Sᵀ (Z W_D - Ẑ_S W_D') = 0 up to the ridge: least squares with the dense target."""
     row = METHODS["modegpt-cr"]
@@ -561,6 +580,7 @@ def trained():
     return config, params, text[-64:]
 
 
+@pytest.mark.full
 def test_order_of_methods_and_budgets_on_a_trained_model():
     config, params, text = trained()
 

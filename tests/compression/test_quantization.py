@@ -176,6 +176,7 @@ def test_kinds_of_kernels(results):
         assert str(product.left.format) == str(product.right.format) == QUANTIZERS["auto"].factors
 
 
+@pytest.mark.quick("lq")
 @every_method
 def test_report_of_each_matrix(results, source, method):
     result = results[method]
@@ -227,6 +228,7 @@ def test_one_format_for_all(source):
     assert "calibration" not in result.report
 
 
+@pytest.mark.quick("nf")
 @pytest.mark.parametrize("method", ["nf", "lq"])
 def test_feedback_loses_less_of_the_outputs(source, method):
     options = {"method": method, "form": "nf3", "weighting": "input", "steps": 2}
@@ -299,6 +301,7 @@ def test_an_edited_plan_is_followed(prepared, results):
         assert kernel.low_rank.left.format == kernel.low_rank.right.format == normal_float.Format(8)
 
 
+@pytest.mark.full
 def test_matrices_without_codes(prepared, results, source):
     """Dense, or a product alone: the best one in the measure, in half precision."""
     plan, second = results["auto"].plan, SITES[1]
@@ -343,6 +346,7 @@ def test_a_plan_must_name_every_matrix(prepared, results):
 # --- files ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 @every_method
 def test_a_saved_model_is_the_same(results, tmp_path, method):
     result, directory = results[method], tmp_path / "model"
@@ -370,6 +374,7 @@ def lord(source):
     return prepare(source, TOKENS, method="lord-linear")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("factors", "tolerance"), [("nf8", 0.03), ("nf4", 0.3)])
 def test_factor_pairs_as_codes(lord, source, factors, tolerance):
     plain, coded = lord.compress(0.6), lord.compress(0.6, factors=factors)
@@ -473,6 +478,7 @@ def test_broken_weights_are_named(params, options):
         quantize(InMemory(CONFIG, broken), method="nf", **options)
 
 
+@pytest.mark.full
 def test_overflow_is_named(params):
     """A weight that float16 cannot hold is an error, not an infinity."""
     path = "layer_1/mlp_norm/scale"

@@ -182,6 +182,7 @@ def exports():
             yield pytest.param(kind, variant, to, marks=marks)
 
 
+@pytest.mark.quick("llama-codes-*", "gpt2-narrow-*", "gemma2-narrow-dense", "bert-narrow-dense")
 @pytest.mark.parametrize(("kind", "variant", "to"), list(exports()))
 def test_logits(made, tmp_path, kind, variant, to):
     saved, expected = made(kind, variant)
@@ -195,6 +196,7 @@ def test_logits(made, tmp_path, kind, variant, to):
         same(saved, expected, tmp_path / "out", to)
 
 
+@pytest.mark.quick("*-pairs")
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("to", ["dense", "factored"])
 def test_tied_heads(made, tmp_path, variant, to):
@@ -243,6 +245,7 @@ def opened(directory, **options):
     ).eval()
 
 
+@pytest.mark.quick("llama-narrow")
 @pytest.mark.parametrize(("kind", "variant"), [("llama", "narrow"), ("gpt2", "codes")])
 def test_generation(made, tmp_path, kind, variant):
     """With the stock key/value cache; the same tokens as without any."""
@@ -410,6 +413,7 @@ def test_verification_notices(made, tmp_path):
         verify(saved, tmp_path / "out", "dense", TOKENS)
 
 
+@pytest.mark.quick("bfloat16")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_verification_allows_for_the_stored_dtype(made, tmp_path, dtype):
     saved, _ = made("llama", "pairs")

@@ -18,7 +18,14 @@ from lordjax.models.transformer import Transformer, init
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+# A case of every shape of block.
+ONE_EACH = (
+    *("llama", "qwen2-window", "qwen3", "phi4-mini", "gpt2", "codegen", "gpt_neox", "gemma2"),
+    *("opt-350m", "roberta", "bert-classes"),
+)
 
+
+@pytest.mark.quick(*ONE_EACH)
 @pytest.mark.parametrize("case", CASES)
 def test_logits(saved, case):
     model, checkpoint = saved(case)
@@ -27,6 +34,7 @@ def test_logits(saved, case):
     np.testing.assert_allclose(got, hf_logits(model, tokens), rtol=0, atol=1e-5)
 
 
+@pytest.mark.quick(*ONE_EACH)
 @pytest.mark.parametrize("case", CASES)
 def test_parameters_are_those_of_the_model(saved, case):
     _, checkpoint = saved(case)
@@ -35,6 +43,7 @@ def test_parameters_are_those_of_the_model(saved, case):
     assert ours == theirs
 
 
+@pytest.mark.quick("left-llama", "left-gpt2", "right-bert")
 @pytest.mark.parametrize(
     "case", ["llama", "mistral-window", "qwen2-window", "gpt2", "gemma2", "bert"]
 )
@@ -55,6 +64,7 @@ def test_padding(saved, case, side):
     np.testing.assert_allclose(got[mask], expected[mask], rtol=0, atol=1e-5)
 
 
+@pytest.mark.quick("left-roberta")
 @pytest.mark.parametrize("case", ["roberta", "roberta-options", "roberta-bare", "roberta-classes"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_roberta_counts_positions_without_padding(saved, case, side):
@@ -69,6 +79,7 @@ def test_roberta_counts_positions_without_padding(saved, case, side):
     np.testing.assert_allclose(got[rows], expected[rows], rtol=0, atol=1e-5)
 
 
+@pytest.mark.quick("bert-classes")
 @pytest.mark.parametrize("case", ["bert", "bert-options", "bert-classes", "bert-bare"])
 def test_token_types(saved, case):
     model, checkpoint = saved(case)
@@ -100,10 +111,11 @@ def test_chunks_of_queries_change_nothing(causal):
 
 def test_a_window_must_be_causal():
     x = jnp.zeros((1, 4, 1, 2))
-    with pytest.raises(ValueError, match="a window of 2 positions back, but attention looks ahead"):
-        attend(x, x, x, scale=1.0, window=2, causal=False)
+    with pytest.raises(ValueError, match="sliding window of 2 tokens: expected causal attention"):
+        attend(x, x, x, scale=1.0, sliding_window=2, causal=False)
 
 
+@pytest.mark.quick("roberta")
 @pytest.mark.parametrize("case", ["roberta", "bert-classes"])
 def test_every_token_of_an_encoder_sees_every_other(saved, case):
     """More tokens than a chunk of queries has, so that chunks see keys behind them."""

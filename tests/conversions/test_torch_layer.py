@@ -20,6 +20,7 @@ def test_levels_of_the_torch_code(bits):
     )
 
 
+@pytest.mark.quick("form0", "form4", "form9")
 @pytest.mark.parametrize("form", normal_float.grid()[::29])
 def test_codes_of_the_torch_code(form):
     """Sizes that no block divides."""

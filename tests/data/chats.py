@@ -1,4 +1,4 @@
-"""A tokenizer with a chat template, and examples read with it."""
+"""A tokenizer with a chat template, and examples that are read with it."""
 
 import json
 
@@ -30,7 +30,7 @@ SPECIAL = ("<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<s>")
 
 
 def make_tokenizer(template=CHATML, begin=False):
-    """Bytes, two line breaks as one token, and special tokens; BOS before a text if wanted."""
+    """A tokenizer of bytes; two line breaks are one token, and BOS before a text is optional."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -61,7 +61,7 @@ def write(path, records):
 
 
 def read(path, tokenizer=None, **options):
-    """The examples of a file, none of them held out, and the facts."""
+    """Reads a file; returns its examples, none of them held out, and the facts."""
     tokenizer = tokenizer or make_tokenizer()
     options = {"seq_len": 512, "vocab_size": VOCAB, "share": 0} | options
     train, validation, facts = instructions(path, tokenizer, **options)
@@ -76,7 +76,7 @@ def ids(examples, i):
 
 
 def answers(examples, i, tokenizer=None):
-    """What is learned of an example, as text."""
+    """Returns the targets of an example as text."""
     targets = examples.targets[i]
     places = np.flatnonzero(targets >= 0)
     np.testing.assert_array_equal(targets[places], examples.tokens[i][places + 1])
@@ -84,6 +84,6 @@ def answers(examples, i, tokenizer=None):
 
 
 def chat(*contents):
-    """Messages of a user and an assistant in turn."""
+    """Returns messages of a user and an assistant in turn."""
     roles = ("user", "assistant") * len(contents)
     return [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]

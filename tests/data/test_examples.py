@@ -1,4 +1,4 @@
-"""Examples: their order, what is held out, and that a model learns answers and nothing else."""
+"""Examples: their order, held-out documents, padding and checks."""
 
 import numpy as np
 import pytest
@@ -81,8 +81,8 @@ def test_examples_that_a_model_cannot_read():
         (Examples(np.full((1, 513), 7), np.full((1, 513), 7)), "513 tokens.*512.*--seq-len"),
         (good._replace(tokens=tokens + VOCAB), "token id 307 at window 0"),
         (good._replace(targets=tokens + VOCAB), "target 307; expected 0 to 299"),
-        (good._replace(targets=tokens[:, :1]), "head 'causal'; expected an id for every token"),
-        (good._replace(token_types=tokens), "token type 7, but the model has 0"),
+        (good._replace(targets=tokens[:, :1]), "head 'causal'; expected a token id per position"),
+        (good._replace(token_types=tokens), "token type 7; expected less than 0"),
     ]:
         with pytest.raises(ValueError, match=message):
             check(CONFIG, bad)
@@ -132,7 +132,7 @@ def pack(path, **options):
 
 
 def letters(examples):
-    """Which letters the documents of a part are made of."""
+    """Returns the letters in the documents of one side of the split."""
     return set(make_tokenizer().decode(examples.tokens.ravel()).replace("<|end|>", ""))
 
 

@@ -1,4 +1,4 @@
-"""Instructions: what is learned of a chat, cut, left out and held out."""
+"""Instructions: targets of a chat; truncated, omitted and held-out examples."""
 
 import numpy as np
 import pytest
@@ -51,7 +51,7 @@ def test_every_answer_of_a_chat_is_learned(tmp_path):
 
 
 def test_a_template_that_rewrites_past_answers_gives_an_example_an_answer(tmp_path):
-    """What the model reads before an answer is what it would read when asked."""
+    """The tokens before an answer equal the tokens of the prompt in generation."""
     template = (
         "{% for m in messages %}<|{{ m['role'] }}|>"
         "{{ m['content'] if loop.last else m['content'].split(']')[-1] }}<|end|>{% endfor %}"
@@ -130,8 +130,8 @@ def test_a_question_is_held_out_with_all_its_answers(tmp_path):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"question": "a"}, 'expected a record with "messages" or'),
-        (["a"], 'expected a record with "messages" or'),
+        ({"question": "a"}, 'expected a JSON object with "messages" or'),
+        (["a"], 'expected a JSON object with "messages" or'),
         ({"instruction": "a"}, '"output" is None; expected text'),
         ({"instruction": "a", "input": 3, "output": "b"}, '"input" is 3; expected text'),
         ({"messages": "a"}, '"messages" is no list'),

@@ -1,4 +1,4 @@
-"""Token windows: what is read, in which order, and the error for everything that is not."""
+"""Token windows: which text is read, in which order, and errors for everything else."""
 
 import hashlib
 import json
@@ -100,7 +100,7 @@ def test_long_text_is_not_tokenised_to_its_end(tmp_path):
 
 
 def test_few_ids_per_character_still_give_every_window(tmp_path):
-    """A tokenizer with very long tokens: the beginning of the text does not suffice."""
+    """A tokenizer with very long tokens, for which the first part of a text is too short."""
 
     class Sparse(Bytes):
         def encode(self, text, *, add_special_tokens):

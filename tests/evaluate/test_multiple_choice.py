@@ -1,4 +1,4 @@
-"""Multiple choice: log-likelihoods, prompts, accuracies, and the verb."""
+"""Multiple choice: log-likelihoods, prompts, accuracies, and the command."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from questions import PUBLISHED, alone, log_probabilities, tokenizer_of, write
 
 from lordjax.evaluate import likelihood, multiple_choice
-from lordjax.evaluate.choice_tasks import TASKS, read_questions, task_of
+from lordjax.evaluate.choice_tasks import TASKS, read_questions, task_from_name
 from lordjax.evaluate.likelihood import log_likelihoods
 from lordjax.kernels.convert import encode as encoded
 from lordjax.models import Rope
@@ -27,7 +27,7 @@ LINEAR = r"layer_\d+/.*/kernel$"
 
 
 def some_pairs(config, most):
-    """Of every kind: choices of a context, of one token, that go on after each other, likely."""
+    """Returns pairs of all kinds: long, with a shared context, of one token, prefixes of others."""
     draw = np.random.default_rng(0)
 
     def ids(low, high):
@@ -45,6 +45,7 @@ def model():
     return source("qwen3")
 
 
+@pytest.mark.full
 def test_scores_are_those_of_a_plain_pass_one_pair_at_a_time():
     model = source("gemma2")
     config, params = model.config, model.params
@@ -60,6 +61,7 @@ def test_scores_are_those_of_a_plain_pass_one_pair_at_a_time():
     assert scores[-1].greedy and not all(score.greedy for score in scores)
 
 
+@pytest.mark.full
 def test_a_compressed_model_is_scored_as_it_is(model):
     params = encoded(model.params, "nf4", where=LINEAR)
     pairs = some_pairs(model.config, 16)
@@ -71,6 +73,7 @@ def test_a_compressed_model_is_scored_as_it_is(model):
         assert score.log_likelihood != pytest.approx(other.log_likelihood, abs=1e-3)
 
 
+@pytest.mark.full
 def test_scores_depend_on_neither_batch_nor_bucket_nor_order(model):
     pairs = some_pairs(model.config, 24)
     expected = [
@@ -85,6 +88,7 @@ def test_scores_depend_on_neither_batch_nor_bucket_nor_order(model):
         np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
+@pytest.mark.full
 def test_nothing_is_compiled_per_pair(model):
     likelihood._hidden.clear_cache()
     pairs = [([n, *range(1, n)], [n]) for n in range(2, 24)]
@@ -119,6 +123,7 @@ def test_a_context_that_is_too_long_loses_its_beginning(model):
     assert all_of_it.log_likelihood == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 def test_frequencies_that_depend_on_length_are_those_of_the_pair(kind):
     base = source("qwen3")
@@ -164,26 +169,28 @@ def tokenizer():
 
 def test_contexts_and_continuations_are_encoded_as_one_text(tokenizer):
     for context, rest in (("the cat", " sat"), ("the c", "at"), ("the", " cat sat on"), ("x", "y")):
-        start, ids = multiple_choice.encode_pair(tokenizer, context, rest)
+        start, ids = multiple_choice.tokenize_pair(tokenizer, context, rest)
         assert start == tokenizer.encode(context)
         whole = tokenizer.encode(context + rest)
         assert ids == whole[len(start) :]
         # Spaces at the context's end belong to what follows.
         for spaces in (" ", "  "):
-            moved = multiple_choice.encode_pair(tokenizer, context + spaces, rest.lstrip())
-            assert moved == multiple_choice.encode_pair(tokenizer, context, spaces + rest.lstrip())
+            moved = multiple_choice.tokenize_pair(tokenizer, context + spaces, rest.lstrip())
+            assert moved == multiple_choice.tokenize_pair(
+                tokenizer, context, spaces + rest.lstrip()
+            )
 
 
 def test_what_stands_for_an_empty_context(tokenizer):
     end = tokenizer.eos_token_id
-    assert multiple_choice.encode_pair(tokenizer, "", "the cat") == (
+    assert multiple_choice.tokenize_pair(tokenizer, "", "the cat") == (
         [end],
         tokenizer.encode("the cat"),
     )
-    begun = multiple_choice.encode_pair(tokenizer, "", "<end>the")
+    begun = multiple_choice.tokenize_pair(tokenizer, "", "<end>the")
     assert begun == ([end], tokenizer.encode("the"))
     with pytest.raises(ValueError, match="no BOS or EOS token"):
-        multiple_choice.encode_pair(tokenizer_of("a b"), "", "the")
+        multiple_choice.tokenize_pair(tokenizer_of("a b"), "", "the")
 
 
 def test_special_tokens_are_added_once():
@@ -194,9 +201,9 @@ def test_special_tokens_are_added_once():
         single="<s> $A", special_tokens=[("<s>", fast.bos_token_id)]
     )
     first = fast.bos_token_id
-    start, rest = multiple_choice.encode_pair(fast, "the", " cat")
+    start, rest = multiple_choice.tokenize_pair(fast, "the", " cat")
     assert start[0] == first and first not in [*start[1:], *rest]
-    assert multiple_choice.encode_pair(fast, "<s>the", " cat") == (start, rest)
+    assert multiple_choice.tokenize_pair(fast, "<s>the", " cat") == (start, rest)
 
 
 def test_scores_are_normalised_by_characters_and_by_bytes():
@@ -245,7 +252,7 @@ def test_published_and_plain_records_are_asked_alike(task, tmp_path):
     assert dataclasses.replace(second, where=first.where) == first
     assert first.where.endswith("line 1") and second.where.endswith("line 2")
     assert found.notes == () and found.first(1).questions == (first,)
-    assert task_of(tmp_path / f"{task.replace('_', '-').upper()}.jsonl.gz") == task
+    assert task_from_name(tmp_path / f"{task.replace('_', '-').upper()}.jsonl.gz") == task
 
 
 def test_questions_of_boolq_without_passages_are_noted(tmp_path):
@@ -286,7 +293,7 @@ def test_wrong_files_are_errors_that_name_the_line(tmp_path):
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory):
-    """Files of two tasks; letters are tokens of the tiny model."""
+    """Writes files of two tasks, whose letters are tokens of the tiny model."""
     directory = tmp_path_factory.mktemp("sets")
     letters = "abcdefghij"
     asked = [
@@ -307,7 +314,7 @@ def test_accuracies_are_those_of_the_scores(tiny, sets):
     found = multiple_choice.evaluate(config, params, tokenizer, questions, batch_size=5)
     right = {"acc": 0, "acc_norm": 0}
     for row, question in zip(found["rows"], questions.questions, strict=True):
-        pairs = [multiple_choice.encode_pair(tokenizer, *pair) for pair in question.pairs]
+        pairs = [multiple_choice.tokenize_pair(tokenizer, *pair) for pair in question.pairs]
         expected = [alone(config, params, pair, 48)[0] for pair in pairs]
         np.testing.assert_allclose(row["log_likelihoods"], expected, atol=1e-4)
         lengths = [len(text) for text in question.choices]

@@ -1,4 +1,4 @@
-"""HumanEval and MBPP in small: readers, pass@k, and what becomes of right and wrong programs."""
+"""Small HumanEval and MBPP files: readers, pass@k, and results of right and wrong programs."""
 
 import dataclasses
 import gzip
@@ -172,10 +172,10 @@ def test_files_that_are_none_are_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.jsonl: no such file"):
         read_problems(tmp_path / "none.jsonl")
     bad = {
-        "": "empty; expected a record",
+        "": "empty; expected a JSON object",
         "{": "line 1: not JSON",
-        "\n[1]": "line 2: list; expected a record",
-        '{"a": 1}': 'line 1: expected a record with "entry_point"',
+        "\n[1]": "line 2: list; expected a JSON object",
+        '{"a": 1}': 'line 1: expected a JSON object with "entry_point"',
         json.dumps(HUMANEVAL[0] | {"test": None}): 'line 1: "test" is None; expected text',
         json.dumps(MBPP[0] | {"test_list": []}): 'line 1: "test_list" is',
         "\n".join(json.dumps(MBPP[0]) for _ in range(2)): "MBPP/7 is there twice",
@@ -277,7 +277,7 @@ SETTINGS = {
 
 @pytest.fixture
 def calls(monkeypatch):
-    """A model that knows how to add and nothing else; the arguments of its batches."""
+    """Replaces the model by one that can only add; returns the arguments of its batches."""
     seen = []
 
     def complete(params, config, tokenizer, prompts, **how):

@@ -1,4 +1,4 @@
-"""Perplexity: the number is that of a plain computation, and nothing is skipped."""
+"""Perplexity equals a plain computation, and skips nothing."""
 
 import dataclasses
 
@@ -40,7 +40,7 @@ def random_tokens(windows, length, seed=0):
 
 
 def plain_nll(config, params, tokens):
-    """Σ nll in float64 from whole logits."""
+    """Returns Σ nll in float64 from all logits at once."""
     logits = Transformer(config).apply({"params": params}, jnp.asarray(tokens))
     logits = np.asarray(logits, np.float64)[:, :-1]
     peak = logits.max(-1, keepdims=True)
@@ -50,6 +50,7 @@ def plain_nll(config, params, tokens):
 
 
 # 300 positions are more than one chunk of logits and do not divide into chunks.
+@pytest.mark.quick("True-17")
 @pytest.mark.parametrize("length", [2, 17, 256, 300])
 @pytest.mark.parametrize("tied", [False, True])
 def test_equals_plain_computation(length, tied):
@@ -70,6 +71,7 @@ def test_uniform_logits_give_the_vocabulary_size(params):
     np.testing.assert_allclose(result["perplexity"], CONFIG.vocab_size, rtol=1e-6)
 
 
+@pytest.mark.quick("True")
 @pytest.mark.parametrize("tied", [False, True])
 def test_variants_in_lockstep_have_the_losses_of_whole_models(tied):
     config = dataclasses.replace(CONFIG, tie_embeddings=tied)
@@ -108,6 +110,7 @@ def test_windows_are_independent(params):
     np.testing.assert_allclose(whole["nll_per_token"], mean, rtol=1e-6)
 
 
+@pytest.mark.quick("3")
 @pytest.mark.parametrize("batch_size", [2, 3, 5, 8])
 def test_batch_size_changes_nothing_and_compiles_once(params, batch_size):
     tokens = random_tokens(5, 20 + batch_size)

@@ -1,4 +1,4 @@
-"""Programs behave, misbehave and lie: every limit holds, and nothing of them is left."""
+"""Programs that behave, misbehave and lie: every limit holds, and no process remains."""
 
 import os
 import shutil
@@ -35,7 +35,7 @@ def namespaces(request):
 
 
 def supervisors(script):
-    """Processes of a script, the programs among them: a fork keeps its name."""
+    """Returns the processes of a script, including the programs, since a fork keeps the name."""
     found = set()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -171,6 +171,7 @@ def test_time_is_limited(namespaces):
         assert limits.seconds <= result.seconds < SOON
 
 
+@pytest.mark.quick("namespaces")
 def test_processor_time_is_limited(namespaces):
     loop = "try:\n  while True: pass\nfinally:\n  while True: pass"
     result = run(loop, Limits(seconds=SOON, cpu_seconds=1), namespaces=namespaces)
@@ -178,6 +179,7 @@ def test_processor_time_is_limited(namespaces):
     assert result.seconds < SOON
 
 
+@pytest.mark.quick("namespaces")
 def test_a_program_that_prints_for_ever_fills_nothing(namespaces):
     short = Limits(seconds=SOON, cpu_seconds=1, output=1000)
     result = run("while True: print('x' * 10**6)", short, namespaces=namespaces)
@@ -289,7 +291,7 @@ def test_there_is_no_network(namespaces):
 
 @pytest.fixture
 def open_folder():
-    """Where every user may write; what pytest makes is for its own only."""
+    """A directory where every user may write; pytest's own directories are private."""
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         Path(folder).chmod(0o777)
         yield Path(folder)

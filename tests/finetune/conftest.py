@@ -1,4 +1,4 @@
-"""Fixtures of several files about fine-tuning."""
+"""Fixtures for the fine-tuning tests."""
 
 import jax
 import pytest

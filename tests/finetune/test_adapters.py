@@ -1,4 +1,4 @@
-"""Adapters and recipes: what is trained in every kind of kernel, and what is not."""
+"""Adapters and recipes: which arrays are trained in every kind of kernel."""
 
 import dataclasses
 
@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tuning import BLOCKS, CONFIG, KINDS, coded, examples, made
+from tuning import BLOCKS, CONFIG, KINDS, examples, made, quantized
 
-from lordjax.finetune import adapters, recipes
-from lordjax.finetune import step as finetune
+from lordjax.finetune import adapters, recipes, step
 from lordjax.finetune.recipes import RECIPES
 from lordjax.kernels import trees
 from lordjax.kernels.base import materialize, matmul, nbytes
@@ -21,6 +20,7 @@ from lordjax.kernels.quantized import LowRankPlusQuantized
 from lordjax.models import Transformer, init
 
 
+@pytest.mark.quick("pairs", "matrices")
 @pytest.mark.parametrize("kind", KINDS)
 def test_split_and_join(params, kind):
     new, paths = made(params, kind)
@@ -37,9 +37,10 @@ def test_split_names_what_is_not_there(params):
         trees.partition(params, {"layer_0/attention/q/kernel/left"})
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_finite_differences(params, kind):
-    """In double precision."""
+    """Compares gradients with finite differences in double precision."""
     new, paths = made(params, kind)
     trained, frozen = trees.partition(new, set(paths))
     batch = examples(2)
@@ -52,7 +53,7 @@ def test_gradients_are_finite_differences(params, kind):
             whole = trees.combine(trained, rest)
             # Activations have the dtype of the embedding.
             whole = {**whole, "embed": jax.tree.map(lambda a: a.astype("float64"), whole["embed"])}
-            nll, _ = finetune.rows_of(CONFIG, whole, batch)
+            nll, _ = step.target_losses(CONFIG, whole, batch)
             return jnp.sum(nll)
 
         gradient = jax.grad(loss)(wide)
@@ -65,19 +66,20 @@ def test_gradients_are_finite_differences(params, kind):
         inner = sum(
             jnp.vdot(g, w) for g, w in zip(*map(jax.tree.leaves, (gradient, way)), strict=True)
         )
-        step = 1e-3 / float(norm)
+        size = 1e-3 / float(norm)
 
         def moved(size):
             return loss(jax.tree.map(lambda a, w: a + size * w, wide, way))
 
-        there, back = moved(step), moved(-step)
-        measured = (there - back) / (2 * step)
+        there, back = moved(size), moved(-size)
+        measured = (there - back) / (2 * size)
     # The logits of a chunk are float32.
     np.testing.assert_allclose(inner, measured, rtol=2e-2)
 
 
+@pytest.mark.full
 def test_new_adapters_change_nothing(params):
-    for make in (lambda p: p, coded, lambda p: factorize(p, keep=0.6, where=BLOCKS)):
+    for make in (lambda p: p, quantized, lambda p: factorize(p, keep=0.6, where=BLOCKS)):
         before = make(params)
         after = adapters.add_adapters(before, rank=4, key=jax.random.key(0))
         tokens = examples().tokens
@@ -92,6 +94,7 @@ def test_adapters_that_do_not_fit(params):
         adapters.add_adapters(params, rank=17, key=jax.random.key(0))
 
 
+@pytest.mark.quick("*codes")
 @pytest.mark.parametrize("kind", ["over matrices", "over pairs", "over codes"])
 def test_merging_is_the_same_model(params, kind):
     new, _ = made(params, kind)
@@ -111,11 +114,11 @@ def test_merging_is_the_same_model(params, kind):
 
 def test_codes_under_every_block_matrix(params):
     mixed = factorize(params, keep=0.6, where="mlp/.*kernel$")
-    new = adapters.encode_bases(mixed, "nf4")
+    new = adapters.quantize_bases(mixed, "nf4")
     assert nbytes(
         {p: a for p, a in trees.flatten(new).items() if p.endswith("kernel")}
     ) < 0.2 * sum(4 * weights(a) for p, a in trees.flatten(mixed).items() if p.endswith("kernel"))
-    again = adapters.encode_bases(new, "nf4")
+    again = adapters.quantize_bases(new, "nf4")
     jax.tree.map(np.testing.assert_array_equal, again, new)
     assert adapters.trainable(new, (".",)) == [
         p for p in trees.arrays(new) if not p.endswith(("codes", "scales", "supers", "offset"))
@@ -123,10 +126,13 @@ def test_codes_under_every_block_matrix(params):
 
 
 def test_recipes_on_a_model_without_what_they_train(params):
-    with pytest.raises(KeyError, match=r"trains kernel/low_rank/.*of which the model has nothing"):
+    with pytest.raises(
+        KeyError, match=r"trains kernel/low_rank/.*but no parameter of the model matches"
+    ):
         recipes.initial_params(RECIPES["lq-lora"], params, jax.random.key(0))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("size", "expected"),
     [
@@ -139,7 +145,7 @@ def test_recipes_on_a_model_without_what_they_train(params):
     ],
 )
 def test_trainable_counts_of_llama_2(size, expected):
-    """Rank 64; the paper's counts (arXiv 2311.12023)."""
+    """Counts trainable parameters at rank 64, as in the paper (arXiv 2311.12023)."""
     kv = {"num_kv_heads": size.get("num_kv_heads", 32)}
     config = dataclasses.replace(CONFIG, **{**size, **kv}, head_size=128, vocab_size=32000)
 
@@ -152,6 +158,7 @@ def test_trainable_counts_of_llama_2(size, expected):
     assert sum(a.size for p, a in arrays.items() if "/low_rank/" in p) == expected
 
 
+@pytest.mark.full
 def test_a_trained_product_is_what_is_multiplied(params):
     new, _ = made(params, "over codes")
     leaf = new["layer_0"]["mlp"]["up"]["kernel"]

@@ -1,4 +1,4 @@
-"""Classifying sequences: files with labels, scores, new heads, and the way out to transformers."""
+"""Sequence classification: labelled files, scores, new heads, and export to transformers."""
 
 import dataclasses
 import functools
@@ -53,7 +53,7 @@ def encoder(**options):
 
 @functools.cache
 def tokenizer():
-    """Bytes between [CLS] and [SEP]; the second text of a pair has type 1."""
+    """A tokenizer of bytes with [CLS] and [SEP]; the second text of a pair has type 1."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -82,7 +82,7 @@ def texts(examples):
 
 
 def contents(data):
-    """``(text, label)`` of every example."""
+    """Returns ``(text, label)`` of every example."""
     assert json.loads(json.dumps(data.facts)) == data.facts
     labels = data.facts["labels"]
     return list(zip(texts(data.train), [labels[i] for i in data.train.targets[:, 0]], strict=True))
@@ -208,7 +208,7 @@ def test_pairs_need_something_between_them(tmp_path):
 
 
 def of_table(table):
-    """(predicted, expected) with these counts ``[expected, predicted]``."""
+    """Returns (predicted, expected) with the given counts ``[expected, predicted]``."""
     pairs = [(p, e) for e, row in enumerate(table) for p, n in enumerate(row) for _ in range(n)]
     return np.array(pairs).T
 
@@ -338,6 +338,7 @@ def test_a_new_head_has_the_dtype_of_the_model():
     assert {a.dtype for a in jax.tree.leaves(changed)} == {jnp.dtype(jnp.bfloat16)}
 
 
+@pytest.mark.full
 def test_a_compressed_encoder_gets_a_head_too():
     config, params = encoder()
     small = factorize(params, rank=3, where=r"layer_\d+/.*kernel")
@@ -361,6 +362,7 @@ def test_no_new_head():
         with_labels({"model_type": "bert"}, ["a", "a"])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
 @pytest.mark.parametrize("head", ["MaskedLM", "", "SequenceClassification"])
 def test_a_new_head_is_saved_and_exported(tmp_path, kind, head):

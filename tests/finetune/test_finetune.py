@@ -1,4 +1,4 @@
-"""Fine-tuning: what is trained, what is not, and that a run is a function of its arguments."""
+"""Fine-tuning steps: trained and frozen arrays, and runs that depend only on their arguments."""
 
 import dataclasses
 import functools
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tuning import BLOCKS, CONFIG, coded, examples, losses, steps
+from tuning import BLOCKS, CONFIG, examples, losses, quantized, steps
 
 from lordjax.data.examples import Data, Examples
 from lordjax.finetune import adapters, recipes, step
@@ -28,8 +28,9 @@ def test_eight_examples_are_learned_by_heart(params):
     assert losses(found)[-1] < 0.05 < 1 < losses(found)[0]
 
 
+@pytest.mark.full
 def test_only_what_is_named_changes(params):
-    base = coded(params)
+    base = quantized(params)
 
     def digest(tree):
         return hashlib.sha256(b"".join(np.asarray(a).tobytes() for a in jax.tree.leaves(tree)))
@@ -38,20 +39,21 @@ def test_only_what_is_named_changes(params):
     data = Data(examples(), examples(0), {})
     recipe = dataclasses.replace(RECIPES["qlora"], rank=4, learning_rate=1e-2)
     start, paths = recipes.initial_params(recipe, base, jax.random.key(0))
-    trained, frozen = step.split(start, paths, "float32")
+    trained, frozen = step.split_trainable(start, paths, "float32")
     optimizer = recipes.optimizer(recipe, 5)
     run = step.run(
         CONFIG, step.init_state(trained, optimizer), frozen, data.train, optimizer, Settings(5)
     )
     *_, (state, _) = run
-    end = trees.arrays(step.joined(state.params, start, paths))
+    end = trees.arrays(step.with_trained(state.params, start, paths))
     for path, a in trees.arrays(start).items():
         assert np.array_equal(a, end[path]) == ("low_rank" not in path), path
     assert digest(base).hexdigest() == before
 
 
+@pytest.mark.full
 def test_accumulation_changes_nothing_but_memory(params):
-    """Micro-batches with different numbers of targets count by targets, not by batches."""
+    """The loss is a mean over targets, also if micro-batches have different numbers of them."""
     data = examples()
     few = data.targets.copy()
     few[:3, 4:] = -1
@@ -61,6 +63,7 @@ def test_accumulation_changes_nothing_but_memory(params):
     assert [m["targets"] for _, m in whole] == [int((few >= 0).sum())] * 4
 
 
+@pytest.mark.full
 def test_the_loss_is_that_of_the_targets(params):
     data = examples(4)
     logits = np.asarray(Transformer(CONFIG).apply({"params": params}, data.tokens), np.float64)
@@ -78,6 +81,7 @@ def test_the_loss_is_that_of_the_targets(params):
     np.testing.assert_allclose(metrics["nll"], nll[wanted].mean(), rtol=1e-5)
 
 
+@pytest.mark.full
 def test_padding_is_not_seen(params):
     short = examples(8, 10)
     wide = [
@@ -89,16 +93,17 @@ def test_padding_is_not_seen(params):
     np.testing.assert_allclose(losses(a), losses(b), rtol=1e-5)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("scale", [0.25, pytest.param(2.0, marks=pytest.mark.slow)])
 def test_alpha_is_a_learning_rate(params, scale):
-    """LoRA's ``x A B · alpha / r`` under Adam, and ours, in which the factor is no part."""
+    """LoRA's ``x A B · alpha / r`` under Adam equals our adapters, which do not store the scale."""
     rank, rate, key = 4, 1e-3, jax.random.key(0)
-    recipe = Recipe((recipes.PRODUCTS,), rank=rank, alpha=scale * rank, learning_rate=rate)
+    recipe = Recipe((recipes.ADAPTERS,), rank=rank, alpha=scale * rank, learning_rate=rate)
     recipe = dataclasses.replace(recipe, schedule="constant", warmup=0.0, clip=None)
     found = steps(params, recipe, Settings(6, accumulate=1))
 
     plain = adapters.add_adapters(params, rank=rank, key=jax.random.key(0))
-    paths = adapters.trainable(plain, (recipes.PRODUCTS,))
+    paths = adapters.trainable(plain, (recipes.ADAPTERS,))
     trained, frozen = trees.partition(plain, set(paths))
     optimizer = optax.adamw(rate, weight_decay=0.0)
 
@@ -111,7 +116,7 @@ def test_alpha_is_a_learning_rate(params, scale):
             lambda _, leaf: times(leaf) if isinstance(leaf, LowRankPlusQuantized) else leaf,
             trees.combine(trained, frozen),
         )
-        nll, _ = step.rows_of(CONFIG, whole, part)
+        nll, _ = step.target_losses(CONFIG, whole, part)
         return jnp.sum(nll) / int((part.targets >= 0).sum())
 
     state, theirs = optimizer.init(trained), []
@@ -129,6 +134,7 @@ def test_alpha_is_a_learning_rate(params, scale):
     assert abs(theirs[-1] - theirs[0]) > 1e-2
 
 
+@pytest.mark.full
 def test_a_pupil_who_is_the_teacher_learns_nothing(params):
     settings = Settings(1, distill=1.0)
     (_, metrics), *_ = steps(params, RECIPES["full"], settings, teacher=params)
@@ -136,6 +142,7 @@ def test_a_pupil_who_is_the_teacher_learns_nothing(params):
     assert metrics["gradient"] < 1e-4 < metrics["nll"]
 
 
+@pytest.mark.full
 def test_distillation_comes_nearer_to_the_teacher(params):
     small = factorize(params, keep=0.4, where=BLOCKS)
     recipe = dataclasses.replace(RECIPES["factors"], learning_rate=3e-3)
@@ -152,9 +159,10 @@ def test_classifiers_are_not_distilled():
         next(run)
 
 
+@pytest.mark.full
 def test_block_by_block_changes_no_gradient(params):
     def loss(params, **how):
-        return jnp.sum(step.rows_of(CONFIG, params, examples(), **how)[1])
+        return jnp.sum(step.target_losses(CONFIG, params, examples(), **how)[1])
 
     trained = tuple(trees.arrays(params))
     plain = jax.grad(loss)(params)
@@ -165,6 +173,7 @@ def test_block_by_block_changes_no_gradient(params):
         )
 
 
+@pytest.mark.full
 def test_one_and_four_devices(params):
     recipe = dataclasses.replace(RECIPES["qlora"], rank=4, learning_rate=1e-2)
     one, four = (
@@ -178,6 +187,7 @@ def test_one_and_four_devices(params):
         make_mesh({"data": 9})
 
 
+@pytest.mark.full
 def test_bfloat16_trains_in_float32(params):
     found = steps(params, RECIPES["full"], Settings(8, dtype="bfloat16"))
     assert {a.dtype for a in jax.tree.leaves(found[-1][0])} == {np.dtype(np.float32)}
@@ -211,5 +221,5 @@ def test_schedules_end_where_they_should():
         assert sizes[0] == pytest.approx(0.5, rel=1e-3), name
         assert max(sizes) == pytest.approx(1.0, rel=1e-3), name
         assert (sizes[-1] == pytest.approx(1.0, rel=1e-3)) == (name == "constant"), name
-    with pytest.raises(ValueError, match="schedule 'steps'; known: constant"):
+    with pytest.raises(ValueError, match="schedule 'steps'; expected one of constant"):
         recipes.optimizer(Recipe((".",), schedule="steps"), 3)

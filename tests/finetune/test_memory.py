@@ -1,4 +1,4 @@
-"""Memory of a training step against what the compiler lays out."""
+"""The estimated memory of a training step, compared with the compiler's numbers."""
 
 import dataclasses
 import functools
@@ -14,9 +14,10 @@ from lordjax.kernels import trees
 from lordjax.models import init
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("recipe", ["full", "qlora"])
 def test_memory_is_about_what_the_compiler_lays_out(recipe):
-    """Of a model whose hidden states outweigh what the count leaves out."""
+    """The model's hidden states are larger than anything that the estimate leaves out."""
     config = dataclasses.replace(
         CONFIG, hidden_size=256, mlp_size=768, num_heads=8, num_kv_heads=4, head_size=32
     )
@@ -36,12 +37,15 @@ def test_memory_is_about_what_the_compiler_lays_out(recipe):
 
 
 @pytest.mark.slow
-def test_decoded_matrices_do_not_pile_up():
-    """Blocks over codes add no more to what a step holds than blocks over matrices do."""
+def test_dequantized_matrices_do_not_pile_up():
+    """Each quantized block adds no more memory to a step than a dense one does."""
     config = dataclasses.replace(CONFIG, hidden_size=256, mlp_size=768, head_size=64)
-    coded = recipes.changed(RECIPES["qlora"], rank=2)
+    quantized = recipes.changed(RECIPES["qlora"], rank=2)
     added = {}
-    for name, row in (("codes", coded), ("matrices", dataclasses.replace(coded, codes=None))):
+    for name, row in (
+        ("codes", quantized),
+        ("matrices", dataclasses.replace(quantized, codes=None)),
+    ):
         sizes = []
         for layers in (2, 5):
             own = dataclasses.replace(config, num_layers=layers)
@@ -55,8 +59,9 @@ def test_decoded_matrices_do_not_pile_up():
     assert added["codes"] - added["matrices"] < 0.5 * 3 * block
 
 
+@pytest.mark.full
 def test_remat_holds_the_inside_of_one_block():
-    """Compiled with optimisation, which would find that something is computed twice."""
+    """Compiles with optimization, which would merge two copies of one computation."""
     config = dataclasses.replace(CONFIG, hidden_size=64, mlp_size=1024)
     row, sizes = recipes.changed(RECIPES["lora"], rank=2), []
     jax.config.update("jax_disable_most_optimizations", False)

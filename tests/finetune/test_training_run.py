@@ -1,4 +1,4 @@
-"""Runs on disk: killed, resumed, and what is kept."""
+"""Runs on disk: killed, resumed, and the checkpoints that are kept."""
 
 import dataclasses
 import json
@@ -18,22 +18,29 @@ from lordjax.data.examples import Data
 from lordjax.finetune import step, training_run
 from lordjax.finetune.recipes import RECIPES
 from lordjax.finetune.step import Settings
-from lordjax.finetune.training_run import Keeping, train
+from lordjax.finetune.training_run import CheckpointPolicy, train
 
 RUN = """
-import sys
+import dataclasses, sys
+from pathlib import Path
 sys.path.insert(0, {tests!r})
-import test_training_run as t
-data = t.Data(t.examples(), t.examples(4, seed=1), {{}})
-recipe = t.dataclasses.replace(t.RECIPES["lora"], rank=4, learning_rate=1e-2)
-t.train(t.CONFIG, t.init(t.CONFIG, t.jax.random.key(0)), data, recipe, t.Settings(40, 4, 2),
-        t.Path(sys.argv[1]), about={{"data": 1}}, keeping=t.Keeping(8), resume=True,
-        report=lambda line: print(line["step"], flush=True))
+import jax
+from tuning import CONFIG, examples
+from lordjax.data.examples import Data
+from lordjax.finetune.recipes import RECIPES
+from lordjax.finetune.step import Settings
+from lordjax.finetune.training_run import CheckpointPolicy, train
+from lordjax.models import init
+data = Data(examples(), examples(4, seed=1), {{}})
+recipe = dataclasses.replace(RECIPES["lora"], rank=4, learning_rate=1e-2)
+train(CONFIG, init(CONFIG, jax.random.key(0)), data, recipe, Settings(40, 4, 2),
+      Path(sys.argv[1]), about={{"data": 1}}, keeping=CheckpointPolicy(8), resume=True,
+      report=lambda line: print(line["step"], flush=True))
 """
 
 
 def process(directory):
-    code = RUN.format(tests=os.path.dirname(__file__))
+    code = RUN.format(tests=os.path.dirname(os.path.dirname(__file__)))
     return subprocess.Popen([sys.executable, "-c", code, str(directory)], stdout=subprocess.PIPE)
 
 
@@ -48,6 +55,7 @@ def metrics_of(directory):
     return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
 
 
+@pytest.mark.full
 def test_killed_and_resumed_is_the_same_to_the_bit(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     finished(whole)
@@ -65,10 +73,10 @@ def test_killed_and_resumed_is_the_same_to_the_bit(tmp_path):
     assert len(metrics_of(whole)) == 40 + 1 + 5
 
 
-def short_run(params, directory, count=12, **options):
+def short_run(params, directory, count=12, recipe=RECIPES["lora"], **options):
     data = Data(examples(), examples(4, seed=1), {})
-    recipe = dataclasses.replace(RECIPES["lora"], rank=4, learning_rate=1e-2)
-    given = {"about": {"data": "a"}, "keeping": Keeping(3, 2), **options}
+    recipe = dataclasses.replace(recipe, rank=4, learning_rate=1e-2)
+    given = {"about": {"data": "a"}, "keeping": CheckpointPolicy(3, 2), **options}
     return train(CONFIG, params, data, recipe, Settings(count, 4), directory, **given)
 
 
@@ -94,16 +102,19 @@ def test_another_run_is_not_resumed(params, tmp_path):
     short_run(params, tmp_path / "run", 3)
     with pytest.raises(FileExistsError, match="a run is there; go on with --resume"):
         short_run(params, tmp_path / "run", 3)
-    with pytest.raises(ValueError, match=r"another one: data was 'a' and is 'b'"):
+    with pytest.raises(ValueError, match=r'other settings .*: data: "a" -> "b"'):
         short_run(params, tmp_path / "run", 3, resume=True, about={"data": "b"})
-    with pytest.raises(ValueError, match=r"settings\.steps was 3 and is 6"):
+    with pytest.raises(ValueError, match=r"settings\.steps: 3 -> 6"):
         short_run(params, tmp_path / "run", 6, resume=True)
+    reworded = dataclasses.replace(RECIPES["lora"], summary="another text")
+    assert short_run(params, tmp_path / "run", 3, resume=True, recipe=reworded).best
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
     with pytest.raises(FileExistsError, match="not empty, and not a run"):
         short_run(params, tmp_path / "other", 3)
 
 
+@pytest.mark.full
 def test_a_finished_run_is_resumed_to_the_same(params, tmp_path):
     first = short_run(params, tmp_path / "run", 6)
     again = short_run(params, tmp_path / "run", 6, resume=True)

@@ -1,4 +1,4 @@
-"""A tiny model, its examples, and every kind of kernel that something is trained in."""
+"""A tiny model, its examples, and every kind of kernel with trainable arrays."""
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ def examples(count=8, length=16, seed=0):
     return Examples(tokens, next_tokens(tokens, np.ones(tokens.shape, bool)))
 
 
-def coded(params):
+def quantized(params):
     return encode(params, "nf4", where=BLOCKS)
 
 
@@ -38,22 +38,22 @@ def coded(params):
 KINDS = {
     "matrices": (lambda p: p, r"/kernel$"),
     "pairs": (lambda p: factorize(p, keep=0.6, where=BLOCKS), recipes.FACTORS),
-    "over matrices": (lambda p: p, recipes.PRODUCTS),
-    "over pairs": (lambda p: factorize(p, keep=0.6, where=BLOCKS), recipes.PRODUCTS),
-    "over codes": (coded, recipes.PRODUCTS),
+    "over matrices": (lambda p: p, recipes.ADAPTERS),
+    "over pairs": (lambda p: factorize(p, keep=0.6, where=BLOCKS), recipes.ADAPTERS),
+    "over codes": (quantized, recipes.ADAPTERS),
     "over pairs of codes": (
-        lambda p: adapters.encode_bases(factorize(p, keep=0.6, where=BLOCKS), "nf4"),
-        recipes.PRODUCTS,
+        lambda p: adapters.quantize_bases(factorize(p, keep=0.6, where=BLOCKS), "nf4"),
+        recipes.ADAPTERS,
     ),
-    "norms": (coded, r"norm/scale$"),
+    "norms": (quantized, r"norm/scale$"),
 }
 
 
 def made(params, kind):
-    """A model and the paths of what is trained; products are not 0."""
+    """Returns a model and the paths of the trained arrays; its adapters are not 0."""
     make, pattern = KINDS[kind]
     new = make(params)
-    if pattern == recipes.PRODUCTS:
+    if pattern == recipes.ADAPTERS:
         new = adapters.add_adapters(new, rank=3, key=jax.random.key(1))
         rng = np.random.default_rng(2)
         noise = {p: rng.normal(size=a.shape) for p, a in trees.arrays(new).items()}
@@ -68,10 +68,10 @@ def made(params, kind):
 
 
 def steps(params, recipe, settings, data=None, **options):
-    """Every state's trained arrays and metrics."""
+    """Returns the trained arrays and metrics of every step."""
     data = examples() if data is None else data
-    begun = step.begin(CONFIG, params, recipe, settings)
-    given = (begun.state, begun.frozen, data, begun.optimizer, settings)
+    setup = step.prepare_training(CONFIG, params, recipe, settings)
+    given = (setup.state, setup.frozen, data, setup.optimizer, settings)
     run = step.run(CONFIG, *given, **options)
     return [(jax.tree.map(np.array, state.params), metrics) for state, metrics in run]
 

@@ -100,6 +100,7 @@ def test_damaged_headers_are_named(tmp_path):
         plan_model(str(tmp_path), method="svd", keep=0.7, **OPTIONS)
 
 
+@pytest.mark.quick("svd-*-None", "modegpt-published-*-float16")
 @pytest.mark.parametrize("dtype", [None, "float16"])
 @pytest.mark.parametrize(
     "name", ["gpt2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gemma2", "roberta"))]
@@ -174,6 +175,7 @@ def test_seconds_are_work_over_rate():
     assert fast["total"] == found["total"] / 2
 
 
+@pytest.mark.quick("lord", "modegpt-published")
 @pytest.mark.parametrize("method", ["lord", "modegpt-cr", "modegpt-published", "fwsvd", "rom"])
 def test_every_kind_of_work_has_a_rate(method):
     found = seconds(stages(CompressionSpec(BLOCKS["gpt2"], method, 16, 40)), RATES)

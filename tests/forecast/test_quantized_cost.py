@@ -47,6 +47,7 @@ def result(model, method, **flags):
     return quantize(model, tokens(model.config), method=method, mask_token=1, **used)
 
 
+@pytest.mark.quick("nf-flags0")
 @pytest.mark.parametrize(
     ("method", "flags"),
     [
@@ -104,6 +105,7 @@ def counting(work, fn):
     return run
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("method", "flags"),
     [
@@ -132,6 +134,7 @@ def test_a_quantisation_runs_what_was_counted(method, flags, monkeypatch):
     assert counted["select"] == pytest.approx(done["select"], rel=1e-5)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("weighting", weightings.WEIGHTINGS)
 def test_every_weighting_has_stages_seconds_and_memory(weighting):
     config = BLOCKS["qwen3"]
@@ -196,6 +199,7 @@ def job(name="qwen3", windows=16, **options):
     return CompressionSpec(BLOCKS[name], "lord", windows, 40, gradient_windows=None, **options)
 
 
+@pytest.mark.quick("qwen3")
 @pytest.mark.parametrize("name", ["qwen3", "starcoder2"])
 def test_devices_share_all_but_loops(name):
     four = shares(job(name), 4)
@@ -237,7 +241,7 @@ def test_the_compiler_leaves_loops_to_every_device():
     config, mesh = BLOCKS["qwen3"], make_mesh({"data": 4})
     block = source("qwen3").block(0)
     x = shard_batch(jnp.ones((4, LENGTH, config.hidden_size)), mesh)
-    program = observe.lower(block, x, None, {}, config=config, window=None).compile()
+    program = observe.lower(block, x, None, {}, config=config, sliding_window=None).compile()
     counts = re.findall(r'known_trip_count":\{"n":"(\d+)"', program.as_text())
     assert set(counts) == {str(4 * config.num_kv_heads)}
 

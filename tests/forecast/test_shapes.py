@@ -69,6 +69,7 @@ def shapes_of(tree):
     return jax.tree.map(lambda a: (a.shape, jnp.issubdtype(a.dtype, jnp.floating)), tree)
 
 
+@pytest.mark.quick("svd-llama", "modegpt-published-qwen3")
 @pytest.mark.parametrize("config", [LLAMA, QWEN3, GPT], ids=["llama", "qwen3", "gpt"])
 @pytest.mark.parametrize("method", METHODS)
 def test_outline_is_the_shape_of_the_compressed_model(method, config):
@@ -125,6 +126,7 @@ def dot_multiplications(jaxpr):
     return total
 
 
+@pytest.mark.quick("llama-*", "gpt-svd")
 @pytest.mark.parametrize("method", ["svd", "modegpt-published"])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_multiplications_are_those_of_the_program(method, config):

@@ -1,4 +1,4 @@
-"""Generation with a cache is generation without one; what is drawn; when a row ends."""
+"""Generation: a cache changes nothing; random draws; when a row ends."""
 
 import dataclasses
 import functools
@@ -11,6 +11,7 @@ from blocks import BLOCKS, GPT2, source
 
 from lordjax import compress
 from lordjax.generation import decode
+from lordjax.generation.prompt_batch import bucket
 from lordjax.generation.sampling import Sampling, filtered, pick
 from lordjax.kernels.convert import encode, factorize
 from lordjax.models import Rope, Transformer, init
@@ -32,14 +33,14 @@ def run(variables, *inputs, config, method="__call__"):
 
 
 def logits_of(config, params, tokens, length=GPT2.max_positions):
-    """Of a causal model; filled up, so that it is compiled once."""
+    """Logits of a causal model; tokens are padded, so that it is compiled once."""
     filled = np.zeros((1, length), np.int32)
     filled[0, : len(tokens)] = tokens
     return run({"params": params}, filled, config=config)[0][0, : len(tokens)]
 
 
 def greedy(config, params, prompt, count, **how):
-    """Without a cache: the whole sequence for every token."""
+    """Greedy generation without a cache: the whole sequence runs for every token."""
     tokens = list(prompt)
     for _ in range(count):
         tokens.append(int(jnp.argmax(logits_of(config, params, tokens, **how)[-1])))
@@ -62,14 +63,15 @@ def changed(model, how):
 NARROWER = [(block, "modegpt") for block in ("gpt2", "gemma2", "starcoder2")]
 
 
+@pytest.mark.quick("gpt2-dense", "gemma2-dense")
 @pytest.mark.parametrize(("block", "how"), [*((block, "dense") for block in CAUSAL), *NARROWER])
 def test_step_by_step_is_the_whole_at_once(block, how):
-    """Logits of every position, cached token by token after a prompt, and those of one pass."""
+    """Decoding token by token with a cache gives the logits of one pass over all tokens."""
     model = source(block)
     config, params = model.config, changed(model, how)
     tokens = np.random.default_rng(1).integers(0, config.vocab_size, (2, 20), np.int32)
     whole, _ = run({"params": params}, tokens, config=config)
-    split = 11  # beyond a window of 9
+    split = 11  # more than the sliding window of 9
     first, state = run({"params": params}, tokens[:, :split], config=config)
     np.testing.assert_allclose(first, whole[:, :split], atol=1e-4)
     cache = decode.widened(state[CACHE], capacity=32)
@@ -83,6 +85,7 @@ def test_step_by_step_is_the_whole_at_once(block, how):
         np.testing.assert_allclose(logits[:, 0], whole[:, i], atol=1e-4)
 
 
+@pytest.mark.quick("pairs")
 @pytest.mark.parametrize("how", ["dense", "modegpt", "pairs", "codes"])
 def test_greedy_tokens_of_a_ragged_batch(tiny, how):
     config, params = tiny.config, changed(tiny, how)
@@ -92,13 +95,14 @@ def test_greedy_tokens_of_a_ragged_batch(tiny, how):
         assert answer.reason == "length"
 
 
+@pytest.mark.full
 def test_several_tokens_behind_a_cache(tiny):
-    """As a second turn of a talk does; rows begin at places of their own."""
+    """Several tokens can follow a cache, from a different column in every row."""
     config, params = tiny.config, tiny.params
     tokens = np.random.default_rng(2).integers(0, config.vocab_size, (2, 12), np.int32)
     _, state = run({"params": params}, tokens[:, :6], config=config)
     cache = decode.widened(state[CACHE], capacity=16)
-    starts = jnp.asarray([6, 4], jnp.int32)  # the second row's last two columns are not its own
+    starts = jnp.asarray([6, 4], jnp.int32)  # the second row's last two columns are padding
     tail = jnp.stack([tokens[0, 6:10], tokens[1, 4:8]])
     positions = starts[:, None] + jnp.arange(4, dtype=jnp.int32)[None]
     variables = {"params": params, CACHE: cache}
@@ -134,6 +138,7 @@ def test_the_caller_ends_a_row(tiny):
     assert len(found[1].tokens) < 30 and asked.count(1) == 1
 
 
+@pytest.mark.full
 def test_draws_depend_on_the_row_and_the_seed_only(tiny):
     config, params = tiny.config, tiny.params
     how = {"max_new_tokens": 12, "sampling": Sampling(temperature=1.5)}
@@ -193,7 +198,7 @@ def test_repetition_penalty_is_that_of_transformers(tiny):
 
 
 def test_nothing_is_compiled_twice(tiny):
-    """Prompts of one bucket, answers of any length that fits one cache, all settings of a kind."""
+    """One program serves prompts of a bucket, answers that fit a cache, and settings of a kind."""
     config, params = tiny.config, tiny.params
 
     def sizes(prompt, count, temperature, top_p):
@@ -207,11 +212,11 @@ def test_nothing_is_compiled_twice(tiny):
 
 
 def lowered(config, params, rows, length):
-    """`prefill`, not compiled, and what it is given."""
+    """`prefill`, lowered but not compiled."""
     sampling = Sampling()
     keys = jax.vmap(jax.random.key)(jnp.zeros(rows, jnp.uint32))
     stops, limit = jnp.full(16, decode.NOTHING, jnp.int32), jnp.asarray(4, jnp.int32)
-    order = decode.Order(sampling.values, stops, keys, limit)
+    order = decode.RunSettings(sampling.values, stops, keys, limit)
     tokens, lengths = jnp.zeros((rows, length), jnp.int32), jnp.full(rows, length, jnp.int32)
     given = (params, tokens, lengths, order)
     return decode.prefill.lower(*given, config=config, kind=sampling.kind)
@@ -226,11 +231,12 @@ def test_prefill_makes_logits_of_the_last_tokens_only(tiny):
     assert made < rows * length * vocab * 4 / 4
 
 
+@pytest.mark.quick("True")
 @pytest.mark.parametrize("equal", [True, False])
 def test_equal_blocks_are_one_function(tiny, equal):
     config = dataclasses.replace(tiny.config, num_layers=5, windows=None)
     params = init(config, jax.random.key(0))
-    if not equal:  # another width of the MLP in one of them
+    if not equal:  # one block has another MLP width
         mlp = params["layer_3"]["mlp"]
         mlp["up"] = jax.tree.map(lambda a: a[..., :-1], mlp["up"])
         mlp["down"]["kernel"] = mlp["down"]["kernel"][:-1]
@@ -240,23 +246,31 @@ def test_equal_blocks_are_one_function(tiny, equal):
 
 
 def test_buckets():
-    sizes = sorted({decode.bucket(n) for n in range(1, 2000)})
+    sizes = sorted({bucket(n) for n in range(1, 2000)})
     assert sizes[:6] == [16, 24, 32, 48, 64, 96]
-    assert all(n <= decode.bucket(n) <= max(16, 1.5 * n) for n in range(1, 2000))
+    assert all(n <= bucket(n) <= max(16, 1.5 * n) for n in range(1, 2000))
 
 
-def test_padding_of_a_batch_is_taken_off():
+def unpadded(tokens, mask):
+    """The prompts of a batch that a tokenizer has padded, on whichever side."""
+    return [row[seen].tolist() for row, seen in zip(tokens, mask, strict=True)]
+
+
+def test_prompts_of_a_padded_batch(tiny):
+    """Padding is taken off before generation; its side and its ids do not matter."""
     tokens = np.array([[0, 0, 5, 6], [7, 8, 0, 0]])
-    mask = np.array([[0, 0, 1, 1], [1, 1, 0, 0]])
-    assert decode.unpadded(tokens, mask) == [[5, 6], [7, 8]]
+    mask = np.array([[False, False, True, True], [True, True, False, False]])
+    found = decode.generate(tiny.config, tiny.params, unpadded(tokens, mask), max_new_tokens=9)
+    expected = [greedy(tiny.config, tiny.params, prompt, 9) for prompt in ([5, 6], [7, 8])]
+    assert [answer.tokens for answer in found] == expected
 
 
 @pytest.mark.parametrize(
     ("prompts", "count", "message"),
     [
         ([[1], []], 4, r"prompts of \[1, 0\] tokens"),
-        ([[1]], 0, "0 new ones"),
-        ([[1, 61]], 4, "ids from 0 to 61; the vocabulary has 61"),
+        ([[1]], 0, "0 new tokens"),
+        ([[1, 61]], 4, "token ids from 0 to 61: expected 0 to 60"),
         ([[1] * 40], 9, "are 49, but the model's longest sequence is 48"),
     ],
 )
@@ -277,8 +291,9 @@ def test_settings_out_of_range(field):
         Sampling(**{field: -1})
 
 
+@pytest.mark.full
 def test_rotary_frequencies_that_depend_on_the_length():
-    """Within the trained length as within it; longrope beyond it from the first token on."""
+    """Frequencies are those of the whole answer's length, from the first token on."""
     base = dataclasses.replace(BLOCKS["starcoder2"], windows=None)
     stretch = {"short_factor": (1.0,) * 4, "long_factor": (2.0, 3.0, 4.0, 5.0), "factor": 2.0}
     long = Rope(kind="longrope", original_max_positions=24, **stretch)

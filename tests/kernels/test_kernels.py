@@ -132,6 +132,7 @@ def test_every_kind_on_disk_is_tested():
     assert {kind_of(made(name)) for name in KERNELS} >= set(KINDS)
 
 
+@pytest.mark.quick("()-float32-*")
 @every_kernel
 @every_dtype
 @every_lead
@@ -196,6 +197,7 @@ def test_size_is_known_without_memory(name, dtype, lead):
     assert promised.shape == (*lead, IN, OUT) and promised.dtype == stored_dtype(name, dtype)
 
 
+@pytest.mark.quick("low_rank", "4_bits")
 @every_kernel
 def test_jit_takes_and_returns_kernels(name):
     kernel, x = made(name), normal(9, (4, IN), "float32")
@@ -257,6 +259,7 @@ def test_what_is_quantised_is_constant(name):
         assert jnp.all(slope != 0)
 
 
+@pytest.mark.quick("False-jit")
 @pytest.mark.parametrize("jit", [lambda fn: fn, jax.jit], ids=["eager", "jit"])
 @pytest.mark.parametrize("base", [False, True])
 def test_backward_keeps_no_decoded_matrix(base, jit):

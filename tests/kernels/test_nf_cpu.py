@@ -29,6 +29,7 @@ def close(found, expected, rtol=1e-5):
     assert difference.max() <= rtol * scale
 
 
+@pytest.mark.quick("*-shape0-lead1")
 @pytest.mark.parametrize("lead", [(), (2, 5)])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("form", FORMATS)
@@ -44,6 +45,7 @@ def test_is_the_product_with_the_decoded_matrix(form, shape, lead, monkeypatch):
     close(jax.jit(nf_cpu.transposed_product)(g, matrix), g @ dense.T)
 
 
+@pytest.mark.quick("nf3-2048")
 @pytest.mark.parametrize("tile", [2048, 2**18])  # three tiles, one
 @pytest.mark.parametrize("form", ["nf3", "nf4"])
 def test_many_rows_give_what_few_give(form, tile, monkeypatch):
@@ -60,6 +62,7 @@ def test_what_is_computed_once_keeps_its_bits():
     np.testing.assert_array_equal(xla_scheduling.compute_once(x), x)
 
 
+@pytest.mark.quick("1")
 @pytest.mark.parametrize("rows", [1, 4])
 def test_kernels_take_it_and_its_gradient(rows, monkeypatch):
     monkeypatch.setattr(nf_cpu, "TILE", 512)  # so that there are several
@@ -109,6 +112,7 @@ def test_mapped_over_inputs():
     close(jax.vmap(lambda row: base.matmul(row, matrix))(x), x @ matrix.materialize())
 
 
+@pytest.mark.quick("shape0-nf4")
 @pytest.mark.parametrize(
     ("shape", "form"),
     [((60, 8), "nf4"), ((48, 8), "nf3"), ((96, 8), "nf4"), ((2**17, 11), "nf4")],
@@ -121,6 +125,7 @@ def test_what_cannot_be_cut_is_decoded_whole(shape, form, monkeypatch):
     close(base.matmul(x, matrix), x @ matrix.materialize(), 1e-4)
 
 
+@pytest.mark.full
 def test_stacked_matrices_are_decoded_whole():
     rng = np.random.default_rng(0)
     stack = NFQuantized.encode(

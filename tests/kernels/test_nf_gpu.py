@@ -66,6 +66,7 @@ def assert_is_the_product(x, base, factors=None, **kwargs):
     assert_near(y, expected, x.dtype.name)
 
 
+@pytest.mark.quick("4-tile0", "3-tile1")
 @pytest.mark.parametrize("tile", [ONE, FEW])
 @pytest.mark.parametrize("bits", BITS)
 def test_every_number_of_bits(bits, tile):
@@ -79,6 +80,7 @@ def test_blocks_that_groups_or_columns_do_not_divide(bits, scale_bits, block):
     assert_is_the_product(normal(3, (2, 96)), quantized(form), tile=FEW)
 
 
+@pytest.mark.quick("17-*16")
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("rows", [1, 17])
 def test_dtypes(dtype, rows):
@@ -94,6 +96,7 @@ def test_levels_may_be_read_or_selected(gather):
     assert (y == other).all()
 
 
+@pytest.mark.quick("shape1-*")
 @pytest.mark.parametrize(
     ("shape", "lead", "tile"),
     [((8, 1), (), ONE), ((136, 33), (2, 3), ONE), ((136, 33), (19,), FEW), ((264, 16), (17,), FEW)],
@@ -110,6 +113,7 @@ def test_scales_have_the_bits_of_the_materialised_matrix():
     assert (interpreted(jnp.eye(96), base, tile=ONE) == base.materialize()).all()
 
 
+@pytest.mark.quick("1", "40")
 @pytest.mark.parametrize("rows", [1, 3, 5, 40, 64, 65, 1000])
 def test_default_tiles_fit_the_rows(rows):
     tile = nf_gpu.default_tile(rows)
@@ -176,6 +180,7 @@ def lowered_for_cuda(fn, *args):
             raise
 
 
+@pytest.mark.quick("4")
 @pytest.mark.parametrize("bits", BITS)
 def test_lowers_for_cuda(bits):
     base, factors = quantized(Format(bits, block=16)), low_rank(rank=20)

@@ -468,6 +468,7 @@ def test_packing_does_not_depend_on_the_width_of_integers(bits):
 # --- compiled ------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick("3-bfloat16")
 @pytest.mark.parametrize("scale_dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("bits", [3, 8])
 def test_compiled_is_bit_for_bit_what_was_encoded(bits, scale_dtype):

@@ -107,6 +107,7 @@ def test_has_a_summary_for_the_command_line(name):
     assert 10 < len(METHODS[name].summary) < 90
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("double")
 @pytest.mark.parametrize("name", sorted(n for n, m in METHODS.items() if m.modules))
 def test_modules_are_jittable_and_read_only_what_they_declare(name):

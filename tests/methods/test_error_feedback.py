@@ -48,6 +48,7 @@ def loss(error, h):
     return float(np.sum(error * (np.asarray(h, np.float64) @ error)))
 
 
+@pytest.mark.full
 @every_shape
 def test_factors_of_the_second_moment(shape):
     h = moment(shape[0])
@@ -65,6 +66,7 @@ def test_factors_of_the_second_moment(shape):
     assert (prices <= np.diag(damped(h)) * (1 + 1e-4)).all()
 
 
+@pytest.mark.full
 @every_shape
 def test_errors_are_rounding_errors_at_their_own_prices(shape):
     """tr(Eᵀ H E) = Σ D_k |z_k - Q_k|²; z_k - Q_k is row k of Uᵀ E."""
@@ -99,6 +101,7 @@ def gptq(kernel, h, order, scales, form):
     return back
 
 
+@pytest.mark.full
 @every_shape
 def test_it_is_gptq(shape):
     kernel, h = matrix(shape), moment(shape[0])
@@ -163,6 +166,7 @@ def test_inputs_that_never_fire_and_kernels_of_zeros():
     assert not missed(jnp.zeros(shape), feedback_of(h)).any()
 
 
+@pytest.mark.quick("48")
 @pytest.mark.parametrize("block", [16, 48, 64, 1000])
 def test_blocks_may_cross_outputs(block):
     """Runs that share a scale need not divide the number of inputs."""

@@ -34,6 +34,7 @@ def problem(n, m=12, seed=0):
     return z, rng.normal(size=(n, m))
 
 
+@pytest.mark.quick("7-float32")
 @pytest.mark.usefixtures("double")
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("n", [7, 64, 150])
@@ -83,6 +84,7 @@ def test_a_factor_tries_harder_until_it_works_and_gives_up_on_what_is_broken(mon
         assert np.isnan(broken).all()
 
 
+@pytest.mark.quick("True-0.5-True-*", "False-0.0-False-*")
 @pytest.mark.usefixtures("double")
 @pytest.mark.parametrize("score", mlp_on_host.SCORES)
 @pytest.mark.parametrize("weighted", [False, True])
@@ -145,6 +147,7 @@ def test_an_mlp_is_factored_in_the_memory_of_one_gram(score):
     assert peak < gram + kept + 2 * 8 * n * m + panels
 
 
+@pytest.mark.full
 def test_sums_are_gone_before_a_factor_is_taken(monkeypatch):
     """Nothing holds a block's widest statistic when its MLP is refitted."""
     name = "modegpt-published"

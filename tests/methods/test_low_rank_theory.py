@@ -87,6 +87,7 @@ def test_worked_example_bias():
         np.testing.assert_allclose(B + run("lord-affine", W.T, X.T, rank)[1], bias, atol=1e-6)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("method", ["lord-linear", "svd-llm"])
 def test_error_is_the_tail_of_singular_values(shape, method):
@@ -139,6 +140,7 @@ def test_no_other_low_rank_matrix_is_better(shape):
         assert best_affine <= error(kernel, refit, x, best_bias) * (1 + 1e-9)
 
 
+@pytest.mark.full
 def test_interlacing_of_centred_and_uncentred():
     """T(C, r+1) <= T(Σ, r) <= T(C, r): the bias is worth at most one rank."""
     kernel, x = problem((30, 20), mean=2.0)
@@ -242,6 +244,7 @@ def test_fwsvd_is_svd_of_the_weighted_rows():
     np.testing.assert_allclose(new.materialize(), published, atol=1e-9)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("shape", SHAPES)
 def test_lord_is_optimal_in_the_metric_of_the_gradients(shape):
     """No rank-r kernel has a smaller E (y-y')ᵀ M (y-y'), and the spectrum predicts it."""
@@ -295,6 +298,7 @@ def test_full_rank_reproduces(method, shape):
         np.testing.assert_allclose(bias, 0, atol=1e-8)
 
 
+@pytest.mark.full
 def test_corrective_target_beats_both_others():
     """‖WX - W'X̂‖² of reduced-rank regression is the optimum of its objective."""
     kernel, x = problem((20, 15), tokens=400)
@@ -343,6 +347,7 @@ def test_break_even():
     assert SiteSize.matrix(6144, 24576).limit == pytest.approx(4915.2)
 
 
+@pytest.mark.full
 def test_corrective_target_in_the_metric_of_the_gradients():
     """The metric's coordinates are those of the untouched kernel, whatever is factored."""
     kernel, x = problem((15, 40), tokens=400)

@@ -122,6 +122,7 @@ every_weighting = pytest.mark.parametrize("weighting", WEIGHTINGS)
 # --- the best product (theory/lq_lora §8.2) ------------------------------------------------------
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("shape", "width"), [(SHAPE, 40), (SHAPE[::-1], 45)])
 def test_full_rank_is_the_matrix(shape, width):
     a = matrix(shape=shape)
@@ -152,6 +153,7 @@ def test_search_finds_nearly_the_exact_tail():
     np.testing.assert_array_equal(again, approximation)
 
 
+@pytest.mark.full
 def test_constant_fisher_is_plain_and_its_scale_does_not_matter():
     a, fisher = matrix(), positive(SHAPE, 5)
     plain, _ = product(a, 5, Weights())
@@ -163,6 +165,7 @@ def test_constant_fisher_is_plain_and_its_scale_does_not_matter():
     assert np.abs(small - plain).max() > 0.1
 
 
+@pytest.mark.full
 def test_rank_one_fisher_attains_the_tail():
     a = matrix()
     fisher = positive(SHAPE[0], 6)[:, None] * positive(SHAPE[1], 7)[None]
@@ -177,6 +180,7 @@ def test_rank_one_fisher_attains_the_tail():
     assert errors["two"] < min(errors["rows"], errors["columns"]) < errors["none"]
 
 
+@pytest.mark.full
 def test_weights_of_zero_are_no_trouble():
     fisher = positive(SHAPE, 8).at[3].set(0).at[:, 5].set(0)
     for own in (fisher, jnp.zeros(SHAPE)):
@@ -206,6 +210,7 @@ def test_error_under_second_moments_is_the_tail(full):
     assert np.abs(weighted).max() < 1e-3 * np.abs(approximation.T @ h @ approximation).max()
 
 
+@pytest.mark.full
 def test_special_second_moments():
     # Singular values apart: else directions at the cut swap by a rounding.
     a, d = (
@@ -223,6 +228,7 @@ def test_special_second_moments():
 # --- the alternation (theory/lq_lora §8.3) -------------------------------------------------------
 
 
+@pytest.mark.quick("fisher")
 @every_weighting
 def test_the_best_iterate_is_returned(weighting):
     kernel, weights = matrix(), WEIGHTINGS[weighting]()
@@ -236,6 +242,7 @@ def test_the_best_iterate_is_returned(weighting):
     assert float(found.total) == pytest.approx(float(weights.measure(kernel)), rel=1e-5)
 
 
+@pytest.mark.quick("none")
 @every_weighting
 def test_never_worse_than_the_codes_alone(weighting):
     weights = WEIGHTINGS[weighting]()
@@ -254,6 +261,7 @@ def test_rank_zero_is_plain_quantisation():
     np.testing.assert_allclose(found.history, found.error, rtol=1e-6)
 
 
+@pytest.mark.full
 def test_two_bits_diverge_and_the_best_is_kept():
     """The raw sequence rises again, so that the last iterate is not the best."""
     form, kernel = normal_float.Format(2, 8, "float32", 64, 256), matrix(shape=(64, 64))
@@ -273,6 +281,7 @@ def test_planted_product_is_found():
     assert np.sqrt(measured(kernel, found, Weights())) < 0.05 * alone
 
 
+@pytest.mark.full
 def test_a_search_from_a_sorted_basis_stays_sorted():
     """Orthogonal iteration: the best product for a nearby matrix needs no rotation."""
     target, weights = moment(3) @ matrix(), Weights(moment(), positive(SHAPE[1], 2))
@@ -288,6 +297,7 @@ def test_a_search_from_a_sorted_basis_stays_sorted():
     assert lefts[1] == pytest.approx(lefts[0], rel=1e-2)
 
 
+@pytest.mark.full
 def test_rank_is_traced():
     kernel = matrix()
     _decompose.clear_cache()
@@ -303,6 +313,7 @@ def test_zero_matrix():
     assert float(found.error) == float(found.total) == 0
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("batched", [False, True])
 def test_a_stack_is_decomposed_like_its_members(batched, monkeypatch):
     """Mapped over on a CPU, batched elsewhere."""
@@ -350,6 +361,7 @@ def test_predictions_without_codes_are_tails():
         np.testing.assert_array_equal(nothing(forms=(form,)), np.zeros((1, len(ranks))))
 
 
+@pytest.mark.full
 def test_predictions_with_feedback_are_near_what_is_reached():
     kernel, ranks = matrix(shape=(192, 160)), (0, 4, 8)
     # Each input close to the one before: the price of most errors is a fifth of their own.
@@ -413,6 +425,7 @@ def test_training_moves_the_product_and_no_code():
     jax.tree.map(np.testing.assert_array_equal, kernel.replace(low_rank=low_rank).base, before)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("sizes", "layers", "count"),
     [

@@ -30,6 +30,7 @@ def mlp_error(z, kernels, factors, new, m=None):
     return np.einsum("ti,ij,tj->", gap, np.eye(gap.shape[1]) if m is None else m, gap) / len(z)
 
 
+@pytest.mark.quick("elimination")
 @pytest.mark.parametrize("score", SCORES)
 def test_all_neurons_give_the_same_mlp(score):
     z, kernels = mlp_problem()
@@ -42,6 +43,7 @@ def test_all_neurons_give_the_same_mlp(score):
     assert factors.spectrum.shape == (24,)
 
 
+@pytest.mark.quick("True-elimination")
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_refit_is_least_squares_and_its_error_is_known_for_every_width(score, weighted):
@@ -102,6 +104,7 @@ def test_shrinking_is_a_ridge_on_every_neuron_by_its_own_energy():
     np.testing.assert_allclose(other["down"] * units[s, None], expected, rtol=0, atol=0.01)
 
 
+@pytest.mark.full
 def test_shrinking_does_better_on_tokens_that_were_not_seen():
     errors = np.zeros((8, 2))
     for seed in range(8):
@@ -123,6 +126,7 @@ def test_units_of_what_is_added_to_energies():
         np.testing.assert_allclose(unit(jnp.asarray(energies)), unit(energies))
 
 
+@pytest.mark.full
 def test_with_shrinking_rounding_does_not_choose_the_neurons():
     """Of fewer tokens than neurons, where a factor of the sums as they are works by luck."""
     z, kernels = mlp_problem(tokens=16)
@@ -169,6 +173,7 @@ def test_leverage_scores():
     assert scores.sum() == pytest.approx((values / (values + lam)).sum())
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("seed", range(5))
 def test_refit_is_never_worse_than_slicing_nor_an_intercept_than_the_refit(seed):
     z, kernels = mlp_problem(seed=seed, mean=2.0)
@@ -276,6 +281,7 @@ def test_fewer_tokens_than_neurons(score):
     assert mlp_error(z, kernels, factors, new) < 1e-2 * scale * 10
 
 
+@pytest.mark.full
 def test_order_does_not_depend_on_scale_and_follows_a_permutation():
     z, kernels = mlp_problem()
     swap = np.random.default_rng(1).permutation(24)
@@ -290,6 +296,7 @@ def test_order_does_not_depend_on_scale_and_follows_a_permutation():
         )
 
 
+@pytest.mark.full
 def test_elimination_removes_what_the_output_misses_least():
     """One at a time it is the exact greedy choice, and no worse than leverage on average."""
     z, kernels = mlp_problem(inside=12)

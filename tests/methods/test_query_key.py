@@ -33,6 +33,7 @@ def run_qk(x, kernels, width, positions=None, **options):
     return factors, narrow_query_key(kernels, factors, width)
 
 
+@pytest.mark.quick("True-False-False-1", "True-False-True-2", "False-True-True-2")
 @pytest.mark.parametrize("per_group", [1, 2])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rotary, select", [(True, False), (False, False), (False, True)])

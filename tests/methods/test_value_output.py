@@ -38,6 +38,7 @@ def run_vo(kernels, x, probabilities, width, *, fit, context=True, stats=()):
     return factors, narrow_value_output(kernels, factors, width)
 
 
+@pytest.mark.quick("True-True-2", "False-True-2", "False-False-2")
 @pytest.mark.parametrize("per_group", [1, 2])
 @pytest.mark.parametrize("fit, context", [(True, True), (False, True), (False, False)])
 def test_full_values_give_the_same_output(per_group, fit, context):

@@ -1,4 +1,4 @@
-"""What models have to predict: masking is fixed, and losses are those of the whole model."""
+"""Objectives: masking is reproducible, and losses and gradients equal those of the whole model."""
 
 import dataclasses
 
@@ -49,7 +49,7 @@ TOKENS = np.random.default_rng(0).integers(0, 60, (9, 40), np.int32)
 
 
 def random_params(config):
-    """Embeddings large enough that losses depend on the input, heads not at zero."""
+    """Random parameters: embeddings so large that losses depend on the input; nonzero heads."""
     flat = trees.flatten(init(config, jax.random.key(0)))
     keys = jax.random.split(jax.random.key(1), len(flat))
     noise = {
@@ -64,7 +64,7 @@ def test_a_fixed_share_of_every_window_is_masked(length):
     tokens = np.random.default_rng(1).integers(0, 60, (50, length), np.int32)
     chosen = objective.masked_positions(tokens, None)
     np.testing.assert_array_equal(chosen.sum(1), max(1, round(0.15 * length)))
-    assert (chosen.mean(0) < 0.8).all()  # no place is preferred
+    assert (chosen.mean(0) < 0.8).all()  # every place is masked sometimes
     assert (chosen.sum(0) > 0).mean() > 0.8
 
 
@@ -102,7 +102,7 @@ def test_targets_of_a_decoder_are_the_next_tokens():
 
 
 def whole_loss(config, params, tokens, mask):
-    """The loss from the logits of the whole model, summed."""
+    """The summed loss, from the logits of the whole model."""
     if config.head == "classes":
         logits = Transformer(config).apply({"params": params}, tokens, mask)
         return -jnp.sum(jnp.max(jax.nn.log_softmax(logits), axis=-1))
@@ -113,6 +113,7 @@ def whole_loss(config, params, tokens, mask):
     return -jnp.sum(jnp.where(chosen, at_tokens, 0))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("config", [MASKED, CLASSES], ids=["masked", "classes"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_gradients_are_those_of_the_whole_model(config, padded):
@@ -134,6 +135,7 @@ def test_gradients_are_those_of_the_whole_model(config, padded):
             )
 
 
+@pytest.mark.quick("17")
 @pytest.mark.parametrize("length", [17, 300])  # 300: more than one chunk of logits
 def test_pseudo_perplexity_is_that_of_a_plain_computation(length):
     params = random_params(MASKED)
@@ -149,9 +151,10 @@ def test_pseudo_perplexity_is_that_of_a_plain_computation(length):
     assert small["nll_per_token"] == result["nll_per_token"]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("config", [MASKED, CLASSES], ids=["masked", "classes"])
 def test_variants_are_judged_by_the_objective(config):
-    """A classifier's variants by what the untouched model says, not by how sure they are."""
+    """A classifier's variants are compared by the original model's class, not by confidence."""
     params, shares = random_params(config), (1.0, 0.5, -1.0)
 
     def scaled(block, i, j):
@@ -196,5 +199,5 @@ def test_a_model_that_predicts_nothing_has_no_gradients():
     with pytest.raises(ValueError, match="head 'none' predicts nothing, so it has no loss"):
         prepare(source, TOKENS, method="lord")
     one = dataclasses.replace(CLASSES, num_classes=1)
-    with pytest.raises(ValueError, match="one class decides nothing"):
+    with pytest.raises(ValueError, match="one class has nothing to decide"):
         prepare(InMemory(one, random_params(one)), TOKENS, method="lord")

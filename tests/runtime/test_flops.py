@@ -32,6 +32,7 @@ def compiled(fn, *args):
     return jax.jit(fn).lower(*args).compile().cost_analysis()["flops"]
 
 
+@pytest.mark.quick("96")
 @pytest.mark.parametrize("width", [96, 640])
 def test_products_are_those_that_xla_counts(width):
     """Up to additions and means, which are no products."""
@@ -65,6 +66,7 @@ def test_the_gradient_of_a_product_costs_twice_the_product():
     assert both == pytest.approx(compiled(jax.grad(loss, argnums=(0, 1)), a, b), rel=0.02)
 
 
+@pytest.mark.quick("svd")
 @pytest.mark.parametrize("fn", [jnp.linalg.eigh, jnp.linalg.cholesky, jnp.linalg.svd])
 def test_factorisations_grow_with_the_third_power(fn):
     once, twice = (flops.total(flops.count_ops(fn, array(n, n))) for n in (64, 128))
@@ -128,6 +130,7 @@ def on_host_counted(module, done):
     return dataclasses.replace(module, host=run)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("method", "name"),
     [
@@ -168,6 +171,7 @@ def test_a_preparation_runs_what_was_counted(method, name, monkeypatch):
 PREPARES = ("gradients", "statistics", "factors")
 
 
+@pytest.mark.quick("lord")
 @pytest.mark.parametrize("method", ["lord", "modegpt", "svd-llm"])
 def test_passes_are_linear_in_windows(method):
     few, many = (
@@ -198,6 +202,7 @@ def test_what_is_made_twice_is_a_forward_pass():
     assert recomputed(CompressionSpec(BLOCKS["gpt2"], "svd-llm", 8, 32)) == 0
 
 
+@pytest.mark.full
 def test_more_tokens_cost_more():
     counts = [
         sum(map(flops.total, stages(CompressionSpec(BLOCKS["qwen3"], "modegpt", 8, n)).values()))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from blocks import random_model
 from commands import calibration, fails, run
-from interrupted import MODEL, TOKENS, Killed
+from interrupted import TOKENS, Killed, small_model
 from jax.sharding import PartitionSpec
 
 from lordjax.calibration.backward_pass import gradient_statistics
@@ -45,14 +45,14 @@ MESHES = [{"data": 4}, {"data": 2, "model": 2}, {"model": 4}]
 def statistics(axes):
     """Of the first block's activations, and of all blocks' gradients."""
     devices = None if axes is None else mesh.make_mesh(axes)
-    calibrated = checked(MODEL.config, TOKENS, None, None, mesh=devices)
-    row, config = METHODS["lord"], MODEL.config
-    block = on_device(MODEL.block(0), devices)
+    calibrated = checked(small_model().config, TOKENS, None, None, mesh=devices)
+    row, config = METHODS["lord"], small_model().config
+    block = on_device(small_model().block(0), devices)
     sites = sites_for(row.kinds, config)
     keys = activation_keys(block, sites, row)
-    states = hidden_states(MODEL, calibrated)
+    states = hidden_states(small_model(), calibrated)
     stats = block_statistics(block, 0, states, calibrated, sites, keys, config)
-    gradients = gradient_statistics(MODEL, calibrated, row, Clock())
+    gradients = gradient_statistics(small_model(), calibrated, row, Clock())
     return {"activations": stats, "gradients": dict(gradients), "states": np.concatenate(states)}
 
 
@@ -61,6 +61,7 @@ def of_one():
     return statistics(None)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("axes", MESHES, ids=str)
 def test_statistics_are_those_of_one_device(of_one, axes):
     def close(a, b):
@@ -70,6 +71,7 @@ def test_statistics_are_those_of_one_device(of_one, axes):
     jax.tree.map(close, statistics(axes), of_one)
 
 
+@pytest.mark.quick("lord-*")
 @pytest.mark.parametrize(
     ("method", "options"),
     [
@@ -80,10 +82,10 @@ def test_statistics_are_those_of_one_device(of_one, axes):
     ],
 )
 def test_the_plan_is_that_of_one_device(method, options):
-    one = compress(MODEL, TOKENS, method=method, keep=0.6, **options)
+    one = compress(small_model(), TOKENS, method=method, keep=0.6, **options)
     for axes in MESHES[:2]:
         many = compress(
-            MODEL, TOKENS, method=method, keep=0.6, mesh=mesh.make_mesh(axes), **options
+            small_model(), TOKENS, method=method, keep=0.6, mesh=mesh.make_mesh(axes), **options
         )
         assert many.plan.ranks == one.plan.ranks
         assert many.report["bytes"] == one.report["bytes"]
@@ -96,7 +98,7 @@ def test_rows_that_do_not_divide_lie_everywhere():
     # 12 windows in steps of 8 and 4, then of 5: 5, 5 and 2.
     results = [
         compress(
-            MODEL,
+            small_model(),
             TOKENS,
             method="lord",
             keep=0.6,
@@ -113,7 +115,10 @@ def test_weight_gradients_of_windows_are_those_of_one_device():
     """Each device squares and adds those of its own windows."""
     one, four = (
         gradient_statistics(
-            MODEL, checked(MODEL.config, TOKENS, None, 4, mesh=m), METHODS["fwsvd"], Clock()
+            small_model(),
+            checked(small_model().config, TOKENS, None, 4, mesh=m),
+            METHODS["fwsvd"],
+            Clock(),
         )
         for m in (None, mesh.make_mesh({"data": 4}))
     )
@@ -138,11 +143,11 @@ def test_each_device_loops_over_its_own_rows():
 
 def test_a_block_is_shared_out_by_rules():
     devices = mesh.make_mesh({"data": 1, "model": 4})
-    shared = trees.flatten(on_device(MODEL.block(0), devices))
+    shared = trees.flatten(on_device(small_model().block(0), devices))
     spec = {path: a.sharding.spec for path, a in shared.items()}
     assert spec["mlp/up/kernel"] == PartitionSpec(None, "model")
     assert spec["mlp/down/kernel"] == PartitionSpec("model", None)
-    whole = trees.flatten(MODEL.block(0))
+    whole = trees.flatten(small_model().block(0))
     for path, a in shared.items():
         np.testing.assert_array_equal(a, whole[path])
         cut = "model" in tuple(spec[path])
@@ -194,6 +199,7 @@ def test_the_largest_job_goes_to_the_device_with_the_least(costs, sums):
     assert sorted(found) == sorted(sums)
 
 
+@pytest.mark.full
 def test_devices_factor_equally_much(monkeypatch):
     """Nearly all work of a block is its MLP's; what is counted is what devices are given."""
     given = []
@@ -203,7 +209,7 @@ def test_devices_factor_equally_much(monkeypatch):
         return mesh.map_kernels(run, shares, devices)
 
     monkeypatch.setattr(single_pass, "map_kernels", seen)
-    config = dataclasses.replace(MODEL.config, num_layers=6)
+    config = dataclasses.replace(small_model().config, num_layers=6)
     compress(random_model(config), TOKENS, method="modegpt", keep=0.6, mesh=FOUR())
     job = CompressionSpec(config, "modegpt", *TOKENS.shape, meshed=True)
     work = {site: flops.total(site_factors(job, site)) for site in job.sites}
@@ -218,10 +224,11 @@ def test_devices_factor_equally_much(monkeypatch):
     assert told["factors"]["shares"] == pytest.approx(done)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dying", range(2, 28, 4))
 def test_a_group_that_is_killed_goes_on_to_the_same_bits(dying, tmp_path, monkeypatch):
     """Before some line of the journal; no factors are made twice but those that it lost."""
-    config = dataclasses.replace(MODEL.config, num_layers=6)
+    config = dataclasses.replace(small_model().config, num_layers=6)
     model, left, made = random_model(config), [0], []
     record, finish = DiskStore._record, single_pass.finish
 
@@ -259,10 +266,11 @@ def test_a_group_that_is_killed_goes_on_to_the_same_bits(dying, tmp_path, monkey
     assert len(set(made)) == sites and len(made) <= sites + 1
 
 
+@pytest.mark.full
 def test_codes_are_those_of_one_device():
     def result(devices):
         settings = {"method": "lq", "weighting": "fisher", "form": "nf4", "rank": 2, "steps": 1}
-        return quantize(MODEL, TOKENS, mesh=devices, **settings)
+        return quantize(small_model(), TOKENS, mesh=devices, **settings)
 
     one, many = result(None), result(mesh.make_mesh({"data": 4}))
     assert many.report["bytes"] == one.report["bytes"]
@@ -294,6 +302,7 @@ def test_the_command_line(tiny, text, tmp_path):
 QUICK = ("factorize", "nbytes", "matmul", "eigenvalues", "stats.moments")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "names", [pytest.param(QUICK, id="quick"), pytest.param((), id="all", marks=pytest.mark.slow)]
 )

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 from commands import fails
-from interrupted import MODEL, TOKENS, Killed
+from interrupted import TOKENS, Killed, small_model
 
 from lordjax.compression import elastic
 from lordjax.compression.low_rank import compress
@@ -40,9 +40,9 @@ Workspace._record = dying
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     directory = tmp_path_factory.mktemp("model")
-    config = MODEL.config
+    config = small_model().config
     facts = {"model_type": "llama", "vocab_size": config.vocab_size}
-    checkpoint.save(directory / "model", config, MODEL.params, hf_config=facts)
+    checkpoint.save(directory / "model", config, small_model().params, hf_config=facts)
     np.save(directory / "tokens.npy", TOKENS)
     return directory
 
@@ -119,10 +119,11 @@ def whole(model):
     return model / "whole", found
 
 
+@pytest.mark.full
 def test_two_processes_are_one(model, whole):
     """Same plan, same model but for the order of sums; one of them writes and speaks."""
     out, found = whole
-    one = compress(MODEL, TOKENS, method="lord", keep=0.6)
+    one = compress(small_model(), TOKENS, method="lord", keep=0.6)
     assert json.loads((out / "plan.json").read_text())["ranks"] == one.plan.ranks
     params = jax.tree.map(np.asarray, materialize(elastic.load(out)[1]))
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(materialize(one.params)), strict=True):
@@ -132,6 +133,7 @@ def test_two_processes_are_one(model, whole):
     assert not list(out.parent.glob("whole.partial*"))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("line", [14, pytest.param(40, marks=pytest.mark.slow)])
 def test_a_death_ends_the_job_and_the_next_goes_on_to_the_same_bits(model, whole, line):
     out = model / f"died-{line}"
@@ -161,7 +163,7 @@ def test_other_methods_and_meshes(model, tmp_path, method, options):
     found = job(model, tmp_path / "out", "--method", method, "--keep", 0.6, *options)
     assert [code for code, _, _ in found] == [0, 0], found
     prefix = "corrective" if "corrective" in options else None
-    one = compress(MODEL, TOKENS, method=method, keep=0.6, prefix=prefix)
+    one = compress(small_model(), TOKENS, method=method, keep=0.6, prefix=prefix)
     plan = json.loads((tmp_path / "out" / "plan.json").read_text())
     assert plan["ranks"] == one.plan.ranks
 

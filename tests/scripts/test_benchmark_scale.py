@@ -53,6 +53,7 @@ def test_growth_leaves_out_what_a_process_takes_without_work():
     assert "| width | 2.00 / 2.00 | 3.00 / 3.00 | 3.00 / 3.00 |" in table
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", ["svd", "nf"])
 def test_the_smallest_sizes_run(method):
     """In processes of their own."""

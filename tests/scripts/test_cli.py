@@ -58,6 +58,7 @@ def test_command_is_installed(tiny):
     assert len(bad.stderr.splitlines()) == 1
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", ["modegpt-cr", "modegpt-published"])
 def test_narrower_modules_are_saved_inspected_and_evaluated(tiny, text, tmp_path, method):
     out = tmp_path / "model"
@@ -72,6 +73,7 @@ def test_narrower_modules_are_saved_inspected_and_evaluated(tiny, text, tmp_path
     assert np.isfinite(json.loads(shown.stdout)["perplexity"])
 
 
+@pytest.mark.full
 def test_a_temperature_is_of_block_influence_only(tiny, text, tmp_path):
     options = (*calibration(text), "--keep", "0.6", "--temperature", "0.1")
     fails("has no temperature", "compress", tiny, tmp_path / "a", *options)
@@ -123,7 +125,7 @@ def test_inspect_counts_what_is_there(tiny, compressed):
 
 
 def test_inspect_prints_blocks_in_order(compressed):
-    lines = run("inspect", compressed[0]).stdout.splitlines()
+    lines = run("inspect", compressed[0], "--full").stdout.splitlines()
     assert any("kept" in line for line in lines)
     blocks = [line.strip() for line in lines if line.startswith("layer_")]
     assert blocks == ["layer_0/", "layer_1/"]
@@ -171,6 +173,7 @@ def test_array_needs_no_tokenizer(tiny, text, tmp_path):
     assert json.loads(again.stdout)["protocol"]["window"] == 20
 
 
+@pytest.mark.full
 def test_compressed_model_is_worse_and_full_budget_is_not(tiny, compressed, text, tmp_path):
     def nll(model):
         arguments = ("--tokens", text, "--seq-len", WINDOW, "--windows", 4, "--json")
@@ -200,12 +203,14 @@ def test_default_calibration_is_the_standard_library_and_says_so(tiny, tmp_path)
     assert summary["calibration"]["seq_len"] == 64  # the model is shorter than a usual window
 
 
+@pytest.mark.full
 def test_existing_empty_directory_is_used(tiny, text, tmp_path):
     result = run("compress", tiny, tmp_path, *calibration(text), "--method", "svd")
     assert result.exit_code == 0, result.stderr
     assert (tmp_path / "config.json").exists()
 
 
+@pytest.mark.full
 def test_killed_and_resumed(tiny, text, tmp_path):
     """By the kernel, which asks nobody."""
     options = (*map(str, calibration(text)), "--method", "lord-linear", "--keep", "0.6")
@@ -247,6 +252,7 @@ def few_formats(monkeypatch):
     monkeypatch.setattr(quantized, "prepare_quantized", small)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("method", "options", "kinds", "bits"),
     [

@@ -105,6 +105,7 @@ def test_windows_begin_and_end_like_sequences(masked, text):
     assert facts["sequence_ends"] == [0, 2]
 
 
+@pytest.mark.quick("method0")
 @pytest.mark.parametrize(
     "method",
     [
@@ -142,6 +143,7 @@ def test_no_mask_token(masked, text, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.full
 def test_a_classifier_is_compressed_but_has_no_perplexity(text, tmp_path):
     model = save_model(tmp_path / "in", "ForSequenceClassification", num_labels=3)
     out = tmp_path / "out"

@@ -28,6 +28,7 @@ def quantized(tiny, tmp_path_factory):
     return out
 
 
+@pytest.mark.quick("dense", "factored")
 @pytest.mark.parametrize("to", ["dense", "factored", "orbax"])
 def test_export_and_verification(compressed, text, tmp_path, to):
     model, out = compressed[0], tmp_path / "out"
@@ -41,6 +42,7 @@ def test_export_and_verification(compressed, text, tmp_path, to):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.full
 def test_methods_and_default_tokens(tiny, text, tmp_path):
     """Modules that became narrower; the standard library where there are no other tokens."""
     options = (*calibration(text), "--method", "modegpt-cr", "--keep", 0.5)
@@ -51,6 +53,7 @@ def test_methods_and_default_tokens(tiny, text, tmp_path):
         assert "largest difference of logits" in found.stdout
 
 
+@pytest.mark.full
 def test_an_adapter(quantized, text, tmp_path, monkeypatch):
     arguments = ("export", quantized, tmp_path / "out", "--to", "peft", "--verify")
     found = run(*arguments, "--tokens", text, "--json")
@@ -140,6 +143,7 @@ def test_another_dtype(tiny, tmp_path, to):
     assert {row["dtype"] for row in rows} == {"bfloat16"}
 
 
+@pytest.mark.full
 def test_codes_keep_their_dtypes(quantized, tmp_path):
     assert run("convert", quantized, tmp_path / "out", "--dtype", "float16").exit_code == 0
     (_, before), (_, after) = load(quantized), load(tmp_path / "out")

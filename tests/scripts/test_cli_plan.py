@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from commands import WINDOW, calibration, fails, run
 
 from lordjax.forecast import machine_rates
@@ -79,6 +80,7 @@ def test_bad_plans(tiny, compressed, tmp_path):
     fails("unknown key", "plan", tmp_path / "config.json")
 
 
+@pytest.mark.full
 def test_codes_are_planned_as_they_come_out(tiny, text, tmp_path):
     options = ("--method", "nf", "--format", "nf4")
     planned = json.loads(run("plan", tiny, *options, "--no-measure", "--json").stdout)
@@ -91,6 +93,7 @@ def test_codes_are_planned_as_they_come_out(tiny, text, tmp_path):
     assert "predictions" in shown.stdout
 
 
+@pytest.mark.full
 def test_devices_have_shares_in_plan_and_report(tiny, text, tmp_path):
     options = (*calibration(text), "--method", "lord", "--keep", "0.7", "--mesh", "data=2")
     shown = run("compress", tiny, tmp_path / "out", *options)

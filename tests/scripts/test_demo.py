@@ -96,7 +96,7 @@ def test_an_interrupted_demo_goes_on(runs):
 
 def test_what_is_shown_ends_with_commands(runs):
     shown, out = runs.shown.stdout, runs.out
-    for column in ("on disk", "perplexity", "tokens/s", "the GGUF file", "modegpt-0.6", "16.00"):
+    for column in ("on disk", "perplexity", "tokens/s", "GGUF file", "modegpt-0.6", "16.00"):
         assert column in shown
     assert shown.count("def f(x):") == 3  # before, and after by each method
     commands = [line.split()[:2] for line in shown.splitlines()[-3:]]

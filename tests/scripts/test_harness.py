@@ -129,7 +129,7 @@ def test_texts_are_encoded_as_the_harness_does(harness, special):
     TemplateLM.loglikelihood(stub, requests(*pairs), disable_tqdm=True)
     assert len(seen) == len(pairs)
     for pair, start, rest in seen:
-        assert (start, rest) == multiple_choice.encode_pair(tokenizer, *pair), pair
+        assert (start, rest) == multiple_choice.tokenize_pair(tokenizer, *pair), pair
 
 
 def test_scores_are_those_of_the_harness_s_own_class(tiny, model):

@@ -28,6 +28,7 @@ def test_the_whole_model_has_the_released_number_of_parameters(like, billions):
 
 
 # Their numbers of key/value heads allow no more.
+@pytest.mark.quick("llama-2-7b-32")
 @pytest.mark.parametrize(
     ("like", "shrink"), [("llama-2-7b", 32), ("llama-2-70b", 8), ("starcoder-16b", 24)]
 )

@@ -29,6 +29,7 @@ def always(monkeypatch):
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
+@pytest.mark.full
 def test_the_second_run_compiles_nothing(tiny, tmp_path, always):
     text, first = generate(tiny, tmp_path)
     folder = tmp_path / "lordjax" / "programs" / processor()

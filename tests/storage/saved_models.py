@@ -37,7 +37,7 @@ def dense():
 
 @functools.cache
 def model():
-    """Some kernels factored, one of them twice, one with a bias, one left dense."""
+    """Returns params with low-rank kernels, one factored twice, one with a bias, one dense."""
     params = factorize(dense(), keep=0.7, where=r"(attention/[qo]|mlp/\w+)/kernel")
     flat = trees.flatten(params)
     down = flat["layer_1/mlp/down/kernel"]
@@ -52,7 +52,7 @@ encode = jax.jit(NFQuantized.encode, static_argnums=1)
 
 @functools.cache
 def quantized():
-    """Kernels of every quantised kind, some inside others; no block divides them."""
+    """Returns params with nested and plain quantized kernels, whose sizes no block divides."""
     two, three = Format(2, 2, "float16", 16, 4), Format(3, 4, "bfloat16", 16, 16)
     flat = trees.flatten(dense())
     factored = trees.flatten(factorize(dense(), rank=3))

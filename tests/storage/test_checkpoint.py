@@ -1,4 +1,4 @@
-"""The artifact: exact, self-describing, of the reported size, and never half-written."""
+"""A saved model is exact, describes itself, has the reported size, and is never half-written."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from lordjax.kernels import trees
 from lordjax.kernels.normal_float import Format
 from lordjax.kernels.quantized import LowRankPlusQuantized
 from lordjax.models import Transformer
-from lordjax.storage import shards as parts
+from lordjax.storage import shards
 from lordjax.storage.checkpoint import INDEX
 from lordjax.storage.saved_model import is_compressed, open_saved
 from lordjax.storage.tensor_files import write_tensors
@@ -186,6 +186,7 @@ def test_a_saved_model_is_compressed_like_the_one_in_memory(tmp_path):
     assert_identical(from_disk.params, in_memory.params)
 
 
+@pytest.mark.full
 def test_a_compressed_model_can_be_compressed_again(tmp_path):
     tokens = np.random.default_rng(0).integers(0, 31, (2, 8))
     first = compress(InMemory(CONFIG, dense()), tokens, method="svd", keep=0.8)
@@ -233,7 +234,7 @@ def test_failure_while_tensors_are_written(tmp_path, monkeypatch, error, exists)
         written.append(file)
         return write_tensors(file, arrays, metadata)
 
-    monkeypatch.setattr(parts, "write_tensors", fails)
+    monkeypatch.setattr(shards, "write_tensors", fails)
     with pytest.raises(type(error)):
         write(tmp_path / "out")
     assert len(written) == 2  # it failed in the middle
@@ -264,7 +265,7 @@ def test_a_destination_taken_meanwhile_is_not_overwritten(tmp_path):
 def test_no_room_is_noticed_before_anything_is_written(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(OSError, match=r"out: needs about .* MB of disk, 1 MB are free"):
+    with pytest.raises(OSError, match=r"out: needs about .* MB of disk, but 1 MB are free"):
         write(tmp_path / "new" / "out")
     assert litter(tmp_path) == []
 

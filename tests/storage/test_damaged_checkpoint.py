@@ -1,4 +1,4 @@
-"""Saved models that are damaged: every error names what is wrong."""
+"""Damaged saved models: every error names the damage."""
 
 import json
 
@@ -68,15 +68,15 @@ DAMAGES = {
     "index that maps to numbers": (write_text(INDEX, '{"weight_map": {"a": 1}}'), INDEX),
     "factor left out": (drop_factor, "layer_0/mlp/up/kernel/left"),
     "kernel left out": (drop_kernel, "layer_0/mlp/up/kernel/left"),
-    "newer format": (in_config(format=99), "format 99 .* upgrade lordjax"),
+    "newer format": (in_config(format=99), "format 99, .* upgrade lordjax"),
     "unknown kind": (in_config(kinds={"a": "holographic"}), "holographic.* upgrade lordjax"),
     "no model": (in_config(model=None), "config.json"),
     "unknown model field": (in_config(model={"rope": {}, "colour": 1}), "config.json"),
     "entry is no table": (write_text("config.json", '{"lordjax": null}'), "config.json"),
-    "no entry": (write_text("config.json", json.dumps(HF_CONFIG)), "not written by save"),
-    "broken config": (write_text("config.json", '{"lordjax": {'), "not written by save"),
-    "config is a number": (write_text("config.json", "3"), "not written by save"),
-    "no config": (lambda d: (d / "config.json").unlink(), "not written by save"),
+    "no entry": (write_text("config.json", json.dumps(HF_CONFIG)), "no config.json with"),
+    "broken config": (write_text("config.json", '{"lordjax": {'), "no config.json with"),
+    "config is a number": (write_text("config.json", "3"), "no config.json with"),
+    "no config": (lambda d: (d / "config.json").unlink(), "no config.json with"),
 }
 
 
@@ -121,9 +121,12 @@ def no_tables(config):
 
 
 CODE_DAMAGES = {
-    "no constants": (drop_constants("constants"), f"lacks .*{QUANTISED}/fan_in"),
-    "a kernel without constants": (drop_constants("constants", INNER), f"lacks .*{INNER}/format"),
-    "no format": (drop_constants("constants", INNER, "format"), f"lacks .* {INNER}/format$"),
+    "no constants": (drop_constants("constants"), f"missing: .*{QUANTISED}/fan_in"),
+    "a kernel without constants": (
+        drop_constants("constants", INNER),
+        f"missing: .*{INNER}/format",
+    ),
+    "no format": (drop_constants("constants", INNER, "format"), f"missing: .* {INNER}/format$"),
     "constants are a list": (in_config(constants=[1]), "config.json: damaged"),
     "constants are nothing": (in_config(constants=None), "config.json: damaged"),
     "constants of a kernel are a list": (
@@ -139,7 +142,7 @@ CODE_DAMAGES = {
     "size is negative": (constants(QUANTISED, fan_in=-16, fan_out=-16), f"{QUANTISED}: fan_in"),
     "other shape": (constants("layer_1/mlp/up/kernel/base", fan_in=24, fan_out=16), "not of one"),
     "unknown constant": (constants(QUANTISED, colour=3), f"{QUANTISED}: .*colour"),
-    "tensor left out": (drop_tensor(f"{INNER}/offset"), f"lacks .* {INNER}/offset$"),
+    "tensor left out": (drop_tensor(f"{INNER}/offset"), f"missing: .* {INNER}/offset$"),
 }
 
 

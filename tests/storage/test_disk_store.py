@@ -1,4 +1,4 @@
-"""Work kept on disk: what is named is whole, what is broken is named, one process at a time."""
+"""The store on disk: named entries are complete, damage is named, one process works at a time."""
 
 import errno
 import os
@@ -20,7 +20,7 @@ IDENTITY = {"method": "lord", "settings": {"keep": 0.8}, "tokens": "ab"}
 
 
 def tree():
-    """Something of every kind that an entry may hold."""
+    """Returns a tree with every type that an entry may hold."""
     a = np.arange(6, dtype=np.float32).reshape(2, 3)
     return {
         "factors": Factors(a, a.T, np.arange(2.0), None, jnp.asarray(a, jnp.bfloat16)),
@@ -43,37 +43,37 @@ def same(a, b):
 
 
 def test_entries_are_read_as_they_were_written(tmp_path):
-    with opened(tmp_path) as work:
-        work["a/b"], work["plain"] = tree(), {"x": [1, 0.1, None]}
-        read = work["a/b"]
+    with opened(tmp_path) as store:
+        store["a/b"], store["plain"] = tree(), {"x": [1, 0.1, None]}
+        read = store["a/b"]
         assert isinstance(read["factors"], Factors) and isinstance(read["list"][1], tuple)
-    with opened(tmp_path) as work:
-        assert work.below("") == ["a/b", "plain"]
+    with opened(tmp_path) as store:
+        assert store.below("") == ["a/b", "plain"]
         expected = tree()
-        read = work["a/b"]
+        read = store["a/b"]
         same(read["factors"], expected["factors"])
         same(read["module"], expected["module"])
         assert read["empty"].shape == (0, 3) and read["scalar"] == 1.5
-        assert work["plain"] == {"x": [1, 0.1, None]}
+        assert store["plain"] == {"x": [1, 0.1, None]}
 
 
 def test_an_entry_is_overwritten_and_its_old_file_goes(tmp_path):
-    with opened(tmp_path) as work:
+    with opened(tmp_path) as store:
         for value in range(3):
-            work["key"] = np.full(4, value)
-        assert len(list((work.directory / "entries").iterdir())) == 1
-        work.discard("key")
-        assert "key" not in work and not list((work.directory / "entries").iterdir())
-    with opened(tmp_path) as work:
-        assert work.below("") == []
+            store["key"] = np.full(4, value)
+        assert len(list((store.directory / "entries").iterdir())) == 1
+        store.discard("key")
+        assert "key" not in store and not list((store.directory / "entries").iterdir())
+    with opened(tmp_path) as store:
+        assert store.below("") == []
 
 
 def test_once_computes_once(tmp_path):
     calls = []
-    for work in (MemoryStore(), opened(tmp_path)):
+    for store in (MemoryStore(), opened(tmp_path)):
         for _ in range(2):
-            assert get_or_compute(work, "x/1", lambda: calls.append(0) or {"n": 3}) == {"n": 3}
-        assert dict(Entries(work, "x", int)) == {1: {"n": 3}}
+            assert get_or_compute(store, "x/1", lambda: calls.append(0) or {"n": 3}) == {"n": 3}
+        assert dict(Entries(store, "x", int)) == {1: {"n": 3}}
     assert len(calls) == 2
 
 
@@ -100,9 +100,9 @@ def test_a_directory_of_something_else_is_left_alone(tmp_path):
 
 
 def begun(path):
-    with opened(path) as work:
+    with opened(path) as store:
         for value in range(3):
-            work[str(value)] = np.full(4, value)
+            store[str(value)] = np.full(4, value)
     return path / "out.partial"
 
 
@@ -110,12 +110,12 @@ def begun(path):
 def test_the_last_line_of_the_journal_may_be_cut(tmp_path, cut):
     journal = begun(tmp_path) / JOURNAL
     os.truncate(journal, journal.stat().st_size - cut)
-    with opened(tmp_path) as work:
-        assert work.below("") == ["0", "1"]
-        assert len(list((work.directory / "entries").iterdir())) == 2
-        work["2"] = np.full(4, 2)
-    with opened(tmp_path) as work:
-        assert work["2"][0] == 2
+    with opened(tmp_path) as store:
+        assert store.below("") == ["0", "1"]
+        assert len(list((store.directory / "entries").iterdir())) == 2
+        store["2"] = np.full(4, 2)
+    with opened(tmp_path) as store:
+        assert store["2"][0] == 2
 
 
 def test_damage_inside_the_journal_is_named(tmp_path):
@@ -136,8 +136,8 @@ def test_a_flipped_bit_is_named(tmp_path):
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    with opened(tmp_path) as work, pytest.raises(ValueError, match=f"{file.name} is not what"):
-        work["1"]
+    with opened(tmp_path) as store, pytest.raises(ValueError, match=f"{file.name} is not what"):
+        store["1"]
 
 
 def test_a_cut_or_missing_file_is_named(tmp_path):
@@ -152,7 +152,7 @@ def test_a_cut_or_missing_file_is_named(tmp_path):
 
 
 class Full:
-    """A file on a disk with little room."""
+    """A file on a full disk: writes of more than ``room`` bytes fail."""
 
     def __init__(self, file, room):
         self._file, self._room = file, room
@@ -174,16 +174,16 @@ def test_a_full_disk_is_named_and_work_goes_on(tmp_path, monkeypatch):
         whole(self, *arguments)
         self._file = Full(self._file, 100)
 
-    with opened(tmp_path) as work:
+    with opened(tmp_path) as store:
         monkeypatch.setattr(TensorWriter, "__init__", full)
         with pytest.raises(OSError, match=r"entries/.*is the disk full\?"):
-            work["1"] = np.zeros(1000)
-        assert len(list((work.directory / "entries").iterdir())) == 3
-        np.testing.assert_array_equal(work["1"], np.full(4, 1))
+            store["1"] = np.zeros(1000)
+        assert len(list((store.directory / "entries").iterdir())) == 3
+        np.testing.assert_array_equal(store["1"], np.full(4, 1))
         monkeypatch.undo()
-        work["1"] = np.zeros(1000)
-    with opened(tmp_path) as work:
-        assert len(work["1"]) == 1000
+        store["1"] = np.zeros(1000)
+    with opened(tmp_path) as store:
+        assert len(store["1"]) == 1000
 
 
 def test_safetensors_reads_what_is_written(tmp_path):
@@ -211,25 +211,25 @@ def fill(states, value):
 
 
 def test_states_go_on_where_they_were_left(tmp_path):
-    with opened(tmp_path) as work:
-        states = open_states(work, "pass", SHAPES)
+    with opened(tmp_path) as store:
+        states = open_states(store, "pass", SHAPES)
         assert states.at is None
         for at in range(3):
             fill(states, at)
             states.commit(at)
-        (work.directory / "entries" / "000009-pass.safetensors.new").touch()  # killed in a block
-    with opened(tmp_path) as work:
-        states = open_states(work, "pass", SHAPES)
+        (store.directory / "entries" / "000009-pass.safetensors.new").touch()  # killed in a block
+    with opened(tmp_path) as store:
+        states = open_states(store, "pass", SHAPES)
         assert states.at == 2
         assert [float(states[j][0, 0]) for j in range(2)] == [2, 2]
-        assert len(list((work.directory / "entries").iterdir())) == 1
+        assert len(list((store.directory / "entries").iterdir())) == 1
         states.close()
-        assert open_states(work, "pass", SHAPES).at is None
+        assert open_states(store, "pass", SHAPES).at is None
 
 
 def test_states_are_kept_for_the_way_back(tmp_path):
-    for work in (MemoryStore(), opened(tmp_path)):
-        states = open_states(work, "pass", SHAPES)
+    for store in (MemoryStore(), opened(tmp_path)):
+        states = open_states(store, "pass", SHAPES)
         for at in range(3):
             fill(states, at)
             states.commit(at, keep=True)
