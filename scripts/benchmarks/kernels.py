@@ -1,15 +1,21 @@
-"""Products with quantised matrices: time, share of the memory's speed, errors.
+"""Benchmark of products with quantized matrices: time, memory throughput and error.
 
 Run::
 
     python -m lordjax.scripts.benchmarks.kernels                    on a GPU or a CPU
     python -m lordjax.scripts.benchmarks.kernels --interpret        the GPU kernel, small shapes
 
-Per shape and number of rows: the dense product, XLA's product with the whole decoded matrix, and on
-a CPU the product in tiles, on a GPU the kernel with the fastest of its tiles. Microseconds of one
-product; bytes that must be read and written, per second, as a share of what a copy of much more
-reaches (what fits a cache is read faster); distance from the product with the materialised matrix
-in float32, relative to that. Interpreted, times say nothing of a GPU.
+For every shape and number of rows it measures the dense product, XLA's product with the whole
+dequantized matrix and, on a CPU, the product in tiles or, on a GPU, the kernel with its fastest
+tile. The columns are:
+
+* the time of one product, in microseconds;
+* memory throughput: bytes that must be read and written per second, relative to the rate of a copy
+  of a much larger array. A matrix that fits into a cache can exceed 100 %;
+* the error: norm of the difference from the product with the materialized matrix in float32,
+  relative to the norm of that product.
+
+With ``--interpret`` the times do not predict those of a GPU.
 """
 
 from __future__ import annotations
@@ -25,13 +31,32 @@ SMALL = "128x96,96x128"
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--shapes", help=f"INxOUT, separated by commas  [default: {LLAMA_2_7B}]")
-@click.option("--rows", help="of x  [default: 1,32,1024; interpreted: 1,20]")
-@click.option("--format", "form", default="nf4", show_default=True, help="of the matrix")
-@click.option("--rank", default=0, show_default=True, help="of a low-rank product beside it")
-@click.option("--dtype", default="bfloat16", show_default=True)
-@click.option("--interpret", is_flag=True, help="the kernel, where there is no GPU")
-@click.option("--json", "as_json", is_flag=True)
+@click.option(
+    "--shapes",
+    help="Matrix shapes INxOUT, separated by commas.  "
+    f"[default: {LLAMA_2_7B}; with --interpret: {SMALL}]",
+)
+@click.option(
+    "--rows",
+    help="Numbers of rows of the activations, separated by commas.  "
+    "[default: 1,32,1024; with --interpret: 1,20]",
+)
+@click.option(
+    "--format", "form", default="nf4", show_default=True, help="Format of the quantized matrix."
+)
+@click.option(
+    "--rank",
+    default=0,
+    show_default=True,
+    help="Rank of a low-rank term that is added to the quantized matrix; 0: none.",
+)
+@click.option(
+    "--dtype", default="bfloat16", show_default=True, help="Dtype of activations and dense matrix."
+)
+@click.option(
+    "--interpret", is_flag=True, help="Interpret the GPU kernel on a machine without a GPU."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def main(
     shapes: str | None,
     rows: str | None,
@@ -41,7 +66,7 @@ def main(
     interpret: bool,
     as_json: bool,
 ) -> None:
-    """Times products with quantised matrices."""
+    """Measures time and error of products with quantized matrices."""
     from lordjax.scripts.benchmarks.protocol import environment
 
     pairs = _numbers(shapes or (SMALL if interpret else LLAMA_2_7B))
@@ -69,15 +94,18 @@ def main(
 
 
 def _numbers(text: str) -> list[tuple[int, ...]]:
-    """``1x2,3x4`` as ``[(1, 2), (3, 4)]``."""
+    """Parses ``1x2,3x4`` into ``[(1, 2), (3, 4)]``."""
     try:
         return [tuple(int(number) for number in part.split("x")) for part in text.split(",")]
     except ValueError as error:
-        raise click.ClickException(f"{text!r}: expected numbers such as 128x96,96x128") from error
+        raise click.ClickException(
+            f"--shapes or --rows is {text!r}; expected shapes such as 128x96,96x128, or numbers of "
+            "rows such as 1,32"
+        ) from error
 
 
 def bandwidth(size: int) -> float:
-    """Bytes per second, read and written, of a copy of ``size`` bytes."""
+    """Measures the bytes read and written per second while an array of ``size`` bytes is copied."""
     import jax.numpy as jnp
 
     from lordjax.kernels.nf_gpu_autotune import seconds
@@ -89,7 +117,11 @@ def bandwidth(size: int) -> float:
 def measure(
     shape: tuple[int, ...], rows: int, form: str, rank: int, dtype: str, interpret: bool
 ) -> list[dict[str, Any]]:
-    """A row per way to compute the product."""
+    """Measures every way to compute one product; returns a row per way.
+
+    Activations ``[rows, in]`` are multiplied with a matrix of shape ``(in, out)`` in format
+    ``form``, to which a low-rank term of rank ``rank`` is added.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -144,7 +176,7 @@ def measure(
 
 
 def _whole(low_rank: Any, x: Any, quantized: Any) -> Any:
-    """The product with the whole decoded matrix."""
+    """Computes the product with the whole dequantized matrix."""
     from lordjax.kernels import nf_gpu
 
     return nf_gpu.decoded(x, quantized, low_rank)
