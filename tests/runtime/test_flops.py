@@ -214,9 +214,9 @@ def test_more_tokens_cost_more():
 @pytest.mark.parametrize(
     ("method", "windows", "length", "message"),
     [
-        ("svd", 0, 16, "at least 1 of 2"),
-        ("svd", 4, 1, "at least 1 of 2"),
-        ("modegpt-published", 1, 16, "at least 2 are needed"),
+        ("svd", 0, 16, "at least 1 sequence .* of 2 tokens"),
+        ("svd", 4, 1, "at least 1 sequence .* of 2 tokens"),
+        ("modegpt-published", 1, 16, r"at least 2 \(--samples\)"),
     ],
 )
 def test_bad_jobs(method, windows, length, message):
