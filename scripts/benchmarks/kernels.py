@@ -125,21 +125,12 @@ def measure(
     import jax
     import jax.numpy as jnp
 
-    from lordjax.kernels import nf_gpu, nf_gpu_autotune, normal_float
+    from lordjax.kernels import nf_gpu, nf_gpu_autotune
     from lordjax.kernels.base import materialize, nbytes
     from lordjax.kernels.base import matmul as product
-    from lordjax.kernels.low_rank import LowRank
-    from lordjax.kernels.quantized import LowRankPlusQuantized, NFQuantized
+    from lordjax.kernels.quantized import LowRankPlusQuantized
 
-    keys = jax.random.split(jax.random.key(0), 4)
-    x = jax.random.normal(keys[0], (rows, shape[0]), dtype)
-    quantized = NFQuantized.encode(
-        jax.random.normal(keys[1], shape), normal_float.Format.parse(form)
-    )
-    low_rank = None
-    if rank:
-        factors = [(keys[2], (shape[0], rank)), (keys[3], (rank, shape[1]))]
-        low_rank = LowRank(*(jax.random.normal(key, size, dtype) for key, size in factors))
+    x, quantized, low_rank = _operands(shape, rows, form, rank, dtype)
     w = materialize(quantized)
     w = w if low_rank is None else w + materialize(low_rank).astype(w.dtype)
     exact = jnp.matmul(x.astype(w.dtype), w, precision="highest")
@@ -148,14 +139,8 @@ def measure(
     moved = x.nbytes + rows * shape[1] * x.dtype.itemsize
     packed = nbytes((quantized, low_rank)) + moved
     copies = [dense] if interpret else [dense + i for i in range(4)]
-    ways = [
-        (
-            "dense",
-            nf_gpu_autotune.time_per_call(jnp.matmul, x, copies),
-            dense.nbytes + moved,
-            x @ dense,
-        )
-    ]
+    time = nf_gpu_autotune.time_per_call(jnp.matmul, x, copies)
+    ways = [("dense", time, dense.nbytes + moved, x @ dense)]
     if interpret or jax.default_backend() == "gpu":
         times = nf_gpu_autotune.time_tiles(
             nf_gpu_autotune.Case.for_operands(x, quantized, low_rank), interpret
@@ -168,20 +153,40 @@ def measure(
         kernel = quantized if low_rank is None else LowRankPlusQuantized(quantized, low_rank)
         whole = functools.partial(_whole, low_rank)
         for name, way, operand in (("whole", whole, quantized), ("in tiles", product, kernel)):
-            ways.append(
-                (name, nf_gpu_autotune.time_per_call(way, x, [operand]), packed, way(x, operand))
-            )
+            time = nf_gpu_autotune.time_per_call(way, x, [operand])
+            ways.append((name, time, packed, way(x, operand)))
     return [
         {
             "shape": "x".join(map(str, shape)),
             "rows": rows,
             "product": name,
-            "seconds": time,
+            "seconds": seconds,
             "bytes": size,
             "error": float(jnp.linalg.norm(y.astype(w.dtype) - exact) / jnp.linalg.norm(exact)),
         }
-        for name, time, size, y in ways
+        for name, seconds, size, y in ways
     ]
+
+
+def _operands(
+    shape: tuple[int, ...], rows: int, form: str, rank: int, dtype: str
+) -> tuple[Any, Any, Any]:
+    """Returns random activations, a quantized matrix, and its low-rank term or None."""
+    import jax
+
+    from lordjax.kernels import normal_float
+    from lordjax.kernels.low_rank import LowRank
+    from lordjax.kernels.quantized import NFQuantized
+
+    keys = jax.random.split(jax.random.key(0), 4)
+    x = jax.random.normal(keys[0], (rows, shape[0]), dtype)
+    matrix = jax.random.normal(keys[1], shape)
+    quantized = NFQuantized.encode(matrix, normal_float.Format.parse(form))
+    if not rank:
+        return x, quantized, None
+    factors = [(keys[2], (shape[0], rank)), (keys[3], (rank, shape[1]))]
+    low_rank = LowRank(*(jax.random.normal(key, size, dtype) for key, size in factors))
+    return x, quantized, low_rank
 
 
 def _whole(low_rank: Any, x: Any, quantized: Any) -> Any:
