@@ -1,4 +1,7 @@
-"""Hugging Face checkpoints and GGUF files in; the only package that knows them."""
+"""Reads Hugging Face checkpoints and GGUF files, and exports models for other programs.
+
+No other package of lordjax knows these formats.
+"""
 
 from lordjax.conversions.readers.checkpoint import Checkpoint, open_checkpoint
 

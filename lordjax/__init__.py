@@ -1,7 +1,7 @@
-"""Compress pretrained transformers by matrix decomposition, in JAX.
+"""Compresses pretrained transformers by matrix decomposition, in JAX.
 
-The names here are the public API; they are loaded on first use, so that importing the package
-costs nothing.
+The names here are the public API. They are loaded on first use, so that importing the package costs
+nothing.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_WHERE = {
-    "InMemory": "lordjax.compression.low_rank",
+_WHERE = {  # public name -> module that defines it
+    "InMemory": "lordjax.models.source",
     "Kernel": "lordjax.kernels.base",
     "LowRank": "lordjax.kernels.low_rank",
     "LowRankPlusQuantized": "lordjax.kernels.quantized",
@@ -24,7 +24,7 @@ _WHERE = {
     "RECIPES": "lordjax.finetune.recipes",
     "QUANTIZERS": "lordjax.allocation.candidates",
     "Quantizer": "lordjax.compression.quantizer",
-    "Result": "lordjax.compression.prepared",
+    "Result": "lordjax.compression.result",
     "Transformer": "lordjax.models",
     "add_adapters": "lordjax.finetune.adapters",
     "allocate": "lordjax.allocation.policies",

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A hint for an error message: the closest of the known words, or the first of them."""
+    """Returns a hint for an error message: the closest known words, or the first known words."""
     known = list(known)
     close = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
     if close:
@@ -22,15 +22,15 @@ def layer(i: int) -> str:
 
 
 def layer_type(path: str) -> str:
-    """``layer_7/mlp/up/kernel`` -> ``mlp/up``: the same layer in every block."""
+    """Returns a layer's name within its block: ``layer_7/mlp/up/kernel`` -> ``mlp/up``."""
     return path.split("/", 1)[1].removesuffix("/kernel")
 
 
 def layer_index(path: str) -> int:
-    """``layer_12/mlp/up/kernel`` -> 12."""
+    """Returns the index of a path's block: ``layer_12/mlp/up/kernel`` -> 12."""
     return int(path.split("/", 1)[0].removeprefix("layer_"))
 
 
 def is_block_linear(path: str) -> bool:
-    """Whether a parameter counts for a budget: the kernel of a linear layer of a block."""
+    """Returns whether a path names the kernel of a block's linear layer, which budgets count."""
     return re.fullmatch(r"layer_\d+/.*/kernel", path) is not None

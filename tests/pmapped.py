@@ -19,7 +19,7 @@ from lordjax.calibration.observers import embed, observe, observe_gradients
 from lordjax.calibration.statistics import STATISTICS
 from lordjax.finetune import adapters
 from lordjax.kernels import base, kinds, normal_float
-from lordjax.methods import METHODS, linalg
+from lordjax.methods import METHODS, column_selection, linalg
 from lordjax.methods.quantized import lq, weightings
 from lordjax.models import Transformer, objective
 from lordjax.models.sites import LINEAR_SITES
@@ -91,13 +91,13 @@ ON_GRAMS = {
     "eigenvalues": lambda a: linalg.eigh_descending(a)[0],
     "jittered": lambda a: linalg.jittered(a, 1e-6, 1.0),
     "lower_inverse": lambda a: linalg.lower_inverse(jnp.linalg.cholesky(a)),
-    "inverse_psd": linalg.inverse_psd,
-    "leverage_complement": lambda a: linalg.leverage_complement(a, 0.1),
+    "inverse_psd": column_selection.inverse_psd,
+    "leverage_complement": lambda a: column_selection.leverage_complement(a, 0.1),
 }
 ON_GRAMS_AND_KERNELS = {
     "solve_psd": lambda a, b: linalg.solve_psd(a, b, 0.01),
-    "nested_refit": linalg.nested_refit,
-    "elimination_order": linalg.elimination_order,
+    "nested_refit": column_selection.nested_refit,
+    "elimination_order": column_selection.elimination_order,
     "metric_pca": lambda a, b: linalg.metric_pca(b.T, a)[2],
 }
 # Name -> what runs on a device, and its arguments on device number k.

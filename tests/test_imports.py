@@ -46,8 +46,10 @@ MAY_IMPORT = {
 # Parts that must not know each other, whatever the order allows.
 MAY_NOT_KNOW = {
     "lordjax.methods": {"lordjax.models", "lordjax.allocation"},
-    "lordjax.allocation.policies": {"lordjax.kernels"},
-    "lordjax.allocation.knapsack": {"lordjax.kernels"},
+    **{
+        f"lordjax.allocation.{name}": {"lordjax.kernels"}
+        for name in ("policies", "curves", "block_influence", "knapsack")
+    },
     "lordjax.conversions": {"lordjax.scripts"},
 }
 COPIED = "lordjax.conversions.exporters.modeling_lordjax"  # into exports, for transformers

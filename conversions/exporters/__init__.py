@@ -1,1 +1,1 @@
-"""Writers of models for other programs: transformers, PEFT, Orbax."""
+"""Writers that export models for other programs: transformers, PEFT and Orbax."""

@@ -1,8 +1,8 @@
-"""A model of ours as its original family stores it: every matrix multiplied out, in its old shape.
+"""Exports a model in the format of its original family: dense matrices in their original shapes.
 
-Narrower layers are filled up with zeros, and kept rotary pairs go back to their own places, which
-is the same function. Biases that compression added need a family that can have them: its switch in
-``config.json`` is turned on, and layers without one get zeros.
+Pruned layers are zero-padded, and kept rotary pairs return to their original columns, which does
+not change the function. A bias that compression added needs a family with a config key for it: the
+key is turned on in ``config.json``, and the other layers that it covers get zero biases.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lordjax.models import head_axes
 from lordjax.models.config import ModelConfig
 from lordjax.names import layer_type
 
-# Field of `ModelConfig` that says whether a layer has a bias.
+# Layer -> field of `ModelConfig` that says whether it has a bias.
 _SWITCHES = {
     **dict.fromkeys(("q", "k", "v"), "qkv_bias"),
     "o": "out_bias",
@@ -40,7 +40,7 @@ VALUES, VALUES_BIAS = "attention/v/kernel", "attention/v/bias"
 
 
 def dense(job: ExportSpec, stage: Path) -> None:
-    """Writes the directory."""
+    """Writes the dense model into the directory ``stage``."""
     hf_config, table = with_biases(job.source)
     write_shards(stage, _tensors(job, table), job.shard_bytes)
     write_config(stage, hf_config, job.dtype)
@@ -58,10 +58,13 @@ def _tensors(
 
 
 def with_biases(source: Opened) -> tuple[dict[str, Any], dict[str, TensorSource]]:
-    """The original config with the switches of added biases turned on, and its table.
+    """Turns on the biases that compression added in the original config.
+
+    Returns:
+      The config, and its tensor table.
 
     Raises:
-      ValueError: if the family has no place for a bias; names the layers.
+      ValueError: if the family cannot store an added bias; the message names the layers.
     """
     hf_config, leaves = dict(source.hf_config), source.leaves()
     family, added = family_of(hf_config), leaves.keys() - tensor_table(hf_config).keys()
@@ -82,7 +85,7 @@ def with_biases(source: Opened) -> tuple[dict[str, Any], dict[str, TensorSource]
     if homeless:
         kinds = sorted({layer_type(path) for path in homeless})
         raise ValueError(
-            f"{family.model_type} models have no place for {len(homeless)} parameters that "
+            f"{family.model_type} models cannot store {len(homeless)} parameters that "
             f"compression added ({', '.join(kinds)}; the first is {homeless[0]}); export with "
             "--to factored"
         )
@@ -92,7 +95,13 @@ def with_biases(source: Opened) -> tuple[dict[str, Any], dict[str, TensorSource]
 def widened(
     flat: Mapping[str, Any], rows: Mapping[str, TensorSource], config: ModelConfig
 ) -> dict[str, Any]:
-    """A block's parameters by path, dense and in the shapes of ``rows``, zeros where none were."""
+    """Returns the dense, zero-padded parameters of a block by path.
+
+    Args:
+      flat: parameters of the block by path.
+      rows: tensor table of the block, which gives the original shapes.
+      config: architecture of the model.
+    """
     places, wide = head_axes.places(flat, config), {}
     for path, leaf in flat.items():
         kernel = path.replace("/bias", "/kernel")
@@ -110,14 +119,15 @@ def widened(
 
 
 def _has_room(flat: Mapping[str, Any], rows: Mapping[str, TensorSource]) -> bool:
-    """Whether a bias of the output can be one of values: see `_carry`."""
+    """Returns whether `_carry` can move the output bias into a bias of the values."""
     return VALUES_BIAS in rows and flat[VALUES].shape[-1] < rows[VALUES].loaded_shape[-1]
 
 
 def _carry(wide: dict[str, Any], column: int) -> None:
-    """Moves the bias of the output into a column of the values that is free.
+    """Moves the output bias of the attention into a free column of the values.
 
-    A value that is 1 everywhere stays 1 through attention, whose rows sum to one.
+    The value bias sets that column to 1 for every token. Attention weights sum to 1, so the column
+    stays 1 behind the attention, and its row in the output matrix acts as the bias.
     """
     wide[VALUES_BIAS][column] = 1
     wide[OUTPUT][column] = wide.pop(OUTPUT_BIAS)

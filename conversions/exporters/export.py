@@ -1,13 +1,13 @@
-"""Out again: a model of ours as a directory that others open.
+"""Exports a model into a directory that other programs can open.
 
 ========  ==========================================================================================
-dense     every matrix multiplied out, in the original shapes: stock transformers
-factored  factors, narrower layers and packed codes, and the torch code that runs them
-peft      the same without the products beside codes, which become a PEFT adapter in ``adapter/``
-orbax     the tree as plain nested dicts of arrays in ``params/``, and ``manifest.json``
+dense     dense matrices in their original shapes, for stock transformers
+factored  low-rank factors, pruned layers and quantized weights, with the torch code that runs them
+peft      as ``factored``, with the low-rank terms as a PEFT adapter in ``adapter/``
+orbax     parameters as nested dicts of arrays in ``params/``, and ``manifest.json``
 ========  ==========================================================================================
 
-Nothing here needs torch; `verify` does.
+Exporting does not need torch; `verify` does.
 """
 
 from __future__ import annotations
@@ -46,25 +46,27 @@ def export(
     write_tokenizer: Callable[[Path], Any] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
-    """Writes a model for others.
+    """Exports a model into a directory that another program can open.
 
     Args:
-      source: what `checkpoint.open_saved` or `open_checkpoint` opened.
-      out: destination; must be free.
-      to: a key of `EXPORTS`.
-      dtype: of matrices that are multiplied out; None = that of the embedding, in which the model
-        computes. The other kinds store what there is.
-      write_tokenizer: called with the directory to put tokenizer files into.
-      shard_bytes: most tensor bytes per file.
+      source: model from `saved_model.open_saved` or `open_checkpoint`.
+      out: output directory; must not exist or be empty.
+      to: kind of export, a key of `EXPORTS`.
+      dtype: dtype of the tensors of a ``dense`` export; None means the dtype of the embedding. The
+        other kinds keep the stored dtypes.
+      write_tokenizer: function that writes tokenizer files into a given directory; None writes
+        none.
+      shard_bytes: largest number of tensor bytes per file.
 
     Returns:
-      The directory.
+      The output directory.
 
     Raises:
-      KeyError: if there is no such kind.
-      FileExistsError: if the destination is not free.
-      OSError: if there is not enough room.
-      ValueError: if the model cannot be expressed in this kind, or belongs to another config.
+      KeyError: if ``to`` is no kind of export.
+      FileExistsError: if the output directory is not empty.
+      OSError: if the disk has not enough space.
+      ValueError: if this kind of export cannot express the model, or if ``hf_config`` describes
+        another model.
     """
     if to not in EXPORTS:
         raise KeyError(f"no export {to!r}; {names.did_you_mean(to, EXPORTS)}")
@@ -82,9 +84,9 @@ def export(
 
 
 def check_source(source: Opened) -> None:
-    """Raises ValueError if a model is not what its original ``config.json`` describes."""
+    """Raises ValueError if a model differs from what its original ``config.json`` describes."""
     if model_config(source.hf_config) != source.config:
         raise ValueError(
-            "the config.json that this model was saved with describes another model; save it with "
-            "the hf_config of its original"
+            "the config.json that this model was saved with describes another model; save the "
+            "model again with the hf_config of its original model"
         )

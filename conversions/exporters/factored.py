@@ -1,9 +1,9 @@
-"""A model of ours as a Hugging Face directory that keeps factors, narrower layers and codes.
+"""Exports a model as a Hugging Face directory with factors, pruned layers and quantized weights.
 
-Beside ``config.json`` and the weights lies a copy of `modeling_lordjax`, whose class is the stock
-one with some linear layers replaced. ``config.lordjax_export["linears"]`` says by what: name of
-their layer -> sizes, bias, which inputs and outputs there are, and its matrices. A layer that they
-store as one (``c_attn``) has several matrices. Outside of the blocks matrices are multiplied out.
+The directory also holds a copy of `modeling_lordjax`, whose class is the stock class with some
+linear layers replaced. ``config.lordjax_export["linears"]`` describes them: from the name of a
+Hugging Face layer to its sizes, bias, present inputs and outputs, and matrices. A fused layer
+(``c_attn``) has several matrices. Matrices outside the blocks are stored dense.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from lordjax.kernels.base import Kernel, materialize
 from lordjax.kernels.quantized import LowRankPlusQuantized
 from lordjax.models import head_axes
 
-FORMAT = 1  # of config.lordjax_export
+FORMAT = 1  # version of config.lordjax_export
 CODE = "modeling_lordjax"
-TEMPLATE = "LlamaForCausalLM"  # the base class in the code, in place of which the family's comes
-# End of an architecture's name -> the class of transformers that opens it; the first that fits.
+TEMPLATE = "LlamaForCausalLM"  # base class in `modeling_lordjax`; replaced by the family's
+# Suffix of an architecture -> class of transformers that opens it; the first match counts.
 AUTO_CLASSES = {
     "ForCausalLM": "AutoModelForCausalLM",
     "LMHeadModel": "AutoModelForCausalLM",
@@ -50,20 +50,20 @@ VLLM_RANK = 16  # vLLM's default for --max-lora-rank
 
 
 def factored(job: ExportSpec, stage: Path) -> None:
-    """Writes the directory."""
+    """Writes the factored model into the directory ``stage``."""
     _write(job, stage, lambda name, layer: layer)
 
 
 def peft(job: ExportSpec, stage: Path) -> None:
-    """Writes the directory without products, and the products as an adapter.
+    """Writes the quantized model into ``stage``, and its low-rank terms as a PEFT adapter.
 
     Raises:
-      ValueError: if the model has no products beside codes.
+      ValueError: if no matrix is quantized with a low-rank term.
     """
     if not any(isinstance(leaf, LowRankPlusQuantized) for leaf in job.source.leaves().values()):
         raise ValueError(
-            "no matrix is codes and a product, so that there is nothing to make an adapter of; "
-            "export with --to factored, or compress with --method lq"
+            "no matrix is quantized with a low-rank term, so there is nothing to make an adapter "
+            "of; export with --to factored, or compress with --method lq"
         )
     adapters: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
@@ -85,7 +85,7 @@ def peft(job: ExportSpec, stage: Path) -> None:
 
 
 def _adapter_config(job: ExportSpec, adapters: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Any:
-    """Of ranks that differ, each scaled by exactly 1."""
+    """Returns the config of an adapter whose ranks may differ; every scale is alpha / r = 1."""
     ranks = {name: len(a) for name, (a, _) in adapters.items()}
     return {
         "peft_type": "LORA",
@@ -104,12 +104,18 @@ def _adapter_config(job: ExportSpec, adapters: Mapping[str, tuple[np.ndarray, np
 
 
 def adapter_rank(directory: Path) -> int:
-    """The largest rank of the adapter that `peft` wrote."""
+    """Returns the largest rank in the adapter of a `peft` export."""
     return read_json(directory / "adapter" / "adapter_config.json")["r"]
 
 
 def _write(job: ExportSpec, stage: Path, change: Callable[[str, Layer], Layer]) -> None:
-    """Writes weights, code and config; ``change`` sees every replaced layer first."""
+    """Writes weights, code and config.
+
+    Args:
+      job: the export.
+      stage: directory to write into.
+      change: function of the name and the content of a replaced layer; its result is written.
+    """
     linears: dict[str, Any] = {}
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
@@ -119,7 +125,7 @@ def _write(job: ExportSpec, stage: Path, change: Callable[[str, Layer], Layer]) 
         rest = materialize(trees.flatten(source.non_block_params()))
         names = family_of(hf_config).module_names
         for name, array in stored(outside(whole), rest):
-            yield names.get(name, name), array  # transformers renames for classes of its own only
+            yield names.get(name, name), array  # transformers renames only for its own classes
         for i in range(source.config.num_layers):
             flat = flat_block(source, i)
             width = flat["mlp/down/kernel"].shape[0]
@@ -150,17 +156,17 @@ def _write(job: ExportSpec, stage: Path, change: Callable[[str, Layer], Layer]) 
 
 
 def architecture_of(hf_config: Mapping[str, Any]) -> str:
-    """The class of transformers that a config is for."""
+    """Returns the name of the transformers class that a config describes."""
     return (hf_config.get("architectures") or family_of(hf_config).architectures)[0]
 
 
 def auto_class(architecture: str) -> str:
-    """The class of transformers that opens an architecture."""
+    """Returns the name of the transformers class that opens an architecture."""
     return next(auto for end, auto in AUTO_CLASSES.items() if architecture.endswith(end))
 
 
 def _module(row: TensorSource) -> str:
-    """Their layer that a tensor belongs to."""
+    """Returns the name of the Hugging Face layer that a tensor belongs to."""
     return row.name.rpartition(".")[0]
 
 
@@ -170,13 +176,13 @@ def _replaced(
     whole: Mapping[str, TensorSource],
     places: Mapping[str, tuple[np.ndarray, np.ndarray]],
 ) -> dict[str, Layer]:
-    """Their linear layers of a block that the stock class cannot hold, by name.
+    """Returns the linear layers of a block that the stock class cannot hold, by name.
 
     Args:
-      flat: our parameters of the block.
-      rows: the table for MLPs of this width.
-      whole: the table for the original width.
-      places: of `modules.places`.
+      flat: parameters of the block by path.
+      rows: tensor table of the block with the present MLP width.
+      whole: tensor table of the block with the original MLP width.
+      places: inputs and outputs of every kernel, from `head_axes.places`.
     """
     ours: dict[str, list[str]] = {}
     for path in places:
@@ -189,7 +195,7 @@ def _replaced(
 
 
 def _is_changed(path: str, flat: Mapping[str, Any], whole: Mapping[str, TensorSource]) -> bool:
-    """Whether the stock class cannot hold a kernel, or the bias beside it."""
+    """Returns whether the stock class cannot hold a kernel or its bias."""
     bias = path.replace("/kernel", "/bias")
     return (
         isinstance(flat[path], Kernel)
@@ -204,6 +210,7 @@ def _layer(
     rows: Mapping[str, TensorSource],
     places: Mapping[str, tuple[np.ndarray, np.ndarray]],
 ) -> Layer:
+    """Builds one Hugging Face layer from the kernels at ``paths``."""
     found, first = [], rows[paths[0]]
     size = first.shape[0 if first.transpose else -1]
     biases = {path: path.replace("/kernel", "/bias") for path in paths}
@@ -219,5 +226,5 @@ def _layer(
 
 
 def _table_of_width(hf_config: Mapping[str, Any], width: int) -> dict[str, TensorSource]:
-    """The table of a model with MLPs of another width."""
+    """Returns the tensor table of the model with MLPs of this width."""
     return tensor_table({**hf_config, family_of(hf_config).fields["mlp_size"]: width})

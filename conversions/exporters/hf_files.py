@@ -1,4 +1,4 @@
-"""What all exports write: safetensors in shards, ``config.json``, tensors of a family's table."""
+"""Functions that several exports share: safetensors shards, ``config.json``, a family's tensors."""
 
 from __future__ import annotations
 
@@ -19,40 +19,40 @@ from lordjax.storage.checkpoint import INDEX, SHARD_BYTES
 
 
 class Opened(Protocol):
-    """A `Source` that knows its original: a `checkpoint.Saved` or a `Checkpoint`."""
+    """A `Source` with the config of its original model: a `saved_model.Saved` or a `Checkpoint`."""
 
     @property
     def config(self) -> ModelConfig:
-        """The architecture."""
+        """Architecture of the model."""
         ...
 
     @property
     def hf_config(self) -> dict[str, Any]:
-        """The original ``config.json``."""
+        """Content of the original ``config.json``."""
         ...
 
     def block(self, i: int) -> dict[str, Any]:
-        """Nested dict of ``layer_i``."""
+        """Returns the parameters of ``layer_i`` as a nested dict."""
         ...
 
     def non_block_params(self) -> dict[str, Any]:
-        """Nested dict of everything outside the blocks."""
+        """Returns the parameters outside the blocks as a nested dict."""
         ...
 
     def leaves(self) -> dict[str, Any]:
-        """Parameter path -> ``ShapeDtypeStruct`` or kernel of them."""
+        """Returns a ``ShapeDtypeStruct``, or a kernel of them, for every parameter path."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportSpec:
-    """What is to be exported.
+    """A model to export and how to write it.
 
     Attributes:
-      source: the model.
-      dtype: in which the model computes, and in which matrices are multiplied out.
-      shard_bytes: most tensor bytes per file.
-      out: where it will be when it is complete.
+      source: model to export.
+      dtype: dtype in ``config.json``, and of the tensors of a dense export.
+      out: final path of the export; until it is complete it has another name.
+      shard_bytes: largest number of tensor bytes per file.
     """
 
     source: Opened
@@ -62,25 +62,25 @@ class ExportSpec:
 
 
 def of_block(flat: Mapping[str, Any], i: int) -> dict[str, Any]:
-    """What belongs to ``layer_i``, by the path inside."""
+    """Returns the entries of ``layer_i``, by their path inside the block."""
     prefix = f"layer_{i}/"
     return {p.removeprefix(prefix): leaf for p, leaf in flat.items() if p.startswith(prefix)}
 
 
 def outside(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """What belongs to no block, by path."""
+    """Returns the entries outside the blocks, by path."""
     return {path: leaf for path, leaf in flat.items() if not path.startswith("layer_")}
 
 
 def stored(
     table: Mapping[str, TensorSource], flat: Mapping[str, Any], dtype: np.dtype | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors of a table, put together from our parameters; a missing bias is 0.
+    """Yields the names and values of the tensors of a table; a missing bias becomes 0.
 
     Args:
-      table: ours -> theirs.
-      flat: our parameters, arrays only.
-      dtype: of the tensors; None: the widest of their parts'.
+      table: dict from parameter paths to Hugging Face tensors.
+      flat: parameters by path, arrays only.
+      dtype: dtype of the tensors; None takes the widest dtype of a tensor's parameters.
 
     Raises:
       ValueError: if a value is not finite in ``dtype``.
@@ -94,25 +94,25 @@ def stored(
         tensor = np.zeros(table[paths[0]].shape, kind)
         for path in paths:
             if path in flat or not path.endswith("/bias"):
-                with np.errstate(over="ignore"):  # reported below
+                with np.errstate(over="ignore"):  # `finite` reports overflows
                     table[path].store(np.asarray(flat[path]), tensor)
         yield name, finite(tensor, name)
 
 
 def finite(tensor: np.ndarray, name: str) -> np.ndarray:
-    """The tensor itself; raises ValueError if it has a value that is not finite."""
+    """Returns the tensor; raises ValueError if one of its values is not finite."""
     if not np.isfinite(tensor).all():
-        raise ValueError(f"{name} is not finite in {tensor.dtype}; export a model of a wider dtype")
+        raise ValueError(f"{name} is not finite in {tensor.dtype}; choose a wider dtype")
     return tensor
 
 
 def write_shards(stage: Path, tensors: Iterable[tuple[str, np.ndarray]], limit: int) -> None:
-    """Safetensors under the names of transformers: one file, or several and an index.
+    """Writes safetensors with the file names of transformers: one file, or shards and an index.
 
     Args:
-      stage: the directory.
-      tensors: name and values, asked for one by one.
-      limit: most bytes per file (or one tensor).
+      stage: directory to write into.
+      tensors: names and values; only one shard is in memory at a time.
+      limit: largest number of bytes per file; a larger tensor gets a file of its own.
 
     Raises:
       OSError: if a file cannot be written.
@@ -148,20 +148,27 @@ def write_shards(stage: Path, tensors: Iterable[tuple[str, np.ndarray]], limit: 
 
 
 def write_json(file: Path, value: Any) -> None:
-    """A JSON file."""
+    """Writes a value as JSON."""
     file.write_text(json.dumps(value, indent=1) + "\n")
 
 
-# Older spelling of `dtype`; code that came with the original.
+# Keys that `write_config` drops: the old name of dtype, and the original's own code.
 _REPLACED = ("torch_dtype", "auto_map")
 
 
 def write_config(stage: Path, hf_config: Mapping[str, Any], dtype: np.dtype, **more: Any) -> None:
-    """``config.json`` of what is stored."""
+    """Writes ``config.json``.
+
+    Args:
+      stage: directory to write into.
+      hf_config: original config.
+      dtype: dtype of the model.
+      **more: keys to set in addition.
+    """
     kept = {key: value for key, value in hf_config.items() if key not in _REPLACED}
     write_json(stage / "config.json", {**kept, "dtype": str(dtype), **more})
 
 
 def flat_block(source: Opened, i: int) -> dict[str, Any]:
-    """Parameters of ``layer_i`` by path."""
+    """Returns the parameters of ``layer_i`` by path."""
     return trees.flatten(source.block(i))

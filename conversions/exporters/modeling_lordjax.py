@@ -1,9 +1,9 @@
 """A compressed model for transformers, written by ``lordjax export --to factored``.
 
-Stands alone: `export_factored` copies this file with another base class. The model is the stock
-class with some linear layers replaced; which, and by what, is ``config.lordjax_export``. Weights
-are ``[out, in]``. Codes are NormalFloat (arXiv 2305.14314), packed into 32-bit words; they and
-their scales travel as integers, so that no cast of a model's dtype touches them.
+This file needs only torch and transformers; the export copies it with another base class. The model
+is the stock class with some linear layers replaced, as ``config.lordjax_export`` describes. Weights
+are ``[out, in]``. Quantized weights are NormalFloat (arXiv 2305.14314), packed into 32-bit words.
+They and their scales are stored as integers, so that casting the model does not change them.
 """
 
 import functools
@@ -16,12 +16,12 @@ from torch.nn import functional
 from transformers import LlamaForCausalLM
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-INTEGERS = {4: torch.int32, 2: torch.int16}  # of as many bytes
+INTEGERS = {4: torch.int32, 2: torch.int16}  # bytes of a dtype -> integer dtype of the same size
 TAIL = 0.9677083  # QLoRA's constant: the largest quantile of the code book
 
 
 class Dense(nn.Module):
-    """A plain matrix."""
+    """A dense matrix."""
 
     def __init__(self, spec: dict[str, Any]):
         super().__init__()
@@ -29,32 +29,32 @@ class Dense(nn.Module):
         self.weight = nn.Parameter(torch.empty(fan_out, fan_in))
 
     def dense(self) -> torch.Tensor:
-        """The matrix."""
+        """Returns the dense matrix ``[out, in]``."""
         return self.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The product with ``x``."""
+        """Multiplies the matrix with ``x``."""
         return functional.linear(x, self.dense().to(x.dtype))
 
 
 class LowRank(nn.Module):
-    """A product of two."""
+    """A low-rank matrix, the product of the factors ``left`` and ``right``."""
 
     def __init__(self, spec: dict[str, Any]):
         super().__init__()
         self.left, self.right = kernel(spec["left"]), kernel(spec["right"])
 
     def dense(self) -> torch.Tensor:
-        """The matrix."""
+        """Returns the dense matrix ``[out, in]``."""
         return self.right.dense() @ self.left.dense()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The product with ``x``."""
+        """Multiplies the matrix with ``x``."""
         return self.right(self.left(x))
 
 
 class Quantized(nn.Module):
-    """Codes with blockwise scales that are codes themselves; decoded when it is used."""
+    """A quantized matrix with quantized blockwise scales, dequantized on every use."""
 
     codes: torch.Tensor
     scales: torch.Tensor
@@ -76,7 +76,7 @@ class Quantized(nn.Module):
         self.register_buffer("offset", torch.zeros((), dtype=torch.int32))
 
     def dense(self) -> torch.Tensor:
-        """The matrix."""
+        """Returns the dense matrix ``[out, in]``."""
         spec = self.spec
         ladder = torch.arange(2.0 ** spec["scale_bits"], device=self.codes.device)
         steps = decode(self.scales, spec["scale_bits"], ladder)[: self.scale_count]
@@ -89,23 +89,23 @@ class Quantized(nn.Module):
         return values.view(*reversed(spec["shape"]))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The product with ``x``."""
+        """Multiplies the matrix with ``x``."""
         return functional.linear(x, self.dense().to(x.dtype))
 
 
 class LowRankPlusQuantized(nn.Module):
-    """Codes, and a product that makes up for what they miss."""
+    """A quantized matrix plus a low-rank term that approximates the quantization error."""
 
     def __init__(self, spec: dict[str, Any]):
         super().__init__()
         self.base, self.low_rank = kernel(spec["base"]), kernel(spec["low_rank"])
 
     def dense(self) -> torch.Tensor:
-        """The matrix."""
+        """Returns the dense matrix ``[out, in]``."""
         return self.base.dense() + self.low_rank.dense()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The product with ``x``."""
+        """Multiplies the matrix with ``x``."""
         return self.base(x) + self.low_rank(x)
 
 
@@ -118,12 +118,12 @@ KINDS = {
 
 
 def kernel(spec: dict[str, Any]) -> Any:
-    """A matrix of the kind that ``spec`` names."""
+    """Creates a matrix of the kind in ``spec``."""
     return KINDS[spec["kind"]](spec)
 
 
 def decode(words: torch.Tensor, bits: int, table: torch.Tensor) -> torch.Tensor:
-    """``table[code]`` of all codes in 32-bit words, read by bytes: several codes a look-up."""
+    """Returns ``table[code]`` for all packed codes; a look-up decodes all codes of a byte."""
     data = words.view(torch.uint8).int()
     every = torch.arange(256, device=words.device)
     if bits == 3:  # bit planes of 32 codes each
@@ -137,13 +137,13 @@ def decode(words: torch.Tensor, bits: int, table: torch.Tensor) -> torch.Tensor:
 
 
 def runs(x: torch.Tensor, length: int) -> torch.Tensor:
-    """``[n]`` as runs of ``length``, the last filled up."""
+    """Reshapes ``[n]`` to ``[ceil(n / length), length]``, zero-padded at the end."""
     return functional.pad(x, (0, -len(x) % length)).view(-1, length)
 
 
 @functools.cache
 def levels(bits: int) -> list[float]:
-    """The code book: quantiles of the normal distribution, an exact 0 among them."""
+    """Returns the code book: quantiles of the normal distribution, with an exact 0."""
     half, double = 2 ** (bits - 1), {"dtype": torch.float64, "device": "cpu"}
     left = torch.linspace(1 - TAIL, 0.5, half, **double)
     right = torch.linspace(0.5, TAIL, half + 1, **double)[1:]
@@ -154,10 +154,10 @@ def levels(bits: int) -> list[float]:
 
 
 class CompressedLinear(nn.Linear):
-    """A linear layer of one or several matrices, which may cover only some inputs and outputs.
+    """A linear layer of one or several matrices that may cover only some inputs and outputs.
 
-    Outputs that no matrix has are 0 (and the bias). An ``nn.Linear`` to those who ask, as PEFT
-    does, with a ``weight`` that is computed when it is read.
+    Outputs without a matrix are 0, plus the bias. The class derives from ``nn.Linear`` because PEFT
+    checks for it; ``weight`` is computed on every access.
     """
 
     parts: Any
@@ -177,7 +177,7 @@ class CompressedLinear(nn.Linear):
 
     @property
     def weight(self) -> torch.Tensor:  # pyright: ignore
-        """The whole matrix ``[out, in]``."""
+        """The dense matrix of the whole layer, ``[out, in]``."""
         weight = torch.cat([part.dense() for part in self.parts])
         weight = spread(weight, self.inputs, self.in_features)
         return spread(weight.T, self.outputs, self.out_features).T
@@ -191,14 +191,14 @@ class CompressedLinear(nn.Linear):
 
 
 def spread(y: torch.Tensor, places: torch.Tensor | None, size: int) -> torch.Tensor:
-    """The last axis among ``size`` zeros."""
+    """Scatters the last axis of ``y`` to the indices ``places`` among ``size`` zeros."""
     if places is None:
         return y
     return y.new_zeros(*y.shape[:-1], size).index_copy(-1, places.long(), y)
 
 
 class LordjaxLlamaForCausalLM(LlamaForCausalLM):
-    """The stock model with compressed layers."""
+    """The stock model with compressed linear layers."""
 
     def __init__(self, config: Any):
         super().__init__(config)

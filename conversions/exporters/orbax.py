@@ -1,9 +1,9 @@
-"""A model as an Orbax checkpoint.
+"""Exports a model as an Orbax checkpoint.
 
-::
+A directory holds::
 
-    params/         ocp.StandardCheckpointer().restore(...) gives plain nested dicts of arrays
-    manifest.json   kinds and static fields of kernels, our config, the original config.json
+    params/         nested dicts of arrays, for ocp.StandardCheckpointer().restore(...)
+    manifest.json   kinds and static fields of kernels, `ModelConfig`, the original config.json
     tokenizer files
 """
 
@@ -25,7 +25,7 @@ PARAMS, MANIFEST = "params", "manifest.json"
 
 
 def orbax(job: ExportSpec, stage: Path) -> None:
-    """Writes the checkpoint and its manifest."""
+    """Writes the checkpoint and its manifest into the directory ``stage``."""
     source = job.source
     blocks = {f"layer_{i}": source.block(i) for i in range(source.config.num_layers)}
     params = {**source.non_block_params(), **blocks}
@@ -39,10 +39,16 @@ def orbax(job: ExportSpec, stage: Path) -> None:
 
 
 def restore_orbax(directory: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
-    """Config and parameters of a directory that `orbax` wrote.
+    """Reads the config and the parameters of an Orbax export.
+
+    Args:
+      directory: directory that `orbax` wrote.
+
+    Returns:
+      The architecture, and the parameters as a nested dict with lordjax kernels.
 
     Raises:
-      FileNotFoundError: if it is not there.
+      FileNotFoundError: if a file is missing.
       ValueError: if the manifest or a kernel is damaged.
     """
     directory = Path(directory).resolve()
@@ -53,4 +59,4 @@ def restore_orbax(directory: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
         meta = manifest["lordjax"]
         return ModelConfig.from_json(meta["model"]), saved_model.assemble(trees.flatten(tree), meta)
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{directory / MANIFEST}: damaged ({error!r})") from error
+        raise ValueError(f"{directory / MANIFEST}: damaged ({error!r}); export again") from error

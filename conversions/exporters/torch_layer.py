@@ -1,4 +1,4 @@
-"""A linear layer of theirs, made of matrices of ours, as `modeling_lordjax` reads it."""
+"""A Hugging Face linear layer made of lordjax kernels, in the format of `modeling_lordjax`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lordjax.kernels.quantized import LowRankPlusQuantized, NFQuantized
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One of our kernels in one of their layers.
+    """One lordjax kernel in a Hugging Face layer.
 
     Attributes:
-      kernel: array or `Kernel`.
-      inputs: which inputs of their layer it has.
-      outputs: which outputs.
+      kernel: matrix ``[in, out]``, an array or a `Kernel`.
+      inputs: indices of the layer's inputs that the kernel reads.
+      outputs: indices of the layer's outputs that the kernel computes.
     """
 
     kernel: Any
@@ -30,14 +30,20 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One of their linear layers, of our kernels; sizes are those that it has now."""
+    """A Hugging Face linear layer made of lordjax kernels.
+
+    Attributes:
+      parts: kernels of the layer; a fused layer has several.
+      shape: numbers of inputs and outputs of the Hugging Face layer, with its present MLP width.
+      bias: bias ``[out]``; None if the layer has none.
+    """
 
     parts: list[Part]
     shape: tuple[int, int]
     bias: np.ndarray | None
 
     def spec(self) -> dict[str, Any]:
-        """What the code must know before it reads tensors."""
+        """Returns the description from which `modeling_lordjax` creates the layer."""
         inputs, outputs = self._places()
         return {
             "shape": list(self.shape),
@@ -48,7 +54,7 @@ class Layer:
         }
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Names below the layer's, and values."""
+        """Yields the tensors of the layer; names are relative to the layer's name."""
         for name, places in zip(("inputs", "outputs"), self._places(), strict=True):
             if places is not None:
                 yield name, places.astype(np.int32)
@@ -59,7 +65,7 @@ class Layer:
             yield "bias", self.bias
 
     def _places(self) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """Inputs, and outputs of all parts one after the other; None where that is all in order."""
+        """Returns the indices of the inputs and of all parts' outputs; None means 0, 1, 2 ..."""
         both = self.parts[0].inputs, np.concatenate([part.outputs for part in self.parts])
         every = [np.arange(size) for size in self.shape]
         inputs, outputs = (
@@ -68,7 +74,7 @@ class Layer:
         return inputs, outputs
 
     def without_products(self) -> Layer:
-        """The layer without the products beside codes."""
+        """Returns the layer without the low-rank terms of its quantized kernels."""
         parts = [
             dataclasses.replace(part, kernel=part.kernel.base)
             if isinstance(part.kernel, LowRankPlusQuantized)
@@ -78,9 +84,11 @@ class Layer:
         return dataclasses.replace(self, parts=parts)
 
     def adapter(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """The products beside codes as one: A ``[rank, in]``, B ``[out, rank]``; None: no product.
+        """Returns the low-rank terms of all quantized kernels as one LoRA pair.
 
-        Of several parts, their products follow each other.
+        Returns:
+          A ``[rank, in]`` and B ``[out, rank]``, where rank is the sum of the kernels' ranks; None
+          if no kernel has a low-rank term.
         """
         found = [part for part in self.parts if isinstance(part.kernel, LowRankPlusQuantized)]
         if not found:
@@ -98,7 +106,7 @@ class Layer:
 
 
 def spec_of(kernel: Any) -> dict[str, Any]:
-    """Kind and sizes of a matrix."""
+    """Returns the kind and sizes of a kernel, as `modeling_lordjax` reads them."""
     spec: dict[str, Any] = {"kind": kind_of(kernel)}
     if not isinstance(kernel, Kernel):
         return {**spec, "shape": list(kernel.shape)}
@@ -108,7 +116,10 @@ def spec_of(kernel: Any) -> dict[str, Any]:
 
 
 def arrays_of(kernel: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """Names and values of a matrix; codes and their scales as integers of the same bits."""
+    """Yields the names and arrays of a kernel.
+
+    Quantized weights and their scales are viewed as integers, so that no cast changes them.
+    """
     if not isinstance(kernel, Kernel):
         yield "weight", np.asarray(kernel).T
         return

@@ -1,8 +1,8 @@
-"""An export opened where it is to be used, beside the model that it was made from.
+"""Opens an export with the program that it is for, and compares it with the original model.
 
-Both are run in float32 on the same tokens, so that what differs is what is stored, and not the
-arithmetic of a half-precision model. The allowed difference is relative to the standard deviation
-of the logits: `TOLERANCE`, or `STEPS` roundings of the stored dtype where that is more.
+Both run in float32 on the same tokens, so that a difference comes from the stored weights and not
+from half-precision arithmetic. The tolerance is relative to the standard deviation of the logits:
+the larger of `TOLERANCE` and `STEPS` times the machine epsilon of the stored dtype.
 """
 
 from __future__ import annotations
@@ -33,16 +33,23 @@ Logits = Callable[[np.ndarray], np.ndarray]  # tokens [1, L] -> float32 [L, voca
 
 
 def torch_logits(directory: Path, *, remote: bool) -> Logits:
-    """The model in a directory as transformers opens it.
+    """Opens a directory with transformers.
+
+    Args:
+      directory: path of the export.
+      remote: whether to run the code in the directory (``trust_remote_code``).
+
+    Returns:
+      Function that computes the model's logits.
 
     Raises:
-      ValueError: if transformers misses tensors or does not know some.
+      ValueError: if transformers reports missing or unknown tensors.
     """
     return _run_torch(_open_torch(directory, remote))
 
 
 def peft_logits(directory: Path) -> Logits:
-    """The model in a directory with its adapter, as PEFT opens them."""
+    """Opens the model of a directory and its adapter with PEFT."""
     from peft import PeftModel
 
     base = _open_torch(directory, True)
@@ -50,11 +57,11 @@ def peft_logits(directory: Path) -> Logits:
 
 
 def orbax_logits(directory: Path) -> Logits:
-    """The model in a directory as Orbax restores it."""
+    """Opens a directory with Orbax."""
     return our_logits(InMemory(*restore_orbax(directory)))
 
 
-# Kind of export -> what opens it, and the modules which that needs besides our own.
+# Kind of export -> function that opens it, packages that the function needs.
 RELOAD: dict[str, tuple[Callable[[Path], Logits], tuple[str, ...]]] = {
     "dense": (functools.partial(torch_logits, remote=False), ("torch",)),
     "factored": (functools.partial(torch_logits, remote=True), ("torch",)),
@@ -64,12 +71,12 @@ RELOAD: dict[str, tuple[Callable[[Path], Logits], tuple[str, ...]]] = {
 
 
 def check_installed(to: str) -> None:
-    """Raises ImportError, which says what to install, if this kind cannot be opened."""
+    """Raises ImportError if a package that opens this kind of export is not installed."""
     needs = RELOAD[to][1]
     missing = [name for name in needs if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(
-            f"--verify of this export needs {' and '.join(needs)}; not installed: "
+            f"--verify of a {to} export needs {' and '.join(needs)}; not installed: "
             f"{', '.join(missing)}; pip install 'lordjax[export]', or leave out --verify"
         )
 
@@ -85,7 +92,10 @@ def _open_torch(directory: Path, remote: bool) -> Any:
     )
     wrong = {what: sorted(names) for what, names in loading.items() if names}
     if wrong:
-        raise ValueError(f"{directory}: transformers does not open it as it should: {wrong}")
+        raise ValueError(
+            f"{directory}: transformers finds tensors that do not match the model: {wrong}; "
+            "export it again"
+        )
     return model.eval()
 
 
@@ -102,7 +112,7 @@ def _run_torch(model: Any) -> Logits:
 
 
 def our_logits(source: Any) -> Logits:
-    """The model as we run it."""
+    """Returns a function that computes a model's logits with lordjax in float32."""
     config: ModelConfig = source.config
     blocks = {f"layer_{i}": source.block(i) for i in range(config.num_layers)}
     params = jax.tree.map(jnp.asarray, astype({**source.non_block_params(), **blocks}, jnp.float32))
@@ -119,21 +129,22 @@ def our_logits(source: Any) -> Logits:
 
 
 def verify(source: Opened, directory: Path, to: str, tokens: np.ndarray) -> dict[str, Any]:
-    """Compares an export with the model that it was made from.
+    """Compares the logits of an export with those of the model that it was made from.
 
     Args:
-      source: the model.
-      directory: the export.
-      to: its kind.
-      tokens: ids ``[windows, length]``.
+      source: exported model.
+      directory: path of the export.
+      to: kind of the export, a key of `RELOAD`.
+      tokens: token ids ``[sequences, length]``.
 
     Returns:
-      ``logit_difference`` (largest), ``tolerance``, ``passed``; of a causal model ``perplexity`` of
-      the export and its difference ``perplexity_difference``.
+      A dict with ``logit_difference`` (the largest absolute one), ``tolerance``, ``windows`` (the
+      number of sequences) and ``passed``. For a causal model also ``perplexity`` of the export, and
+      ``perplexity_difference``, the export's minus the model's.
 
     Raises:
-      ImportError: if what opens the export is not installed; see `check_installed`.
-      ValueError: if it does not open.
+      ImportError: if a package that opens the export is not installed; see `check_installed`.
+      ValueError: if the export does not open correctly.
     """
     theirs, ours = RELOAD[to][0](directory), our_logits(source)
     dtype = np.dtype(source.leaves()["embed/embedding"].dtype)
@@ -159,7 +170,7 @@ def verify(source: Opened, directory: Path, to: str, tokens: np.ndarray) -> dict
 
 
 def _nll(logits: np.ndarray, window: np.ndarray) -> float:
-    """Mean negative log-likelihood of tokens 1 … L-1."""
+    """Returns the mean negative log-likelihood of the tokens 1 … L-1, in nats."""
     rows = logits[:-1].astype(np.float64)
     peak = rows.max(axis=1, keepdims=True)
     total = np.log(np.exp(rows - peak).sum(axis=1)) + peak[:, 0]

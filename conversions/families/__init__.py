@@ -1,1 +1,1 @@
-"""Model families: their configs and the names of their tensors, as tables."""
+"""Families of Hugging Face models: tables of their config keys and tensor names."""

@@ -1,4 +1,4 @@
-"""Encoders: BERT and RoBERTa, with heads for masked tokens and classes, or bare."""
+"""Encoders: BERT and RoBERTa with a masked-token head, a classification head or no head."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from lordjax.conversions.families.family import (
     TensorRow,
     Values,
     linear,
-    no_windows,
     norm,
 )
 from lordjax.conversions.families.rope import no_rope
+from lordjax.conversions.families.sliding_windows import no_windows
 
-# Dropout; how old versions counted labels; sizes of a pooler that no model of transformers has.
+# Keys of dropout, of the label count in old versions, and of a pooler that transformers lacks.
 _IGNORED = """
     hidden_dropout_prob attention_probs_dropout_prob classifier_dropout output_past _num_labels
     directionality pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers
@@ -27,7 +27,7 @@ _IGNORED = """
 
 
 def _encoder(prefix: str) -> tuple[TensorRow, ...]:
-    """Rows of everything before the head."""
+    """Returns the rows of the embeddings and blocks."""
     embeddings, layer = f"{prefix}.embeddings", f"{prefix}.encoder.layer.{{i}}"
     own, attention = f"{layer}.attention.self", f"{BLOCK}/attention"
     return (
@@ -47,7 +47,10 @@ def _encoder(prefix: str) -> tuple[TensorRow, ...]:
 
 
 def _masked_head(dense: str, norm_name: str, decoder: str, bias: str) -> tuple[TensorRow, ...]:
-    """Rows of a head for masked tokens. Untied, transformers 5 adds the decoder's own bias."""
+    """Returns the rows of a masked-token head.
+
+    In an untied model, transformers 5 uses the bias of the decoder instead of ``bias``.
+    """
     return (
         *linear("transform/dense", dense, "mm", "head_bias"),
         *norm("transform/norm", norm_name),
@@ -129,20 +132,21 @@ BERT = Family(
         "cls.predictions.decoder.weight": "embed/embedding",
         "cls.predictions.decoder.bias": "head/bias",
     },
-    # Numbers that old versions saved; the pooler and the head of the other task of pre-training.
+    # Old versions saved position ids; the pooler and cls.seq_relationship are for BERT's second
+    # pre-training task.
     ignored_tensors=(
         r"bert\.embeddings\.(position_ids|token_type_ids)",
         r"bert\.pooler\.dense\.(weight|bias)",
         r"cls\.seq_relationship\.(weight|bias)",
-        r"cls\.predictions\.bias",  # unused where the head is not tied
+        r"cls\.predictions\.bias",  # unused if the head is not tied
     ),
-    # As TensorFlow called them, in the checkpoints of the authors.
+    # The authors' checkpoints have TensorFlow's names.
     old_names={"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"},
 )
 
 
 def _padded_positions(hf_config: Values, values: Values, problems: list[str]) -> Mapping[str, Any]:
-    """Positions begin in the row behind that of padding; rows before it belong to no token."""
+    """Returns the range of position rows: the first token takes the row after the padding's."""
     del hf_config
     padding, rows = values["pad_token_id"], values["max_position_embeddings"]
     if not 0 <= padding < rows - 1:
@@ -178,6 +182,6 @@ ROBERTA = dataclasses.replace(
     ignored_tensors=(
         r"roberta\.embeddings\.(position_ids|token_type_ids)",
         r"roberta\.pooler\.dense\.(weight|bias)",
-        r"lm_head\.bias",  # unused where the head is not tied
+        r"lm_head\.bias",  # unused if the head is not tied
     ),
 )

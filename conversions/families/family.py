@@ -1,10 +1,9 @@
-"""What a row of `families.FAMILIES` is, and how one is read.
+"""Defines a family of Hugging Face models (`Family`) and how its ``config.json`` is read.
 
-``config.json`` is read as it lies on disk, not through ``AutoConfig``, which accepts every key.
-Each key must be *read* (`Family.defaults`), understood at *one value only* (`Family.fixed`), or
-known not to change the forward pass (`IGNORED`, `Family.ignored`); any other key is an error, since
-it may be the one that makes the model another model. What is missing takes the default of the
-family's config class in transformers.
+``config.json`` is read directly, not through ``AutoConfig``, which accepts every key. A key must
+be *read* (`Family.defaults`), supported at *fixed values* (`Family.fixed`), or known not to change
+the forward pass (`IGNORED`, `Family.ignored`). Any other key is an error, because it might change
+the model. A missing key takes the default of the family's config class in transformers.
 """
 
 from __future__ import annotations
@@ -21,19 +20,19 @@ from lordjax.conversions.families.rope import read_rope
 from lordjax.models.config import ModelConfig, Rope
 from lordjax.models.layers import ACTIVATIONS
 
-Values = Mapping[str, Any]  # the keys of a config.json that a family reads, defaults filled in
+Values = Mapping[str, Any]  # keys of config.json that a family reads, with defaults
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorSource:
-    """Where a parameter lies in a Hugging Face checkpoint.
+    """The tensor of a Hugging Face checkpoint that holds a lordjax parameter.
 
     Attributes:
-      name: the tensor's name there.
-      shape: its shape there.
-      transpose: whether it is ``[out, in]`` there; ours are ``[in, out]``.
-      columns: which outputs of theirs ours are, in which order; None: all as they are.
-      offset: what ours are more than theirs. The sum is float32: a small part of 1 would be lost.
+      name: name of the tensor.
+      shape: shape of the tensor.
+      transpose: whether the tensor is ``[out, in]``; lordjax kernels are ``[in, out]``.
+      columns: outputs of the tensor that the parameter takes, in its order; None takes all.
+      offset: number that is added to the tensor on loading, in float32 to keep small values.
     """
 
     name: str
@@ -43,7 +42,7 @@ class TensorSource:
     offset: float = 0.0
 
     def load(self, tensor: np.ndarray) -> np.ndarray:
-        """Our parameter from their tensor, contiguous."""
+        """Returns the parameter that the tensor holds, as a contiguous array."""
         tensor = tensor.T if self.transpose else tensor
         tensor = tensor if self.columns is None else tensor[..., self.columns]
         if self.offset:
@@ -51,11 +50,11 @@ class TensorSource:
         return np.ascontiguousarray(tensor)
 
     def loaded_dtype(self, stored: np.dtype) -> np.dtype:
-        """The dtype of our parameter from a tensor of that dtype."""
+        """Returns the dtype of the parameter if the tensor has the dtype ``stored``."""
         return np.dtype(np.float32) if self.offset else stored
 
     def store(self, parameter: np.ndarray, tensor: np.ndarray) -> None:
-        """Inverse of `load`: writes our parameter into its place in their tensor."""
+        """Writes the parameter into the tensor, in place; the inverse of `load`."""
         tensor = tensor.T if self.transpose else tensor
         if self.offset:
             parameter = parameter.astype(np.float32) - np.float32(self.offset)
@@ -63,53 +62,54 @@ class TensorSource:
 
     @property
     def loaded_shape(self) -> tuple[int, ...]:
-        """The shape of our parameter."""
+        """Shape of the parameter."""
         shape = self.shape[::-1] if self.transpose else self.shape
         return shape if self.columns is None else (*shape[:-1], len(self.places))
 
     @property
     def places(self) -> np.ndarray:
-        """The outputs of theirs that ours are, as numbers."""
+        """Indices of the tensor's outputs that the parameter takes."""
         every = np.arange(self.shape[0 if self.transpose else -1])
         return every if self.columns is None else every[self.columns]
 
 
 class TensorRow(NamedTuple):
-    """A line of a family's tensor table; ``{i}`` stands for the number of the block."""
+    """A row of a family's tensor table; ``{i}`` stands for the number of the block."""
 
-    path: str  # ours
-    name: str  # theirs
-    dims: str  # their shape, in letters of `sizes_of`
-    transpose: bool = False
-    when: str | None = None  # field of `ModelConfig` that must be true; "not x": false
-    columns: Callable[[ModelConfig], slice | np.ndarray] | None = None  # of a fused tensor
-    offset: float = 0.0  # what ours are more than theirs
+    path: str  # path of the lordjax parameter
+    name: str  # name of the Hugging Face tensor
+    dims: str  # shape of the tensor, in letters of `sizes_of`
+    transpose: bool = False  # as in `TensorSource`
+    when: str | None = None  # `ModelConfig` field that must be true; "not x" must be false
+    columns: Callable[[ModelConfig], slice | np.ndarray] | None = None  # outputs in a fused tensor
+    offset: float = 0.0  # as in `TensorSource`
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """One row: a ``model_type`` of Hugging Face.
+    """A family of models: one ``model_type`` of Hugging Face.
 
     Attributes:
-      model_type: the key ``model_type`` of its ``config.json``.
-      architectures: accepted values of the key ``architectures``.
-      fields: field of `ModelConfig` -> key that holds it.
-      constants: fields of `ModelConfig` that are the same in the whole family.
-      defaults: keys that are read -> default of the family's config class.
-      fixed: keys understood at these values only.
-      windows: per-layer sliding windows from the values and a list that takes problems.
-      tensors: the tensor table.
-      ignored_tensors: patterns of tensors that carry nothing.
-      ignored: keys that do not change the forward pass, besides `IGNORED`.
-      rope: rotary positions of a config: of it, of the values, and a list that takes problems.
-      rope_keys: keys that ``rope`` reads besides the values.
-      position_offset: row of the first learned position; None: positions are not learned.
-      prefix: of all names but the head's, which checkpoints of the bare model leave out.
-      derive: fields of `ModelConfig` that are computed; arguments as for ``rope``.
-      heads: head -> its rows of the tensor table; a key that is missing has none besides `tensors`.
-      copies: tensor that repeats another where the head is tied -> our path of that.
-      old_names: part of a name -> what old checkpoints have there.
-      module_names: tensor -> where the class of transformers has it, if that is another name.
+      model_type: value of the key ``model_type`` in ``config.json``.
+      architectures: supported values of the key ``architectures``.
+      fields: dict from a field of `ModelConfig` to the config key that holds it.
+      constants: fields of `ModelConfig` that are equal for all models of the family.
+      defaults: dict from every key that is read to the default of the family's config class.
+      fixed: dict from keys to the only supported values.
+      windows: function of the values and a list of problems; see `families.sliding_windows`.
+      tensors: tensor table without the rows of the heads.
+      ignored_tensors: regular expressions for tensors that the model does not need.
+      ignored: keys that do not change the forward pass, in addition to `IGNORED`.
+      rope: function of the config, the values and a list of problems that returns the `Rope`.
+      rope_keys: keys that ``rope`` reads from the config in addition to the values.
+      position_offset: row of the first learned position; None if ``derive`` sets it, or if
+        positions are not learned.
+      prefix: prefix of all tensor names except the head's; the bare model's checkpoints omit it.
+      derive: function with the arguments of ``rope`` that returns computed fields of `ModelConfig`.
+      heads: dict from a value of `ModelConfig.head` to additional rows of the tensor table.
+      copies: dict from a tensor that repeats another one in tied models to that one's path.
+      old_names: dict from a part of a tensor name to its spelling in old checkpoints.
+      module_names: dict from a tensor to its different name in the class of transformers.
     """
 
     model_type: str
@@ -135,11 +135,11 @@ class Family:
     module_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def ignores(self, name: str) -> bool:
-        """Whether a tensor of this name may be left over."""
+        """Returns whether the model does not need a tensor of this name."""
         return any(re.fullmatch(pattern, name) for pattern in self.ignored_tensors)
 
 
-# End of an architecture's name -> `ModelConfig.head`; the first that fits.
+# Suffix of an architecture -> value of `ModelConfig.head`; the first match counts.
 HEADS = {
     "ForCausalLM": "causal",
     "LMHeadModel": "causal",
@@ -151,15 +151,18 @@ HEADS = {
 
 
 def read_head(architectures: Iterable[str], hf_config: Values, problems: list[str]) -> Values:
-    """The head of the first architecture, and of how many classes; two of each is a problem."""
+    """Returns the fields of `ModelConfig` that describe the head.
+
+    Architectures with different kinds of heads, or a wrong number of classes, are problems.
+    """
     found = [next(h for end, h in HEADS.items() if name.endswith(end)) for name in architectures]
     if len(set(found)) > 1:
-        problems.append(f"architectures = {list(architectures)}: heads of several kinds")
+        problems.append(f"architectures = {list(architectures)}: heads of several kinds; keep one")
     if found[0] != "classes":
         return {"head": found[0]}
     labels = hf_config.get("id2label")
     count = hf_config.get("num_labels", 2) if labels is None else len(labels)
-    if not _is_size(count):
+    if not is_positive_int(count):
         problems.append(f"num_labels = {count!r}: expected a positive integer")
     return {"head": "classes", "num_classes": count, "tie_embeddings": False}
 
@@ -183,7 +186,7 @@ _BOOKKEEPING = """
 """
 IGNORED = frozenset(_BOOKKEEPING.split())
 
-# Keys whose null has a meaning: derive it from the other sizes, no sliding window, no cap.
+# Keys that may be null, which means: derived from other sizes, no sliding window, no soft cap.
 _NULLABLE = frozenset(
     (
         *("num_key_value_heads", "head_dim", "sliding_window", "layer_types", "n_inner"),
@@ -193,7 +196,7 @@ _NULLABLE = frozenset(
 
 
 def sizes_of(config: ModelConfig) -> dict[str, int]:
-    """The letters of `TensorRow.dims`."""
+    """Returns the size that each letter of `TensorRow.dims` stands for."""
     queries, keys = (n * config.head_size for n in (config.num_heads, config.num_kv_heads))
     return {
         "v": config.vocab_size,
@@ -201,25 +204,28 @@ def sizes_of(config: ModelConfig) -> dict[str, int]:
         "f": config.mlp_size,
         "h": queries,
         "k": keys,
-        "a": queries + 2 * keys,  # queries, keys and values in one
-        "g": 2 * config.mlp_size,  # gate and up in one
+        "a": queries + 2 * keys,  # fused queries, keys and values
+        "g": 2 * config.mlp_size,  # fused gate and up
         "p": config.position_rows or 0,
         "d": config.head_size,
         "t": config.token_types,
         "c": config.num_classes or 0,
-        "w": config.embed_size or config.hidden_size,  # of a word's embedding
+        "w": config.embed_size or config.hidden_size,  # width of the token embedding
     }
 
 
 def read_keys(family: Family, hf_config: Values, problems: list[str]) -> dict[str, Any]:
-    """Values of the keys that the family reads; a value of the wrong type becomes the default."""
+    """Reads the values of a family's keys.
+
+    A value of the wrong type is a problem, and is replaced by the default to find more problems.
+    """
     known = IGNORED | family.ignored | set(family.defaults) | family.rope_keys
     for key, value in hf_config.items():
         accepted = family.fixed.get(key)
         if accepted is not None and value not in accepted:
             problems.append(f"{key} = {value!r}: only {accepted[0]!r} is supported")
         elif key == "quantization_config":
-            problems.append(f"{key}: the checkpoint is quantised; convert the original instead")
+            problems.append(f"{key}: the checkpoint is quantised; open the original model instead")
         elif accepted is None and key not in known:
             problems.append(f"{key} = {value!r}: unknown key")
     values = dict(family.defaults)
@@ -237,83 +243,34 @@ def read_keys(family: Family, hf_config: Values, problems: list[str]) -> dict[st
 
 
 def fill_and_check_sizes(fields: dict[str, Any], rotary: bool, problems: list[str]) -> None:
-    """Derives the head sizes that are left to derive, and checks that all sizes fit."""
+    """Fills in the optional sizes of ``fields`` and checks that all sizes fit together."""
     optional = ("num_kv_heads", "head_size", "mlp_size")
     sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "max_positions")
-    bad = [f for f in sizes if not _is_size(fields[f])]
-    bad += [f for f in optional if fields.get(f) is not None and not _is_size(fields[f])]
+    bad = [f for f in sizes if not is_positive_int(fields[f])]
+    bad += [f for f in optional if fields.get(f) is not None and not is_positive_int(fields[f])]
     problems += [f"{f} = {fields[f]!r}: expected a positive integer" for f in bad]
     if bad:
         return
     if fields.get("num_kv_heads") is None:
         fields["num_kv_heads"] = fields["num_heads"]
-    if fields["mlp_size"] is None:  # GPT-2's habit
+    if fields["mlp_size"] is None:  # GPT-2's convention
         fields["mlp_size"] = 4 * fields["hidden_size"]
     if fields.get("head_size") is None:
         fields["head_size"] = fields["hidden_size"] // fields["num_heads"]
         if fields["hidden_size"] % fields["num_heads"]:
-            problems.append("hidden_size is no multiple of the number of heads, and no head_dim")
+            problems.append("hidden_size is no multiple of the number of heads; set head_dim")
     if fields["num_heads"] % fields["num_kv_heads"]:
         problems.append(
             f"{fields['num_heads']} query heads are no multiple of "
             f"{fields['num_kv_heads']} key/value heads"
         )
     if rotary and fields["head_size"] % 2:
-        problems.append(f"head size {fields['head_size']}: rotary positions need an even one")
+        problems.append(f"head size {fields['head_size']}: rotary positions need an even size")
 
 
-def _is_size(value: Any) -> bool:
+def is_positive_int(value: Any) -> bool:
+    """Returns whether a config value is an integer above 0."""
     return type(value) is int and value > 0
-
-
-def no_windows(values: Values, problems: list[str]) -> None:
-    """No sliding window."""
-    del values, problems
-
-
-def one_window(values: Values, problems: list[str]) -> tuple[int | None, ...] | None:
-    """The same sliding window in every layer."""
-    window = values["sliding_window"]
-    if window is None:
-        return None
-    if not _is_size(window):
-        problems.append(f"sliding_window = {window!r}: expected a positive integer or null")
-        return None
-    return (window,) * values["num_hidden_layers"]
-
-
-def mixed_windows(values: Values, problems: list[str]) -> tuple[int | None, ...] | None:
-    """A window in the layers that ``layer_types`` names, else from ``max_window_layers`` on."""
-    if not values["use_sliding_window"]:
-        return None
-    first, count = values["max_window_layers"], values["num_hidden_layers"]
-    return _windows_of(values, [i >= first for i in range(count)], problems)
-
-
-def alternating_windows(values: Values, problems: list[str]) -> tuple[int | None, ...] | None:
-    """A window in the layers that ``layer_types`` names, else in all but every second or so."""
-    every, count = values.get("sliding_window_pattern", 2), values["num_hidden_layers"]
-    if not _is_size(every):
-        problems.append(f"sliding_window_pattern = {every!r}: expected a positive integer")
-        return None
-    if values["sliding_window"] is None:
-        problems.append("sliding_window = None: expected a positive integer")
-    return _windows_of(values, [(i + 1) % every != 0 for i in range(count)], problems)
-
-
-def _windows_of(
-    values: Values, sliding: list[bool], problems: list[str]
-) -> tuple[int | None, ...] | None:
-    """The window in the layers that ``layer_types`` names, else in those of ``sliding``."""
-    window = one_window(values, problems)
-    if window is None:
-        return None
-    names, count = ("full_attention", "sliding_attention"), len(sliding)
-    kinds = values["layer_types"] or [names[slides] for slides in sliding]
-    if not isinstance(kinds, list) or len(kinds) != count or set(kinds) - set(names):
-        problems.append(f"layer_types = {kinds}: expected {count} times {' or '.join(names)}")
-        return None
-    return tuple(w if kind == names[1] else None for w, kind in zip(window, kinds, strict=True))
 
 
 BLOCK = "layer_{i}"
@@ -324,9 +281,14 @@ HEAD = TensorRow("head/kernel", "lm_head.weight", "vm", True, when="not tie_embe
 def linear(
     path: str, name: str, dims: str, bias: str, *, conv1d: bool = False
 ) -> tuple[TensorRow, TensorRow]:
-    """A linear layer's two rows, of which the second holds where the model has biases.
+    """Returns the rows of a linear layer: kernel and bias.
 
-    ``nn.Linear`` is ``[out, in]``, the ``Conv1D`` of GPT-2 ``[in, out]``.
+    Args:
+      path: path of the lordjax layer.
+      name: name of the Hugging Face layer.
+      dims: shape of the weight, in letters of `sizes_of`.
+      bias: field of `ModelConfig` that says whether the layer has a bias.
+      conv1d: whether the weight is ``[in, out]`` (GPT-2's ``Conv1D``), not ``[out, in]``.
     """
     out = dims[1] if conv1d else dims[0]
     return (
@@ -335,12 +297,20 @@ def linear(
     )
 
 
-# Layers that are stored as one -> the outputs of each, in letters of `sizes_of`.
+# Layer inside a fused layer -> its number of outputs, a letter of `sizes_of`.
 _FUSED_COLUMNS = {"q": "h", "k": "k", "v": "k", "gate": "f", "up": "f"}
 
 
 def fused(path: str, layers: Iterable[str], name: str, dims: str, bias: str) -> Iterator[TensorRow]:
-    """Rows of layers whose outputs are stored one after the other in one; ``m`` is the input."""
+    """Yields the rows of layers that are stored as one, with concatenated outputs.
+
+    Args:
+      path: path above the lordjax layers.
+      layers: names of the lordjax layers, in stored order.
+      name: name of the fused Hugging Face layer.
+      dims: shape of the fused weight; ``m``, the input size, comes first in GPT-2's ``Conv1D``.
+      bias: field of `ModelConfig` that says whether the layers have biases.
+    """
     before = ""
     for layer in layers:
         columns = functools.partial(_span, before, _FUSED_COLUMNS[layer])
@@ -350,7 +320,7 @@ def fused(path: str, layers: Iterable[str], name: str, dims: str, bias: str) -> 
 
 
 def _span(before: str, own: str, config: ModelConfig) -> slice:
-    """Outputs behind others; both in letters of `sizes_of`."""
+    """Returns the range of ``own`` outputs after ``before`` others, in letters of `sizes_of`."""
     first, count = (
         sum(sizes_of(config)[letter] for letter in letters) for letters in (before, own)
     )
@@ -358,7 +328,7 @@ def _span(before: str, own: str, config: ModelConfig) -> slice:
 
 
 def norm(path: str, name: str) -> tuple[TensorRow, TensorRow]:
-    """A norm with a bias."""
+    """Returns the rows of a norm with a bias."""
     return (
         TensorRow(f"{path}/scale", f"{name}.weight", "m"),
         TensorRow(f"{path}/bias", f"{name}.bias", "m"),
@@ -366,7 +336,11 @@ def norm(path: str, name: str) -> tuple[TensorRow, TensorRow]:
 
 
 def head_norms(attention: str) -> Iterator[TensorRow]:
-    """The norms over each head of the queries and keys, of an attention of theirs."""
+    """Yields the rows of the per-head norms of queries and keys.
+
+    Args:
+      attention: name of the Hugging Face attention layer.
+    """
     for name in "qk":
         path = f"{BLOCK}/attention/{name}_norm/scale"
         yield TensorRow(path, f"{attention}.{name}_norm.weight", "d")

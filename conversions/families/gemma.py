@@ -1,4 +1,4 @@
-"""Gemma 2 and 3: norms on both sides of attention and MLP, capped logits, scaled embeddings."""
+"""Gemma 2 and 3: norms before and after attention and MLP, soft caps, scaled embeddings."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from lordjax.conversions.families.family import (
     Family,
     TensorRow,
     Values,
-    alternating_windows,
     head_norms,
 )
 from lordjax.conversions.families.llama import LLAMA
 from lordjax.conversions.families.rope import read_rope
+from lordjax.conversions.families.sliding_windows import alternating_windows
 from lordjax.models.config import Rope
 
 _LAYER = "model.layers.{i}"
 
 
 def _norm(path: str, name: str) -> TensorRow:
-    """A norm, of which the file holds the scale less 1."""
+    """Returns the row of a norm; the file stores the scale minus 1."""
     return TensorRow(f"{path}/scale", f"{name}.weight", "m", offset=1.0)
 
 
 def _scales(hf_config: Values, values: Values, problems: list[str]) -> dict[str, Any]:
-    """Factors on the embeddings and on the products of queries and keys."""
+    """Returns the scales of the embeddings and of the attention logits."""
     del hf_config
     for key in ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"):
         value = values.get(key)
@@ -71,7 +71,7 @@ GEMMA2 = dataclasses.replace(
         "layer_types": None,
     },
     fixed={**LLAMA.fixed, "use_bidirectional_attention": (False, None)},
-    # Generation; an older name of the activation and of the window, which are there besides.
+    # A key of generation, and old names of the activation and the window, repeated beside the new.
     ignored=frozenset(("cache_implementation", "hidden_act", "sliding_window_size")),
     windows=alternating_windows,
     derive=_scales,
@@ -85,7 +85,7 @@ GEMMA2 = dataclasses.replace(
     ),
 )
 
-# Kind of layer -> key of its base in transformers 4, and the default.
+# Kind of layer -> key of its rotary base in transformers 4, default of the base.
 _BASES = {
     "full_attention": ("rope_theta", 1_000_000.0),
     "sliding_attention": ("rope_local_base_freq", 10_000.0),
@@ -93,7 +93,7 @@ _BASES = {
 
 
 def _rope_of(kind: str, hf_config: Values, values: Values, problems: list[str]) -> Rope:
-    """The rotary embedding of a kind of layer, in the words of transformers 4 and 5."""
+    """Reads the rotary embedding of one kind of layer, a key of `_BASES`."""
     key, default = _BASES[kind]
     part = hf_config.get("rope_parameters") or {}
     if not isinstance(part, Mapping) or set(part) - set(_BASES):
@@ -103,18 +103,20 @@ def _rope_of(kind: str, hf_config: Values, values: Values, problems: list[str]) 
     plain = {"rope_parameters": part, "rope_theta": base}
     if base is None:
         plain["rope_theta"] = part.get("rope_theta", default)
-    if kind == "full_attention":  # the others are not stretched
+    if kind == "full_attention":  # sliding layers have no scaling
         plain["rope_scaling"] = hf_config.get("rope_scaling")
     return read_rope(plain, values, problems)
 
 
 def _global_rope(hf_config: Values, values: Values, problems: list[str]) -> Rope:
+    """Reads the rotary embedding of the layers with full attention."""
     return _rope_of("full_attention", hf_config, values, problems)
 
 
 def _scales_and_local_rope(
     hf_config: Values, values: Values, problems: list[str]
 ) -> dict[str, Any]:
+    """Returns the scales, and the rotary embedding of the layers with a sliding window."""
     local = _rope_of("sliding_attention", hf_config, values, problems)
     return _scales(hf_config, values, problems) | {"local_rope": local}
 
@@ -133,9 +135,9 @@ GEMMA3: Family = dataclasses.replace(
         "sliding_window_pattern": 6,
         "rope_local_base_freq": 10_000.0,
     },
-    # transformers takes no notice of the cap in the attention.
+    # transformers ignores this key in Gemma 3.
     fixed={**GEMMA2.fixed, "attn_logit_softcapping": (None,)},
-    # The last repeats what layer_types says.
+    # _sliding_window_pattern repeats layer_types.
     ignored=frozenset(("cache_implementation", "_sliding_window_pattern")),
     rope=_global_rope,
     derive=_scales_and_local_rope,

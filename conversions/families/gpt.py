@@ -1,4 +1,7 @@
-"""Families that descend from GPT-2: layer norms with biases, MLPs without a gate."""
+"""Families derived from GPT-2: GPT-2, GPT-BigCode, OPT and CodeGen.
+
+All have layer norms with biases and MLPs without a gate.
+"""
 
 from __future__ import annotations
 
@@ -18,20 +21,20 @@ from lordjax.conversions.families.family import (
     Values,
     fused,
     linear,
-    no_windows,
     norm,
 )
 from lordjax.conversions.families.neox import by_heads
 from lordjax.conversions.families.rope import half_split, no_rope
+from lordjax.conversions.families.sliding_windows import no_windows
 from lordjax.models.config import ModelConfig, Rope
 
 ALL_BIASES = dict.fromkeys(BIAS_FIELDS, True)
-# Dropout, heads for other tasks, the precision of the attention.
+# Keys of dropout, of heads for other tasks, and of the attention's precision.
 _GPT2_IGNORED = """
     n_ctx resid_pdrop embd_pdrop attn_pdrop reorder_and_upcast_attn summary_type summary_use_proj
     summary_activation summary_proj_to_labels summary_first_dropout
 """
-# The precision of the softmax, and how an old inference server allotted memory.
+# Keys of the softmax's precision, and of the memory of an old inference server.
 _BIGCODE_IGNORED = """
     attention_softmax_in_fp32 scale_attention_softmax_in_fp32 inference_runner max_batch_size
     validate_runner_input pre_allocate_kv_cache pad_key_length
@@ -87,13 +90,13 @@ GPT2 = Family(
         *norm("final_norm", "transformer.ln_f"),
         HEAD,
     ),
-    # The causal mask and its constant, saved by old versions.
+    # Old versions saved the causal mask and its constant.
     ignored_tensors=(r"transformer\.h\.\d+\.attn\.(masked_)?bias",),
 )
 
 
 def _key_heads(hf_config: Values, values: Values, problems: list[str]) -> dict[str, Any]:
-    """One key/value head; without multi-query attention as many as query heads."""
+    """Returns the number of key/value heads: 1 with multi-query attention, else ``n_head``."""
     del hf_config
     heads = 1 if values["multi_query"] else values["n_head"]
     if values["num_key_value_heads"] not in (None, heads):
@@ -108,7 +111,7 @@ Columns = Callable[[ModelConfig], Any]
 
 
 def _one_of(shared: Columns, own: Columns, config: ModelConfig) -> Any:
-    """Outputs of the fused layer, with one key/value head or with one for each query head."""
+    """Returns the outputs in the fused layer, whose order depends on multi-query attention."""
     return (shared if config.num_kv_heads == 1 else own)(config)
 
 
@@ -142,9 +145,10 @@ GPT_BIGCODE = dataclasses.replace(
 
 
 def _opt_shape(hf_config: Values, values: Values, problems: list[str]) -> Mapping[str, Any]:
-    """OPT-350m projects its embeddings and normalises behind its layers, with no norm at the end.
+    """Returns the kind of block, whether there is a final norm, and the embedding's width.
 
-    Checkpoints that were fine-tuned with old code have no norm at the end either.
+    OPT-350m projects its embeddings, normalises after its layers and has no final norm. Checkpoints
+    that were fine-tuned with old code have no final norm either.
     """
     del hf_config
     width, before = values["word_embed_proj_dim"], values["do_layer_norm_before"]
@@ -226,7 +230,7 @@ OPT = Family(
 
 
 def _codegen_rope(hf_config: Values, values: Values, problems: list[str]) -> Rope:
-    """The first ``rotary_dim`` columns of a head turn; all of them, if it is null."""
+    """Reads ``rotary_dim``, the number of rotated columns of a head; null means all."""
     del hf_config
     size, heads = values["rotary_dim"], values["n_head"]
     width = values["n_embd"] // heads if heads else 0
@@ -237,12 +241,15 @@ def _codegen_rope(hf_config: Values, values: Values, problems: list[str]) -> Rop
     return Rope(size=size)
 
 
-# Of how many accelerators' weights a fused layer was put together: in each q, v and k by turns.
+# CodeGen's fused layer concatenates the weights of 4 accelerators, each of which holds q, v, k.
 _CODEGEN_PARTS = 4
 
 
 def _codegen_columns(layer: str, config: ModelConfig) -> np.ndarray:
-    """Outputs of CodeGen's fused layer, where rotary pairs are neighbours."""
+    """Returns the outputs of a layer in CodeGen's fused layer, rotary pairs half a head apart.
+
+    The fused layer stores the columns of a rotary pair as neighbours.
+    """
     count = config.num_heads * config.head_size
     each = count // _CODEGEN_PARTS
     first = each * (3 * np.arange(_CODEGEN_PARTS) + "qvk".index(layer))

@@ -1,4 +1,4 @@
-"""Families that descend from Llama: rotary positions, names of ``model.layers``."""
+"""Families derived from Llama: Llama, Mistral, Qwen2, Qwen3 and StarCoder2."""
 
 from __future__ import annotations
 
@@ -13,12 +13,10 @@ from lordjax.conversions.families.family import (
     TensorRow,
     head_norms,
     linear,
-    mixed_windows,
-    no_windows,
     norm,
-    one_window,
 )
 from lordjax.conversions.families.rope import ROPE_KEYS
+from lordjax.conversions.families.sliding_windows import mixed_windows, no_windows, one_window
 
 _LAYER = "model.layers.{i}"
 LLAMA = Family(
@@ -80,7 +78,7 @@ LLAMA = Family(
         TensorRow("final_norm/scale", "model.norm.weight", "m"),
         HEAD,
     ),
-    # Frequencies that old versions of transformers saved; they follow from the config.
+    # Old versions of transformers saved the rotary frequencies, which follow from the config.
     ignored_tensors=(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",),
 )
 
@@ -109,7 +107,7 @@ MISTRAL = dataclasses.replace(
 QWEN2 = dataclasses.replace(
     LLAMA,
     fields=_UNBIASED["fields"],
-    # Text-only checkpoints that say they do not use Qwen2-VL's rotary embedding.
+    # Text-only checkpoints may turn Qwen2-VL's rotary embedding off explicitly.
     fixed={**_UNBIASED["fixed"], "use_mrope": (False,)},
     model_type="qwen2",
     architectures=("Qwen2ForCausalLM",),

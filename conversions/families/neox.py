@@ -1,4 +1,4 @@
-"""GPT-NeoX, and with it Pythia: queries, keys and values head by head, part of a head rotary."""
+"""GPT-NeoX and Pythia: queries, keys and values are fused head by head; heads are partly rotary."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from lordjax.conversions.families.family import (
     TensorRow,
     Values,
     linear,
-    no_windows,
     norm,
 )
 from lordjax.conversions.families.rope import (
@@ -25,11 +24,12 @@ from lordjax.conversions.families.rope import (
     rotary_size,
     take_share,
 )
+from lordjax.conversions.families.sliding_windows import no_windows
 from lordjax.models.config import ModelConfig, Rope
 
 
 def by_heads(name: str, dims: str, bias: str) -> Iterator[TensorRow]:
-    """Rows of queries, keys and values that are stored as one, head after head: q, k, v of each."""
+    """Yields the rows of a fused layer that stores q, k and v of the first head, then the next."""
     for layer in "qkv":
         columns = functools.partial(head_columns, layer)
         for row in linear(f"{BLOCK}/attention/{layer}", name, dims, bias):
@@ -37,7 +37,10 @@ def by_heads(name: str, dims: str, bias: str) -> Iterator[TensorRow]:
 
 
 def head_columns(layer: str, config: ModelConfig) -> np.ndarray:
-    """Outputs of the fused layer; members of a rotary pair are half the rotary part apart."""
+    """Returns the outputs of a layer in the fused layer, rotary pairs half a head apart.
+
+    The fused layer stores the columns of a rotary pair half of the rotary part apart.
+    """
     first = config.head_size * (3 * np.arange(config.num_heads) + "qkv".index(layer))
     columns = first[:, None] + np.arange(config.head_size)
     if layer != "v" and config.rope is not None:
@@ -47,7 +50,7 @@ def head_columns(layer: str, config: ModelConfig) -> np.ndarray:
 
 
 def _rope(hf_config: Values, values: Values, problems: list[str]) -> Rope:
-    """Rotary positions of the first columns of a head, in the words of transformers 4 and 5."""
+    """Reads the rotary embedding of the first columns of a head."""
     plain, share = take_share(hf_config, values["rotary_pct"])
     base = plain.pop("rope_theta", None)
     if base not in (None, values["rotary_emb_base"]):
@@ -59,13 +62,13 @@ def _rope(hf_config: Values, values: Values, problems: list[str]) -> Rope:
 
 
 def _block(hf_config: Values, values: Values, problems: list[str]) -> dict[str, Any]:
-    """Whether attention and MLP read the same residual stream."""
+    """Returns the kind of block: parallel if attention and MLP read the same hidden state."""
     del hf_config, problems
     return {"block": "parallel_norms" if values["use_parallel_residual"] else "sequential"}
 
 
 _LAYER = "gpt_neox.layers.{i}"
-# Dropout, by its names of today and by those in the config of GPT-NeoX-20B.
+# Keys of dropout: the present ones and those of GPT-NeoX-20B's config.
 _IGNORED = """
     hidden_dropout classifier_dropout attention_probs_dropout_prob hidden_dropout_prob
 """
@@ -124,6 +127,6 @@ GPT_NEOX = Family(
         TensorRow("head/kernel", "embed_out.weight", "vm", True, when="not tie_embeddings"),
     ),
     module_names={"embed_out.weight": "lm_head.weight"},
-    # The causal mask, its constant and the frequencies, saved by old versions.
+    # Old versions saved the causal mask, its constant and the rotary frequencies.
     ignored_tensors=(r"gpt_neox\.layers\.\d+\.attention\.((masked_)?bias|rotary_emb\.inv_freq)",),
 )

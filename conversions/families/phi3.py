@@ -1,4 +1,4 @@
-"""Phi-3 and Phi-4: fused layers, positions stretched pair by pair, part of a head rotary."""
+"""Phi-3 and Phi-4: fused layers, longrope scaling per rotary pair, partly rotary heads."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lordjax.conversions.families.rope import half_split, read_rope, rotary_size
 from lordjax.models.config import ModelConfig, Rope
 
 _LAYER = "model.layers.{i}"
-_OLD_TYPES = ("su", "yarn")  # what early versions called longrope
+_OLD_TYPES = ("su", "yarn")  # names of longrope in early versions
 _LENGTH = "original_max_position_embeddings"
 
 
 def _rope(hf_config: Values, values: Values, problems: list[str]) -> Rope:
-    """Rotary positions of the first columns of a head."""
+    """Reads the rotary embedding of the first columns of a head."""
     share = hf_config.get("partial_rotary_factor")
     plain, share = take_share(hf_config, 1.0 if share is None else share)
     for key in ("rope_scaling", "rope_parameters"):
@@ -38,7 +38,7 @@ def _rope(hf_config: Values, values: Values, problems: list[str]) -> Rope:
 
 
 def _qkv() -> Iterator[TensorRow]:
-    """Rows of the fused layer; members of a rotary pair are half the rotary part apart."""
+    """Yields the rows of the fused layer of queries, keys and values."""
     for row in fused(f"{BLOCK}/attention", "qkv", f"{_LAYER}.self_attn.qkv_proj", "am", "qkv_bias"):
         if "/v/" not in row.path:
             row = row._replace(columns=functools.partial(_turned, row))
@@ -46,6 +46,10 @@ def _qkv() -> Iterator[TensorRow]:
 
 
 def _turned(row: TensorRow, config: ModelConfig) -> slice | np.ndarray:
+    """Returns the outputs of queries or keys, with rotary pairs half a head apart.
+
+    The fused layer stores the columns of a rotary pair half of the rotary part apart.
+    """
     assert row.columns is not None
     columns = row.columns(config)
     if config.rope is None or config.rope.size is None:
@@ -62,7 +66,7 @@ PHI3 = dataclasses.replace(
     fields={f: key for f, key in MISTRAL.fields.items() if f != "head_size"},
     fixed={
         **{k: v for k, v in MISTRAL.fixed.items() if k != "partial_rotary_factor"},
-        # Keys of Phi-4-mini that its code reads at other values.
+        # Keys of Phi-4-mini; its own code gives other values a meaning.
         "full_attn_mod": (1,),
         "interpolate_factor": (1,),
         "lm_head_bias": (False,),
@@ -77,7 +81,7 @@ PHI3 = dataclasses.replace(
         "rms_norm_eps": 1e-5,
         "sliding_window": None,
     },
-    # auto_map: code of its own, from before transformers had the family.
+    # auto_map names the model's own code, from before transformers had the family.
     ignored=frozenset(("resid_pdrop", "embd_pdrop", "auto_map")),
     rope=_rope,
     rope_keys=MISTRAL.rope_keys | {"partial_rotary_factor"},

@@ -1,7 +1,7 @@
-"""Families of Hugging Face models: the one place that knows how they differ.
+"""Registry of the supported families of Hugging Face models.
 
-A family is a row of `FAMILIES`: how its ``config.json`` becomes a `ModelConfig`, and which tensor
-of its checkpoints is which of our parameters. A new family is a new row; see `family.Family`.
+An entry of `FAMILIES` says how a ``config.json`` becomes a `ModelConfig`, and which tensor of a
+checkpoint holds which parameter. To support a new family, add an entry; see `family.Family`.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ FAMILIES: dict[str, Family] = {row.model_type: row for row in _ROWS}
 
 
 def family_of(hf_config: Values, where: str = "config.json") -> Family:
-    """The row of a ``config.json``.
+    """Returns the family of a ``config.json``.
 
     Args:
-      hf_config: its content.
-      where: how error messages call it.
+      hf_config: content of the config.
+      where: name of the file in error messages.
 
     Raises:
-      ValueError: if the family or its head is not supported; lists what is.
+      ValueError: if the family or its head is not supported; the message lists supported ones.
     """
     if "lordjax_export" in hf_config:
         raise ValueError(f"{where}: a factored export; open the directory that it was made from")
@@ -62,30 +62,34 @@ def family_of(hf_config: Values, where: str = "config.json") -> Family:
 
 
 def architectures_of(hf_config: Values, family: Family) -> list[str]:
-    """The key ``architectures``, or where it is missing the family's first."""
+    """Returns the key ``architectures``, or the family's first architecture if it is missing."""
     return hf_config.get("architectures") or list(family.architectures[:1])
 
 
-# Said anew by a new head, or true of the old one only.
+# Keys that describe the head; `with_labels` replaces or drops them.
 _OF_A_HEAD = ("architectures", "id2label", "label2id", "num_labels", "_num_labels", "problem_type")
 
 
 def with_labels(hf_config: Values, labels: Sequence[str]) -> dict[str, Any]:
-    """The ``config.json`` of an encoder with a head for classes; see `models.heads.with_classes`.
+    """Returns the config of an encoder with a classification head in place of its own head.
+
+    `models.output_heads.with_classes` makes the parameters of that head.
 
     Args:
-      hf_config: that of the encoder, with any head.
+      hf_config: ``config.json`` of the encoder, with any head.
       labels: names of the classes.
 
     Raises:
-      ValueError: if the family classifies no sequences, or two classes have one name.
+      ValueError: if the family has no classification head, or two classes have the same name.
     """
     family = family_of(hf_config)
     found = [a for a in family.architectures if a.endswith("ForSequenceClassification")]
     if not found:
-        raise ValueError(f"{family.model_type}: no supported head for classes; expected an encoder")
+        raise ValueError(
+            f"{family.model_type}: no classification head; expected an encoder (bert, roberta)"
+        )
     if len(set(labels)) < len(labels):
-        raise ValueError(f"labels {list(labels)}: expected different names")
+        raise ValueError(f"labels {list(labels)}: expected different names for all classes")
     kept = {key: value for key, value in hf_config.items() if key not in _OF_A_HEAD}
     numbers = {label: i for i, label in enumerate(labels)}
     names = {str(i): label for label, i in numbers.items()}
@@ -93,14 +97,14 @@ def with_labels(hf_config: Values, labels: Sequence[str]) -> dict[str, Any]:
 
 
 def model_config(hf_config: Values, where: str = "config.json") -> ModelConfig:
-    """The `ModelConfig` of a ``config.json``.
+    """Converts a ``config.json`` into a `ModelConfig`.
 
     Args:
-      hf_config: its content; configs of transformers 4 and 5 are both read.
-      where: how error messages call it.
+      hf_config: content of the config, as transformers 4 or 5 writes it.
+      where: name of the file in error messages.
 
     Raises:
-      ValueError: if a key or value is not understood; one error lists all of them.
+      ValueError: if a key or value is not supported; one error lists all problems.
     """
     family = family_of(hf_config, where)
     problems: list[str] = []
@@ -114,7 +118,7 @@ def model_config(hf_config: Values, where: str = "config.json") -> ModelConfig:
     fill_and_check_sizes(fields, rope is not None, problems)
     if problems:
         raise ValueError(
-            f"{where}: {len(problems)} thing(s) in it are not understood, so the converted model "
+            f"{where}: {len(problems)} thing(s) in it are not supported, so the converted model "
             f"would be another one (family {family.model_type}):\n  " + "\n  ".join(problems)
         )
     if family.position_offset is not None:
@@ -124,7 +128,15 @@ def model_config(hf_config: Values, where: str = "config.json") -> ModelConfig:
 
 
 def tensor_table(hf_config: Values, where: str = "config.json") -> dict[str, TensorSource]:
-    """Our parameter path -> the tensor of a checkpoint with this ``config.json``."""
+    """Returns the tensor of every parameter path, for checkpoints with this ``config.json``.
+
+    Args:
+      hf_config: content of the config.
+      where: name of the file in error messages.
+
+    Raises:
+      ValueError: if the config is not supported.
+    """
     family, config = family_of(hf_config, where), model_config(hf_config, where)
     sizes = sizes_of(config)
     table = {}

@@ -1,4 +1,4 @@
-"""The rotary embedding of a Hugging Face config, in the spellings of transformers 4 and 5."""
+"""Reads the rotary embedding of a Hugging Face config, as transformers 4 and 5 write it."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from lordjax.models.config import Rope
 
 Values = Mapping[str, Any]
 
-# Keys that hold the rotary embedding. transformers 4 writes the first two, transformers 5 the
-# third; the original length at top level is the habit of some converters.
+# Keys of the rotary embedding. transformers 4 writes the first two, transformers 5 the third; some
+# converters write the original length at the top level.
 ROPE_KEYS = frozenset(
     ("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings")
 )
-# Kind of scaling -> keys that must be there, keys that may. The original length is accepted and
-# dropped where transformers takes no notice of it.
+# Kind of scaling -> required keys, optional keys. Where transformers ignores the original length,
+# it is accepted and dropped.
 _LENGTH = "original_max_position_embeddings"
-_STRETCHES = {"short_factor", "long_factor"}  # a number per rotary pair
+_STRETCHES = {"short_factor", "long_factor"}  # lists of one number per rotary pair
 _SCALINGS: dict[str, tuple[set[str], set[str]]] = {
     "default": (set(), {"factor", _LENGTH}),
     "linear": ({"factor"}, {_LENGTH}),
@@ -35,15 +35,23 @@ _SCALINGS: dict[str, tuple[set[str], set[str]]] = {
 
 
 def no_rope(hf_config: Values, values: Values, problems: list[str]) -> None:
-    """Positions are not rotary."""
+    """Returns None: the family has no rotary positions."""
     del hf_config, values, problems
 
 
 def half_split(head_size: int, rotary_size: int | None, *, neighbours: bool = True) -> np.ndarray:
-    """Order of a head's columns in which the members of every pair are half a head apart.
+    """Returns the column order of a head that puts the two columns of a pair half a head apart.
 
-    Before, the first ``rotary_size`` columns (None: all) turn in pairs of neighbours, or of columns
-    half of ``rotary_size`` apart; the others, which stand still, become pairs too.
+    Columns that are not rotated are paired, too.
+
+    Args:
+      head_size: number of columns of a head.
+      rotary_size: number of rotated columns, the first ones; None means all.
+      neighbours: whether a stored pair is two neighbours; otherwise its columns are half of
+        ``rotary_size`` apart.
+
+    Returns:
+      Indices of the stored columns, ``[head_size]``.
     """
     size = rotary_size or head_size
     turning = np.arange(size).reshape(-1, 2) if neighbours else np.arange(size).reshape(2, -1).T
@@ -52,9 +60,14 @@ def half_split(head_size: int, rotary_size: int | None, *, neighbours: bool = Tr
 
 
 def take_share(hf_config: Values, share: float) -> tuple[dict[str, Any], float]:
-    """The config without the share of a head that turns, and that share, else ``share``.
+    """Takes the rotated fraction of a head out of the rotary keys, where transformers 5 writes it.
 
-    transformers 5 writes it among the rotary keys.
+    Args:
+      hf_config: content of ``config.json``.
+      share: fraction to return if the rotary keys do not hold one.
+
+    Returns:
+      The config without ``partial_rotary_factor`` in the rotary keys, and the fraction.
     """
     plain = dict(hf_config)
     for key in ("rope_scaling", "rope_parameters"):
@@ -65,7 +78,14 @@ def take_share(hf_config: Values, share: float) -> tuple[dict[str, Any], float]:
 
 
 def rotary_size(key: str, share: float, values: Values, problems: list[str]) -> int:
-    """Columns of a head that turn; ``key`` is what holds their share."""
+    """Returns the number of rotated columns of a head.
+
+    Args:
+      key: config key of the fraction, for error messages.
+      share: rotated fraction of the columns.
+      values: config values.
+      problems: list that problems are appended to.
+    """
     heads = values["num_attention_heads"]
     width = values["hidden_size"] // heads if heads else 0
     size = int(width * share)
@@ -77,10 +97,19 @@ def rotary_size(key: str, share: float, values: Values, problems: list[str]) -> 
 
 
 def read_rope(hf_config: Values, values: Values, problems: list[str]) -> Rope:
-    """The rotary embedding, with the precedence of transformers."""
+    """Reads the rotary embedding, with transformers' order of precedence.
+
+    Args:
+      hf_config: content of ``config.json``.
+      values: config values with defaults.
+      problems: list that problems are appended to.
+
+    Returns:
+      The rotary embedding; a default one if there are problems.
+    """
     scaling, parameters = hf_config.get("rope_scaling"), hf_config.get("rope_parameters")
     if scaling and parameters and scaling != parameters:
-        problems.append("rope_scaling and rope_parameters are both given and differ")
+        problems.append("rope_scaling and rope_parameters differ; keep one")
     chosen = scaling or parameters or {}
     if not isinstance(chosen, Mapping):
         problems.append(f"rope_scaling = {chosen!r}: expected an object")
@@ -90,14 +119,14 @@ def read_rope(hf_config: Values, values: Values, problems: list[str]) -> Rope:
     theta = given.pop("rope_theta", 10_000.0 if outer is None else outer)
     if outer is not None and outer != theta:
         problems.append(f"rope_theta = {outer!r}, but {theta!r} in rope_parameters")
-    # Both spellings may be there; rope_type is the newer one and wins.
+    # A config may have both keys; the newer one, rope_type, takes precedence.
     kind = given.pop("type", "default")
     kind = given.pop("rope_type", kind)
     if kind not in _SCALINGS:
         problems.append(f"rope type {kind!r}: supported: {', '.join(_SCALINGS)}")
         return Rope()
     if given.pop("partial_rotary_factor", 1) != 1:
-        problems.append("rope: a partial_rotary_factor other than 1 is not supported")
+        problems.append("rope: partial_rotary_factor: only 1 is supported in this family")
     if hf_config.get(_LENGTH) is not None:
         given[_LENGTH] = hf_config[_LENGTH]
     found = _rope_problems(kind, {"rope_theta": theta} | given)
@@ -131,6 +160,6 @@ def _build_rope(kind: str, theta: float, given: Values, values: Values) -> Rope:
     rest = dict(given)
     longest = values["max_position_embeddings"]
     original = rest.pop(_LENGTH, longest)
-    factor = rest.pop("factor", longest / original)  # yarn and longrope may leave it out
+    factor = rest.pop("factor", longest / original)  # optional for yarn and longrope
     rest |= {key: tuple(rest[key]) for key in _STRETCHES & set(rest)}
     return Rope(theta, kind, factor, original, **rest)

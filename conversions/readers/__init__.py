@@ -1,1 +1,1 @@
-"""Readers of checkpoints: Hugging Face directories, torch files, GGUF."""
+"""Readers of checkpoints: Hugging Face directories, torch files and GGUF files."""

@@ -1,14 +1,14 @@
-"""Opening Hugging Face checkpoints: a directory, a hub id or a GGUF file.
+"""Opens a Hugging Face checkpoint: a directory, a hub id or a GGUF file.
 
-`open_checkpoint` reads the config and the names and shapes of the tensors, and verifies that they
-are exactly those of the family's table. Values are read when asked for, so that a model larger
-than memory can be walked block by block::
+`open_checkpoint` reads the config and the names and shapes of the tensors, and checks them against
+the tensor table of the model's family. Tensor values are read on demand, so that a model larger
+than memory can be processed block by block::
 
     checkpoint = open_checkpoint("HuggingFaceTB/SmolLM2-135M")
     for i in range(checkpoint.config.num_layers):
         block = checkpoint.block(i)  # {"attention": {"q": {"kernel": ...}, ...}, ...}
 
-File formats are hidden behind `TensorFiles`.
+Every file format is read through the `TensorFiles` interface.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ _EXPECTED = "expected a checkpoint directory, a .gguf file or a hub id like 'own
 
 
 class Checkpoint:
-    """An opened checkpoint; made by `open_checkpoint`.
+    """An opened checkpoint, as `open_checkpoint` returns it.
 
     Attributes:
-      path: directory or file.
-      hf_config: its ``config.json``, raw; for a GGUF file an equivalent one.
-      config: the same as a `ModelConfig`.
-      table: our parameter path -> tensor.
-      stored_dtype: the dtype that parameters are stored in by default, by what writes a model; None
-        is the dtype that they are read in.
+      path: checkpoint directory or file.
+      hf_config: the unchanged content of ``config.json``; for a GGUF file, an equivalent config.
+      config: the architecture as a `ModelConfig`.
+      table: dict from a lordjax parameter path to the tensor that holds the parameter.
+      stored_dtype: default dtype for a model that is written from this checkpoint; None means the
+        dtype of the files.
     """
 
     def __init__(
@@ -73,9 +73,9 @@ class Checkpoint:
         self.config: ModelConfig = model_config(hf_config, where)
         self.table: dict[str, TensorSource] = tensor_table(hf_config, where)
         self.stored_dtype = stored_dtype
-        self._dtype: np.dtype | None = None  # of `read`; None: that of the file
+        self._dtype: np.dtype | None = None  # default of `read`; None keeps the file's
         self._files, self._tokens = files, tokens
-        # Checkpoints of the bare model, without its head, leave out the prefix.
+        # A checkpoint of the bare model (without a head) omits the family's prefix.
         self._family, names = family_of(hf_config, where), set(files.names())
         if not any(name.startswith(self._family.prefix) for name in names):
             self._rename(lambda name: name.removeprefix(self._family.prefix))
@@ -85,19 +85,23 @@ class Checkpoint:
         self._check()
 
     def read(self, path: str, dtype: Any = None) -> Float[np.ndarray, ...]:
-        """One parameter, e.g. ``"layer_0/attention/q/kernel"``, in ``[in, out]`` layout.
+        """Reads one parameter, e.g. ``"layer_0/attention/q/kernel"``.
 
         Args:
-          path: a key of `table`.
-          dtype: dtype to cast to; None keeps the one of the file, or of `as_stored`.
+          path: parameter path, a key of `table`.
+          dtype: dtype to cast to; None keeps the dtype of the file, or the one that `as_stored`
+            set.
+
+        Returns:
+          The values; kernels have the layout ``[in, out]``.
 
         Raises:
-          KeyError: if there is no such parameter.
-          ValueError: if a value is not finite, stored or after the cast, or the stored dtype is
-            not one of float32, float16, bfloat16.
+          KeyError: if the checkpoint has no such parameter.
+          ValueError: if a value is not finite in the file or after the cast, or if the file's
+            dtype is not float32, float16 or bfloat16.
         """
         if path not in self.table:
-            raise KeyError(f"{path}: no such parameter in {self.path}; see Checkpoint.table")
+            raise KeyError(f"{self.path}: no parameter {path!r}; Checkpoint.table lists all")
         name = self.table[path].name
         tensor = self._files.read(name)
         if tensor.dtype not in DTYPES:
@@ -110,27 +114,29 @@ class Checkpoint:
         tensor = self.table[path].load(tensor)
         dtype = self._dtype if dtype is None else dtype
         if dtype is not None and tensor.dtype != (dtype := np.dtype(dtype)):
-            with np.errstate(over="ignore"):  # what overflows is reported below
+            with np.errstate(over="ignore"):  # `_check_finite` reports overflows
                 tensor = tensor.astype(dtype)
             self._check_finite(tensor, path, f"cast to {dtype} has")
         return tensor
 
     def block(self, i: int, dtype: Any = None) -> dict[str, Any]:
-        """Parameters of block ``i`` (without the prefix ``layer_i``); reads only that block."""
+        """Reads the parameters of block ``i`` as a nested dict (without the key ``layer_i``)."""
         if not 0 <= i < self.config.num_layers:
-            raise IndexError(f"{self.path}: block {i}, but there are {self.config.num_layers}")
+            raise IndexError(
+                f"{self.path}: block {i}, but there are {self.config.num_layers} blocks"
+            )
         return self._tree(lambda path: path.startswith(f"layer_{i}/"), dtype)[f"layer_{i}"]
 
     def non_block_params(self, dtype: Any = None) -> dict[str, Any]:
-        """Parameters outside the blocks: embedding, final norm, head."""
+        """Reads the parameters outside the blocks: embedding, final norm, head."""
         return self._tree(lambda path: not path.startswith("layer_"), dtype)
 
     def params(self, dtype: Any = None) -> dict[str, Any]:
-        """All parameters as a nested dict, as `lordjax.models.transformer` takes them."""
+        """Reads all parameters as the nested dict that `lordjax.models.transformer` expects."""
         return self._tree(lambda path: True, dtype)
 
     def leaves(self) -> dict[str, Any]:
-        """Parameter path -> ``ShapeDtypeStruct``, without reading values."""
+        """Returns a ``ShapeDtypeStruct`` for every parameter path, without reading values."""
         return {
             path: jax.ShapeDtypeStruct(
                 source.loaded_shape,
@@ -140,21 +146,21 @@ class Checkpoint:
         }
 
     def as_stored(self) -> Checkpoint:
-        """The same checkpoint, whose parameters are read in `stored_dtype`."""
+        """Returns a copy of this checkpoint that reads parameters in `stored_dtype`."""
         other = copy.copy(self)
         other._dtype = None if self.stored_dtype is None else np.dtype(self.stored_dtype)
         return other
 
     def tokenizer(self) -> Any:
-        """The tokenizer, as a fast tokenizer of transformers."""
+        """Returns the tokenizer as a fast tokenizer of transformers."""
         return self._tokens.tokenizer()
 
     def tokenizer_files(self, directory: str | Path) -> None:
-        """Writes the tokenizer into a directory, so that ``AutoTokenizer`` opens it from there."""
+        """Writes tokenizer files that ``AutoTokenizer`` can open into a directory."""
         self._tokens.tokenizer_files(Path(directory))
 
     def _rename(self, other: Callable[[str], str]) -> None:
-        """Looks for the tensors of the table under other names."""
+        """Changes the tensor names in the table."""
         self.table = {
             path: dataclasses.replace(source, name=other(source.name))
             for path, source in self.table.items()
@@ -164,7 +170,7 @@ class Checkpoint:
         return unflatten({path: self.read(path, dtype) for path in self.table if wanted(path)})
 
     def _check(self) -> None:
-        """Compares the names and shapes of all tensors with the table."""
+        """Raises ValueError if a tensor is missing, unknown or of the wrong shape."""
         family = self._family
         expected = {source.name: source for source in self.table.values()}
         found = set(self._files.names())
@@ -181,9 +187,9 @@ class Checkpoint:
                 problems.append(f"unknown: {self._files.where(name)} {shape}")
         if problems:
             raise ValueError(
-                f"{self.path}: {len(problems)} tensor(s) are not those that its config describes "
-                f"(family {family.model_type}, {self.config.num_layers} layers); either the config "
-                "belongs to another model, or files are missing:\n  "
+                f"{self.path}: {len(problems)} tensor(s) do not match the config (family "
+                f"{family.model_type}, {self.config.num_layers} layers). Check that the config "
+                "belongs to this model and that no file is missing:\n  "
                 + "\n  ".join(sorted(problems))
             )
 
@@ -197,7 +203,10 @@ class Checkpoint:
             )
 
     def _check_tied(self, path: str, tensor: np.ndarray) -> None:
-        """A head beside a tied embedding must repeat it: transformers 5 would otherwise untie."""
+        """Raises ValueError if a tied head is stored with other values than the embedding.
+
+        transformers 5 unties such a head, so that the model would be another one.
+        """
         if not self.config.tie_embeddings:
             return
         for name, original in self._family.copies.items():
@@ -207,7 +216,7 @@ class Checkpoint:
                 what = "embedding" if path == "embed/embedding" else self.table[path].name
                 raise ValueError(
                     f"{self._files.where(name)} differs from the {what}, but tie_word_embeddings "
-                    "is true; set it to false in config.json to use the head"
+                    "is true in config.json; set it to false to use the stored head"
                 )
 
 
@@ -216,23 +225,23 @@ def _replaced(name: str, new: str, old: str) -> str:
 
 
 class DirectoryTokenizer:
-    """The tokenizer files of a checkpoint directory."""
+    """Tokenizer files of a checkpoint directory."""
 
     def __init__(self, directory: Path):
         self.directory = directory
 
     def tokenizer(self) -> Any:
-        """Opens them; ``tokenizer.json`` is taken as it is, where there is one."""
+        """Opens the tokenizer; an existing ``tokenizer.json`` is used unchanged."""
         self._present()
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-        # AutoTokenizer of transformers 5 may rebuild a tokenizer from its class's idea of the
-        # pre-tokenizer, and so change the ids.
+        # AutoTokenizer of transformers 5 may replace the pre-tokenizer of tokenizer.json by the
+        # default of the tokenizer's class, which changes the token ids.
         fast = (self.directory / "tokenizer.json").exists()
         return (PreTrainedTokenizerFast if fast else AutoTokenizer).from_pretrained(self.directory)
 
     def tokenizer_files(self, directory: Path) -> None:
-        """Copies them."""
+        """Copies the tokenizer files into a directory."""
         for file in self._present():
             shutil.copyfile(file, directory / file.name)
 
@@ -240,23 +249,27 @@ class DirectoryTokenizer:
         files = [self.directory / name for name in TOKENIZER_FILES]
         if not (present := [file for file in files if file.exists()]):
             raise FileNotFoundError(
-                f"{self.directory}: no tokenizer; expected tokenizer.json (or one of "
-                f"{', '.join(TOKENIZER_FILES[3:6])}) beside the model"
+                f"{self.directory}: no tokenizer; copy tokenizer.json (or one of "
+                f"{', '.join(TOKENIZER_FILES[3:6])}) into the directory of the model"
             )
         return present
 
 
 def open_checkpoint(path_or_id: str | Path) -> Checkpoint:
-    """Opens a checkpoint and verifies its config, tensor names and shapes.
+    """Opens a checkpoint and checks its config, tensor names and shapes.
 
     Args:
       path_or_id: a directory with ``config.json`` and safetensors or ``pytorch_model.bin`` files
-        (single, or sharded with an index), a ``.gguf`` file, or the id of a model on the Hugging
-        Face hub, which is downloaded into its cache.
+        (a single file, or shards with an index), a ``.gguf`` file, or a model id on the Hugging
+        Face hub. A model from the hub is downloaded into the hub's cache.
+
+    Returns:
+      The checkpoint; tensor values are read on demand.
 
     Raises:
-      FileNotFoundError: if there is nothing there.
-      ValueError: if the config or the tensors are not understood, or a file is damaged.
+      FileNotFoundError: if there is no such path and no such model on the hub.
+      ValueError: if the config or the tensors are not supported, or if a file is damaged.
+      ImportError: if the checkpoint is a torch file and torch is not installed.
     """
     path = Path(path_or_id).expanduser()
     if not path.exists():
@@ -275,17 +288,18 @@ def open_checkpoint(path_or_id: str | Path) -> Checkpoint:
 
 
 def read_config(path_or_id: str | Path) -> tuple[dict[str, Any], ModelConfig]:
-    """The config of a model that need not be there: of a ``config.json`` alone no tensor is read.
+    """Reads the config of a model, without its tensors.
 
     Args:
-      path_or_id: a ``config.json``, or what `open_checkpoint` takes.
+      path_or_id: a ``config.json`` file, or an argument of `open_checkpoint`. A ``config.json``
+        needs no weights beside it.
 
     Returns:
-      In Hugging Face's words, and as a `ModelConfig`.
+      The Hugging Face config as a dict, and the same architecture as a `ModelConfig`.
 
     Raises:
-      FileNotFoundError: if there is nothing there.
-      ValueError: if the config is not understood.
+      FileNotFoundError: if there is no such path and no such model on the hub.
+      ValueError: if the config is not supported.
     """
     path = Path(path_or_id).expanduser()
     if not path.exists():
@@ -302,12 +316,12 @@ def read_config(path_or_id: str | Path) -> tuple[dict[str, Any], ModelConfig]:
     return hf_config, model_config(hf_config, str(file))
 
 
-# Torch files are fetched only if there is nothing better: it would double the download.
+# Torch files are downloaded only without safetensors: both would double the download.
 _FILES = ["*.json", *TOKENIZER_FILES, "model*.safetensors"]
 
 
 def _download(name: str, patterns: list[str] = _FILES) -> Path:
-    """Fetches files of a model from the hub (or finds them in the hub's cache)."""
+    """Downloads files of a model from the hub, or finds them in the hub's cache."""
     if name.count("/") > 1 or name.startswith((".", "/", "~")) or name.endswith(".gguf"):
         raise FileNotFoundError(f"{name}: no such file or directory; {_EXPECTED}")
     import huggingface_hub
@@ -323,7 +337,7 @@ def _download(name: str, patterns: list[str] = _FILES) -> Path:
             )
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"{name}: no such file or directory here, and the Hugging Face hub did not give a "
-            f"model of this id ({type(error).__name__}: {str(error).splitlines()[0]}); {_EXPECTED}"
+            f"{name}: no such file or directory, and no model of this id from the Hugging Face "
+            f"hub ({type(error).__name__}: {str(error).splitlines()[0]}); {_EXPECTED}"
         ) from error
     return path

@@ -1,15 +1,15 @@
-"""Reading GGUF, the file format of llama.cpp: config, tensors, tokenizer.
+"""Reads GGUF, the file format of llama.cpp: config, tensors and tokenizer.
 
-The metadata is turned into the ``config.json`` that the model has on the Hugging Face hub, and the
-tensors get the names they have there, so that `families` does the rest. Two things differ from a
-Hugging Face checkpoint and are undone here:
+The metadata becomes the ``config.json`` that the model has on the Hugging Face hub, and tensors get
+their Hugging Face names, so that `families.registry` handles both formats. Two things differ from a
+Hugging Face checkpoint and are converted here:
 
-* rotary pairs. llama.cpp rotates neighbours (2i, 2i + 1) where Hugging Face rotates (i, i + d/2),
-  and its converter reorders the rows of query and key for that, in the architecture "llama" only;
-* Llama 3's rotary scaling, which is stored as a table of divisors (``rope_freqs.weight``) and not
-  as the numbers it was computed from.
+* Rotary pairs. llama.cpp rotates neighbours (2i, 2i + 1), Hugging Face rotates (i, i + d/2). For
+  that, llama.cpp's converter reorders the rows of query and key, in the architecture "llama" only.
+* Llama 3's rotary scaling. GGUF stores a table of divisors (``rope_freqs.weight``) instead of the
+  parameters that the table was computed from.
 
-Values are dequantised to float32 when read.
+Values are dequantised to float32 when they are read.
 """
 
 from __future__ import annotations
@@ -29,13 +29,12 @@ from lordjax.models.config import Rope
 from lordjax.models.rope import rope_frequencies
 
 FLOATS = ("F32", "F16", "BF16")  # GGML types that are not quantised
-# GGML types by name; each has a parity test.
-TYPES = (*FLOATS, "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
-ROW_BYTES = 2**13  # of a joined row: temporaries of 16 of them stay in the cache
-# Architecture -> class on the hub. Mistral's files call themselves llama, too.
+TYPES = (*FLOATS, "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")  # all have tests
+ROW_BYTES = 2**13  # bytes of a joined row: the temporaries of 16 rows fit into the CPU's cache
+# GGUF architecture -> Hugging Face class. Mistral's files also have the architecture "llama".
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 
-# Metadata key (behind the architecture) -> key of config.json; "!" = must be there.
+# Metadata key (after the architecture) -> key of config.json; "!" marks required keys.
 _CONFIG_KEYS = {
     "block_count": "!num_hidden_layers",
     "context_length": "!max_position_embeddings",
@@ -55,7 +54,7 @@ _ROPE_KEYS = frozenset(
     attention.value_length""".split()  # noqa: SIM905
 )
 _NO_EFFECT = frozenset(("rope.scaling.finetuned", "tensor_data_layout"))
-# Features of other models that share the architecture's name: understood where they are off.
+# Features of other models under the same architecture name -> the value that turns them off.
 _OFF = {"expert_count": 0, "expert_used_count": 0, "attention.causal": True}
 
 _NAMES = {
@@ -75,7 +74,7 @@ _NAMES = {
 
 
 def hf_name(name: str) -> str:
-    """Hugging Face's name of a GGUF tensor; an unknown name is returned as it is."""
+    """Returns the Hugging Face name of a GGUF tensor; unknown names are returned unchanged."""
     match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
     if match is None or match[2] not in _NAMES:
         return name
@@ -84,11 +83,11 @@ def hf_name(name: str) -> str:
 
 
 class Gguf:
-    """An open GGUF file; a `tensors.TensorFiles` with a config and a tokenizer.
+    """An open GGUF file: a `tensor_files.TensorFiles` with a config and a tokenizer.
 
     Attributes:
-      path: the file.
-      hf_config: the equivalent ``config.json``, in the spelling that transformers 4 and 5 read.
+      path: path of the GGUF file.
+      hf_config: equivalent ``config.json``; both transformers 4 and 5 can read it.
 
     Raises:
       ValueError: if the file is damaged, or its architecture, metadata or types are not supported.
@@ -102,7 +101,7 @@ class Gguf:
             self._reader = GGUFReader(path)
         except (ValueError, IndexError, KeyError, OSError) as error:
             raise ValueError(
-                f"{path}: not a complete GGUF file ({error}); it has {path.stat().st_size} bytes: "
+                f"{path}: not a complete GGUF file ({error}); its {path.stat().st_size} bytes are "
                 "truncated or corrupt, download it again"
             ) from error
         self._tensors = {hf_name(t.name): t for t in self._reader.tensors}
@@ -111,20 +110,20 @@ class Gguf:
         self.hf_config = self._config()
 
     def meta(self, key: str, default: Any = None) -> Any:
-        """A value of the file's metadata; single-precision numbers by their shortest name."""
+        """Returns a metadata value; floats get the shortest decimal that rounds to them."""
         field = self._reader.fields.get(key)
         if field is None:
             return default
         value = field.contents()
-        # 1e-5 is stored in single precision and would come out as 9.99999974738e-06.
+        # 1e-5 is stored in single precision and would otherwise become 9.99999974738e-06.
         return float(str(np.float32(value))) if isinstance(value, float) else value
 
     @property
     def stored_dtype(self) -> str | None:
-        """The dtype that weights of this file are stored in by default.
+        """Default dtype of a model that is written from this file.
 
-        Quantised weights have few bits, so that bfloat16 holds them about as well as float32 does.
-        None: nothing is quantised, and weights stay as they are read.
+        A file with quantised weights gives bfloat16, which is precise enough for weights of few
+        bits. None means that no weight is quantised; weights keep the dtype of `read`.
         """
         kinds = {tensor.tensor_type.name for tensor in self._tensors.values()}
         return "bfloat16" if kinds - set(FLOATS) else None
@@ -136,7 +135,7 @@ class Gguf:
         return tuple(int(n) for n in reversed(self._tensors[name].shape))
 
     def dtype(self, name: str) -> np.dtype:
-        """Dtype of `read`, whatever the quantisation."""
+        """Returns float32, the dtype of `read` for every quantisation."""
         del name
         return np.dtype(np.float32)
 
@@ -144,12 +143,12 @@ class Gguf:
         return f"{self.path}: tensor {self._tensors[name].name}"
 
     def read(self, name: str) -> np.ndarray:
-        """Values of a tensor in float32, rotary pairs in Hugging Face's order."""
+        """Reads a tensor in float32, with rotary pairs in Hugging Face's order."""
         from gguf.quants import dequantize
 
         tensor = self._tensors[name]
-        # Read, not mapped: every slice of a memmap costs a Python call, which was half of the time,
-        # and its pages count as memory as long as the file is open.
+        # The file is read and not mapped: slicing a memmap calls Python, which took half of the
+        # time, and mapped pages count as memory until the file is closed.
         data, at = tensor.data, int(tensor.data_offset)
         stored = np.fromfile(self.path, data.dtype, data.size, offset=at).reshape(data.shape)
         rows = _longer_rows(stored)
@@ -164,7 +163,7 @@ class Gguf:
         return pairs.swapaxes(1, 2).reshape(values.shape)
 
     def tokenizer(self) -> Any:
-        """The tokenizer of the file, as a fast tokenizer of transformers."""
+        """Returns the file's tokenizer as a fast tokenizer of transformers."""
         from transformers import PreTrainedTokenizerFast
 
         tokenizer, config = read_tokenizer(self)
@@ -172,7 +171,7 @@ class Gguf:
         return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **config)
 
     def tokenizer_files(self, directory: Path) -> None:
-        """Writes ``tokenizer.json`` and ``tokenizer_config.json``, chat template included."""
+        """Writes ``tokenizer.json`` and ``tokenizer_config.json`` with the chat template."""
         tokenizer, config = read_tokenizer(self)
         tokenizer.save(str(directory / "tokenizer.json"))
         text = json.dumps(config, indent=2, ensure_ascii=False)
@@ -192,14 +191,14 @@ class Gguf:
         return config
 
     def _unsupported(self) -> list[str]:
-        """Architecture, byte order, parts, tensor types, metadata keys."""
+        """Lists problems: architecture, byte order, split files, metadata keys, tensor types."""
         name, problems = self._architecture, []
         if name not in ARCHITECTURES:
             return [f"architecture {name!r}; supported: {', '.join(ARCHITECTURES)}"]
         if self._reader.byte_order != "I":
-            problems.append("the byte order is not this machine's")
+            problems.append("the byte order is not this machine's; use gguf-convert-endian")
         if (parts := self.meta("split.count", 1)) > 1:
-            problems.append(f"part of a file split in {parts}; join them with gguf-split --merge")
+            problems.append(f"one of {parts} split files; join them with gguf-split --merge")
         known = {*_CONFIG_KEYS, *_ROPE_KEYS, *_NO_EFFECT, *_OFF}
         for key in self._reader.fields:
             short = key.removeprefix(f"{name}.")
@@ -218,16 +217,16 @@ class Gguf:
         return problems
 
     def _sizes(self, problems: list[str]) -> dict[str, Any]:
-        """The part of the config that holds no rotary embedding."""
+        """Returns all config keys except the rotary embedding."""
         config: dict[str, Any] = {
             "architectures": [ARCHITECTURES[self._architecture]],
             "model_type": self._architecture,
         }
         for short, key in _CONFIG_KEYS.items():
             value = self.meta(full := f"{self._architecture}.{short}")
-            if isinstance(value, list):  # one number a layer
+            if isinstance(value, list):  # one number per layer
                 if len(set(value)) != 1:
-                    problems.append(f"metadata {full} = {value}: differs between layers")
+                    problems.append(f"metadata {full} = {value}: expected one value for all layers")
                 value = value[0]
             if value is not None:
                 config[key.removeprefix("!")] = value
@@ -246,7 +245,7 @@ class Gguf:
         return config | {"dtype": "float32"}
 
     def _rope(self, config: dict[str, Any], problems: list[str]) -> dict[str, Any]:
-        """Keys ``rope_theta`` and ``rope_scaling``, which transformers 4 and 5 both read."""
+        """Returns ``rope_theta`` and ``rope_scaling``, which transformers 4 and 5 both read."""
 
         def get(short: str, default: Any = None) -> Any:
             return self.meta(f"{self._architecture}.{short}", default)
@@ -269,21 +268,22 @@ class Gguf:
             problems.append(f"metadata rope.scaling.type = {kind!r}: supported: none, linear, yarn")
         if self._factors is not None:
             if scaling is not None:
-                problems.append(f"rope_freqs.weight together with {kind} rotary scaling")
+                problems.append(f"both rope_freqs.weight and {kind} scaling: expected one of them")
             from gguf.quants import dequantize
 
             table = dequantize(self._factors.data, self._factors.tensor_type)
             length = get("rope.scaling.original_context_length", 8192)
             scaling = llama3_scaling(np.ravel(table), theta, head, length)
             if scaling is None:
-                problems.append("rope_freqs.weight: no parameters of Llama 3's scaling give it")
+                problems.append("rope_freqs.weight: expected a table of Llama 3's rotary scaling")
         return {"rope_theta": theta, "rope_scaling": scaling or None}
 
     @staticmethod
     def _yarn(factor: float, longest: int, get: Any, problems: list[str]) -> dict[str, Any]:
-        if get("rope.scaling.yarn_ext_factor", 1.0) not in (1.0, -1.0):  # -1: "the default", 1
-            problems.append("metadata rope.scaling.yarn_ext_factor: only 1 is supported")
-        # llama.cpp multiplies its own factor, 1 + log(factor) / 10, by this one.
+        ext = get("rope.scaling.yarn_ext_factor", 1.0)
+        if ext not in (1.0, -1.0):  # -1 means the default, 1
+            problems.append(f"metadata rope.scaling.yarn_ext_factor = {ext}: expected 1 or -1")
+        # llama.cpp multiplies this scale by 1 + log(factor) / 10.
         scale = get("rope.scaling.yarn_attn_factor", get("rope.scaling.attn_factor", 1.0))
         return {
             "rope_type": "yarn",
@@ -298,8 +298,8 @@ class Gguf:
 
 
 def _longer_rows(data: np.ndarray) -> np.ndarray:
-    """Stored rows joined to some of about `ROW_BYTES`: gguf dequantises 16 rows per Python call."""
-    if data.ndim < 2 or not data.size:  # a vector's bytes may not be cut inside a block
+    """Joins stored rows into rows of about `ROW_BYTES`; gguf dequantises 16 rows per call."""
+    if data.ndim < 2 or not data.size:  # a vector must not be cut inside a quantisation block
         return data
     data = data.reshape(-1, data.shape[-1])
     rows, width = len(data), data.shape[1] * data.itemsize
@@ -310,20 +310,20 @@ def _longer_rows(data: np.ndarray) -> np.ndarray:
 def llama3_scaling(
     divisors: Float[np.ndarray, " half"], theta: float, head_size: int, length: int
 ) -> dict[str, Any] | None:
-    """Parameters of Llama 3's rotary scaling from its table of divisors.
+    """Recovers the parameters of Llama 3's rotary scaling from its table of divisors.
 
-    The published parameters are tried first. Else those of the ramp are fitted: the kept share of
-    a frequency is affine in its turns over the original length, ``(turns - low) / (high - low)``,
-    in which length, low and high have a common factor, so low is set to 1.
+    The published parameters are tried first, then the parameters of the ramp are fitted: the kept
+    fraction of a frequency is ``(turns - low) / (high - low)``, with its number of turns over the
+    original length. A common factor of length, low and high cancels, so low is set to 1.
 
     Args:
-      divisors: ``[head_size / 2]``, what each frequency is divided by.
-      theta: base of the frequencies.
-      head_size: width of a head.
-      length: original length to try.
+      divisors: divisor of every rotary frequency, ``[head_size / 2]``.
+      theta: base of the rotary frequencies.
+      head_size: number of columns of a head.
+      length: original context length to try first, in tokens.
 
     Returns:
-      The dict for ``rope_scaling``; empty if there is no scaling, None if nothing fits.
+      The dict for ``rope_scaling``; an empty dict if all divisors are 1, None if no parameters fit.
     """
     factor = float(divisors.max())
     if np.allclose(divisors, 1.0):

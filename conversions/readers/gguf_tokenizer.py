@@ -1,6 +1,6 @@
-"""The tokenizer that a GGUF file carries, rebuilt with the `tokenizers` package.
+"""Rebuilds the tokenizer of a GGUF file with the ``tokenizers`` package.
 
-A GGUF file names its pre-tokenizer instead of describing it; the regular expressions are here.
+A GGUF file only names its pre-tokenizer; `PRE_TOKENIZERS` holds the regular expressions.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# Value of tokenizer.ggml.pre -> regular expressions applied one after the other, each of which
-# splits what it matches from what it does not. "gpt-2" and "smollm": GPT-2's expression comes with
-# ByteLevel. "default" is llama.cpp's own; the others are those of the models' tokenizer.json.
+# Value of tokenizer.ggml.pre -> regular expressions, applied one after the other. Each splits the
+# text into matches and the rest. "gpt-2" and "smollm" use GPT-2's expression (as in ByteLevel),
+# "default" is llama.cpp's, and the others come from the models' tokenizer.json.
 PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
     "gpt-2": (_WORDS + r"|\s+",),
     "smollm": (r"\p{N}", _WORDS + r"|\s+"),
@@ -27,10 +27,13 @@ _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # values of tokenizer.ggml.token_ty
 
 
 def read_tokenizer(file: Gguf) -> tuple[Any, dict[str, Any]]:
-    """The tokenizer of a GGUF file and its ``tokenizer_config.json``.
+    """Rebuilds the tokenizer of a GGUF file.
+
+    Returns:
+      The tokenizer, and the content of its ``tokenizer_config.json``.
 
     Raises:
-      ValueError: if its kind or pre-tokenizer is not known, or its vocabulary is damaged.
+      ValueError: if the kind or the pre-tokenizer is not supported, or the vocabulary is damaged.
     """
     from tokenizers import AddedToken, processors
 
@@ -41,8 +44,8 @@ def read_tokenizer(file: Gguf) -> tuple[Any, dict[str, Any]]:
         raise ValueError(f"{file.path}: tokenizer of kind {kind!r}; supported: {', '.join(_KINDS)}")
     if len(set(tokens)) != len(tokens) or len(types) != len(tokens):
         raise ValueError(
-            f"{file.path}: {len(tokens)} tokens, {len(set(tokens))} of them different, "
-            f"{len(types)} token types; expected equal numbers"
+            f"{file.path}: damaged vocabulary: {len(tokens)} tokens, {len(set(tokens))} of them "
+            f"different, {len(types)} token types; expected three equal numbers"
         )
     tokenizer, bos_default = _KINDS[kind](file, tokens)
     pairs = list(zip(tokens, types, strict=True))
@@ -75,17 +78,18 @@ def read_tokenizer(file: Gguf) -> tuple[Any, dict[str, Any]]:
 
 
 def _byte_level(file: Gguf, tokens: list[str]) -> tuple[Any, bool]:
-    """Byte-level BPE (kind "gpt2"); also whether a BOS is added by default."""
+    """Builds a byte-level BPE (kind "gpt2"); also returns whether it adds a BOS by default."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     pre = file.meta("tokenizer.ggml.pre")
     if pre not in PRE_TOKENIZERS:
         raise ValueError(
             f"{file.path}: pre-tokenizer {pre!r} (tokenizer.ggml.pre) is not known; known: "
-            f"{', '.join(PRE_TOKENIZERS)}. Another one would give other token ids"
+            f"{', '.join(PRE_TOKENIZERS)}. Another one would give other token ids; open the "
+            "model's Hugging Face directory instead"
         )
     llama3 = pre == "llama-bpe"
-    # The first part of a merge may itself be a space in old files, never the empty string.
+    # The first token of a merge is never empty, but in old files it may be a space: search from 1.
     merges = [
         (m[: (at := m.index(" ", 1))], m[at + 1 :]) for m in file.meta("tokenizer.ggml.merges")
     ]
@@ -101,16 +105,18 @@ def _byte_level(file: Gguf, tokens: list[str]) -> tuple[Any, bool]:
 
 
 def _sentence_piece(file: Gguf, tokens: list[str]) -> tuple[Any, bool]:
-    """SentencePiece's BPE with byte fallback (kind "llama"); also the default for BOS.
+    """Builds SentencePiece's BPE with byte fallback (kind "llama"), which adds a BOS by default.
 
-    SentencePiece merges the neighbours whose union has the highest score, so the merges in order
-    are all ways to cut a token in two tokens, by falling score of the token.
+    SentencePiece merges the two neighbours whose union has the highest score. So the list of merges
+    is every split of a token into two tokens, sorted by falling score of the token.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     scores = file.meta("tokenizer.ggml.scores")
     if scores is None:
-        raise ValueError(f"{file.path}: a llama tokenizer without tokenizer.ggml.scores")
+        raise ValueError(
+            f"{file.path}: a tokenizer of kind llama needs tokenizer.ggml.scores, which is missing"
+        )
     vocab = {token: i for i, token in enumerate(tokens)}
     cuts = (
         (-scores[i], vocab[token[:at]], vocab[token[at:]], token[:at], token[at:])

@@ -1,4 +1,4 @@
-"""Tensor files of a checkpoint directory: safetensors, or torch's ``pytorch_model.bin``."""
+"""Tensor files of a checkpoint directory: safetensors or torch's ``pytorch_model.bin``."""
 
 from __future__ import annotations
 
@@ -16,38 +16,39 @@ import numpy as np
 from lordjax.storage.saved_model import header
 
 BFLOAT16 = np.dtype(jnp.bfloat16)
-PAGES = 2**24  # bytes of all files that may stay mapped after they were read
+PAGES = 2**24  # most bytes of mapped pages that reading may leave in memory
 
 
 class TensorFiles(Protocol):
-    """Where tensors are read from; names are those of Hugging Face."""
+    """Interface of a tensor reader; tensors have their Hugging Face names."""
 
     def names(self) -> Iterable[str]:
-        """Names of all tensors."""
+        """Returns the names of all tensors."""
         ...
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, without reading its values."""
+        """Returns the shape of a tensor, without reading its values."""
         ...
 
     def dtype(self, name: str) -> np.dtype:
-        """Dtype of a tensor, without reading its values."""
+        """Returns the dtype of a tensor, without reading its values."""
         ...
 
     def read(self, name: str) -> np.ndarray:
-        """Values of a tensor, in the stored dtype."""
+        """Reads the values of a tensor, in the dtype of the file."""
         ...
 
     def where(self, name: str) -> str:
-        """How error messages call a tensor: file and name."""
+        """Returns the file and name of a tensor, for error messages."""
         ...
 
 
 class _Mapped(abc.ABC):
-    """Files whose tensors are mapped into memory.
+    """Reader that maps its files into memory.
 
-    Pages that were read count as memory until their mapping goes, so it is made anew once there are
-    more than `PAGES` bytes of them. No values are views of a mapping, which would hold it.
+    The pages that were read count as memory until the file is unmapped. So the files are mapped
+    again as soon as more than `PAGES` bytes were read. Returned values are copies, because a view
+    would keep the old mapping alive.
     """
 
     def __init__(self, files: list[Path]):
@@ -56,31 +57,31 @@ class _Mapped(abc.ABC):
         self._file: dict[str, Path] = {}
         for file, handle in self._handle.items():
             self._file |= dict.fromkeys(handle.keys(), file)
-        self._pages: Counter[Path] = Counter()  # bytes of a mapping that were read
+        self._pages: Counter[Path] = Counter()  # bytes read since the file was mapped
 
     @abc.abstractmethod
     def _open(self, file: Path) -> Any:
-        """Tensors by name."""
+        """Opens a file as a mapping from names to tensors."""
 
     def _maps(self, file: Path) -> bool:
-        """Whether it is mapped at all, and not in memory as a whole."""
+        """Returns whether the file can be mapped; otherwise it is loaded as a whole."""
         del file
         return True
 
     @abc.abstractmethod
     def _values(self, name: str) -> np.ndarray:
-        """Values of a tensor, in the stored dtype."""
+        """Reads the values of a tensor, in the dtype of the file."""
 
     def _tensors(self, name: str) -> Any:
-        """What `_open` gave for the file of a tensor."""
+        """Returns the open file that holds a tensor."""
         return self._handle[self._file[name]]
 
     def names(self) -> Iterable[str]:
-        """Names of all tensors."""
+        """Returns the names of all tensors."""
         return self._file.keys()
 
     def read(self, name: str) -> np.ndarray:
-        """Values of a tensor, in the stored dtype."""
+        """Reads the values of a tensor, in the dtype of the file."""
         values = self._values(name)
         if self._file[name] in self._mapped:
             self._pages[self._file[name]] += values.nbytes
@@ -90,7 +91,7 @@ class _Mapped(abc.ABC):
         return values
 
     def where(self, name: str) -> str:
-        """How error messages call a tensor: file and name."""
+        """Returns the file and name of a tensor, for error messages."""
         return f"{self._file[name]}: tensor {name}"
 
 
@@ -104,8 +105,8 @@ class Safetensors(_Mapped):
             return safe_open(file, framework="numpy")
         except SafetensorError as error:
             raise ValueError(
-                f"{file}: not a complete safetensors file ({error}); it has "
-                f"{file.stat().st_size} bytes: truncated or corrupt, download it again"
+                f"{file}: not a complete safetensors file ({error}); its "
+                f"{file.stat().st_size} bytes are truncated or corrupt, download it again"
             ) from error
 
     def _values(self, name: str) -> np.ndarray:
@@ -119,7 +120,10 @@ class Safetensors(_Mapped):
 
 
 class TorchBin(_Mapped):
-    """One or several ``pytorch_model.bin`` files; needs torch, and runs no pickled code."""
+    """One or several ``pytorch_model.bin`` files.
+
+    Reading needs torch. Files are loaded with ``weights_only=True``, so no pickled code runs.
+    """
 
     def _open(self, file: Path) -> Any:
         try:
@@ -133,14 +137,17 @@ class TorchBin(_Mapped):
             mapped = file in self._mapped
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
             return {name: tensor.detach() for name, tensor in state.items()}
-        except Exception as error:  # torch raises whatever the damage provokes
+        except Exception as error:  # the exception type depends on the damage
             raise ValueError(
-                f"{file}: torch cannot load it as plain tensors ({_first_line(error)});"
-                " truncated, corrupt, or it holds more than tensors"
+                f"{file}: torch cannot load it as plain tensors ({_first_line(error)}). The file "
+                "is truncated or corrupt, or holds other objects; download it again, or save the "
+                "model as safetensors"
             ) from error
 
     def _maps(self, file: Path) -> bool:
-        return zipfile.is_zipfile(file)  # those of torch < 1.6 cannot be
+        return zipfile.is_zipfile(
+            file
+        )  # files of torch < 1.6 are no zip files and cannot be mapped
 
     def _values(self, name: str) -> np.ndarray:
         import torch
@@ -158,12 +165,18 @@ class TorchBin(_Mapped):
 
 
 def _first_line(error: Exception) -> str:
-    """An exception in a line; its kind if it says nothing."""
+    """Returns the first line of an exception's message, or its type if it has no message."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def open_directory(path: Path) -> TensorFiles:
-    """The tensors of a directory, with transformers' order of preference."""
+    """Opens the tensor files of a directory, in transformers' order of preference.
+
+    Raises:
+      FileNotFoundError: if the directory has no weights, or a shard is missing.
+      ValueError: if a file is damaged.
+      ImportError: if the weights are torch files and torch is not installed.
+    """
     for name, reader in (("model.safetensors", Safetensors), ("pytorch_model.bin", TorchBin)):
         if (path / name).exists():
             return reader([path / name])
@@ -178,21 +191,29 @@ def open_directory(path: Path) -> TensorFiles:
 def _shards(index: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index}: expected a key weight_map: tensor name -> file name")
+        raise ValueError(
+            f"{index}: expected a key weight_map, an object from tensor names to file names, found "
+            f"{weight_map!r}; download the index again"
+        )
     files = [index.parent / name for name in sorted(set(weight_map.values()))]
     if missing := [file.name for file in files if not file.exists()]:
         raise FileNotFoundError(
-            f"{index}: {len(missing)} of {len(files)} shards are not there: {', '.join(missing)}"
+            f"{index}: {len(missing)} of {len(files)} shards are missing: {', '.join(missing)}; "
+            "download them into the same directory"
         )
     return files
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; an error names the file."""
+    """Reads the object in a JSON file.
+
+    Raises:
+      ValueError: if the content is not a JSON object; the message names the file.
+    """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file}: not JSON ({error})") from error
+        raise ValueError(f"{file}: not JSON ({error}); is the file complete?") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file}: expected a JSON object, found a {type(content).__name__}")
     return content

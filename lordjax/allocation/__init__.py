@@ -1,1 +1,1 @@
-"""Which rank or format every site gets under one budget: error curves in, a plan out."""
+"""Allocation of ranks and formats to sites under one budget: error curves in, a plan out."""

@@ -1,7 +1,7 @@
-"""What a matrix may become, and the tables of it that a budget chooses from.
+"""Candidates for a matrix, and the tables of candidates that a budget chooses from.
 
-An `Option` is a format of codes or none, and a rank or none; so dense, low rank, codes, and codes
-with a product are one problem.
+A `Candidate` is a quantization format or none, and a rank or none. So dense, low rank, quantized,
+and quantized with a low-rank term are one problem.
 """
 
 from __future__ import annotations
@@ -16,36 +16,38 @@ from lordjax.kernels import normal_float
 
 
 @dataclasses.dataclass(frozen=True)
-class Kind:
-    """One row of `QUANTIZERS`.
+class QuantizationMethod:
+    """A quantization method: one row of `QUANTIZERS`.
 
     Attributes:
       summary: one line for tables and ``--help``.
-      weighting: the default key of `WEIGHTINGS`.
-      rank: the default rank of the products; None: there are none.
-      all_in: a budget counts products too, and the solver chooses ranks.
-      factors: default format of the products' factors; None: 16 bits.
+      weighting: default weighting of errors, a key of `WEIGHTINGS`.
+      rank: default rank of the low-rank terms; None: there are none.
+      counts_low_rank: whether a budget counts low-rank terms; then the solver chooses their ranks.
+      factors: default format of the low-rank factors; None: 16 bits.
     """
 
     summary: str
     weighting: str
     rank: int | None = None
-    all_in: bool = False
+    counts_low_rank: bool = False
     factors: str | None = None
 
 
-QUANTIZERS: dict[str, Kind] = {
-    "nf": Kind("NormalFloat codes, format chosen per matrix", "none"),
-    "lq": Kind("LQ-LoRA: codes and a product of one rank on top", "none", rank=32),
-    "auto": Kind(
-        "dense, low rank, codes or both, chosen per matrix under one budget",
+QUANTIZERS: dict[str, QuantizationMethod] = {
+    "nf": QuantizationMethod("NormalFloat, format chosen per matrix", "none"),
+    "lq": QuantizationMethod(
+        "LQ-LoRA: quantized weights plus a low-rank term of one rank", "none", rank=32
+    ),
+    "auto": QuantizationMethod(
+        "dense, low rank, quantized or both, chosen per matrix under one budget",
         "both",
-        all_in=True,
+        counts_low_rank=True,
         factors="nf8-8-bfloat16-64-256",
     ),
 }
 
-# Formats that a budget may mix: what the published grid offers, without near duplicates.
+# Formats that a budget may mix: those of the published grid, without near duplicates.
 FORMATS = (
     *(
         normal_float.Format(b, 4, "bfloat16", block, 256)
@@ -54,17 +56,17 @@ FORMATS = (
     ),
     normal_float.Format(8, 8, "bfloat16", 64, 256),
 )
-RANKS = (4, 8, 16, 24, 32, 48, 64)  # on top of codes, where the solver chooses
-LOW_RANK_ONLY_RANKS = (64, 128, 192, 256)  # without codes
+RANKS = (4, 8, 16, 24, 32, 48, 64)  # beside quantized weights, where the solver chooses the rank
+LOW_RANK_ONLY_RANKS = (64, 128, 192, 256)  # without quantized weights
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """What one matrix may become.
+    """One way to store a matrix; neither a format nor a rank means dense.
 
     Attributes:
-      form: of its codes; None: it has none.
-      rank: of its product; None: it has none. Neither: it stays dense.
+      form: quantization format; None: the matrix has no quantized weights.
+      rank: rank of the low-rank term; None: the matrix has none.
     """
 
     form: normal_float.Format | None
@@ -72,77 +74,77 @@ class Candidate:
 
 
 def candidate_bytes(
-    option: Candidate,
+    candidate: Candidate,
     shape: tuple[int, ...],
     itemsize: int,
     factors: normal_float.Format | None,
     *,
-    products: bool = True,
+    low_rank: bool = True,
 ) -> int:
-    """Bytes of a matrix ``[in, out]`` as an option says.
+    """Returns the bytes of a matrix that is stored as a candidate.
 
     Args:
-      option: what it becomes.
-      shape: of it.
-      itemsize: bytes of a number that is no code.
-      factors: format of a product's factors; None: they are no codes.
-      products: whether a product counts.
+      candidate: how the matrix is stored.
+      shape: ``(in, out)`` of the matrix.
+      itemsize: bytes of a number that is not quantized.
+      factors: format of the low-rank factors; None: they are not quantized.
+      low_rank: whether the low-rank term counts.
     """
     fan_in, fan_out = shape
-    if option == Candidate(None, None):
+    if candidate == Candidate(None, None):
         return fan_in * fan_out * itemsize
-    codes = 0 if option.form is None else option.form.nbytes(fan_in * fan_out)
-    if option.rank is None or not products:
-        return codes
-    counts = (fan_in * option.rank, option.rank * fan_out)
-    return codes + sum(n * itemsize if factors is None else factors.nbytes(n) for n in counts)
+    quantized = 0 if candidate.form is None else candidate.form.nbytes(fan_in * fan_out)
+    if candidate.rank is None or not low_rank:
+        return quantized
+    counts = (fan_in * candidate.rank, candidate.rank * fan_out)
+    return quantized + sum(n * itemsize if factors is None else factors.nbytes(n) for n in counts)
 
 
 def ranks_tried(
     method: str, rank: int | None, shape: tuple[int, ...]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Ranks that a matrix's table holds: on top of codes (0: none), and without codes."""
-    all_in = QUANTIZERS[method].all_in
-    above = (0, *RANKS) if all_in else (rank or 0,)
-    alone = LOW_RANK_ONLY_RANKS if all_in else ()
-    return tuple(r for r in above if r < min(shape)), tuple(r for r in alone if r < min(shape))
+    """Returns the ranks in a matrix's table: with quantized weights (0: no rank), and without."""
+    chosen = QUANTIZERS[method].counts_low_rank
+    beside = (0, *RANKS) if chosen else (rank or 0,)
+    only = LOW_RANK_ONLY_RANKS if chosen else ()
+    return tuple(r for r in beside if r < min(shape)), tuple(r for r in only if r < min(shape))
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """What one matrix may become, by rising size.
+    """The candidates of one matrix, by rising size.
 
     Attributes:
-      options: of the matrix.
+      candidates: ways to store the matrix.
       sizes: ``[n]`` bytes that a budget counts.
-      errors: ``[n]`` predicted.
+      errors: ``[n]`` predicted errors.
     """
 
-    options: list[Candidate]
+    candidates: list[Candidate]
     sizes: np.ndarray
     errors: np.ndarray
 
     @classmethod
-    def of(cls, rows: Iterable[tuple[int, float, Candidate]]) -> Table:
-        """Of (size, error, option), without options that another one beats in both."""
+    def pareto(cls, rows: Iterable[tuple[int, float, Candidate]]) -> Table:
+        """Returns the Pareto front of (size, error, candidate): none is beaten in both numbers."""
         best: list[tuple[int, float, Candidate]] = []
-        for size, error, option in sorted(rows, key=lambda each: each[:2]):
+        for size, error, candidate in sorted(rows, key=lambda each: each[:2]):
             if not best or error < best[-1][1]:
-                best.append((size, error, option))
+                best.append((size, error, candidate))
         sizes, errors = (np.array([each[k] for each in best], float) for k in range(2))
-        return cls([option for _, _, option in best], sizes, errors)
+        return cls([candidate for _, _, candidate in best], sizes, errors)
 
     def rows(self) -> list[list[Any]]:
-        """The table as JSON."""
-        forms = [None if option.form is None else str(option.form) for option in self.options]
-        ranks = [option.rank for option in self.options]
+        """Returns the table as JSON: a list ``[size, error, format, rank]`` per candidate."""
+        forms = [None if each.form is None else str(each.form) for each in self.candidates]
+        ranks = [each.rank for each in self.candidates]
         columns = self.sizes.tolist(), self.errors.tolist(), forms, ranks
         return [list(row) for row in zip(*columns, strict=True)]
 
     @classmethod
     def parse(cls, rows: Iterable[Sequence[Any]]) -> Table:
-        """Inverse of `rows`."""
-        return cls.of(
+        """Returns the table that `rows` wrote."""
+        return cls.pareto(
             (
                 size,
                 error,

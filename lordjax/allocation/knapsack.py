@@ -1,9 +1,9 @@
-"""A multiple-choice knapsack: one option per item, least total error, one budget.
+"""Solvers of the multiple-choice knapsack: one candidate per item, least total error, one budget.
 
-`choose` solves its Lagrangian dual by bisection: at a price μ every item takes the option of least
-``error + μ·cost`` on its own, and the dual value is a lower bound on the error of *any* choice, so
-the gap to the optimum is known (theory/lord_rom §6, item 10). `choose_exactly` is an integer
-programme.
+`choose` solves the Lagrangian dual by bisection. At a multiplier μ every item takes the candidate
+of least ``error + μ·cost`` on its own. The dual value is a lower bound on the error of *any*
+choice, so the gap to the optimum is known (theory/lord_rom §6, item 10). `choose_exactly` solves an
+integer program.
 """
 
 from __future__ import annotations
@@ -18,7 +18,13 @@ import scipy.sparse
 
 @dataclasses.dataclass(frozen=True)
 class Choices:
-    """Chosen option of every item, the total error, and a lower bound on it."""
+    """A solution of the knapsack.
+
+    Attributes:
+      index: ``[items]`` index of the chosen candidate of every item.
+      error: total error of the choice.
+      bound: lower bound on the total error of any choice within the budget.
+    """
 
     index: np.ndarray
     error: float
@@ -26,20 +32,23 @@ class Choices:
 
     @property
     def gap(self) -> float:
-        """``(error - bound) / error``; 0 for an optimum."""
+        """Relative optimality gap ``(error - bound) / error``; 0 for an optimum."""
         return 0.0 if self.error <= 0 else max(0.0, (self.error - self.bound) / self.error)
 
 
 def choose(costs: list[np.ndarray], errors: list[np.ndarray], budget: float) -> Choices:
-    """Picks one option per item: least Σ error with Σ cost ≤ budget, up to the returned gap.
+    """Picks one candidate per item: least Σ error with Σ cost ≤ budget, up to the returned gap.
 
     Args:
-      costs: per item, the costs of its options, ``[n_i]``, rising.
-      errors: per item, the errors of its options, ``[n_i]``.
-      budget: most total cost.
+      costs: per item ``[n_i]`` costs of its candidates, rising.
+      errors: per item ``[n_i]`` errors of its candidates.
+      budget: largest total cost.
+
+    Returns:
+      The choice, its error and a lower bound.
 
     Raises:
-      ValueError: if even the cheapest options exceed the budget.
+      ValueError: if even the cheapest candidates exceed the budget.
     """
     least = sum(c[0] for c in costs)
     if least > budget:
@@ -48,9 +57,10 @@ def choose(costs: list[np.ndarray], errors: list[np.ndarray], budget: float) -> 
             "ask for a larger keep"
         )
 
-    def at(price: float) -> np.ndarray:
-        # Ties go to the cheaper option: argmin takes the first.
-        return np.array([int(np.argmin(e + price * c)) for c, e in zip(costs, errors, strict=True)])
+    def at(multiplier: float) -> np.ndarray:
+        # Ties go to the cheaper candidate: argmin takes the first.
+        values = [e + multiplier * c for c, e in zip(costs, errors, strict=True)]
+        return np.array([int(np.argmin(value)) for value in values])
 
     def total(values: list[np.ndarray], index: np.ndarray) -> float:
         return float(sum(v[i] for v, i in zip(values, index, strict=True)))
@@ -65,11 +75,11 @@ def choose(costs: list[np.ndarray], errors: list[np.ndarray], budget: float) -> 
             break
     bound = -np.inf
     for _ in range(100):
-        price = (low + high) / 2
-        index = at(price)
+        multiplier = (low + high) / 2
+        index = at(multiplier)
         spent = total(costs, index)
-        bound = max(bound, total(errors, index) + price * (spent - budget))
-        low, high = (price, high) if spent > budget else (low, price)
+        bound = max(bound, total(errors, index) + multiplier * (spent - budget))
+        low, high = (multiplier, high) if spent > budget else (low, multiplier)
     index = fill(costs, errors, budget, at(high))
     return Choices(index, total(errors, index), bound)
 
@@ -77,13 +87,24 @@ def choose(costs: list[np.ndarray], errors: list[np.ndarray], budget: float) -> 
 def choose_exactly(
     costs: list[np.ndarray], errors: list[np.ndarray], budget: float, gap: float = 1e-4
 ) -> Choices:
-    """`choose` by integer programming (HiGHS): an optimum up to a relative ``gap``, and slower.
+    """Picks one candidate per item by integer programming (HiGHS); slower than `choose`.
 
-    Options that another of the same item beats in cost and error are left out beforehand.
-    Arguments and errors as for `choose`.
+    Candidates that another one of the same item beats in cost and error are removed beforehand.
+
+    Args:
+      costs: see `choose`.
+      errors: see `choose`.
+      budget: see `choose`.
+      gap: relative optimality gap at which the solver stops.
+
+    Returns:
+      The choice, its error and a lower bound.
+
+    Raises:
+      ValueError: if even the cheapest candidates exceed the budget, or the solver fails.
     """
-    start = choose(costs, errors, budget)  # its error scales the problem, its plan is a fallback
-    if start.gap == 0:  # an optimum, perhaps of error 0, which is no scale
+    start = choose(costs, errors, budget)  # its error scales the problem; its choice is a fallback
+    if start.gap == 0:  # an optimum; its error may be 0, which cannot scale anything
         return start
     unit = start.error
     kept = [_undominated(c, e) for c, e in zip(costs, errors, strict=True)]
@@ -102,8 +123,10 @@ def choose_exactly(
         options={"mip_rel_gap": gap},
     )
     if found.x is None:
-        raise ValueError(f"the integer programme was not solved: {found.message}")
-    # Solutions are integral up to a tolerance only: the largest of each item is the one.
+        raise ValueError(
+            f"the integer program was not solved: {found.message}; use solver 'bisection'"
+        )
+    # Solutions are integral only up to a tolerance: take the largest entry of each item.
     index = np.array([k[np.argmax(found.x[items == i])] for i, k in enumerate(kept)])
     total, spent = (
         float(sum(v[i] for v, i in zip(values, index, strict=True))) for values in (errors, costs)
@@ -111,11 +134,11 @@ def choose_exactly(
     bound = max(start.bound, float(found.mip_dual_bound) * unit)
     if spent > budget or total > start.error:
         index, total = start.index, start.error
-    return Choices(index, total, min(bound, total))  # HiGHS' bound is exact up to a tolerance only
+    return Choices(index, total, min(bound, total))  # HiGHS's bound is exact only up to a tolerance
 
 
 def _undominated(costs: np.ndarray, errors: np.ndarray) -> np.ndarray:
-    """Indices, by rising cost, of options that no other beats in both."""
+    """Returns the indices, by rising cost, of candidates that no other one beats in both."""
     order = np.lexsort((errors, costs))
     least = np.minimum.accumulate(errors[order])
     return order[np.concatenate([[True], errors[order][1:] < least[:-1]])]
@@ -124,26 +147,36 @@ def _undominated(costs: np.ndarray, errors: np.ndarray) -> np.ndarray:
 def fill(
     costs: list[np.ndarray], errors: list[np.ndarray], budget: float, index: np.ndarray
 ) -> np.ndarray:
-    """Spends what is left of the budget on the upgrades that gain most error per cost."""
+    """Spends the rest of the budget on the upgrades that save the most error per cost.
+
+    Args:
+      costs: see `choose`.
+      errors: see `choose`.
+      budget: see `choose`.
+      index: ``[items]`` choice to start from; it fits the budget.
+
+    Returns:
+      ``[items]`` index of the chosen candidate of every item.
+    """
     index = index.copy()
     left = budget - sum(c[i] for c, i in zip(costs, index, strict=True))
     while True:
         best = (0.0, -1, -1)
         for item, (c, e) in enumerate(zip(costs, errors, strict=True)):
-            gain, price = e[index[item]] - e, c - c[index[item]]
-            rate = np.where((price > 0) & (price <= left) & (gain > 0), gain, 0.0)
-            rate = rate / np.maximum(price, 1.0)
-            option = int(np.argmax(rate))
-            if rate[option] > best[0]:
-                best = (float(rate[option]), item, option)
-        rate, item, option = best
+            gain, extra = e[index[item]] - e, c - c[index[item]]
+            rate = np.where((extra > 0) & (extra <= left) & (gain > 0), gain, 0.0)
+            rate = rate / np.maximum(extra, 1.0)
+            upgrade = int(np.argmax(rate))
+            if rate[upgrade] > best[0]:
+                best = (float(rate[upgrade]), item, upgrade)
+        rate, item, upgrade = best
         if item < 0:
             return index
-        left -= costs[item][option] - costs[item][index[item]]
-        index[item] = option
+        left -= costs[item][upgrade] - costs[item][index[item]]
+        index[item] = upgrade
 
 
 Solver = Callable[[list[np.ndarray], list[np.ndarray], float], Choices]
 
-# How one option per item is chosen: by bisection of a price, or by integer programming.
+# How one candidate per item is chosen: by bisection of a multiplier, or by integer programming.
 SOLVERS: dict[str, Solver] = {"bisection": choose, "milp": choose_exactly}

@@ -1,4 +1,4 @@
-"""A plan: which rank and which codes every site gets. Data, readable and editable as JSON."""
+"""A plan: the rank and the quantization format of every site, readable and editable as JSON."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from lordjax.kernels import normal_float
 
 @dataclasses.dataclass(frozen=True)
 class SiteSize:
-    """How many linear weights a site has at a rank.
+    """The number of linear weights of a site as a function of its rank.
 
     Attributes:
-      dense: when left as it is.
-      unit: per rank.
-      bias: of the bias that corrects its output, in methods that have one.
-      moved: of a bias that appears when it is compressed, whatever the method.
+      dense: number of weights when the site stays dense.
+      unit: number of weights per unit of rank.
+      bias: length of the bias that corrects the site's output, in methods that have one.
+      moved: length of a bias that appears when the site is compressed, whatever the method.
       step: ranks are multiples of this (2 where rotary pairs stay together).
-      tiles: policies that optimise offer multiples of this many tiles, where that leaves enough
-        options (`allocation.FINE`): wide sites need no finer choice.
+      tiles: policies that optimize offer multiples of this many tiles if that leaves enough
+        candidates (`curves.FINE`): wide sites need no finer choice.
     """
 
     dense: int
@@ -34,39 +34,40 @@ class SiteSize:
 
     @classmethod
     def matrix(cls, fan_in: int, fan_out: int) -> SiteSize:
-        """Of a factor pair in place of a matrix."""
+        """Returns the size of a matrix that a factor pair may replace."""
         return cls(fan_in * fan_out, fan_in + fan_out, fan_out)
 
     @property
     def limit(self) -> float:
-        """Rank at which the site is as large as dense (break-even), or is dense (full width)."""
+        """Rank at which the site saves nothing: break-even of a matrix, full width of a module."""
         return self.dense / self.unit
 
     @property
     def fixed(self) -> bool:
-        """Whether no rank saves weights."""
+        """Whether no rank saves weights, so that the site stays dense."""
         return self.limit <= 1
 
     def weights(self, rank: int | None) -> int:
-        """Weights at a rank (None = dense)."""
+        """Returns the number of weights at a rank; None means dense."""
         return self.dense if rank is None else rank * self.unit
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Ranks by site path.
+    """What a compression does to every site of a model.
 
     Attributes:
-      method: a key of `METHODS`.
-      ranks: site path -> rank (width, for a module), or None to leave the site as it is.
-      keep: the share of block linear weights that was asked for, in (0, 1], if one was.
-      policy: a key of `allocation.POLICIES`, or ``given`` where ranks were.
-      gap: relative distance of the plan's predicted error from a lower bound on that of any
-        plan within the budget; None for policies that do not optimise.
-      temperature: of ``block-influence``.
-      formats: site path -> `nf.Format` of its codes, as text; sites without codes are absent.
-      factors: format of the codes of all factor pairs; None: they are arrays.
-      bits: the average per block weight that was asked for, in place of ``keep``.
+      method: a key of `METHODS` or `QUANTIZERS`.
+      ranks: site path -> rank (kept width, for a module); None leaves the site as it is.
+      keep: requested fraction of the block linear weights, in (0, 1]; None if none was requested.
+      policy: a key of `POLICIES`, a solver of `knapsack.SOLVERS`, ``uniform``, or ``given`` where
+        the caller gave the ranks.
+      gap: relative distance of the plan's predicted error from a lower bound on the error of any
+        plan within the budget; None for policies that do not optimize.
+      temperature: temperature of policy ``block-influence``; None for other policies.
+      formats: site path -> `normal_float.Format` as text; sites that are not quantized are absent.
+      factors: quantization format of all factor pairs; None: the factors are plain arrays.
+      bits: requested average bits per block weight; None if ``keep`` was requested.
     """
 
     method: str
@@ -80,24 +81,24 @@ class Plan:
     bits: float | None = None
 
     def weights(self, sizes: Mapping[str, SiteSize]) -> int:
-        """Number of linear weights after the plan, factor pairs counted in full.
+        """Returns the number of linear weights after the plan, both factors of a pair counted.
 
-        Biases are no linear weights and are not counted, before or after; `allocation` does charge
-        a method's new biases to the budget.
+        Biases are not counted, neither before nor after the plan. `allocate` does charge a method's
+        new biases to the budget.
         """
         return sum(sizes[path].weights(rank) for path, rank in self.ranks.items())
 
     def write(self, path: Path) -> None:
-        """Writes the plan as JSON."""
+        """Writes the plan to a file as JSON."""
         path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> Plan:
-        """Reads a plan.
+        """Returns the plan in a JSON file.
 
         Raises:
-          ValueError: if the file is not a plan; names the file and, of an edited plan, the sites
-            whose rank is neither a whole number from 1 on nor null.
+          ValueError: if the file is not a plan, or a rank is neither null nor a whole number of at
+            least 1; names the file and the sites.
         """
         try:
             plan = cls(**json.loads(path.read_text()))
@@ -107,7 +108,9 @@ class Plan:
         except (TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path}: not a plan ({error})") from error
         if bad:
-            raise ValueError(f"{path}: ranks must be whole numbers from 1 on or null, got {bad}")
+            raise ValueError(
+                f"{path}: ranks must be whole numbers of at least 1, or null for dense, got {bad}"
+            )
         return plan
 
 
@@ -116,7 +119,16 @@ def _is_rank(value: Any) -> bool:
 
 
 def summary(plan: Plan, sizes: Mapping[str, SiteSize]) -> dict[str, Any]:
-    """The figures of a plan: weights before and after, share kept, number of dense sites."""
+    """Returns the numbers of a plan for the report.
+
+    Args:
+      plan: what happens to every site.
+      sizes: site path -> its size.
+
+    Returns:
+      ``weights_before`` and ``weights_after``; ``kept``, their ratio; the number of sites that stay
+      ``dense`` and of those that are ``compressed``.
+    """
     before = sum(size.dense for size in sizes.values())
     after = plan.weights(sizes)
     return {

@@ -28,7 +28,7 @@ from lordjax.models.config import ModelConfig
 from lordjax.models.objective import loss_gradient
 from lordjax.models.sites import LAST_LAYER, Site, sites_for
 from lordjax.models.source import Source
-from lordjax.runtime.mesh import AXIS, Mesh, gathered, shard_batch, shard_map_batch, shares
+from lordjax.runtime.mesh import DATA_AXIS, Mesh, num_shards, shard_batch, shard_map_batch, to_host
 from lordjax.runtime.progress import Clock
 from lordjax.storage.store import Entries, MemoryStore, Store
 
@@ -73,7 +73,7 @@ def few_gradients(
 
 def half_batch(calibration: Calibration) -> int:
     """Returns half the batch size, as a multiple of the number of devices that split a batch."""
-    share = 1 if calibration.mesh is None else calibration.mesh.shape.get(AXIS, 1)
+    share = 1 if calibration.mesh is None else calibration.mesh.shape.get(DATA_AXIS, 1)
     return max(share, calibration.batch_size // 2 // share * share)
 
 
@@ -224,10 +224,10 @@ class _Sweeps:
                 stats,
                 config=config,
                 sliding_window=config.window(i),
-                shares=shares(len(states[j]), calibration.mesh),
+                shares=num_shards(len(states[j]), calibration.mesh),
             )
             back[j] = shard_batch(gradient, calibration.mesh)
-        self.store[key] = gathered(stats, calibration.mesh)
+        self.store[key] = to_host(stats, calibration.mesh)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "mesh"))

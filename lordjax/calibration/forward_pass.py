@@ -243,7 +243,7 @@ def block_statistics(
         )
         if forward:
             states[j] = devices.shard_batch(y, calibration.mesh)
-    stats = devices.gathered(stats, calibration.mesh)
+    stats = devices.to_host(stats, calibration.mesh)
     bad = [
         key
         for key, stat in stats.items()
@@ -284,7 +284,7 @@ def checked(
     if mask is not None and np.shape(mask) != tokens.shape:
         raise ValueError(f"mask {np.shape(mask)}: expected the shape of the tokens {tokens.shape}")
     objective.inputs(config, tokens[:1], None, mask_token)  # raises if the mask token is missing
-    share = 1 if mesh is None else mesh.shape.get(devices.AXIS, 1)
+    share = 1 if mesh is None else mesh.shape.get(devices.DATA_AXIS, 1)
     if share > len(tokens):
         raise ValueError(
             f"{len(tokens)} calibration sequences for {share} devices: expected at least one for "

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from lordjax.runtime import multihost
-from lordjax.runtime.mesh import Mesh, give_rows, own_rows, take_rows
+from lordjax.runtime.mesh import Mesh, from_local_rows, local_rows, to_local_rows
 from lordjax.storage.disk_store import DiskStore, Stream
 from lordjax.storage.store import Store
 
@@ -110,17 +110,17 @@ class DiskStates:
         rows = self._arrays[str(j)]
         if self._mesh is None:
             return jnp.asarray(rows)
-        return give_rows(rows, self._shapes[j], self._mesh)
+        return from_local_rows(rows, self._shapes[j], self._mesh)
 
     def __setitem__(self, j: int, x: Any) -> None:
         if self._stream is None:
-            own = [own_rows(shape, self._mesh) for shape in self._shapes]
+            own = [local_rows(shape, self._mesh) for shape in self._shapes]
             shapes = [
                 jax.ShapeDtypeStruct((rows.stop - rows.start, *shape[1:]), jnp.float32)
                 for rows, shape in zip(own, self._shapes, strict=True)
             ]
             self._stream = self._store.stream(f"{self._name}/writing", shapes)
-        self._stream.add(take_rows(x, self._mesh))
+        self._stream.add(to_local_rows(x, self._mesh))
 
     def commit(self, at: int, *, keep: bool = False) -> None:
         """As `States` says."""

@@ -1,15 +1,15 @@
-"""A dense model with the factors of a method beside it, so that any budget is cut without work.
+"""Elastic models: the dense model with a method's factors beside it, for any budget.
 
 ::
 
-    model, config, tokenizer …    as `checkpoint.save` writes them: the dense model
+    model, config, tokenizer …    the dense model, as `checkpoint.save` writes it
     elastic/index.json            key -> file, size, checksum, or the value itself
-    elastic/entries/              factors of every site at all ranks, what allocation reads
+    elastic/entries/              factors of every site at all ranks; data that allocation reads
 
     config, params = load("elastic", keep=0.7)
 
-Factors are ordered, so a smaller budget is a slice of what is there: the result is, bit for bit,
-that of a compression to that budget.
+Factors are ordered, so a smaller budget is a slice of them. The result is that of a compression to
+that budget, bit for bit.
 """
 
 from __future__ import annotations
@@ -37,18 +37,22 @@ from lordjax.models.source import InMemory, Materialized, Source
 from lordjax.runtime.progress import Progress
 from lordjax.storage import atomic_directory, checkpoint, saved_model
 from lordjax.storage.disk_store import DiskStore
-from lordjax.storage.serialize import from_json
-from lordjax.storage.shards import REST, Shards
+from lordjax.storage.entry_reader import EntryReader
+from lordjax.storage.shards import Shards, names
 from lordjax.storage.store import Entries, MemoryStore
-from lordjax.storage.tensor_files import TensorFile, Written, checksum, write_json
+from lordjax.storage.tensor_files import write_json
 
 DIRECTORY, INDEX = "elastic", "index.json"
 FACTS = "elastic"  # entry: everything besides the factors
-FORMAT = 1  # of the directory `DIRECTORY`
+FORMAT = 1  # version of the directory `DIRECTORY`
+REMEDY = "the elastic model is damaged: make it again with lordjax compress --elastic"
 
 
 class Archive(MemoryStore):
-    """Entries that a `workspace.Workspace` made, to be read only; new ones stay in memory.
+    """Entries that a `DiskStore` wrote, for reading only; new entries stay in memory.
+
+    Args:
+      directory: the directory `DIRECTORY` of an elastic model.
 
     Raises:
       ValueError: if the directory is no such archive, or is damaged.
@@ -56,49 +60,39 @@ class Archive(MemoryStore):
 
     def __init__(self, directory: Path):
         super().__init__()
-        self.directory = directory
-        self._checked: set[str] = set()
         index = directory / INDEX
         try:
             content = json.loads(index.read_text())
             self._rows: dict[str, dict[str, Any]] = content["entries"]
             version = content["format"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{index}: unreadable ({error!r})") from error
+            raise ValueError(f"{index}: unreadable ({error!r}); {REMEDY}") from error
         if version > FORMAT:
             raise ValueError(
                 f"{index}: format {version}; this version reads up to {FORMAT}, upgrade lordjax"
             )
+        self._reader = EntryReader(directory, TYPES, REMEDY)
 
     def __contains__(self, key: str) -> bool:
         return key in self._rows or super().__contains__(key)
 
     def __getitem__(self, key: str) -> Any:
-        """An entry; its arrays are mapped, not read.
+        """Returns an entry; its arrays are mapped, not read.
 
         Raises:
-          ValueError: if its file is not what was written.
+          ValueError: if the entry's file is missing or is not what was written.
         """
         if key not in self._rows:
             return super().__getitem__(key)
-        row = self._rows[key]
-        if "file" not in row:
-            return from_json(row["value"], {}, TYPES)
-        path = self.directory / row["file"]
-        if key not in self._checked:
-            if not path.is_file() or checksum(path) != Written(row["bytes"], row["sha256"]):
-                raise ValueError(f"{path}: is missing, or damaged (its checksum differs)")
-            self._checked.add(key)
-        file = TensorFile(path)
-        return from_json(json.loads(file.metadata["tree"]), file, TYPES)
+        return self._reader.tree(self._rows[key])
 
     def below(self, prefix: str) -> list[str]:
-        """Keys that begin like that, the oldest first."""
+        """Returns the keys that begin with a prefix, the oldest first."""
         return [key for key in self._rows if key.startswith(prefix)] + super().below(prefix)
 
 
 def check_settings(method: str, prefix: str | None) -> None:
-    """Raises an error if no budget can be cut from a method's factors.
+    """Checks that a method's factors do not depend on the budget.
 
     Raises:
       KeyError: if there is no such method.
@@ -126,23 +120,24 @@ def compress(
     cut_dtype: str | None = None,
     **options: Any,
 ) -> Result:
-    """Factors a model for all budgets; the result is the dense model, for `output.Output.finish`.
+    """Factors a model for all budgets; returns the dense model, for `Output.finish`.
 
     Args:
       source: the model.
-      tokens: calibration ids ``[windows, length]``.
+      tokens: calibration ids ``[sequences, length]``.
       work: where the factors are kept; `keep_entries` takes them from there.
       into: where the parts of the dense model go.
       method: a key of `METHODS`.
-      allocation: how budgets will be shared out; None = the method's own.
-      temperature: of block-influence, for every budget; None = chosen for each on held-out windows,
-        which are kept.
+      allocation: allocation policy of all budgets; None: the method's own.
+      temperature: temperature of ``block-influence`` for all budgets; None: every budget chooses
+        its own on held-out sequences, which are kept.
       prefix: ``dense``, or None.
-      cut_dtype: the dtype of the models that are cut from it; None = that of ``source``.
-      **options: see `compression.prepare`.
+      cut_dtype: dtype of the models that are cut from this one; None: that of ``source``.
+      **options: keyword arguments of `prepare`.
 
     Raises:
-      KeyError, ValueError: see `check_settings` and `compression.prepare`.
+      KeyError: see `check_settings` and `prepare`.
+      ValueError: see `check_settings` and `prepare`.
     """
     check_settings(method, prefix)
     prepared = prepare(
@@ -167,7 +162,7 @@ def compress(
 
 
 def keep_entries(store: DiskStore, directory: Path) -> None:
-    """Puts what `compress` left in ``store`` beside the dense model in ``directory``."""
+    """Puts the factors that `compress` left in ``store`` beside the dense model."""
     folder = directory / DIRECTORY
     folder.mkdir(exist_ok=True)
     rows = store.link([FACTS, *store.below("factors/")], folder)
@@ -175,16 +170,16 @@ def keep_entries(store: DiskStore, directory: Path) -> None:
 
 
 def is_elastic(directory: str | os.PathLike[str]) -> bool:
-    """Whether a model directory can be cut to any budget."""
+    """Returns whether a model directory can be cut to any budget."""
     return (Path(directory) / DIRECTORY / INDEX).is_file()
 
 
 def check_elastic(directory: str | os.PathLike[str]) -> None:
-    """Raises ValueError if a model cannot be cut to other budgets."""
+    """Raises ValueError if a model directory cannot be cut to other budgets."""
     if not is_elastic(directory):
         raise ValueError(
-            f"{directory}: has no factors beside the model, so that it cannot be cut to a budget; "
-            "make one that can with lordjax compress --elastic"
+            f"{directory}: has no factors beside the model, so it cannot be cut to a budget; make "
+            "an elastic model with lordjax compress --elastic"
         )
 
 
@@ -195,13 +190,16 @@ def cut(
     into: Any = None,
     progress: Progress | None = None,
 ) -> Result:
-    """The model of one budget, sliced from an elastic directory.
+    """Cuts an elastic model to one budget.
 
     Args:
-      directory: made by `compress` and `keep_entries`.
-      keep: share of the block linear weights that stays, in (0, 1].
-      into: see `Prepared.apply`.
+      directory: elastic model, made by `compress` and `keep_entries`.
+      keep: fraction of the block linear weights to keep, in (0, 1].
+      into: where the parts of the model go; see `Prepared.apply`.
       progress: called with (stage, done, total).
+
+    Returns:
+      The model of that budget.
 
     Raises:
       ValueError: if the directory is not elastic, or is damaged, or ``keep`` cannot be met.
@@ -244,17 +242,21 @@ def factors_of(directory: str | os.PathLike[str]) -> Mapping[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Cut(InMemory):
-    """The model of one budget, with the original ``config.json``."""
+    """The model of one budget, with the original ``config.json``.
+
+    Attributes:
+      hf_config: the original ``config.json``.
+    """
 
     hf_config: dict[str, Any]
 
     def leaves(self) -> dict[str, Any]:
-        """Parameter path -> ``ShapeDtypeStruct`` or kernel of them."""
+        """Returns parameter path -> ``ShapeDtypeStruct``, or a kernel of them."""
         return trees.flatten(jax.eval_shape(dict, self.params))
 
 
 def open_cut(directory: str | os.PathLike[str], keep: float) -> Cut:
-    """`cut`, as something to evaluate or to export."""
+    """Cuts an elastic model to one budget, as a source to evaluate or export; errors: see `cut`."""
     result = cut(directory, keep)
     return Cut(result.config, result.params, saved_model.open_saved(directory).hf_config)
 
@@ -262,15 +264,18 @@ def open_cut(directory: str | os.PathLike[str], keep: float) -> Cut:
 def load(
     directory: str | os.PathLike[str], keep: float | None = None
 ) -> tuple[ModelConfig, dict[str, Any]]:
-    """Config and parameters of a model directory; needs nothing else.
+    """Loads a model directory.
 
     Args:
-      directory: written by `checkpoint.save` or by the command line.
-      keep: of an elastic one, the share of the block linear weights that stays, in (0, 1]; None:
-        the model as it is stored, which of an elastic one is the dense one.
+      directory: directory that `save` or the command line wrote.
+      keep: fraction of the block linear weights to keep, in (0, 1], for an elastic model; None: the
+        model as it is stored (for an elastic one, the dense model).
+
+    Returns:
+      The configuration, and the parameters as a nested dict of arrays and kernels.
 
     Raises:
-      ValueError: see `checkpoint.open_saved` and `cut`.
+      ValueError: if the directory is no such model or is damaged, or cannot be cut to ``keep``.
     """
     if keep is None:
         saved = saved_model.open_saved(directory)
@@ -291,9 +296,9 @@ def export(
     """Writes the model of one budget as a directory of its own, a block at a time.
 
     Args:
-      directory: elastic.
-      out: where to; must be free.
-      keep: see `cut`.
+      directory: elastic model.
+      out: directory to write; must be free.
+      keep: fraction of the block linear weights to keep, in (0, 1].
       write_tokenizer: see `checkpoint.save`.
       also: called with the directory when everything else is in it, and with site path -> factors,
         to put more into it.
@@ -301,7 +306,7 @@ def export(
 
     Raises:
       FileExistsError: if ``out`` is not free.
-      OSError: if there is not enough room.
+      OSError: if the disk has not enough room.
       ValueError: see `cut`.
     """
     check_elastic(directory)
@@ -309,17 +314,16 @@ def export(
     saved = saved_model.open_saved(directory)
     atomic_directory.check_room(out, saved.file_bytes())
     with atomic_directory.staged(out) as stage:
-        parts = Shards(stage, MemoryStore())
-        result = cut(directory, keep, into=parts, progress=progress)
+        shards = Shards(stage, MemoryStore())
+        result = cut(directory, keep, into=shards, progress=progress)
         stored = saved.report()
         settings = dict(stored.get("settings", {}))
         settings.pop("elastic", None)
         if (dtype := settings.pop("cut_dtype", None)) is not None:
             settings["dtype"] = dtype
-        names = [REST, *(f"layer_{i}" for i in range(result.config.num_layers))]
         checkpoint.write_about(
             stage,
-            parts.finish(names),
+            shards.finish(names(result.config)),
             result.config,
             hf_config=saved.hf_config,
             plan=result.plan,

@@ -1,14 +1,14 @@
-"""Lifts a method from one site to a model: statistics and factors, block by block.
+"""Low-rank compression of a model: prepare once, then compress to any budget.
 
-At any time one block's statistics are in memory, besides the hidden states of the calibration
+At any time the statistics of one block are in memory, besides the hidden states of the calibration
 tokens and the factors found so far::
 
-    prepare(source, tokens, method) -> Prepared      statistics and rank-free factors, once
+    prepare(source, tokens, method) -> Prepared      statistics and factors for all ranks, once
     Prepared.compress(keep)         -> Result        allocation and slicing, cheap, any budget
     compress(source, tokens, ...)   -> Result        both
 
-Methods that calibrate on the compressed prefix (ROM) know their inputs only once the ranks before
-are fixed; for them ``Prepared.compress`` walks the model again (`sequential`).
+Methods that calibrate on the compressed blocks before (ROM) know their inputs only once the ranks
+of those blocks are fixed. For them ``Prepared.compress`` runs over the model again (`sequential`).
 """
 
 from __future__ import annotations
@@ -22,46 +22,38 @@ from lordjax import names
 from lordjax.allocation.plan import Plan
 from lordjax.allocation.policies import CURVELESS, GIVEN, INFLUENCED, check_policy, ranks_by_pattern
 from lordjax.calibration.backward_pass import few_gradients
-from lordjax.calibration.forward_pass import checked
+from lordjax.compression.calibration_settings import GRADIENT_WINDOWS, CalibrationSettings
 from lordjax.compression.prepared import Prepared
 from lordjax.compression.result import Result
 from lordjax.compression.single_pass import factor_all
 from lordjax.compression.site_factors import AnyFactors, site_sizes
-from lordjax.data.token_windows import fingerprint
 from lordjax.kernels import normal_float
 from lordjax.methods import DEFAULT_METHOD, METHODS
-from lordjax.models import objective
 from lordjax.models.source import InMemory, Materialized, Source
 from lordjax.runtime.mesh import Mesh
 from lordjax.runtime.progress import Clock, Progress
-from lordjax.storage.store import MemoryStore, Store
+from lordjax.storage.store import Store
 
-# The backward pass costs about four forward passes; more windows than this gain little.
-GRADIENT_WINDOWS = 32
-HELD_OUT = 2  # calibration windows that choose a temperature; 4 choose the same (docs, tried)
+HELD_OUT = 2  # calibration sequences that choose a temperature; 4 choose the same (docs, tried)
 PREFIXES = ("dense", "compressed", "corrective")
 
 __all__ = ["InMemory", "Prepared", "Result", "Source", "compress", "prepare"]
 
 
 def check_method(name: str) -> None:
-    """Raises KeyError with a hint if there is no such method."""
+    """Raises KeyError with a suggestion if there is no such method."""
     if name not in METHODS:
         raise KeyError(f"no method {name!r}; {names.did_you_mean(name, METHODS)}")
 
 
-def _check_options(
-    method: str, prefix: str, batch_size: int | None, gradient_windows: int | None
-) -> None:
-    """Raises ValueError for options of `prepare` that are out of range or do not go together."""
+def _check_prefix(method: str, prefix: str) -> None:
+    """Raises ValueError if the prefix is unknown or the method cannot use it."""
     if prefix not in PREFIXES:
         raise ValueError(f"prefix must be one of {', '.join(PREFIXES)}, got {prefix!r}")
     if prefix == "corrective" and "abs_mean" in METHODS[method].needs:
-        raise ValueError(f"method {method!r} has no corrective target: it does not fit outputs")
-    if any(given is not None and given < 1 for given in (batch_size, gradient_windows)):
         raise ValueError(
-            f"batch_size and gradient_windows must be at least 1, got {batch_size} and "
-            f"{gradient_windows}"
+            f"method {method!r} has no corrective target, because it does not fit outputs; use "
+            "prefix 'dense' or 'compressed'"
         )
 
 
@@ -80,42 +72,51 @@ def prepare(
     work: Store | None = None,
     mesh: Mesh | None = None,
 ) -> Prepared:
-    """Collects statistics of the untouched model and factors every site for all ranks.
+    """Collects statistics of the original model and factors every site for all ranks.
 
     Args:
-      source: the model. A compressed one is compressed again; its kernels count as dense.
-      tokens: calibration ids ``[windows, length]``.
+      source: the model. A compressed model is compressed again; its kernels count as dense.
+      tokens: calibration ids ``[sequences, length]``.
       method: a key of `METHODS`.
-      allocation: the policy that will be used, if not the method's own; a sequential method whose
-        policy needs no error curves (ROM's) skips the pass over the untouched model.
-      prefix: where later statistics come from, if not the method's own choice; see `Method`.
-      mask: ``[windows, length]``, False at padding.
-      mask_token: id of the mask token, of a model that predicts masked tokens; see `objective`.
-      batch_size: windows per step; None = as many as this backend is fastest with.
-      gradient_windows: how many windows, spread evenly, the backward pass sees; None = all.
+      allocation: policy that will be used, a key of `POLICIES`; None: the method's own. A
+        sequential method whose policy reads no errors (ROM's) skips the pass over the model.
+      prefix: model that later statistics are taken from (`Method.prefix`); None: the method's own.
+      mask: ``[sequences, length]``, False at padding.
+      mask_token: id of the mask token, for a model that predicts masked tokens; see `objective`.
+      batch_size: sequences per step; None: as many as this backend is fastest with.
+      gradient_windows: number of sequences in the backward pass, spread evenly; None: all.
       progress: called with (stage, done, total).
-      work: where finished work is kept; with a `workspace.Workspace` memory holds one block, and
-        what a killed process finished is not done again. None: in memory.
-      mesh: devices that share the calibration windows and the sites to factor (`mesh.make_mesh`);
-        None: the first one does all.
+      work: where finished work is kept; None: in memory. With a `DiskStore` memory holds one
+        block, and a run that was killed does not repeat what it finished.
+      mesh: devices that share the calibration sequences and the sites (`mesh.make_mesh`); None:
+        the first device.
 
     Raises:
       KeyError: if the method or the policy is unknown.
-      ValueError: if tokens do not fit the model, or an activation is not finite.
+      ValueError: if an option is out of range, tokens do not fit the model, or an activation is
+        not finite.
     """
     check_method(method)
-    row, config = METHODS[method], source.config
-    policy, prefix = allocation or row.allocation, prefix or row.prefix
+    settings = CalibrationSettings(
+        tokens, mask, mask_token, batch_size, gradient_windows, progress, work, mesh
+    )
+    policy, prefix = allocation or METHODS[method].allocation, prefix or METHODS[method].prefix
     check_policy(policy)
-    _check_options(method, prefix, batch_size, gradient_windows)
-    calibration = checked(config, tokens, mask, batch_size, mask_token, mesh)
-    tokens, held_out = calibration.tokens, calibration.tokens[:0]
-    source = Materialized(source)
-    clock = Clock(progress)
+    _check_prefix(method, prefix)
+    return _take_statistics(Materialized(source), settings, method, policy, prefix)
+
+
+def _take_statistics(
+    source: Source, settings: CalibrationSettings, method: str, policy: str, prefix: str
+) -> Prepared:
+    """Runs the passes over the original model that a method, a policy and a prefix need."""
+    config, clock, store = source.config, Clock(settings.progress), settings.store()
+    calibration = settings.calibration(config)
+    held_out = calibration.tokens[:0]
     if policy in INFLUENCED:
         calibration, held_out = calibration.hold_out(HELD_OUT)
-    store = MemoryStore() if work is None else work
-    gradients = few_gradients(source, calibration, row, gradient_windows, clock, store)
+    limit = settings.gradient_windows
+    gradients = few_gradients(source, calibration, METHODS[method], limit, clock, store)
     factors: Mapping[str, AnyFactors] = {}
     influences: dict[int, float] = {}
     if prefix == "dense" or policy not in CURVELESS:
@@ -132,13 +133,7 @@ def prepare(
     report = {
         "method": method,
         "prefix": prefix,
-        "calibration": {
-            "windows": len(calibration.tokens),
-            "held_out_windows": len(held_out),
-            "length": tokens.shape[1],
-            "tokens_sha256": fingerprint(tokens),
-            **objective.protocol(config, mask_token),
-        },
+        "calibration": settings.summary(config, len(held_out)),
         "seconds": clock.seconds,
     }
     return Prepared(
@@ -152,7 +147,7 @@ def prepare(
         gradients=gradients,
         report=report,
         sizes=site_sizes(source, method, store),
-        progress=progress,
+        progress=settings.progress,
         store=store,
     )
 
@@ -174,19 +169,23 @@ def compress(
 
     Args:
       source: the model.
-      tokens: calibration ids ``[windows, length]``.
-      keep: share of the block linear weights that stays, in (0, 1].
-      ranks: instead of a budget; see `sizing.ranks_by_pattern`.
-      allocation: a key of `POLICIES`; None = the method's own.
-      temperature: see `Prepared.plan`.
-      dtype: of the result; None = that of the source.
-      factors: see `Prepared.compress`.
-      into: see `Prepared.apply`; `streaming.compress_into` writes a directory.
-      **options: see `prepare`.
+      tokens: calibration ids ``[sequences, length]``.
+      keep: fraction of the block linear weights to keep, in (0, 1].
+      ranks: pattern -> rank, instead of a budget; see `ranks_by_pattern`.
+      allocation: a key of `POLICIES`; None: the method's own.
+      temperature: temperature of policy ``block-influence``; see `Prepared.plan`.
+      dtype: dtype of the result; None: that of the source.
+      factors: quantization format of factor pairs; see `Prepared.compress`.
+      into: where finished parts of the model go; see `Prepared.apply`. `Output` writes a directory.
+      **options: keyword arguments of `prepare`.
+
+    Returns:
+      The compressed model, its plan and its report.
 
     Raises:
       KeyError: if the method or the policy is unknown, or a pattern of ``ranks`` decides no site.
-      ValueError: see `prepare`, `Prepared.plan` and `sizing.ranks_by_pattern`.
+      ValueError: if an option is out of range; see also `prepare`, `Prepared.plan` and
+        `ranks_by_pattern`.
     """
     if not 0 < keep <= 1:
         raise ValueError(f"keep must be in (0, 1], got {keep}")
@@ -197,7 +196,7 @@ def compress(
         check_method(method)
         chosen = ranks_by_pattern(site_sizes(source, method), ranks)
         plan = Plan(method, chosen, None, GIVEN, factors=factors)
-        # A policy that needs no statistics, so that none are taken for it.
+        # This policy needs no statistics, so that none are taken for it.
         prepared = prepare(source, tokens, allocation="uniform", **options)
         return prepared.apply(plan, dtype=dtype, into=into)
     prepared = prepare(source, tokens, allocation=allocation, **options)

@@ -1,34 +1,30 @@
-"""A model's factors for all ranks: allocation, truncation, and what is known of the result.
+"""A model with its factors for all ranks, and how a budget is cut from them.
 
-Prepared.plan(keep)       -> Plan       numbers only
-Prepared.apply(plan)      -> Result     slicing; verified against the plan
-Prepared.compress(keep)   -> Result     both
+::
+
+    Prepared.plan(keep)       -> Plan       numbers only
+    Prepared.apply(plan)      -> Result     slicing; verified against the plan
+    Prepared.compress(keep)   -> Result     both
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
+from lordjax.allocation.curves import Curve
 from lordjax.allocation.plan import Plan, SiteSize, summary
-from lordjax.allocation.policies import (
-    CURVELESS,
-    INFLUENCED,
-    TILE,
-    Curve,
-    allocate,
-    check_policy,
-)
+from lordjax.allocation.policies import CURVELESS, INFLUENCED, TILE, allocate, check_policy
 from lordjax.calibration.calibration_set import Calibration
 from lordjax.compression.result import Result, layer_report, verify
 from lordjax.compression.sequential import sequential
 from lordjax.compression.site_factors import AnyFactors, replace_kernels
-from lordjax.compression.temperature import TEMPERATURES, compare
+from lordjax.compression.temperature import best_plan
 from lordjax.kernels import normal_float
 from lordjax.kernels.base import nbytes
 from lordjax.kernels.convert import cast, quantize_pairs
@@ -36,10 +32,10 @@ from lordjax.methods import METHODS, corrects_bias
 from lordjax.models.sites import counted_sites
 from lordjax.models.source import Source
 from lordjax.names import layer_index, layer_type
-from lordjax.runtime import multihost
 from lordjax.runtime.progress import Clock, Progress, peak_rss
+from lordjax.storage import shards
 from lordjax.storage.shards import REST, join_blocks, open_shards, write_shard_once
-from lordjax.storage.store import MemoryStore, Store, digest, get_or_compute
+from lordjax.storage.store import MemoryStore, Store, get_or_compute
 
 
 @dataclasses.dataclass
@@ -47,17 +43,18 @@ class Prepared:
     """A model's factors for all ranks, ready to be compressed to any budget.
 
     Attributes:
-      source: the untouched model.
-      calibration: tokens, for methods that walk the model again.
-      held_out: calibration tokens that no statistic has seen, to choose a temperature with.
+      source: the original model.
+      calibration: tokens, for methods that run over the model again.
+      held_out: ``[n, length]`` calibration tokens that no statistic has seen; they choose a
+        temperature.
       method: a key of `METHODS`.
-      prefix: what later statistics are taken from: one of ``dense``, ``compressed``,
+      prefix: model that later statistics are taken from: one of ``dense``, ``compressed``,
         ``corrective``; see `Method`.
-      factors: site path -> factors; empty if the policy and the method need none beforehand. Read
-        from ``store`` when they are asked for.
+      factors: site path -> factors, read from ``store`` on access; empty if policy and method need
+        none beforehand.
       influences: layer -> block influence; empty unless the policy needs it.
-      gradients: layer -> gradient statistics, kept for a sequential pass only.
-      report: what is known so far.
+      gradients: layer -> gradient statistics; kept for a sequential pass only.
+      report: entries of the report that are known so far.
       sizes: site path -> its size.
       progress: called with (stage, done, total).
       store: where finished work is kept.
@@ -77,23 +74,23 @@ class Prepared:
     store: Store = dataclasses.field(default_factory=MemoryStore)
 
     def curves(self, sensitivity: Mapping[str, float] | None = None) -> dict[str, Curve]:
-        """Site path -> the predicted error at every rank.
+        """Returns the predicted error of every site at every rank, by site path.
 
-        Errors in the metric of the loss compare across sites as they are. Others are taken
-        relative to the site's output: absolute ones are dominated by the layers of large norm.
+        Errors in the metric of the loss are comparable between sites. All others are divided by the
+        site's whole error, because layers of large norm would dominate the sum.
 
         Args:
-          sensitivity: site path -> factor on its errors; None = 1 for all.
+          sensitivity: site path -> factor on its errors; None: 1 for all.
         """
-        row = METHODS[self.method]
-        sites = counted_sites(row.kinds, self.source.config)
+        method = METHODS[self.method]
+        sites = counted_sites(method.kinds, self.source.config)
         curves = {}
         for path, size in self.sizes.items():
             site = sites[path.split("/", 1)[1]]
             errors = np.zeros(int(np.ceil(size.limit)) + 1)
             if path in self.factors:
                 errors = _tails(self.factors[path].spectrum)
-                if not row.in_nats:
+                if not method.in_nats:
                     errors = errors / (errors[0] if errors[0] > 0 else 1.0)
                 if sensitivity is not None:
                     errors = errors * sensitivity[path]
@@ -110,15 +107,18 @@ class Prepared:
         sensitivity: Mapping[str, float] | None = None,
         temperature: float | None = None,
     ) -> Plan:
-        """Allocates ranks; arguments as for `allocate` and `curves`.
+        """Allocates ranks within a budget.
 
         Args:
-          keep: share of the block linear weights that stays, in (0, 1].
-          allocation: a key of `POLICIES`; None = the method's own.
-          tile: ranks are multiples of this, in policies that optimise.
-          sensitivity: site path -> factor on its errors.
-          temperature: of ``block-influence``; None = the one of `TEMPERATURES` whose model has the
-            least loss on the held-out calibration windows.
+          keep: fraction of the block linear weights to keep, in (0, 1].
+          allocation: a key of `POLICIES`; None: the method's own.
+          tile: ranks are multiples of this, in policies that optimize.
+          sensitivity: site path -> factor on its errors; None: 1 for all.
+          temperature: temperature of ``block-influence``; None: the one of `TEMPERATURES` whose
+            model has the least loss on the held-out calibration sequences.
+
+        Returns:
+          The rank of every site.
 
         Raises:
           KeyError: if the policy is unknown.
@@ -127,11 +127,11 @@ class Prepared:
         """
         policy = allocation or METHODS[self.method].allocation
         check_policy(policy, temperature)
-        lacks = not self.factors and policy not in CURVELESS
-        if lacks or (policy in INFLUENCED and not self.influences):
+        no_errors = not self.factors and policy not in CURVELESS
+        if no_errors or (policy in INFLUENCED and not self.influences):
             raise ValueError(
-                f"policy {policy!r} needs statistics that this model was prepared without; "
-                "name the policy when preparing"
+                f"policy {policy!r} needs statistics that this model was prepared without; call "
+                f"prepare with allocation={policy!r}"
             )
         curves = self.curves(sensitivity)
 
@@ -145,50 +145,7 @@ class Prepared:
 
         if keep == 1:
             return Plan(self.method, dict.fromkeys(curves, None), keep, policy)
-        return self._best(planned) if temperature is None else planned(temperature)
-
-    def _best(self, planned: Callable[[float], Plan]) -> Plan:
-        """The plan of the temperature with the least loss on the held-out windows.
-
-        Raises:
-          ValueError: if those windows are padded, or no temperature fits the budget.
-        """
-        if self.calibration.mask is not None:
-            raise ValueError("calibration windows are padded; name a temperature")
-        plans, problems = [], []
-        for temperature in TEMPERATURES:
-            try:
-                plans.append(planned(temperature))
-            except ValueError as problem:  # the cap and the tile leave too much at this one
-                problems.append(problem)
-        if not plans:
-            raise problems[-1]
-        unique: dict[tuple[Any, ...], Plan] = {}
-        for plan in plans:  # close temperatures may give the same one
-            unique.setdefault(tuple(plan.ranks.items()), plan)
-        plans = list(unique.values())
-        if len(plans) == 1:
-            return plans[0]
-        source, clock = self.source, Clock(self.progress)
-
-        def change(block: dict[str, Any], i: int, j: int) -> dict[str, Any]:
-            ranks = plans[j].ranks
-            return replace_kernels(
-                block, i, self.factors, ranks, self.method, source.config, widened=True
-            )
-
-        mask_token = self.calibration.mask_token
-
-        def measured() -> list[float]:
-            losses = compare(
-                source, self.held_out, change, len(plans), clock, mask_token=mask_token
-            )
-            return multihost.all_gather_json(losses)[0]  # all processes must come to the same plan
-
-        key = f"losses-{digest([dict(plan.ranks) for plan in plans])}"
-        losses = get_or_compute(self.store, key, measured)
-        self.report["seconds"] |= clock.seconds
-        return plans[int(np.argmin(losses))]
+        return best_plan(self, planned) if temperature is None else planned(temperature)
 
     def compress(
         self,
@@ -201,38 +158,53 @@ class Prepared:
         factors: str | None = None,
         into: Any = None,
     ) -> Result:
-        """A model of one budget; the source is untouched. Errors: see `plan` and `apply`.
+        """Compresses to one budget; the original model is not changed.
 
-        With ``factors`` (`nf.Format.parse`) factor pairs are stored as codes.
+        Args:
+          keep: fraction of the block linear weights to keep, in (0, 1].
+          allocation: see `plan`.
+          tile: see `plan`.
+          temperature: see `plan`.
+          dtype: dtype of the result; None: that of the source.
+          factors: quantization format of factor pairs (`normal_float.Format.parse`); None: plain
+            arrays.
+          into: see `apply`.
+
+        Returns:
+          The compressed model, its plan and its report.
+
+        Raises:
+          KeyError: see `plan`.
+          ValueError: see `plan` and `apply`.
         """
 
         def planned() -> Plan:
             return self.plan(keep, allocation, tile, temperature=temperature)
 
-        # A run that was killed goes on with the plan that it began.
+        # A run that was killed goes on with the plan that it began with.
         plan = get_or_compute(self.store, "plan", planned) if self.store.durable else planned()
         return self.apply(dataclasses.replace(plan, factors=factors), dtype=dtype, into=into)
 
     def apply(self, plan: Plan, *, dtype: Any = None, into: Any = None) -> Result:
-        """The model of a plan, made by `plan` or edited.
+        """Builds the model of a plan that `plan` made or a person edited.
 
         Args:
-          plan: ranks.
-          dtype: of the result; None = that of the source.
-          into: where finished parts of the model go, by name (`parts.Parts`); those that are there
-            are not made again. None: a dictionary, and ``Result.params`` is the model.
+          plan: rank of every site.
+          dtype: dtype of the result; None: that of the source.
+          into: where finished parts of the model go, by name (`Shards`); parts that are there are
+            not made again. None: a dictionary, and ``Result.params`` is the model.
+
+        Returns:
+          The compressed model, its plan and its report.
 
         Raises:
-          ValueError: if the plan does not fit the model, or the result is not of the size that
+          ValueError: if the plan does not fit the model, or the result does not have the size that
             the plan promises.
         """
         start = time.perf_counter()
         self._check(plan)
-        clock, config, parts = (
-            Clock(self.progress),
-            self.source.config,
-            open_shards(into, self.store, plan),
-        )
+        clock, config = Clock(self.progress), self.source.config
+        parts = open_shards(into, self.store, plan)
         factors, kernels = self.factors, None
         if self.prefix != "dense":
             factors, kernels = sequential(
@@ -249,11 +221,9 @@ class Prepared:
         def make(name: str) -> Any:
             return self._part(name, plan, factors, kernels, dtype)
 
-        size = 0
-        for i in clock.run("writing", range(-1, config.num_layers)):
-            size += write_shard_once(parts, self.store, REST if i < 0 else f"layer_{i}", make)[
-                "bytes"
-            ]
+        size, names = 0, shards.names(config)
+        for k in clock.run("writing", range(len(names))):
+            size += write_shard_once(parts, self.store, names[k], make)["bytes"]
         seconds = {**self.report["seconds"], "apply": time.perf_counter() - start}
         report = {
             **self.report,
@@ -274,7 +244,7 @@ class Prepared:
         kernels: Mapping[str, Mapping[str, Any]] | None,
         dtype: Any,
     ) -> tuple[Any, dict[str, Any]]:
-        """A part of the model of a plan, and what to know of it."""
+        """Returns a part of the compressed model by its name, and its size in bytes."""
         config = self.source.config
         if name == REST:
             part: Any = dict(self.source.non_block_params())
@@ -292,7 +262,7 @@ class Prepared:
         return part, {"bytes": nbytes(part)}
 
     def _check(self, plan: Plan) -> None:
-        """Raises ValueError unless the plan has a usable rank for every site and no others."""
+        """Raises ValueError unless the plan has a valid rank for every site and for no other."""
         wrong = [f"{p} is not a site of this method" for p in set(plan.ranks) - set(self.sizes)]
         wrong += [f"{path} is missing" for path in set(self.sizes) - set(plan.ranks)]
         for path in set(plan.ranks) & set(self.sizes):
@@ -308,6 +278,6 @@ class Prepared:
 
 
 def _tails(spectrum: Any) -> np.ndarray:
-    """``tails[r] = sum(spectrum[r:])`` for r = 0…m, added from small to large."""
+    """Returns ``tails[r] = sum(spectrum[r:])`` for r = 0…m, added from small to large."""
     sums = np.cumsum(np.asarray(spectrum, float)[::-1])[::-1]
     return np.concatenate([sums, np.zeros(1)])

@@ -1,4 +1,4 @@
-"""Quantises a model: NormalFloat codes, low-rank products on top, one budget for both.
+"""Quantization of a model: NormalFloat weights, low-rank terms beside them, one budget for both.
 
 ::
 
@@ -6,8 +6,8 @@
     Quantizer.compress(bits=...)           -> Result      choose within a budget, then decompose
     quantize(source, tokens, ...)          -> Result      both
 
-Statistics of one block are in memory at a time. Weights from gradients are those of all blocks,
-about as many numbers as these have weights, unless work is kept in a directory (`workspace`).
+Activation statistics of one block are in memory at a time. Gradient statistics of all blocks are,
+about as many numbers as the blocks have weights, unless a `DiskStore` keeps them.
 """
 
 from __future__ import annotations
@@ -22,21 +22,22 @@ from lordjax.allocation.candidates import FORMATS, QUANTIZERS
 from lordjax.allocation.knapsack import SOLVERS
 from lordjax.calibration.backward_pass import few_gradients
 from lordjax.calibration.calibration_set import Calibration
-from lordjax.calibration.forward_pass import checked
-from lordjax.compression.low_rank import GRADIENT_WINDOWS
+from lordjax.compression.calibration_settings import (
+    GRADIENT_WINDOWS,
+    CalibrationSettings,
+    check_positive,
+)
 from lordjax.compression.quantizer import Quantizer
 from lordjax.compression.result import Result
-from lordjax.data.token_windows import fingerprint
 from lordjax.kernels import normal_float, trees
 from lordjax.methods.quantized.lq import STEPS
-from lordjax.methods.quantized.weightings import MOMENTS, WEIGHTINGS, statistics_of
-from lordjax.models import objective
+from lordjax.methods.quantized.weightings import MOMENTS, WEIGHTINGS, weighting_method
 from lordjax.models.sites import LINEAR_SITES, site_path
 from lordjax.models.source import Materialized, Source
 from lordjax.names import did_you_mean
 from lordjax.runtime.mesh import Mesh
 from lordjax.runtime.progress import Clock, Progress
-from lordjax.storage.store import MemoryStore, Store
+from lordjax.storage.store import Store
 
 
 def prepare_quantized(
@@ -59,86 +60,101 @@ def prepare_quantized(
     work: Store | None = None,
     mesh: Mesh | None = None,
 ) -> Quantizer:
-    """Takes the gradients that a weighting needs; the rest is found when a plan asks for it.
+    """Collects the gradients that a weighting needs; a plan collects the rest.
 
     Args:
-      source: the model. A compressed one is compressed again; its kernels count as dense.
-      tokens: calibration ids ``[windows, length]``; not needed for weighting ``none``.
+      source: the model. A compressed model is compressed again; its kernels count as dense.
+      tokens: calibration ids ``[sequences, length]``; not needed for weighting ``none``.
       method: a key of `QUANTIZERS`.
-      weighting: a key of `WEIGHTINGS`; None = the method's own.
-      rank: of all products; None = the method's own. Not for a method that chooses ranks.
-      formats: of codes that a budget may choose from.
-      factors: format of the products' factors (`nf.Format.parse`), or ``dense``; None = the
-        method's own.
-      dtype: of everything that is no code; None: float16 for the blocks' matrices, the rest as
-        it is.
-      steps: alternations.
-      feedback: whether codes make up for each other's errors (`methods.feedback`), which needs a
-        second moment of inputs; None = where the weighting has one.
-      mask: ``[windows, length]``, False at padding.
-      mask_token: id of the mask token, of a model that predicts masked tokens; see `objective`.
-      batch_size: windows per step; None = as many as this backend is fastest with.
-      gradient_windows: how many windows, spread evenly, the backward pass sees; None = all.
+      weighting: weighting of errors, a key of `WEIGHTINGS`; None: the method's own.
+      rank: rank of all low-rank terms; None: the method's own. Not for methods that choose ranks.
+      formats: quantization formats that a budget may choose from.
+      factors: format of the low-rank factors, or ``dense``; None: the method's own.
+      dtype: dtype of all that is not quantized; None: float16 in blocks, elsewhere unchanged.
+      steps: number of alternations between quantized weights and low-rank term.
+      feedback: whether later weights compensate for errors of earlier ones (GPTQ); None: if
+        the weighting has a second moment of inputs, which this needs.
+      mask: ``[sequences, length]``, False at padding.
+      mask_token: id of the mask token, for a model that predicts masked tokens.
+      batch_size: sequences per step; None: as many as this backend is fastest with.
+      gradient_windows: number of sequences in the backward pass, spread evenly; None: all.
       progress: called with (stage, done, total).
-      work: see `compression.prepare`.
-      mesh: devices that share the calibration windows; None: the first one.
+      work: where finished work is kept; see `lordjax.prepare`.
+      mesh: devices that share the calibration sequences; None: the first device.
 
     Raises:
       KeyError: if the method or the weighting is unknown.
       ValueError: if tokens are missing or do not fit the model, or an option is out of range.
     """
+    settings = CalibrationSettings(
+        tokens, mask, mask_token, batch_size, gradient_windows, progress, work, mesh
+    )
+    check_positive(steps=steps)
+    options = _resolved(method, weighting, rank, factors, feedback)
+    options |= {"formats": tuple(formats), "dtype": dtype, "steps": steps}
+    return _take_gradients(Materialized(source), settings, options)
+
+
+def _resolved(
+    method: str,
+    weighting: str | None,
+    rank: int | None,
+    factors: str | None,
+    feedback: bool | None,
+) -> dict[str, Any]:
+    """Checks options and puts the method's own in place of None; returns fields of `Quantizer`."""
     _check_names(method, weighting, rank, factors, feedback)
-    row = QUANTIZERS[method]
-    weighting = weighting or row.weighting
-    for name, value in {
-        "steps": steps,
-        "batch_size": batch_size,
-        "gradient_windows": gradient_windows,
-    }.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    form = row.factors if factors is None else None if factors == "dense" else factors
-    source, clock = Materialized(source), Clock(progress)
-    report: dict[str, Any] = {"method": method, "weighting": weighting, "seconds": clock.seconds}
+    own = QUANTIZERS[method]
+    weighting = weighting or own.weighting
+    form = own.factors if factors is None else None if factors == "dense" else factors
+    return {
+        "method": method,
+        "weighting": weighting,
+        "rank": own.rank if rank is None else rank,
+        "factors": None if form is None else normal_float.Format.parse(form),
+        "feedback": weighting in MOMENTS if feedback is None else feedback,
+    }
+
+
+def _take_gradients(
+    source: Source, settings: CalibrationSettings, options: Mapping[str, Any]
+) -> Quantizer:
+    """Runs the backward pass if the weighting needs it.
+
+    Args:
+      source: the original model.
+      settings: calibration tokens and how to run them.
+      options: fields of `Quantizer` that are options.
+    """
+    config, clock, store = source.config, Clock(settings.progress), settings.store()
+    weighting = options["weighting"]
+    report = {"method": options["method"], "weighting": weighting, "seconds": clock.seconds}
     shapes = {}
-    for i in range(source.config.num_layers):
+    for i in range(config.num_layers):
         flat = trees.flatten(source.block(i))
-        found = {site_path(i, s): flat[s.path].shape for s in LINEAR_SITES if s.path in flat}
-        shapes |= found
-    rank = row.rank if rank is None else rank
-    check_rank(rank, shapes)
-    store = MemoryStore() if work is None else work
+        shapes |= {site_path(i, s): flat[s.path].shape for s in LINEAR_SITES if s.path in flat}
+    check_rank(options["rank"], shapes)
     calibration: Calibration | None = None
     gradients: Mapping[int, Mapping[str, Mapping[str, Any]]] = {}
     if WEIGHTINGS[weighting]:
-        if tokens is None:
-            raise ValueError(f"weighting {weighting!r} needs calibration tokens; give some")
-        calibration = checked(source.config, tokens, mask, batch_size, mask_token, mesh)
-        tokens = calibration.tokens
-        report["calibration"] = {
-            "windows": len(tokens),
-            "length": tokens.shape[1],
-            "tokens_sha256": fingerprint(tokens),
-            **objective.protocol(source.config, mask_token),
-        }
-        statistics = statistics_of(weighting)
-        gradients = few_gradients(source, calibration, statistics, gradient_windows, clock, store)
+        if settings.tokens is None:
+            raise ValueError(
+                f"weighting {weighting!r} needs calibration tokens, got none; pass some, or use "
+                "weighting 'none'"
+            )
+        calibration = settings.calibration(config)
+        report["calibration"] = settings.summary(config)
+        statistics, limit = weighting_method(weighting), settings.gradient_windows
+        gradients = few_gradients(source, calibration, statistics, limit, clock, store)
     return Quantizer(
         source=source,
         calibration=calibration,
-        method=method,
-        weighting=weighting,
-        formats=tuple(formats),
-        rank=rank,
-        factors=None if form is None else normal_float.Format.parse(form),
-        dtype=dtype,
-        steps=steps,
-        feedback=weighting in MOMENTS if feedback is None else feedback,
         gradients=gradients,
         shapes=shapes,
         report=report,
         store=store,
-        progress=progress,
+        progress=settings.progress,
+        **options,
     )
 
 
@@ -149,38 +165,38 @@ def _check_names(
     factors: str | None,
     feedback: bool | None,
 ) -> None:
-    """Raises KeyError or ValueError for what `prepare_quantized` cannot make sense of."""
+    """Raises KeyError or ValueError if an option is unknown or does not fit the method."""
     for what, name, table in (
         ("method", method, QUANTIZERS),
         ("weighting", weighting, WEIGHTINGS),
     ):
         if name is not None and name not in table:
             raise KeyError(f"no {what} {name!r}; {did_you_mean(name, table)}")
-    row = QUANTIZERS[method]
-    if rank is not None and row.rank is None:
-        which = "chooses ranks itself" if row.all_in else "has no low-rank part"
+    own = QUANTIZERS[method]
+    if rank is not None and own.rank is None:
+        which = "chooses ranks itself" if own.counts_low_rank else "has no low-rank part"
         raise ValueError(f"method {method!r} {which}; leave out the rank")
     if rank is not None and rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
-    if factors is not None and row.rank is None and not row.all_in:
+    if factors is not None and own.rank is None and not own.counts_low_rank:
         raise ValueError(f"method {method!r} has no low-rank part; leave out factors")
     if factors not in (None, "dense"):
         normal_float.Format.parse(factors)
-    weighting = weighting or row.weighting
+    weighting = weighting or own.weighting
     if feedback and weighting not in MOMENTS:
         raise ValueError(
             f"feedback needs a second moment of inputs, which weighting {weighting!r} does not "
-            f"take; use {' or '.join(MOMENTS)}"
+            f"collect; use weighting {' or '.join(MOMENTS)}"
         )
 
 
 def check_rank(rank: int | None, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises ValueError if a rank of all products is too large for a matrix."""
-    narrow = [path for path, shape in shapes.items() if rank is not None and rank >= min(shape)]
-    if narrow:
+    """Raises ValueError if the rank of all low-rank terms is too large for a matrix."""
+    small = [path for path, shape in shapes.items() if rank is not None and rank >= min(shape)]
+    if small:
         raise ValueError(
-            f"rank {rank} is not below the smaller side of {narrow[0]} {shapes[narrow[0]]}; "
-            "ask for less"
+            f"rank {rank} is not below the smaller side of {small[0]} {shapes[small[0]]}; "
+            "ask for a smaller rank"
         )
 
 
@@ -199,6 +215,18 @@ def check_settings(
 ) -> bool:
     """Checks the options of `quantize` before the work begins.
 
+    Args:
+      method: see `quantize`.
+      bits: see `quantize`.
+      budget_bytes: see `quantize`.
+      form: see `quantize`.
+      solver: see `quantize`.
+      weighting: see `prepare_quantized`.
+      rank: see `prepare_quantized`.
+      factors: see `prepare_quantized`.
+      feedback: see `prepare_quantized`.
+      dtype: see `prepare_quantized`.
+
     Returns:
       Whether calibration tokens are needed.
 
@@ -207,7 +235,7 @@ def check_settings(
       ValueError: if options are out of range or do not go together.
     """
     _check_names(method, weighting, rank, factors, feedback)
-    row = QUANTIZERS[method]
+    own = QUANTIZERS[method]
     if bits is not None and not 0 < bits < np.inf:
         raise ValueError(f"bits must be positive, got {bits}")
     if sum(given is not None for given in (bits, budget_bytes, form)) != 1:
@@ -215,7 +243,7 @@ def check_settings(
             "give exactly one of bits, budget_bytes and format, got "
             f"{bits}, {budget_bytes} and {form}"
         )
-    if row.all_in and form is not None:
+    if own.counts_low_rank and form is not None:
         raise ValueError(f"method {method!r} chooses formats itself; give bits or budget_bytes")
     if solver not in SOLVERS:
         raise KeyError(f"no solver {solver!r}; {did_you_mean(solver, SOLVERS)}")
@@ -223,7 +251,7 @@ def check_settings(
         normal_float.Format.parse(form)
     if dtype is not None:
         jnp.dtype(dtype)
-    return bool(WEIGHTINGS[weighting or row.weighting])
+    return bool(WEIGHTINGS[weighting or own.weighting])
 
 
 def quantize(
@@ -238,18 +266,21 @@ def quantize(
     into: Any = None,
     **options: Any,
 ) -> Result:
-    """Quantises a model: `prepare_quantized`, then one plan.
+    """Quantizes a model: `prepare_quantized`, then one plan.
 
     Args:
       source: the model.
-      tokens: calibration ids ``[windows, length]``; not needed for weighting ``none``.
+      tokens: calibration ids ``[sequences, length]``; not needed for weighting ``none``.
       method: a key of `QUANTIZERS`.
-      bits: see `Quantizer.plan`.
-      budget_bytes: see `Quantizer.plan`.
-      form: instead of a budget, the format of all matrices (`nf.Format.parse`).
-      solver: see `Quantizer.plan`.
-      into: see `Quantizer.apply`.
-      **options: see `prepare_quantized`.
+      bits: budget in average bits per block weight; see `Quantizer.plan`.
+      budget_bytes: budget in bytes of all block kernels; see `Quantizer.plan`.
+      form: format of all matrices, instead of a budget (`normal_float.Format.parse`).
+      solver: a key of `knapsack.SOLVERS`.
+      into: where finished parts of the model go; see `Prepared.apply`.
+      **options: keyword arguments of `prepare_quantized`.
+
+    Returns:
+      The quantized model, its plan and its report.
 
     Raises:
       KeyError: see `prepare_quantized` and `Quantizer.plan`.

@@ -1,4 +1,4 @@
-"""What a compression returns, and its report."""
+"""The result of a compression, its report, and the check against the plan."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from lordjax.models.sites import counted_sites
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Result:
-    """A compressed model: the same module with other leaves, and how it came about.
+    """A compressed model: the same module with other leaves, its plan and its report.
 
     The leaves are host arrays; putting them on devices is the caller's choice.
 
     Attributes:
       config: the architecture.
-      params: nested dict; where the parts went, if that was given.
-      plan: what was decided.
-      report: what came of it.
+      params: nested dict of arrays and kernels; the caller's ``into``, if that was given.
+      plan: rank and format of every site.
+      report: sizes, errors of every layer, seconds of every stage, and the calibration.
     """
 
     config: ModelConfig
@@ -58,7 +58,12 @@ class Result:
 
 
 def layer_report(factors: Mapping[str, AnyFactors], plan: Plan) -> dict[str, dict[str, Any]]:
-    """Per site: rank and relative error; of matrices the condition and the spectrum's shape."""
+    """Returns rank and relative error of every site; for matrices also condition and spectrum.
+
+    Args:
+      factors: site path -> factors; planned sites without factors are left out.
+      plan: ranks.
+    """
     rows = {}
     tiny, eps = np.finfo(float).tiny, np.finfo(float).eps
     for path, rank in plan.ranks.items():
@@ -75,22 +80,28 @@ def layer_report(factors: Mapping[str, AnyFactors], plan: Plan) -> dict[str, dic
             continue
         energy = np.cumsum(spectrum) / total
         rows[path] |= {
-            # Capped at 1/eps: beyond it the spectrum's end is rounding error.
+            # Capped at 1/eps, because the end of the spectrum is rounding error beyond it.
             "condition": float(spectrum[0] / max(spectrum[-1], spectrum[0] * eps, tiny)),
             "stable_rank": total / max(float(spectrum[0]), tiny),
             "rank_of_energy": {
-                str(share): min(int(np.searchsorted(energy, share)) + 1, len(spectrum))
-                for share in (0.5, 0.9, 0.99)
+                str(part): min(int(np.searchsorted(energy, part)) + 1, len(spectrum))
+                for part in (0.5, 0.9, 0.99)
             },
         }
     return rows
 
 
 def verify(params: Any, plan: Plan, sizes: Mapping[str, SiteSize], config: ModelConfig) -> None:
-    """Checks that every planned site was replaced and has the planned size, and all is finite.
+    """Checks that every planned site has the planned size and that all numbers are finite.
+
+    Args:
+      params: nested dict of arrays and kernels.
+      plan: rank of every site to check.
+      sizes: site path -> its size.
+      config: the architecture.
 
     Raises:
-      ValueError: names the sites that do not agree with the plan or are not finite.
+      ValueError: if a site does not agree with the plan or is not finite; names them all.
     """
     flat, wrong = trees.flatten(params), []
     sites = counted_sites(METHODS[plan.method].kinds, config)
@@ -98,9 +109,9 @@ def verify(params: Any, plan: Plan, sizes: Mapping[str, SiteSize], config: Model
         layer, inside = path.split("/", 1)
         kernels = [flat.get(f"{layer}/{kernel}") for kernel in sites[inside].kernels]
         have = sum(weights(kernel) for kernel in kernels if kernel is not None)
-        want = sizes[path].weights(rank)
-        if have != want:
-            wrong.append(f"{path} has {have} weights, the plan says {want}")
+        expected = sizes[path].weights(rank)
+        if have != expected:
+            wrong.append(f"{path} has {have} weights, the plan says {expected}")
     for path, leaf in flat.items():
         if not all(np.isfinite(np.asarray(a, np.float32)).all() for a in jax.tree.leaves(leaf)):
             wrong.append(f"{path} is not finite (does it overflow in {leaf.dtype}?)")

@@ -1,17 +1,17 @@
-"""A model directory that is made step by step, and goes on where a killed process left it.
+"""A model directory that is written step by step and resumed after a killed run.
 
 ::
 
-    OUT.partial/           a `workspace.Workspace`: statistics, factors, hidden states, the plan
-    OUT.partial/model/     the directory to be: a file per finished block
-    OUT                    appears, whole, when all is done; then OUT.partial goes
+    OUT.partial/           a `DiskStore`: statistics, factors, hidden states, the plan
+    OUT.partial/model/     the unfinished directory: one file per finished block
+    OUT                    appears, whole, when all is done; then OUT.partial is removed
 
     with Output("small", identity) as output:
-        result = compress(source, tokens, keep=0.7, work=output.work, into=output.shards)
+        result = compress(source, tokens, keep=0.7, work=output.store, into=output.shards)
         output.finish(result, hf_config=hf_config)
 
-Of several processes (`hosts`) the first one writes the model, number k keeps its own work in
-OUT.partial.k. What not all of them have finished none has.
+With several processes (`multihost`), process 0 writes the model and process k keeps its
+intermediate results in OUT.partial.k. On resume, a result counts only if every process has it.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from lordjax.methods import Factors, ModuleFactors
 from lordjax.runtime import multihost
 from lordjax.storage import atomic_directory, checkpoint
 from lordjax.storage.disk_store import DiskStore, differences
-from lordjax.storage.shards import REST, Shards
+from lordjax.storage.shards import Shards, names
 from lordjax.storage.store import Store
 
-# Dataclasses that intermediate results consist of, by their names in files.
+# Dataclasses that intermediate results may hold, by their names in files.
 TYPES = {
     kind.__name__: kind
     for kind in (
@@ -40,53 +40,53 @@ TYPES = {
     )
 }
 
-PARTIAL = ".partial"  # ends the name of the directory where the work is kept
-FINISHED = "finished"  # entry: the directory is complete, and may have its name already
+PARTIAL = ".partial"  # suffix of the directory of the intermediate results
+FINISHED = "finished"  # entry: the directory is complete, and may have its final name already
 
 
 def partial(directory: str | os.PathLike[str], process: int = 0) -> Path:
-    """Where the work of a process towards a model directory is kept."""
+    """Returns the directory where a process keeps its intermediate results for a model."""
     directory = Path(directory).resolve()
     return directory.with_name(directory.name + PARTIAL + (f".{process}" if process else ""))
 
 
 class Unwritten:
-    """In place of `Parts` in a process that writes no model."""
+    """Stands in for `Shards` in a process that writes no model: notes only what is finished."""
 
     def __init__(self, store: Store):
-        self._work = store
+        self._store = store
 
     def __contains__(self, name: str) -> bool:
-        return f"parts/{name}" in self._work
+        return f"parts/{name}" in self._store
 
     def __setitem__(self, name: str, tree: Any) -> None:
-        self._work[f"parts/{name}"] = True
+        self._store[f"parts/{name}"] = True
 
 
 class Output:
-    """A model directory in the making.
+    """A model directory that is being written, and can be resumed.
 
     Args:
-      directory: of the model; must be free.
-      identity: JSON that says what is made of what. Work that was left is taken up only if it was
-        begun with the same.
+      directory: directory of the model; must be free.
+      identity: JSON of all inputs and options. A run is resumed only if they are the same.
 
     Attributes:
-      store: where finished work is kept.
-      parts: where finished parts of the model go.
-      resumed: whether some work was left.
-      finished: what `finish` was given as ``summary`` by a process that was killed after it.
+      store: where finished work is kept; the ``work`` of `prepare` and `compress`.
+      shards: where finished parts of the model go; the ``into`` of `compress`.
+      resumed: whether an earlier run left some work.
+      finished: the ``summary`` that an earlier run gave to `finish` before it was killed, else
+        None.
 
     Raises:
-      BlockingIOError: if another process works towards the same directory.
+      BlockingIOError: if another process works on the same directory.
       FileExistsError: if the directory is not free.
-      ValueError: if work was left that was begun with something else, or is damaged, or processes
-        do not make the same of the same; says what.
+      ValueError: if the work of an earlier run is damaged or has another identity, or the processes
+        differ in theirs; says in what.
     """
 
     def __init__(self, directory: str | os.PathLike[str], identity: Mapping[str, Any]):
         self.directory = Path(directory).resolve()
-        own = partial(directory, multihost.process())
+        own = partial(directory, multihost.process_index())
         if multihost.is_primary() and not own.exists():
             atomic_directory.check_destination(directory)
         self.store = DiskStore(own, identity, TYPES)
@@ -105,7 +105,7 @@ class Output:
         self.resumed = not self.store.empty
 
     def _agree(self, identity: Mapping[str, Any]) -> Any:
-        """Forgets what not all processes have finished; returns what the first one finished."""
+        """Discards results that some process lacks; returns the summary that process 0 finished."""
         keys = self.store.below("")
         told = multihost.all_gather_json(
             [identity, keys, self.store[FINISHED] if FINISHED in keys else None]
@@ -113,7 +113,10 @@ class Output:
         for k, (other, _, _) in enumerate(told):
             changes = list(differences(told[0][0], other))
             if changes:
-                raise ValueError(f"process {k} was given something else: {'; '.join(changes)}")
+                raise ValueError(
+                    f"process {k} was given something else: {'; '.join(changes)}; start all "
+                    "processes with the same command"
+                )
         finished = told[0][2]
         if finished is None:
             common = set.intersection(*(set(keys) for _, keys, _ in told))
@@ -124,7 +127,7 @@ class Output:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # The same command would come to the same error: nothing is left to go on with.
+        # The same command would end in the same error, so there is nothing to resume.
         useless = kind is not None and issubclass(kind, (ValueError, KeyError))
         if useless and not self.resumed and self.store.open:
             self.store.remove()
@@ -140,20 +143,20 @@ class Output:
         also: Callable[[Path], Any] | None = None,
         summary: Any = True,
     ) -> None:
-        """Completes the directory and gives it its name.
+        """Completes the directory and gives it its final name.
 
         Args:
-          result: whose parts are in ``parts``.
+          result: result whose parts are in ``shards``.
           hf_config: the original ``config.json``.
-          report: in place of the result's.
+          report: report to write; None: the result's own.
           write_tokenizer: see `checkpoint.save`.
-          also: called with the directory when everything else is in it, to put more into it
+          also: called with the directory when everything else is in it, to put more files into it
             (`elastic.keep_entries`).
-          summary: JSON for `finished`.
+          summary: JSON for `finished`, should the process be killed after this.
 
         Raises:
           FileExistsError: if the directory is no longer free.
-          ValueError: if a file that an earlier process wrote is damaged.
+          ValueError: if a file that an earlier run wrote is damaged.
         """
         if multihost.is_primary():
             self._complete(result, hf_config, report, write_tokenizer, also)
@@ -169,11 +172,11 @@ class Output:
         write_tokenizer: Callable[[Path], Any] | None,
         also: Callable[[Path], Any] | None,
     ) -> None:
+        """Writes the files beside the shards."""
         assert isinstance(self.shards, Shards)
-        names = [REST, *(f"layer_{i}" for i in range(result.config.num_layers))]
         checkpoint.write_about(
             self._stage,
-            self.shards.finish(names),
+            self.shards.finish(names(result.config)),
             result.config,
             hf_config=hf_config,
             plan=result.plan,
@@ -183,9 +186,9 @@ class Output:
         )
 
     def publish(self) -> None:
-        """Gives the finished directory its name, unless it has it, and removes the work.
+        """Gives the finished directory its final name and removes the intermediate results.
 
-        The first process comes last: as long as its work is there, it is seen to be finished.
+        Process 0 comes last: as long as its results are there, a new run sees that all is finished.
         """
         if not multihost.is_primary():
             self.store.remove()
@@ -196,12 +199,12 @@ class Output:
             atomic_directory.publish(
                 self._stage, atomic_directory.check_destination(self.directory)
             )
-        # Large files take a while to go; until they have, the work must be seen to be finished.
+        # Removing large files takes a while, in which a new run must see that all is finished.
         self.store.discard(*(key for key in self.store.below("") if key != FINISHED))
         self.store.remove()
 
     def _leave(self) -> None:
-        """Keeps what is finished, and no directory without any."""
+        """Closes the store; removes its directory if nothing is finished."""
         if self.store.open and self.store.empty:
             self.store.remove()
         self.store.close()

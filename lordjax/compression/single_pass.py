@@ -1,9 +1,10 @@
-"""One pass over the untouched model: statistics of blocks, and the factors of their sites.
+"""One pass over the original model: statistics of blocks, and the factors of their sites.
 
-Without a mesh a block is factored before the next one is run. A mesh of N devices would be idle
-then: nearly all work of a block is its MLP's, which is one site. So the statistics of N blocks are
-collected, a group, and their sites are factored together, each on one device (`mesh.share_jobs`).
-Every process keeps the statistics of sites that its own devices factor, on the host.
+Without a mesh a block is factored before the next one runs. With a mesh of N devices most of them
+would be idle then, because nearly all work of a block is one site: its MLP. So the statistics of N
+blocks, a batch of layers, are collected first. Then their sites are factored together, each on one
+device (`mesh.assign_tasks`). Every process keeps the statistics of the sites that its own devices
+factor, on the host.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ from lordjax.methods import METHODS
 from lordjax.models.sites import Site, site_path, sites_for
 from lordjax.models.source import Source
 from lordjax.runtime import flops
-from lordjax.runtime.mesh import map_kernels, own_tasks, share_tasks
+from lordjax.runtime.mesh import assign_tasks, local_tasks, run_tasks
 from lordjax.runtime.progress import Clock
 from lordjax.storage.store import Entries, Store
 
-SiteTask = tuple[int, Site]  # a site of a block
+SiteTask = tuple[int, Site]  # block number, site
 Gradients = Mapping[int, Mapping[str, Mapping[str, Any]]]
 
 
@@ -57,32 +58,42 @@ def factor_all(
     keep_gradients: bool,
     influence: bool,
 ) -> tuple[Mapping[str, AnyFactors], dict[int, float]]:
-    """One pass over the untouched model: statistics of a group of blocks, factors, the next group.
+    """Collects the statistics of all blocks and factors their sites, a batch of layers at a time.
+
+    Args:
+      source: the original model.
+      calibration: tokens, and the devices.
+      method: a key of `METHODS`.
+      gradients: layer -> gradient statistics.
+      clock: reports progress.
+      store: where factors go, and where a run that was killed left them.
+      keep_gradients: whether gradient statistics are needed after this pass.
+      influence: whether block influence is collected, too.
 
     Returns:
-      site path -> factors, which are in ``store``; layer -> block influence, if asked for.
+      Site path -> factors, which are in ``store``; layer -> block influence, if asked for.
     """
-    row, mesh = METHODS[method], calibration.mesh
-    sites = sites_for(row.kinds, source.config)
+    mesh = calibration.mesh
+    sites = sites_for(METHODS[method].kinds, source.config)
     factors = Entries(store, "factors")
     influences = Entries(store, "influence", int)
 
     def done(i: int) -> bool:
-        lacks = any(site_path(i, site) not in factors for site in sites)
-        return not lacks and (i in influences or not influence)
+        factored = all(site_path(i, site) in factors for site in sites)
+        return factored and (i in influences or not influence)
 
-    reads = calibration if influence or needs_activations(row) else None
+    reads = calibration if influence or needs_activations(METHODS[method]) else None
     states, left = resume_pass(store, "statistics", source, reads, done)
     run = _Pass(source, calibration, method, gradients, store)
     size, shares = 1 if mesh is None else mesh.size, []
     inputs: dict[SiteTask, Any] = {}
     for i in clock.run("statistics and factors", left, left.start):
-        number = (i - left.start) % size  # in its group
+        number = (i - left.start) % size  # position in its batch of layers
         if number == 0:
             shares = run.shares(range(i, min(i + size, left.stop)))
         inputs |= run.collect(i, states, shares, influence=influence)
         if number + 1 < size and i + 1 < left.stop:
-            if states is not None:  # older ones stay on disk: a killed process goes back to them
+            if states is not None:  # older states stay on disk: a killed run goes back to them
                 states.commit(i + 1, keep=store.durable)
             continue
         run.factor(shares, inputs, clock)
@@ -98,14 +109,14 @@ def factor_all(
 
 @dataclasses.dataclass
 class _Pass:
-    """What is the same for all blocks.
+    """What stays the same during a pass.
 
     Attributes:
-      source: the model.
+      source: the original model.
       calibration: tokens, and the devices.
       method: a key of `METHODS`.
-      gradients: layer -> statistics of the backward pass.
-      store: where factors are that are not made again, and influences go.
+      gradients: layer -> gradient statistics.
+      store: where factors and block influences go; factors that are there are not made again.
     """
 
     source: Source
@@ -115,38 +126,38 @@ class _Pass:
     store: Store
 
     def shares(self, layers: range) -> list[list[SiteTask]]:
-        """What each device has to factor in a group of blocks, from shapes alone.
+        """Returns the tasks of each device for a batch of layers, from shapes alone.
 
-        A process that was killed before a block's last site has made the others.
+        Sites that a run factored before it was killed are left out.
         """
         config, mesh = self.source.config, self.calibration.mesh
         sites = sites_for(METHODS[self.method].kinds, config)
-        jobs = [
+        tasks = [
             (i, site)
             for i in layers
             for site in sites
             if f"factors/{site_path(i, site)}" not in self.store
         ]
         if mesh is None:
-            return [jobs]
+            return [tasks]
         blocks = {i: _shapes(self.source.block(i)) for i in layers}
-        costs, row = {}, METHODS[self.method]
-        for i, site in jobs:
+        costs, method = {}, METHODS[self.method]
+        for i, site in tasks:
             gradients = self.gradients.get(i, {})
-            shapes = input_shapes(row, site, blocks[i], gradients, config)
+            shapes = input_shapes(method, site, blocks[i], gradients, config)
             costs[i, site] = flops.total(site_work(self.method, site, *shapes, meshed=True))
-        return share_tasks(costs, mesh.size)
+        return assign_tasks(costs, mesh.size)
 
     def collect(
         self, i: int, states: States | None, shares: list[list[SiteTask]], *, influence: bool
     ) -> dict[SiteTask, tuple[Any, dict[str, Any]]]:
-        """Kernels of the jobs of a block, and what its forward pass says of them.
+        """Returns kernels and activation statistics of the tasks of a block.
 
-        Of jobs of other processes only shapes.
+        Tasks of other processes get arrays of zeros that take no memory: only shapes matter.
         """
-        config, mesh, row = self.source.config, self.calibration.mesh, METHODS[self.method]
-        block, sites = on_device(self.source.block(i), mesh), sites_for(row.kinds, config)
-        keys = activation_keys(block, sites, row)
+        config, mesh, method = self.source.config, self.calibration.mesh, METHODS[self.method]
+        block, sites = on_device(self.source.block(i), mesh), sites_for(method.kinds, config)
+        keys = activation_keys(block, sites, method)
         stats = {}
         if states is not None:
             stats = block_statistics(
@@ -154,43 +165,43 @@ class _Pass:
             )
         if influence:
             self.store[f"influence/{i}"] = float(stats.pop(INFLUENCE).mean())
-        # As it is stored: on the device a program's own arguments are enough.
+        # In its stored dtype: each program moves its own arguments to the device.
         block = self.source.block(i)
         found = {}
-        own = None if mesh is None else own_tasks(shares, mesh)
-        for job in (job for share in shares for job in share if job[0] == i):
-            names = {name: stats[key] for name, key in keys[job[1].path].items()}
-            both = site_kernels(job[1], block, config), names
-            found[job] = both if own is None or job in own else jax.tree.map(_outline, both)
+        own = None if mesh is None else local_tasks(shares, mesh)
+        for task in (task for share in shares for task in share if task[0] == i):
+            own_stats = {name: stats[key] for name, key in keys[task[1].path].items()}
+            both = site_kernels(task[1], block, config), own_stats
+            found[task] = both if own is None or task in own else jax.tree.map(_placeholder, both)
         return found
 
     def factor(
         self, shares: list[list[SiteTask]], inputs: dict[SiteTask, Any], clock: Clock
     ) -> None:
-        """Puts the factors of every task into ``store``, and empties ``inputs``."""
-        mesh, row, begun = self.calibration.mesh, METHODS[self.method], {}
+        """Puts the factors of every task into the store, and empties ``inputs``."""
+        mesh, method, begun = self.calibration.mesh, METHODS[self.method], {}
 
-        def begin(job: SiteTask) -> AnyFactors:
-            i, site = job
-            begun[job], stats = inputs.pop(job)  # a site's sums go when it is factored
-            stats |= site_gradients(self.gradients.get(i, {}), row, site, begun[job])
+        def begin(task: SiteTask) -> AnyFactors:
+            i, site = task
+            begun[task], stats = inputs.pop(task)  # frees a site's sums once it is factored
+            stats |= site_gradients(self.gradients.get(i, {}), method, site, begun[task])
             return launch_factorization(
-                self.method, site, begun[job], stats, meshed=mesh is not None
+                self.method, site, begun[task], stats, meshed=mesh is not None
             )
 
         with clock.part("factors"):
-            for job, running in map_kernels(begin, shares, mesh):
-                path = site_path(*job)
-                found = collect_factors(self.method, path, begun.pop(job), running)
+            for task, running in run_tasks(begin, shares, mesh):
+                path = site_path(*task)
+                found = collect_factors(self.method, path, begun.pop(task), running)
                 self.store[f"factors/{path}"] = found
-                del running, found  # before the next one begins
+                del running, found  # frees them before the next task begins
 
 
 def _shapes(tree: Any) -> Any:
-    """Shapes and dtypes of arrays, which are not read."""
+    """Returns the shapes and dtypes of arrays without reading them."""
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
 
 
-def _outline(a: Any) -> np.ndarray:
-    """An array of a shape that takes no memory, for what is only traced."""
+def _placeholder(a: Any) -> np.ndarray:
+    """Returns zeros of an array's shape that take no memory, for arguments that are only traced."""
     return np.broadcast_to(np.zeros((), a.dtype), a.shape)

@@ -1,4 +1,4 @@
-"""Factors of a site, and putting them back."""
+"""Factors of a site, and the block with its sites replaced by them."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ AnyFactors = Factors | ModuleFactors
 
 @functools.cache
 def factor_program(method: str, kind: str) -> Any:
-    """The jitted ``factor`` of a method for a kind of site; to be called with 64 bits enabled."""
-    row = METHODS[method]
-    factor: Any = row.factor if kind == "linear" else row.modules[kind].factor
+    """Returns a method's jitted ``factor`` for a kind of site; call it with 64 bits enabled."""
+    definition = METHODS[method]
+    factor: Any = definition.factor if kind == "linear" else definition.modules[kind].factor
 
     def run(kernels: Any, stats: Any) -> AnyFactors:
-        # Converted here, so that what the factor does not read is dropped before.
+        # Converted inside the program, so that arrays the factor does not read are never converted.
         factors = factor(*jax.tree.map(_double, (kernels, stats)))
         small = jax.tree.map(_single, factors)
         return dataclasses.replace(small, spectrum=factors.spectrum)
@@ -43,7 +43,7 @@ def factor_program(method: str, kind: str) -> Any:
 
 
 def on_host(method: str, kind: str) -> Module | None:
-    """The module of a kind of site, if it is factored on the host: where all arrays are there."""
+    """Returns the module of a kind of site if it is factored on the host (CPU only), else None."""
     module = METHODS[method].modules.get(kind)
     if module is None or module.host is None or jax.default_backend() != "cpu":
         return None
@@ -51,17 +51,17 @@ def on_host(method: str, kind: str) -> Module | None:
 
 
 def factor_site(method: str, site: Site, path: str, kernels: Any, stats: Any) -> AnyFactors:
-    """A method's factors of one site, computed in float64, as float32 arrays on the host.
+    """Factors one site in float64; returns float32 arrays on the host.
 
-    Statistics are float32 sums; an eigendecomposition loses half of the digits again, so it runs
-    in double precision. Ranks from break-even on are never used, so their columns are dropped.
+    Statistics are float32 sums. An eigendecomposition loses half of their digits again, so it runs
+    in double precision. Columns from break-even on are dropped: no plan uses those ranks.
 
     Args:
       method: a key of `METHODS`.
-      site: of the block.
-      path: of the site in the model, for messages.
-      kernels: the kernel, or a module's arrays (`modules.gather`).
-      stats: what the method reads.
+      site: the site inside its block.
+      path: path of the site in the model, for messages.
+      kernels: kernel ``[in, out]``, or a module's arrays (`head_axes.gather`).
+      stats: statistics that the method reads.
 
     Raises:
       ValueError: if a factor is not finite; names the site.
@@ -77,9 +77,10 @@ def factor_site(method: str, site: Site, path: str, kernels: Any, stats: Any) ->
 def launch_factorization(
     method: str, site: Site, kernels: Any, stats: dict[str, Any], *, meshed: bool
 ) -> AnyFactors:
-    """The factors of a site while they are computed, on a device; ``stats`` may be emptied.
+    """Starts the factorization of a site on a device; ``stats`` may be emptied.
 
-    Devices of a mesh take turns, and processes tell from shapes what others do: no work on hosts.
+    With a mesh (``meshed``) nothing is factored on the host: every process predicts from shapes
+    what the devices of the others do.
     """
     module = None if meshed else on_host(method, site.kind)
     if module is not None and module.host is not None:
@@ -90,12 +91,12 @@ def launch_factorization(
 
 
 def collect_factors(method: str, path: str, kernels: Any, running: AnyFactors) -> AnyFactors:
-    """The factors that `start` computes, once they are there; errors as of `factor_site`."""
+    """Waits for the factors of `launch_factorization`; errors as for `factor_site`."""
     small = jax.tree.map(np.asarray, running)
     if not all(np.isfinite(a).all() for a in jax.tree.leaves(small)):
         raise ValueError(
-            f"{path}: the factors of method {method!r} are not finite; its weights or statistics "
-            "are broken, leave the site out or choose another method"
+            f"{path}: the factors of method {method!r} are not finite, because the weights or the "
+            "statistics of this site are broken; use more calibration tokens or another method"
         )
     if isinstance(small, ModuleFactors):
         return small
@@ -117,20 +118,20 @@ def _single(a: jax.Array) -> jax.Array:
 
 
 def site_kernels(site: Site, block: Mapping[str, Any], config: Any) -> Any:
-    """The kernel of a linear site, or a module's arrays in head form."""
+    """Returns the kernel of a linear site, or a module's arrays in head form."""
     flat = trees.flatten(block)
     return flat[site.path] if site.kind == "linear" else gather(site.kind, flat, config)
 
 
 def site_work(method: str, site: Site, kernels: Any, stats: Any, *, meshed: bool) -> flops.OpCounts:
-    """Operations of the factors of one site.
+    """Counts the operations that factor one site.
 
     Args:
       method: a key of `METHODS`.
-      site: of the block.
-      kernels: shapes of what is factored (`input_shapes`).
-      stats: of what the method reads.
-      meshed: whether devices of a mesh take turns; then nothing is factored on the host.
+      site: the site inside its block.
+      kernels: shapes of the kernels (`input_shapes`).
+      stats: shapes of the statistics that the method reads.
+      meshed: whether a mesh factors the sites; then nothing is factored on the host.
     """
     leaves, tree = jax.tree.flatten((kernels, stats))
     return _site_work(method, site, meshed, tree, tuple(leaves))
@@ -152,28 +153,28 @@ def _site_work(method: str, site: Site, meshed: bool, tree: Any, leaves: Any) ->
 
 
 def input_shapes(
-    row: Method,
+    method: Method,
     site: Site,
     block: Mapping[str, Any],
     gradients: Mapping[str, Mapping[str, Any]],
     config: Any,
 ) -> tuple[Any, dict[str, Any]]:
-    """Shapes of what `factor_site` reads of a site: its kernels and statistics.
+    """Returns the shapes of the kernels and the statistics that `factor_site` reads.
 
     Args:
-      row: the method.
-      site: of the block.
-      block: its parameters, or their shapes.
-      gradients: statistics of its backward pass, or their shapes.
+      method: the method.
+      site: the site inside its block.
+      block: parameters of the block, or their shapes.
+      gradients: statistics of the block's backward pass, or their shapes.
       config: the architecture.
     """
     flat = trees.flatten(block)
     kernels = jax.eval_shape(lambda block: site_kernels(site, block, config), block)
-    keys = activation_keys(block, (site,), row)[site.path]
+    keys = activation_keys(block, (site,), method)[site.path]
     widths = {key: statistic_width(key, flat, config) for key in keys.values()}
     sums = jax.eval_shape(lambda: empty(widths))
     stats = {name: sums[key] for name, key in keys.items()}
-    read = jax.eval_shape(lambda g, k: site_gradients(g, row, site, k), gradients, kernels)
+    read = jax.eval_shape(lambda g, k: site_gradients(g, method, site, k), gradients, kernels)
     return kernels, stats | read
 
 
@@ -185,49 +186,49 @@ def replace_kernels(
     method: str,
     config: Any,
     *,
-    widened: bool = False,
+    padded: bool = False,
     kernels: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Block ``i`` with the planned sites replaced, on the host; the input is untouched.
+    """Returns block ``i`` with the planned sites replaced, on the host; the input is not changed.
 
     Args:
       block: parameters of the block.
-      i: its number.
+      i: number of the block.
       factors: site path -> factors; planned sites without factors stay as they are.
-      plan: site path -> rank.
-      method: whose factors they are.
+      plan: site path -> rank; None: dense.
+      method: method of the factors, a key of `METHODS`.
       config: the architecture.
-      widened: put in arrays of the original shapes - products instead of pairs, zeros around what a
-        narrow module keeps - which compute the same and share compilations.
+      padded: whether arrays keep their original shapes: factor pairs are multiplied out, pruned
+        modules are zero-padded. That computes the same function and shares compilations.
       kernels: path of a module -> arrays, by name, that were factored instead of the block's own.
     """
-    row = METHODS[method]
+    modules = METHODS[method].modules
     before = trees.flatten(block)
     flat = dict(before)
-    for site in sites_for(row.kinds, config):
+    for site in sites_for(METHODS[method].kinds, config):
         path = site_path(i, site)
         rank = plan.get(path)
         if rank is None or path not in factors:
             continue
         found: Any = factors[path]
         if site.kind == "linear":
-            flat |= _factored(site, flat, found, rank, widened=widened)
+            flat |= _factored(site, flat, found, rank, padded=padded)
             continue
         own = gather(site.kind, before, config) | dict((kernels or {}).get(path, {}))
-        new = row.modules[site.kind].narrow(own, found, rank)
-        new = widen(site.kind, new, own) if widened else new
+        new = modules[site.kind].narrow(own, found, rank)
+        new = widen(site.kind, new, own) if padded else new
         flat = scatter(site.kind, new, flat)
     return trees.unflatten(flat)
 
 
 def _factored(
-    site: Site, flat: Mapping[str, Any], factors: Any, rank: int, *, widened: bool
+    site: Site, flat: Mapping[str, Any], factors: Any, rank: int, *, padded: bool
 ) -> dict[str, Any]:
-    """The new leaves of a linear site."""
+    """Returns the new leaves of a linear site."""
     dtype = flat[site.path].dtype
     kernel, bias = truncate(factors, rank)
-    # Where the dtype allows, views of the factors: no second copy.
-    new = kernel.materialize() if widened else kernel
+    # Views of the factors where the dtype allows: no second copy.
+    new = kernel.materialize() if padded else kernel
     leaves = {site.path: jax.tree.map(lambda a: np.asarray(a, dtype), new)}
     if bias is not None:
         old = np.asarray(flat.get(f"{site.layer}/bias", 0), np.float32)
@@ -236,7 +237,7 @@ def _factored(
 
 
 def site_sizes(source: Source, method: str, store: Store | None = None) -> dict[str, SiteSize]:
-    """Site path -> its size in the untouched model."""
+    """Returns the size of every site in the original model, by site path."""
     sites = counted_sites(METHODS[method].kinds, source.config).values()
 
     def read() -> dict[str, dict[str, int]]:
@@ -252,7 +253,7 @@ def site_sizes(source: Source, method: str, store: Store | None = None) -> dict[
 
 
 def site_size(site: Site, block: Mapping[str, Any], config: ModelConfig) -> SiteSize:
-    """How many weights a site of a block has at a rank."""
+    """Returns the number of weights of a site of a block as a function of its rank."""
     flat = trees.flatten(block)
     shapes = [flat[path].shape for path in site.kernels if path in flat]
     if site.kind == "linear":

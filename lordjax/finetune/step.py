@@ -36,7 +36,7 @@ from lordjax.models.blocks import Block
 from lordjax.models.config import ModelConfig
 from lordjax.models.transformer import Transformer, default_positions
 from lordjax.names import layer
-from lordjax.runtime.mesh import Mesh, fully_sharded, put, rows_sharded
+from lordjax.runtime.mesh import Mesh, batch_shardings, fsdp_shardings, put
 from lordjax.runtime.xla_scheduling import block_by_block
 
 
@@ -315,16 +315,16 @@ def run(
     teacher = (
         None if teacher is None else astype(jax.tree.map(jnp.asarray, teacher), settings.dtype)
     )
-    where = None if mesh is None else fully_sharded(state, mesh)
+    where = None if mesh is None else fsdp_shardings(state, mesh)
     if mesh is not None:
         settings = dataclasses.replace(settings, accumulate=settings.accumulate or 1)
-        frozen, teacher = (put(tree, fully_sharded(tree, mesh)) for tree in (frozen, teacher))
+        frozen, teacher = (put(tree, fsdp_shardings(tree, mesh)) for tree in (frozen, teacher))
         state = put(state, where)
     own = {name: getattr(settings, name) for name in ("dtype", "distill", "remat")}
     step = make_step(config, optimizer, **own, shardings=where)
     for i in range(int(state.step), settings.steps):
         batch = microbatches(examples, settings, i)
-        batch = batch if mesh is None else put(batch, rows_sharded(batch, mesh, axis=1))
+        batch = batch if mesh is None else put(batch, batch_shardings(batch, mesh, axis=1))
         state, found = step(state, frozen, batch, teacher)
         metrics = {name: float(value) for name, value in found.items()}
         if not np.isfinite([metrics["loss"], metrics["gradient"]]).all():

@@ -24,7 +24,7 @@ from lordjax.forecast.quantized_cost import QuantizationSpec
 from lordjax.models.sites import Site
 from lordjax.runtime import flops
 from lordjax.runtime.flops import OpCounts
-from lordjax.runtime.mesh import share_tasks
+from lordjax.runtime.mesh import assign_tasks
 
 NOT_ESTIMATED = ("sequential",)  # stages
 
@@ -119,7 +119,7 @@ def _loop_ops(spec: CalibrationSpec, *, backward: bool) -> OpCounts:
 
     def forward_loops(sliding_window: int | None) -> OpCounts:
         run = functools.partial(observe, config=spec.config, sliding_window=sliding_window)
-        return flops.in_loops(run, spec.block, spec.residual_stream(1), None, {})
+        return flops.count_loop_ops(run, spec.block, spec.residual_stream(1), None, {})
 
     def backward_loops(sliding_window: int | None) -> OpCounts:
         stats, bases = gradient_shapes(spec)
@@ -129,7 +129,7 @@ def _loop_ops(spec: CalibrationSpec, *, backward: bool) -> OpCounts:
             observe_gradients, config=spec.config, sliding_window=sliding_window
         )
         x = spec.residual_stream(1)
-        return flops.in_loops(run, spec.block, x, None, x, bases, stats)
+        return flops.count_loop_ops(run, spec.block, x, None, x, bases, stats)
 
     found = per_layer(spec, forward_loops)
     if backward:
@@ -145,7 +145,7 @@ def _factorizations(spec: CompressionSpec, count: int) -> list[OpCounts]:
     for first in range(0, layers, count):
         layer_batch = range(first, min(first + count, layers))
         tasks = {(i, site): cost[site] for i in layer_batch for site in spec.sites}
-        for found, own in zip(counts, share_tasks(tasks, count), strict=True):
+        for found, own in zip(counts, assign_tasks(tasks, count), strict=True):
             found.update(site for _, site in own)
     return [all_factors(spec, found) for found in counts]
 

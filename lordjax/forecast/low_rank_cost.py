@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from lordjax.calibration.forward_pass import activation_keys
 from lordjax.calibration.observers import observe_pair, sequences_per_step
 from lordjax.calibration.statistics import Moments
-from lordjax.compression.sequential import groups
+from lordjax.compression.sequential import sites_by_stage
 from lordjax.compression.site_factors import site_work
 from lordjax.compression.temperature import TEMPERATURES
 from lordjax.forecast.calibration_cost import (
@@ -120,7 +120,7 @@ def _sequential(spec: CompressionSpec) -> OpCounts:
     passes = flops.scaled(blocks_ops(spec, spec.batch, {}), 1 + corrective)
     found = [embedding_ops(spec, spec.batch), passes]
     factors = []
-    for group in groups(spec.definition, spec.config):
+    for group in sites_by_stage(spec.definition, spec.config):
         fraction = sum(_has_ranks(spec, i, group) for i in range(layers)) / layers
         if not fraction:
             continue

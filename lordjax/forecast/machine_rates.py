@@ -159,7 +159,7 @@ def _quantization_rates() -> Rates:
 
     def row_by_row(rows: Any) -> Any:
         return error_feedback.quantize(
-            rows, normal_float.Format.parse("nf2"), error_feedback.feedback_of(moment)
+            rows, normal_float.Format.parse("nf2"), error_feedback.make_feedback(moment)
         ).codes
 
     return {

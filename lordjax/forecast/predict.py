@@ -19,7 +19,7 @@ from lordjax.kernels.base import is_kernel, nbytes
 from lordjax.models.config import ModelConfig
 from lordjax.models.source import InMemory
 from lordjax.runtime import flops, multihost
-from lordjax.runtime.mesh import AXIS, parse
+from lordjax.runtime.mesh import DATA_AXIS, parse
 
 BENCHMARK_SECONDS = 5.0  # the longest that measuring this machine's rates takes
 BENCHMARK_SHARE = 0.02  # of a job's time, at most, that measuring may take
@@ -93,13 +93,13 @@ def device_count(mesh: str | None) -> int:
     Raises:
       ValueError: if the mesh has another axis than ``data``, whose cost cannot be predicted.
     """
-    axes = {AXIS: 1} if mesh is None else parse(mesh)
-    if set(axes) != {AXIS}:
+    axes = {DATA_AXIS: 1} if mesh is None else parse(mesh)
+    if set(axes) != {DATA_AXIS}:
         raise ValueError(
-            f"--mesh {mesh}: the cost of an axis other than {AXIS} cannot be predicted; give "
-            f"{AXIS}=N"
+            f"--mesh {mesh}: the cost of an axis other than {DATA_AXIS} cannot be predicted; give "
+            f"{DATA_AXIS}=N"
         )
-    return axes[AXIS]
+    return axes[DATA_AXIS]
 
 
 def predict_compression(
@@ -124,7 +124,7 @@ def predict_compression(
         leaves = trees.flatten(dense_shapes(config).params)
     before = stored(config, leaves)
     spec, after, sure, _ = parse_settings(config, before, calibration, settings)
-    devices = (settings.get("mesh"), multihost.count())
+    devices = (settings.get("mesh"), multihost.process_count())
     found = cost(spec, before, after, None, *devices)
     if worth_measuring(sum(found["flops"].values())):
         existing = next(p for p in directory.absolute().parents if p.exists())

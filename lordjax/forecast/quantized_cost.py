@@ -36,10 +36,10 @@ from lordjax.kernels import normal_float
 from lordjax.kernels.base import materialize, nbytes
 from lordjax.methods import Method
 from lordjax.methods.quantized.best_product import FIRST_POWERS, start_basis
-from lordjax.methods.quantized.error_feedback import feedback_of
+from lordjax.methods.quantized.error_feedback import make_feedback
 from lordjax.methods.quantized.lq import STEPS, decompose
 from lordjax.methods.quantized.predicted_loss import predict
-from lordjax.methods.quantized.weightings import WEIGHTINGS, Weights, cost_of, statistics_of
+from lordjax.methods.quantized.weightings import WEIGHTINGS, Weights, make_weights, weighting_method
 from lordjax.models.sites import Site, site_path
 from lordjax.runtime import flops
 from lordjax.runtime.flops import OpCounts
@@ -79,7 +79,7 @@ class QuantizationSpec(CalibrationSpec):
     @property
     def definition(self) -> Method:
         """The statistics of the weighting."""
-        return statistics_of(self.weighting)
+        return weighting_method(self.weighting)
 
     @property
     def reads_inputs(self) -> bool:
@@ -110,7 +110,7 @@ def estimate(
     Raises:
       ValueError: if the smallest formats do not fit.
     """
-    counts_low_rank = QUANTIZERS[method].all_in
+    counts_low_rank = QUANTIZERS[method].counts_low_rank
     largest_rank = MIDDLE_RANK if counts_low_rank else rank or 0
 
     def candidate(path: str, form: normal_float.Format) -> Candidate:
@@ -119,7 +119,7 @@ def estimate(
 
     def size(path: str, form: normal_float.Format) -> int:
         made = candidate(path, form)
-        return candidate_bytes(made, shapes[path], itemsize, factors, products=counts_low_rank)
+        return candidate_bytes(made, shapes[path], itemsize, factors, low_rank=counts_low_rank)
 
     def left_by_smallest() -> float:
         return budget - sum(size(path, rising[0]) for path in shapes)
@@ -162,10 +162,10 @@ def quantized_stages(spec: QuantizationSpec) -> dict[str, OpCounts]:
 def weighted_site(spec: QuantizationSpec, site: Site) -> tuple[Any, Weights]:
     """Returns shapes of a matrix and of its error weights."""
     kernel, stats = site_inputs(spec, site)
-    error_weights = jax.eval_shape(cost_of, kernel, stats)
+    error_weights = jax.eval_shape(make_weights, kernel, stats)
     if not spec.feedback:
         return kernel, error_weights
-    feedback = jax.eval_shape(feedback_of, error_weights.inputs)
+    feedback = jax.eval_shape(make_feedback, error_weights.inputs)
     return kernel, error_weights._replace(feedback=feedback)
 
 
@@ -175,10 +175,10 @@ def _error_weights(spec: QuantizationSpec) -> OpCounts:
     layers = spec.config.num_layers
     for site in spec.sites:
         kernel, stats = site_inputs(spec, site)
-        found.append(flops.scaled(flops.count_ops(cost_of, kernel, stats), layers))
+        found.append(flops.scaled(flops.count_ops(make_weights, kernel, stats), layers))
         if spec.feedback:
-            error_weights = jax.eval_shape(cost_of, kernel, stats)
-            found.append(flops.scaled(flops.count_ops(feedback_of, error_weights.inputs), layers))
+            error_weights = jax.eval_shape(make_weights, kernel, stats)
+            found.append(flops.scaled(flops.count_ops(make_feedback, error_weights.inputs), layers))
     return flops.merged(found)
 
 

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lordjax.allocation.candidates import Candidate
+from lordjax.allocation.curves import Curve
 from lordjax.allocation.plan import Plan
-from lordjax.allocation.policies import CURVELESS, Curve, allocate
+from lordjax.allocation.policies import CURVELESS, allocate
 from lordjax.compression.site_factors import site_sizes
 from lordjax.kernels import normal_float, trees
 from lordjax.kernels.base import is_kernel

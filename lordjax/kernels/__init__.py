@@ -1,1 +1,1 @@
-"""Compressed weights as values: what may stand where a model expects a kernel."""
+"""Compressed weights: objects that replace the weight matrix of a linear layer."""

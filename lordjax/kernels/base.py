@@ -1,4 +1,18 @@
-"""The interface of compressed weights, and functions that work on all kinds."""
+"""The interface of compressed weights, and functions that work on all kinds of them.
+
+A *kernel* is the matrix of a linear layer in Flax's layout, ``[in, out]``, so that ``y = x @ W``.
+It is an array or a `Kernel`. Leading axes are allowed everywhere (stacks of kernels).
+
+A `Kernel` has a shape, a dtype and two operations:
+
+* ``shape``          ``(..., in, out)``, derived from the leaves, so that it survives ``vmap``;
+* ``dtype``          the dtype of ``materialize()``;
+* ``matmul(x)``      ``x @ W`` in the dtype of ``x``, without forming ``W`` where that is cheaper;
+* ``materialize()``  ``W`` itself.
+
+A class is abstract or final. Constructors check nothing, because ``jax.tree.map`` builds kernels
+whose leaves are not arrays; `lordjax.kernels.kinds.check` does.
+"""
 
 from __future__ import annotations
 
@@ -12,48 +26,67 @@ from jaxtyping import Array, Float
 
 
 class Kernel(abc.ABC):
-    """A matrix ``[..., in, out]`` that is not stored as one array."""
+    """A matrix ``[..., in, out]`` that is not stored as one array. See this module's docstring."""
 
     @property
     @abc.abstractmethod
     def shape(self) -> tuple[int, ...]:
-        """``(..., in, out)``."""
+        """The shape ``(..., in, out)``."""
 
     @property
     @abc.abstractmethod
     def dtype(self) -> jnp.dtype:
-        """The dtype of `materialize`."""
+        """The dtype of the matrix that `materialize` returns."""
 
     @abc.abstractmethod
     def matmul(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
-        """``x @ W``."""
+        """Returns ``x @ W`` in the dtype of ``x``."""
 
     @abc.abstractmethod
     def materialize(self) -> Float[Array, "... in out"]:
-        """``W``."""
+        """Returns the matrix ``W``."""
 
 
 def kernel_fields(kind: Any) -> tuple[list[str], list[str]]:
-    """Names of the fields of a kernel or a kind that are arrays or kernels, and of the others."""
+    """Returns the names of a kernel's array or kernel fields, and those of its other fields.
+
+    Args:
+      kind: a kernel or its class.
+    """
     fields = dataclasses.fields(kind)
     inner = [f.name for f in fields if f.metadata.get("pytree_node", True)]
     return inner, [f.name for f in fields if f.name not in inner]
 
 
 def is_kernel(leaf: Any) -> bool:
-    """True for a `Kernel`; the ``is_leaf`` of every tree walk over parameters."""
+    """Returns True for a `Kernel`; pass it as ``is_leaf`` to functions on parameter trees."""
     return isinstance(leaf, Kernel)
 
 
 def matmul(x: Float[Array, "... in"], kernel: Any) -> Float[Array, "... out"]:
-    """``x @ kernel`` for an array or a `Kernel`, computed and returned in the dtype of ``x``."""
+    """Returns ``x @ kernel``, computed in the dtype of ``x``.
+
+    Args:
+      x: inputs ``[..., in]``.
+      kernel: an array ``[in, out]`` or a `Kernel`.
+
+    Returns:
+      Outputs ``[..., out]`` in the dtype of ``x``.
+    """
     if isinstance(kernel, Kernel):
         return kernel.matmul(x)
     return jnp.matmul(x, kernel.astype(x.dtype))
 
 
 def materialize(tree: Any) -> Any:
-    """Replaces every `Kernel` of a tree (or a single one) by its matrix; arrays pass through."""
+    """Replaces every `Kernel` of a tree, or a single one, by its matrix.
+
+    Args:
+      tree: a pytree of arrays and kernels. Arrays are returned unchanged.
+
+    Returns:
+      A tree of the same structure with an array ``[..., in, out]`` for every kernel.
+    """
     return jax.tree.map(
         lambda leaf: leaf.materialize() if isinstance(leaf, Kernel) else leaf,
         tree,
@@ -62,8 +95,11 @@ def materialize(tree: Any) -> Any:
 
 
 def nbytes(tree: Any) -> int:
-    """Bytes of all leaves of a kernel, a model, or a tree of ``ShapeDtypeStruct``.
+    """Returns the number of bytes of all arrays of a tree.
 
-    The one byte count of the project: plan, report and file on disk use it.
+    Plans, reports and files on disk all use this count.
+
+    Args:
+      tree: a kernel, a model, or a pytree of arrays or ``ShapeDtypeStruct``.
     """
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -1,6 +1,6 @@
-"""The functional core on raw trees: any nested dict of arrays or ``nnx.State``, no model needed.
+"""Functions that compress parameter trees: nested dicts of arrays or ``nnx.State``, no model.
 
-Pure and jittable; callable under ``vmap``, ``jax.pmap`` and on sharded arrays.
+They are pure and jittable, and work under ``vmap``, ``jax.pmap`` and on sharded arrays.
 """
 
 from __future__ import annotations
@@ -20,13 +20,18 @@ from lordjax.kernels.quantized import NFQuantized
 
 
 def _svd(kernel: Float[Array, "... in out"], rank: int) -> tuple[Array, Array]:
-    # Not through the Gram matrix: in float32 that loses singular values below 3e-4 of the largest.
+    # Not through the Gram matrix: in float32 it loses singular values below 3e-4 of the largest.
     u, values, v = jnp.linalg.svd(kernel, full_matrices=False)
     return (u * values[..., None, :])[..., :rank], v[..., :rank, :]
 
 
 def _matrices(params: Any, where: str) -> set[str]:
-    """Paths of the matrices that match; raises KeyError if there are none, ValueError otherwise."""
+    """Returns the paths of the matrices that match a pattern.
+
+    Raises:
+      KeyError: if no leaf matches.
+      ValueError: if a matching leaf is not a floating-point matrix.
+    """
     leaves = trees.flatten(params)
     chosen = set(trees.select(leaves, where))
     wrong = [
@@ -36,7 +41,8 @@ def _matrices(params: Any, where: str) -> set[str]:
     ]
     if wrong:
         raise ValueError(
-            f"not matrices of real numbers: {', '.join(wrong)}; narrow down where={where!r}"
+            f"where={where!r} matches leaves that are not floating-point matrices: "
+            f"{', '.join(wrong)}; choose a pattern that matches matrices only"
         )
     return chosen
 
@@ -46,23 +52,26 @@ def factorize(
 ) -> Any:
     """Replaces matrices of a parameter tree by their best low-rank approximations.
 
-    Plain truncated SVD: no data. For methods that use activations see `compress`.
+    This is a truncated SVD of the weights, without data. See `lordjax.compress` for methods that
+    use activations.
 
     Args:
-      params: any pytree of arrays; matrices ``[..., in, out]``, leading axes are stacks.
-      rank: the rank, everywhere. A matrix for which that is no smaller than dense stays as it is.
-      keep: instead of ``rank``: the share of each matrix' weights to keep, in (0, 1]; 1 changes
+      params: a pytree of arrays. Matrices are ``[..., in, out]``; leading axes are stacks.
+      rank: the rank of every matrix. A matrix stays dense if the factors would not be smaller.
+      keep: fraction of each matrix's weights to keep, in (0, 1], instead of ``rank``. 1 changes
         nothing.
-      where: regular expression searched in the "/"-path of a leaf.
+      where: regular expression that is searched in the "/"-path of each leaf.
 
     Returns:
-      A tree of the same structure with `LowRank` leaves; the input is untouched. Factors have
-      the dtype of the matrix and are computed in at least float32.
+      A new tree of the same structure with `LowRank` leaves. Factors have the dtype of the matrix;
+      they are computed in float32 or wider.
 
     Raises:
-      KeyError: if no leaf matches ``where``; suggests paths.
-      ValueError: if a matching leaf is no real matrix or too small for ``keep``, or not exactly
-        one of rank and keep is given and in range.
+      KeyError: if no leaf matches ``where``. The message suggests paths.
+      ValueError: if a matching leaf is not a floating-point matrix or is too small for ``keep``, if
+        not exactly one of ``rank`` and ``keep`` is given, or if it is out of range.
+
+    Source: Eckart and Young (1936).
     """
     if (rank is None) == (keep is None):
         raise ValueError(f"give exactly one of rank and keep, got rank={rank}, keep={keep}")
@@ -88,27 +97,33 @@ def factorize(
 
     new = trees.map_with_path(replace, params)
     if small:
-        raise ValueError(f"keep={keep} is less than rank 1 of {', '.join(small)}")
+        raise ValueError(
+            f"keep={keep} leaves less than rank 1 of {', '.join(small)}; expected a larger keep, "
+            "or a pattern (where) that does not match these matrices"
+        )
     return new
 
 
 def encode(params: Any, form: str = "nf4", *, where: str = "kernel$") -> Any:
-    """Replaces matrices of a parameter tree by NormalFloat codes, all in one jitted pass.
+    """Replaces matrices of a parameter tree by NormalFloat-quantized ones, in one jitted pass.
 
-    No data. `materialize` decodes; for codes with a product on top and for budgets see `quantize`.
+    Needs no data. `lordjax.materialize` decodes the matrices. See `lordjax.quantize` for a
+    low-rank term beside the quantized weights, and for budgets.
 
     Args:
-      params: any pytree of arrays; matrices ``[..., in, out]``, leading axes are stacks.
-      form: name of the format: ``nf2``, ``nf3``, ``nf4``, ``nf8``, or with blocks, see
-        `nf.Format.parse`.
-      where: regular expression searched in the "/"-path of a leaf.
+      params: a pytree of arrays. Matrices are ``[..., in, out]``; leading axes are stacks.
+      form: name of the format: ``nf2``, ``nf3``, ``nf4``, ``nf8``, or with block sizes as
+        `lordjax.kernels.normal_float.Format.parse` reads them.
+      where: regular expression that is searched in the "/"-path of each leaf.
 
     Returns:
-      A tree of the same structure with `NFQuantized` leaves; the input is untouched.
+      A new tree of the same structure with `NFQuantized` leaves.
 
     Raises:
-      KeyError: if no leaf matches ``where``; suggests paths.
-      ValueError: if a matching leaf is no real matrix, or there is no such format.
+      KeyError: if no leaf matches ``where``. The message suggests paths.
+      ValueError: if a matching leaf is not a floating-point matrix, or the format is unknown.
+
+    Source: QLoRA, arXiv 2305.14314; theory/lq_lora §1.
     """
     chosen, parsed = _matrices(params, where), normal_float.Format.parse(form)
     leaves = {p: leaf for p, leaf in trees.flatten(params).items() if p in chosen}
@@ -122,7 +137,10 @@ def _encode_stack(arrays: dict[str, Any], form: normal_float.Format) -> dict[str
 
 
 def cast(a: Any, dtype: Any) -> np.ndarray:
-    """In another dtype, on the host, unless it is an index; what overflows the caller must find."""
+    """Returns an array on the host in another dtype; integer arrays keep their dtype.
+
+    Overflow gives infinities without a warning. The caller has to check for them.
+    """
     a = np.asarray(a)
     with np.errstate(over="ignore"):
         return a if np.issubdtype(a.dtype, np.integer) else a.astype(dtype)
@@ -130,15 +148,16 @@ def cast(a: Any, dtype: Any) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnames=("form",))
 def quantize_jit(kernel: Any, form: normal_float.Format) -> NFQuantized:
-    """`NFQuantized.encode`, compiled once per shape and format."""
+    """Quantizes a matrix with `NFQuantized.encode`, compiled once per shape and format."""
     return NFQuantized.encode(kernel, form)
 
 
 def quantize_pair(pair: LowRank, form: normal_float.Format) -> LowRank:
-    """A factor pair as codes, on the host, of columns and rows of equal lengths.
+    """Returns a low-rank matrix with quantized factors, on the host.
 
-    The product allows any scaling between the two; equal lengths measured best, before all of it in
-    one factor (theory/lord_rom §2.6).
+    Scale can move freely between the two factors. Before quantization column j of the left factor
+    and row j of the right one get equal norms. Of the scalings that were tried this one loses least
+    (theory/lord_rom §2.6).
     """
     left, right = (np.asarray(a, np.float32) for a in (pair.left, pair.right))
     lengths = np.linalg.norm(left, axis=-2), np.linalg.norm(right, axis=-1)
@@ -149,7 +168,7 @@ def quantize_pair(pair: LowRank, form: normal_float.Format) -> LowRank:
 
 
 def quantize_pairs(params: Any, form: normal_float.Format) -> Any:
-    """Parameters with all factor pairs of arrays as codes: QLoRA's base under LoRD."""
+    """Returns parameters with quantized factors in place of those of every `LowRank` kernel."""
     return jax.tree.map(
         lambda leaf: quantize_pair(leaf, form) if isinstance(leaf, LowRank) else leaf,
         params,

@@ -1,4 +1,4 @@
-"""The registry of kinds of kernels: names in files, checks, conversions of dtype."""
+"""The registry of kernel kinds: their names on disk, checks, and dtype conversion."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lordjax.kernels.base import Kernel, kernel_fields
 from lordjax.kernels.low_rank import LowRank
 from lordjax.kernels.quantized import LowRankPlusQuantized, NFQuantized
 
-# Kernel kinds by the name they have on disk.
+# Name on disk -> class.
 KINDS: dict[str, type[Kernel]] = {
     "low_rank": LowRank,
     "nf_quantized": NFQuantized,
@@ -22,7 +22,10 @@ KINDS: dict[str, type[Kernel]] = {
 
 
 def astype(tree: Any, dtype: Any) -> Any:
-    """Arrays of numbers, factors too, in another dtype; codes and indices stay as they are."""
+    """Converts the floating-point arrays of a tree to another dtype.
+
+    Low-rank factors are converted. Quantized matrices and integer arrays stay as they are.
+    """
 
     def cast(leaf: Any) -> Any:
         if isinstance(leaf, NFQuantized) or not jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -33,7 +36,7 @@ def astype(tree: Any, dtype: Any) -> Any:
 
 
 def weights(leaf: Any) -> int:
-    """How many numbers a kernel or array holds: of codes, one per code."""
+    """Returns the number of weights of a kernel or array; a code counts as one weight."""
     if isinstance(leaf, NFQuantized):
         return math.prod(leaf.shape)
     if isinstance(leaf, Kernel):
@@ -42,26 +45,34 @@ def weights(leaf: Any) -> int:
 
 
 def kind_of(leaf: Any) -> str:
-    """The on-disk name of a leaf's kind: ``"dense"`` for an array, else a key of `KINDS`.
+    """Returns the name on disk of a leaf's kind: ``"dense"`` for an array, else a key of `KINDS`.
 
     Raises:
-      TypeError: if the leaf is a `Kernel` of a kind that `KINDS` lacks.
+      TypeError: if the leaf is a `Kernel` whose class is not in `KINDS`.
     """
     for name, kind in KINDS.items():
         if type(leaf) is kind:
             return name
     if isinstance(leaf, Kernel):
-        raise TypeError(f"{type(leaf).__name__} is not in KINDS, so that it has no name on disk")
+        raise TypeError(
+            f"{type(leaf).__name__} has no name on disk; expected one of the classes "
+            f"{', '.join(kind.__name__ for kind in KINDS.values())}; a new kind must be added to "
+            "lordjax.kernels.kinds.KINDS"
+        )
     return "dense"
 
 
 def check(kernel: Any, path: str) -> None:
-    """Verifies that the parts of a kernel, however deep, fit each other.
+    """Checks that the arrays of a kernel, nested kernels included, have matching shapes and dtypes.
+
+    Args:
+      kernel: an array or a `Kernel`.
+      path: name of the kernel for error messages.
 
     Raises:
-      ValueError: if they do not; names ``path``.
+      ValueError: if they do not match. The message names ``path``.
     """
-    if not isinstance(kernel, Kernel):  # an array fits itself
+    if not isinstance(kernel, Kernel):  # an array needs no check
         return
     for name in kernel_fields(kernel)[0]:
         check(getattr(kernel, name), f"{path}/{name}")
@@ -73,8 +84,8 @@ def check(kernel: Any, path: str) -> None:
         case LowRankPlusQuantized():
             if kernel.base.shape != kernel.low_rank.shape:
                 raise ValueError(
-                    f"{path}: base {kernel.base.shape} and low_rank {kernel.low_rank.shape} are "
-                    "not of one shape"
+                    f"{path}: base has shape {kernel.base.shape}, low_rank has shape "
+                    f"{kernel.low_rank.shape}; expected equal shapes"
                 )
 
 
@@ -85,7 +96,7 @@ def _check_low_rank(kernel: LowRank, path: str) -> None:
             raise ValueError(f"{path}/{name}: expected a matrix, got shape {factor.shape}")
     if left.shape[-1] != right.shape[-2] or left.shape[:-2] != right.shape[:-2]:
         raise ValueError(
-            f"{path}: left {left.shape} and right {right.shape} do not fit; expected "
+            f"{path}: left {left.shape} and right {right.shape} do not match; expected "
             "[..., in, rank] and [..., rank, out] with the same rank and leading axes"
         )
     if left.dtype != right.dtype:

@@ -1,4 +1,4 @@
-"""A kernel as a product of two thin matrices."""
+"""A low-rank kernel: the product of two thin matrices."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from lordjax.kernels.base import Kernel, materialize, matmul
 
 @flax.struct.dataclass
 class LowRank(Kernel):
-    """``W = left @ right``: two thin matrices, either of which may itself be a `Kernel`.
+    """A low-rank matrix ``W = left @ right``.
 
     Attributes:
-      left: ``[..., in, rank]``.
-      right: ``[..., rank, out]``.
+      left: left factor ``[..., in, rank]``, an array or a `Kernel`.
+      right: right factor ``[..., rank, out]``, an array or a `Kernel`.
     """
 
     left: Any
@@ -25,12 +25,12 @@ class LowRank(Kernel):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """``(..., in, out)``."""
+        """The shape ``(..., in, out)``."""
         return (*self.left.shape[:-1], self.right.shape[-1])
 
     @property
     def rank(self) -> int:
-        """The inner dimension."""
+        """The rank: the inner dimension of the product."""
         return self.left.shape[-1]
 
     @property
@@ -39,14 +39,14 @@ class LowRank(Kernel):
         return self.left.dtype
 
     def matmul(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
-        """``(x @ left) @ right``."""
+        """Returns ``(x @ left) @ right``."""
         return matmul(matmul(x, self.left), self.right)
 
     def materialize(self) -> Float[Array, "... in out"]:
-        """``left @ right``, multiplied at full precision."""
+        """Returns ``left @ right``, multiplied at full precision."""
         return jnp.matmul(materialize(self.left), materialize(self.right), precision="highest")
 
 
 def break_even(fan_in: int, fan_out: int) -> float:
-    """The rank at which a factor pair holds as many weights as the matrix ``[fan_in, fan_out]``."""
+    """Returns the rank at which two factors have as many weights as the dense matrix."""
     return fan_in * fan_out / (fan_in + fan_out)

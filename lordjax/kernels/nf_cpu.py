@@ -1,16 +1,17 @@
-"""Products with NormalFloat codes on CPU: a tile of the matrix is decoded, used and forgotten.
+"""Matrix products with NormalFloat weights on CPU, decoded tile by tile.
 
-A decoded matrix of a large model does not fit a cache, and writing and reading it costs more than
-the product. Rows of the transpose are decoded in tiles; codes are looked up a byte at a time, in
-one table per place in the byte, so that the codes at one place meet every p-th input. A tile is a
-left operand for few inputs, which a product need not pack, and a right one for many.
+A decoded matrix of a large model does not fit into the cache, and writing and reading it costs more
+than the product. So rows of the transposed matrix are decoded in tiles, each used at once. Codes
+are looked up byte by byte, with one table per position p in the byte; codes at one position belong
+to every n-th input, n being the number of codes in a byte. With few rows of inputs the tile is the
+left operand, which needs no packing; with many rows it is the right one.
 
-One row of inputs needs no tile at all: codes are looked up, multiplied and summed in one pass over
-the words, two levels at a time, as the halves of one 64-bit number: 0.7 to 0.9 cycles a weight and
-core (Zen 3, AVX2), where one level at a time takes 1.3. What is left is a look-up in two weights,
-for which x86 has no fast vector instruction.
+A single row of inputs needs no tile. Codes are looked up, multiplied and summed in one pass over
+the words. Two levels are read at a time, as the halves of one 64-bit number: 0.7 to 0.9 cycles per
+weight and core (Zen 3, AVX2), where one level at a time takes 1.3. The remaining cost is one lookup
+per two weights, for which x86 has no fast vector instruction.
 
-Measured in ``scripts/benchmark_kernels.py``; other machines than CPUs have ways of their own.
+``scripts/benchmarks/kernels.py`` measures these numbers.
 """
 
 from __future__ import annotations
@@ -28,14 +29,17 @@ from jaxtyping import Array, Float
 from lordjax.kernels import normal_float
 from lordjax.runtime import xla_scheduling
 
-TILE = 2**18  # decoded values: 1 MB, of which two cores each hold a half in their caches
-ROW_TILE = 2**20  # weights of which one row's products are found in one go
-FEW = 32  # rows up to which a tile is multiplied as it lies
-LEAST = 8  # rows of a tile; shorter ones are not worth a turn of the loop
+TILE = 2**18  # decoded values per tile: 1 MB; two cores each hold half of it in their caches
+ROW_TILE = 2**20  # weights per loop iteration for a single row of inputs
+FEW = 32  # largest number of input rows for which the tile is the left operand
+LEAST = 8  # rows of a tile; with fewer a loop iteration does not pay off
 
 
 def supported(quantized: Any) -> bool:
-    """Whether a `kernels.NFQuantized` can be cut: one matrix, whose outputs begin with a word."""
+    """Returns whether an `NFQuantized` can be decoded in tiles.
+
+    It must be a single matrix whose outputs start at word and block boundaries.
+    """
     form, fan_in = quantized.format, quantized.fan_in
     whole = (
         fan_in % normal_float.WORD == 0
@@ -51,10 +55,10 @@ def supported(quantized: Any) -> bool:
 
 
 def product(x: Float[Array, "... in"], quantized: Any) -> Float[Array, "... out"]:
-    """``x @ W``, in the dtype of ``x``; for what is `supported`."""
+    """Returns ``x @ W`` in the dtype of ``x``, for a matrix that is `supported`."""
     rows = x.reshape(-1, quantized.fan_in)
-    codes, scales = _after(x, quantized)
-    if len(rows) == 1 and _group(quantized.format):
+    codes, scales = _codes_after(x, quantized)
+    if len(rows) == 1 and _scales_by_words(quantized.format):
         y = _one_row(rows[0], codes, scales, quantized)[None].astype(x.dtype)
     elif len(rows) <= FEW:
         y = _few_rows(rows, codes, scales, quantized)
@@ -64,7 +68,7 @@ def product(x: Float[Array, "... in"], quantized: Any) -> Float[Array, "... out"
 
 
 def _few_rows(rows: Array, codes: Array, scales: Array, quantized: Any) -> Array:
-    """``rows @ W`` as the transpose of ``W.T @ rows.T``, for which a tile needs no repacking."""
+    """Returns ``rows @ W`` as ``(W.T @ rows.T).T``, for which a tile needs no repacking."""
     tiles, tables = _tiles(codes, scales, quantized)
     inputs = [rows[:, k :: len(tables)].T for k in range(len(tables))]
 
@@ -72,11 +76,11 @@ def _few_rows(rows: Array, codes: Array, scales: Array, quantized: Any) -> Array
         decoded = _decoded(*tile, tables, rows.dtype)
         return functools.reduce(jnp.add, map(jnp.matmul, decoded, inputs))
 
-    return _mapped(part, tiles).reshape(quantized.fan_out, len(rows)).T
+    return _map_tiles(part, tiles).reshape(quantized.fan_out, len(rows)).T
 
 
 def _many_rows(rows: Array, codes: Array, scales: Array, quantized: Any) -> Array:
-    """``rows @ W``, whose columns are written tile by tile."""
+    """Returns ``rows @ W``, written tile by tile in blocks of columns."""
     tiles, tables = _tiles(codes, scales, quantized)
     inputs = [rows[:, k :: len(tables)] for k in range(len(tables))]
     height = tiles[0].shape[1]
@@ -94,17 +98,17 @@ def _many_rows(rows: Array, codes: Array, scales: Array, quantized: Any) -> Arra
     return lax.scan(turn, y, (jnp.arange(len(tiles[0])), tiles))[0]
 
 
-def _mapped(fn: Any, tiles: tuple[Array, Array]) -> Array:
-    """``fn`` of every tile; a loop of one turn would take longer to compile."""
+def _map_tiles(fn: Any, tiles: tuple[Array, Array]) -> Array:
+    """Applies ``fn`` to every tile; without a loop for a single tile, which compiles faster."""
     if len(tiles[0]) == 1:
         return fn((tiles[0][0], tiles[1][0]))
     return lax.map(fn, tiles)
 
 
 def transposed_product(g: Float[Array, "... out"], quantized: Any) -> Float[Array, "... in"]:
-    """``g @ W.T``, in the dtype of ``g``; for what is `supported`."""
+    """Returns ``g @ W.T`` in the dtype of ``g``, for a matrix that is `supported`."""
     rows = g.reshape(-1, quantized.fan_out)
-    tiles, tables = _tiles(*_after(g, quantized), quantized)
+    tiles, tables = _tiles(*_codes_after(g, quantized), quantized)
     height = tiles[0].shape[1]
     zeros = _zeros_after(g, (len(rows), quantized.fan_in // len(tables)))
 
@@ -120,8 +124,11 @@ def transposed_product(g: Float[Array, "... out"], quantized: Any) -> Float[Arra
     return jnp.stack(sums, axis=-1).reshape(*g.shape[:-1], quantized.fan_in)
 
 
-def _after(x: Array, quantized: Any) -> tuple[Array, Array]:
-    """Packed codes, once ``x`` is there, as of `NFQuantized.decoded_after`; scales ``[out, b]``."""
+def _codes_after(x: Array, quantized: Any) -> tuple[Array, Array]:
+    """Returns packed codes that depend on ``x``, and decoded scales ``[out, blocks]``.
+
+    The dependency has the reason given in `NFQuantized.materialize_after`.
+    """
     form, shape = quantized.format, (quantized.fan_out, quantized.fan_in // quantized.format.block)
     codes = quantized.codes + xla_scheduling.false_after(x).astype(quantized.codes.dtype)
     scales = normal_float.dequantize_scales(
@@ -134,18 +141,18 @@ def _after(x: Array, quantized: Any) -> tuple[Array, Array]:
 
 
 def _zeros_after(x: Array, shape: tuple[int, ...]) -> Array:
-    """Zeros, once ``x`` is there: XLA would make those of all layers first, and hold them."""
+    """Returns zeros that depend on ``x``: XLA would allocate those of all layers at once."""
     return jnp.broadcast_to(xla_scheduling.false_after(x).astype(x.dtype), shape)
 
 
 def _tile_rows(fan_in: int, fan_out: int, tile: int) -> int:
-    """The largest divisor of ``fan_out`` with which a tile is no larger than ``tile``."""
+    """Returns the rows of a tile: the largest divisor of ``fan_out`` within ``tile`` values."""
     limit = max(1, tile // fan_in)
     return max(d for d in range(1, min(limit, fan_out) + 1) if fan_out % d == 0)
 
 
 def _tables(bits: int) -> list[np.ndarray]:
-    """Levels of the codes in a byte, first to last ``[256]``; of 3 bits, levels of codes."""
+    """Returns a table ``[256]``, byte -> level, per code in a byte; with 3 bits code -> level."""
     levels = normal_float.levels(bits)
     if bits == 3:
         return [levels]
@@ -154,7 +161,10 @@ def _tables(bits: int) -> list[np.ndarray]:
 
 
 def _tiles(codes: Array, scales: Array, quantized: Any) -> tuple[tuple[Array, Array], list[Array]]:
-    """Bytes (of 3 bits: codes) ``[tiles, rows, m]`` and scales ``[tiles, rows, b]``, tables."""
+    """Returns tiles and lookup tables.
+
+    Tiles are bytes (with 3 bits: codes) ``[tiles, rows, m]`` and scales ``[tiles, rows, blocks]``.
+    """
     fan_in, fan_out = quantized.fan_in, quantized.fan_out
     bits = quantized.format.bits
     if bits == 3:
@@ -168,32 +178,32 @@ def _tiles(codes: Array, scales: Array, quantized: Any) -> tuple[tuple[Array, Ar
 
 
 def _decoded(places: Array, scales: Array, tables: list[Array], dtype: Any) -> list[Array]:
-    """A tile's values at every p-th input: p matrices ``[rows, in/p]``."""
-    wide = _wide(scales, places.shape[1])
-    return [(_taken(table, places) * wide).astype(dtype) for table in tables]
+    """Returns a tile's values as n matrices ``[rows, in/n]``; matrix k has inputs k, k + n, …."""
+    wide = _repeat_scales(scales, places.shape[1])
+    return [(_gather(table, places) * wide).astype(dtype) for table in tables]
 
 
-def _wide(scales: Array, width: int) -> Array:
-    """Scales ``[rows, b]`` as often as they are needed ``[rows, width]``."""
+def _repeat_scales(scales: Array, width: int) -> Array:
+    """Repeats scales ``[rows, blocks]`` to ``[rows, width]``."""
     rows, blocks = scales.shape
     wide = jnp.broadcast_to(scales[:, :, None], (rows, blocks, width // blocks))
     return wide.reshape(rows, width)
 
 
-def _taken(table: Array, index: Array) -> Array:
-    """``table[index]``, whose indices are unsigned and within bounds."""
+def _gather(table: Array, index: Array) -> Array:
+    """Returns ``table[index]`` for unsigned indices within bounds."""
     return table.at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
-def _group(form: normal_float.Format) -> bool:
-    """Whether a block is a number of whole words, so that sums over words can be scaled."""
+def _scales_by_words(form: normal_float.Format) -> bool:
+    """Returns whether a block consists of whole words, so that sums over words can be scaled."""
     return form.bits != 3 and form.block * form.bits % normal_float.WORD == 0
 
 
 def _one_row(x: Array, codes: Array, scales: Array, quantized: Any) -> Array:
-    """``x [in] @ W``, float32."""
+    """Returns ``x [in] @ W``, float32."""
     bits, rows = quantized.format.bits, quantized.fan_out
-    # Transposed once, not for every row of the matrix.
+    # Transposed once. XLA would do it for every row of the matrix.
     inputs = xla_scheduling.compute_once(
         x.astype(jnp.float32).reshape(-1, normal_float.WORD // bits).T
     )
@@ -202,16 +212,22 @@ def _one_row(x: Array, codes: Array, scales: Array, quantized: Any) -> Array:
 
     def sums(tile: tuple[Array, Array]) -> Array:
         words, scales = tile
-        # A product with ones: XLA would take a sum for the centre of a fusion of its own.
-        return (_word_products(words, inputs, bits) * _wide(scales, len(ones))) @ ones
+        # A product with ones, because XLA would put a sum into a fusion of its own.
+        return (_word_products(words, inputs, bits) * _repeat_scales(scales, len(ones))) @ ones
 
     height = _tile_rows(quantized.fan_in, rows, ROW_TILE)
     tiles = (words.reshape(-1, height, len(ones)), scales.reshape(rows // height, height, -1))
-    return _mapped(sums, tiles).reshape(rows)
+    return _map_tiles(sums, tiles).reshape(rows)
 
 
 def _word_products(words: Array, inputs: Array, bits: int) -> Array:
-    """Levels of the codes in words ``[rows, w]`` times inputs ``[codes per word, w]``, summed."""
+    """Returns levels times inputs, summed over the codes of each word, ``[rows, words]``.
+
+    Args:
+      words: packed codes ``[rows, words]``.
+      inputs: inputs ``[codes per word, words]``.
+      bits: bits of a code.
+    """
     terms = []
     for byte in range(normal_float.WORD // 8):
         index = words >> np.uint32(8 * byte) & np.uint32(255)
@@ -222,7 +238,7 @@ def _word_products(words: Array, inputs: Array, bits: int) -> Array:
 
 
 def _byte_tables(bits: int) -> list[np.ndarray]:
-    """Levels of the codes in a byte, first to last: one, or pairs ``[256, 2]``."""
+    """Returns tables of the levels in a byte: pairs ``[256, 2]``, or ``[256]`` with 8 bits."""
     tables = _tables(bits)
     if bits == 8:
         return tables
@@ -230,11 +246,11 @@ def _byte_tables(bits: int) -> list[np.ndarray]:
 
 
 def _levels(table: np.ndarray, index: Array) -> list[Array]:
-    """``table[index]``, a level or two that are read at once, as the bits of one float64."""
+    """Returns ``table[index]`` as one level, or as two that are read as the bits of a float64."""
     if table.ndim == 1:
-        return [_taken(jnp.asarray(table), index)]
+        return [_gather(jnp.asarray(table), index)]
     with jax.enable_x64(True):
-        found = _taken(jnp.asarray(table.view(np.float64)[:, 0]), index)
+        found = _gather(jnp.asarray(table.view(np.float64)[:, 0]), index)
         pair = lax.bitcast_convert_type(found, jnp.uint64)
         halves = pair.astype(jnp.uint32), (pair >> np.uint64(32)).astype(jnp.uint32)
         return [lax.bitcast_convert_type(half, jnp.float32) for half in halves]

@@ -1,14 +1,16 @@
-"""Dequantise and multiply in one GPU kernel (Pallas, Triton): W never exists outside a tile.
+"""Matrix products with NormalFloat weights in one GPU kernel (Pallas, Triton).
 
-``y = x @ W + (x @ left) @ right``, W being `kernels.NFQuantized`. A *group* is what is unpacked at
-once: a word of 16, 8 or 4 codes (2, 4, 8 bits), three words of 32 codes (3 bits). The codes at one
-place of all groups are a *plane*; x is put into the same order, so that nothing is shuffled::
+The kernel computes ``y = x @ W + (x @ left) @ right`` and decodes W, an `NFQuantized`, tile by
+tile. A *word group* is unpacked at once: one word of 16, 8 or 4 codes (2, 4, 8 bits), or three
+words of 32 codes (3 bits). The codes at one place of all word groups form a *plane*. x is put into
+the same order, so that nothing has to be shuffled::
 
     y[m, n] = Σ_places Σ_groups  x[m, place, group] · level[code[n, group, place]] · scale
 
-A program owns a tile of rows and columns and walks along the groups. Shapes in the kernel: N
-columns, M rows, G groups of a step; products are taken as ``[N, G] @ [G, M]``, the decoded side
-first, which a tensor core may read from registers. Scales are decoded to the bits of `nf`.
+A program computes a tile of rows and columns, and loops over the word groups. Shapes in the kernel:
+N columns, M rows, G word groups of a step. Products are ``[N, G] @ [G, M]``, with the decoded
+operand first, because tensor cores can read the first operand from registers. Decoded scales are
+bit-identical to those of `normal_float`.
 """
 
 from __future__ import annotations
@@ -29,84 +31,88 @@ from jaxtyping import Array, Float
 from lordjax.kernels import normal_float
 
 DTYPES = ("bfloat16", "float16", "float32")
-UNROLL = 8  # places that are written out; all of them would take long to compile
-LEAST = 16  # a tensor core's shortest side, in rows, columns and products
+UNROLL = 8  # places that are unrolled; more would take long to compile
+LEAST = 16  # smallest side of a tensor core's operands, in rows, columns and summands
 
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """What a program does, and how it is compiled. Sizes are powers of 2.
+    """The tile that a program computes, and how it is compiled. All sizes are powers of 2.
 
     Attributes:
-      rows: 1 multiplies and adds up; 16 and more use tensor cores.
-      columns: at least 16.
-      groups: of a column, per step; at least 16.
-      splits: parts of the inputs that are summed apart, for more programs than there are tiles.
-      gather: levels are read from a table, else selected; 8 bits are always read.
-      warps: of 32 threads, per program.
-      stages: steps whose loads are under way.
+      rows: rows of x. With 1 the program multiplies and adds; from 16 on it uses tensor cores.
+      columns: columns of W, at least 16.
+      word_groups: word groups of a column per step, at least 16.
+      splits: number of parts of the inputs that different programs sum (split-K).
+      gather: whether levels are read from a table or selected. 8 bits always read the table.
+      warps: warps of 32 threads per program.
+      stages: number of steps whose loads are in flight (software pipelining).
+
+    Raises:
+      ValueError: if a size is not a power of 2 or is too small.
     """
 
     rows: int
     columns: int
-    groups: int = 32
+    word_groups: int = 32
     splits: int = 1
     gather: bool = True
     warps: int = 4
     stages: int = 2
 
     def __post_init__(self) -> None:
-        sizes = (self.rows, self.columns, self.groups, self.splits, self.warps)
-        small = min(self.columns, self.groups) < LEAST or 1 < self.rows < LEAST
+        sizes = (self.rows, self.columns, self.word_groups, self.splits, self.warps)
+        small = min(self.columns, self.word_groups) < LEAST or 1 < self.rows < LEAST
         if small or any(size < 1 or size & (size - 1) for size in sizes):
             raise ValueError(
-                f"{self}: expected powers of 2, columns and groups of at least {LEAST}, "
+                f"{self}: expected powers of 2, columns and word_groups of at least {LEAST}, "
                 f"and 1 row or at least {LEAST}"
             )
 
 
 def default_tile(rows: int) -> Tile:
-    """A tile for a number of rows of x, where nothing was measured."""
+    """Returns the tile for a number of rows of x that is used if nothing was measured."""
     if rows <= 4:
         return Tile(rows=1, columns=16, splits=2)
     if rows <= 64:
         return Tile(rows=max(LEAST, 2 ** (rows - 1).bit_length()), columns=32)
-    return Tile(rows=64, columns=64, groups=16)
+    return Tile(rows=64, columns=64, word_groups=16)
 
 
-def places(bits: int) -> int:
-    """Codes of a group."""
+def codes_per_group(bits: int) -> int:
+    """Returns the number of codes in a word group."""
     return normal_float.WORD if bits == 3 else normal_float.WORD // bits
 
 
 def unsupported(x: Any, quantized: Any, low_rank: Any = None) -> str:
-    """Why the kernel cannot be used for these, or nothing.
+    """Returns the reason why the kernel cannot compute a product, or an empty string.
 
     Args:
-      x: ``[..., in]``; shape and dtype are read.
-      quantized: `kernels.NFQuantized`.
-      low_rank: `kernels.LowRank` or None.
+      x: inputs ``[..., in]``; only shape and dtype are read.
+      quantized: the matrix, an `NFQuantized`.
+      low_rank: the low-rank term, a `LowRank`, or None.
     """
     if len(quantized.shape) != 2:
-        return f"quantised matrices are stacked: {quantized.shape}; expected [in, out]"
+        return f"the quantized matrices are stacked: {quantized.shape}; expected [in, out]"
     fan_in, fan_out = quantized.shape
     if x.shape[-1:] != (fan_in,) or 0 in x.shape:
         return f"x is {x.shape}; expected [..., {fan_in}] that is not empty"
     if x.dtype.name not in DTYPES:
         return f"x is {x.dtype}; expected one of {', '.join(DTYPES)}"
-    if fan_in % places(quantized.format.bits):
+    size = codes_per_group(quantized.format.bits)
+    if fan_in % size:
         return (
-            f"{fan_in} inputs; {quantized.format.bits} bits are unpacked "
-            f"{places(quantized.format.bits)} at a time"
+            f"the matrix has {fan_in} inputs; expected a multiple of {size}, since codes of "
+            f"{quantized.format.bits} bits are unpacked {size} at a time"
         )
-    # Indices are 32-bit; padding at most doubles x.
+    # Indices are 32-bit. Padding at most doubles x.
     if max(fan_in * fan_out, 2 * math.prod(x.shape), 2 * fan_out * math.prod(x.shape[:-1])) > 2**31:
         return f"x {x.shape} or the matrix {quantized.shape} is too large for 32-bit indices"
     for factor in () if low_rank is None else (low_rank.left, low_rank.right):
         if not isinstance(factor, (jax.Array, np.ndarray)) or factor.ndim != 2:
-            return f"a factor is {type(factor).__name__}; expected a matrix that is an array"
+            return f"a low-rank factor is {type(factor).__name__}; expected an array, a matrix"
     if low_rank is not None and low_rank.shape != quantized.shape:
-        return f"low_rank is {low_rank.shape}, the quantised matrix {quantized.shape}"
+        return f"low_rank is {low_rank.shape}; expected {quantized.shape}, as the matrix"
     return ""
 
 
@@ -118,24 +124,27 @@ def matmul(
     tile: Tile | None = None,
     interpret: bool | None = None,
 ) -> Float[Array, "... out"]:
-    """``x @ quantized + x @ low_rank`` in the dtype of ``x``, summed in float32.
+    """Returns ``x @ quantized + x @ low_rank`` in the dtype of ``x``, summed in float32.
 
-    Differentiable in ``x`` and the low-rank factors; the derivative decodes the whole matrix, and
-    so does ``vmap``.
+    The result is differentiable in ``x`` and in the low-rank factors. The backward pass and
+    ``vmap`` decode the whole matrix.
 
     Args:
-      x: bfloat16, float16 or float32.
-      quantized: `kernels.NFQuantized`.
-      low_rank: `kernels.LowRank` of two arrays, or None.
-      tile: None chooses by the number of rows.
-      interpret: None runs the kernel where it is compiled for CUDA, and elsewhere decodes the whole
-        matrix; False always runs the kernel; True interprets it, which works anywhere.
+      x: inputs ``[..., in]`` in bfloat16, float16 or float32.
+      quantized: the matrix ``[in, out]``, an `NFQuantized`.
+      low_rank: a `LowRank` of two arrays, or None.
+      tile: the tile of a program; None chooses one by the number of rows.
+      interpret: None runs the kernel when compiled for CUDA, and elsewhere decodes the whole
+        matrix; False always runs the kernel; True interprets it, which works on any device.
+
+    Returns:
+      Outputs ``[..., out]``.
 
     Raises:
-      ValueError: if `unsupported` says why.
+      ValueError: if the product is `unsupported`.
     """
     if reason := unsupported(x, quantized, low_rank):
-        raise ValueError(f"no kernel for this product: {reason}")
+        raise ValueError(f"the GPU kernel cannot compute this product: {reason}")
     rows = x.reshape(-1, x.shape[-1])
     inner = right = None
     if low_rank is not None:
@@ -147,7 +156,7 @@ def matmul(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(mode: Any, x: Array, inner: Any, right: Any, quantized: Any) -> Array:
-    """``x @ W + inner @ right``; inner ``[rows, rank]`` and right may be None."""
+    """Returns ``x @ W + inner @ right``; ``inner`` ``[rows, rank]`` and ``right`` may be None."""
     return _choose(mode, x, inner, right, quantized)
 
 
@@ -155,28 +164,28 @@ def _forwards(mode: Any, x: Array, inner: Any, right: Any, quantized: Any) -> tu
     return _choose(mode, x, inner, right, quantized), (inner, right, quantized)
 
 
-def _backwards(mode: Any, kept: Any, g: Array) -> tuple[Array, Any, Any, None]:
+def _backwards(mode: Any, residuals: Any, g: Array) -> tuple[Array, Any, Any, None]:
     del mode
-    inner, right, quantized = kept
-    of_x = jnp.matmul(g, quantized.decoded_after(g).T)
+    inner, right, quantized = residuals
+    x_gradient = jnp.matmul(g, quantized.materialize_after(g).T)
     if inner is None:
-        return of_x, None, None, None
-    of_inner = jnp.matmul(g, right.astype(g.dtype).T)
-    return of_x, of_inner, jnp.matmul(inner.T, g).astype(right.dtype), None
+        return x_gradient, None, None, None
+    inner_gradient = jnp.matmul(g, right.astype(g.dtype).T)
+    return x_gradient, inner_gradient, jnp.matmul(inner.T, g).astype(right.dtype), None
 
 
 _product.defvjp(_forwards, _backwards)
 
 
 def decoded(x: Array, quantized: Any, low_rank: Any = None) -> Array:
-    """`matmul` without the kernel: the whole matrix is decoded."""
+    """Returns the same product as `matmul`, but decodes the whole matrix."""
     if low_rank is None:
         return _decoded(x, None, None, quantized)
     return _decoded(x, jnp.matmul(x, low_rank.left.astype(x.dtype)), low_rank.right, quantized)
 
 
 def _decoded(x: Array, inner: Any, right: Any, quantized: Any) -> Array:
-    y = jnp.matmul(x, quantized.decoded_after(x))
+    y = jnp.matmul(x, quantized.materialize_after(x))
     return y if inner is None else y + jnp.matmul(inner, right.astype(x.dtype))
 
 
@@ -196,22 +205,24 @@ def _choose(mode: Any, *operands: Any) -> Array:
 
 
 def _launch(tile: Tile, interpret: bool, x: Array, inner: Any, right: Any, quantized: Any) -> Array:
-    """Puts x in order, pads, runs the kernel, cuts."""
+    """Reorders and pads x, runs the kernel, and removes the padding."""
     form, rows = quantized.format, len(x)
     fan_in, fan_out = quantized.shape
-    size = places(form.bits)
-    steps = math.ceil(fan_in // size / (tile.groups * tile.splits))
-    groups = steps * tile.groups * tile.splits
+    size = codes_per_group(form.bits)
+    steps = math.ceil(fan_in // size / (tile.word_groups * tile.splits))
+    word_groups = steps * tile.word_groups * tile.splits
     tiles = (math.ceil(rows / tile.rows), math.ceil(fan_out / tile.columns))
     more = tiles[0] * tile.rows - rows
-    planes = jnp.pad(x.reshape(rows, -1, size), ((0, more), (0, groups - fan_in // size), (0, 0)))
+    planes = jnp.pad(
+        x.reshape(rows, -1, size), ((0, more), (0, word_groups - fan_in // size), (0, 0))
+    )
     planes = planes.transpose(0, 2, 1)
     high, low = normal_float.scale_steps(quantized.supers, form)
-    # A reference of one dimension: also the offset, and a format of 8 bits reads 256 levels.
+    # The offset is passed as a vector, because the kernel reads references of one dimension.
     operands = [planes, quantized.codes, quantized.scales, high, low, quantized.offset.reshape(1)]
     operands.append(jnp.asarray(normal_float.levels(form.bits)))
     whole = [pl.BlockSpec()] * 6
-    specs = [pl.BlockSpec((tile.rows, size, groups), lambda i, j, k: (i, 0, 0)), *whole]
+    specs = [pl.BlockSpec((tile.rows, size, word_groups), lambda i, j, k: (i, 0, 0)), *whole]
     if inner is not None:
         rank = math.ceil(inner.shape[1] / LEAST) * LEAST
         operands += [jnp.pad(inner, ((0, more), (0, rank - inner.shape[1]))), right]
@@ -234,40 +245,40 @@ def _launch(tile: Tile, interpret: bool, x: Array, inner: Any, right: Any, quant
 def _kernel(
     tile: Tile, form: normal_float.Format, sizes: tuple[int, int], steps: int, *refs: Any
 ) -> None:
-    """One program; ``sizes`` are the groups of a column and the columns."""
+    """Runs one program. ``sizes`` are the word groups of a column, and the columns."""
     x_ref, codes_ref, *scale_refs, table_ref = refs[:7]
     low_rank_refs, y_ref = refs[7:-1], refs[-1]
     per_column, fan_out = sizes
-    size, words = places(form.bits), 3 if form.bits == 3 else 1
-    ragged = per_column % (tile.groups * tile.splits) > 0
+    size, words = codes_per_group(form.bits), 3 if form.bits == 3 else 1
+    ragged = per_column % (tile.word_groups * tile.splits) > 0
     split = pl.program_id(2)
-    columns = pl.program_id(1) * tile.columns + _count(tile.columns)
-    columns = jnp.minimum(columns, fan_out - 1)  # beyond the last one: computed again, cut off
+    columns = pl.program_id(1) * tile.columns + _iota(tile.columns)
+    columns = jnp.minimum(columns, fan_out - 1)  # padding repeats the last column; cut off later
 
     def step(i: Array, total: Array) -> Array:
-        first = (split * steps + i) * tile.groups
-        groups = first + _count(tile.groups)
-        index = columns[:, None] * per_column + groups[None]
-        # Groups beyond the column's last meet zeros of x.
-        mask = jnp.broadcast_to(groups[None] < per_column, index.shape) if ragged else None
+        first = (split * steps + i) * tile.word_groups
+        word_groups = first + _iota(tile.word_groups)
+        index = columns[:, None] * per_column + word_groups[None]
+        # Word groups beyond the end of a column are multiplied by zeros of x.
+        mask = jnp.broadcast_to(word_groups[None] < per_column, index.shape) if ragged else None
         packed = [_load(codes_ref, index * words + i, mask) for i in range(words)]
         read_scale = functools.partial(_scale, scale_refs, form=form, mask=mask)
-        scale = read_scale(index * size)  # of a whole group, where blocks hold whole groups
+        scale = read_scale(index * size)  # shared by a word group if blocks contain whole ones
 
-        def some(turn: Any, total: Array) -> Array:
+        def unrolled(turn: Any, total: Array) -> Array:
             for place in range(min(size, UNROLL)):
                 place = turn * UNROLL + place
                 own = read_scale(index * size + place) if form.block % size else scale
                 codes = _code(packed, place, form.bits)
                 weights = own * _levels(table_ref, codes, form.bits, tile.gather)
-                x = x_ref[:, place, pl.ds(first, tile.groups)]
+                x = x_ref[:, place, pl.ds(first, tile.word_groups)]
                 total += _weighted(weights, x)
             return total
 
         turns = size // UNROLL
-        return some(0, total) if turns < 2 else lax.fori_loop(0, turns, some, total)
+        return unrolled(0, total) if turns < 2 else lax.fori_loop(0, turns, unrolled, total)
 
-    wide = tile.groups if tile.rows == 1 else tile.rows
+    wide = tile.word_groups if tile.rows == 1 else tile.rows
     y = lax.fori_loop(0, steps, step, jnp.zeros((tile.columns, wide), jnp.float32))
     if tile.rows == 1:
         y = jnp.sum(y, axis=1, keepdims=True)
@@ -278,7 +289,7 @@ def _kernel(
     y_ref[0] = y.T.astype(y_ref.dtype)
 
 
-def _count(length: int) -> Array:
+def _iota(length: int) -> Array:
     return jnp.arange(length, dtype=jnp.int32)
 
 
@@ -289,7 +300,7 @@ def _load(ref: Any, index: Array, mask: Array | None) -> Array:
 
 
 def _code(words: list[Array], place: Any, bits: int) -> Array:
-    """Codes at a place of groups, uint32; ``words`` are those of a group."""
+    """Returns the codes at one place of word groups, uint32; ``words`` are those of a group."""
     place = jnp.asarray(place, jnp.uint32)
     if bits == 3:
         planes = [(word >> place & 1) << i for i, word in enumerate(words)]
@@ -304,9 +315,9 @@ def _levels(ref: Any, codes: Array, bits: int, gather: bool) -> Array:
 
 
 def _scale(refs: Any, index: Array, *, form: normal_float.Format, mask: Array | None) -> Array:
-    """Scales of the values at flat indices, as `nf.dequantize_scales`."""
+    """Returns the scales of values at flat indices, as `normal_float.dequantize_scales` does."""
     scales_ref, high_ref, low_ref, offset_ref = refs
-    size, words = places(form.scale_bits), 3 if form.scale_bits == 3 else 1
+    size, words = codes_per_group(form.scale_bits), 3 if form.scale_bits == 3 else 1
     block = lax.div(index, jnp.int32(form.block))
     group, place = lax.div(block, jnp.int32(size)), lax.rem(block, jnp.int32(size))
     packed = [_load(scales_ref, group * words + i, mask) for i in range(words)]
@@ -317,7 +328,7 @@ def _scale(refs: Any, index: Array, *, form: normal_float.Format, mask: Array | 
 
 
 def _weighted(weights: Array, x: Array) -> Array:
-    """``weights [N, G]`` times ``x [M, G]``: ``[N, M]``, or a term per group of a single row."""
+    """Returns ``weights [N, G] @ x [M, G].T``, or for a single row the terms of the sum."""
     if len(x) == 1:
         return weights.astype(jnp.float32) * x.astype(jnp.float32)
     contract = (((1,), (1,)), ((), ()))
@@ -326,10 +337,10 @@ def _weighted(weights: Array, x: Array) -> Array:
 
 
 def _low_rank(inner_ref: Any, right_ref: Any, columns: Array) -> Array:
-    """``(inner @ right)ᵀ [N, M]`` of a tile; inner is padded to a multiple of `LEAST` by zeros."""
+    """Returns ``(inner @ right).T [N, M]`` for a tile; the rank of ``inner`` is padded by zeros."""
 
     def step(i: Array, total: Array) -> Array:
-        ranks = jnp.minimum(i * LEAST + _count(LEAST), right_ref.shape[0] - 1)
+        ranks = jnp.minimum(i * LEAST + _iota(LEAST), right_ref.shape[0] - 1)
         right = right_ref[ranks[:, None], columns[None]].astype(inner_ref.dtype)
         terms = _weighted(right.T, inner_ref[:, pl.ds(i * LEAST, LEAST)])
         return total + (jnp.sum(terms, axis=1, keepdims=True) if rows == 1 else terms)

@@ -1,9 +1,9 @@
-"""Which way a quantised product is computed: the GPU kernel where it was measured to be faster.
+"""Autotuning of quantized matrix products on GPU.
 
-Every shape is timed once per process, on random codes, when it is first traced: XLA's product with
-the decoded matrix against the kernel (`nf_pallas`) with each of a few tiles. Without a GPU nothing
-is timed, and XLA's product is taken; so it is with several devices, since XLA cannot divide a
-kernel among them.
+Each shape is timed once per process, with random codes, when it is first traced. The candidates are
+XLA's product with the decoded matrix, and the kernel of `nf_gpu` with several tiles. XLA's product
+is used without timing if there is no GPU, or if there are several devices, because XLA cannot
+partition the kernel.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from lordjax.kernels import nf_gpu
 from lordjax.kernels.nf_gpu import Tile
 from lordjax.runtime import xla_scheduling
 
-MARGIN = 1.05  # the kernel must be faster by more than times differ from run to run
-ROWS = 4096  # of x at most: more take longer in proportion
-COPIES, BYTES = 8, 2**27  # matrices that take turns, so that a cache does not hold them
-ROUNDS, REPEATS = 3, 10  # the best of rounds, each of repeated runs
+MARGIN = 1.05  # required speed-up of the kernel; times vary by less from run to run
+ROWS = 4096  # largest number of rows of x that is timed; time is proportional beyond
+COPIES, BYTES = 8, 2**27  # matrices used in turn, so that a cache does not hold them
+ROUNDS, REPEATS = 3, 10  # the fastest of ROUNDS is taken, each the mean of REPEATS runs
 
 
 def product(x: Array, quantized: Any, low_rank: Any = None) -> Array | None:
-    """``x @ quantized + x @ low_rank`` by the kernel if that is faster here, else None.
+    """Returns ``x @ quantized + x @ low_rank`` by the kernel if it is faster here, else None.
 
     Args:
-      x: ``[..., in]``, a tracer or an array.
-      quantized: `kernels.NFQuantized`.
-      low_rank: `kernels.LowRank` or None.
+      x: inputs ``[..., in]``, an array or a tracer.
+      quantized: the matrix, an `NFQuantized`.
+      low_rank: the low-rank term, a `LowRank`, or None.
     """
     if jax.default_backend() != "gpu" or jax.device_count() > 1:
         return None
     if nf_gpu.unsupported(x, quantized, low_rank):
         return None
-    tile = fastest(Case.of(x, quantized, low_rank))
+    tile = fastest(Case.for_operands(x, quantized, low_rank))
     if tile is None:
         return None
     return nf_gpu.matmul(x, quantized, low_rank, tile=tile)
@@ -52,13 +52,13 @@ def product(x: Array, quantized: Any, low_rank: Any = None) -> Array | None:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Products that take equally long.
+    """A class of products that take equally long.
 
     Attributes:
-      rows: of x, rounded up to a power of 2, at most `ROWS`.
-      dtype: of x.
-      tree: structure of (quantised matrix, low-rank product or None).
-      leaves: their shapes and dtypes.
+      rows: number of rows of x, rounded up to a power of 2, at most `ROWS`.
+      dtype: dtype of x.
+      tree: tree structure of the pair (quantized matrix, low-rank term or None).
+      leaves: shapes and dtypes of the arrays in this pair.
     """
 
     rows: int
@@ -67,14 +67,14 @@ class Case:
     leaves: tuple[tuple[tuple[int, ...], str], ...]
 
     @classmethod
-    def of(cls, x: Any, quantized: Any, low_rank: Any) -> Case:
-        """The case of a product."""
+    def for_operands(cls, x: Any, quantized: Any, low_rank: Any) -> Case:
+        """Returns the case of a product."""
         leaves, tree = jax.tree.flatten((quantized, low_rank))
         rows = min(ROWS, 2 ** (math.prod(x.shape[:-1]) - 1).bit_length())
         return cls(rows, x.dtype.name, tree, tuple((y.shape, y.dtype.name) for y in leaves))
 
     def operands(self, seed: int) -> Any:
-        """A random (quantised matrix, low-rank product or None) of this case."""
+        """Returns a random pair (quantized matrix, low-rank term or None) of this case."""
         rng = np.random.default_rng(seed)
 
         def leaf(shape: tuple[int, ...], dtype: str) -> Array:
@@ -86,7 +86,7 @@ class Case:
 
 
 def candidates(rows: int) -> list[Tile]:
-    """Tiles that may be the fastest for a number of rows of x."""
+    """Returns the tiles that may be the fastest for a number of rows of x."""
     tiles = []
     if rows <= 4:
         tiles += [Tile(1, 16), Tile(1, 16, splits=4), Tile(1, 32, splits=4)]
@@ -103,17 +103,20 @@ def candidates(rows: int) -> list[Tile]:
 
 @functools.cache
 def fastest(case: Case) -> Tile | None:
-    """The tile of the kernel that beats XLA's product on this machine's GPU, or None."""
-    # The product itself may be under trace, which is a state of the thread.
+    """Returns the tile with which the kernel beats XLA's product on this GPU, or None."""
+    # JAX may be tracing the product in this thread, so timing runs in another one.
     with futures.ThreadPoolExecutor(1) as other:
-        times = other.submit(measure, case).result()
+        times = other.submit(time_tiles, case).result()
     limit = times.pop(None, 0.0) / MARGIN
     best = min(times, key=lambda tile: times[tile], default=None)
     return best if best is not None and times[best] < limit else None
 
 
-def measure(case: Case, interpret: bool = False) -> dict[Tile | None, float]:
-    """Seconds of a product, per tile of the kernel; None is XLA's. What fails is warned of."""
+def time_tiles(case: Case, interpret: bool = False) -> dict[Tile | None, float]:
+    """Returns the seconds of a product per tile of the kernel, and for None those of XLA's product.
+
+    Warns about a candidate that fails, and leaves it out.
+    """
     copies = [case.operands(0)]
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(copies))
     copies += [case.operands(i) for i in range(1, min(COPIES, math.ceil(BYTES / size)))]
@@ -122,10 +125,10 @@ def measure(case: Case, interpret: bool = False) -> dict[Tile | None, float]:
     times: dict[Tile | None, float] = {}
     for tile in (None, *candidates(case.rows)):
         try:
-            times[tile] = seconds(functools.partial(_one, tile, interpret), x, copies)
+            times[tile] = time_per_call(functools.partial(_one, tile, interpret), x, copies)
         except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
-            what = "XLA's product" if tile is None else f"the kernel with {tile}"
-            warnings.warn(f"{what} is not used for {case}: {error}", stacklevel=2)
+            what = "XLA's product" if tile is None else f"the GPU kernel with {tile}"
+            warnings.warn(f"{what} failed and is not used for {case}: {error}", stacklevel=2)
     return times
 
 
@@ -135,8 +138,11 @@ def _one(tile: Tile | None, interpret: bool, x: Array, operands: Any) -> Array:
     return nf_gpu.matmul(x, *operands, tile=tile, interpret=interpret)
 
 
-def seconds(fn: Callable[[Array, Any], Array], x: Array, operands: list[Any]) -> float:
-    """Of one ``fn(x, operand)``: best mean of a program that calls it once per operand."""
+def time_per_call(fn: Callable[[Array, Any], Array], x: Array, operands: list[Any]) -> float:
+    """Returns the seconds of one ``fn(x, operand)``.
+
+    A program calls it once per operand; the best of `ROUNDS` means is taken.
+    """
 
     @jax.jit
     def chain(x: Array, operands: list[Any]) -> list[Array]:

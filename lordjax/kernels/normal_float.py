@@ -1,15 +1,16 @@
-"""NormalFloat: 2, 3, 4 and 8 bit codes with blockwise scales that are quantised themselves.
+"""NormalFloat: 2, 3, 4 and 8 bit codes with blockwise scales that are quantized themselves.
 
-Arrays in, arrays out. Values are a flat vector; blocks are runs of it. A kernel ``[in, out]`` is
-flattened so that inputs run fastest (the rows of a PyTorch weight), see `kernels.NFQuantized`.
+Arrays in, arrays out. Values are a flat vector; a block is a run of consecutive values. A kernel
+``[in, out]`` is transposed and flattened, as a PyTorch weight is stored
+(`lordjax.kernels.quantized.NFQuantized`).
 
-Per block of ``block`` values: scale s = max|x|. Per matrix: offset o = min s. Per group of
-``scale_block`` scales: m = max(s - o), stored as ``scale_dtype``. Then::
+A block of ``block`` values has the scale s = max|x|. A matrix has the offset o = min s. A block of
+``scale_block`` scales has m = max(s - o), stored as ``scale_dtype``. Then::
 
     u = round((s - o)·(2^scale_bits - 1)/m)      ŝ = o + u·m/(2^scale_bits - 1)
     code = index of the level nearest to x/ŝ     x̂ = level[code]·ŝ
 
-Differences from QLoRA: the offset is the least scale, not the mean, so that u is unsigned.
+Difference from QLoRA: the offset is the smallest scale, not the mean, so that u is unsigned.
 
 Source: Dettmers et al., arXiv 2305.14314; LQ-LoRA, arXiv 2311.12023; theory/lq_lora §1.
 """
@@ -28,26 +29,26 @@ from jax import lax
 from jaxtyping import Array, Float, Int, UInt
 from scipy.special import ndtri
 
-WORD = 32  # bits of a word of packed codes, and codes that are packed together
+WORD = 32  # bits in a word of packed codes; also the number of codes that are packed together
 BITS = (2, 3, 4, 8)
 SCALE_DTYPES = ("bfloat16", "float16", "float32")
-# The authors' constant: a truncation of 1 - (1/30 + 1/32)/2, the same for every number of bits.
+# The authors' constant: 1 - (1/30 + 1/32)/2, truncated; the same for every number of bits.
 _TAIL = 0.9677083
 
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """How a matrix is quantised.
+    """A quantization format.
 
     Attributes:
-      bits: of a code: 2, 3, 4 or 8.
-      scale_bits: of a block's scale: 2, 3, 4 or 8.
-      scale_dtype: of the scales' own scale: bfloat16, float16 or float32.
-      block: values per scale.
-      scale_block: scales per scale of scales.
+      bits: bits of a code: 2, 3, 4 or 8.
+      scale_bits: bits of a quantized block scale: 2, 3, 4 or 8.
+      scale_dtype: dtype of the scales of scales: bfloat16, float16 or float32.
+      block: number of values that share a scale.
+      scale_block: number of scales that share a scale of scales.
 
     Raises:
-      ValueError: if a value is not one of those.
+      ValueError: if an attribute has another value.
     """
 
     bits: int = 4
@@ -65,15 +66,17 @@ class Format:
             raise ValueError(f"{self}: block and scale_block must be at least 1")
 
     def __str__(self) -> str:
-        """Such as ``nf4-8-float32-64-256``; `parse` reads it."""
+        """The format's name, such as ``nf4-8-float32-64-256``; `parse` reads it."""
         return f"nf{'-'.join(str(value) for value in dataclasses.astuple(self))}"
 
     @classmethod
     def parse(cls, text: str) -> Format:
-        """Reads what ``str`` wrote; trailing parts may be left out: ``nf4`` is QLoRA's.
+        """Returns the format with a name, such as ``nf4-8-float32-64-256``.
+
+        Trailing parts may be left out: ``nf4`` has QLoRA's block sizes.
 
         Raises:
-          ValueError: if it is no such name.
+          ValueError: if the text is not the name of a format.
         """
         kinds = (int, int, str, int, int)
         parts = text.removeprefix("nf").split("-")
@@ -90,36 +93,39 @@ class Format:
 
     @property
     def bits_per_weight(self) -> float:
-        """Of shapes that all blocks divide; without the offset and the table of levels."""
+        """Bits per weight, scales included, for matrices that consist of whole blocks.
+
+        The offset and the table of levels are not counted.
+        """
         scale = 8 * jnp.dtype(self.scale_dtype).itemsize
         return self.bits + self.scale_bits / self.block + scale / (self.block * self.scale_block)
 
     def blocks(self, count: int) -> tuple[int, int]:
-        """Numbers of scales, and of scales of scales, of a matrix of ``count`` values."""
+        """Returns the numbers of scales and of scales of scales for ``count`` values."""
         scales = math.ceil(count / self.block)
         return scales, math.ceil(scales / self.scale_block)
 
     def nbytes(self, count: int) -> int:
-        """Bytes of a matrix of ``count`` values as it is stored, the offset included."""
+        """Returns the stored bytes of a matrix of ``count`` values, offset included."""
         scales, supers = self.blocks(count)
         words = words_for(count, self.bits) + words_for(scales, self.scale_bits)
         return 4 * words + supers * jnp.dtype(self.scale_dtype).itemsize + 4
 
 
 def grid() -> list[Format]:
-    """All formats of the published integer programme's code: 432."""
+    """Returns the 432 formats that LQ-LoRA's published integer program chooses from."""
     axes = (BITS, BITS, SCALE_DTYPES, (16, 32, 64), (16, 64, 256))
     return [Format(*values) for values in itertools.product(*axes)]
 
 
 class Codes(NamedTuple):
-    """A quantised vector of n values, codes one per byte.
+    """A quantized vector of n values, one code per byte.
 
     Attributes:
-      codes: ``[n]`` uint8 indices of levels.
-      scales: ``[⌈n/block⌉]`` uint8, u.
-      supers: ``[⌈scales/scale_block⌉]``, m, in the format's ``scale_dtype``.
-      offset: ``[]`` float32, o.
+      codes: indices of levels, ``[n]`` uint8.
+      scales: codes u of the block scales, ``[⌈n/block⌉]`` uint8.
+      supers: scales m of the block scales, ``[⌈scales/scale_block⌉]`` in ``scale_dtype``.
+      offset: smallest block scale o, ``[]`` float32.
     """
 
     codes: Any
@@ -129,7 +135,7 @@ class Codes(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """`Codes` as stored: ``codes`` and ``scales`` are uint32 words."""
+    """`Codes` as they are stored: ``codes`` and ``scales`` are packed into uint32 words."""
 
     codes: Any
     scales: Any
@@ -139,31 +145,32 @@ class Packed(NamedTuple):
 
 @functools.cache
 def levels(bits: int) -> np.ndarray:
-    """The code book ``[2^bits]``, float32, rising from -1 to 1 through an exact 0.
+    """Returns the code book ``[2^bits]``, float32, increasing from -1 to 1 with an exact 0.
 
-    Quantiles of the normal distribution: 2^(bits-1) negative steps, one more positive.
+    Levels are quantiles of the normal distribution: 2^(bits-1) - 1 below 0, 2^(bits-1) above 0.
     """
     half = 2 ** (bits - 1)
     left = np.linspace(1 - _TAIL, 0.5, half)
     right = np.linspace(0.5, _TAIL, half + 1)[1:]
     table = ndtri(np.concatenate([left, right])) / ndtri(_TAIL)
-    table[[0, half - 1, -1]] = -1, 0, 1  # which rounding misses by a few ulp
+    table[[0, half - 1, -1]] = -1, 0, 1  # exact; rounding is off by a few ulp
     table = table.astype(np.float32)
     table.setflags(write=False)
     return table
 
 
 def nearest(x: Float[Array, "..."], bits: int) -> UInt[Array, "..."]:
-    """Index of the level nearest to x; the lower one of a tie. Saturates."""
+    """Returns the index of the level nearest to x; ties go to the lower level. Saturates."""
     table = levels(bits).astype(np.float64)
     middles = ((table[1:] + table[:-1]) / 2).astype(np.float32)
-    if bits == 8:  # too many to select among; `searchsorted` takes 2.5 times as long
-        code = jnp.where(x > middles[127], 128, 0)  # no gather: XLA would find it when compiling
+    if bits == 8:  # too many levels to select among; `searchsorted` takes 2.5 times as long
+        # The first step gathers nothing: XLA would fold that gather at compile time.
+        code = jnp.where(x > middles[127], 128, 0)
         for step in (64, 32, 16, 8, 4, 2, 1):
             code = code + jnp.where(x > jnp.asarray(middles)[code + step - 1], step, 0)
         return code.astype(jnp.uint8)
-    # Bisection, bit by bit from the highest, in one fused pass over x. Gathering the middles would
-    # be slow, so each bit selects among those that are left.
+    # Bisection from the highest bit to the lowest, in one fused pass over x. Gathering the middles
+    # would be slow, so each bit selects among the remaining ones.
     left, code = [jnp.asarray(middle) for middle in middles], jnp.zeros(x.shape, jnp.uint8)
     while left:
         half = len(left) // 2
@@ -175,11 +182,11 @@ def nearest(x: Float[Array, "..."], bits: int) -> UInt[Array, "..."]:
 
 
 def lookup(codes: UInt[Array, "..."], bits: int) -> Float[Array, "..."]:
-    """``levels(bits)[codes]``."""
+    """Returns the levels of codes, ``levels(bits)[codes]``."""
     table = levels(bits)
     if bits == 8:
         return jnp.asarray(table)[codes]
-    # Bit by bit, from the lowest: a gather that is fused with the search for codes is slow.
+    # Selection from the lowest bit to the highest: a gather is slow when fused with `nearest`.
     values = [jnp.asarray(value) for value in table]
     for bit in range(bits):
         high = (codes >> bit & 1) > 0
@@ -189,19 +196,19 @@ def lookup(codes: UInt[Array, "..."], bits: int) -> Float[Array, "..."]:
 
 
 def block_scales(x: Float[Array, "n"], block: int) -> Float[Array, "blocks"]:
-    """Largest magnitude of each run of ``block`` values."""
+    """Returns the largest magnitude of each block of values."""
     return jnp.max(runs(jnp.abs(x), block), axis=1)
 
 
 def runs(x: Array, length: int, fill: Any = 0) -> Array:
-    """``[n]`` as ``[⌈n/length⌉, length]``, the last run filled up."""
+    """Returns a vector as rows ``[⌈n/length⌉, length]``; pads the last row with ``fill``."""
     return jnp.pad(x, (0, -len(x) % length), constant_values=fill).reshape(-1, length)
 
 
 def quantize_scales(
     scales: Float[Array, "blocks"], form: Format
 ) -> tuple[UInt[Array, "blocks"], Float[Array, "supers"], Float[Array, ""]]:
-    """u, m and o of the module's docstring."""
+    """Quantizes block scales: returns u, m and o of the module's docstring."""
     offset = jnp.min(scales)
     above = runs(scales - offset, form.scale_block)
     supers = jnp.max(above, axis=1).astype(form.scale_dtype)
@@ -215,9 +222,9 @@ def quantize_scales(
 def scale_steps(
     supers: Float[Array, "..."], form: Format
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """m/(2^scale_bits - 1) in two terms: ŝ = (o + u·first) + u·second."""
-    # Not m / steps: compilers turn that into this product. In terms of 16 and 7 bits, whose
-    # products with u are exact, so that a fused multiply-add rounds like the two operations.
+    """Returns m/(2^scale_bits - 1) as a sum of two terms: ŝ = (o + u·first) + u·second."""
+    # A product instead of m / steps, because compilers make it one anyway. The terms have 16 and 7
+    # bits: their products with u are exact, so a fused multiply-add gives the same rounding.
     step = supers.astype(jnp.float32) * np.float32(1 / (2**form.scale_bits - 1))
     step = lax.reduce_precision(step, exponent_bits=8, mantissa_bits=22)
     high = lax.reduce_precision(step, exponent_bits=8, mantissa_bits=15)
@@ -230,66 +237,76 @@ def dequantize_scales(
     offset: Float[Array, ""],
     form: Format,
 ) -> Float[Array, "blocks"]:
-    """ŝ, with the same bits however a compiler fuses: codes fit the scales they were made for."""
+    """Returns the decoded scales ŝ, bit-identical however the compiler fuses operations.
+
+    So every program sees exactly the scales that the codes were chosen for.
+    """
     high, low = scale_steps(supers[:, None], form)
     wide = runs(codes.astype(jnp.float32), form.scale_block)
     scales = offset + wide * high + wide * low
     scales = scales.reshape(-1)[: len(codes)]
-    # Divided by 1, exactly: XLA on CPU, which fuses across barriers, would find a scale again for
-    # each of its values; a division it does not repeat.
+    # An exact division by 1. XLA's CPU backend fuses across barriers and would compute a scale
+    # again for each of its values. It does not repeat a division.
     return scales / jnp.maximum(codes.astype(jnp.float32) / 256, 1)
 
 
 def quantize(x: Float[Array, "n"], form: Format) -> Codes:
-    """Quantises a vector, computed in float32."""
+    """Quantizes a vector, computed in float32."""
     x = x.astype(jnp.float32)
     scales, supers, offset = quantize_scales(block_scales(x, form.block), form)
     return round_to(x, Codes(None, scales, supers, offset), form)
 
 
 def round_to(x: Float[Array, "n"], scaled: Codes, form: Format) -> Codes:
-    """`Codes` of a vector for scales that are given; those of ``scaled`` are not read."""
+    """Returns the `Codes` of a vector for given scales.
+
+    Args:
+      x: the vector.
+      scaled: the scales; its ``codes`` are not read.
+      form: the format.
+    """
     scales = dequantize_scales(scaled.scales, scaled.supers, scaled.offset, form)
     shares = runs(x, form.block) / jnp.where(scales > 0, scales, 1)[:, None]
     return scaled._replace(codes=nearest(shares, form.bits).reshape(-1)[: len(x)])
 
 
 def dequantize(quantized: Codes, form: Format) -> Float[Array, "n"]:
-    """The values ``[n]``, float32."""
+    """Returns the decoded values ``[n]``, float32."""
     scales = dequantize_scales(quantized.scales, quantized.supers, quantized.offset, form)
     values = lookup(quantized.codes, form.bits)
     return (runs(values, form.block) * scales[:, None]).reshape(-1)[: len(values)]
 
 
 def words_for(count: int, bits: int) -> int:
-    """Words that ``count`` codes are packed into: whole groups of 32 codes."""
+    """Returns the number of words for ``count`` codes, which are packed 32 at a time."""
     return math.ceil(count / WORD) * bits
 
 
 def pack(codes: Int[Array, "n"], bits: int) -> UInt[Array, "words"]:
-    """Packs codes below 2^bits into 32-bit words; the last group is filled with zeros.
+    """Packs codes below 2^bits into 32-bit words, 32 codes at a time; pads with zeros.
 
-    2, 4 and 8 bits: the first code in the lowest bits of a word. 3 bits: of 32 codes, bit i of
-    the three words are the three bits of code i, the lowest first. The authors' second layout.
+    With 2, 4 and 8 bits the first code is in the lowest bits of a word. With 3 bits, 32 codes take
+    three words: bit i of the three words holds the three bits of code i, lowest first. This is the
+    second of the LQ-LoRA authors' layouts.
     """
-    groups = runs(codes.astype(jnp.uint32), WORD)
+    chunks = runs(codes.astype(jnp.uint32), WORD)
     if bits == 3:
         places = jnp.arange(WORD, dtype=jnp.uint32)[None]
-        planes = [(groups >> plane & 1) << places for plane in range(3)]
+        planes = [(chunks >> plane & 1) << places for plane in range(3)]
         words = [jnp.sum(plane, axis=1, dtype=jnp.uint32) for plane in planes]
         return jnp.stack(words, axis=1).reshape(-1)
     per_word = WORD // bits
     shifts = bits * jnp.arange(per_word, dtype=jnp.uint32)[None]
-    return jnp.sum(groups.reshape(-1, per_word) << shifts, axis=1, dtype=jnp.uint32)
+    return jnp.sum(chunks.reshape(-1, per_word) << shifts, axis=1, dtype=jnp.uint32)
 
 
 def unpack(words: UInt[Array, "words"], bits: int, count: int) -> UInt[Array, "n"]:
-    """The first ``count`` codes of `pack`, as uint8."""
+    """Returns the first ``count`` codes that `pack` packed, as uint8."""
     if bits == 3:
         places = jnp.arange(WORD, dtype=jnp.uint32)[None, None]
         planes = (words.reshape(-1, 3, 1) >> places) & 1
         codes = planes[:, 0] | planes[:, 1] << 1 | planes[:, 2] << 2
-    elif bits == 8:  # bytes are there: nothing to compute
+    elif bits == 8:  # codes are bytes already
         codes = lax.bitcast_convert_type(words, jnp.uint8)
     else:
         shifts = bits * jnp.arange(WORD // bits, dtype=jnp.uint32)[None]
@@ -297,33 +314,8 @@ def unpack(words: UInt[Array, "words"], bits: int, count: int) -> UInt[Array, "n
     return codes.reshape(-1)[:count].astype(jnp.uint8)
 
 
-def unpack_legacy(data: UInt[np.ndarray, "bytes"], bits: int, padding: int) -> np.ndarray:
-    """Codes, as uint8, of the layout in which the authors of LQ-LoRA save checkpoints.
-
-    Codes follow each other bit by bit, each with its highest bit first; a byte is filled from its
-    lowest bit on.
-
-    Args:
-      data: ``[bytes]`` uint8, on the host.
-      bits: of a code.
-      padding: unused bits at the end of ``data``.
-
-    Raises:
-      ValueError: if what is left after the padding is no whole number of codes.
-    """
-    stream = np.unpackbits(np.asarray(data, np.uint8), bitorder="little")
-    count, rest = divmod(len(stream) - padding, bits)
-    if not 0 <= padding < 8 or rest or count < 0:
-        raise ValueError(
-            f"{len(stream)} bits less a padding of {padding} are no whole number of {bits}-bit "
-            "codes; were both saved with this matrix?"
-        )
-    places = stream[: count * bits].reshape(count, bits) << np.arange(bits)[::-1].astype(np.uint8)
-    return places.sum(axis=1, dtype=np.uint8)
-
-
 def pack_codes(quantized: Codes, form: Format) -> Packed:
-    """As it is stored."""
+    """Packs a quantized vector into its stored form."""
     return Packed(
         pack(quantized.codes, form.bits),
         pack(quantized.scales, form.scale_bits),
@@ -333,7 +325,7 @@ def pack_codes(quantized: Codes, form: Format) -> Packed:
 
 
 def unpack_codes(packed: Packed, form: Format, count: int) -> Codes:
-    """Inverse of `pack_codes` for ``count`` values."""
+    """Returns the codes of a packed vector of ``count`` values; the inverse of `pack_codes`."""
     return Codes(
         unpack(packed.codes, form.bits, count),
         unpack(packed.scales, form.scale_bits, form.blocks(count)[0]),
@@ -343,10 +335,10 @@ def unpack_codes(packed: Packed, form: Format, count: int) -> Codes:
 
 
 def quantize_packed(x: Float[Array, "n"], form: Format) -> Packed:
-    """Quantises a vector and packs it."""
+    """Quantizes a vector and packs it."""
     return pack_codes(quantize(x, form), form)
 
 
 def dequantize_packed(packed: Packed, form: Format, count: int) -> Float[Array, "n"]:
-    """The ``count`` values that `encode` stored, float32."""
+    """Returns the ``count`` decoded values of a packed vector, float32."""
     return dequantize(unpack_codes(packed, form, count), form)

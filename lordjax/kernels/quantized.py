@@ -1,17 +1,4 @@
-"""Compressed weights as values: what may stand where a model expects a kernel.
-
-A *kernel* is the matrix of a linear layer in Flax's layout, ``[in, out]``, so that ``y = x @ W``.
-It is either an array or a `Kernel`. Leading axes are allowed everywhere (stacks of kernels).
-
-The contract of a `Kernel`, and all of it:
-
-* ``shape``          ``(..., in, out)``, derived from the leaves, so that it survives ``vmap``;
-* ``matmul(x)``      ``x @ W`` without forming ``W`` where that is cheaper; the dtype of ``x``;
-* ``materialize()``  ``W`` itself.
-
-A class is abstract or final. Checks live in `check`, not in constructors, because
-``jax.tree.map`` builds kernels whose leaves are not arrays.
-"""
+"""Quantized kernels: NormalFloat weights, with or without a low-rank term."""
 
 from __future__ import annotations
 
@@ -33,19 +20,20 @@ from lordjax.runtime import xla_scheduling
 
 @flax.struct.dataclass
 class NFQuantized(Kernel):
-    """NormalFloat codes (`nf`), 2 to 8 bits per weight and a little for the scales.
+    """A matrix quantized to NormalFloat: 2 to 8 bits per weight, and the bits of the scales.
 
-    Inputs run fastest: runs of ``format.block`` weights that share a scale belong to one output,
-    where the block divides ``fan_in``. Constant under differentiation.
+    The transposed matrix is stored row by row. So a block of ``format.block`` weights, which share
+    a scale, belongs to one output if the block size divides ``fan_in``. The stored arrays have no
+    gradient.
 
     Attributes:
-      codes: ``[..., words]`` uint32, packed.
-      scales: ``[..., words]`` uint32, packed.
-      supers: ``[..., supers]`` in ``format.scale_dtype``.
-      offset: ``[...]`` float32.
-      fan_in: rows of the matrix.
-      fan_out: columns of the matrix.
-      format: bits and blocks.
+      codes: packed codes of the weights, ``[..., words]`` uint32.
+      scales: packed codes of the block scales, ``[..., words]`` uint32.
+      supers: scales of the block scales, ``[..., supers]`` in ``format.scale_dtype``.
+      offset: smallest block scale, ``[...]`` float32.
+      fan_in: number of rows of the matrix.
+      fan_out: number of columns of the matrix.
+      format: number of bits and block sizes (`lordjax.kernels.normal_float.Format`).
     """
 
     codes: Any
@@ -58,17 +46,31 @@ class NFQuantized(Kernel):
 
     @classmethod
     def encode(cls, kernel: Float[Array, "... in out"], form: normal_float.Format) -> NFQuantized:
-        """The nearest matrix of a format, computed in float32."""
+        """Quantizes matrices to the nearest codes, computed in float32.
+
+        Args:
+          kernel: matrices ``[..., in, out]``.
+          form: the format.
+
+        Returns:
+          A kernel of the same shape.
+        """
         *lead, fan_in, fan_out = kernel.shape
         rows = kernel.mT.reshape(*lead, fan_in * fan_out)
-        packed = _over(lead, lambda x: normal_float.quantize_packed(x, form))(rows)
+        packed = _vmap_leading(lead, lambda x: normal_float.quantize_packed(x, form))(rows)
         return cls.of(packed, (fan_in, fan_out), form)
 
     @classmethod
     def of(
         cls, packed: normal_float.Packed, shape: tuple[int, ...], form: normal_float.Format
     ) -> NFQuantized:
-        """The kernel ``[in, out]`` whose transpose, flattened, was packed."""
+        """Returns the kernel of a packed vector.
+
+        Args:
+          packed: the transposed matrix, flattened, quantized and packed.
+          shape: shape ``[in, out]`` of the matrix.
+          form: the format.
+        """
         return cls(
             codes=packed.codes,
             scales=packed.scales,
@@ -81,36 +83,37 @@ class NFQuantized(Kernel):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """``(..., in, out)``."""
+        """The shape ``(..., in, out)``."""
         return (*self.codes.shape[:-1], self.fan_in, self.fan_out)
 
     @property
     def dtype(self) -> jnp.dtype:
-        """float32, whatever the scales are stored in."""
+        """The dtype of the decoded matrix: float32, whatever the dtype of the scales."""
         return jnp.dtype(jnp.float32)
 
     def matmul(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
-        """``x @ W``; W is decoded for this product, and once more when it is differentiated.
+        """Returns ``x @ W``. W is decoded for this product, and again for its gradient.
 
-        On a CPU tile by tile (`nf_tiles`); on a GPU, too, in one kernel, where that is faster.
+        On a CPU it is decoded tile by tile (`nf_cpu`). On a GPU one fused kernel decodes and
+        multiplies (`nf_gpu`) where that was measured to be faster.
         """
-        y = _by_gpu_kernel(x, self)
+        y = _gpu_product(x, self)
         return _decoded_product(x.shape, x, self) if y is None else y
 
     def materialize(self) -> Float[Array, "... in out"]:
-        """The decoded matrix."""
+        """Returns the decoded matrix, float32."""
         *lead, fan_in, fan_out = self.shape
         packed = normal_float.Packed(self.codes, self.scales, self.supers, self.offset)
-        values = _over(
+        values = _vmap_leading(
             lead, lambda p: normal_float.dequantize_packed(p, self.format, fan_in * fan_out)
         )(packed)
         return jax.lax.stop_gradient(values).reshape(*lead, fan_out, fan_in).mT
 
-    def decoded_after(self, x: Float[Array, "..."]) -> Float[Array, "... in out"]:
-        """W in the dtype of ``x``, decoded no earlier than ``x`` is there.
+    def materialize_after(self, x: Float[Array, "..."]) -> Float[Array, "... in out"]:
+        """Returns W in the dtype of ``x``, decoded after ``x`` was computed.
 
-        Nothing else keeps a compiler from decoding the matrices of all layers first, or once for
-        all turns of a loop, and holding them.
+        Without this dependency the compiler may decode the matrices of all layers first, or once
+        for all iterations of a loop, and keep them in memory.
         """
         codes = self.codes + xla_scheduling.false_after(x).astype(self.codes.dtype)
         return dataclasses.replace(self, codes=codes).materialize().astype(x.dtype)
@@ -118,11 +121,11 @@ class NFQuantized(Kernel):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _decoded_product(shape: tuple[int, ...], x: Array, kernel: NFQuantized) -> Array:
-    """``x [shape] @ W``."""
+    """Returns ``x @ W`` by decoding W; ``shape`` is that of ``x``, for the backward pass."""
     del shape
-    if _in_tiles(kernel):
+    if _decodes_in_tiles(kernel):
         return nf_cpu.product(x, kernel)
-    return jnp.matmul(x, kernel.decoded_after(x))
+    return jnp.matmul(x, kernel.materialize_after(x))
 
 
 def _forwards(shape: tuple[int, ...], x: Array, kernel: NFQuantized) -> tuple[Array, NFQuantized]:
@@ -130,9 +133,9 @@ def _forwards(shape: tuple[int, ...], x: Array, kernel: NFQuantized) -> tuple[Ar
 
 
 def _backwards(shape: tuple[int, ...], kernel: NFQuantized, g: Array) -> tuple[Array, None]:
-    if _in_tiles(kernel):
+    if _decodes_in_tiles(kernel):
         return nf_cpu.transposed_product(g, kernel), None
-    decoded = kernel.decoded_after(g)
+    decoded = kernel.materialize_after(g)
     like = jax.ShapeDtypeStruct(shape, g.dtype)
     (gradient,) = jax.linear_transpose(lambda x: jnp.matmul(x, decoded), like)(g)
     return gradient, None
@@ -141,27 +144,27 @@ def _backwards(shape: tuple[int, ...], kernel: NFQuantized, g: Array) -> tuple[A
 _decoded_product.defvjp(_forwards, _backwards)
 
 
-def _in_tiles(kernel: NFQuantized) -> bool:
+def _decodes_in_tiles(kernel: NFQuantized) -> bool:
     return jax.default_backend() == "cpu" and nf_cpu.supported(kernel)
 
 
-def _by_gpu_kernel(x: Array, base: NFQuantized, low_rank: LowRank | None = None) -> Array | None:
-    """``x @ base + x @ low_rank`` by `nf_pallas` if that was measured to be faster, else None."""
+def _gpu_product(x: Array, base: NFQuantized, low_rank: LowRank | None = None) -> Array | None:
+    """Returns ``x @ base + x @ low_rank`` by `nf_gpu` where that is measured faster, else None."""
     if jax.default_backend() != "gpu" or not _has_triton():
         return None
-    from lordjax.kernels import nf_gpu_autotune  # Pallas, which takes a while to import
+    from lordjax.kernels import nf_gpu_autotune  # Pallas is slow to import
 
     return nf_gpu_autotune.product(x, base, low_rank)
 
 
 @functools.cache
 def _has_triton() -> bool:
-    """Whether this jax compiles Pallas kernels with Triton: newer ones announce to drop that."""
+    """Returns whether this JAX compiles Pallas kernels with Triton; later versions may not."""
     return importlib.util.find_spec("jax.experimental.pallas.triton") is not None
 
 
-def _over(lead: Any, fn: Any) -> Any:
-    """``fn`` mapped over leading axes."""
+def _vmap_leading(lead: Any, fn: Any) -> Any:
+    """Returns ``fn``, mapped over leading axes."""
     for _ in lead:
         fn = jax.vmap(fn)
     return fn
@@ -169,11 +172,11 @@ def _over(lead: Any, fn: Any) -> Any:
 
 @flax.struct.dataclass
 class LowRankPlusQuantized(Kernel):
-    """``W = base + low_rank``: what the codes miss is made up for by a thin product (LQ-LoRA).
+    """A matrix ``W = base + low_rank``: quantized weights plus a low-rank term (LQ-LoRA).
 
     Attributes:
-      base: `NFQuantized`.
-      low_rank: `LowRank`, the part that can be trained.
+      base: the quantized matrix, `NFQuantized`.
+      low_rank: the low-rank term, `LowRank`. Only this part can be trained.
     """
 
     base: Any
@@ -181,25 +184,25 @@ class LowRankPlusQuantized(Kernel):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """``(..., in, out)``."""
+        """The shape ``(..., in, out)``."""
         return self.base.shape
 
     @property
     def rank(self) -> int:
-        """Of the low-rank part."""
+        """The rank of the low-rank term."""
         return self.low_rank.rank
 
     @property
     def dtype(self) -> jnp.dtype:
-        """The wider dtype of the two."""
+        """The wider of the two parts' dtypes."""
         return max(self.base.dtype, self.low_rank.dtype, key=lambda dtype: dtype.itemsize)
 
     def matmul(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
-        """``x @ base + (x @ left) @ right``; on a GPU in one kernel, where that is faster."""
-        y = _by_gpu_kernel(x, self.base, self.low_rank)
+        """Returns ``x @ base + (x @ left) @ right``, on a GPU in one kernel where it is faster."""
+        y = _gpu_product(x, self.base, self.low_rank)
         return matmul(x, self.base) + matmul(x, self.low_rank) if y is None else y
 
     def materialize(self) -> Float[Array, "... in out"]:
-        """The sum."""
+        """Returns the sum of both matrices."""
         terms = materialize(self.base), materialize(self.low_rank)
         return terms[0].astype(self.dtype) + terms[1].astype(self.dtype)

@@ -1,7 +1,7 @@
 """Parameter trees as flat tables: "/"-paths, selection by pattern, replacement.
 
-A *path* is the keys from the root joined by "/": ``layer_0/attention/q/kernel``. A `Kernel` is one
-entry of the table, so that plans, statistics and parameters share one key space.
+A *path* is the keys from the root, joined by "/": ``layer_0/attention/q/kernel``. A `Kernel` is one
+entry of the table, so that plans, statistics and parameters use the same keys.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lordjax.names import did_you_mean
 
 
 def path_str(keys: tuple[Any, ...]) -> str:
-    """A JAX key path as a "/"-path; attribute keys (an NNX variable's value) are left out."""
+    """Returns the "/"-path of a JAX key path, without attribute keys (an NNX variable's value)."""
     parts = []
     for key in keys:
         name = getattr(key, "key", getattr(key, "idx", None))
@@ -27,7 +27,7 @@ def path_str(keys: tuple[Any, ...]) -> str:
 
 
 def flatten(tree: Any) -> dict[str, Any]:
-    """``{path: leaf}`` in the tree's order, stopping at kernels.
+    """Returns ``{path: leaf}`` in the tree's order. A kernel is one leaf.
 
     Raises:
       ValueError: if two leaves have the same path, as in trees of dataclasses.
@@ -43,7 +43,7 @@ def flatten(tree: Any) -> dict[str, Any]:
 
 
 def arrays(tree: Any) -> dict[str, Any]:
-    """``{path: array}``: kernels too are taken apart (``…/kernel/low_rank/left``)."""
+    """Returns ``{path: array}``, the arrays in kernels included (``…/kernel/low_rank/left``)."""
     table: dict[str, Any] = {}
     for path, leaf in flatten(tree).items():
         table |= _kernel_arrays(path, leaf) if is_kernel(leaf) else {path: leaf}
@@ -56,7 +56,14 @@ def _kernel_arrays(path: str, kernel: Any) -> dict[str, Any]:
 
 
 def partition(tree: Any, paths: Collection[str]) -> tuple[Any, Any]:
-    """Two trees, of the arrays at some paths of `arrays` and of the others; None elsewhere.
+    """Splits a tree into the arrays at some paths and all other arrays.
+
+    Args:
+      tree: the tree.
+      paths: paths of `arrays`.
+
+    Returns:
+      Two trees of the same structure; each has None in place of the arrays of the other.
 
     Raises:
       KeyError: if there is no array at one of the paths.
@@ -76,14 +83,14 @@ def partition(tree: Any, paths: Collection[str]) -> tuple[Any, Any]:
 
 
 def combine(first: Any, second: Any) -> Any:
-    """Inverse of `split`."""
+    """Joins the two trees of `partition` again."""
     return jax.tree.map(
         lambda a, b: b if a is None else a, first, second, is_leaf=lambda leaf: leaf is None
     )
 
 
 def unflatten(table: Mapping[str, Any]) -> dict[str, Any]:
-    """Inverse of `flatten` for nested dicts.
+    """Returns the nested dict of a flat table; the inverse of `flatten`.
 
     Raises:
       ValueError: if a path is both a leaf and a branch.
@@ -95,18 +102,22 @@ def unflatten(table: Mapping[str, Any]) -> dict[str, Any]:
         for branch in branches:
             node = node.setdefault(branch, {})
             if not isinstance(node, dict):
-                raise ValueError(f"{path}: a part of this path is itself a leaf")
+                raise ValueError(
+                    f"{path}: a prefix of this path is a leaf itself; expected a branch there"
+                )
         if name in node:
-            raise ValueError(f"{path}: occurs twice, or is a branch of another path")
+            raise ValueError(
+                f"{path}: this path occurs twice or is a prefix of another path; expected a leaf"
+            )
         node[name] = leaf
     return tree
 
 
 def select(paths: Iterable[str], pattern: str) -> list[str]:
-    """The paths in which the regular expression ``pattern`` is found (``re.search``).
+    """Returns the paths in which a regular expression is found (``re.search``).
 
     Raises:
-      KeyError: if there is none; suggests the closest paths.
+      KeyError: if there are none. The message suggests the closest paths.
     """
     paths = list(paths)
     found = [path for path in paths if re.search(pattern, path)]
@@ -116,7 +127,7 @@ def select(paths: Iterable[str], pattern: str) -> list[str]:
 
 
 def update(tree: Any, new: Mapping[str, Any]) -> Any:
-    """A copy of ``tree`` with the leaves at the paths of ``new`` replaced. The input is untouched.
+    """Returns a copy of a tree in which the leaves at the paths of ``new`` are replaced.
 
     Raises:
       KeyError: if a path of ``new`` is not in the tree.
@@ -129,7 +140,7 @@ def update(tree: Any, new: Mapping[str, Any]) -> Any:
 
 
 def map_with_path(fn: Callable[[str, Any], Any], tree: Any) -> Any:
-    """``fn(path, leaf)`` on every leaf, kernels being leaves; any pytree, NNX state included."""
+    """Applies ``fn(path, leaf)`` to every leaf of a pytree or NNX state; a kernel is one leaf."""
     return jax.tree_util.tree_map_with_path(
         lambda keys, leaf: fn(path_str(keys), leaf), tree, is_leaf=is_kernel
     )

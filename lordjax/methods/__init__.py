@@ -1,9 +1,9 @@
-"""Methods by name. A new method is a row here, a theorem test and a number from a script."""
+"""The compression methods by name. A new method is an entry of `METHODS`, with tests."""
 
 from typing import Any
 
 from lordjax.methods.base import Factors, Method, Module, ModuleFactors, truncate
-from lordjax.methods.low_rank import SVD_METHODS
+from lordjax.methods.low_rank import LOW_RANK_METHODS
 from lordjax.methods.modular.mlp import SHRINKAGE, mlp_module
 from lordjax.methods.modular.query_key import query_key_module
 from lordjax.methods.modular.value_output import value_output_module
@@ -12,7 +12,7 @@ _LOSS_MLP = mlp_module(("moments", "gradients"), score="elimination", shrinkage=
 
 
 def _published(summary: str, **mlp: Any) -> Method:
-    """MoDeGPT as published, but for how the MLP's neurons are chosen and fitted."""
+    """Returns MoDeGPT as published, with options for how the MLP's neurons are chosen and refit."""
     modules = {
         "mlp": mlp_module(("moments",), **mlp),
         "vo": value_output_module(("values",), fit=False),
@@ -22,16 +22,16 @@ def _published(summary: str, **mlp: Any) -> Method:
 
 
 METHODS: dict[str, Method] = {
-    **SVD_METHODS,
+    **LOW_RANK_METHODS,
     "modegpt": Method(
-        "narrower MLPs, low-rank attention, in the metric of the loss",
-        SVD_METHODS["lord"].factor,
-        SVD_METHODS["lord"].needs,
+        "prunes MLP neurons and factors attention matrices, in the metric of the loss",
+        LOW_RANK_METHODS["lord"].factor,
+        LOW_RANK_METHODS["lord"].needs,
         modules={"mlp": _LOSS_MLP},
         allocation="global",
     ),
     "modegpt-cr": Method(
-        "narrower MLPs, values, queries and keys (smaller cache), in the metric of the loss",
+        "prunes MLPs, values, queries and keys (smaller cache), in the metric of the loss",
         None,
         modules={
             "mlp": _LOSS_MLP,
@@ -41,16 +41,16 @@ METHODS: dict[str, Method] = {
         allocation="global",
     ),
     "modegpt-published": _published(
-        "Nystroem MLP, CR queries/keys, SVD values, ranks by block influence: as published",
+        "MoDeGPT as published: Nystroem MLP, CR queries/keys, SVD values, block influence",
         score="leverage",
     ),
     "modegpt-slice": _published(
-        "modegpt-published with the MLP's most energetic neurons and no refit: a baseline",
+        "baseline: modegpt-published, with the MLP neurons of highest energy and no refit",
         score="energy",
         fit=False,
     ),
     "modegpt-random": _published(
-        "modegpt-published with random neurons of the MLP and no refit: a baseline",
+        "baseline: modegpt-published, with random MLP neurons and no refit",
         score="random",
         fit=False,
     ),
@@ -61,17 +61,22 @@ DEFAULT_METHOD = "modegpt"  # loses least at every budget measured (docs/pages/r
 
 
 def method_at(name: str, layer: str) -> str:
-    """The method that ``name`` uses for a layer (``attention/v``): itself, or an exception."""
+    """Returns the name of the method that a method uses for a layer: itself, or an exception.
+
+    Args:
+      name: name of the method.
+      layer: layer in the block, such as ``attention/v``.
+    """
     return METHODS[name].exceptions.get(layer, name)
 
 
 def corrects_bias(name: str, kind: str, layer: str) -> bool:
-    """Whether a method's result carries a bias correction at a site.
+    """Returns whether a method's result has a bias correction at a site.
 
     Args:
-      name: of the method.
-      kind: of the site.
-      layer: a linear site's layer type.
+      name: name of the method.
+      kind: kind of the site: ``linear``, ``mlp``, ``qk`` or ``vo``.
+      layer: layer in the block, for a linear site.
     """
     if kind == "linear":
         return METHODS[method_at(name, layer)].bias

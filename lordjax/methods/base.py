@@ -1,6 +1,6 @@
-"""What a method is: statistics it needs, a rank-free factorisation, and a slice.
+"""The interface of a method: the statistics it needs, and a factorization for all ranks.
 
-A method sees matrices and statistics; it knows no model, no file, no device.
+Methods work on matrices and statistics. They know nothing of models, files or devices.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from lordjax.methods.linalg import mm
 
 @flax.struct.dataclass
 class Factors:
-    """A factorisation for all ranks at once; rank r is a slice.
+    """A factorization of a kernel for all ranks at once; rank r is a slice.
 
     Attributes:
-      left: ``[in, m]``, columns by falling importance.
-      right: ``[m, out]``.
-      spectrum: ``[m]``, non-increasing; the error at rank r is ``sum(spectrum[r:])`` in the
-        method's own measure.
-      mean_in: ``[m]`` mean of ``x @ left``, or None if the method keeps the bias as it is.
+      left: left factor ``[in, m]``, columns by decreasing importance.
+      right: right factor ``[m, out]``.
+      spectrum: ``[m]``, non-increasing. The error at rank r is ``sum(spectrum[r:])``, in the unit
+        of the method.
+      mean_in: ``[m]`` mean of ``x @ left``, or None if the method does not change the bias.
       mean_out: ``[out]`` mean of the layer's output without its bias, or None.
     """
 
@@ -39,11 +39,12 @@ class Factors:
 
 @flax.struct.dataclass
 class ModuleFactors:
-    """What a module needs to be cut to any width.
+    """A factorization of a module for all widths at once.
 
     Attributes:
-      spectrum: ``[widths]``; the error at width r is ``sum(spectrum[r:])`` in the method's measure.
-      parts: arrays that the module's ``narrow`` reads.
+      spectrum: ``[widths]``. The error at width r is ``sum(spectrum[r:])``, in the unit of the
+        method.
+      parts: the arrays that `Module.prune` reads, by name.
     """
 
     spectrum: Any
@@ -58,20 +59,21 @@ class Module:
     """How a method compresses layers that share an inner width.
 
     Attributes:
-      factor: ``(kernels in head form, stats) -> ModuleFactors``; pure, jittable.
-      narrow: ``(kernels, factors, width) -> `` the kernels that change, by name; ``out_bias`` is
-        what to add to the last layer's bias.
-      needs: names of the statistics that ``factor`` reads: ``moments`` (of what the last layer is
-        fed), ``queries``, ``keys``, ``values`` (second moments of heads), ``gradients`` (at the
-        module's output), ``gates`` (of rotary pairs).
-      bias: whether the result carries a bias correction.
-      host: ``factor`` for arrays that are the host's, in less memory and time; empties its
-        ``stats``. None: there is no such form.
-      host_work: operations of ``host`` on arrays of some shapes, by the kinds of `flops`.
+      factor: function ``(kernels in head form, stats) -> ModuleFactors``; pure and jittable.
+      prune: function ``(kernels, factors, width) -> dict`` of the kernels that change, by name.
+        ``out_bias`` is added to the last layer's bias.
+      needs: names of the statistics that ``factor`` reads: ``moments`` (inputs of the last layer),
+        ``queries``, ``keys``, ``values`` (second moments of heads), ``gradients`` (at the module's
+        output), ``gates`` (saliency of rotary pairs).
+      bias: whether the result has a bias correction.
+      host: a version of ``factor`` for arrays on the host that takes less memory and time, and
+        empties its ``stats``; None if there is none.
+      host_work: function ``(kernels, stats) -> Counter`` of the operations of ``host``, by the
+        kinds of `lordjax.runtime.flops`.
     """
 
     factor: Callable[[Kernels, Mapping[str, Any]], ModuleFactors]
-    narrow: Callable[[Kernels, ModuleFactors, int], dict[str, Any]]
+    prune: Callable[[Kernels, ModuleFactors, int], dict[str, Any]]
     needs: tuple[str, ...]
     bias: bool = False
     host: Callable[[Kernels, dict[str, Any]], ModuleFactors] | None = None
@@ -80,24 +82,24 @@ class Module:
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """One row of `METHODS`.
+    """A compression method; `lordjax.methods.METHODS` lists all of them.
 
     Attributes:
       summary: one line for tables and ``--help``.
-      factor: ``(kernel [in, out], stats) -> Factors`` for linear layers on their own; pure,
-        jittable, one compile per shape. None: those that no module covers stay as they are.
+      factor: function ``(kernel [in, out], stats) -> Factors`` for single linear layers; pure and
+        jittable, compiled once per shape. With None, layers outside ``modules`` stay dense.
       needs: names of the statistics that ``factor`` reads: ``moments`` (of inputs or outputs,
-        whichever is smaller), ``inputs`` (moments of the inputs), ``abs_mean``, and of
-        `collect.observe_gradients` ``gradients``, ``row_fisher``, ``fisher``, ``weighted_inputs``,
+        whichever is smaller), ``inputs`` (moments of the inputs), ``abs_mean``, and from the
+        backward pass ``gradients``, ``row_fisher``, ``fisher``, ``weighted_inputs``,
         ``weighted_squares``.
-      bias: whether ``factor``'s result carries a bias correction.
-      modules: kind of module (``mlp``, ``qk``, ``vo``) -> how it is compressed as one.
-      allocation: the default policy of `allocate`.
-      prefix: ``dense``: statistics from the untouched model, in one pass; ``compressed``: block
-        after block from the model compressed so far; ``corrective``: likewise, fitting the
-        untouched model's outputs.
-      exceptions: layer in the block (``attention/v``) -> name of the method used there instead;
-        its ``needs`` are among this method's.
+      bias: whether the result of ``factor`` has a bias correction.
+      modules: kind of module (``mlp``, ``qk``, ``vo``) -> how its layers are compressed together.
+      allocation: the default policy of `lordjax.allocate`.
+      prefix: how statistics are collected. ``dense``: from the original model, in one pass;
+        ``compressed``: block by block, from the model compressed so far; ``corrective``: as
+        ``compressed``, and the original model's outputs are the target.
+      exceptions: layer in the block (``attention/v``) -> name of the method that is used there
+        instead. Its ``needs`` must be among this method's.
     """
 
     summary: str
@@ -111,20 +113,29 @@ class Method:
 
     @property
     def kinds(self) -> frozenset[str]:
-        """Kinds of site that it compresses; ``linear`` are those on their own."""
+        """The kinds of sites that the method compresses; ``linear`` stands for single layers."""
         alone = () if self.factor is None else ("linear",)
         return frozenset((*self.modules, *alone))
 
     @property
     def in_nats(self) -> bool:
-        """Whether predicted errors are estimates of the loss, which compare across sites."""
+        """Whether predicted errors estimate the loss in nats, so that they compare across sites."""
         needs = [module.needs for module in self.modules.values()]
         needs += [] if self.factor is None else [self.needs]
         return all({"gradients", "gates"} & set(names) for names in needs)
 
 
 def truncate(factors: Factors, rank: int) -> tuple[LowRank, Float[Array, "out"] | None]:
-    """The kernel of one rank, and what to add to the layer's bias (None for most methods)."""
+    """Returns the kernel of one rank, and the correction of the layer's bias.
+
+    Args:
+      factors: the factorization for all ranks.
+      rank: the rank, at least 1.
+
+    Returns:
+      The low-rank kernel, and what to add to the bias ``[out]``; None if the method does not change
+      it.
+    """
     left, right = factors.left[:, :rank], factors.right[:rank]
     kernel = LowRank(left, right)
     if factors.mean_out is None:

@@ -1,11 +1,14 @@
-"""Column selection on the host, in place: `linalg`'s, by LAPACK in one triangle of one array.
+"""Column selection on the host with LAPACK, in place: the functions of `column_selection`.
 
-XLA keeps a matrix, its factor and its inverse side by side, and knows no symmetric product. Where
-the arrays are the host's anyway, LAPACK needs one of them, half of the operations and no compiler;
-on accelerators `linalg` runs. Both choose the same columns.
+XLA keeps a matrix, its factor and its inverse in memory together, and has no symmetric product. On
+the host LAPACK needs only one of them, half of the operations and no compilation. Accelerators use
+`column_selection`. Both choose the same columns in the tests.
 
-Matrices are float64 in C order, and of a symmetric one only the lower triangle is read and
-written. To LAPACK, which counts along columns, that is the upper one of the transpose.
+The algorithms are written twice, because these work in place on one triangle and in panels. Shared
+code would change the order of operations, and so the rounding.
+
+Matrices are float64 in C order. Only the lower triangle of a symmetric matrix is read and written.
+For LAPACK, which uses column-major order, it is the upper triangle of the transpose.
 """
 
 from __future__ import annotations
@@ -16,18 +19,19 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.linalg import blas, lapack
 
-from lordjax.methods.linalg import JITTER, mean_unit, own_unit
+from lordjax.methods.column_selection import JITTER
+from lordjax.methods.linalg import mean_unit, own_unit
 
-PANEL = 512  # rows that are worked on at a time: what they make fits the cache
-PENDING = 256  # removed columns whose effect on the inverse is carried out in one product
-SHRINK = 7 / 8  # of the columns are left: time to move them together
+PANEL = 512  # rows that are processed at a time, so that intermediate results fit the cache
+PENDING = 256  # removed columns whose update of the inverse is one matrix product
+SHRINK = 7 / 8  # fraction of remaining columns at which arrays are compacted
 
 
 def cholesky(a: Float[np.ndarray, "n n"], first: float, unit: Any) -> None:
-    """The lower factor of ``a + τ diag(unit)`` in place of ``a``; as `linalg.jittered`."""
+    """Replaces ``a`` by the lower Cholesky factor of ``a + τ diag(unit)`` (`linalg.jittered`)."""
     diagonal = a.diagonal().copy()
     share, index = first, np.arange(len(a))
-    # The other triangle keeps what a failed attempt has to be undone with.
+    # The upper triangle keeps a copy of the lower one, to restore it after a failed attempt.
     for p, q in panels(len(a)):
         a[:p, p:q] = a[p:q, :p].T
         own = a[p:q, p:q]
@@ -37,7 +41,7 @@ def cholesky(a: Float[np.ndarray, "n n"], first: float, unit: Any) -> None:
         failed = lapack.dpotrf(a.T, lower=0, clean=0, overwrite_a=1)[1]
         if not failed and np.isfinite(a[-1, -1]):
             return
-        if not share < 1:  # larger than the matrix itself: it holds NaN
+        if not share < 1:  # if a ridge of 1 does not help, the matrix holds NaN
             a.fill(np.nan)
             return
         for p, q in panels(len(a)):
@@ -48,12 +52,12 @@ def cholesky(a: Float[np.ndarray, "n n"], first: float, unit: Any) -> None:
 
 
 def panels(n: int) -> list[tuple[int, int]]:
-    """Begin and end of the panels of n rows."""
+    """Returns the first row and the end of every panel of n rows."""
     return [(p, min(p + PANEL, n)) for p in range(0, n, PANEL)]
 
 
 def leverage_complement(gram: Float[np.ndarray, "n n"], ridge: float) -> Float[np.ndarray, "n"]:
-    """`linalg.leverage_complement`; ``gram`` is lost."""
+    """Returns `column_selection.leverage_complement`; overwrites ``gram``."""
     empty = ~(gram.diagonal() > 0)
     cholesky(gram, ridge, mean_unit(gram.diagonal()))
     lapack.dtrtri(gram.T, lower=0, overwrite_c=1)
@@ -68,12 +72,15 @@ def leverage_complement(gram: Float[np.ndarray, "n n"], ridge: float) -> Float[n
 def nested_refit(
     gram: Float[np.ndarray, "n n"], kernel: Float[np.ndarray, "n m"], ridge: float = JITTER
 ) -> tuple[Float[np.ndarray, "n n"], Float[np.ndarray, "n m"]]:
-    """`linalg.nested_refit` in float32; ``gram`` is lost, and ``kernel`` if it is in order F."""
+    """Returns `column_selection.nested_refit` in float32.
+
+    Overwrites ``gram``, and ``kernel`` if it is in Fortran order.
+    """
     cholesky(gram, ridge, own_unit(gram.diagonal()))
     right = blas.dtrmm(1.0, gram.T, kernel, lower=0, overwrite_b=1)
     del kernel
     right = right.astype(np.float32, order="C")
-    # What is not written of zeros takes no memory.
+    # Pages of zeros that are never written take no memory.
     lower = np.zeros(gram.shape, np.float32)
     for p, q in panels(len(gram)):
         lower[p:q, :p] = gram[p:q, :p]
@@ -87,12 +94,13 @@ def elimination_order(
     ridge: float = JITTER,
     block: int = 32,
 ) -> Int[np.ndarray, "n"]:
-    """`linalg.elimination_order`; ``gram`` and ``kernel`` (float32 will do) are lost.
+    """Returns `column_selection.elimination_order`; overwrites ``gram`` and ``kernel``.
 
-    With A the inverse, D the columns of a block, ``A_DD = L Lᵀ`` and ``B = L⁻¹ A_D``, removing
-    them takes ``Bᵀ B`` off the inverse and ``Bᵀ L⁻¹ W_D`` off the refit kernel. The former waits
-    until `PENDING` columns are gone, and the rows and diagonal that are read before are mended;
-    those that are left move together from time to time, so that a third of the work is saved twice.
+    ``kernel`` may be float32. Let A be the inverse, D the columns of a block, ``A_DD = L Lᵀ`` and
+    ``B = L⁻¹ A_D``. Removing D subtracts ``Bᵀ B`` from the inverse and ``Bᵀ L⁻¹ W_D`` from the
+    refit kernel. The update of the inverse is delayed until `PENDING` columns are removed; rows and
+    diagonal entries that are read before are corrected. From time to time the remaining columns are
+    compacted, which saves two thirds of the work on the inverse.
     """
     n = len(gram)
     floor = np.where(gram.diagonal() > 0, 0.0, -1.0)
@@ -100,7 +108,7 @@ def elimination_order(
     order = np.full(n, -1, np.int32)
     if not np.isfinite(gram.diagonal()).all():
         return np.arange(n, dtype=np.int32)
-    left = _Left(gram, kernel, floor)
+    left = _Remaining(gram, kernel, floor)
     at, count, near = n, n % block or block, 2 * block - -n % block
     while at:
         order[at - count : at] = left.remove(count, near)[::-1]
@@ -110,24 +118,28 @@ def elimination_order(
 
 
 def _invert(gram: Float[np.ndarray, "n n"], ridge: float) -> None:
-    """``gram`` becomes the inverse of ``gram + τD``; as `linalg.inverse_psd`."""
+    """Replaces ``gram`` by the inverse of ``gram + τD``; see `column_selection.inverse_psd`."""
     cholesky(gram, ridge, own_unit(gram.diagonal()))
     lapack.dpotri(gram.T, lower=0, overwrite_c=1)
 
 
-class _Left:
-    """Columns that are left, and their part of the inverse and of the refit kernel."""
+class _Remaining:
+    """The remaining columns, with their part of the inverse and of the refit kernel."""
 
     def __init__(self, inverse: np.ndarray, kernel: np.ndarray, floor: np.ndarray):
         self._inverse, self._kernel, self._floor = inverse, kernel, floor
         self._names = np.arange(len(inverse))
         self._alive = np.ones(len(inverse), bool)
         self._diagonal = inverse.diagonal().copy()
-        self._norms = _squares(kernel)
-        self._rows = np.zeros((0, len(inverse)))  # B of what is pending
+        self._norms = _squared_norms(kernel)
+        self._rows = np.zeros((0, len(inverse)))  # rows B of the pending update
 
     def remove(self, count: int, near: int) -> np.ndarray:
-        """Removes the ``count`` cheapest, one after the other, of the ``near`` cheapest now."""
+        """Removes ``count`` columns one after the other, chosen among the ``near`` cheapest now.
+
+        Returns:
+          Original indices of the removed columns, in this order.
+        """
         cost = np.where(self._floor < 0, self._floor, self._norms / self._diagonal)
         among = np.argsort(np.where(self._alive, cost, np.inf), kind="stable")[:near]
         among = among[self._alive[among]]
@@ -135,7 +147,7 @@ class _Left:
         upper, lower = np.maximum(*(pair := np.ix_(among, among))), np.minimum(*pair)
         pending = self._rows[:, among]
         inner = self._inverse[upper, lower] - pending.T @ pending
-        drop = among[_cheapest(inner, own @ own.T, self._floor[among], count)]
+        drop = among[_removal_order(inner, own @ own.T, self._floor[among], count)]
         rows = self._columns(drop)
         root = np.linalg.cholesky(rows[:, drop])
         rows = np.linalg.solve(root, rows)
@@ -146,11 +158,11 @@ class _Left:
         self._rows = np.concatenate([self._rows, rows])
         names = self._names[drop]
         if len(self._rows) >= PENDING:
-            self._settle()
+            self._apply_pending()
         return names
 
     def _columns(self, at: np.ndarray) -> np.ndarray:
-        """Rows of the symmetric inverse, with what is pending."""
+        """Returns rows of the symmetric inverse, with the pending update."""
         rows = np.empty((len(at), len(self._inverse)))
         for row, i in zip(rows, at, strict=True):
             row[:i] = self._inverse[i, :i]
@@ -161,14 +173,14 @@ class _Left:
         rows, target = (a.astype(self._kernel.dtype) for a in (rows, target))
         for p, q in panels(len(self._kernel)):
             self._kernel[p:q] -= rows[:, p:q].T @ target
-            self._norms[p:q] = _squares(self._kernel[p:q])
+            self._norms[p:q] = _squared_norms(self._kernel[p:q])
 
-    def _settle(self) -> None:
-        """Carries out what is pending, and moves together what is left if that is much less."""
+    def _apply_pending(self) -> None:
+        """Applies the pending update, and compacts the arrays if few enough columns remain."""
         blas.dsyrk(-1.0, self._rows.T, 1.0, self._inverse.T, lower=0, overwrite_c=1)
         keep = np.flatnonzero(self._alive)
         if len(keep) <= SHRINK * len(self._alive):
-            self._inverse = _moved(self._inverse, keep)
+            self._inverse = _compact(self._inverse, keep)
             for p, q in panels(len(keep)):
                 self._kernel[p:q] = self._kernel[keep[p:q]]
             self._kernel = self._kernel[: len(keep)]
@@ -177,27 +189,32 @@ class _Left:
         self._rows = np.zeros((0, len(self._inverse)))
 
 
-def _squares(rows: np.ndarray) -> np.ndarray:
-    """Squared norms of rows."""
+def _squared_norms(rows: np.ndarray) -> np.ndarray:
+    """Returns the squared norms of rows, float64."""
     return np.einsum("ij,ij->i", rows, rows).astype(np.float64)
 
 
-def _moved(a: Float[np.ndarray, "n n"], keep: Int[np.ndarray, "k"]) -> Float[np.ndarray, "k k"]:
-    """Some rows and columns of a lower triangle, at the beginning of its memory."""
+def _compact(a: Float[np.ndarray, "n n"], keep: Int[np.ndarray, "k"]) -> Float[np.ndarray, "k k"]:
+    """Moves some rows and columns of a lower triangle to the start of its memory."""
     flat, k = a.reshape(-1), len(keep)
-    for i, row in enumerate(keep):  # never behind what is still to be read
+    for i, row in enumerate(keep):  # never overwrites what is still to be read
         flat[i * k : i * k + i + 1] = a[row, keep[: i + 1]]
     return flat[: k * k].reshape(k, k)
 
 
-def _cheapest(inverse: np.ndarray, products: np.ndarray, floor: np.ndarray, count: int) -> list:
-    """Of a few columns those whose removal costs least, each after those before it.
+def _removal_order(
+    inverse: np.ndarray, products: np.ndarray, floor: np.ndarray, count: int
+) -> list:
+    """Chooses the columns whose removal costs least, one after the other.
 
     Args:
-      inverse: their part of the inverse; is lost.
-      products: of the rows of the refit kernel with each other; are lost.
-      floor: costs below 0, of columns that go first.
-      count: how many.
+      inverse: the columns' part of the inverse; overwritten.
+      products: Gram matrix of the rows of the refit kernel; overwritten.
+      floor: costs below 0 for columns that are removed first, otherwise 0.
+      count: number of columns to choose.
+
+    Returns:
+      Positions of the chosen columns, in order.
     """
     alive, found = np.ones(len(floor), bool), []
     for _ in range(count):

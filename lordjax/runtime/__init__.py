@@ -8,7 +8,7 @@ __all__ = ["make_mesh"]
 
 
 def __getattr__(name: str) -> Any:
-    """Loads `make_mesh` on first use, since it imports JAX."""
+    """Imports `make_mesh` on first use, because that imports JAX."""
     if name != "make_mesh":
         raise AttributeError(f"module 'lordjax.runtime' has no attribute {name!r}")
     from lordjax.runtime.mesh import make_mesh

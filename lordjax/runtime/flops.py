@@ -1,20 +1,24 @@
-"""How many floating-point operations programs make, and a compression by stages: from shapes alone.
+"""Floating-point operations of JAX programs, counted from the shapes of their arguments.
 
-A program is traced, not compiled, and its operations are added up by kind of work, which is what
-their speed depends on. Multiply and add count as two. Counted are::
+A program is traced and not compiled. Operations are added up by kind, because their speed depends
+on the kind. A multiplication and an addition count as two operations. Kinds of operations::
 
     product [dtype] [highest]    m×k by k×n    2·m·k·n
-    thin [dtype] [highest]       the same, where a side is at most `THIN`
+    thin [dtype] [highest]       the same, where one side is at most `THIN`
     eigh [dtype] [n]             n×n           9 n³ (an upper bound for LAPACK's syevd)
-    cholesky [dtype]             n³/3; a triangle solved for m columns n²·m; LU ⅔ n³; QR 4 m·n²
+    cholesky [dtype]             n³/3; triangular solve of m columns n²·m; LU ⅔ n³; QR 4 m·n²
     svd [dtype]                  m×n           22 m·n·min(m, n)
 
-Counted besides, and no operations in the sums, are ``exp`` (numbers that a softmax or an
-activation takes), ``select`` and ``gather`` (numbers that are chosen between two, or taken from a
-table: what codes are found by), ``steps`` (of loops: each starts small programs), ``equations`` (of
-the programs, each once: what compiling depends on), and by `stages` ``read``, ``put`` (on the
-device) and ``write``, in bytes. Loops count as often as they run; those that end by a condition,
-here retries after a failure, not at all.
+Also counted, but not added to the total of operations::
+
+    exp                          elements of exponentials (softmax, activations)
+    select, gather               elements that are selected or looked up (quantization)
+    steps                        iterations of ``scan`` loops; each starts small programs
+    equations                    jaxpr equations, each once; a proxy for compile time
+    read, put, write             bytes from disk, to the device, to disk (`lordjax.forecast`)
+
+The body of a ``scan`` counts once per iteration. ``while`` loops are ignored: here they only retry
+failed factorizations.
 """
 
 from __future__ import annotations
@@ -27,75 +31,84 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-OpCounts = Counter[str]  # kind of work -> operations
+OpCounts = Counter[str]  # kind -> number of operations
 THIN = 128
-# Kinds that are no operations.
+# Kinds that are not floating-point operations.
 COUNTS = ("exp", "select", "gather", "steps", "equations", "read", "put", "write")
 EXPONENTIALS = ("exp", "logistic", "tanh", "erf", "exp2")
 
 
 def count_ops(fn: Callable[..., Any], *args: Any) -> OpCounts:
-    """Work of a function of arrays, or of their shapes; a jitted one is not compiled for it."""
+    """Returns the operations of a function of arrays.
+
+    Args:
+      fn: the function. It is traced; a jitted function is not compiled.
+      *args: its arguments: arrays or ``ShapeDtypeStruct``.
+    """
     closed = jax.make_jaxpr(fn)(*args)
-    return _walk(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
+    return _count_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
 
 
-def in_loops(fn: Callable[..., Any], *args: Any) -> OpCounts:
-    """What of `of` is done in loops, which a compiler does not cut into parts for devices."""
+def count_loop_ops(fn: Callable[..., Any], *args: Any) -> OpCounts:
+    """Returns those operations of `count_ops` that are in loops.
+
+    The compiler does not divide loops among devices.
+    """
     closed = jax.make_jaxpr(fn)(*args)
-    return _walk(closed.jaxpr, [True] * len(closed.jaxpr.outvars), loops=True)
+    return _count_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), loops=True)
 
 
 def total(ops: OpCounts) -> float:
-    """Floating-point operations of all kinds."""
+    """Returns the number of floating-point operations of all kinds."""
     return float(sum(count for kind, count in ops.items() if kind not in COUNTS))
 
 
 def scaled(ops: OpCounts, factor: float) -> OpCounts:
-    """The work of running programs so many times; they are compiled once."""
+    """Returns the operations of running programs ``factor`` times. They are compiled once."""
     return Counter({kind: n if kind == "equations" else n * factor for kind, n in ops.items()})
 
 
-def merged(works: Sequence[OpCounts]) -> OpCounts:
-    """Their sum."""
+def merged(counts: Sequence[OpCounts]) -> OpCounts:
+    """Returns the sum of several counts."""
     found: OpCounts = Counter()
-    for ops in works:
+    for ops in counts:
         found.update(ops)
     return found
 
 
-def _walk(jaxpr: Any, used: Sequence[bool], *, loops: bool = False) -> OpCounts:
-    """Work of a program, or of its loops alone, but for what leads to outputs that nobody uses."""
-    live = {v for v, wanted in zip(jaxpr.outvars, used, strict=True) if wanted and _named(v)}
+def _count_jaxpr(jaxpr: Any, used: Sequence[bool], *, loops: bool = False) -> OpCounts:
+    """Returns the operations of a jaxpr, or of its loops, without those of unused outputs."""
+    live = {v for v, wanted in zip(jaxpr.outvars, used, strict=True) if wanted and _is_variable(v)}
     found: OpCounts = Counter()
     for equation in reversed(jaxpr.eqns):
         wanted = [v in live for v in equation.outvars]
         if not any(wanted) and not equation.effects:
             continue
-        live.update(v for v in equation.invars if _named(v))
-        found.update(_equation(equation, wanted, loops))
+        live.update(v for v in equation.invars if _is_variable(v))
+        found.update(_count_equation(equation, wanted, loops))
     return found
 
 
-def _named(variable: Any) -> bool:
-    """Whether it is a variable, and no constant written in its place."""
+def _is_variable(variable: Any) -> bool:
+    """Returns whether an operand of a jaxpr is a variable, not a literal."""
     return not hasattr(variable, "val")
 
 
-def _equation(equation: Any, wanted: Sequence[bool], loops: bool) -> OpCounts:
+def _count_equation(equation: Any, wanted: Sequence[bool], loops: bool) -> OpCounts:
+    """Returns the operations of one equation, jaxprs inside it included."""
     name, params = equation.primitive.name, equation.params
     loops = loops and name != "scan"
     if name == "while":
         return Counter()
     if name == "cond":
-        branches = [_walk(b.jaxpr, wanted, loops=loops) for b in params["branches"]]
+        branches = [_count_jaxpr(b.jaxpr, wanted, loops=loops) for b in params["branches"]]
         return max(branches, key=total)
-    inner = [j for j in map(_program, params.values()) if j is not None]
+    inner = [j for j in map(_inner_jaxpr, params.values()) if j is not None]
     if inner:
         program = inner[0]
         same = name != "scan" and len(program.outvars) == len(wanted)
         used = wanted if same else [True] * len(program.outvars)
-        ops = _walk(program, used, loops=loops)
+        ops = _count_jaxpr(program, used, loops=loops)
         if name != "scan":
             return ops
         return scaled(ops, params["length"]) + Counter({"steps": params["length"]})
@@ -108,35 +121,34 @@ def _equation(equation: Any, wanted: Sequence[bool], loops: bool) -> OpCounts:
     return found
 
 
-def _program(parameter: Any) -> Any:
-    """The program in a parameter of an equation, if it is one."""
+def _inner_jaxpr(parameter: Any) -> Any:
+    """Returns the jaxpr in a parameter of an equation, or None."""
     parameter = getattr(parameter, "jaxpr", parameter)
     return parameter if hasattr(parameter, "eqns") else None
 
 
 def _dot(equation: Any) -> tuple[str, float]:
     a, b = (variable.aval for variable in equation.invars[:2])
-    (left, right), (batch, _) = equation.params["dimension_numbers"]
+    (left, _), (batch, _) = equation.params["dimension_numbers"]
     inner, outer = (math.prod(a.shape[i] for i in axes) for axes in (left, batch))
     rows, columns = a.size // (inner * outer), b.size // (inner * outer)
     precision, dtype = equation.params["precision"], jnp.result_type(a.dtype)
     exact = precision is not None and jax.lax.Precision.HIGHEST in tuple(precision)
-    form = "thin" if min(inner, rows, columns) <= THIN else "product"
-    name = f"{form} {dtype}" + (" highest" if exact and dtype == jnp.float32 else "")
-    del right
+    kind = "thin" if min(inner, rows, columns) <= THIN else "product"
+    name = f"{kind} {dtype}" + (" highest" if exact and dtype == jnp.float32 else "")
     return name, 2.0 * inner * outer * rows * columns
 
 
 def _matrices(equation: Any, argument: int = 0) -> tuple[float, int, int, str]:
-    """How many matrices, their rows and columns, and their dtype."""
+    """Returns the number of matrices of an argument, their rows, columns and dtype."""
     a = equation.invars[argument].aval
     return math.prod(a.shape[:-2]), a.shape[-2], a.shape[-1], str(a.dtype)
 
 
-def _square(kind: str, share: float) -> Callable[[Any], tuple[str, float]]:
+def _factorization(kind: str, factor: float) -> Callable[[Any], tuple[str, float]]:
     def count(equation: Any) -> tuple[str, float]:
         number, rows, columns, dtype = _matrices(equation)
-        return f"{kind} {dtype}", number * share * rows * columns * min(rows, columns)
+        return f"{kind} {dtype}", number * factor * rows * columns * min(rows, columns)
 
     return count
 
@@ -146,27 +158,27 @@ def _eigh(equation: Any) -> tuple[str, float]:
     return f"eigh {dtype} {rows}", number * 9.0 * rows**3
 
 
-def _triangle(equation: Any) -> tuple[str, float]:
+def _triangular_solve(equation: Any) -> tuple[str, float]:
     number, rows, _, dtype = _matrices(equation)
     return f"cholesky {dtype}", float(number * rows * equation.invars[1].aval.size)
 
 
-def _numbers(kind: str) -> Callable[[Any], tuple[str, float]]:
+def _elements(kind: str) -> Callable[[Any], tuple[str, float]]:
     return lambda equation: (kind, float(equation.outvars[0].aval.size))
 
 
 OPERATIONS: dict[str, Callable[[Any], tuple[str, float]]] = {
     "dot_general": _dot,
     "eigh": _eigh,
-    "svd": _square("svd", 22.0),
-    "cholesky": _square("cholesky", 1 / 3),
-    "lu": _square("cholesky", 2 / 3),
-    # The factor, and as much again for its columns.
-    "qr": _square("cholesky", 4.0),
-    "geqrf": _square("cholesky", 2.0),
-    "householder_product": _square("cholesky", 2.0),
-    "triangular_solve": _triangle,
-    "select_n": _numbers("select"),
-    "gather": _numbers("gather"),
-    **dict.fromkeys(EXPONENTIALS, _numbers("exp")),
+    "svd": _factorization("svd", 22.0),
+    "cholesky": _factorization("cholesky", 1 / 3),
+    "lu": _factorization("cholesky", 2 / 3),
+    # The R factor, and as much again for the columns of Q.
+    "qr": _factorization("cholesky", 4.0),
+    "geqrf": _factorization("cholesky", 2.0),
+    "householder_product": _factorization("cholesky", 2.0),
+    "triangular_solve": _triangular_solve,
+    "select_n": _elements("select"),
+    "gather": _elements("gather"),
+    **dict.fromkeys(EXPONENTIALS, _elements("exp")),
 }

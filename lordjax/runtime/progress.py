@@ -1,4 +1,4 @@
-"""Seconds per stage, progress, and memory."""
+"""Time per stage, progress reports, and peak memory."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ Progress = Callable[[str, int, int], None]  # stage, done, total
 
 
 class Clock:
-    """Adds up the seconds of stages and reports how far they are."""
+    """Adds up the seconds that each stage takes, and reports progress."""
 
     def __init__(self, progress: Progress | None = None):
         self.seconds: dict[str, float] = {}
         self._progress = progress
 
     def run(self, stage: str, items: range, done: int = 0, left: int = 0) -> Iterator[int]:
-        """Yields the items of a stage; the time of the loop's body is the stage's.
+        """Yields the items of a stage, and adds the time of the loop's body to the stage.
 
         Args:
-          stage: its name.
-          items: what this loop does of it.
-          done: how many others were done before.
-          left: how many others come after.
+          stage: name of the stage.
+          items: the items that this loop processes.
+          done: number of items of the stage that were processed before this loop.
+          left: number of items of the stage that follow after this loop.
         """
         total = done + len(items) + left
         for count, item in enumerate(items, done):
@@ -38,7 +38,7 @@ class Clock:
 
     @contextlib.contextmanager
     def part(self, stage: str) -> Iterator[None]:
-        """Adds the time of a ``with`` body to a stage."""
+        """Adds the seconds of a ``with`` body to a stage."""
         start = time.perf_counter()
         yield
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
@@ -49,8 +49,8 @@ class Clock:
 
 
 def peak_rss() -> int:
-    """Peak resident memory of this process so far, bytes."""
-    # Linux lets a process begin with the ru_maxrss of the one that started it.
+    """Returns the peak resident memory of this process so far, in bytes."""
+    # On Linux, ru_maxrss starts at the value of the parent process; VmHWM does not.
     status = Path("/proc/self/status")
     found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
     if found is not None:

@@ -1,7 +1,8 @@
-"""When a compiler does things: barriers are dropped on CPU, so values are tied to each other.
+"""Control over the order in which XLA runs operations.
 
-What is added is nothing, of which only the reader knows that: a compiler has to wait for it, and
-takes a computation with it and one without it for two.
+XLA's CPU backend drops ``optimization_barrier``. We add a data dependency instead: a zero that XLA
+cannot prove to be zero. It delays an operation until its inputs exist, and it stops XLA from
+merging two copies of one computation.
 """
 
 from __future__ import annotations
@@ -16,22 +17,23 @@ from jaxtyping import Array, Bool
 
 
 def false_after(x: Array) -> Bool[Array, ""]:
-    """False, as soon as ``x`` is there."""
+    """Returns False, computed from ``x``, so that XLA has to compute ``x`` first."""
     first = jax.lax.stop_gradient(x).reshape(-1)[0]
     return (first != first) & (first == first)
 
 
 def tie(x: Array, *others: Array) -> Array:
-    """``x``, floating, once the others are there."""
+    """Returns the floating-point ``x`` with a data dependency on the other arrays."""
     for other in others:
         x = x + false_after(other).astype(x.dtype)
     return x
 
 
 def compute_once(x: Array) -> Array:
-    """``x``, floating, computed once: XLA's CPU backend would do it anew wherever it is read.
+    """Returns the floating-point ``x``, which XLA's CPU backend then computes only once.
 
-    A division is not repeated for every element that needs its result; this one is by 1.
+    The backend fuses cheap operations into every reader, and so repeats them. It does not repeat a
+    division. This one divides by 1.
     """
     return x / jnp.maximum(((x != x) & (x == x)).astype(x.dtype), 1)
 
@@ -40,18 +42,21 @@ def compute_once(x: Array) -> Array:
 def block_by_block(
     fn: Callable[[Any, Any, Array], Array], remat: bool, trained: Any, others: Any, x: Array
 ) -> Array:
-    """``fn(trained, others, x)``, of which a gradient is finished before one further back begins.
+    """Returns ``fn(trained, others, x)``; its backward pass finishes before earlier blocks start.
 
-    XLA's CPU backend would put off the gradients of all layers' parameters to the end, and hold the
-    inputs of all their products until then; and it would find that ``jax.checkpoint`` computes
-    something twice, and keep it.
+    XLA's CPU backend would postpone the parameter gradients of all layers to the end, and hold the
+    inputs of all their matrix products until then. It would also notice that ``jax.checkpoint``
+    computes something twice, and keep the first result in memory.
 
     Args:
-      fn: of a block.
-      remat: a gradient computes ``fn`` again, instead of keeping what is inside it.
-      trained: has a gradient.
-      others: has none.
-      x: the block's input, floating.
+      fn: the function of one block.
+      remat: whether the backward pass recomputes ``fn`` instead of storing its intermediate values.
+      trained: parameters that get a gradient.
+      others: parameters that get no gradient.
+      x: the block's input, in a floating-point dtype.
+
+    Returns:
+      The block's output.
     """
     del remat
     return fn(trained, others, x)
@@ -67,8 +72,8 @@ def _backwards(fn: Any, remat: bool, kept: Any, g: Array) -> tuple[Any, None, Ar
     if remat:
         trained, others, x = kept
         _, kept = jax.vjp(lambda trained, x: fn(trained, others, x), trained, tie(x, g))
-    of_trained, of_x = kept(g)
-    return of_trained, None, tie(of_x, *jax.tree.leaves(of_trained))
+    trained_gradient, x_gradient = kept(g)
+    return trained_gradient, None, tie(x_gradient, *jax.tree.leaves(trained_gradient))
 
 
 block_by_block.defvjp(_forwards, _backwards)

@@ -1,1 +1,1 @@
-"""Benchmarks: one module per measured claim."""
+"""Benchmarks: one module per published measurement."""

@@ -1,12 +1,14 @@
-"""The published integer programme's grid on a real model: 432 formats for every matrix.
+"""Benchmark of format allocation on a real model, with 432 formats for every matrix.
 
 Run::
 
     python -m lordjax.scripts.benchmarks.allocation MODEL
 
-Squared errors of every block matrix in every format of `nf.grid`, as LQ-LoRA has them; then both
-solvers at every budget, in one run. Printed: seconds, how far each is from its own bound, how far
-the bisection is from the integer programme's answer, and the bits that it used.
+The program computes the squared error of every block matrix in every format of
+`lordjax.kernels.normal_float.grid`, the grid of LQ-LoRA's integer program. Then both solvers choose
+formats for every budget, in one run. The table has the seconds of each solver, its optimality gap,
+the excess of the bisection's error over that of the integer program, and the bits that the
+bisection uses.
 """
 
 from __future__ import annotations
@@ -23,10 +25,15 @@ BITS = "2.5,2.75,3,3.25,3.5,3.75,4,4.13"
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model")
-@click.option("--bits", default=BITS, show_default=True)
-@click.option("--out", type=click.Path(dir_okay=False), help="JSON file of results")
+@click.option(
+    "--bits",
+    default=BITS,
+    show_default=True,
+    help="Budgets in bits per block weight, separated by commas.",
+)
+@click.option("--out", type=click.Path(dir_okay=False), help="JSON file for the results.")
 def main(model: str, bits: str, out: str | None) -> None:
-    """Times the choice of formats for MODEL."""
+    """Times the choice of formats for the matrices of MODEL."""
     from lordjax.allocation.knapsack import SOLVERS
     from lordjax.scripts.benchmarks.protocol import environment
     from lordjax.scripts.opened_model import open_model
@@ -50,7 +57,7 @@ def main(model: str, bits: str, out: str | None) -> None:
         click.echo(json.dumps(rows[-1]))
         if out is not None:
             Path(out).write_text(json.dumps(rows, indent=1) + "\n")
-    options = sum(len(t.options) for t in found) / len(found)
+    options = sum(len(t.candidates) for t in found) / len(found)
     click.echo(
         f"{len(found)} matrices, table in {built:.0f} s, {options:.0f} options each not beaten"
     )
@@ -58,7 +65,7 @@ def main(model: str, bits: str, out: str | None) -> None:
 
 
 def tables(source: Any) -> tuple[list[Any], int]:
-    """Tables of all block matrices, and the number of their weights."""
+    """Tables of candidate formats for all block matrices, and the number of their weights."""
     import jax
     import jax.numpy as jnp
 
@@ -77,13 +84,15 @@ def tables(source: Any) -> tuple[list[Any], int]:
             kernel = jnp.asarray(flat[site.path], jnp.float32)
             errors = jax.device_get(predict(kernel, Weights(), forms=tuple(grid), ranks=(0,)))[:, 0]
             rows = zip(grid, errors, strict=True)
-            found.append(Table.of((f.nbytes(kernel.size), e, Candidate(f, None)) for f, e in rows))
+            found.append(
+                Table.pareto((f.nbytes(kernel.size), e, Candidate(f, None)) for f, e in rows)
+            )
             count += kernel.size
     return found, count
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The table: a line per budget."""
+    """Formats the results as a Markdown table: a line per budget."""
     head = ["bits", "used", "bisection s", "gap", "HiGHS s", "gap", "bisection over HiGHS"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:

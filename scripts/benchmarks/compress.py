@@ -1,18 +1,18 @@
-"""Perplexity, time and memory of every method at several budgets.
+"""Benchmark of every method at several budgets: perplexity, time and memory.
 
 Run::
 
     python -m lordjax.scripts.benchmarks.compress MODEL --data DIR --out results.json
 
-``DIR`` holds ``calib_<domain>.npy`` and ``eval_<domain>.npy``, token ids ``[windows, length]``.
-A budget is the share of the block weights that stays, ``0.8``, or that and the format of the
-factors' codes, ``0.8:nf8``. Every method runs in a process of its own, so that peak memory is its
-own. Results are appended to the JSON file as they come; ``--table results.json`` prints the
-markdown table again.
+``DIR`` holds ``calib_<domain>.npy`` and ``eval_<domain>.npy``, token ids ``[sequences, length]``.
+A budget is the kept fraction of the block weights, such as ``0.8``. It may be followed by the
+format to which the factors are quantized, such as ``0.8:nf8``. Every method runs in its own
+process, so that its peak memory can be measured. The JSON file is rewritten after every method;
+``--table results.json`` prints the Markdown table again.
 
-Share of peak: the operations that calibration and decomposition must cost
-(`lordjax.forecast.low_rank_cost`) over their time, as a share of the best float32 matmul rate that
-was measured in the same process.
+The column "of peak" is the rate of calibration and decomposition, as a fraction of the best float32
+matmul rate that was measured in the same process. The rate is the number of operations that they
+need (`lordjax.forecast.low_rank_cost`), divided by their time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any
 
 import click
 
-PREPARES = ("gradients", "statistics", "factors")  # stages of `lordjax.prepare`
+PREPARES = ("gradients", "statistics", "factors")  # stages that `lordjax.prepare` runs
 DEFAULT_METHODS = (
     "svd,fwsvd,asvd,svd-llm,lord-affine,lord-centred,lord-linear,lord,rom,"
     "modegpt,modegpt-cr,modegpt-published,modegpt-slice,modegpt-random"
@@ -36,16 +36,49 @@ DEFAULT_METHODS = (
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model", required=False)
-@click.option("--data", type=click.Path(exists=True, file_okay=False), help="token arrays")
-@click.option("--domains", default="wikitext2,pystdlib", show_default=True)
-@click.option("--methods", default=DEFAULT_METHODS, show_default=True, help="NAME or NAME:POLICY")
-@click.option("--keeps", default="0.9,0.8,0.7,0.6,0.5", show_default=True, help="X or X:FACTORS")
-@click.option("--calibration-windows", default=64, show_default=True)
-@click.option("--windows", default=8, show_default=True, help="evaluation windows")
-@click.option("--time-forward", is_flag=True, help="also time the calibration's forward passes")
-@click.option("--out", type=click.Path(dir_okay=False), help="JSON file of results")
-@click.option("--table", type=click.Path(exists=True, dir_okay=False), help="print and stop")
-@click.option("--one", hidden=True, type=click.Path(dir_okay=False), help="worker: write here")
+@click.option(
+    "--data",
+    type=click.Path(exists=True, file_okay=False),
+    help="Directory with token arrays calib_DOMAIN.npy and eval_DOMAIN.npy.",
+)
+@click.option(
+    "--domains",
+    default="wikitext2,pystdlib",
+    show_default=True,
+    help="Domains of the token arrays, separated by commas.",
+)
+@click.option(
+    "--methods",
+    default=DEFAULT_METHODS,
+    show_default=True,
+    help="Methods as NAME or NAME:POLICY, separated by commas.",
+)
+@click.option(
+    "--keeps",
+    default="0.9,0.8,0.7,0.6,0.5",
+    show_default=True,
+    help="Budgets as FRACTION or FRACTION:FORMAT, separated by commas: the fraction of the block "
+    "weights to keep, and the format to which the factors are quantized.",
+)
+@click.option(
+    "--calibration-windows", default=64, show_default=True, help="Number of calibration sequences."
+)
+@click.option("--windows", default=8, show_default=True, help="Number of evaluation sequences.")
+@click.option(
+    "--time-forward", is_flag=True, help="Also time calibration forward passes without statistics."
+)
+@click.option("--out", type=click.Path(dir_okay=False), help="JSON file for the results.")
+@click.option(
+    "--table",
+    type=click.Path(exists=True, dir_okay=False),
+    help="JSON file of an earlier run; print its table and measure nothing.",
+)
+@click.option(
+    "--one",
+    hidden=True,
+    type=click.Path(dir_okay=False),
+    help="File for the single result of a worker process.",
+)
 def main(
     model: str | None,
     data: str | None,
@@ -59,12 +92,12 @@ def main(
     table: str | None,
     one: str | None,
 ) -> None:
-    """Measures every method × keep × domain on MODEL."""
+    """Measures MODEL with every combination of method, budget and domain."""
     if table is not None:
         click.echo(markdown(json.loads(Path(table).read_text())))
         return
     if model is None or data is None:
-        raise click.UsageError("MODEL and --data are needed; see --help")
+        raise click.UsageError("MODEL and --data are required; only --table works without them")
     budgets = keeps.split(",")
     if one is not None:
         row = measure(
@@ -96,7 +129,7 @@ def _in_process(
     windows: int,
     time_forward: bool,
 ) -> dict[str, Any]:
-    """One method and domain in a fresh process."""
+    """Measures one method on one domain in a new process."""
     with tempfile.TemporaryDirectory() as directory:
         result = Path(directory) / "row.json"
         flags = {
@@ -125,7 +158,7 @@ def measure(
     windows: int,
     time_forward: bool,
 ) -> dict[str, Any]:
-    """Prepares a method once and evaluates every budget."""
+    """Calibrates a method once, and evaluates it at every budget."""
     import jax
 
     from lordjax.compression.low_rank import prepare
@@ -142,9 +175,8 @@ def measure(
     start = time.perf_counter()
     prepared = prepare(opened.source, tokens, method=name, allocation=policy or None)
     seconds = time.perf_counter() - start
-    peak = max(
-        peak, machine_rates.matmul_rate(2048)
-    )  # a shared machine is not equally fast all the time
+    # The speed of a shared machine varies: measure before and after, and take the better rate.
+    peak = max(peak, machine_rates.matmul_rate(2048))
     cost = _cost(opened.config, prepared, tokens.shape)
     row: dict[str, Any] = {
         "domain": domain,
@@ -165,12 +197,12 @@ def measure(
         share, _, factors = keep.partition(":")
         result = prepared.compress(float(share), policy or None, factors=factors or None)
         row["apply_seconds"][keep] = time.perf_counter() - start
-        if keep == keeps[0]:  # later budgets would count the evaluation of the earlier ones
+        if keep == keeps[0]:  # the peak of later budgets would include earlier evaluations
             row["peak_rss_bytes"] = result.report["peak_rss_bytes"]
         row["kept"][keep] = result.report["plan"]["kept"]
         row["bytes"][keep] = result.report["bytes"]
         row["gap"][keep] = result.plan.gap
-        jax.clear_caches()  # a compiled model per budget would pile up
+        jax.clear_caches()  # compiled models of all budgets would fill the memory
         measured = perplexity(result.config, result.params, held_out)
         row["perplexity"][keep] = measured["perplexity"]
         row["protocol"] = measured["protocol"]
@@ -179,7 +211,7 @@ def measure(
 
 
 def _forward_seconds(source: Any, tokens: Any) -> float:
-    """Calibration's forward passes without any statistics, compilation included."""
+    """Seconds of the calibration's forward passes without statistics, compilation included."""
     import jax
 
     from lordjax.calibration.calibration_set import Calibration
@@ -197,7 +229,7 @@ def _forward_seconds(source: Any, tokens: Any) -> float:
 
 
 def _cost(config: Any, prepared: Any, shape: tuple[int, int]) -> float | None:
-    """Operations that `prepare` must spend; None if it only collected what it was not asked for."""
+    """Number of operations that `lordjax.prepare` needs; None if it has computed no factors."""
     from lordjax.forecast.calibration_cost import recomputed
     from lordjax.forecast.job import CompressionSpec
     from lordjax.forecast.low_rank_cost import stages
@@ -212,7 +244,7 @@ def _cost(config: Any, prepared: Any, shape: tuple[int, int]) -> float | None:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The table: a line per domain and method."""
+    """Formats the results as a Markdown table: a line per domain and method."""
     keeps = list(rows[0]["perplexity"])
     head = ["domain", "method", *(f"keep {k}" for k in keeps), "prepare s", "peak RSS", "of peak"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]

@@ -1,15 +1,16 @@
-"""The loop of LQ-LoRA as published beside ours, matrix by matrix, in one run.
+"""Comparison of LQ-LoRA's published decomposition loop with ours, matrix by matrix.
 
 Run::
 
     python -m lordjax.scripts.benchmarks.decompose MODEL
     python -m lordjax.scripts.benchmarks.decompose MODEL --shapes llama-2-7b --rank 64
 
-The published loop is written down here in PyTorch (needs ``pip install lordjax[test]``): a new
-randomised SVD for every alternation, codes fitted last, stop at the first rise. Ours is
-`methods.low_rank_quantized.decompose`, compiled before the clock starts. Both see the same kernels:
-those of one block of MODEL, or random ones of other shapes whose singular values are MODEL's,
-stretched. Errors are relative, in the Frobenius norm; bits count the factors at 16 bits.
+This module implements the published loop in PyTorch (needs ``pip install lordjax[test]``): every
+alternation takes a new randomized SVD and quantizes last, and the loop stops at the first increase
+of the error. Our loop is `lordjax.methods.quantized.lq.decompose`; it is compiled before it is
+timed. Both decompose the same kernels: those of one block of MODEL, or random kernels of other
+shapes, whose spectrum is interpolated from that of MODEL's. Errors are relative, in the Frobenius
+norm. The factors count with 16 bits per number.
 """
 
 from __future__ import annotations
@@ -35,14 +36,30 @@ SHAPES = {
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model")
-@click.option("--layer", default=3, show_default=True, help="block whose kernels are decomposed")
-@click.option("--shapes", type=click.Choice(sorted(SHAPES)), help="  [default: MODEL's own]")
-@click.option("--formats", default="nf4,nf3", show_default=True)
-@click.option("--rank", default=32, show_default=True)
-@click.option("--steps", default=5, show_default=True, help="our alternations")
-@click.option("--published-steps", default=5, show_default=True, help="theirs")
-@click.option("--repeats", default=3, show_default=True, help="of the clock; the least counts")
-@click.option("--out", type=click.Path(dir_okay=False), help="JSON file of results")
+@click.option("--layer", default=3, show_default=True, help="Index of the block to decompose.")
+@click.option(
+    "--shapes",
+    type=click.Choice(sorted(SHAPES)),
+    help="Model whose matrix shapes are used.  [default: the shapes of MODEL]",
+)
+@click.option(
+    "--formats",
+    default="nf4,nf3",
+    show_default=True,
+    help="Quantization formats, separated by commas.",
+)
+@click.option("--rank", default=32, show_default=True, help="Rank of the low-rank term.")
+@click.option("--steps", default=5, show_default=True, help="Alternations of our loop.")
+@click.option(
+    "--published-steps",
+    default=5,
+    show_default=True,
+    help="Maximum number of alternations of the published loop.",
+)
+@click.option(
+    "--repeats", default=3, show_default=True, help="Timed runs of each loop; the fastest counts."
+)
+@click.option("--out", type=click.Path(dir_okay=False), help="JSON file for the results.")
 def main(
     model: str,
     layer: int,
@@ -54,7 +71,7 @@ def main(
     repeats: int,
     out: str | None,
 ) -> None:
-    """Compares decompositions of MODEL's kernels."""
+    """Compares the published loop and ours on the kernels of MODEL."""
     from lordjax.kernels import normal_float
     from lordjax.scripts.benchmarks.protocol import environment
     from lordjax.scripts.opened_model import open_model
@@ -74,7 +91,12 @@ def main(
 
 
 def kernels(block: Any, shapes: dict[str, tuple[int, int]] | None) -> Iterator[tuple[str, Any]]:
-    """Paths and kernels of a block, or of random ones with its singular values."""
+    """Yields paths and kernels of a block, or random kernels with its interpolated spectra.
+
+    Args:
+      block: parameters of the block.
+      shapes: shapes ``(in, out)`` of the random kernels by path; None takes the block's kernels.
+    """
     import numpy as np
 
     from lordjax.kernels import trees
@@ -88,7 +110,13 @@ def kernels(block: Any, shapes: dict[str, tuple[int, int]] | None) -> Iterator[t
 
 
 def stretched(kernel: Any, shape: tuple[int, int], seed: int = 0) -> Any:
-    """A random matrix of a shape with the spectrum of ``kernel``, as a function of index / rank."""
+    """Draws a random matrix whose spectrum is interpolated from that of another matrix.
+
+    Args:
+      kernel: matrix that gives the spectrum, as a function of relative index.
+      shape: shape of the new matrix.
+      seed: seed of the singular vectors.
+    """
     import numpy as np
 
     rng, count = np.random.default_rng(seed), min(shape)
@@ -103,7 +131,15 @@ def stretched(kernel: Any, shape: tuple[int, int], seed: int = 0) -> Any:
 def measure(
     kernel: Any, form: Any, rank: int, steps: tuple[int, int], repeats: int
 ) -> dict[str, Any]:
-    """One row: errors of codes alone and of both loops, and seconds of the loops."""
+    """Measures one kernel: errors of quantization alone and of both loops, and their seconds.
+
+    Args:
+      kernel: float32 matrix ``[in, out]``.
+      form: quantization format.
+      rank: rank of the low-rank term.
+      steps: alternations of our loop, and maximum of the published loop.
+      repeats: timed runs of each loop; the fastest counts.
+    """
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -136,10 +172,10 @@ def measure(
         "compile_seconds": compiled,
     }
     clocks: dict[str, list[tuple[float, float]]] = {"published": [], "ours": []}
-    for _ in range(repeats):  # in turn, so that both see the same machine
+    for _ in range(repeats):  # alternately, so that drifting speed affects both
         for name in clocks:
             run = ours if name == "ours" else lambda: published(weight, form, rank, steps[1])
-            run()  # the other's threads wait actively for a while
+            run()  # untimed: the other loop's threads still spin for a while
             wall, cpu = time.perf_counter(), time.process_time()
             error = run()
             clocks[name].append((time.perf_counter() - wall, time.process_time() - cpu))
@@ -150,7 +186,17 @@ def measure(
 
 
 def published(weight: Any, form: Any, rank: int, steps: int) -> float:
-    """Error of LQ-LoRA's published loop (theory/lq_lora §2.1), in PyTorch."""
+    """Runs LQ-LoRA's published loop (theory/lq_lora §2.1) in PyTorch.
+
+    Args:
+      weight: float32 matrix ``[out, in]``.
+      form: quantization format.
+      rank: rank of the low-rank term.
+      steps: maximum number of alternations.
+
+    Returns:
+      The Frobenius norm of the residual after the last alternation.
+    """
     import torch
 
     torch.manual_seed(0)
@@ -168,7 +214,7 @@ def published(weight: Any, form: Any, rank: int, steps: int) -> float:
 
 
 def published_codes(weight: Any, form: Any) -> Any:
-    """NormalFloat with scales that are quantised, and back, in PyTorch."""
+    """Quantizes to NormalFloat with quantized scales, and dequantizes, in PyTorch."""
     import torch
 
     from lordjax.kernels import normal_float
@@ -187,7 +233,7 @@ def published_codes(weight: Any, form: Any) -> Any:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The table."""
+    """Formats the results as a Markdown table: a line per kernel and format."""
     head = ["kernel", "shape", "format", "bits", "error of codes", "published", "ours"]
     head += ["published s", "ours s", "ratio"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]

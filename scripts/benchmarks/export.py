@@ -1,16 +1,18 @@
-"""Exports beside the models that they were made from: differences of logits and perplexities.
+"""Comparison of exported models with their originals: logits, perplexity and start-up time.
 
 Run::
 
     python -m lordjax.scripts.benchmarks.export
     python -m lordjax.scripts.benchmarks.export --model MODEL --data DIR
 
-The first table is of every family: tiny random models, built by transformers, compressed by
-`METHODS` and exported in every way that they can be. With ``--model`` a real one follows,
-compressed by `REAL`, opened by stock transformers, measured on the windows of ``DIR`` (as for
-`benchmark_compress`); the tokens that it generates greedily are compared with those that our
-model finds likeliest. Last, seconds from the start of a process to the
-first logits of the uncompressed model, here and in transformers, in turn. Needs torch and peft.
+The first table covers every family. Transformers builds tiny random models; `METHODS` compress
+them, and every possible export is compared with the compressed model.
+
+With ``--model`` a second table covers a real model. The methods `REAL` compress it, and stock
+transformers opens the exports. They are measured on the sequences of ``DIR`` (see
+`lordjax.scripts.benchmarks.compress`), and their greedily generated tokens are compared with those
+of our model. Last come the seconds from the start of a process to the first logits of the original
+model, alternately in lordjax and in transformers. Needs torch and peft.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ TINY = {  # fields of `ModelConfig`
     "max_positions": 64,
 }
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-# What some families need besides.
+# Further config values that some families need.
 OTHERS = {
     "opt": {"word_embed_proj_dim": 32, "init_std": 0.15},
     "codegen": {"rotary_dim": 4, "initializer_range": 0.15},
@@ -49,9 +51,9 @@ ENCODERS = ("roberta", "bert")
 MASK_TOKEN = 3
 METHODS = ("lord", "modegpt-cr", "lq")
 REAL = ("lord", "modegpt", "lq")
-KEEP, BITS, RANK = 0.8, 3.13, 32  # of the real model
-GENERATED, PROMPT = 50, 32  # tokens
-# Two processes that do the same; argv: a directory, then token ids.
+KEEP, BITS, RANK = 0.8, 3.13, 32  # budgets and rank for the real model
+GENERATED, PROMPT = 50, 32  # numbers of tokens
+# Two programs that do the same. Arguments: a model directory, then token ids.
 OURS = """
 import sys, jax, jax.numpy as jnp, lordjax
 config, params = lordjax.load(sys.argv[1])
@@ -69,24 +71,39 @@ with torch.no_grad():
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--families", help="separated by commas  [default: all]")
-@click.option("--model", help="a real model besides")
-@click.option("--data", type=click.Path(exists=True, file_okay=False))
-@click.option("--domain", default="wikitext2", show_default=True)
-@click.option("--calibration-windows", default=16, show_default=True)
-@click.option("--windows", default=8, show_default=True, help="evaluation windows")
-@click.option("--methods", default=",".join(REAL), show_default=True, help="of the real model")
-@click.option("--repeats", default=3, show_default=True, help="of every start")
-@click.option("--out", type=click.Path(dir_okay=False), help="JSON file of results")
+@click.option("--families", help="Model families, separated by commas.  [default: all]")
+@click.option("--model", help="Real model to measure after the tiny ones: a directory or hub id.")
+@click.option(
+    "--data",
+    type=click.Path(exists=True, file_okay=False),
+    help="Directory with token arrays calib_DOMAIN.npy and eval_DOMAIN.npy (with --model).",
+)
+@click.option(
+    "--domain", default="wikitext2", show_default=True, help="Domain of the token arrays."
+)
+@click.option(
+    "--calibration-windows", default=16, show_default=True, help="Number of calibration sequences."
+)
+@click.option("--windows", default=8, show_default=True, help="Number of evaluation sequences.")
+@click.option(
+    "--methods",
+    default=",".join(REAL),
+    show_default=True,
+    help="Methods that compress the real model, separated by commas.",
+)
+@click.option("--repeats", default=3, show_default=True, help="Timed starts of each program.")
+@click.option("--out", type=click.Path(dir_okay=False), help="JSON file for the results.")
 def main(families: str | None, model: str | None, out: str | None, **options: Any) -> None:
-    """Measures exports."""
+    """Compares exported models with the models that they were made from."""
     from lordjax.conversions.families.registry import FAMILIES
     from lordjax.scripts.benchmarks.protocol import environment
     from lordjax.scripts.opened_model import quiet_transformers
 
     quiet_transformers()
     if model is not None and options["data"] is None:
-        raise click.UsageError("--model needs --data")
+        raise click.UsageError(
+            "--model needs --data: a directory with calib_DOMAIN.npy and eval_DOMAIN.npy"
+        )
     results: dict[str, Any] = {"environment": environment(), "tiny": []}
 
     def keep() -> None:
@@ -105,7 +122,7 @@ def main(families: str | None, model: str | None, out: str | None, **options: An
 
 
 def tiny(kind: str) -> list[dict[str, Any]]:
-    """A row per method and export of a family."""
+    """Compresses and exports a tiny model of one family; returns a row per method and export."""
     import numpy as np
     import transformers
 
@@ -159,7 +176,7 @@ def _saved(directory: Path, opened: Any, result: Any) -> Any:
 
 
 def _exported(saved: Any, to: str, tokens: Any) -> dict[str, Any]:
-    """Exports beside the saved model; what `verify` finds."""
+    """Exports a saved model into a sibling directory; returns the results of `verify` and sizes."""
     from lordjax.conversions.exporters.export import export
     from lordjax.conversions.exporters.verify import verify
     from lordjax.scripts.opened_model import directory_bytes
@@ -172,7 +189,7 @@ def _exported(saved: Any, to: str, tokens: Any) -> dict[str, Any]:
 
 
 def tiny_table(rows: list[dict[str, Any]]) -> str:
-    """Largest difference of logits: a line per family and method, a column per kind."""
+    """Formats the largest logit differences: a line per family and method, a column per export."""
     kinds = list(dict.fromkeys(row["to"] for row in rows))
     found = {
         (row["family"], row["method"], row["to"]): f"{row['logit_difference']:.1e}" for row in rows
@@ -196,7 +213,19 @@ def real(
     windows: int,
     repeats: int,
 ) -> None:
-    """Fills ``results`` with rows of a real model and the seconds of starts."""
+    """Measures a real model, and puts its rows and start-up times into ``results``.
+
+    Args:
+      model: directory or hub id of the model.
+      results: dictionary that receives "real" and "start".
+      keep: function that stores ``results``; called after every step.
+      data: directory of the token arrays.
+      domain: domain of the token arrays.
+      methods: methods, separated by commas.
+      calibration_windows: number of calibration sequences.
+      windows: number of evaluation sequences.
+      repeats: timed starts of each program.
+    """
     from lordjax.allocation.candidates import QUANTIZERS
     from lordjax.compression.low_rank import compress
     from lordjax.compression.quantized import quantize
@@ -224,7 +253,7 @@ def real(
 
 
 def greedy(saved: Any, prompt: Any) -> list[int]:
-    """The tokens that our model finds likeliest, one after the other; nothing is cached."""
+    """Greedily generates `GENERATED` token ids with our model, without a key-value cache."""
     import functools
 
     import jax
@@ -248,7 +277,7 @@ def greedy(saved: Any, prompt: Any) -> list[int]:
 
 
 def their_greedy(directory: Path, prompt: Any) -> list[int]:
-    """The tokens that transformers generates, each the likeliest."""
+    """Greedily generates `GENERATED` token ids with transformers."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -264,7 +293,12 @@ def their_greedy(directory: Path, prompt: Any) -> list[int]:
 
 
 def starts(source: Any, folder: Path, prompt: Any, repeats: int) -> dict[str, Any]:
-    """Median seconds of new processes up to the first logits of a model in float32."""
+    """Times new processes from their start to the first logits of a model in float32.
+
+    Returns:
+      Median seconds of lordjax and of transformers, and under "all" the single times. The medians
+      leave out the first start.
+    """
     import time
 
     from lordjax.conversions.exporters.export import export
@@ -280,7 +314,7 @@ def starts(source: Any, folder: Path, prompt: Any, repeats: int) -> dict[str, An
         for name, code in {"ours": OURS, "theirs": THEIRS}.items()
     }
     seconds: dict[str, list[float]] = {name: [] for name in commands}
-    for _ in range(repeats + 1):  # the first fills the cache of files
+    for _ in range(repeats + 1):  # the first start fills the file cache
         for name, command in commands.items():
             start = time.perf_counter()
             subprocess.run(command, check=True, capture_output=True)
@@ -290,17 +324,9 @@ def starts(source: Any, folder: Path, prompt: Any, repeats: int) -> dict[str, An
 
 
 def real_table(rows: list[dict[str, Any]]) -> str:
-    """A line per method and kind."""
-    head = [
-        "method",
-        "export",
-        "MB",
-        "MB of ours",
-        "perplexity",
-        "of ours",
-        "logits",
-        "same tokens",
-    ]
+    """Formats the results of the real model: a line per method and export."""
+    head = ["method", "export", "MB", "MB of ours", "perplexity", "of ours"]
+    head += ["logits", "same tokens"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         cells = [

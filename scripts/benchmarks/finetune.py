@@ -1,4 +1,4 @@
-"""Fine-tuning measured: speed beside PEFT, what it recovers, and the memory of a step.
+"""Benchmarks of fine-tuning: speed compared with PEFT, recovered perplexity, memory of a step.
 
 Run::
 
@@ -6,19 +6,21 @@ Run::
     python -m lordjax.scripts.benchmarks.finetune recovery MODEL --data DIR --cases CASES
     python -m lordjax.scripts.benchmarks.finetune memory CONFIG
 
-``DIR`` holds ``calib_<domain>.npy`` and ``eval_<domain>.npy`` (as for `benchmark_compress`).
+``DIR`` holds ``calib_<domain>.npy`` and ``eval_<domain>.npy`` (see
+`lordjax.scripts.benchmarks.compress`).
 
-*speed*: seconds of a step of LoRA on the linear layers of all blocks, in float32, here and with
-PEFT in PyTorch, in turn in one process; here with rematerialisation, too, and over NF4 codes.
+*speed*: seconds of a step of LoRA on the linear layers of all blocks, in float32. lordjax and PEFT
+(in PyTorch) take turns in one process. lordjax also runs with rematerialization, and over NF4
+weights.
 
-*recovery*: perplexity on the evaluation windows before and after so many steps on the calibration
-windows. A case is ``what:recipe``: *what* is ``dense``, a method and the share that stays
-(``modegpt@0.7``), or codes of 3 bits: ``nf3``, ``lq3`` (data-free, rank 32), ``loftq3`` (one
-alternation).
+*recovery*: perplexity on the evaluation sequences before and after training on the calibration
+sequences. A case is ``MODEL:RECIPE``. MODEL is ``dense``, a method with the kept fraction
+(``modegpt@0.7``), or weights quantized to 3 bits: ``nf3``, ``lq3`` (data-free, rank 32) or
+``loftq3`` (like ``lq3``, with one alternation).
 
-*memory*: bytes of a compiled step of QLoRA over NF4, from shapes, before and after LoRD with the
-rank of its largest cut of StarCoder, and what `lordjax.finetune.memory.predict` says of it.
-Nothing is allocated.
+*memory*: bytes of a compiled QLoRA step over NF4, and the prediction of
+`lordjax.finetune.memory.predict`. Both are computed from shapes, for the dense model and after LoRD
+with the rank of its strongest compression of StarCoder. No array is allocated.
 """
 
 from __future__ import annotations
@@ -39,21 +41,28 @@ RANK = 32
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
-    """Measures fine-tuning."""
+    """Measures speed, recovered perplexity and memory of fine-tuning."""
 
 
 @main.command()
 @click.argument("model")
-@click.option("--data", type=click.Path(exists=True, file_okay=False), required=True)
-@click.option("--domain", default="wikitext2", show_default=True)
-@click.option("--batch", default=4, show_default=True)
-@click.option("--seq-len", default=512, show_default=True)
-@click.option("--repeats", default=5, show_default=True)
-@click.option("--rank", default=RANK, show_default=True)
+@click.option(
+    "--data",
+    required=True,
+    type=click.Path(exists=True, file_okay=False),
+    help="Directory with token arrays calib_DOMAIN.npy and eval_DOMAIN.npy.",
+)
+@click.option(
+    "--domain", default="wikitext2", show_default=True, help="Domain of the token arrays."
+)
+@click.option("--batch", default=4, show_default=True, help="Number of sequences in a step.")
+@click.option("--seq-len", default=512, show_default=True, help="Number of tokens in a sequence.")
+@click.option("--repeats", default=5, show_default=True, help="Timed steps of every variant.")
+@click.option("--rank", default=RANK, show_default=True, help="Rank of the LoRA adapters.")
 def speed(
     model: str, data: str, domain: str, batch: int, seq_len: int, repeats: int, rank: int
 ) -> None:
-    """Seconds of a step, here and with PEFT."""
+    """Times a LoRA step on MODEL, in lordjax and in PEFT."""
     from lordjax.scripts.benchmarks.protocol import environment, protocol_tokens
     from lordjax.scripts.opened_model import open_model
 
@@ -123,17 +132,36 @@ def _their_steps(opened: Any, tokens: Any, rank: int, directory: Path) -> Any:
 
 @main.command()
 @click.argument("model")
-@click.option("--data", type=click.Path(exists=True, file_okay=False), required=True)
-@click.option("--domain", default="pystdlib", show_default=True)
-@click.option("--cases", required=True, help="separated by commas")
-@click.option("--steps", default=50, show_default=True)
-@click.option("--batch", default=8, show_default=True)
-@click.option("--seq-len", default=512, show_default=True)
-@click.option("--calibration-windows", default=16, show_default=True, help="to compress with")
-@click.option("--windows", default=4, show_default=True, help="evaluation windows")
-@click.option("--learning-rate", type=float, help="[default: the recipe's]")
-@click.option("--distill", default=0.0, show_default=True, help="weight of the original model")
-@click.option("--out", type=click.Path(dir_okay=False), help="JSON file of results")
+@click.option(
+    "--data",
+    required=True,
+    type=click.Path(exists=True, file_okay=False),
+    help="Directory with token arrays calib_DOMAIN.npy and eval_DOMAIN.npy.",
+)
+@click.option("--domain", default="pystdlib", show_default=True, help="Domain of the token arrays.")
+@click.option(
+    "--cases",
+    required=True,
+    help="Cases MODEL:RECIPE, separated by commas, such as dense:lora or modegpt@0.7:lora.",
+)
+@click.option("--steps", default=50, show_default=True, help="Number of training steps.")
+@click.option("--batch", default=8, show_default=True, help="Number of sequences in a step.")
+@click.option("--seq-len", default=512, show_default=True, help="Number of tokens in a sequence.")
+@click.option(
+    "--calibration-windows",
+    default=16,
+    show_default=True,
+    help="Number of calibration sequences for the compression.",
+)
+@click.option("--windows", default=4, show_default=True, help="Number of evaluation sequences.")
+@click.option("--learning-rate", type=float, help="Learning rate.  [default: the recipe's]")
+@click.option(
+    "--distill",
+    default=0.0,
+    show_default=True,
+    help="Weight of the distillation loss, with the original model as teacher; 0: none.",
+)
+@click.option("--out", type=click.Path(dir_okay=False), help="JSON file for the results.")
 def recovery(
     model: str,
     data: str,
@@ -144,7 +172,7 @@ def recovery(
     out: str | None,
     **options: Any,
 ) -> None:
-    """Perplexity before and after training."""
+    """Measures the perplexity of MODEL, compressed in each case, before and after training."""
     from lordjax.scripts.benchmarks.protocol import environment, protocol_tokens
     from lordjax.scripts.opened_model import open_model
 
@@ -232,13 +260,26 @@ def _recovered(
 
 @main.command()
 @click.argument("config")
-@click.option("--batch", default=2, show_default=True)
-@click.option("--seq-len", default=512, show_default=True)
-@click.option("--rank", default=16, show_default=True)
-@click.option("--dtype", default="bfloat16", show_default=True)
-@click.option("--ranks", default="mlp/up=2304", show_default=True, help="as of lordjax plan")
+@click.option("--batch", default=2, show_default=True, help="Number of sequences in a step.")
+@click.option("--seq-len", default=512, show_default=True, help="Number of tokens in a sequence.")
+@click.option("--rank", default=16, show_default=True, help="Rank of the LoRA adapters.")
+@click.option(
+    "--dtype",
+    default="bfloat16",
+    show_default=True,
+    help="Dtype of the computation and of unquantized frozen weights.",
+)
+@click.option(
+    "--ranks",
+    default="mlp/up=2304",
+    show_default=True,
+    help="Ranks of the compressed model as LAYER=RANK, separated by commas.",
+)
 def memory(config: str, batch: int, seq_len: int, rank: int, dtype: str, ranks: str) -> None:
-    """Bytes of a step of QLoRA, before and after a cut."""
+    """Compares the memory of a QLoRA step before and after compression.
+
+    CONFIG is a model directory or a config.json.
+    """
     import jax
 
     from lordjax.allocation import policies

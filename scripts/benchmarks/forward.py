@@ -1,11 +1,12 @@
-"""How much faster a compressed model runs than the dense one, beside its share of operations.
+"""Benchmark of forward passes: time of compressed models, relative to the dense model.
 
 Run::
 
     python -m lordjax.scripts.benchmarks.forward DENSE COMPRESSED [COMPRESSED ...]
 
-One forward pass over ``--batch`` sequences of ``--length`` tokens, logits included, in float32. The
-models take turns in one process, and medians are compared: the machine's speed drifts.
+It times one float32 forward pass, with logits, over ``--batch`` sequences of ``--length`` tokens.
+The speed of a machine drifts, so the models take turns in one process, and medians are compared.
+The table also has the operations and the bytes of every model, relative to the dense one.
 """
 
 from __future__ import annotations
@@ -21,14 +22,18 @@ import click
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("dense")
 @click.argument("compressed", nargs=-1, required=True)
-@click.option("--batch", default=4, show_default=True)
-@click.option("--length", default=1024, show_default=True)
-@click.option("--repeats", default=7, show_default=True)
-@click.option("--json", "as_json", is_flag=True)
+@click.option(
+    "--batch", default=4, show_default=True, help="Number of sequences in a forward pass."
+)
+@click.option("--length", default=1024, show_default=True, help="Number of tokens in a sequence.")
+@click.option(
+    "--repeats", default=7, show_default=True, help="Timed forward passes of every model."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def main(
     dense: str, compressed: tuple[str, ...], batch: int, length: int, repeats: int, as_json: bool
 ) -> None:
-    """Compares COMPRESSED models with the DENSE one."""
+    """Times forward passes of COMPRESSED models and of the DENSE model."""
     from lordjax.scripts.benchmarks.protocol import environment
 
     rows = measure((dense, *compressed), batch, length, repeats)
@@ -46,7 +51,14 @@ def main(
 
 
 def measure(models: tuple[str, ...], batch: int, length: int, repeats: int) -> list[dict[str, Any]]:
-    """Median seconds, operations and bytes of every model."""
+    """Median seconds of a forward pass, operations and bytes of every model.
+
+    Args:
+      models: directories, files or hub ids of the models.
+      batch: number of sequences.
+      length: number of tokens in a sequence.
+      repeats: timed forward passes of every model.
+    """
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -78,7 +90,10 @@ def measure(models: tuple[str, ...], batch: int, length: int, repeats: int) -> l
 
 
 def operations(config: Any, params: Any, batch: int, length: int) -> float:
-    """Multiplications and additions of a forward pass: all kernels, causal attention, the head."""
+    """Number of multiplications and additions of a forward pass.
+
+    It counts all kernels, causal attention and the output head.
+    """
     from lordjax.kernels import trees
     from lordjax.kernels.kinds import weights
 
@@ -89,7 +104,7 @@ def operations(config: Any, params: Any, batch: int, length: int) -> float:
     if config.tie_embeddings:
         total += 2.0 * config.vocab_size * config.hidden_size
     for i in range(config.num_layers):
-        # q @ k.T and weights @ v, each half of the square.
+        # q @ k.T and weights @ v; causal attention needs half of each square.
         widths = flat[f"layer_{i}/attention/q/kernel"], flat[f"layer_{i}/attention/o/kernel"]
         total += length * (widths[0].shape[-1] + widths[1].shape[-2])
     return total * batch * length

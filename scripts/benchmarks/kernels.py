@@ -1,15 +1,21 @@
-"""Products with quantised matrices: time, share of the memory's speed, errors.
+"""Benchmark of products with quantized matrices: time, memory throughput and error.
 
 Run::
 
     python -m lordjax.scripts.benchmarks.kernels                    on a GPU or a CPU
     python -m lordjax.scripts.benchmarks.kernels --interpret        the GPU kernel, small shapes
 
-Per shape and number of rows: the dense product, XLA's product with the whole decoded matrix, and on
-a CPU the product in tiles, on a GPU the kernel with the fastest of its tiles. Microseconds of one
-product; bytes that must be read and written, per second, as a share of what a copy of much more
-reaches (what fits a cache is read faster); distance from the product with the materialised matrix
-in float32, relative to that. Interpreted, times say nothing of a GPU.
+For every shape and number of rows it measures the dense product, XLA's product with the whole
+dequantized matrix and, on a CPU, the product in tiles or, on a GPU, the kernel with its fastest
+tile. The columns are:
+
+* the time of one product, in microseconds;
+* memory throughput: bytes that must be read and written per second, relative to the rate of a copy
+  of a much larger array. A matrix that fits into a cache can exceed 100 %;
+* the error: norm of the difference from the product with the materialized matrix in float32,
+  relative to the norm of that product.
+
+With ``--interpret`` the times do not predict those of a GPU.
 """
 
 from __future__ import annotations
@@ -25,13 +31,32 @@ SMALL = "128x96,96x128"
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--shapes", help=f"INxOUT, separated by commas  [default: {LLAMA_2_7B}]")
-@click.option("--rows", help="of x  [default: 1,32,1024; interpreted: 1,20]")
-@click.option("--format", "form", default="nf4", show_default=True, help="of the matrix")
-@click.option("--rank", default=0, show_default=True, help="of a low-rank product beside it")
-@click.option("--dtype", default="bfloat16", show_default=True)
-@click.option("--interpret", is_flag=True, help="the kernel, where there is no GPU")
-@click.option("--json", "as_json", is_flag=True)
+@click.option(
+    "--shapes",
+    help="Matrix shapes INxOUT, separated by commas.  "
+    f"[default: {LLAMA_2_7B}; with --interpret: {SMALL}]",
+)
+@click.option(
+    "--rows",
+    help="Numbers of rows of the activations, separated by commas.  "
+    "[default: 1,32,1024; with --interpret: 1,20]",
+)
+@click.option(
+    "--format", "form", default="nf4", show_default=True, help="Format of the quantized matrix."
+)
+@click.option(
+    "--rank",
+    default=0,
+    show_default=True,
+    help="Rank of a low-rank term that is added to the quantized matrix; 0: none.",
+)
+@click.option(
+    "--dtype", default="bfloat16", show_default=True, help="Dtype of activations and dense matrix."
+)
+@click.option(
+    "--interpret", is_flag=True, help="Interpret the GPU kernel on a machine without a GPU."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def main(
     shapes: str | None,
     rows: str | None,
@@ -41,7 +66,7 @@ def main(
     interpret: bool,
     as_json: bool,
 ) -> None:
-    """Times products with quantised matrices."""
+    """Measures time and error of products with quantized matrices."""
     from lordjax.scripts.benchmarks.protocol import environment
 
     pairs = _numbers(shapes or (SMALL if interpret else LLAMA_2_7B))
@@ -69,45 +94,43 @@ def main(
 
 
 def _numbers(text: str) -> list[tuple[int, ...]]:
-    """``1x2,3x4`` as ``[(1, 2), (3, 4)]``."""
+    """Parses ``1x2,3x4`` into ``[(1, 2), (3, 4)]``."""
     try:
         return [tuple(int(number) for number in part.split("x")) for part in text.split(",")]
     except ValueError as error:
-        raise click.ClickException(f"{text!r}: expected numbers such as 128x96,96x128") from error
+        raise click.ClickException(
+            f"--shapes or --rows is {text!r}; expected shapes such as 128x96,96x128, or numbers of "
+            "rows such as 1,32"
+        ) from error
 
 
 def bandwidth(size: int) -> float:
-    """Bytes per second, read and written, of a copy of ``size`` bytes."""
+    """Measures the bytes read and written per second while an array of ``size`` bytes is copied."""
     import jax.numpy as jnp
 
-    from lordjax.kernels.nf_gpu_autotune import seconds
+    from lordjax.kernels.nf_gpu_autotune import time_per_call
 
     x = jnp.zeros(size // 4, jnp.float32)
-    return 2 * size / seconds(lambda x, one: x + one, x, [jnp.float32(1)])
+    return 2 * size / time_per_call(lambda x, one: x + one, x, [jnp.float32(1)])
 
 
 def measure(
     shape: tuple[int, ...], rows: int, form: str, rank: int, dtype: str, interpret: bool
 ) -> list[dict[str, Any]]:
-    """A row per way to compute the product."""
+    """Measures every way to compute one product; returns a row per way.
+
+    Activations ``[rows, in]`` are multiplied with a matrix of shape ``(in, out)`` in format
+    ``form``, to which a low-rank term of rank ``rank`` is added.
+    """
     import jax
     import jax.numpy as jnp
 
-    from lordjax.kernels import nf_gpu, nf_gpu_autotune, normal_float
+    from lordjax.kernels import nf_gpu, nf_gpu_autotune
     from lordjax.kernels.base import materialize, nbytes
     from lordjax.kernels.base import matmul as product
-    from lordjax.kernels.low_rank import LowRank
-    from lordjax.kernels.quantized import LowRankPlusQuantized, NFQuantized
+    from lordjax.kernels.quantized import LowRankPlusQuantized
 
-    keys = jax.random.split(jax.random.key(0), 4)
-    x = jax.random.normal(keys[0], (rows, shape[0]), dtype)
-    quantized = NFQuantized.encode(
-        jax.random.normal(keys[1], shape), normal_float.Format.parse(form)
-    )
-    low_rank = None
-    if rank:
-        factors = [(keys[2], (shape[0], rank)), (keys[3], (rank, shape[1]))]
-        low_rank = LowRank(*(jax.random.normal(key, size, dtype) for key, size in factors))
+    x, quantized, low_rank = _operands(shape, rows, form, rank, dtype)
     w = materialize(quantized)
     w = w if low_rank is None else w + materialize(low_rank).astype(w.dtype)
     exact = jnp.matmul(x.astype(w.dtype), w, precision="highest")
@@ -116,11 +139,12 @@ def measure(
     moved = x.nbytes + rows * shape[1] * x.dtype.itemsize
     packed = nbytes((quantized, low_rank)) + moved
     copies = [dense] if interpret else [dense + i for i in range(4)]
-    ways = [
-        ("dense", nf_gpu_autotune.seconds(jnp.matmul, x, copies), dense.nbytes + moved, x @ dense)
-    ]
+    time = nf_gpu_autotune.time_per_call(jnp.matmul, x, copies)
+    ways = [("dense", time, dense.nbytes + moved, x @ dense)]
     if interpret or jax.default_backend() == "gpu":
-        times = nf_gpu_autotune.measure(nf_gpu_autotune.Case.of(x, quantized, low_rank), interpret)
+        times = nf_gpu_autotune.time_tiles(
+            nf_gpu_autotune.Case.for_operands(x, quantized, low_rank), interpret
+        )
         ways.append(("XLA", times.pop(None), packed, nf_gpu.decoded(x, quantized, low_rank)))
         tile = min(times, key=lambda tile: times[tile])
         y = nf_gpu.matmul(x, quantized, low_rank, tile=tile, interpret=interpret)
@@ -129,22 +153,44 @@ def measure(
         kernel = quantized if low_rank is None else LowRankPlusQuantized(quantized, low_rank)
         whole = functools.partial(_whole, low_rank)
         for name, way, operand in (("whole", whole, quantized), ("in tiles", product, kernel)):
-            ways.append((name, nf_gpu_autotune.seconds(way, x, [operand]), packed, way(x, operand)))
+            time = nf_gpu_autotune.time_per_call(way, x, [operand])
+            ways.append((name, time, packed, way(x, operand)))
     return [
         {
             "shape": "x".join(map(str, shape)),
             "rows": rows,
             "product": name,
-            "seconds": time,
+            "seconds": seconds,
             "bytes": size,
             "error": float(jnp.linalg.norm(y.astype(w.dtype) - exact) / jnp.linalg.norm(exact)),
         }
-        for name, time, size, y in ways
+        for name, seconds, size, y in ways
     ]
 
 
+def _operands(
+    shape: tuple[int, ...], rows: int, form: str, rank: int, dtype: str
+) -> tuple[Any, Any, Any]:
+    """Returns random activations, a quantized matrix, and its low-rank term or None."""
+    import jax
+
+    from lordjax.kernels import normal_float
+    from lordjax.kernels.low_rank import LowRank
+    from lordjax.kernels.quantized import NFQuantized
+
+    keys = jax.random.split(jax.random.key(0), 4)
+    x = jax.random.normal(keys[0], (rows, shape[0]), dtype)
+    matrix = jax.random.normal(keys[1], shape)
+    quantized = NFQuantized.encode(matrix, normal_float.Format.parse(form))
+    if not rank:
+        return x, quantized, None
+    factors = [(keys[2], (shape[0], rank)), (keys[3], (rank, shape[1]))]
+    low_rank = LowRank(*(jax.random.normal(key, size, dtype) for key, size in factors))
+    return x, quantized, low_rank
+
+
 def _whole(low_rank: Any, x: Any, quantized: Any) -> Any:
-    """The product with the whole decoded matrix."""
+    """Computes the product with the whole dequantized matrix."""
     from lordjax.kernels import nf_gpu
 
     return nf_gpu.decoded(x, quantized, low_rank)

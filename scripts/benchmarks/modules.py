@@ -1,11 +1,11 @@
-"""What each part of MoDeGPT contributes: one change at a time to the published form.
+"""Ablation of MoDeGPT: perplexity of the published method with one change at a time.
 
 Run::
 
     python -m lordjax.scripts.benchmarks.modules MODEL --data DIR --domain pystdlib
 
-``DIR`` as for `lordjax.scripts.benchmarks.compress`. All variants keep the same share of every
-module, so that only the mathematics differs and not the allocation.
+``DIR`` holds token arrays, as for `lordjax.scripts.benchmarks.compress`. All variants keep the same
+fraction of every module: they differ in their computation, not in the allocation.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import click
 
 
 def variants() -> dict[str, Any]:
-    """Name -> `Method`."""
+    """Variants of MoDeGPT: `Method` by name."""
     from lordjax.methods import METHODS
     from lordjax.methods.modular.mlp import mlp_module
     from lordjax.methods.modular.value_output import value_output_module
@@ -50,12 +50,24 @@ def variants() -> dict[str, Any]:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model")
-@click.option("--data", required=True, type=click.Path(exists=True, file_okay=False))
-@click.option("--domain", default="pystdlib", show_default=True)
-@click.option("--keeps", default="0.8,0.6", show_default=True)
-@click.option("--calibration-windows", default=16, show_default=True)
-@click.option("--windows", default=4, show_default=True, help="evaluation windows")
-@click.option("--out", type=click.Path(dir_okay=False), help="JSON file of results")
+@click.option(
+    "--data",
+    required=True,
+    type=click.Path(exists=True, file_okay=False),
+    help="Directory with token arrays calib_DOMAIN.npy and eval_DOMAIN.npy.",
+)
+@click.option("--domain", default="pystdlib", show_default=True, help="Domain of the token arrays.")
+@click.option(
+    "--keeps",
+    default="0.8,0.6",
+    show_default=True,
+    help="Fractions of the block weights to keep, separated by commas.",
+)
+@click.option(
+    "--calibration-windows", default=16, show_default=True, help="Number of calibration sequences."
+)
+@click.option("--windows", default=4, show_default=True, help="Number of evaluation sequences.")
+@click.option("--out", type=click.Path(dir_okay=False), help="JSON file for the results.")
 def main(
     model: str,
     data: str,
@@ -65,7 +77,7 @@ def main(
     windows: int,
     out: str | None,
 ) -> None:
-    """Measures every variant on MODEL."""
+    """Measures the perplexity of MODEL, compressed by every variant."""
     import jax
 
     from lordjax import prepare
@@ -89,7 +101,7 @@ def main(
         for keep in budgets:
             params = prepared.compress(keep).params
             rows[name].append(perplexity(opened.config, params, held_out)["perplexity"])
-        jax.clear_caches()  # compiled models would pile up
+        jax.clear_caches()  # compiled models of all variants would fill the memory
         click.echo(f"| {name} | " + " | ".join(f"{value:.2f}" for value in rows[name]) + " |")
         if out is not None:
             Path(out).write_text(json.dumps(rows, indent=1) + "\n")

@@ -1,12 +1,12 @@
-"""Draws the picture of the README: perplexity against size, every method.
+"""Plot of perplexity against size for every method, the picture of the README.
 
 ::
 
     python -m lordjax.scripts.benchmarks.picture
 
-The numbers were measured by `benchmark_compress` and `benchmark_quantize`; the data file holds them
-with the table of the documentation and the commit that they come from. The same data give the same
-file, byte for byte.
+The modules `lordjax.scripts.benchmarks.compress` and `lordjax.scripts.benchmarks.quantize` measured
+the numbers. The data file also names the commit of each number and its table in the documentation.
+The same data give the same file, byte for byte.
 """
 
 from __future__ import annotations
@@ -20,24 +20,25 @@ from typing import Any
 import click
 
 FOLDER = Path("docs/pages/pictures")
-DENSE, BITS = "dense", 16.0  # bits of a bfloat16 number
-TOP = 1000.0  # perplexities above are off the scale
+DENSE, BITS = "dense", 16.0  # bits per bfloat16 weight
+TOP = 1000.0  # larger perplexities are not drawn
 MARKERS = "os^vD<>PXph*d8"
 LINES = ("-", "--", "-.", ":")
-MAIN = ("modegpt", "auto")  # drawn thicker
-SIZE = (9.4, 5.4)  # inches of 96 px in a browser
-# The same bytes from the same data; text as text, which is a third of the bytes of outlines.
+MAIN = ("modegpt", "auto")  # methods drawn with thicker lines
+SIZE = (9.4, 5.4)  # inches; a browser shows 96 px per inch
+# The fixed salt makes the file reproducible. Text as text takes a third of the bytes of outlines.
 STYLE: Any = {"svg.hashsalt": "lordjax", "svg.fonttype": "none", "font.size": 9}
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """A measured model.
+    """Measured model.
 
     Attributes:
-      method: as in the tables.
-      bits: per weight of the dense blocks' matrices, all that is stored for them in bfloat16.
-      perplexity: of it.
+      method: name of the method, as in the tables.
+      bits: bits stored for the blocks' matrices, per weight of the dense model. Unquantized numbers
+        count as bfloat16.
+      perplexity: perplexity of the model.
     """
 
     method: str
@@ -46,11 +47,11 @@ class Point:
 
 
 def read(path: Path) -> list[Point]:
-    """The points of a ``.csv`` with columns method, bits_per_weight and perplexity.
+    """Reads the points of a ``.csv`` file with columns method, bits_per_weight and perplexity.
 
     Raises:
-      FileNotFoundError: if there is no such file.
-      ValueError: if a row lacks a number, or no row is the dense model.
+      FileNotFoundError: if the file does not exist.
+      ValueError: if a row lacks a number, or no row is of the dense model.
     """
     points = []
     with path.open(newline="") as file:
@@ -66,12 +67,18 @@ def read(path: Path) -> list[Point]:
                 ) from error
             points.append(point)
     if not any(point.method == DENSE for point in points):
-        raise ValueError(f"{path}: no row of method {DENSE!r}, which the others are compared with")
+        raise ValueError(
+            f"{path}: no row of method {DENSE!r}; add one, which the others are compared with"
+        )
     return points
 
 
 def by_method(points: list[Point]) -> dict[str, list[Point]]:
-    """Points of each method by size, the method of the least perplexity first; without `DENSE`."""
+    """Groups the points by method, without `DENSE`, and sorts each method's points by size.
+
+    Methods whose largest model has at most half of the bits of bfloat16 come first. Within both
+    groups the methods are sorted by mean perplexity.
+    """
     points = [point for point in points if point.method != DENSE]
     points.sort(key=lambda point: (point.method, point.bits))
     found = {n: list(own) for n, own in itertools.groupby(points, lambda point: point.method)}
@@ -84,7 +91,7 @@ def _mean(points: list[Point]) -> float:
 
 
 def draw(points: list[Point], path: Path) -> None:
-    """Writes the picture; its suffix says in which format."""
+    """Writes the plot into a file; the suffix of the path selects the format."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -146,17 +153,17 @@ def _bits(percent: Any) -> Any:
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     default=FOLDER / "results.csv",
     show_default=True,
-    help="Measured numbers: a .csv with columns method, bits_per_weight and perplexity.",
+    help="Measured numbers: a .csv file with columns method, bits_per_weight and perplexity.",
 )
 @click.option(
     "--out",
     type=click.Path(path_type=Path, dir_okay=False),
     default=FOLDER / "perplexity.svg",
     show_default=True,
-    help="The picture that is written; its suffix (.svg, .png) says in which format.",
+    help="File for the plot; its suffix (.svg, .png) selects the format.",
 )
 def main(data: Path, out: Path) -> None:
-    """Draw perplexity against size for every method, and print the numbers."""
+    """Plots perplexity against size for every method, and prints the numbers."""
     points = read(data)
     for name, own in by_method(points).items():
         print(f"{name:20}", *(f"{point.bits:g}: {point.perplexity:g}" for point in own), sep="  ")

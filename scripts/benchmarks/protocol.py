@@ -1,4 +1,4 @@
-"""Tokens of the measuring protocol, and facts about the machine."""
+"""Token sequences that all benchmarks use, and facts about the machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,18 @@ import numpy as np
 def protocol_tokens(
     data: str | Path, domain: str, calibration: int, windows: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The first calibration and evaluation windows of a benchmark's domain, token ids."""
+    """Loads the first calibration and evaluation sequences of a domain.
+
+    Args:
+      data: directory with ``calib_<domain>.npy`` and ``eval_<domain>.npy``, token ids
+        ``[sequences, length]``.
+      domain: name of the domain, such as ``wikitext2``.
+      calibration: maximum number of calibration sequences.
+      windows: maximum number of evaluation sequences.
+
+    Returns:
+      Calibration tokens and evaluation tokens, each ``[sequences, length]``.
+    """
     import numpy as np
 
     counts = {"calib": calibration, "eval": windows}
@@ -21,7 +32,7 @@ def protocol_tokens(
 
 
 def environment() -> dict[str, str]:
-    """Where a number was measured: commit, device, versions, dtype."""
+    """Facts about the measuring environment: commit, device, cores, versions, dtype."""
     import platform
 
     import jax

@@ -1,15 +1,21 @@
-"""Errors, perplexity, size and time of quantised models.
+"""Benchmark of quantized models: errors, perplexity, size and time.
 
 Run::
 
     python -m lordjax.scripts.benchmarks.quantize MODEL --data DIR --out results.json
 
-``DIR`` is as for `benchmark_compress`. A *case* is
-``METHOD[:RANK][:WEIGHTING][:FACTORS][:no-feedback]@BUDGET``, factors being a format, the budget
-bits per weight or a format: ``nf@nf4``, ``lq:32:both@3.5``, ``lq:8:both:nf8@3.4``, ``auto@4.13``.
-Printed and written per case and domain: bits per block weight of codes, scales and factors
-together, errors relative to the weights and to the layers' outputs on calibration data (root of
-squared sums over all matrices), perplexity, and seconds for the choice and for the decomposition.
+``DIR`` holds token arrays, as for `lordjax.scripts.benchmarks.compress`. A *case* is
+``METHOD[:RANK][:WEIGHTING][:FACTORS][:no-feedback]@BUDGET``. FACTORS is the format of the low-rank
+factors; BUDGET is bits per weight or a format. Examples: ``nf@nf4``, ``lq:32:both@3.5``,
+``lq:8:both:nf8@3.4``, ``auto@4.13``.
+
+For every case and domain the program prints and writes:
+
+* bits per block weight, with quantized weights, scales and factors;
+* the error of the weights and of the layers' outputs on calibration data, as the root of the sum of
+  squares over all matrices, relative to the dense model;
+* perplexity;
+* seconds of the choice of formats and of the decomposition.
 """
 
 from __future__ import annotations
@@ -30,7 +36,11 @@ RANKS = (0, 16, 32, 64)
 
 
 def default_cases() -> list[str]:
-    """Every budget at every rank, data-free and weighted; and one budget for both."""
+    """Default cases.
+
+    They are every budget at every rank, without data and weighted; single formats for all
+    matrices; and every budget of method ``auto``.
+    """
     grid = itertools.product(("none", "both"), RANKS, BITS)
     ranked = [f"{'lq:' + str(r) if r else 'nf'}:{w}@{b}" for w, r, b in grid]
     fixed = ["nf@nf4", "nf@nf3", "lq:32@nf4", "lq:32@nf3"]
@@ -39,12 +49,28 @@ def default_cases() -> list[str]:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model")
-@click.option("--data", required=True, type=click.Path(exists=True, file_okay=False))
-@click.option("--domains", default="wikitext2,pystdlib", show_default=True)
-@click.option("--cases", help="separated by commas  [default: the whole grid]")
-@click.option("--calibration-windows", default=64, show_default=True)
-@click.option("--windows", default=8, show_default=True, help="evaluation windows")
-@click.option("--out", type=click.Path(dir_okay=False), help="JSON file of results")
+@click.option(
+    "--data",
+    required=True,
+    type=click.Path(exists=True, file_okay=False),
+    help="Directory with token arrays calib_DOMAIN.npy and eval_DOMAIN.npy.",
+)
+@click.option(
+    "--domains",
+    default="wikitext2,pystdlib",
+    show_default=True,
+    help="Domains of the token arrays, separated by commas.",
+)
+@click.option(
+    "--cases",
+    help="Cases METHOD[:RANK][:WEIGHTING][:FACTORS][:no-feedback]@BUDGET, separated by commas.  "
+    "[default: the whole grid]",
+)
+@click.option(
+    "--calibration-windows", default=64, show_default=True, help="Number of calibration sequences."
+)
+@click.option("--windows", default=8, show_default=True, help="Number of evaluation sequences.")
+@click.option("--out", type=click.Path(dir_okay=False), help="JSON file for the results.")
 def main(
     model: str,
     data: str,
@@ -54,7 +80,7 @@ def main(
     windows: int,
     out: str | None,
 ) -> None:
-    """Measures quantised forms of MODEL."""
+    """Measures quantized versions of MODEL."""
     from lordjax.scripts.benchmarks.protocol import environment, protocol_tokens
     from lordjax.scripts.opened_model import open_model
 
@@ -74,7 +100,7 @@ def main(
 
 
 def _moments(source: Any, tokens: Any) -> dict[str, Any]:
-    """Site path -> second moment of its inputs, on the host."""
+    """Second moments of the inputs of every site, by site path, on the host."""
     import numpy as np
 
     from lordjax.compression.quantized import prepare_quantized
@@ -89,7 +115,7 @@ def _moments(source: Any, tokens: Any) -> dict[str, Any]:
 
 
 def _prepare(source: Any, tokens: Any, weighting: str) -> tuple[Any, float]:
-    """A `Quantizer` with the gradients of a weighting, and the seconds they took."""
+    """Builds a `Quantizer` for a weighting; also returns the seconds of its backward pass."""
     from lordjax.compression.quantized import prepare_quantized
 
     start = time.perf_counter()
@@ -98,7 +124,12 @@ def _prepare(source: Any, tokens: Any, weighting: str) -> tuple[Any, float]:
 
 
 def _quantizer(gradients: Any, what: str) -> tuple[Any, float]:
-    """The `Quantizer` of a case, and the seconds that its gradients took."""
+    """`Quantizer` of a case, and the seconds that `_prepare` took for its weighting.
+
+    Args:
+      gradients: cached function from a weighting to a `Quantizer` and its seconds.
+      what: the part of the case before ``@``.
+    """
     from lordjax.allocation.candidates import QUANTIZERS
     from lordjax.kernels import normal_float
     from lordjax.methods.quantized.weightings import WEIGHTINGS
@@ -116,7 +147,14 @@ def _quantizer(gradients: Any, what: str) -> tuple[Any, float]:
 
 
 def measure(quantizers: Any, judge: dict[str, Any], held_out: Any, case: str) -> dict[str, Any]:
-    """One row."""
+    """Quantizes a model for one case and measures it.
+
+    Args:
+      quantizers: function from the part of a case before ``@`` to a `Quantizer` and its seconds.
+      judge: second moments of the sites' inputs, by site path.
+      held_out: evaluation tokens ``[sequences, length]``.
+      case: the case, as in the module's docstring.
+    """
     import jax
 
     from lordjax.evaluate import perplexity
@@ -133,7 +171,7 @@ def measure(quantizers: Any, judge: dict[str, Any], held_out: Any, case: str) ->
     result = quantizer.apply(plan)
     done = time.perf_counter()
     weights, outputs = errors(quantizer.source, result.params, judge)
-    jax.clear_caches()  # a compiled model per case would pile up
+    jax.clear_caches()  # compiled models of all cases would fill the memory
     return {
         "bits": result.report["plan"]["bits_per_weight"],
         "gap": plan.gap,
@@ -148,7 +186,13 @@ def measure(quantizers: Any, judge: dict[str, Any], held_out: Any, case: str) ->
 
 
 def errors(source: Any, params: Any, judge: dict[str, Any]) -> tuple[float, float]:
-    """Relative errors of the weights and of the layers' outputs, over all matrices."""
+    """Relative errors of the weights and of the layers' outputs, over all matrices.
+
+    Args:
+      source: the dense model.
+      params: parameters of the quantized model.
+      judge: second moments ``[in, in]`` of the sites' inputs, by site path.
+    """
     import numpy as np
 
     from lordjax.kernels import trees
@@ -172,7 +216,7 @@ def errors(source: Any, params: Any, judge: dict[str, Any]) -> tuple[float, floa
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The table: a line per domain and case."""
+    """Formats the results as a Markdown table: a line per domain and case."""
     head = ["domain", "case", "bits all in", "weight error", "output error", "perplexity", "s"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:

@@ -1,13 +1,14 @@
-"""Kills a compression at random moments, resumes it, and compares the result bit by bit.
+"""Test of resumption: kill a compression at random times, resume it, compare the files.
 
 Run::
 
     python -m lordjax.scripts.benchmarks.resume MODEL [--kills 20] [-- OPTIONS OF COMPRESS]
 
-The same command runs once without interruption. Then every process but the last is killed
-(``SIGKILL``): one in four at any time since its start, the others some time after they finished a
-piece of work, so that all kills lie within one compression. Prints a table as markdown; exit code 1
-if a file differs. In ``report.json`` and ``report.html`` times and peak memory may differ.
+The command first runs once without interruption. Then it runs again, and every process but the last
+is killed with ``SIGKILL``. About one kill in four comes at a random time after the start of the
+process; the others come at a random time after the process has stored a result, so that the
+compression advances between kills. The program prints a Markdown table. Its exit code is 1 if a
+file differs in any bit. In ``report.json`` and ``report.html`` times and peak memory may differ.
 """
 
 from __future__ import annotations
@@ -32,12 +33,13 @@ from lordjax.scripts.console import say
 from lordjax.scripts.report.page import PAGE, without_times
 from lordjax.storage.disk_store import JOURNAL
 
-TIMED = ("seconds", "peak_rss_bytes", "predicted", "happened")  # of report.json
+# Keys of report.json that may differ.
+TIMED = ("seconds", "peak_rss_bytes", "predicted", "happened")
 POLL = 0.02  # seconds
 
 
 def contents(directory: Path) -> dict[str, str]:
-    """File -> sha256 of what must not depend on interruptions."""
+    """SHA-256 by file name, without the times and the peak memory in the reports."""
     found = {}
     for file in sorted(directory.iterdir()):
         data = file.read_bytes()
@@ -61,14 +63,27 @@ def _journal(out: Path) -> Path:
 
 
 def _finish(process: subprocess.Popen[bytes], out: Path) -> None:
-    """Waits for the end; raises RuntimeError with what a process that failed had to say."""
+    """Waits until a process ends; raises RuntimeError with its stderr if it has failed."""
     _, errors = process.communicate()
     if process.returncode:
-        raise RuntimeError(f"{out}: {errors.decode(errors='replace')[-2000:]}")
+        raise RuntimeError(
+            f"{out}: lordjax compress ended with exit code {process.returncode}, expected 0: "
+            f"{errors.decode(errors='replace')[-2000:]}"
+        )
 
 
 def _wait(process: subprocess.Popen[bytes], journal: Path, seconds: float, *, work: bool) -> bool:
-    """Sleeps, first until a piece of work is finished if asked; whether the process still runs."""
+    """Waits some seconds while a process runs.
+
+    Args:
+      process: the process.
+      journal: file that grows with every stored result.
+      seconds: time to wait.
+      work: whether to wait first until the process stores a result.
+
+    Returns:
+      Whether the process still runs.
+    """
 
     def length() -> int:
         return journal.stat().st_size if journal.exists() else 0
@@ -85,18 +100,19 @@ def _wait(process: subprocess.Popen[bytes], journal: Path, seconds: float, *, wo
 def interrupted(
     model: str, out: Path, options: tuple[str, ...], kills: int, seconds: float, seed: int
 ) -> list[int]:
-    """Compresses a model and kills it that often on the way.
+    """Compresses a model in processes that are killed, until the last one finishes the work.
 
     Args:
-      model: as for ``lordjax compress``.
-      out: the result's directory.
-      options: of ``lordjax compress``.
-      kills: how many processes are killed, if the work lasts so long; at least one.
-      seconds: from the first finished piece of work to the end, if nothing interrupts it.
-      seed: draws the moments.
+      model: MODEL of ``lordjax compress``.
+      out: output directory.
+      options: options of ``lordjax compress``.
+      kills: number of processes to kill. If the work ends early, fewer are killed, but at least
+        one.
+      seconds: seconds from the first stored result to the end of a run without interruption.
+      seed: seed of the random times.
 
     Returns:
-      Lines in the journal at each kill.
+      Number of lines in the journal at each kill.
     """
     chance, lines = random.Random(seed), []
     journal = _journal(out)
@@ -108,10 +124,10 @@ def interrupted(
         else:
             process.send_signal(signal.SIGKILL)
             process.communicate()
-        if ended or (out.exists() and not journal.parent.exists()):  # done, and about to end
+        if ended or (out.exists() and not journal.parent.exists()):  # the result is complete
             if lines:
                 return lines
-            # Quicker than the one that nothing interrupted: from the start again, killed earlier.
+            # The work ended before the first kill: start again, and kill earlier.
             shutil.rmtree(out)
             seconds /= 2
             continue
@@ -124,7 +140,11 @@ def interrupted(
 def measure(
     model: str, options: tuple[str, ...], kills: int, seed: int, folder: Path
 ) -> dict[str, Any]:
-    """Seconds of both runs, kills, and the files that differ."""
+    """Compresses with and without kills, and compares the files.
+
+    Returns:
+      Seconds of both, number of kills, lines in the journal at each kill, and differing files.
+    """
     start, process = time.monotonic(), _start(model, folder / "whole", options)
     _wait(process, _journal(folder / "whole"), 0, work=True)
     begun = time.monotonic()
@@ -149,10 +169,18 @@ def measure(
 @click.command()
 @click.argument("model")
 @click.argument("options", nargs=-1, type=click.UNPROCESSED)
-@click.option("--kills", type=click.IntRange(min=1), default=20, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True, help="Draws the moments.")
+@click.option(
+    "--kills",
+    type=click.IntRange(min=1),
+    default=20,
+    show_default=True,
+    help="Number of processes to kill.",
+)
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Seed of the random times of the kills."
+)
 def main(model: str, options: tuple[str, ...], kills: int, seed: int) -> None:
-    """Kill and resume ``lordjax compress MODEL OPTIONS``."""
+    """Kills and resumes ``lordjax compress MODEL OPTIONS``, and compares the result."""
     with tempfile.TemporaryDirectory() as folder:
         found = measure(model, options, kills, seed, Path(folder))
     print(", ".join(f"{key} {value}" for key, value in environment().items()))

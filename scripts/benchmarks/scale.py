@@ -1,18 +1,19 @@
-"""How seconds and memory of a compression grow with width, depth and calibration tokens.
+"""Benchmark of how time and memory of a compression grow with width, depth and tokens.
 
 Run::
 
     python -m lordjax.scripts.benchmarks.scale
     python -m lordjax.scripts.benchmarks.scale --shrinks 8,4,2 --depths 4,8,16 --windows 16,32,64
 
-Synthetic checkpoints of a released model's shapes (`make_checkpoint`) are compressed by ``lordjax
-compress``, every time in a process of its own. One of width, depth and tokens varies, the others
-stay at the middle of their lists. Growth is the exponent p of ``c·x^p``, by least squares of
-logarithms, over all sizes and between the two largest ones: small sizes are mostly overhead.
+``lordjax compress`` compresses synthetic checkpoints with the shapes of a released model (see
+`lordjax.scripts.make_checkpoint`), each time in a new process. One of width, depth and number of
+calibration tokens varies; the other two stay at the middle of their lists. Growth is the exponent p
+of ``c·x^p``, fitted by least squares to the logarithms. It is printed for all sizes and for the two
+largest ones, because overhead dominates the small sizes.
 
-Every size runs twice or more, from an empty cache of programs. The first run compiles, and is
-listed apart; seconds and peak memory (VmHWM) are the least of the others'. Growth of memory is that
-of what a process without work does not take.
+Every size runs at least twice and starts with an empty compilation cache. The first run compiles
+and has its own columns. Of the other runs the minimum of the seconds and of the peak memory (VmHWM)
+counts. The growth of memory is computed after the memory of an idle process is subtracted.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from lordjax.scripts.make_checkpoint import CONFIGS, config_like, make
 
 AXES = ("width", "layers", "tokens")
 CHILD = "from lordjax.scripts.cli import main; main()"
-# A process that has imported what a compression takes, and started the device.
+# An idle process: it imports what a compression needs, and initializes the device.
 BARE = """
 import jax, lordjax.compression
 from lordjax.runtime.progress import peak_rss
@@ -47,11 +48,14 @@ print(peak_rss())
 
 
 def exponent(x: list[float], y: list[float]) -> float | None:
-    """Least-squares p of ``y = c·x^p``; None without two sizes, or where a value is not positive.
+    """Fits p of ``y = c·x^p`` by least squares to the logarithms.
 
     Args:
       x: sizes.
-      y: what they cost.
+      y: cost of each size, such as seconds or bytes.
+
+    Returns:
+      The exponent; None with fewer than two different sizes, or if a cost is not positive.
     """
     if len(set(x)) < 2 or min(y) <= 0:
         return None
@@ -64,7 +68,13 @@ def exponent(x: list[float], y: list[float]) -> float | None:
 def cases(
     shrinks: tuple[int, ...], depths: tuple[int, ...], windows: tuple[int, ...]
 ) -> dict[str, list[tuple[int, int, int]]]:
-    """Axis -> what runs along it, by rising size: (shrink, layers, windows)."""
+    """Cases (shrink, layers, windows) along each axis, sorted by size.
+
+    Args:
+      shrinks: divisors of the width.
+      depths: numbers of blocks.
+      windows: numbers of calibration sequences.
+    """
     rising = [sorted(set(shrinks), reverse=True), sorted(set(depths)), sorted(set(windows))]
     middle = [values[len(values) // 2] for values in rising]
     found = {}
@@ -74,10 +84,14 @@ def cases(
 
 
 def _alone(command: list[str], programs: Path) -> str:
-    """What a process prints; its programs are kept in a directory.
+    """Runs Python in a new process, and returns what it prints.
+
+    Args:
+      command: arguments of the Python interpreter.
+      programs: directory of the compilation cache.
 
     Raises:
-      RuntimeError: if it fails; says what it had to say.
+      RuntimeError: if the process fails; the message ends with its stderr.
     """
     own = {
         "JAX_ENABLE_COMPILATION_CACHE": "true",
@@ -88,7 +102,10 @@ def _alone(command: list[str], programs: Path) -> str:
         [sys.executable, *command], capture_output=True, text=True, env=os.environ | own
     )
     if found.returncode:
-        raise RuntimeError(f"{' '.join(command[2:])}: {found.stderr.strip()[-2000:]}")
+        failed = " ".join(command[2:]) or "an idle process"
+        raise RuntimeError(
+            f"{failed}: exit code {found.returncode}, expected 0: {found.stderr.strip()[-2000:]}"
+        )
     return found.stdout
 
 
@@ -102,16 +119,16 @@ def measure(
     repeats: int,
     options: list[str],
 ) -> dict[str, Any]:
-    """Seconds by stage and the peak memory of a compression of some size.
+    """Measures the seconds by stage and the peak memory of one compression.
 
     Args:
-      case: shrink, layers, windows.
-      folder: for models and programs.
-      like: see `make_checkpoint`.
-      length: tokens of a window.
-      vocabulary: of the model.
-      repeats: runs after the first, which compiles.
-      options: of ``lordjax compress``.
+      case: divisor of the width, number of blocks, number of calibration sequences.
+      folder: directory for models and compiled programs.
+      like: name of the released model, see `lordjax.scripts.make_checkpoint`.
+      length: tokens per calibration sequence.
+      vocabulary: size of the model's vocabulary.
+      repeats: runs after the first one, which compiles.
+      options: further options of ``lordjax compress``.
     """
     import numpy as np
 
@@ -147,17 +164,20 @@ def measure(
 
 
 def seconds_of(row: dict[str, Any], stage: str = "total") -> float:
-    """Seconds of a stage of a case; 0 if the method has no such stage."""
+    """Seconds of a stage in a row; 0 if the method has no such stage."""
     return row["seconds"].get(stage, 0.0)
 
 
 def growth(rows: list[dict[str, Any]], axis: str, bare: int) -> dict[str, list[float | None]]:
-    """Exponents of seconds by stage and of memory along an axis: of all sizes, of the last two.
+    """Growth exponents of memory and of every stage's seconds along an axis.
 
     Args:
-      rows: what `measure` found, by rising size.
+      rows: results of `measure`, sorted by size.
       axis: one of `AXES`.
-      bare: peak memory of a process without work, bytes.
+      bare: peak memory of an idle process, in bytes.
+
+    Returns:
+      Two exponents by quantity: over all sizes, and over the two largest sizes.
     """
     what: dict[str, list[float]] = {"memory": [row["peak_bytes"] - bare for row in rows]}
     for stage in dict.fromkeys(stage for row in rows for stage in row["seconds"]):
@@ -167,7 +187,7 @@ def growth(rows: list[dict[str, Any]], axis: str, bare: int) -> dict[str, list[f
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """Both tables."""
+    """Formats the results as two Markdown tables: the cases, and the growth exponents."""
     rows = found["cases"]
     stages = list(dict.fromkeys(stage for row in rows for stage in row["seconds"]))
     head = ["width", "layers", "tokens", "model", *(f"{stage} s" for stage in stages)]
@@ -196,31 +216,69 @@ def _pair(exponents: list[float | None]) -> str:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--like", type=click.Choice(list(CONFIGS)), default="llama-2-7b", show_default=True)
+@click.option(
+    "--like",
+    type=click.Choice(list(CONFIGS)),
+    default="llama-2-7b",
+    show_default=True,
+    help="Released model whose shapes are used.",
+)
 @click.option(
     "--shrinks",
     default="32,16,8",
     show_default=True,
     callback=counts,
-    help="What the model's widths are divided by.",
-)
-@click.option("--depths", default="2,4,8", show_default=True, callback=counts, help="Layers.")
-@click.option(
-    "--windows", default="8,16,32", show_default=True, callback=counts, help="Of calibration."
+    help="Divisors of the model's widths, separated by commas.",
 )
 @click.option(
-    "--length", type=click.IntRange(min=2), default=256, show_default=True, help="Of a window."
+    "--depths",
+    default="2,4,8",
+    show_default=True,
+    callback=counts,
+    help="Numbers of layers, separated by commas.",
 )
-@click.option("--vocabulary", type=click.IntRange(min=2), default=1024, show_default=True)
-@click.option("--method", default="modegpt", show_default=True)
-@click.option("--keep", type=float, default=0.8, show_default=True, help="Of low rank.")
-@click.option("--bits", type=float, default=3.0, show_default=True, help="Of codes.")
+@click.option(
+    "--windows",
+    default="8,16,32",
+    show_default=True,
+    callback=counts,
+    help="Numbers of calibration sequences, separated by commas.",
+)
+@click.option(
+    "--length",
+    type=click.IntRange(min=2),
+    default=256,
+    show_default=True,
+    help="Tokens per calibration sequence.",
+)
+@click.option(
+    "--vocabulary",
+    type=click.IntRange(min=2),
+    default=1024,
+    show_default=True,
+    help="Size of the model's vocabulary.",
+)
+@click.option("--method", default="modegpt", show_default=True, help="Compression method.")
+@click.option(
+    "--keep",
+    type=float,
+    default=0.8,
+    show_default=True,
+    help="Fraction of the block weights to keep, for low-rank methods.",
+)
+@click.option(
+    "--bits",
+    type=float,
+    default=3.0,
+    show_default=True,
+    help="Bits per block weight, for quantizing methods.",
+)
 @click.option(
     "--repeats",
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="Runs after the one that compiles.",
+    help="Timed runs after the first one, which compiles.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 def main(
@@ -233,7 +291,7 @@ def main(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Measures how a compression's seconds and memory grow."""
+    """Measures how time and memory of a compression grow with the size of the job."""
     from lordjax.allocation.candidates import QUANTIZERS
     from lordjax.methods import METHODS
 
@@ -246,7 +304,7 @@ def main(
     for name, value in budget.items():
         options += [f"--{name}", str(value)]
     try:
-        for shrink in shrinks:  # before anything runs
+        for shrink in shrinks:  # fail before the first run
             config_like(settings["like"], 1, shrink)
         with tempfile.TemporaryDirectory() as folder:
             bare = int(_alone(["-c", BARE], Path(folder) / "bare"))

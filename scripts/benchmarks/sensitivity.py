@@ -1,17 +1,18 @@
-"""How much should an error in one layer weigh against an error in another?
+"""Comparison of error weights for the global rank allocation.
 
-The global allocation minimises Σ weight · error under one budget. This script allocates with
-different weights, same factors, same budget, and prints the perplexity of each::
+The global allocation minimizes Σ weight · error under a budget. This program allocates with
+different weights, and with the same factors and budget, and prints the perplexity of each::
 
     python -m lordjax.scripts.benchmarks.sensitivity MODEL --data DIR --keep 0.8
 
-* uniform     no allocation: the same share of every kernel
-* absolute    the squared output error as it is
-* relative    divided by the layer's output energy
-* gradient    times the mean squared loss gradient at the output (first-order Fisher)
-* slope       scaled so that it equals the measured rise of the calibration loss when this kernel
-              alone is cut to half of its break-even rank
-* loss metric the method ``lord``: the metric inside the factorisation, no weights
+* uniform     no allocation: the same fraction of every kernel is kept
+* absolute    squared output error
+* relative    squared output error, divided by the layer's output energy
+* gradient    squared output error times the mean squared loss gradient at the output (first-order
+              Fisher)
+* slope       error scaled to the measured rise of the calibration loss when only this kernel is
+              truncated, to half of its break-even rank
+* loss metric method ``lord``: the metric is part of the factorization, there are no weights
 """
 
 from __future__ import annotations
@@ -27,12 +28,23 @@ METHOD = "lord-linear"
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model")
-@click.option("--data", required=True, type=click.Path(exists=True, file_okay=False))
-@click.option("--domain", default="wikitext2", show_default=True)
-@click.option("--keep", default=0.8, show_default=True)
-@click.option("--calibration-windows", default=8, show_default=True)
-@click.option("--windows", default=4, show_default=True, help="evaluation windows")
-@click.option("--out", type=click.Path(dir_okay=False), help="JSON file of results")
+@click.option(
+    "--data",
+    required=True,
+    type=click.Path(exists=True, file_okay=False),
+    help="Directory with token arrays calib_DOMAIN.npy and eval_DOMAIN.npy.",
+)
+@click.option(
+    "--domain", default="wikitext2", show_default=True, help="Domain of the token arrays."
+)
+@click.option(
+    "--keep", default=0.8, show_default=True, help="Fraction of the block weights to keep."
+)
+@click.option(
+    "--calibration-windows", default=8, show_default=True, help="Number of calibration sequences."
+)
+@click.option("--windows", default=4, show_default=True, help="Number of evaluation sequences.")
+@click.option("--out", type=click.Path(dir_okay=False), help="JSON file for the results.")
 def main(
     model: str,
     data: str,
@@ -42,7 +54,7 @@ def main(
     windows: int,
     out: str | None,
 ) -> None:
-    """Perplexity of MODEL at one budget under different sensitivity weights."""
+    """Measures the perplexity of MODEL at one budget with different error weights."""
     from lordjax.compression.low_rank import prepare
     from lordjax.evaluate import perplexity
     from lordjax.scripts.benchmarks.protocol import protocol_tokens
@@ -74,7 +86,7 @@ def main(
 
 
 def _mean_squared_gradients(prepared: Any) -> dict[str, float]:
-    """Kernel path -> mean squared loss gradient at the kernel's output."""
+    """Mean squared loss gradients at the kernels' outputs, by kernel path."""
     import numpy as np
 
     from lordjax.calibration.backward_pass import gradient_statistics
@@ -93,9 +105,9 @@ def _mean_squared_gradients(prepared: Any) -> dict[str, float]:
 
 
 def _slopes(prepared: Any, tokens: Any) -> dict[str, float]:
-    """Kernel path -> rise of the calibration loss per unit of relative error, kernel by kernel.
+    """Rise of the calibration loss per unit of relative error, by kernel path.
 
-    The one kernel is cut and multiplied out, so that all trials share one compilation.
+    Each trial truncates one kernel and materializes it, so that all trials share one compilation.
     """
     import jax
     import jax.numpy as jnp

@@ -185,7 +185,7 @@ def _on_mesh(run: Run, settings: dict[str, Any], axes: str | None) -> tuple[Run,
     from lordjax.runtime import multihost
     from lordjax.runtime.mesh import make_mesh, parse
 
-    if axes is None and multihost.count() > 1:
+    if axes is None and multihost.process_count() > 1:
         axes = f"data={jax.device_count()}"
     if axes is None:
         return run, settings
@@ -203,7 +203,7 @@ def _identity(
     from lordjax.runtime import multihost
 
     by_content = ("model", "calibration", "seed", "samples")
-    processes = {"processes": multihost.count()} if multihost.count() > 1 else {}
+    processes = {"processes": multihost.process_count()} if multihost.process_count() > 1 else {}
     return processes | {
         "lordjax": __version__,
         "jax": jax.__version__,

@@ -1,17 +1,17 @@
-"""``lordjax demo``: a small model, compressed to several sizes on a laptop, measured and compared.
+"""``lordjax demo``: compress a small model to several sizes, measure and compare the results.
 
-SmolLM2-135M-Instruct (Apache-2.0) comes inside a wheel of PyPI, so that no other service is
-needed. It is calibrated on the modules a-m of Python's standard library and measured on modules n-z
-that the calibration has not seen.
+The model is SmolLM2-135M-Instruct (Apache-2.0). It comes in a wheel from PyPI, so that no other
+service is needed. Calibration uses the modules a-m of Python's standard library; evaluation uses
+the modules n-z.
 
 ::
 
-    OUT/dense, OUT/modegpt-0.8, OUT/auto-4.1 …   the models, directories that every verb opens
+    OUT/dense, OUT/modegpt-0.8, OUT/auto-4.1 …   model directories, for every command
     OUT/picture.png                              perplexity against bytes and against speed
-    OUT/demo.json                                settings and rows of the table
+    OUT/demo.json                                settings and measured rows of the table
 
-A model that is there is not made again, and a row that is there is not measured again, so that a
-demo that was interrupted goes on with what is missing.
+A later run keeps the models and the rows that exist, and makes only those that are missing. So an
+interrupted demo can be continued.
 """
 
 from __future__ import annotations
@@ -31,21 +31,22 @@ if TYPE_CHECKING:
     from lordjax.compression.result import Result
     from lordjax.runtime.progress import Progress
 
-MODEL_BYTES = 270_000_000  # on disk, of the dense one
+MODEL_BYTES = 270_000_000  # size of the dense model on disk
 DENSE, CODES = "dense", "auto"
 RECORD, PICTURE = "demo.json", "picture.png"
 PROMPT = 'def fibonacci(n):\n    """Return the n-th Fibonacci number."""\n'
-NEW = 32  # tokens that continue it
-REPEATS = 2  # timed runs, of which the faster counts
+NEW = 32  # tokens generated after the prompt
+REPEATS = 2  # timed runs; the fastest one counts
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A model that the demo makes.
+    """Model that the demo makes.
 
     Attributes:
-      method: `DENSE`, or a method's name.
-      budget: share of the block linear weights that stays, or bits per weight; None of `DENSE`.
+      method: name of a method, or `DENSE` for the original model.
+      budget: kept fraction of the block weights, or bits per block weight for method `CODES`;
+        None for `DENSE`.
     """
 
     method: str
@@ -53,26 +54,30 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """Of its directory."""
+        """Name of the model's directory."""
         return self.method if self.budget is None else f"{self.method}-{self.budget:g}"
 
 
 def run_demo(
     out: str, keeps: tuple[float, ...], bits: tuple[float, ...], samples: int, windows: int
 ) -> dict[str, Any]:
-    """Downloads a model, compresses it to every budget, measures and draws what came of it.
+    """Downloads a model, compresses it to every budget, measures the results and plots them.
 
     Args:
-      out: directory for everything; new, empty, or left by a demo with the same settings.
-      keeps: budgets of the default method, shares of the block linear weights.
-      bits: budgets of method ``auto``, bits per block weight.
-      samples: calibration windows.
-      windows: evaluation windows.
+      out: output directory; new, empty, or left by a demo with the same settings.
+      keeps: budgets of the default method, as kept fractions of the block weights.
+      bits: budgets of method ``auto``, in bits per block weight.
+      samples: number of calibration sequences.
+      windows: number of evaluation sequences.
+
+    Returns:
+      The output directory, facts of the original file, the rows of the table, the prompt, the
+      settings and the elapsed seconds.
 
     Raises:
-      FileExistsError: if ``out`` holds something else.
-      OSError: if the model cannot be downloaded, or there is not enough room.
-      ValueError: if ``out`` was begun with other settings.
+      FileExistsError: if ``out`` has other contents.
+      OSError: if the model cannot be downloaded, or the disk has too little room.
+      ValueError: if ``out`` belongs to a demo with other settings.
     """
     from lordjax.methods import DEFAULT_METHOD
     from lordjax.storage.atomic_directory import check_room
@@ -110,11 +115,11 @@ def run_demo(
 
 
 def finished_rows(directory: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Rows by name that an earlier demo with these settings measured.
+    """Rows that an earlier demo with the same settings measured, by model name.
 
     Raises:
-      FileExistsError: if something else is there.
-      ValueError: if it had other settings, or its record is damaged.
+      FileExistsError: if the directory has other contents.
+      ValueError: if the earlier demo had other settings, or its record is damaged.
     """
     file = directory / RECORD
     if not file.exists():
@@ -129,15 +134,13 @@ def finished_rows(directory: Path, settings: dict[str, Any]) -> dict[str, dict[s
     changed = [name for name in settings if before.get(name) != settings[name]]
     if changed:
         differences = ", ".join(f"{n} was {before.get(n)}, is {settings[n]}" for n in changed)
-        raise ValueError(
-            f"{directory}: a demo began here with other settings ({differences}); {advice}"
-        )
+        raise ValueError(f"{directory}: holds a demo with other settings ({differences}); {advice}")
     say(f"going on in {directory}: what is finished there is not done again")
     return rows
 
 
 def write_record(directory: Path, settings: dict[str, Any], rows: dict[str, Any]) -> None:
-    """Writes settings and rows, all or nothing."""
+    """Writes settings and rows into `RECORD`, as one atomic write."""
     from lordjax.storage.tensor_files import write_json
 
     directory.mkdir(parents=True, exist_ok=True)
@@ -145,7 +148,10 @@ def write_record(directory: Path, settings: dict[str, Any], rows: dict[str, Any]
 
 
 def make(model: Model, calibration: Any, variants: list[Variant], directory: Path) -> None:
-    """Writes a directory for every variant; a method prepares once for all of its budgets."""
+    """Writes a model directory for every variant.
+
+    A method calibrates once for all of its budgets.
+    """
     from lordjax.data.token_windows import fingerprint
     from lordjax.storage import checkpoint
 
@@ -170,9 +176,11 @@ def make(model: Model, calibration: Any, variants: list[Variant], directory: Pat
 def results(
     model: Model, calibration: Any, variants: list[Variant]
 ) -> Iterator[tuple[Variant, dict[str, Any], float]]:
-    """Parameters, plan and report of models of one method, and the seconds that each takes alone.
+    """Yields variant, results and seconds for every variant of one method.
 
-    They are computed in float32 and rounded to the dtype that the model is stored in.
+    The results are the parameters, the report and, for a compressed model, the plan. The seconds
+    of a variant include the calibration, which all variants share. The method computes in float32
+    and rounds to the dtype in which the original model is stored.
     """
     from lordjax.kernels.kinds import astype
 
@@ -197,7 +205,7 @@ def results(
 def prepared(
     model: Model, calibration: Any, method: str, progress: Progress
 ) -> Callable[[Any], Result]:
-    """What compresses the model to a budget; all that budgets share is done."""
+    """Calibrates a method, and returns a function that compresses the model to a budget."""
     from lordjax.compression.low_rank import prepare
     from lordjax.compression.quantized import prepare_quantized
 
@@ -208,14 +216,14 @@ def prepared(
     quantizer = prepare_quantized(
         model.source, calibration, method=method, dtype=dtype, progress=progress
     )
-    _ = quantizer.tables  # what every choice would cost, found when first asked for
+    _ = quantizer.tables  # computed on first access; count it as calibration
     return lambda bits: quantizer.compress(bits=bits)
 
 
 def measured(variant: Variant, directory: Path, evaluation: Any) -> dict[str, Any]:
-    """A row of the table: bytes on disk, perplexity, speed, and how the prompt goes on.
+    """Row of the table: bytes on disk, perplexity, decoding speed, and a continued prompt.
 
-    The weights are those on disk; products and activations are float32.
+    The weights are those on disk. Matrix products and activations are float32.
     """
     import jax
 
@@ -236,7 +244,7 @@ def measured(variant: Variant, directory: Path, evaluation: Any) -> dict[str, An
     tokens, speed = decoded(opened.config, params, tokenize(tokenizer, PROMPT))
     ends = [tokens.index(end) for end in end_tokens(tokenizer) if end in tokens]
     linear = inspect_model(str(path))["block_linear"]
-    jax.clear_caches()  # programs of other shapes are no use to the next model
+    jax.clear_caches()  # the next model has other shapes and needs other programs
     return {
         "name": variant.name,
         **dataclasses.asdict(variant),
@@ -252,9 +260,12 @@ def measured(variant: Variant, directory: Path, evaluation: Any) -> dict[str, An
 
 
 def decoded(config: Any, params: Any, prompt: list[int]) -> tuple[list[int], float]:
-    """The likeliest `NEW` tokens behind a prompt, and how many a second follow the first.
+    """Greedily decodes `NEW` tokens after a prompt, and measures the speed.
 
-    A first run compiles and is not timed; of the others the fastest counts.
+    The first run compiles and is not timed. The fastest of the `REPEATS` other runs counts.
+
+    Returns:
+      The token ids, and the tokens per second after the first token.
     """
     from lordjax.generation.decode import stream
 
@@ -271,7 +282,7 @@ def decoded(config: Any, params: Any, prompt: list[int]) -> tuple[list[int], flo
 
 
 def draw_rows(rows: list[dict[str, Any]], path: Path) -> None:
-    """Perplexity against bytes on disk and against speed."""
+    """Plots perplexity against bytes on disk and against decoding speed."""
     from lordjax.scripts.verbs.benchmark import draw
 
     points = [
@@ -281,7 +292,7 @@ def draw_rows(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def show(result: dict[str, Any]) -> None:
-    """Prints the table, what the models write, and how to go on."""
+    """Prints the table, each method's continuation of the prompt, and further commands."""
     rows, out = result["rows"], result["output"]
     _show_table(rows, result["original"])
     ends = {row["method"]: row for row in reversed(rows)}  # the largest model of each method

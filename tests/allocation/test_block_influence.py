@@ -1,4 +1,4 @@
-"""Block influence: shares of LLaMA, optimality, and budgets that rounding keeps."""
+"""Block influence: fractions of LLaMA, optimality, and budgets that hold after rounding."""
 
 import jax
 import numpy as np
@@ -7,8 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import spent
 
+from lordjax.allocation.block_influence import influence_removal
+from lordjax.allocation.curves import Curve
 from lordjax.allocation.plan import SiteSize
-from lordjax.allocation.policies import Curve, allocate, influence_removal
+from lordjax.allocation.policies import allocate
 from lordjax.compression.site_factors import site_size
 from lordjax.models import ModelConfig, init
 from lordjax.models.sites import MODULE_SITES
@@ -47,14 +49,14 @@ def test_influence_is_the_capped_optimum(scores, removed, temperature, seed):
     assert shares.mean() == pytest.approx(removed, abs=1e-9)
     assert ((shares >= 0) & (shares <= 0.95 + 1e-12)).all()
     order = np.argsort(scores)
-    assert (np.diff(shares[order]) <= 1e-12).all()  # little from those of high influence
+    assert (np.diff(shares[order]) <= 1e-12).all()  # little is removed where the influence is high
 
     def value(phi):
         logs = np.log(np.where(phi > 0, phi, 1))
         return np.sum(scores * (1 - phi)) - temperature * np.sum(phi * logs)
 
     rng = np.random.default_rng(seed)
-    for _ in range(20):  # no feasible exchange between two blocks does better
+    for _ in range(20):  # no feasible exchange between two blocks is better
         i, j = rng.integers(0, len(scores), 2)
         other = shares.copy()
         step = rng.uniform(0, min(other[i], 0.95 - other[j]))
@@ -79,7 +81,7 @@ def test_influence_of_blocks_too_far_apart_to_compare():
 
 
 def test_rounding_by_influence_is_repaired_within_the_budget():
-    """MoDeGPT's modules of LLaMA-2-7B: hardware multiples, and still 0.2 % of the target."""
+    """MoDeGPT's modules of LLaMA-2-7B: widths suit hardware, within 0.2 % of the target."""
     errors = {"attention/qk": 128, "attention/vo": 128, "mlp": 11008}
     sizes = {
         "attention/qk": SiteSize(2 * 4096**2, 2 * 4096 * 32, step=2),
@@ -105,7 +107,7 @@ def test_rounding_by_influence_is_repaired_within_the_budget():
     [(0.3, 0.1, 1.0, 0), (0.5, 0.05, 1.0, 9), (0.5, 0.05, 0.85, 12)],
 )
 def test_influence_meets_the_kkt_conditions(removed, temperature, cap, pinned):
-    """Of Σ sφ - T·H(φ): one multiplier for all blocks below the cap, a larger slope at it."""
+    """Σ sφ - T·H(φ) has one slope at all blocks below the cap, and a larger one at the cap."""
     phi = influence_removal(LLAMA_INFLUENCE, removed, temperature, cap=cap)
     slope = -LLAMA_INFLUENCE - temperature * (np.log(phi) + 1)
     at_cap = phi >= cap - 1e-12

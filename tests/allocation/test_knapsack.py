@@ -1,4 +1,4 @@
-"""One choice per matrix within a budget: optima of small problems, bounds, both solvers."""
+"""The knapsack: optima of small problems, lower bounds, and both solvers."""
 
 import itertools
 import time
@@ -32,7 +32,7 @@ def brute_force(costs, errors, budget):
 
 
 def assert_certified(choices, costs, errors, budget, optimum):
-    """Within the budget, honest about its error, and the bound brackets the optimum."""
+    """The choice fits the budget, its error is the reported one, and the bound is a lower bound."""
     spent = sum(c[i] for c, i in zip(costs, choices.index, strict=True))
     error = sum(e[i] for e, i in zip(errors, choices.index, strict=True))
     slack = 1e-9 * (1 + abs(optimum))
@@ -62,7 +62,7 @@ def test_fixture_at_every_budget(budget):
 
 
 def milp_optimum(costs, errors, budget):
-    """The same problem as an integer programme: one 0/1 variable an option."""
+    """The same problem as an integer program with one 0/1 variable per candidate."""
     groups = np.repeat(np.arange(len(costs)), [len(c) for c in costs])
     one_each = (groups[None] == np.arange(len(costs))[:, None]).astype(float)
     solution = scipy.optimize.milp(
@@ -86,7 +86,7 @@ def test_choose_against_highs(seed):
     for _ in range(rng.integers(2, 8)):
         n = rng.integers(1, 9)
         costs.append(np.cumsum(rng.integers(1, 20, n)).astype(float))
-        # Convex or not: a dense option that drops to zero error is not on the convex curve.
+        # Curves may be convex, but the dense candidate, whose error is zero, is off the curve.
         error = np.sort(rng.exponential(10.0 ** rng.integers(-2, 3), n))[::-1].copy()
         if rng.random() < 0.5:
             error[-1] = 0.0
@@ -109,7 +109,7 @@ every_solver = pytest.mark.parametrize("solver", SOLVERS)
 
 
 def tables(seed, matrices=4, options=6):
-    """Sizes rise, errors mostly fall: as of formats, some of which others beat in both."""
+    """Rising sizes and mostly falling errors, like those of formats; some are beaten in both."""
     rng = np.random.default_rng(seed)
     sizes = [
         np.sort(rng.uniform(2, 8.6, options)) * 100 * rng.integers(1, 4) for _ in range(matrices)
@@ -144,7 +144,7 @@ def test_a_larger_budget_is_never_worse(solver):
     found = [
         SOLVERS[solver](costs, errors, between(costs, share)) for share in np.linspace(0, 1, 15)
     ]
-    # Up to the gap: HiGHS stops within 1e-4, and the price picks from the convex hull.
+    # Up to the gap: HiGHS stops within 1e-4, and the multiplier picks from the convex hull.
     for small, large in itertools.pairwise(found):
         assert large.bound <= small.error * (1 + 1e-9)
         assert large.error <= small.error * (1 + 2e-4)
@@ -157,7 +157,7 @@ def test_ample_budget_takes_the_least_errors(solver):
         choices = SOLVERS[solver](costs, errors, factor * sum(c.max() for c in costs))
         assert list(choices.index) == [int(np.argmin(e)) for e in errors]
         assert choices.gap == 0
-    # Dense has no error at all: nothing to scale the problem by.
+    # Dense has no error, so nothing scales the problem.
     dense = [np.append(e[:-1], 0.0) for e in errors]
     choices = SOLVERS[solver](costs, dense, sum(c.max() for c in costs))
     assert choices.error == 0 and set(choices.index) == {5}
@@ -173,7 +173,7 @@ def test_solvers_refuse_a_budget_below_the_least(solver):
 
 @every_solver
 def test_the_uniform_choice_is_not_better(solver):
-    """Equal matrices, and a budget that one option for all meets exactly."""
+    """Equal matrices, and a budget that one candidate for all meets exactly."""
     costs, errors = tables(9, matrices=1)
     costs, errors = costs * 10, [np.sort(errors[0])[::-1]] * 10
     for k in range(6):
@@ -189,7 +189,7 @@ def test_options_that_others_beat_do_not_matter(solver):
         expected = SOLVERS[solver](costs, errors, budget)
         worse_costs, worse_errors = [], []
         for c, e in zip(costs, errors, strict=True):
-            # One that is as large as the second with more error, one larger than all and worst.
+            # One is as large as the second with more error; one is the largest and the worst.
             worse_costs.append(np.concatenate([c[:2], c[1:2], c[2:], c[-1:] + 1]))
             worse_errors.append(np.concatenate([e[:2], e[1:2] * 2, e[2:], [e.max()]]))
         found = SOLVERS[solver](worse_costs, worse_errors, budget)
@@ -223,11 +223,11 @@ def test_a_matrix_that_matters_more_gets_more(solver):
 
 
 def test_published_grid_is_solved_fast():
-    """30 blocks of 7 matrices, 432 formats each: certified to 0.2 %, by one price and by HiGHS."""
+    """30 blocks of 7 matrices, 432 formats each: certified to 0.2 % by bisection and by HiGHS."""
     rng, width, hidden = np.random.default_rng(0), 576, 1536
     counts = [width**2, width**2 // 3, width**2 // 3, width**2] + [width * hidden] * 3
     forms = grid()
-    # Relative errors of Gaussian data by bits (theory/lq_lora §1.7), some for blocks and scales.
+    # Relative errors of Gaussian data by bits (theory/lq_lora §1.7), and a share for the scales.
     gaussian = {2: 0.3168, 3: 0.0406, 4: 0.00846, 8: 2.9e-5}
     relative = np.array(
         [gaussian[f.bits] * (f.block / 64) ** 0.25 * (1 + 0.3 / 4**f.scale_bits) for f in forms]

@@ -1,4 +1,4 @@
-"""Policies: published ranks and sizes, budgets and their properties."""
+"""Policies: published ranks and sizes, budgets, and properties that every policy has."""
 
 import dataclasses
 import itertools
@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import spent
 
+from lordjax.allocation.curves import Curve
 from lordjax.allocation.knapsack import choose
 from lordjax.allocation.plan import SiteSize
-from lordjax.allocation.policies import CURVELESS, POLICIES, Curve, allocate
+from lordjax.allocation.policies import CURVELESS, POLICIES, allocate
 
 # --- published numbers: LLaMA-7B (theory/lord_rom §4.3, §7, §9) ----------------------------------
 
@@ -27,7 +28,7 @@ LLAMA = {
     "mlp/down": (HIDDEN, WIDTH),
 }
 
-FLAT = np.zeros(WIDTH + 1)  # for policies that look at shapes only
+FLAT = np.zeros(WIDTH + 1)  # for policies that read shapes only
 
 SHAPES = {f"layer_{i}/{n}/kernel": s for i in range(BLOCKS) for n, s in LLAMA.items()}
 
@@ -39,12 +40,12 @@ def linear_weights(ranks):
 
 
 def parameters(ranks):
-    """Linear layers, embedding, untied head, two norms a block and the final one."""
+    """Weights of linear layers, embedding, untied head, two norms per block and the final norm."""
     return linear_weights(ranks) + 2 * VOCAB * WIDTH + (2 * BLOCKS + 1) * WIDTH
 
 
 def macs(ranks, length=64):
-    """Linear layers and head on every token; q·k and weights·v of full attention."""
+    """Multiply-adds of linear layers and head on every token, and of full attention."""
     return length * (linear_weights(ranks) + VOCAB * WIDTH) + BLOCKS * 2 * length**2 * WIDTH
 
 
@@ -116,7 +117,7 @@ SIZES = (1, 2, 5, 8, 16, 24, 40, 63)
 
 @st.composite
 def models(draw):
-    """Curves of a small model: a shape per layer type, a falling spectrum per kernel."""
+    """Curves of a small model: one shape per layer type, one falling spectrum per kernel."""
     layers = draw(st.integers(1, 5))
     shapes = {n: (draw(st.sampled_from(SIZES)), draw(st.sampled_from(SIZES))) for n in TYPES}
     bias = draw(st.booleans())
@@ -162,7 +163,7 @@ def test_budget_tiles_and_break_even(curves, keep, policy, tile):
         assert type(rank) is int and rank >= 1
         assert spent(one, {path: rank}) < spent(one, {path: None})  # below break-even
         if policy not in CURVELESS and rank % tile:
-            # Only a matrix too small for a whole tile may have another rank.
+            # Only a matrix smaller than a tile may have another rank.
             assert spent(one, {path: tile}) >= spent(one, {path: None})
     assert allocate(dict(curves), keep, policy, tile) == found  # deterministic
 
@@ -170,7 +171,7 @@ def test_budget_tiles_and_break_even(curves, keep, policy, tile):
 @settings(max_examples=30, deadline=None)
 @given(models(), st.floats(0.05, 0.999), st.sampled_from(sorted(POLICIES)))
 def test_a_budget_that_fits_the_smallest_ranks_is_met(curves, keep, policy):
-    """The optimising policies refuse only what is impossible."""
+    """The optimizing policies refuse only impossible budgets."""
     least = 0
     for curve in curves.values():
         smallest = {"k": 1}
@@ -184,7 +185,7 @@ def test_a_budget_that_fits_the_smallest_ranks_is_met(curves, keep, policy):
 @settings(max_examples=40, deadline=None)
 @given(models(), st.floats(0.1, 0.9), st.floats(0.0, 1.0))
 def test_more_budget_is_never_certified_worse(curves, keep, more):
-    options = [curve.options(4) for curve in curves.values()]
+    options = [curve.candidates(4) for curve in curves.values()]
     costs, errors = [o[1] for o in options], [o[2] for o in options]
     dense = sum(curve.size.dense for curve in curves.values())
     small, large = keep * dense, (keep + more * (1 - keep)) * dense
@@ -225,7 +226,7 @@ def test_per_type_gives_one_rank_a_layer_type():
     assert ranks["layer_0/mlp/up/kernel"] == ranks["layer_1/mlp/up/kernel"]
     assert ranks["layer_0/mlp/down/kernel"] == ranks["layer_1/mlp/down/kernel"]
     assert gap is not None
-    # A spectrum that falls fast needs less than a flat one.
+    # A spectrum that falls fast needs a smaller rank than a flat one.
     assert ranks["layer_0/mlp/up/kernel"] is not None
     assert ranks["layer_0/mlp/down/kernel"] is None or (
         ranks["layer_0/mlp/down/kernel"] > ranks["layer_0/mlp/up/kernel"]
@@ -243,7 +244,7 @@ def test_energy_equalises_the_share_that_is_kept():
         errors = curves[path].errors
         kept.append(1 - errors[rank] / errors[0])
         one_less.append(1 - errors[rank - 1] / errors[0])
-    # One threshold lies above what any kernel keeps with a rank less, and below what all keep.
+    # One threshold separates what every kernel keeps at its rank from what it keeps at one less.
     assert max(one_less) < min(kept)
     found = list(ranks.values())
     assert found == sorted(found, reverse=True) and len(set(found)) == 3
@@ -271,7 +272,7 @@ def test_bias_weights_are_counted(policy):
 
 
 def test_blocks_of_different_sizes_keep_the_budget():
-    # The last blocks are the small ones: what they save must be reckoned by weights, not blocks.
+    # The last blocks are small, so their savings count in weights, not in blocks.
     curves = {f"layer_{i}/mlp/up/kernel": curve(np.ones(32)) for i in range(1, 4)}
     curves["layer_0/mlp/up/kernel"] = curve(np.ones(40), (40, 40))
     for keep in (0.5, 0.7, 0.9):
@@ -322,7 +323,7 @@ def test_a_budget_that_cannot_be_met_says_so(policy):
 
 
 def test_unknown_policy_and_broken_curve_are_named():
-    with pytest.raises(KeyError, match=r"globl.*known: .*global"):
+    with pytest.raises(KeyError, match=r"globl.*did you mean global"):
         allocate(two_layers(), 0.5, "globl")
     curves = two_layers()
     curves["layer_1/mlp/up/kernel"].errors[3] = np.nan
@@ -342,8 +343,8 @@ def test_one_rank_per_type_needs_one_size_per_type():
 
 @pytest.mark.parametrize(("width", "step"), [(1536, 32), (520, 32), (512, 8), (48, 8), (7, 1)])
 def test_steps_of_several_tiles_are_for_wide_sites(width, step):
-    """A narrow MLP still has a choice: 4 tiles of 8 only where 16 steps of 32 save weights."""
+    """Ranks go up by 4 tiles of 8 only where 16 steps of 32 save weights."""
     curve = Curve(SiteSize(width * 9, 9, tiles=4), np.linspace(1, 0, width + 1))
-    ranks, costs, _ = curve.options(8)
+    ranks, costs, _ = curve.candidates(8)
     assert ranks == [*range(step, width, step), None]
     assert list(costs) == [9 * r for r in ranks[:-1]] + [9 * width]

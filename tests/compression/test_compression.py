@@ -1,4 +1,4 @@
-"""Whole models: budgets are kept, blocks share compilations, statistics are what they claim."""
+"""Whole models: budgets are kept, blocks share compilations; statistics ignore batches, dtypes."""
 
 import itertools
 
@@ -46,7 +46,7 @@ def linear_weights(params):
 
 
 def prefixes():
-    """All methods with their own prefix; the others with one method of each kind, the rest slow."""
+    """All methods with their own prefix; other prefixes with three methods; the rest is slow."""
     for method, prefix in itertools.product(sorted(METHODS), PREFIXES):
         quick = prefix == METHODS[method].prefix or method in ("lord", "lord-centred", "modegpt")
         yield pytest.param(method, prefix, marks=[] if quick else pytest.mark.slow)
@@ -141,8 +141,8 @@ def test_blocks_share_their_compilations(source, method, prefix):
 
 
 @pytest.mark.full
-def test_sequential_equals_one_shot_where_the_prefix_is_untouched(source):
-    """Only q, k, v of the first block: their inputs are the untouched model's either way."""
+def test_sequential_equals_one_shot_where_the_prefix_is_the_original(source):
+    """Only q, k, v of the first block: their inputs are the original model's either way."""
     prepared = {
         p: prepare(source, TOKENS, method="lord-linear", prefix=p) for p in ("dense", "compressed")
     }
@@ -154,7 +154,7 @@ def test_sequential_equals_one_shot_where_the_prefix_is_untouched(source):
 
 
 def test_sequential_sees_the_compressed_prefix(source):
-    """Compressing an early layer changes what a later one is fitted to - unless one-shot."""
+    """Compressing an early layer changes the target of a later one, except with prefix dense."""
     ranks = dict.fromkeys(prepare(source, TOKENS, method="rom").sizes, None)
     late = "layer_2/mlp/down/kernel"
     results = {}
@@ -171,7 +171,7 @@ def test_sequential_sees_the_compressed_prefix(source):
 
 @pytest.mark.full
 def test_corrective_target_lowers_the_error_of_the_model(source):
-    """The residual stream after the last block is closer to the untouched model's."""
+    """The residual stream after the last block is closer to the original model's."""
     errors = {}
     for prefix in ("compressed", "corrective"):
         result = compress(source, TOKENS, method="lord-linear", keep=0.5, prefix=prefix)

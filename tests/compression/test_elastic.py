@@ -1,4 +1,4 @@
-"""One elastic model, any budget: the same bits as a compression to that budget."""
+"""An elastic model cut to any budget has the same bits as a compression to that budget."""
 
 import json
 import shutil
@@ -49,13 +49,13 @@ def test_every_budget_is_that_of_a_compression_to_it(models, method):
         cut = elastic.cut(models[method], keep)
         assert cut.plan == direct.plan
         same(load(models[method], keep=keep)[1], direct.params)
-    # Without a budget it is the dense model.
+    # Without a budget, `load` returns the dense model.
     same(load(models[method])[1], small_model().params)
     assert not partial(models[method]).exists()
 
 
 def test_a_temperature_is_chosen_for_every_budget_unless_it_is_named(tmp_path):
-    """On the held-out windows that a compression would have chosen it on."""
+    """The held-out sequences are those on which a compression would have chosen it."""
     chosen = made(tmp_path / "chosen", method="modegpt-published")
     direct = compress(small_model(), TOKENS, method="modegpt-published", keep=0.6)
     assert elastic.cut(chosen, 0.6).plan == direct.plan
@@ -116,7 +116,7 @@ def test_the_command_line_writes_the_files_of_a_direct_compression(tiny, text, t
     pages = [without_times(files[PAGE].read_text()) for files in (ours, theirs)]
     assert pages[0] == pages[1]
     assert Plan.read(small / "plan.json").keep == 0.6
-    # In another form, and as the dense model that it is.
+    # Cut and exported in another format; evaluated as the dense model.
     found = run("export", whole, tmp_path / "dense", "--keep", 0.6, "--to", "dense", "--verify")
     assert found.exit_code == 0, found.stderr
     assert run("evaluate", whole, "--tokens", text, "--windows", 1).exit_code == 0

@@ -1,4 +1,4 @@
-"""Every method on every shape of block that a family has: compress, save, load, evaluate."""
+"""Every method compresses every family's kind of block; the result is saved, loaded, evaluated."""
 
 import itertools
 
@@ -24,7 +24,7 @@ HF_CONFIG = {"model_type": "gpt2"}
 
 
 def linear_weights(params):
-    """What `keep` is a share of."""
+    """The number of weights that `keep` is a fraction of."""
     flat = trees.flatten(params)
     return sum(
         weights(leaf)
@@ -34,7 +34,7 @@ def linear_weights(params):
 
 
 def measure(config, params):
-    """Of a language model its perplexity, of a classifier how sure it is."""
+    """The perplexity of a language model, or the confidence of a classifier."""
     if config.head == "classes":
         logits = Transformer(config).apply({"params": params}, TOKENS)
         assert logits.shape == (len(TOKENS), config.num_classes)
@@ -43,7 +43,7 @@ def measure(config, params):
 
 
 def check(result, original, directory):
-    """A result that is smaller, finite, of the size reported, and the same when loaded."""
+    """The result is smaller, finite, of the reported size, and the same when loaded."""
     assert nbytes(result.params) < nbytes(original.params)
     assert result.report["bytes"] == nbytes(result.params)
     measured = measure(result.config, result.params)
@@ -55,7 +55,7 @@ def check(result, original, directory):
 
 
 def pairs(methods, often):
-    """Every method on one block, every block with ``often``; all other pairs are slow."""
+    """Every method with one kind of block, every kind with ``often``; all other pairs are slow."""
     for method, block in itertools.product(methods, BLOCKS):
         quick = method in often or block == "gpt2"
         yield pytest.param(method, block, marks=[] if quick else pytest.mark.slow)
@@ -109,7 +109,7 @@ def test_heads_that_are_normalised_keep_their_width(method):
 @pytest.mark.full
 @pytest.mark.parametrize("block", ["opt", "roberta"])
 def test_padding_does_not_count(block):
-    """Learned positions count tokens, not places; statistics see no padding."""
+    """Learned positions count tokens, not array positions; statistics ignore padding."""
     original = source(block)
     padded = np.concatenate([np.zeros_like(TOKENS[:, :7]), TOKENS], axis=1)
     mask = np.concatenate([np.zeros((10, 7), bool), np.ones_like(TOKENS, bool)], axis=1)

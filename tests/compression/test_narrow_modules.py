@@ -1,4 +1,4 @@
-"""Narrower modules in whole models: nothing padded, saved and loaded, compressed again."""
+"""Pruned modules in whole models: nothing is padded; they are saved, loaded, compressed again."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ from lordjax.kernels import trees
 from lordjax.kernels.base import nbytes
 from lordjax.kernels.low_rank import LowRank
 from lordjax.methods import METHODS, ModuleFactors
-from lordjax.methods.modular.mlp import mlp_module, narrow_mlp
+from lordjax.methods.modular.mlp import mlp_module, prune_mlp
 from lordjax.models import ModelConfig, Rope, Transformer, init
 from lordjax.models.blocks import MLP, Block
 from lordjax.models.head_axes import gather, scatter
@@ -42,7 +42,7 @@ def logits(config, params, tokens=TOKENS):
 
 
 def by_hand(prepared, **widths):
-    """A plan of one width per kind of module, the rest as it is."""
+    """A plan with one width per kind of module; all other sites stay as they are."""
     ranks = {path: widths.get(path.rsplit("/", 1)[1]) for path in prepared.sizes}
     return Plan(prepared.method, ranks, 0.5, "by hand")
 
@@ -50,7 +50,7 @@ def by_hand(prepared, **widths):
 @pytest.mark.quick("modegpt-cr-plain")
 @pytest.mark.parametrize("config", [CONFIG, BIASED, STATIC], ids=["plain", "biased", "static"])
 @pytest.mark.parametrize("method", ["modegpt-published", "modegpt-cr"])
-def test_modules_become_narrower_and_work(config, method):
+def test_pruned_modules_work(config, method):
     prepared = prepare(InMemory(config, shifted(config)), TOKENS, method=method)
     result = prepared.apply(by_hand(prepared, vo=6, mlp=40, qk=4))
     block = trees.flatten(result.params["layer_1"])
@@ -62,13 +62,13 @@ def test_modules_become_narrower_and_work(config, method):
     assert ("attention/rope_index" in block) == (config.rope is not None)
     assert not any(isinstance(leaf, LowRank) for leaf in block.values())
     expected, got = (logits(config, p) for p in (shifted(config), result.params))
-    # Half of an untrained model is missing; unrelated logits would give twice their variance.
+    # Half of an untrained model is gone; unrelated logits would give twice their variance.
     assert 0 < np.mean((got - expected) ** 2) < np.mean(expected**2)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("config", [CONFIG, BIASED], ids=["plain", "biased"])
-def test_modegpt_is_a_narrow_mlp_and_low_rank_attention(config):
+def test_modegpt_is_a_pruned_mlp_and_low_rank_attention(config):
     prepared = prepare(InMemory(config, shifted(config)), TOKENS, method="modegpt")
     assert {path.split("/", 1)[1] for path in prepared.sizes} == {
         "mlp",
@@ -79,14 +79,14 @@ def test_modegpt_is_a_narrow_mlp_and_low_rank_attention(config):
     assert block["mlp/gate/kernel"].shape == (48, 40)
     assert all(block[f"attention/{n}/kernel"].rank == 5 for n in "qkvo")
     wide = replace_kernels(
-        shifted(config)["layer_1"], 1, prepared.factors, plan.ranks, "modegpt", config, widened=True
+        shifted(config)["layer_1"], 1, prepared.factors, plan.ranks, "modegpt", config, padded=True
     )
     x = jnp.cos(jnp.arange(2.0 * 9 * 48)).reshape(2, 9, 48)
-    narrow, widened = (
+    pruned, padded = (
         Block(config).apply({"params": p}, x, jnp.arange(9)[None])
         for p in (trees.unflatten(block), wide)
     )
-    np.testing.assert_allclose(narrow, widened, atol=1e-5)
+    np.testing.assert_allclose(pruned, padded, atol=1e-5)
 
 
 @pytest.mark.full
@@ -120,7 +120,7 @@ def test_a_compressed_model_is_compressed_again(config, method):
 
 @pytest.mark.full
 def test_a_bias_that_appears_is_charged_to_the_budget():
-    """Qwen2: the values have a bias and the output projection none; it is there after."""
+    """Qwen2 has a bias at the values, none at the output projection; compression adds one there."""
     qwen = dataclasses.replace(CONFIG, qkv_bias=True)
     prepared = prepare(InMemory(qwen, shifted(qwen)), TOKENS, method="modegpt-cr")
     assert prepared.curves()["layer_0/attention/vo"].extra == CONFIG.hidden_size
@@ -140,7 +140,7 @@ def test_another_dtype_leaves_indices_alone():
 
 @pytest.mark.full
 def test_attention_keeps_its_scale():
-    """Columns that are zero may go, and nothing changes: the scale is that of the whole head."""
+    """Pruning zero columns changes nothing, because attention keeps the scale of the whole head."""
     params = trees.flatten(shifted(CONFIG)["layer_0"])
     pairs = np.array([[0, 2], [1, 3]], np.int32)
     kernels = gather("qk", params, CONFIG)
@@ -169,7 +169,7 @@ def test_attention_keeps_its_scale():
 @pytest.mark.full
 @pytest.mark.parametrize("config", [BIASED, STATIC], ids=["rotary", "static"])
 @pytest.mark.parametrize("method", ["modegpt-cr", "modegpt-published"])
-def test_a_widened_module_is_the_same_function(config, method):
+def test_a_zero_padded_module_is_the_same_function(config, method):
     prepared = prepare(InMemory(config, shifted(config)), TOKENS, method=method)
     plan = by_hand(prepared, qk=4, vo=5, mlp=33)
     narrow = prepared.apply(plan).params
@@ -181,7 +181,7 @@ def test_a_widened_module_is_the_same_function(config, method):
             plan.ranks,
             method,
             config,
-            widened=True,
+            padded=True,
         )
         for i in range(3)
     }
@@ -200,7 +200,7 @@ def test_scatter_inverts_gather():
 
 
 def test_bias_of_the_values_goes_through_attention_as_it_is():
-    """Nothing is lost at full width of one direction less than none: exact before truncation."""
+    """The factorization is exact before truncation: at full width nothing is lost."""
     params = shifted(BIASED)
     prepared = prepare(InMemory(BIASED, params), TOKENS, method="modegpt-published")
     blocks = trees.flatten(params["layer_0"])
@@ -208,7 +208,7 @@ def test_bias_of_the_values_goes_through_attention_as_it_is():
     full = (
         METHODS["modegpt-published"]
         .modules["vo"]
-        .narrow(jax.tree.map(np.asarray, kernels), prepared.factors["layer_0/attention/vo"], 8)
+        .prune(jax.tree.map(np.asarray, kernels), prepared.factors["layer_0/attention/vo"], 8)
     )
     new = {**params, "layer_0": trees.unflatten(scatter("vo", full, blocks))}
     expected = logits(BIASED, params)
@@ -217,7 +217,7 @@ def test_bias_of_the_values_goes_through_attention_as_it_is():
 
 @pytest.mark.full
 def test_gates_are_derivatives_by_the_size_of_pairs():
-    """Σ tokens of a gate is the derivative of the loss by a factor on the pair's queries."""
+    """The saliency of a rotary pair is the derivative of the loss by a factor on its queries."""
     params, tokens = shifted(CONFIG), TOKENS[:1]
     stats = gradient_statistics(
         InMemory(CONFIG, params), Calibration(tokens, None, 1), METHODS["modegpt-cr"], Clock()
@@ -226,7 +226,7 @@ def test_gates_are_derivatives_by_the_size_of_pairs():
 
     def loss(factors):  # [tokens, groups, pairs]
         per_query = jnp.repeat(factors, 3, axis=1)
-        per_query = jnp.concatenate([per_query, per_query], axis=2)  # both members of a pair
+        per_query = jnp.concatenate([per_query, per_query], axis=2)  # both columns of a rotary pair
 
         def scaled(delta):
             variables = {
@@ -249,7 +249,7 @@ def test_block_influence_and_its_temperature():
     prepared = prepare(InMemory(CONFIG, shifted(CONFIG)), TOKENS, method="modegpt-published")
     assert sorted(prepared.influences) == [0, 1, 2]
     assert all(0 <= s <= 2 for s in prepared.influences.values())
-    assert len(prepared.held_out) == 1  # never in the statistics, never from evaluation data
+    assert len(prepared.held_out) == 1  # neither in the statistics nor from evaluation data
     assert len(prepared.calibration.tokens) == 7
     cold, hot = (prepared.plan(0.6, temperature=t) for t in (1e-3, float("inf")))
     least = min(prepared.influences, key=prepared.influences.get)
@@ -296,7 +296,7 @@ def test_widths_of_rotary_heads_are_even():
 @pytest.mark.full
 @pytest.mark.parametrize("prefix", ["compressed", "corrective"])
 def test_sequential_statistics_help_modules(prefix):
-    """Statistics of what the compressed prefix feeds a module do no harm to the final logits."""
+    """Statistics from the compressed prefix do not increase the error of the final logits."""
     source = InMemory(CONFIG, shifted(CONFIG))
     expected = logits(CONFIG, shifted(CONFIG))
 
@@ -342,8 +342,8 @@ def test_padding_changes_nothing_in_modules():
 
 
 @pytest.mark.full
-def test_decode_order_does_not_matter_to_a_narrow_model():
-    """Logits of a prefix do not depend on what follows: the mask is causal at every width."""
+def test_decode_order_does_not_matter_to_a_pruned_model():
+    """Logits do not depend on later tokens: the mask is causal at every width."""
     result = compress(InMemory(CONFIG, shifted(CONFIG)), TOKENS, method="modegpt-cr", keep=0.5)
     whole = logits(CONFIG, result.params)[:, :11]
     np.testing.assert_allclose(logits(CONFIG, result.params, TOKENS[:, :11]), whole, atol=1e-4)
@@ -378,12 +378,12 @@ def test_all_modules_at_full_width_are_the_same_model(config, method, dtype, tol
 
 @pytest.mark.parametrize("activation", ["silu", "relu"])
 def test_slicing_commutes_with_the_gate(activation):
-    """Bit for bit: whole numbers, so that no order of summation rounds."""
+    """Equal bit for bit: the inputs are whole numbers, so no order of summation rounds."""
     config, rng = dataclasses.replace(BIASED, activation=activation), np.random.default_rng(0)
     block = trees.flatten(shifted(config)["layer_0"])
     flat = {p: np.float32(rng.integers(-3, 4, a.shape)) for p, a in block.items()}
     kept = np.sort(rng.permutation(80)[:48])
-    new = narrow_mlp(gather("mlp", flat, config), ModuleFactors(None, {"order": kept}), 48)
+    new = prune_mlp(gather("mlp", flat, config), ModuleFactors(None, {"order": kept}), 48)
     x = jnp.asarray(rng.integers(-3, 4, (2, 16, 48)), jnp.float32)
 
     def hidden(flat):
@@ -467,7 +467,7 @@ def test_the_temperature_of_least_held_out_loss_is_chosen():
         ranks = prepared.plan(0.6, temperature=temperature).ranks
         parts = (prepared.factors, ranks, prepared.method, CONFIG)
         blocks = {
-            f"layer_{i}": replace_kernels(params[f"layer_{i}"], i, *parts, widened=True)
+            f"layer_{i}": replace_kernels(params[f"layer_{i}"], i, *parts, padded=True)
             for i in range(3)
         }
         found = perplexity(CONFIG, {**params, **blocks}, prepared.held_out)
@@ -498,7 +498,7 @@ def test_queries_and_keys_have_a_rate_of_their_own():
 @pytest.mark.full
 @pytest.mark.parametrize("method", ["modegpt", "modegpt-cr"])
 def test_values_that_leave_directions_out(method):
-    """Fewer tokens than directions: what is left over is rounding, of either sign."""
+    """With fewer tokens than directions the last eigenvalues are rounding errors of either sign."""
     source = InMemory(CONFIG, shifted(CONFIG))
     tokens = TOKENS[:1, :6]
     result = compress(source, tokens, method=method, keep=0.6)
@@ -511,10 +511,10 @@ def test_values_that_leave_directions_out(method):
 
 
 @pytest.mark.full
-def test_corrective_prefix_fits_the_untouched_output(monkeypatch):
+def test_corrective_prefix_fits_the_original_output(monkeypatch):
     """Ẑ_Sᵀ (Z W_D - Ẑ_S W_D') = 0 up to the ridge: least squares with the dense target."""
     row = METHODS["modegpt-cr"]
-    # Its correlations as they are.
+    # Without the ridge that shrinks correlations.
     plain = mlp_module(("moments", "gradients"), score="elimination")
     unshrunk = dataclasses.replace(row, modules={**row.modules, "mlp": plain})
     monkeypatch.setitem(METHODS, "unshrunk", unshrunk)
@@ -553,7 +553,7 @@ def test_an_intercept_becomes_a_bias_of_the_model(monkeypatch):
 
 @functools.cache
 def trained():
-    """A model that has learnt a language in which a token decides the next, and more of it."""
+    """A model trained on a language in which each token decides the next, and text to test it."""
     config = ModelConfig(24, 32, 96, 2, 4, 2, 8, 64, tie_embeddings=True)
     rng = np.random.default_rng(0)
     follow = rng.dirichlet(np.full(24, 0.1), 24).cumsum(-1)

@@ -1,4 +1,4 @@
-"""Quantised models: what is promised is stored, plans are reproducible, mistakes are explained."""
+"""Quantized models: budgets are kept, plans are reproducible, mistakes are explained."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ from lordjax.models.sites import LINEAR_SITES, site_path
 from lordjax.models.source import InMemory
 from lordjax.storage import checkpoint
 
-# One shape of kernels and three formats: compiling is what takes the time. Others: test_cli.
+# One kernel shape and three formats, because compiling takes the time. test_cli has the others.
 CONFIG = ModelConfig(97, 64, 64, 2, 4, 4, 16, 128, tie_embeddings=True)
 TOKENS = np.random.default_rng(0).integers(0, 97, (4, 24)).astype(np.int32)
 FORMATS = (
@@ -51,7 +51,7 @@ def source(params):
 
 @pytest.fixture(scope="module")
 def prepared(source):
-    """Every method once: what its choices cost serves all budgets."""
+    """Every method is prepared once: its predicted errors serve all budgets."""
     rank = {"nf": None, "lq": 6, "auto": None}
     return {
         name: prepare_quantized(source, TOKENS, method=name, rank=rank[name], **SMALL)
@@ -98,11 +98,11 @@ def test_bits_that_were_promised_are_stored(prepared, results, method):
     assert result.plan.bits == pytest.approx(BITS[method])
     assert result.report["plan"]["bits_per_weight"] == pytest.approx(stored)
     assert result.report["bytes"] == nbytes(result.params)
-    if method != "lq":  # there the products come on top
+    if method != "lq":  # its budget does not count low-rank terms
         assert counted == pytest.approx(stored)
-    # The tables, which the solver sees, are the sizes of what is made.
+    # The solver's tables hold the sizes that are stored.
     for path, table in prepared[method].tables.items():
-        k = table.options.index(_option(result.plan, path))
+        k = table.candidates.index(_option(result.plan, path))
         assert table.sizes[k] == promised(method, found[path])
 
 
@@ -118,7 +118,7 @@ def test_every_budget_is_kept_and_more_is_better(prepared, method):
         assert plan.gap is not None and 0 <= plan.gap <= 1
         errors.append(error)
     assert errors == sorted(errors, reverse=True)
-    if method == "auto":  # nothing is as good as all dense
+    if method == "auto":  # its tables include dense, which has no error
         assert errors[-1] == 0 and not plan.formats and set(plan.ranks.values()) == {None}
 
 
@@ -129,7 +129,7 @@ def _option(plan, path):
 
 def _promise(quantizer, plan):
     """Bytes and predicted error of a plan."""
-    rows = [(t, t.options.index(_option(plan, path))) for path, t in quantizer.tables.items()]
+    rows = [(t, t.candidates.index(_option(plan, path))) for path, t in quantizer.tables.items()]
     return sum(t.sizes[i] for t, i in rows), sum(t.errors[i] for t, i in rows)
 
 
@@ -147,7 +147,7 @@ def test_solvers_agree(prepared, method):
 
 
 @every_method
-def test_tables_offer_no_option_that_another_one_beats(prepared, method):
+def test_tables_hold_no_candidate_that_another_one_beats(prepared, method):
     for table in prepared[method].tables.values():
         assert (np.diff(table.sizes) > 0).all() and (np.diff(table.errors) < 0).all()
         assert np.isfinite(table.errors).all()
@@ -172,7 +172,7 @@ def test_kinds_of_kernels(results):
         assert kernel.low_rank.left.dtype == np.float16
     products = [k.low_rank for k in found["auto"].values() if hasattr(k, "low_rank")]
     assert products
-    for product in products:  # of the method's own format
+    for product in products:  # quantized in the method's own format
         assert str(product.left.format) == str(product.right.format) == QUANTIZERS["auto"].factors
 
 
@@ -196,8 +196,8 @@ def test_report_of_each_matrix(results, source, method):
     assert np.isfinite(logits(result.params)).all()
 
 
-def test_products_gain(results):
-    """At the same codes, of the same budget, a product lowers every matrix's error."""
+def test_low_rank_terms_lower_the_error(results):
+    """With the same formats a low-rank term lowers every matrix's error."""
     for path in SITES:
         nf_row, lq_row = (results[m].report["layers"][path] for m in ("nf", "lq"))
         if nf_row["format"] == lq_row["format"]:
@@ -209,7 +209,7 @@ def test_products_gain(results):
     assert total["lq"] < total["nf"]
 
 
-def test_the_rest_is_untouched(results, params):
+def test_other_parameters_do_not_change(results, params):
     for result in results.values():
         new, old = trees.flatten(result.params), trees.flatten(params)
         assert set(new) == set(old)
@@ -218,7 +218,7 @@ def test_the_rest_is_untouched(results, params):
 
 
 def test_one_format_for_all(source):
-    """Of the codes alone, it is what `NFQuantized.encode` makes."""
+    """Without error feedback and a low-rank term, `NFQuantized.encode` makes the same."""
     result = quantize(source, method="nf", form="nf4")
     for path, kernel in kernels(source.params).items():
         expected = NFQuantized.encode(kernel, normal_float.Format())
@@ -243,7 +243,7 @@ def test_feedback_loses_less_of_the_outputs(source, method):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_dtype_is_of_all_that_is_no_code(prepared, dtype):
+def test_dtype_is_that_of_all_that_is_not_quantized(prepared, dtype):
     quantizer = dataclasses.replace(prepared["lq"], dtype=dtype)
     result = quantizer.apply(quantizer.uniform(FORMATS[1], 6))
     flat = trees.flatten(result.params)
@@ -252,7 +252,7 @@ def test_dtype_is_of_all_that_is_no_code(prepared, dtype):
 
 
 def test_indices_stay_indices(params):
-    """A model whose rotary pairs were selected holds indices; no dtype is theirs."""
+    """A model with selected rotary pairs holds indices, which no dtype changes."""
     path, index = "layer_1/attention/rope_index", np.tile(np.arange(8, dtype=np.int32), (4, 1))
     selected = trees.unflatten({**trees.flatten(params), path: index})
     options = {"method": "nf", "form": "nf4", "dtype": "float16"}
@@ -286,7 +286,7 @@ def test_a_written_plan_makes_the_same_model(prepared, results, tmp_path, method
 
 
 def test_an_edited_plan_is_followed(prepared, results):
-    """Formats, those of the products too, come from the plan alone."""
+    """All formats come from the plan alone, those of low-rank factors, too."""
     plan = results["nf"].plan
     edited = dataclasses.replace(plan, formats={**plan.formats, FIRST: "nf8"})
     flat = trees.flatten(prepared["nf"].apply(edited).params)
@@ -302,8 +302,8 @@ def test_an_edited_plan_is_followed(prepared, results):
 
 
 @pytest.mark.full
-def test_matrices_without_codes(prepared, results, source):
-    """Dense, or a product alone: the best one in the measure, in half precision."""
+def test_matrices_that_are_not_quantized(prepared, results, source):
+    """Dense in half precision, or the low-rank term of least weighted error alone."""
     plan, second = results["auto"].plan, SITES[1]
     formats = {path: text for path, text in plan.formats.items() if path not in (FIRST, second)}
     ranks = {**plan.ranks, FIRST: None, second: 40}
@@ -322,7 +322,7 @@ def test_matrices_without_codes(prepared, results, source):
 @pytest.mark.parametrize(
     ("ranks", "formats", "message"),
     [
-        ({"layer_9/mlp/up/kernel": 4}, {}, "layer_9/mlp/up/kernel is no matrix of the blocks"),
+        ({"layer_9/mlp/up/kernel": 4}, {}, "layer_9/mlp/up/kernel is no matrix of a block"),
         ({FIRST: 64}, {}, rf"{FIRST}: rank 64 is not in \[1, 64\)"),
         ({}, {"layer_0/mlp/upp/kernel": "nf4"}, "layer_0/mlp/upp/kernel is no matrix"),
     ],
@@ -366,7 +366,7 @@ def test_a_saved_model_is_the_same(results, tmp_path, method):
     assert np.isfinite(perplexity(config, params, TOKENS)["perplexity"])
 
 
-# --- codes for the factors of other methods ------------------------------------------------------
+# --- quantized factors of other methods ----------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -376,7 +376,7 @@ def lord(source):
 
 @pytest.mark.full
 @pytest.mark.parametrize(("factors", "tolerance"), [("nf8", 0.03), ("nf4", 0.3)])
-def test_factor_pairs_as_codes(lord, source, factors, tolerance):
+def test_quantized_factor_pairs(lord, source, factors, tolerance):
     plain, coded = lord.compress(0.6), lord.compress(0.6, factors=factors)
     assert coded.plan == dataclasses.replace(plain.plan, factors=factors)
     before, after = kernels(plain.params), kernels(coded.params)
@@ -423,8 +423,8 @@ def test_factor_pairs_as_codes(lord, source, factors, tolerance):
         ({"bits": float("inf")}, ValueError, "bits must be positive, got inf"),
         ({"bits": None, "form": "nf5"}, ValueError, "bits and scale_bits must be among"),
         ({"factors": "int8"}, ValueError, "'int8' is no format; expected nf<bits>"),
-        ({"weighting": "fisher"}, ValueError, "'fisher' needs calibration tokens; give some"),
-        ({"method": "auto"}, ValueError, "'both' needs calibration tokens; give some"),
+        ({"weighting": "fisher"}, ValueError, "'fisher' needs calibration tokens, got none; pass"),
+        ({"method": "auto"}, ValueError, "'both' needs calibration tokens, got none; pass"),
         (
             {"feedback": True},
             ValueError,

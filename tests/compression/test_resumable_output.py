@@ -1,4 +1,4 @@
-"""A model directory in the making: killed anywhere, it goes on to the same bits."""
+"""A run that is killed anywhere is resumed and ends with the same bits."""
 
 import contextlib
 import random
@@ -44,8 +44,8 @@ def quantized(method, **options):
     return run
 
 
-# Of every kind of work that is kept: statistics, gradients, held-out losses, passes over the
-# compressed model, tables of formats.
+# Together these keep every kind of intermediate result: statistics, gradients, held-out losses,
+# passes over the compressed model, tables of candidates.
 RUNS = {
     "lord": low_rank(method="lord", keep=0.7, allocation="global"),
     "modegpt": low_rank(method="modegpt", keep=0.6),
@@ -53,7 +53,7 @@ RUNS = {
     "rom": low_rank(method="rom", keep=0.6),
     "corrective": low_rank(method="lord", keep=0.6, prefix="corrective"),
     "ranks": low_rank(method="svd", ranks={"mlp/down": 5}),
-    "mesh": on_two_devices,  # which factor two blocks at a time, then the third
+    "mesh": on_two_devices,  # factors two blocks at a time, then the third
     "codes of pairs": low_rank(method="svd", keep=0.6, factors="nf4"),
     "lq": quantized("lq", weighting="fisher", rank=2),
     "auto": quantized("auto"),
@@ -69,7 +69,7 @@ def make(run, directory):
         output.finish(result, hf_config={"model_type": "llama"})
 
 
-# The others keep nothing that these do not, or take long (auto: tables of formats).
+# The other runs keep nothing that these do not keep, or take long (auto: tables of candidates).
 QUICK = ("lord", "modegpt-published", "rom", "ranks", "mesh")
 KILLED = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in RUNS]
 
@@ -77,7 +77,7 @@ KILLED = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) fo
 @pytest.mark.quick("rom", "ranks")
 @pytest.mark.parametrize("name", KILLED)
 def test_killed_at_random_writes_it_goes_on_to_the_same_bits(name, tmp_path, monkeypatch):
-    """It is that of a run that was not killed, and of one in memory."""
+    """The result is that of a run that was not killed, and of a run in memory."""
     make(RUNS[name], tmp_path / "whole")
     in_memory = RUNS[name]()
     checkpoint.save(
@@ -109,7 +109,9 @@ def test_killed_at_random_writes_it_goes_on_to_the_same_bits(name, tmp_path, mon
     lives, chance = 0, random.Random(name)
     while not (tmp_path / "out").exists() or partial(tmp_path / "out").exists():
         lives += 1
-        left[0] = chance.randrange(1, 2 ** (lives + 2))  # longer and longer: it must end
+        left[0] = chance.randrange(
+            1, 2 ** (lives + 2)
+        )  # every life is longer, so that the run ends
         assert lives < 20
         with contextlib.suppress(Killed):
             make(RUNS[name], tmp_path / "out")
@@ -124,11 +126,11 @@ def same(a, b):
 
 
 def test_work_is_not_done_again(tmp_path, monkeypatch):
-    """What a killed process finished is read, not made."""
+    """Results that a killed process finished are read, not computed again."""
     from lordjax.compression import single_pass
 
     count = []
-    original = single_pass.finish
+    original = single_pass.collect_factors
 
     def counted(*arguments):
         count.append(arguments[1])
@@ -136,7 +138,7 @@ def test_work_is_not_done_again(tmp_path, monkeypatch):
             raise Killed
         return original(*arguments)
 
-    monkeypatch.setattr(single_pass, "finish", counted)
+    monkeypatch.setattr(single_pass, "collect_factors", counted)
     with pytest.raises(Killed):
         make(RUNS["lord"], tmp_path / "out")
     make(RUNS["lord"], tmp_path / "out")
@@ -184,7 +186,7 @@ def test_a_damaged_part_is_named(tmp_path):
 
 
 def test_nothing_stays_of_a_run_that_cannot_go_on(tmp_path):
-    """One that finished nothing, and one whose next attempt would fail in the same way."""
+    """A run that finished nothing, or would fail again in the same way, leaves no directory."""
     with pytest.raises(Killed), Output(tmp_path / "out", IDENTITY):
         raise Killed
     assert not list(tmp_path.iterdir())

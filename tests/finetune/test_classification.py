@@ -356,7 +356,7 @@ def test_no_new_head():
         with_classes(dataclasses.replace(ENCODER, causal=True), {}, 2, jax.random.key(0))
     with pytest.raises(ValueError, match="1 classes"):
         with_classes(*encoder(), 1, jax.random.key(0))
-    with pytest.raises(ValueError, match="llama: no supported head for classes"):
+    with pytest.raises(ValueError, match="llama: no classification head"):
         with_labels({"model_type": "llama"}, ["a", "b"])
     with pytest.raises(ValueError, match="expected different names"):
         with_labels({"model_type": "bert"}, ["a", "a"])

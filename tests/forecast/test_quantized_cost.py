@@ -16,7 +16,7 @@ from rates import RATES
 from lordjax.allocation import candidates
 from lordjax.calibration import backward_pass, forward_pass
 from lordjax.calibration.observers import observe
-from lordjax.compression import quantizer
+from lordjax.compression import quantized_matrix, quantizer
 from lordjax.compression.elastic import check_settings
 from lordjax.compression.quantized import quantize
 from lordjax.forecast import device_shares, job_settings, peak_memory, predict, shapes
@@ -79,9 +79,9 @@ def test_an_estimate_uses_its_budget_and_no_more(method, bits):
     assert len(job.options) == 14
     block = trees.flatten(shapes.dense_shapes(config).block(0))
     matrices = {path: block[path.split("/", 1)[1]].shape for path in job.options}
-    all_in = candidates.QUANTIZERS[method].all_in
+    counted = candidates.QUANTIZERS[method].counts_low_rank
     used = sum(
-        candidates.candidate_bytes(option, matrices[path], 2, job.factors, products=all_in)
+        candidates.candidate_bytes(option, matrices[path], 2, job.factors, low_rank=counted)
         for path, option in job.options.items()
     )
     budget = bits * sum(map(math.prod, matrices.values())) / 8
@@ -120,13 +120,14 @@ def test_a_quantisation_runs_what_was_counted(method, flags, monkeypatch):
     for module, names in {
         forward_pass: ("observe", "embed"),
         backward_pass: ("observe", "observe_gradients", "loss_gradient", "embed"),
-        quantizer: ("predict", "encode_kernel", "best_pair", "pack", "measures", "materialize"),
+        quantizer: ("jitted_cost", "quantize_with_feedback"),
+        quantized_matrix: (
+            *("predict", "encode_kernel", "best_pair", "pack", "measures", "materialize"),
+        ),
         lq: ("decompose",),
     }.items():
         for name in names:
             monkeypatch.setattr(module, name, counting(done, getattr(module, name)))
-    for name in ("_cost", "_feedback"):
-        monkeypatch.setattr(quantizer, name, counting(done, getattr(quantizer, name)))
     result(model, method, **flags)
     counted = flops.merged(list(expected.values()))
     assert flops.total(counted) == pytest.approx(flops.total(done), rel=1e-6)

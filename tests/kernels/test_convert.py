@@ -1,4 +1,4 @@
-"""Factorisation of raw trees: nested dicts and NNX states, under every transformation of JAX."""
+"""Factorization of parameter trees: nested dicts and NNX states, under JAX transformations."""
 
 import flax.linen as nn
 import jax
@@ -333,7 +333,7 @@ def test_encode_replaces_what_matches_in_one_pass():
         (("nf5",), ValueError, "bits"),
         (("int4",), ValueError, "is no format"),
         (("nf4", "kernal$"), KeyError, "no parameter matches"),
-        (("nf4", "bias$"), ValueError, "not matrices"),
+        (("nf4", "bias$"), ValueError, "not floating-point matrices"),
     ],
 )
 def test_encode_rejects_what_it_cannot_do(arguments, error, message):

@@ -1,4 +1,4 @@
-"""Every kind of kernel × dtype × leading axes: it behaves as the matrix it stands for."""
+"""Every kernel kind, dtype and leading axes: a kernel behaves like its matrix."""
 
 import functools
 from collections.abc import Callable
@@ -62,7 +62,7 @@ def low_rank_of_quantized(lead, dtype):
 
 
 class Row(NamedTuple):
-    """A kernel and what a matrix of it holds."""
+    """A kind of kernel: how to make one, and the numbers and bytes that it holds."""
 
     make: Callable[[tuple[int, ...], str], Any]
     floats: int  # numbers in the dtype asked for; the rest is constant
@@ -108,7 +108,7 @@ def stored_dtype(name, dtype):
 
 
 def trainable(kernel):
-    """The arrays of a kernel that are no part of a quantised one, and how to put in others."""
+    """Returns a kernel's arrays outside quantized parts, and a function that replaces them."""
     parts, structure = jax.tree.flatten(kernel, is_leaf=lambda p: isinstance(p, NFQuantized))
     free = [i for i, part in enumerate(parts) if not isinstance(part, NFQuantized)]
 

@@ -1,4 +1,4 @@
-"""Products with codes in tiles: those of the decoded matrix, whatever the format and the shape."""
+"""Products in tiles equal those with the decoded matrix, for every format and shape."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ SHAPES = [(192, 24), (128, 7), (64, 1)]
 
 
 def some(shape, form, seed=0):
-    """A matrix of codes, and inputs for it."""
+    """Returns a quantized matrix and inputs for it."""
     rng = np.random.default_rng(seed)
     matrix = NFQuantized.encode(
         rng.normal(size=shape).astype(np.float32), normal_float.Format.parse(form)

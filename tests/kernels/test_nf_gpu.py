@@ -1,4 +1,4 @@
-"""The GPU kernel for quantised products: interpreted, lowered for CUDA, and how it is chosen."""
+"""The GPU kernel for quantized products: interpreted, lowered for CUDA, and autotuned."""
 
 import functools
 import itertools
@@ -23,12 +23,12 @@ from lordjax.scripts.benchmarks.kernels import main
 
 # Unit roundoff; a result in bfloat16 is rounded once, and so are the weights and x @ left.
 TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-2, "float16": 1e-3}
-ONE, FEW = Tile(1, 16, groups=16, splits=2), Tile(16, 32, groups=16)
+ONE, FEW = Tile(1, 16, word_groups=16, splits=2), Tile(16, 32, word_groups=16)
 
 
 @pytest.fixture(autouse=True)
 def short_programs(request, monkeypatch):
-    """Less to compile; what is lowered for a GPU is written out as usual."""
+    """Unrolls less, which compiles faster; programs lowered for a GPU unroll as usual."""
     if "cuda" not in request.node.name:
         monkeypatch.setattr(nf_gpu, "UNROLL", 2)
 
@@ -50,7 +50,7 @@ def low_rank(rank=5, shape=(96, 40), dtype="float32"):
 
 
 def exact(x, *parts):
-    """The product with the materialised matrices, in float32."""
+    """Returns the product with the materialized matrices, in float32."""
     return sum(x.astype(jnp.float32) @ materialize(k).astype(jnp.float32) for k in parts)
 
 
@@ -90,9 +90,9 @@ def test_dtypes(dtype, rows):
 
 @pytest.mark.parametrize("gather", [True, False])
 def test_levels_may_be_read_or_selected(gather):
-    tile = Tile(16, 16, groups=16, gather=gather)
+    tile = Tile(16, 16, word_groups=16, gather=gather)
     y = interpreted(normal(3, (4, 96)), quantized(), tile=tile)
-    other = interpreted(normal(3, (4, 96)), quantized(), tile=Tile(16, 16, groups=16))
+    other = interpreted(normal(3, (4, 96)), quantized(), tile=Tile(16, 16, word_groups=16))
     assert (y == other).all()
 
 
@@ -169,7 +169,7 @@ def test_off_a_gpu_the_matrix_is_decoded():
 
 
 def lowered_for_cuda(fn, *args):
-    """Text of a program for CUDA; jax 0.11 needs a GPU for that, and announces to drop Triton."""
+    """Returns the text of a program for CUDA; JAX 0.11 needs a GPU, and may drop Triton."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
         try:
@@ -220,8 +220,8 @@ def test_tiles_that_no_gpu_takes_are_refused(sizes):
 
 
 def tiles(case):
-    """As if a tile had been the fastest."""
-    return Tile(16, 16, groups=16)
+    """Returns a tile, as if it had been the fastest."""
+    return Tile(16, 16, word_groups=16)
 
 
 @pytest.fixture
@@ -264,7 +264,7 @@ def test_products_without_a_kernel_are_decoded(one_gpu):
 
 
 def test_the_fastest_is_chosen_and_must_be_faster_by_a_margin(one_gpu):
-    case = nf_gpu_autotune.Case.of(normal(3, (3, 96)), quantized(), None)
+    case = nf_gpu_autotune.Case.for_operands(normal(3, (3, 96)), quantized(), None)
     for times, best in (
         ({None: 2.0, ONE: 1.0, FEW: 0.5}, FEW),
         ({None: 1.0, ONE: 0.99}, None),
@@ -272,18 +272,18 @@ def test_the_fastest_is_chosen_and_must_be_faster_by_a_margin(one_gpu):
         ({ONE: 1.0}, None),  # XLA's failed: nothing to compare with
     ):
         nf_gpu_autotune.fastest.cache_clear()
-        one_gpu.setattr(nf_gpu_autotune, "measure", lambda case, times=times: dict(times))
+        one_gpu.setattr(nf_gpu_autotune, "time_tiles", lambda case, times=times: dict(times))
         assert nf_gpu_autotune.fastest(case) == best
 
 
 def test_cases_round_rows_up_and_tell_formats_apart():
     x = [normal(3, (rows, 96)) for rows in (3, 4, 5)]
-    three, four, five = (nf_gpu_autotune.Case.of(y, quantized(), None) for y in x)
+    three, four, five = (nf_gpu_autotune.Case.for_operands(y, quantized(), None) for y in x)
     assert three == four and hash(three) == hash(four) and five.rows == 8
     many = jax.ShapeDtypeStruct((70, 70, 96), "float32")
-    assert nf_gpu_autotune.Case.of(many, quantized(), None).rows == nf_gpu_autotune.ROWS
+    assert nf_gpu_autotune.Case.for_operands(many, quantized(), None).rows == nf_gpu_autotune.ROWS
     others = [(quantized(Format(3)), None), (quantized(), low_rank())]
-    found = [four, five, *(nf_gpu_autotune.Case.of(x[0], *other) for other in others)]
+    found = [four, five, *(nf_gpu_autotune.Case.for_operands(x[0], *other) for other in others)]
     assert all(a != b for a, b in itertools.combinations(found, 2))
     base, factors = found[-1].operands(0)
     assert base.shape == (96, 40) and factors.shape == (96, 40)
@@ -304,7 +304,7 @@ def test_times_below_a_trace_and_warns_of_what_fails(one_gpu):
 
     @jax.jit
     def traced(x, base):
-        found.append(nf_gpu_autotune.fastest(nf_gpu_autotune.Case.of(x, base, None)))
+        found.append(nf_gpu_autotune.fastest(nf_gpu_autotune.Case.for_operands(x, base, None)))
         return x
 
     one_gpu.setattr(nf_gpu_autotune, "MARGIN", 1e-9)

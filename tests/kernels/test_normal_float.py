@@ -1,4 +1,4 @@
-"""The theory of the NormalFloat quantiser: theory/lq_lora §8.1."""
+"""The theory of NormalFloat quantization: theory/lq_lora §8.1."""
 
 import functools
 
@@ -436,6 +436,23 @@ def test_words_of_the_authors(bits, codes, words):
     assert_same_bits(pack(np.asarray(codes, np.uint8), bits), words)
 
 
+def unpack_legacy(data, bits, padding):
+    """Returns the uint8 codes of the layout in which the authors of LQ-LoRA save checkpoints.
+
+    The codes form one bit stream, each with its highest bit first. Bytes are filled from the lowest
+    bit. The last ``padding`` bits are unused.
+    """
+    stream = np.unpackbits(np.asarray(data, np.uint8), bitorder="little")
+    count, rest = divmod(len(stream) - padding, bits)
+    if not 0 <= padding < 8 or rest or count < 0:
+        raise ValueError(
+            f"{len(stream)} bits less a padding of {padding} are no whole number of {bits}-bit "
+            "codes; were both saved with this matrix?"
+        )
+    places = stream[: count * bits].reshape(count, bits) << np.arange(bits)[::-1].astype(np.uint8)
+    return places.sum(axis=1, dtype=np.uint8)
+
+
 @pytest.mark.parametrize(
     ("bits", "codes", "data", "padding"),
     [
@@ -445,7 +462,7 @@ def test_words_of_the_authors(bits, codes, words):
     ],
 )
 def test_legacy_layout_of_the_authors(bits, codes, data, padding):
-    found = normal_float.unpack_legacy(np.array(data, np.uint8), bits, padding)
+    found = unpack_legacy(np.array(data, np.uint8), bits, padding)
     assert_same_bits(found, np.array(codes, np.uint8))
     words = pack(found, bits)  # and on to the layout of now
     assert_same_bits(unpack(words, bits, len(codes)), found)
@@ -454,7 +471,7 @@ def test_legacy_layout_of_the_authors(bits, codes, data, padding):
 @pytest.mark.parametrize("padding", [-1, 1, 8])
 def test_legacy_layout_with_wrong_padding(padding):
     with pytest.raises(ValueError, match="padding"):
-        normal_float.unpack_legacy(np.array([72, 44, 10], np.uint8), 4, padding)
+        unpack_legacy(np.array([72, 44, 10], np.uint8), 4, padding)
 
 
 @every_bits

@@ -1,4 +1,4 @@
-"""Fixtures of several files about methods."""
+"""Fixtures for the tests of methods."""
 
 import jax
 import pytest
@@ -6,6 +6,6 @@ import pytest
 
 @pytest.fixture
 def double():
-    """Theorems are checked in double precision."""
+    """Enables float64, in which theorems are checked."""
     with jax.enable_x64(True):
         yield

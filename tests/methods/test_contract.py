@@ -1,4 +1,4 @@
-"""What every row of `METHODS` promises, whatever its mathematics."""
+"""The contract of every method in `METHODS`."""
 
 import jax
 import jax.numpy as jnp

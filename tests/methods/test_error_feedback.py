@@ -1,4 +1,4 @@
-"""Error feedback: the identity of LDLQ, equality with GPTQ, and what it does not change."""
+"""Error compensation: the identity of LDLQ, equality with GPTQ, edge cases."""
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +8,10 @@ import pytest
 from lordjax.kernels import normal_float
 from lordjax.methods.quantized.error_feedback import (
     BLOCK,
+    CLIP_RATIOS,
     DAMPING,
-    SHARES,
-    best_shares,
-    feedback_of,
+    best_clip_ratios,
+    make_feedback,
     quantize,
 )
 
@@ -26,7 +26,7 @@ def matrix(shape, seed=0):
 
 
 def moment(n, seed=1, tokens=200):
-    """Second moment of correlated inputs of different size."""
+    """Returns the second moment of correlated inputs of different size."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(tokens, n)) @ rng.normal(size=(n, n)) * np.exp(rng.normal(size=n))
     return jnp.asarray(x.T @ x / tokens, jnp.float32)
@@ -38,7 +38,7 @@ def damped(h):
 
 
 def missed(kernel, feedback, form=FORM):
-    """What the codes of a kernel miss, ``[in, out]``."""
+    """Returns the residual of a quantized kernel, ``[in, out]``."""
     found = codes_of(kernel.T, form, feedback)
     values = normal_float.dequantize(found, form).reshape(kernel.shape[::-1]).T
     return np.asarray(kernel, np.float64) - np.asarray(values, np.float64)
@@ -52,13 +52,13 @@ def loss(error, h):
 @every_shape
 def test_factors_of_the_second_moment(shape):
     h = moment(shape[0])
-    found = feedback_of(h)
+    found = make_feedback(h)
     order, upper = np.asarray(found.order), np.asarray(found.upper, np.float64)
     assert sorted(order) == list(range(shape[0]))
     assert (np.diff(np.diag(np.asarray(h))[order]) <= 0).all()
     np.testing.assert_allclose(np.diag(upper), 1, atol=1e-6)
     assert not np.tril(upper, -1).any()
-    prices = np.asarray(found.prices, np.float64)
+    prices = np.asarray(found.error_weights, np.float64)
     rebuilt = upper * prices[order][None] @ upper.T
     wanted = damped(h)[order][:, order]
     np.testing.assert_allclose(rebuilt, wanted, atol=1e-5 * np.abs(wanted).max())
@@ -71,11 +71,11 @@ def test_factors_of_the_second_moment(shape):
 def test_errors_are_rounding_errors_at_their_own_prices(shape):
     """tr(Eᵀ H E) = Σ D_k |z_k - Q_k|²; z_k - Q_k is row k of Uᵀ E."""
     kernel, h = matrix(shape), moment(shape[0])
-    feedback = feedback_of(h)
+    feedback = make_feedback(h)
     error = missed(kernel, feedback)
     order = np.asarray(feedback.order)
     rounding = np.asarray(feedback.upper, np.float64).T @ error[order]
-    prices = np.asarray(feedback.prices, np.float64)[order]
+    prices = np.asarray(feedback.error_weights, np.float64)[order]
     assert np.sum(prices[:, None] * rounding**2) == pytest.approx(loss(error, damped(h)), rel=1e-4)
     # And each is what rounding one number leaves: half a gap of the levels at most.
     gaps = np.diff(normal_float.levels(FORM.bits)).max() / 2
@@ -85,7 +85,7 @@ def test_errors_are_rounding_errors_at_their_own_prices(shape):
 
 
 def gptq(kernel, h, order, scales, form):
-    """The recursion of GPTQ in float64: Cholesky factor of the inverse, updates of what follows."""
+    """GPTQ's recursion in float64: Cholesky factor of the inverse, updates of later inputs."""
     rows = np.asarray(kernel, np.float64)[order].copy()
     scales = np.asarray(scales, np.float64)[order]
     inverse = np.linalg.inv(damped(h)[order][:, order])
@@ -105,7 +105,7 @@ def gptq(kernel, h, order, scales, form):
 @every_shape
 def test_it_is_gptq(shape):
     kernel, h = matrix(shape), moment(shape[0])
-    feedback = feedback_of(h)
+    feedback = make_feedback(h)
     found = codes_of(kernel.T, FORM, feedback)
     scales = normal_float.dequantize_scales(found.scales, found.supers, found.offset, FORM)
     scales = np.repeat(np.asarray(scales), FORM.block)[: kernel.size].reshape(shape[::-1]).T
@@ -121,7 +121,7 @@ def test_it_is_gptq(shape):
 def test_independent_inputs_are_rounded_one_by_one(shape):
     kernel = matrix(shape)
     for diagonal in (jnp.ones(shape[0]), jnp.arange(1.0, shape[0] + 1)):
-        found = codes_of(kernel.T, FORM, feedback_of(jnp.diag(diagonal)))
+        found = codes_of(kernel.T, FORM, make_feedback(jnp.diag(diagonal)))
         nearest = normal_float.round_to(kernel.T.reshape(-1), found, FORM)
         np.testing.assert_array_equal(found.codes, nearest.codes)
 
@@ -131,17 +131,17 @@ def test_independent_inputs_are_rounded_one_by_one(shape):
 def test_less_is_lost(shape, bits):
     kernel, h = matrix(shape), moment(shape[0])
     form = normal_float.Format(bits, 8, "float32", 16, 16)
-    fed_back = loss(missed(kernel, feedback_of(h), form), h)
+    fed_back = loss(missed(kernel, make_feedback(h), form), h)
     assert fed_back < 0.8 * loss(missed(kernel, None, form), h)
 
 
 @every_shape
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_scales_lose_least_at_the_prices(shape, bits):
-    """No other share of all blocks' magnitudes would do better; 2 bits want smaller ones than 4."""
+    """No common clip ratio does better; 2 bits need smaller ratios than 4."""
     kernel, form = matrix(shape), normal_float.Format(bits, 8, "float32", 16, 16)
-    feedback = feedback_of(moment(shape[0]))
-    flat, prices = kernel.T.reshape(-1), np.tile(feedback.prices, shape[1])
+    feedback = make_feedback(moment(shape[0]))
+    flat, prices = kernel.T.reshape(-1), np.tile(feedback.error_weights, shape[1])
     largest = normal_float.block_scales(flat, form.block)
 
     def at(shares):
@@ -149,9 +149,9 @@ def test_scales_lose_least_at_the_prices(shape, bits):
         codes = normal_float.nearest(flat / scales, bits)
         return float(np.sum(prices * (flat - normal_float.lookup(codes, bits) * scales) ** 2))
 
-    shares = np.asarray(best_shares(kernel.T, form, feedback))
-    assert set(shares) <= set(np.float32(SHARES))
-    assert at(shares) <= min(at(np.float32(share)) for share in SHARES) * (1 + 1e-5)
+    shares = np.asarray(best_clip_ratios(kernel.T, form, feedback))
+    assert set(shares) <= set(np.float32(CLIP_RATIOS))
+    assert at(shares) <= min(at(np.float32(share)) for share in CLIP_RATIOS) * (1 + 1e-5)
     assert at(shares) < 0.95 * at(np.float32(1))
     found = codes_of(kernel.T, form, feedback)
     decoded = normal_float.dequantize_scales(found.scales, found.supers, found.offset, form)
@@ -162,14 +162,14 @@ def test_scales_lose_least_at_the_prices(shape, bits):
 def test_inputs_that_never_fire_and_kernels_of_zeros():
     shape = SHAPES[0]
     h = moment(shape[0]).at[5].set(0).at[:, 5].set(0)
-    assert np.isfinite(missed(matrix(shape), feedback_of(h))).all()
-    assert not missed(jnp.zeros(shape), feedback_of(h)).any()
+    assert np.isfinite(missed(matrix(shape), make_feedback(h))).all()
+    assert not missed(jnp.zeros(shape), make_feedback(h)).any()
 
 
 @pytest.mark.quick("48")
 @pytest.mark.parametrize("block", [16, 48, 64, 1000])
 def test_blocks_may_cross_outputs(block):
-    """Runs that share a scale need not divide the number of inputs."""
+    """The block size need not divide the number of inputs."""
     shape, form = (40, 30), normal_float.Format(4, 8, "float32", block, 16)
     kernel, h = matrix(shape), moment(shape[0])
-    assert loss(missed(kernel, feedback_of(h), form), h) < loss(missed(kernel, None, form), h)
+    assert loss(missed(kernel, make_feedback(h), form), h) < loss(missed(kernel, None, form), h)

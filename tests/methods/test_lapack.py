@@ -1,4 +1,4 @@
-"""Column selection on the host: the same as `linalg`'s, in the memory of one matrix."""
+"""Column selection on the host: same results as `column_selection`, in the memory of one matrix."""
 
 import dataclasses
 import tracemalloc
@@ -13,7 +13,7 @@ from blocks import source
 from lordjax.calibration.statistics import Moments, SecondMoment
 from lordjax.compression import site_factors
 from lordjax.compression.low_rank import prepare
-from lordjax.methods import METHODS, lapack, linalg
+from lordjax.methods import METHODS, column_selection, lapack
 from lordjax.methods.linalg import mean_unit, own_unit
 from lordjax.methods.modular import mlp_on_host
 from lordjax.methods.modular.mlp import RIDGE, mlp
@@ -21,13 +21,13 @@ from lordjax.methods.modular.mlp import RIDGE, mlp
 
 @pytest.fixture
 def double():
-    """Float64 where JAX is compared with."""
+    """Enables float64, for comparisons with JAX."""
     with jax.enable_x64(True):
         yield
 
 
 def problem(n, m=12, seed=0):
-    """Hidden states, a column of zeros and two that replace each other among them; a kernel."""
+    """Returns hidden states with a zero column and two interchangeable ones, and a kernel."""
     rng = np.random.default_rng(seed)
     z = rng.normal(size=(2 * n, n)) @ (np.eye(n) + rng.normal(size=(n, n)) / np.sqrt(n)) + 0.3
     z[:, 2], z[:, 5] = 0, z[:, 3]
@@ -39,12 +39,12 @@ def problem(n, m=12, seed=0):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("n", [7, 64, 150])
 def test_the_same_columns_are_eliminated_in_the_same_order(n, dtype, monkeypatch):
-    """Also where what is left moves together."""
+    """Also when the remaining columns are compacted."""
     monkeypatch.setattr(lapack, "PENDING", 32)
     monkeypatch.setattr(lapack, "PANEL", 48)
     z, kernel = problem(n)
     gram = z.T @ z / len(z)
-    expected = linalg.elimination_order(jnp.asarray(gram), jnp.asarray(kernel))
+    expected = column_selection.elimination_order(jnp.asarray(gram), jnp.asarray(kernel))
     found = lapack.elimination_order(gram, kernel.astype(dtype))
     np.testing.assert_array_equal(found, expected)
 
@@ -54,9 +54,9 @@ def test_leverage_and_refits_are_the_same(monkeypatch):
     monkeypatch.setattr(lapack, "PANEL", 48)
     z, kernel = problem(150)
     gram = z.T @ z / len(z)
-    expected = linalg.leverage_complement(jnp.asarray(gram), RIDGE)
+    expected = column_selection.leverage_complement(jnp.asarray(gram), RIDGE)
     np.testing.assert_allclose(lapack.leverage_complement(gram.copy(), RIDGE), expected, rtol=1e-8)
-    expected = linalg.nested_refit(jnp.asarray(gram), jnp.asarray(kernel))
+    expected = column_selection.nested_refit(jnp.asarray(gram), jnp.asarray(kernel))
     found = lapack.nested_refit(gram, np.asfortranarray(kernel))
     for have, want in zip(found, expected, strict=True):
         assert have.dtype == np.float32
@@ -64,7 +64,7 @@ def test_leverage_and_refits_are_the_same(monkeypatch):
 
 
 def test_a_factor_tries_harder_until_it_works_and_gives_up_on_what_is_broken(monkeypatch):
-    """As `linalg.jittered`; only the lower triangle is read."""
+    """`cholesky` equals `linalg.jittered`, and reads only the lower triangle."""
     monkeypatch.setattr(lapack, "PANEL", 5)
     rng = np.random.default_rng(0)
     pairs = ((0.5, 1e-6), (-3e-4, 1e-3))
@@ -133,7 +133,7 @@ def test_no_tokens_are_not_finite():
 
 @pytest.mark.parametrize("score", mlp_on_host.SCORES)
 def test_an_mlp_is_factored_in_the_memory_of_one_gram(score):
-    """Of float64; and while it is rounded, of what is kept."""
+    """Peak memory is the float64 Gram matrix and, while it is rounded, the result."""
     n, m = 1200, 100
     rng = np.random.default_rng(0)
     moments = Moments.zeros(n).update(jnp.asarray(rng.normal(size=(2 * n, n)), jnp.float32))
@@ -149,7 +149,7 @@ def test_an_mlp_is_factored_in_the_memory_of_one_gram(score):
 
 @pytest.mark.full
 def test_sums_are_gone_before_a_factor_is_taken(monkeypatch):
-    """Nothing holds a block's widest statistic when its MLP is refitted."""
+    """The widest statistic of a block is freed before its MLP is refit."""
     name = "modegpt-published"
     module, sums, alive = METHODS[name].modules["mlp"], [], []
 

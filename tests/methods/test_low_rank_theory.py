@@ -9,7 +9,7 @@ from lordjax.allocation.plan import SiteSize
 from lordjax.calibration.statistics import AbsMean, Moments
 from lordjax.compression.sequential import _regress
 from lordjax.methods import METHODS, linalg, truncate
-from lordjax.methods.low_rank import SVD_METHODS
+from lordjax.methods.low_rank import LOW_RANK_METHODS
 
 
 @pytest.fixture(autouse=True)
@@ -25,12 +25,12 @@ B = np.array([0.5, -1, 0.25, 2])
 
 
 def moments(x):
-    """Moments of tokens ``[n, d]``."""
+    """Returns the moments of tokens ``[n, d]``."""
     return Moments.zeros(x.shape[1], jnp.float64).update(jnp.asarray(x, jnp.float64))
 
 
 def run(method, kernel, x, rank, *, side="input", gradients=None, target_mean=None):
-    """Kernel matrix and bias correction of a method at a rank, and its factors."""
+    """Returns a method's kernel matrix and bias correction at a rank, and its factors."""
     kernel, x = jnp.asarray(kernel, jnp.float64), jnp.asarray(x, jnp.float64)
     stats = {side: moments(x if side == "input" else x @ kernel)}
     stats["abs_mean"] = AbsMean.zeros(x.shape[1], jnp.float64).update(x)
@@ -45,7 +45,7 @@ def run(method, kernel, x, rank, *, side="input", gradients=None, target_mean=No
 
 
 def error(kernel, new, x, bias=None):
-    """Squared output error, summed over tokens."""
+    """Returns the squared output error, summed over tokens."""
     gap = x @ kernel - x @ new
     return float(((gap - (0 if bias is None else np.asarray(bias))) ** 2).sum())
 
@@ -288,7 +288,7 @@ def test_isotropic_gradients_make_lord_linear():
     )
 
 
-@pytest.mark.parametrize("method", sorted(SVD_METHODS))
+@pytest.mark.parametrize("method", sorted(LOW_RANK_METHODS))
 @pytest.mark.parametrize("shape", SHAPES)
 def test_full_rank_reproduces(method, shape):
     kernel, x = problem(shape)
@@ -334,7 +334,7 @@ def test_corrective_bias_meets_the_untouched_mean():
 def test_dead_layer_and_singular_metric_are_finite():
     kernel, x = problem((30, 20))
     zero = np.zeros_like(x)
-    for method in SVD_METHODS:
+    for method in LOW_RANK_METHODS:
         for inputs, gradients in ((zero, None), (x, np.zeros((5, 20))), (zero, np.zeros((5, 20)))):
             new, _, factors = run(method, kernel, inputs, 4, gradients=gradients)
             assert np.isfinite(new).all()
@@ -349,7 +349,7 @@ def test_break_even():
 
 @pytest.mark.full
 def test_corrective_target_in_the_metric_of_the_gradients():
-    """The metric's coordinates are those of the untouched kernel, whatever is factored."""
+    """The metric has the coordinates of the original kernel, whichever kernel is factorized."""
     kernel, x = problem((15, 40), tokens=400)
     rng, r = np.random.default_rng(6), 4
     x_hat = x + rng.normal(size=x.shape) * x.std(axis=0)

@@ -1,4 +1,4 @@
-"""Codes with a low-rank product on top: closed forms, the best iterate, and what is promised."""
+"""Quantized weights plus a low-rank term: closed forms, the best iterate, guarantees."""
 
 import functools
 
@@ -19,10 +19,10 @@ from lordjax.methods.quantized.best_product import (
     best_product,
     start_basis,
 )
-from lordjax.methods.quantized.error_feedback import feedback_of
+from lordjax.methods.quantized.error_feedback import make_feedback
 from lordjax.methods.quantized.lq import _decompose, decompose, decompose_all
 from lordjax.methods.quantized.predicted_loss import predict
-from lordjax.methods.quantized.weightings import Weights, cost_of
+from lordjax.methods.quantized.weightings import Weights, make_weights
 from lordjax.models import ModelConfig, init
 
 SHAPE = (48, 40)
@@ -32,12 +32,12 @@ best = jax.jit(best_product, static_argnames=("width", "powers", "sort"))
 
 
 def matrix(seed=0, shape=SHAPE):
-    """Singular values that fall slowly, as those of the errors of codes."""
+    """Returns a matrix with slowly decreasing singular values, like a quantization residual."""
     return jax.random.normal(jax.random.key(seed), shape)
 
 
 def moment(seed=1, n=SHAPE[0], tokens=200):
-    """Second moment of correlated inputs of different size."""
+    """Returns the second moment of correlated inputs of different size."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(tokens, n)) @ rng.normal(size=(n, n)) * np.exp(rng.normal(size=n))
     return jnp.asarray(x.T @ x / tokens, jnp.float32)
@@ -48,11 +48,11 @@ def positive(n, seed):
 
 
 def fisher_weights(fisher):
-    return cost_of(None, {"fisher": fisher})
+    return make_weights(None, {"fisher": fisher})
 
 
 def product(target, rank, weights, width=WIDTH):
-    """The best product: as a matrix, and as it was found."""
+    """Returns the best low-rank term: as a matrix, and as its factors."""
     start = start_basis(target.shape, width)
     found = best(target, jnp.asarray(rank), weights, start, width=width, powers=FIRST_POWERS)
     return np.asarray(found.left @ found.right, np.float64), found
@@ -99,7 +99,7 @@ def quantized(kernel, form=FORM):
 
 
 def measured(kernel, found, weights, form=FORM):
-    """The measure of what is left, from codes and factors, in float64."""
+    """Returns the weighted error of codes and factors, in float64."""
     error = np.asarray(kernel - decoded(found.codes, kernel.shape, form), np.float64)
     error = error - np.asarray(found.left, np.float64) @ np.asarray(found.right, np.float64)
     if weights.elements is not None:
@@ -114,7 +114,7 @@ WEIGHTINGS = {
     "none": Weights,
     "fisher": lambda: fisher_weights(positive(SHAPE, 3)),
     "both": lambda: Weights(moment(), positive(SHAPE[1], 2)),
-    "feedback": lambda: Weights(moment(), positive(SHAPE[1], 2), None, feedback_of(moment())),
+    "feedback": lambda: Weights(moment(), positive(SHAPE[1], 2), None, make_feedback(moment())),
 }
 every_weighting = pytest.mark.parametrize("weighting", WEIGHTINGS)
 
@@ -235,11 +235,11 @@ def test_the_best_iterate_is_returned(weighting):
     found = run(kernel, WIDTH, weights)
     start, _ = product(kernel - quantized(kernel), WIDTH, weights)
     leftover = kernel - quantized(kernel) - jnp.asarray(start, jnp.float32)
-    candidates = [*np.asarray(found.history), float(weights.measure(leftover))]
+    candidates = [*np.asarray(found.history), float(weights.weighted_error(leftover))]
     assert found.history.shape == (5,)
     assert float(found.error) == pytest.approx(min(candidates), rel=1e-3)
     assert float(found.error) == pytest.approx(measured(kernel, found, weights), rel=1e-3)
-    assert float(found.total) == pytest.approx(float(weights.measure(kernel)), rel=1e-5)
+    assert float(found.total) == pytest.approx(float(weights.weighted_error(kernel)), rel=1e-5)
 
 
 @pytest.mark.quick("none")
@@ -249,7 +249,7 @@ def test_never_worse_than_the_codes_alone(weighting):
     for rank in (0, 1, 3, WIDTH):
         for seed in (0, 1):
             kernel = matrix(seed)
-            alone = float(weights.measure(kernel - quantized(kernel)))
+            alone = float(weights.weighted_error(kernel - quantized(kernel)))
             assert float(run(kernel, rank, weights).error) <= alone * (1 + 1e-5)
 
 
@@ -263,7 +263,7 @@ def test_rank_zero_is_plain_quantisation():
 
 @pytest.mark.full
 def test_two_bits_diverge_and_the_best_is_kept():
-    """The raw sequence rises again, so that the last iterate is not the best."""
+    """The error of the iterates rises again, so that the last one is not the best."""
     form, kernel = normal_float.Format(2, 8, "float32", 64, 256), matrix(shape=(64, 64))
     found = run(kernel, WIDTH, form=form, steps=20)
     history = np.asarray(found.history)
@@ -273,7 +273,7 @@ def test_two_bits_diverge_and_the_best_is_kept():
 
 
 def test_planted_product_is_found():
-    """Codes plus a large product: what is left falls far below that of the codes alone."""
+    """A low-rank term of high rank reduces the error far below that of the codes alone."""
     planted = 10 * matrix(1, (SHAPE[0], 4)) @ matrix(2, (4, SHAPE[1]))
     kernel = quantized(matrix()) + planted
     alone = float(jnp.linalg.norm(kernel - quantized(kernel)))
@@ -283,7 +283,7 @@ def test_planted_product_is_found():
 
 @pytest.mark.full
 def test_a_search_from_a_sorted_basis_stays_sorted():
-    """Orthogonal iteration: the best product for a nearby matrix needs no rotation."""
+    """Orthogonal iteration: the low-rank term of a nearby matrix needs no rotation."""
     target, weights = moment(3) @ matrix(), Weights(moment(), positive(SHAPE[1], 2))
     start = product(target, WIDTH, weights)[1].basis
     fixed = {"width": WIDTH, "powers": 3}
@@ -291,7 +291,7 @@ def test_a_search_from_a_sorted_basis_stays_sorted():
     lefts = []
     for sort in (True, False):
         found = best(near, jnp.asarray(4), weights, start, sort=sort, **fixed)
-        lefts.append(float(weights.measure(near - found.left @ found.right)))
+        lefts.append(float(weights.weighted_error(near - found.left @ found.right)))
         rest = float(found.total - found.energies[:4].sum())
         assert lefts[-1] == pytest.approx(rest, rel=1e-3)
     assert lefts[1] == pytest.approx(lefts[0], rel=1e-2)
@@ -316,7 +316,7 @@ def test_zero_matrix():
 @pytest.mark.full
 @pytest.mark.parametrize("batched", [False, True])
 def test_a_stack_is_decomposed_like_its_members(batched, monkeypatch):
-    """Mapped over on a CPU, batched elsewhere."""
+    """Kernels run one by one on a CPU, and as a batch elsewhere."""
     kernels = jnp.stack([matrix(0), matrix(1)])
     ranks, c = jnp.array([2, 6]), positive(SHAPE[1], 2)
     weights = [Weights(moment(1), c), Weights(moment(2), c[::-1])]
@@ -342,7 +342,7 @@ def test_predictions_bound_what_is_reached(weighting):
         0
     ]
     assert predicted.shape == (WIDTH + 1,)
-    codes = float(weights.measure(kernel - quantized(kernel)))
+    codes = float(weights.weighted_error(kernel - quantized(kernel)))
     assert predicted[0] == pytest.approx(codes, rel=1e-5)
     assert (np.diff(predicted) < 0).all()
     slack = 1.05 if weighting == "fisher" else 1 + 1e-4  # its shares are approximate
@@ -366,7 +366,7 @@ def test_predictions_with_feedback_are_near_what_is_reached():
     kernel, ranks = matrix(shape=(192, 160)), (0, 4, 8)
     # Each input close to the one before: the price of most errors is a fifth of their own.
     h = jnp.asarray(0.9 ** np.abs(np.subtract.outer(np.arange(192), np.arange(192))), jnp.float32)
-    weights = Weights(h, positive(160, 2), None, feedback_of(h))
+    weights = Weights(h, positive(160, 2), None, make_feedback(h))
     forms = (normal_float.Format(2, 8, "float32", 16, 16), FORM, None)
     coarse, predicted, alone = np.asarray(predict(kernel, weights, forms=forms, ranks=ranks))
     assert (coarse > predicted).all()
@@ -380,7 +380,7 @@ def test_predictions_with_feedback_are_near_what_is_reached():
 
 
 def as_kernel(kernel, rank):
-    """Codes and a product as they are stored in a model."""
+    """Returns quantized weights and a low-rank term as they are stored in a model."""
     found = run(kernel, rank)
     base = NFQuantized.of(normal_float.pack_codes(found.codes, FORM), kernel.shape, FORM)
     return LowRankPlusQuantized(base, LowRank(found.left[:, :rank], found.right[:rank]))

@@ -1,4 +1,4 @@
-"""Theorems of narrow MLPs: identities at full width, least squares, exact errors."""
+"""Theorems of pruned MLPs: identities at full width, least squares, exact errors."""
 
 import itertools
 
@@ -8,8 +8,8 @@ import pytest
 from problems import gradients, metric, mlp_problem, moments
 
 from lordjax.compression.site_factors import factor_program
-from lordjax.methods import linalg
-from lordjax.methods.modular.mlp import RIDGE, SHRINKAGE, mlp, narrow_mlp
+from lordjax.methods import column_selection, linalg
+from lordjax.methods.modular.mlp import RIDGE, SHRINKAGE, mlp, prune_mlp
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -20,11 +20,11 @@ SCORES = ("leverage", "elimination", "energy", "random")
 def run_mlp(z, kernels, width, score="leverage", **options):
     stats = {"moments": moments(z), **options.pop("stats", {})}
     factors = mlp({n: jnp.asarray(a) for n, a in kernels.items()}, stats, score=score, **options)
-    return factors, narrow_mlp(kernels, factors, width)
+    return factors, prune_mlp(kernels, factors, width)
 
 
 def mlp_error(z, kernels, factors, new, m=None):
-    """Mean squared output error of the narrow MLP, in a metric."""
+    """Returns the mean squared output error of the pruned MLP, in a metric."""
     order = np.asarray(factors.parts["order"])[: len(new["down"])]
     gap = z @ kernels["down"] - z[:, order] @ new["down"] - new.get("out_bias", 0)
     return np.einsum("ti,ij,tj->", gap, np.eye(gap.shape[1]) if m is None else m, gap) / len(z)
@@ -68,7 +68,7 @@ def test_refit_is_least_squares_and_its_error_is_known_for_every_width(score, we
 
 
 def test_without_jitter_refit_and_error_are_exact(monkeypatch):
-    monkeypatch.setattr(linalg, "JITTER", 1e-15)  # 0 would never grow after a failure
+    monkeypatch.setattr(column_selection, "JITTER", 1e-15)  # 0 would never grow after a failure
     z, kernels = mlp_problem()
     w, c = kernels["down"], z.T @ z / len(z)
     for width in (7, 16):
@@ -128,7 +128,7 @@ def test_units_of_what_is_added_to_energies():
 
 @pytest.mark.full
 def test_with_shrinking_rounding_does_not_choose_the_neurons():
-    """Of fewer tokens than neurons, where a factor of the sums as they are works by luck."""
+    """Fewer tokens than neurons: an undamped Cholesky factor would succeed only by luck."""
     z, kernels = mlp_problem(tokens=16)
     exact, down = moments(z), {"down": jnp.asarray(kernels["down"])}
 
@@ -165,7 +165,7 @@ def test_leverage_scores():
     z, _ = mlp_problem()
     c = z.T @ z / len(z)
     lam = 1e-2 * np.mean(np.diag(c))
-    scores = 1 - lam * np.asarray(linalg.leverage_complement(jnp.asarray(c), 1e-2))
+    scores = 1 - lam * np.asarray(column_selection.leverage_complement(jnp.asarray(c), 1e-2))
     expected = np.diag(c @ np.linalg.inv(c + lam * np.eye(len(c))))
     np.testing.assert_allclose(scores, expected, atol=1e-10)
     assert ((scores >= 0) & (scores < 1)).all()
@@ -224,7 +224,7 @@ def test_a_duplicate_costs_nothing_and_the_dead_go_first(score):
     assert float(factors.spectrum[-1]) == pytest.approx(0, abs=1e-4)
     assert len({3, 5} & set(order[:22])) >= 1
     assert float(factors.spectrum[22:].sum()) < 1e-4 * float(factors.spectrum.sum())
-    assert np.isfinite(narrow_mlp(kernels, factors, 24 - 1)["down"]).all()
+    assert np.isfinite(prune_mlp(kernels, factors, 24 - 1)["down"]).all()
 
 
 @pytest.mark.parametrize("n", [1, 256, 257, 700])
@@ -252,7 +252,7 @@ def test_duplicates_have_equal_scores():
     z, _ = mlp_problem()
     z[:, 5], z[:, 8] = z[:, 3], 0
     c = z.T @ z / len(z)
-    h = np.asarray(linalg.leverage_complement(jnp.asarray(c), RIDGE))
+    h = np.asarray(column_selection.leverage_complement(jnp.asarray(c), RIDGE))
     scores = 1 - RIDGE * np.diag(c).mean() * h
     assert scores[3] == pytest.approx(scores[5], rel=1e-6)
     assert scores[3] < np.delete(scores, [3, 5, 8]).min()
@@ -298,7 +298,7 @@ def test_order_does_not_depend_on_scale_and_follows_a_permutation():
 
 @pytest.mark.full
 def test_elimination_removes_what_the_output_misses_least():
-    """One at a time it is the exact greedy choice, and no worse than leverage on average."""
+    """With blocks of 1 it is the exact greedy choice, and no worse than leverage on average."""
     z, kernels = mlp_problem(inside=12)
     c, w = z.T @ z / len(z), kernels["down"]
 
@@ -306,7 +306,7 @@ def test_elimination_removes_what_the_output_misses_least():
         best = np.linalg.lstsq(z[:, kept], z @ w, rcond=None)[0]
         return ((z @ w - z[:, kept] @ best) ** 2).sum()
 
-    order = np.asarray(linalg.elimination_order(jnp.asarray(c), jnp.asarray(w), block=1))
+    order = np.asarray(column_selection.elimination_order(jnp.asarray(c), jnp.asarray(w), block=1))
     alive = list(range(12))
     for dropped in order[:3:-1]:
         cheapest = min(alive, key=lambda i: error([j for j in alive if j != i]))
@@ -340,11 +340,11 @@ def test_gate_and_up_are_not_moved_to_the_device_to_factor_an_mlp():
 def test_refits_read_only_their_own_triangle_and_solve_it_in_double_precision():
     z, kernels = mlp_problem()
     c, w = z.T @ z / len(z), kernels["down"]
-    lower, right = (np.asarray(a, np.float32) for a in linalg.nested_refit(c, w))
+    lower, right = (np.asarray(a, np.float32) for a in column_selection.nested_refit(c, w))
     for k in (1, 9, 24):
         behind = lower.copy(), right.copy()
         behind[0][k:], behind[1][k:] = np.nan, np.nan
-        found = linalg.refit(*behind, k)
+        found = column_selection.refit(*behind, k)
         assert found.shape == (k, 10)
         residual = lower[:k, :k].astype(float).T @ found - right[:k]
         assert np.abs(residual).max() < 1e-12 * np.abs(right[:k]).max()

@@ -12,14 +12,14 @@ from problems import (
     qk_problem,
 )
 
-from lordjax.methods.modular.query_key import narrow_query_key, query_key
+from lordjax.methods.modular.query_key import prune_query_key, query_key
 from lordjax.models.rope import rotate
 
 pytestmark = pytest.mark.usefixtures("double")
 
 
 def logits(x, kernels, positions=None):
-    """``[h, s, t]``, unscaled."""
+    """Returns the unscaled logits ``[h, s, t]``."""
     q, k = (project(x, kernels, name, positions) for name in "qk")
     return np.einsum("shd,thd->hst", q, np.repeat(k, q.shape[1] // k.shape[1], axis=1))
 
@@ -30,7 +30,7 @@ def run_qk(x, kernels, width, positions=None, **options):
         "keys": heads(project(x, kernels, "k", positions)),
     }
     factors = query_key({n: jnp.asarray(a) for n, a in kernels.items()}, stats, **options)
-    return factors, narrow_query_key(kernels, factors, width)
+    return factors, prune_query_key(kernels, factors, width)
 
 
 @pytest.mark.quick("True-False-False-1", "True-False-True-2", "False-True-True-2")
@@ -195,7 +195,7 @@ def test_logits_depend_on_the_distance_only_after_compression():
 
 
 def test_gates_give_the_error_in_the_loss():
-    """With gates the error of a set of pairs is half the quadratic form of its block."""
+    """With a saliency the error of a set of pairs is half the quadratic form of its block."""
     x, kernels = qk_problem()
     effects = np.random.default_rng(3).normal(size=(200, 2, 4)) * [1, 5, 2, 3]
     stats = {

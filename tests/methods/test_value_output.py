@@ -17,7 +17,7 @@ from problems import (
 )
 
 from lordjax.calibration.statistics import HeadMoments
-from lordjax.methods.modular.value_output import narrow_value_output, value_output
+from lordjax.methods.modular.value_output import prune_value_output, value_output
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -35,7 +35,7 @@ def run_vo(kernels, x, probabilities, width, *, fit, context=True, stats=()):
         found = {"values": heads(np.einsum("tm,mkd->tkd", x, kernels["v"]))}
     arrays = {n: jnp.asarray(a) for n, a in kernels.items()}
     factors = value_output(arrays, found | dict(stats), fit=fit)
-    return factors, narrow_value_output(kernels, factors, width)
+    return factors, prune_value_output(kernels, factors, width)
 
 
 @pytest.mark.quick("True-True-2", "False-True-2", "False-False-2")
@@ -71,7 +71,7 @@ def test_head_sized_form_is_the_published_one():
 
 
 def test_no_pair_of_values_and_outputs_is_better():
-    """Neither a thousand random ones nor those that alternating least squares polishes."""
+    """No solution is better: neither random ones nor those of alternating least squares."""
     kernels, x, probabilities = vo_problem(groups=1, per_group=1, bias=False)
     factors, _ = run_vo(kernels, x, probabilities, 3, fit=False, context=False)
     target = x @ kernels["v"][:, 0] @ kernels["o"][0] / np.sqrt(len(x))
@@ -101,7 +101,7 @@ def test_head_sized_form_with_inputs_in_a_subspace(rank):
 
 
 def roots(c):
-    """``C^½`` and its pseudo-inverse."""
+    """Returns ``C^½`` and its pseudo-inverse."""
     values, vectors = np.linalg.eigh(c)
     there = values > 1e-12 * values[-1]
     root = vectors * np.sqrt(np.where(there, values, 0)) @ vectors.T
@@ -158,7 +158,7 @@ def test_value_error_in_the_metric_is_known():
     stats = {"gradients": gradients(16)}
     factors, _ = run_vo(*problem, 3, fit=True, stats=stats.items())
     m = metric(stats["gradients"])
-    gap = vo_output(*problem) - vo_output(narrow_value_output(problem[0], factors, 3), *problem[1:])
+    gap = vo_output(*problem) - vo_output(prune_value_output(problem[0], factors, 3), *problem[1:])
     assert np.einsum("ti,ij,tj->", gap, m, gap) / len(gap) == pytest.approx(
         float(factors.spectrum[3:].sum()), rel=1e-3
     )
@@ -173,7 +173,7 @@ def test_value_error_is_zero_from_the_rank_of_the_product_on(fit):
     factors, _ = run_vo(kernels, x, probabilities, 4, fit=fit)
     errors = []
     for width in range(1, 7):
-        new = narrow_value_output(kernels, factors, width)
+        new = prune_value_output(kernels, factors, width)
         errors.append(np.mean((expected - vo_output(new, x, probabilities)) ** 2))
     assert max(errors[3:]) < 1e-8 * errors[0]
     assert float(factors.spectrum[4:].sum()) < 1e-8 * float(factors.spectrum.sum())
@@ -207,7 +207,7 @@ def test_head_sized_form_is_ten_times_faster_at_llama_shapes():
     start = time.perf_counter()
     factors = jax.block_until_ready(factor(arrays, stats))
     ours = time.perf_counter() - start
-    new = narrow_value_output(arrays, factors, 64)
+    new = prune_value_output(arrays, factors, 64)
     start = time.perf_counter()
     root_and_inverse = roots(c)  # theirs, too, needs to be found only once
     for head in range(32):

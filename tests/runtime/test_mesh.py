@@ -1,4 +1,4 @@
-"""Several devices share the work of a compression, and come to what one comes to."""
+"""Several devices share a compression, and give the same result as one device."""
 
 import dataclasses
 import functools
@@ -43,7 +43,7 @@ MESHES = [{"data": 4}, {"data": 2, "model": 2}, {"model": 4}]
 
 
 def statistics(axes):
-    """Of the first block's activations, and of all blocks' gradients."""
+    """Returns statistics of the first block's activations and of all blocks' gradients."""
     devices = None if axes is None else mesh.make_mesh(axes)
     calibrated = checked(small_model().config, TOKENS, None, None, mesh=devices)
     row, config = METHODS["lord"], small_model().config
@@ -112,7 +112,7 @@ def test_rows_that_do_not_divide_lie_everywhere():
 
 @pytest.mark.slow
 def test_weight_gradients_of_windows_are_those_of_one_device():
-    """Each device squares and adds those of its own windows."""
+    """Each device squares and adds the gradients of its own sequences."""
     one, four = (
         gradient_statistics(
             small_model(),
@@ -158,8 +158,8 @@ def test_jobs_take_turns_on_the_devices():
     devices = mesh.make_mesh({"data": 4})
     double = jax.jit(lambda x: 2 * x)
     jobs = [np.full(3, float(i), np.float32) for i in range(6)]
-    shares = mesh.share_tasks(dict.fromkeys(range(6), 1.0), 4)
-    found = [(jobs[k], y) for k, y in mesh.map_kernels(lambda k: double(jobs[k]), shares, devices)]
+    shares = mesh.assign_tasks(dict.fromkeys(range(6), 1.0), 4)
+    found = [(jobs[k], y) for k, y in mesh.run_tasks(lambda k: double(jobs[k]), shares, devices)]
     assert [float(job[0]) for job, _ in found] == list(range(6))
     for job, out in found:
         np.testing.assert_array_equal(out, 2 * job)
@@ -168,7 +168,7 @@ def test_jobs_take_turns_on_the_devices():
 
 
 def test_devices_that_share_cores_take_turns():
-    """Programs of several CPU devices at once make mistakes (`mesh.map_kernels`)."""
+    """CPU devices take turns, since concurrent programs go wrong (`mesh.run_tasks`)."""
     slow, before, made = jax.jit(lambda x: jax.lax.fori_loop(0, 300, lambda i, y: x @ y, x)), [], []
 
     def run(k):
@@ -176,8 +176,8 @@ def test_devices_that_share_cores_take_turns():
         made.append(slow(np.eye(200, dtype=np.float32) * k))
         return made[-1]
 
-    shares = mesh.share_tasks(dict.fromkeys(range(8), 1.0), 4)
-    assert len(list(mesh.map_kernels(run, shares, FOUR()))) == 8
+    shares = mesh.assign_tasks(dict.fromkeys(range(8), 1.0), 4)
+    assert len(list(mesh.run_tasks(run, shares, FOUR()))) == 8
     assert all(before)
 
 
@@ -190,7 +190,7 @@ def test_devices_that_share_cores_take_turns():
     ],
 )
 def test_the_largest_job_goes_to_the_device_with_the_least(costs, sums):
-    shares = mesh.share_tasks(dict(enumerate(costs)), 4)
+    shares = mesh.assign_tasks(dict(enumerate(costs)), 4)
     assert sorted(job for share in shares for job in share) == list(range(len(costs)))
     for share in shares:
         assert [costs[k] for k in share] == sorted((costs[k] for k in share), reverse=True)
@@ -201,14 +201,14 @@ def test_the_largest_job_goes_to_the_device_with_the_least(costs, sums):
 
 @pytest.mark.full
 def test_devices_factor_equally_much(monkeypatch):
-    """Nearly all work of a block is its MLP's; what is counted is what devices are given."""
+    """The MLP is most of a block's work; the test adds up the tasks that each device gets."""
     given = []
 
     def seen(run, shares, devices):
         given.append(shares)
-        return mesh.map_kernels(run, shares, devices)
+        return mesh.run_tasks(run, shares, devices)
 
-    monkeypatch.setattr(single_pass, "map_kernels", seen)
+    monkeypatch.setattr(single_pass, "run_tasks", seen)
     config = dataclasses.replace(small_model().config, num_layers=6)
     compress(random_model(config), TOKENS, method="modegpt", keep=0.6, mesh=FOUR())
     job = CompressionSpec(config, "modegpt", *TOKENS.shape, meshed=True)
@@ -227,10 +227,10 @@ def test_devices_factor_equally_much(monkeypatch):
 @pytest.mark.full
 @pytest.mark.parametrize("dying", range(2, 28, 4))
 def test_a_group_that_is_killed_goes_on_to_the_same_bits(dying, tmp_path, monkeypatch):
-    """Before some line of the journal; no factors are made twice but those that it lost."""
+    """A run is killed before a line of the journal; only unfinished factors are computed again."""
     config = dataclasses.replace(small_model().config, num_layers=6)
     model, left, made = random_model(config), [0], []
-    record, finish = DiskStore._record, single_pass.finish
+    record, collect = DiskStore._record, single_pass.collect_factors
 
     def killing(self, row):
         left[0] -= 1
@@ -240,10 +240,10 @@ def test_a_group_that_is_killed_goes_on_to_the_same_bits(dying, tmp_path, monkey
 
     def counted(*arguments):
         made.append(arguments[1])
-        return finish(*arguments)
+        return collect(*arguments)
 
     monkeypatch.setattr(DiskStore, "_record", killing)
-    monkeypatch.setattr(single_pass, "finish", counted)
+    monkeypatch.setattr(single_pass, "collect_factors", counted)
 
     def factors(name):
         calibrated = checked(config, TOKENS, None, None, mesh=FOUR())
@@ -307,7 +307,7 @@ QUICK = ("factorize", "nbytes", "matmul", "eigenvalues", "stats.moments")
     "names", [pytest.param(QUICK, id="quick"), pytest.param((), id="all", marks=pytest.mark.slow)]
 )
 def test_functions_under_pmap_on_eight_devices(names):
-    """What a user's own pipeline may call on its devices: `pmapped.CASES`."""
+    """Functions that a user's pipeline may call under ``pmap``: `pmapped.CASES`."""
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, str(Path(__file__).parents[1] / "pmapped.py"), *names]
     found = subprocess.run(

@@ -1,4 +1,4 @@
-"""Several processes do one job: they come to what one comes to, and live through deaths."""
+"""Several processes work on one job: same result as one process, also after a kill."""
 
 import contextlib
 import json
@@ -113,7 +113,7 @@ LORD = ("--method", "lord", "--keep", 0.6)
 
 @pytest.fixture(scope="module")
 def whole(model):
-    """What two processes make when nothing happens to them, and what they print."""
+    """Returns the result of an undisturbed run of two processes, and what they print."""
     found = job(model, model / "whole", *LORD)
     assert [code for code, _, _ in found] == [0, 0], found
     return model / "whole", found
@@ -121,7 +121,7 @@ def whole(model):
 
 @pytest.mark.full
 def test_two_processes_are_one(model, whole):
-    """Same plan, same model but for the order of sums; one of them writes and speaks."""
+    """Same plan, and same model up to the order of sums; only process 0 writes and prints."""
     out, found = whole
     one = compress(small_model(), TOKENS, method="lord", keep=0.6)
     assert json.loads((out / "plan.json").read_text())["ranks"] == one.plan.ranks
@@ -170,7 +170,7 @@ def test_other_methods_and_meshes(model, tmp_path, method, options):
 
 @pytest.mark.slow
 def test_the_death_of_the_first(model, whole):
-    """JAX itself ends the others then."""
+    """JAX itself ends the other processes in this case."""
     first, second = job(model, model / "first", *LORD, dying=(0, 10))
     assert first[0] == -signal.SIGKILL and second[0] != 0
     assert "another" in second[2] or "coordination service" in second[2]
@@ -198,25 +198,25 @@ def test_wrong_arguments_are_one_line(model, tmp_path):
 
 
 def test_nobody_and_somebody_at_the_address(monkeypatch):
-    monkeypatch.setattr(multihost, "PATIENCE", 0.0)
+    monkeypatch.setattr(multihost, "CONNECT_TIMEOUT", 0.0)
     port = free_port()
     with pytest.raises(ConnectionError, match="process 0 cannot be reached"):
-        multihost._reach(f"127.0.0.1:{port}", own=False)
-    multihost._reach(f"127.0.0.1:{port}", own=True)
+        multihost._check_address(f"127.0.0.1:{port}", own=False)
+    multihost._check_address(f"127.0.0.1:{port}", own=True)
     with socket.socket() as there:
         there.bind(("", 0))
         there.listen()
         port = there.getsockname()[1]
         with pytest.raises(ConnectionError, match=f"port {port} of this machine cannot be used"):
-            multihost._reach(f"127.0.0.1:{port}", own=True)
-        multihost._reach(f"127.0.0.1:{port}", own=False)
+            multihost._check_address(f"127.0.0.1:{port}", own=True)
+        multihost._check_address(f"127.0.0.1:{port}", own=False)
 
 
 def told(monkeypatch, number, others):
-    """Has this process be one of two; ``others`` says what the other one tells."""
-    monkeypatch.setattr(multihost, "process", lambda: number)
+    """Simulates one of two processes; ``others`` is the JSON of the other one."""
+    monkeypatch.setattr(multihost, "process_index", lambda: number)
     monkeypatch.setattr(
-        multihost, "tell", lambda own: [own, others] if number == 0 else [others, own]
+        multihost, "all_gather_json", lambda own: [own, others] if number == 0 else [others, own]
     )
 
 

@@ -1,4 +1,4 @@
-"""Peak memory is that of the process that is asked."""
+"""`peak_rss` measures the current process, not its parent."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Metrics of outputs, roots and batched products that the three kinds of modules share."""
+"""Linear algebra of the three kinds of modules: gradient metric, roots, batched products."""
 
 from __future__ import annotations
 
@@ -14,49 +14,56 @@ from jaxtyping import Array, Float
 from lordjax.methods import linalg
 from lordjax.methods.linalg import mm
 
-RANK_TOLERANCE = 1e-12  # eigenvalues of a head's second moment below this share count as zero
-
+# Eigenvalues of a head's second moment below this fraction of the largest one count as zero.
+RANK_TOLERANCE = 1e-12
 
 Arrays = Mapping[str, Array]
 
 
-def metric(stats: Mapping[str, Any]) -> Callable[[Float[Array, "n m"]], Float[Array, "n m"]]:
-    """Rows times a root of the gradient metric M; as they are without gradients."""
+def gradient_metric(
+    stats: Mapping[str, Any],
+) -> Callable[[Float[Array, "n m"]], Float[Array, "n m"]]:
+    """Returns a function that multiplies rows by a root of the gradient metric M.
+
+    Without gradients the function returns rows unchanged.
+    """
     if "gradients" not in stats:
         return lambda rows: rows
     root, _ = linalg.root_pair(stats["gradients"].second_moment(), linalg.GRADIENT_DAMPING)
     return lambda rows: mm(rows, root)
 
 
-def dropped(effects: Float[Array, "n n"]) -> Float[Array, "n"]:
-    """Increments, at least 0, of ``Σ_{i,j≥k} effects[i, j]``: the error of dropping all from k on.
+def drop_errors(effects: Float[Array, "n n"]) -> Float[Array, "n"]:
+    """Returns the errors added by dropping one more item, from the last to the first.
 
-    An increment below 0 says that dropping more does better; such a width is not offered.
+    The error of dropping all items from k on is ``Σ_{i,j≥k} effects[i, j]``; the result holds its
+    increments. An increment below 0 would mean that dropping more does better. It is set to 0, so
+    that such a width is not offered.
     """
     tails = jnp.cumsum(jnp.cumsum(effects[::-1, ::-1], axis=0), axis=1)
     errors = jnp.concatenate([jnp.zeros(1, effects.dtype), jnp.diagonal(tails)])
     return jnp.diff(jax.lax.cummax(errors))[::-1]
 
 
-def double(a: Any) -> np.ndarray:
+def to_float64(a: Any) -> np.ndarray:
     """Returns an array as float64 on the host."""
     return np.asarray(a, np.float64)
 
 
-def diagonals(c: Float[Array, "n d d"]) -> Float[Array, "n d"]:
-    """Returns the diagonals of a stack of square matrices."""
+def batched_diagonal(c: Float[Array, "n d d"]) -> Float[Array, "n d"]:
+    """Returns the batched_diagonal of a stack of square matrices."""
     return jnp.diagonal(c, axis1=1, axis2=2)
 
 
-def bmm(*factors: Array) -> Array:
+def batched_matmul(*factors: Array) -> Array:
     """Returns the batched product of several stacks of matrices, at full precision."""
     return functools.reduce(lambda a, b: jnp.matmul(a, b, precision="highest"), factors)
 
 
 def root_and_pseudo_inverse(c: Float[Array, "d d"]) -> tuple[Array, Array]:
-    """``C^½`` and its pseudo-inverse."""
+    """Returns ``C^½`` and its pseudo-inverse."""
     values, vectors = linalg.eigh_descending(c)
-    there = values > RANK_TOLERANCE * values[0]
-    root = jnp.sqrt(jnp.where(there, values, 0))
-    inverse = jnp.where(there, 1 / jnp.where(there, root, 1), 0)
+    nonzero = values > RANK_TOLERANCE * values[0]
+    root = jnp.sqrt(jnp.where(nonzero, values, 0))
+    inverse = jnp.where(nonzero, 1 / jnp.where(nonzero, root, 1), 0)
     return mm(vectors * root[None], vectors.T), mm(vectors * inverse[None], vectors.T)

@@ -1,11 +1,16 @@
-"""`modular.mlp` on the host, in place: two float64 matrices of the MLP's width never live at once.
+"""The MLP method on the host with LAPACK, in place, with the same results as `modular.mlp.mlp`.
 
-One array holds the Gram, its inverse and what elimination leaves of it; then, in the new order, the
-Gram again and its factor. Beside it there are the float32 sums, until they were read for the second
-time, and one matrix of the size of ``down``.
+Peak memory is one float64 matrix of size width × width. One array holds in turn the Gram matrix,
+its inverse, and what elimination leaves of that; then, in the new order, the Gram matrix and its
+factor. Beside it there are the float32 sums, until they are read for the second time, and one
+matrix of the size of ``down``.
 
-Chosen where the arrays are the host's (`factoring`). Refit kernels while columns are eliminated,
-and rows in the metric, are float32: the columns chosen are the same, and half the time is theirs.
+`lordjax.compression.site_factors` chooses it where arrays are on the host. The elimination loop
+works on float32 copies of the refit kernel and of rows in the metric. They take half of the time;
+in tests the chosen columns are identical.
+
+`mlp` is written twice, because LAPACK works in place on one triangle and in float64. Shared code
+would round differently.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from lordjax.methods import lapack, linalg
+from lordjax.methods import column_selection, lapack, linalg
 from lordjax.methods.base import ModuleFactors
 
 SCORES = ("elimination", "leverage")
@@ -32,24 +37,30 @@ def mlp(
     intercept: bool = False,
     shrinkage: float = 0.0,
 ) -> ModuleFactors:
-    """`modular.mlp` with a fit, by one of `SCORES`; arrays of the result are NumPy's.
+    """Ranks the neurons of an MLP and refits ``down``; see `modular.mlp.mlp`.
 
     Args:
-      kernels: as there.
-      stats: as there; is emptied, so that sums live no longer than they are read.
+      kernels: ``down`` ``[f, m]``; other kernels are not read.
+      stats: ``moments`` and optionally ``gradients``. The dict is emptied, so that sums are freed
+        once they are read.
       score: one of `SCORES`.
-      ridge: of the leverage scores.
-      intercept: as there.
-      shrinkage: as there.
+      ridge: ridge of the leverage scores, relative to the mean energy of a column.
+      intercept: whether to fit a bias as well.
+      shrinkage: ridge of the refit in neurons per token.
+
+    Returns:
+      Factors with NumPy arrays.
     """
     moments, down = stats.pop("moments"), np.asarray(kernels["down"])
     root = _root(stats.pop("gradients", None))
-    with np.errstate(invalid="ignore", divide="ignore"):  # no tokens: not finite, as the rest
-        shrunk = np.maximum(linalg.JITTER, shrinkage * len(down) / np.float64(moments.count))
+    with np.errstate(invalid="ignore", divide="ignore"):  # without tokens nothing is finite
+        shrunk = np.maximum(
+            column_selection.JITTER, shrinkage * len(down) / np.float64(moments.count)
+        )
     gram = np.empty((len(down), len(down)))
     _fill(gram, moments, np.arange(len(down)), centred=intercept)
     if score == "elimination":
-        order = lapack.elimination_order(gram, _weighed(down, root), shrunk)
+        order = lapack.elimination_order(gram, _in_metric(down, root), shrunk)
     else:
         order = np.argsort(lapack.leverage_complement(gram, ridge), kind="stable")
     _fill(gram, moments, order, centred=intercept)
@@ -61,7 +72,7 @@ def mlp(
     del gram
     spectrum = np.empty(len(down))
     for p, q in lapack.panels(len(down)):
-        spectrum[p:q] = (_weighed(parts["right"][p:q], root).astype(np.float64) ** 2).sum(axis=1)
+        spectrum[p:q] = (_in_metric(parts["right"][p:q], root).astype(np.float64) ** 2).sum(axis=1)
     spectrum /= 1 + shrunk
     return ModuleFactors(spectrum, parts)
 
@@ -69,7 +80,7 @@ def mlp(
 def _ordered(
     rows: Float[np.ndarray, "n m"], order: Int[np.ndarray, "n"]
 ) -> Float[np.ndarray, "n m"]:
-    """Rows in an order, as LAPACK wants to work on them: float64 and along columns."""
+    """Returns rows in a new order, as float64 in column-major layout for LAPACK."""
     found = np.empty(rows.shape, np.float64, order="F")
     for p, q in lapack.panels(len(rows)):
         found[p:q] = rows[order[p:q]]
@@ -77,7 +88,7 @@ def _ordered(
 
 
 def _root(gradients: Any) -> Float[np.ndarray, "m m"] | None:
-    """A root of the gradient metric, float32; None without gradients."""
+    """Returns a root of the gradient metric, float32, or None without gradients."""
     if gradients is None:
         return None
     moment = np.asarray(gradients.total, np.float64) / float(gradients.count)
@@ -85,10 +96,10 @@ def _root(gradients: Any) -> Float[np.ndarray, "m m"] | None:
     return np.tril(moment).astype(np.float32)
 
 
-def _weighed(
+def _in_metric(
     rows: Float[np.ndarray, "n m"], root: Float[np.ndarray, "m m"] | None
 ) -> Float[np.ndarray, "n m"]:
-    """Rows in the metric, float32; a copy."""
+    """Returns a float32 copy of rows in the metric."""
     found = np.empty(rows.shape, np.float32)
     for p, q in lapack.panels(len(rows)):
         own = rows[p:q].astype(np.float32)
@@ -99,7 +110,7 @@ def _weighed(
 def _fill(
     gram: Float[np.ndarray, "n n"], moments: Any, order: Int[np.ndarray, "n"], *, centred: bool
 ) -> None:
-    """The lower triangle of the (centred) second moment in an order."""
+    """Fills the lower triangle of ``gram`` with the (centred) second moment in a new order."""
     scatter, mean = np.asarray(moments.scatter), np.asarray(moments.mean, np.float64)[order]
     for p, q in lapack.panels(len(gram)):
         part = gram[p:q, :q]
@@ -110,10 +121,10 @@ def _fill(
 
 
 def work(kernels: Mapping[str, Any], stats: Mapping[str, Any], *, score: str) -> Counter[str]:
-    """Operations of `mlp` on arrays of some shapes, by the kinds of `flops`."""
+    """Returns the operations of `mlp` for some shapes, by the kinds of `lordjax.runtime.flops`."""
     n, m = kernels["down"].shape
     found: Counter[str] = Counter()
-    # A factor; its inverse, and for elimination the product of that with itself.
+    # A factor and its inverse; for elimination also the product of the inverse with itself.
     found["cholesky float64"] += n**3 // 3 + (n**3 // 3 if score == "leverage" else 2 * n**3 // 3)
     if score == "elimination":
         found["product float64"] += n**3 // 3

@@ -1,4 +1,4 @@
-"""Queries and keys: rotary pairs are selected by their score (CR)."""
+"""Query/key modules: keep the rotary pairs with the highest scores (CR)."""
 
 from __future__ import annotations
 
@@ -14,45 +14,55 @@ from jaxtyping import Array, Float, Int
 from lordjax.methods.base import Module, ModuleFactors
 from lordjax.methods.modular.metric import (
     Arrays,
-    bmm,
-    diagonals,
-    double,
-    dropped,
+    batched_diagonal,
+    batched_matmul,
+    drop_errors,
     root_and_pseudo_inverse,
+    to_float64,
 )
 
 
 def query_key(kernels: Arrays, stats: Mapping[str, Any], *, select: bool = False) -> ModuleFactors:
-    """Orders what a head compares: rotary pairs by CR, or directions by SVD without rotation.
+    """Ranks the rotary pairs of each key head by CR scores, or its directions by an SVD.
+
+    Directions are used if positions are not rotary.
 
     Args:
-      kernels: ``rope_index`` ``[k, d/2]`` says that positions are rotary.
-      stats: ``queries`` ``[h, d, d]`` and ``keys`` ``[k, d, d]`` second moments, biases included;
-        ``gates``, optional, ``[k, d/2, d/2]``: second moment of the loss' derivative by the size
-        of each rotary pair.
-      select: without rotary positions, keep columns (the paper's) instead of directions.
+      kernels: kernels in head form. ``rope_index`` ``[k, d/2]`` means that positions are rotary.
+      stats: second moments ``queries`` ``[h, d, d]`` and ``keys`` ``[k, d, d]``, biases included;
+        optionally ``gates`` ``[k, d/2, d/2]``, the second moment of the loss's derivative with
+        respect to the scale of each rotary pair.
+      select: without rotary positions, keep columns (as in the paper) instead of directions.
+
+    Returns:
+      The order of pairs or columns, or the maps of queries and keys; and the spectrum.
     """
     queries, keys = stats["queries"].second_moment(), stats["keys"].second_moment()
-    groups, width = keys.shape[:2]
-    queries = jnp.sum(queries.reshape(groups, -1, width, width), axis=1)
+    kv_heads, width = keys.shape[:2]
+    queries = jnp.sum(queries.reshape(kv_heads, -1, width, width), axis=1)
     if "rope_index" in kernels:
-        # Of half-split pairs (i, i + d/2); the same before and after the rotation.
-        energy = [jnp.sum(diagonals(c).reshape(groups, 2, -1), axis=1) for c in (queries, keys)]
+        # Energy of the pairs (i, i + d/2), which rotation does not change.
+        energy = [
+            jnp.sum(batched_diagonal(c).reshape(kv_heads, 2, -1), axis=1) for c in (queries, keys)
+        ]
         order, spectrum = _by_score(energy[0] * energy[1], stats.get("gates"))
-        # A step of the width is one column; an error is paid for the pair.
+        # The width counts columns; the error of a pair is charged to its first column.
         pairs = jnp.stack([spectrum, jnp.zeros_like(spectrum)], axis=1).reshape(-1)
         return ModuleFactors(pairs, {"order": order})
     if select:
-        order, spectrum = _by_score(diagonals(queries) * diagonals(keys), None)
+        order, spectrum = _by_score(batched_diagonal(queries) * batched_diagonal(keys), None)
         return ModuleFactors(spectrum, {"order": order})
     roots = [jax.vmap(root_and_pseudo_inverse)(c) for c in (queries, keys)]
     (q_root, q_inverse), (k_root, k_inverse) = roots
-    u, values, v = jnp.linalg.svd(bmm(q_root, k_root))
+    u, values, v = jnp.linalg.svd(batched_matmul(q_root, k_root))
     scale = jnp.sqrt(values)[:, None]
-    maps = {"q_map": bmm(q_inverse, u) * scale, "k_map": bmm(k_inverse, v.mT) * scale}
+    maps = {
+        "q_map": batched_matmul(q_inverse, u) * scale,
+        "k_map": batched_matmul(k_inverse, v.mT) * scale,
+    }
     errors = values**2
     if "gates" in stats:
-        # In the loss: a direction's share of the logits' energy, of what all of them are worth.
+        # The loss of all directions together, divided in proportion to their energy in the logits.
         worth = jnp.sum(stats["gates"].second_moment(), axis=(1, 2)) / 2
         total = jnp.sum(errors, axis=1)
         errors = errors * (worth / jnp.where(total > 0, total, 1))[:, None]
@@ -60,38 +70,38 @@ def query_key(kernels: Arrays, stats: Mapping[str, Any], *, select: bool = False
 
 
 def _by_score(
-    squares: Float[Array, "k n"], gates: Any
+    squares: Float[Array, "k n"], saliency: Any
 ) -> tuple[Int[Array, "k n"], Float[Array, "n"]]:
-    """Order by falling squared CR score in each group, and the error of dropping each place.
+    """Returns the order by decreasing squared CR score per key head, and the errors of dropping.
 
-    With gates the error is half their quadratic form: the loss to second order. Without, the
-    squared score: the error in the logits but for the products of different places.
+    With a saliency the error is half its quadratic form: the change of the loss to second order.
+    Without one it is the squared score: the error of the logits without cross terms.
     """
     order = jnp.argsort(-squares, axis=1)
-    if gates is None:
+    if saliency is None:
         return order, jnp.sum(jnp.take_along_axis(squares, order, axis=1), axis=0)
 
     def errors(fisher: Array, order: Array) -> Array:
-        return dropped(fisher[order][:, order] / 2)
+        return drop_errors(fisher[order][:, order] / 2)
 
-    return order, jnp.sum(jax.vmap(errors)(gates.second_moment(), order), axis=0)
+    return order, jnp.sum(jax.vmap(errors)(saliency.second_moment(), order), axis=0)
 
 
-def narrow_query_key(kernels: Arrays, factors: ModuleFactors, width: int) -> dict[str, np.ndarray]:
-    """Queries and keys of head width ``width``."""
+def prune_query_key(kernels: Arrays, factors: ModuleFactors, width: int) -> dict[str, np.ndarray]:
+    """Returns queries and keys with head width ``width``."""
     parts = factors.parts
     host = {name: np.asarray(a) for name, a in kernels.items()}
     names = [name for name in ("q", "k", "q_bias", "k_bias") if name in host]
-    groups, head = host["k"].shape[1:]
+    kv_heads, head = host["k"].shape[1:]
 
-    def grouped(name: str) -> np.ndarray:
-        """``[..., k, heads per group, d]``."""
+    def by_kv_head(name: str) -> np.ndarray:
+        """Returns an array as ``[..., k, query heads per key head, d]``."""
         a = host[name]
-        return a.reshape(*a.shape[:-2], groups, -1, head)
+        return a.reshape(*a.shape[:-2], kv_heads, -1, head)
 
     if "order" not in parts:
-        maps = {n: double(parts[f"{n}_map"][..., :width]) for n in ("q", "k")}
-        new = {n: double(grouped(n)) @ maps[n[0]] for n in names}
+        maps = {n: to_float64(parts[f"{n}_map"][..., :width]) for n in ("q", "k")}
+        new = {n: to_float64(by_kv_head(n)) @ maps[n[0]] for n in names}
         return {n: a.reshape(*host[n].shape[:-1], width) for n, a in new.items()}
     order, index = np.asarray(parts["order"]), {}
     if "rope_index" in host:
@@ -102,14 +112,19 @@ def narrow_query_key(kernels: Arrays, factors: ModuleFactors, width: int) -> dic
         columns = np.sort(order[:, :width], axis=1)
     new = {}
     for name in names:
-        a = grouped(name)
-        # The same columns for all heads of a group.
-        at = columns[:, None].reshape((1,) * (a.ndim - 3) + (groups, 1, width))
+        a = by_kv_head(name)
+        # The same columns for all query heads of a key head.
+        at = columns[:, None].reshape((1,) * (a.ndim - 3) + (kv_heads, 1, width))
         picked = np.take_along_axis(a, at, axis=-1)
         new[name] = picked.reshape(*host[name].shape[:-1], width)
     return new | index
 
 
 def query_key_module(needs: tuple[str, ...], **options: Any) -> Module:
-    """A `Module` of `query_key`."""
-    return Module(functools.partial(query_key, **options), narrow_query_key, needs)
+    """Returns a `Module` that uses `query_key`.
+
+    Args:
+      needs: names of the statistics.
+      **options: keyword arguments of `query_key`.
+    """
+    return Module(functools.partial(query_key, **options), prune_query_key, needs)

@@ -1,4 +1,4 @@
-"""Values and output projection: an SVD in the context of the attention."""
+"""Value/output modules: an SVD of each head, with the output projection refit on all heads."""
 
 from __future__ import annotations
 
@@ -11,48 +11,57 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from lordjax.methods import linalg
+from lordjax.methods import column_selection, linalg
 from lordjax.methods.base import Module, ModuleFactors
-from lordjax.methods.modular.metric import Arrays, bmm, double, metric, root_and_pseudo_inverse
+from lordjax.methods.modular.metric import (
+    Arrays,
+    batched_matmul,
+    gradient_metric,
+    root_and_pseudo_inverse,
+    to_float64,
+)
 
 
 def value_output(kernels: Arrays, stats: Mapping[str, Any], *, fit: bool) -> ModuleFactors:
-    """Orders the directions of every value head, and fits the output projection for every width.
+    """Ranks the directions of every value head, and fits the output projection for every width.
+
+    Without ``fit`` the output projection of a head is the truncated factor. For each head this is
+    the optimum of the paper's two SVDs, in a form that needs only head-sized eigenproblems.
 
     Args:
-      kernels: ``v`` ``[m, k, d]``, ``o`` ``[h, d, m]``, optional ``v_bias`` ``[k, d]``.
-      stats: ``moments`` `Moments` of the attention's output ``[h·d]``, or ``values`` ``[k, d, d]``
-        second moments without the bias (the paper's, which ignores where attention looks);
-        ``gradients`` as in `mlp`.
-      fit: fit the output projection to all heads at once; needs ``moments``.
+      kernels: ``v`` ``[m, k, d]``, ``o`` ``[h, d, m]``, optionally ``v_bias`` ``[k, d]``.
+      stats: ``moments``, the `Moments` of the mixed values ``[h·d]``, or ``values`` ``[k, d, d]``,
+        the second moments of values without bias (as in the paper; they ignore the attention
+        weights); optionally ``gradients``, as in `modular.mlp.mlp`.
+      fit: whether to fit the output projection to all heads at once; needs ``moments``.
 
-    Without ``fit`` the projection of each head is the truncated factor: per head, the optimum of
-    the paper's two SVDs in a form that needs only head-sized eigenproblems.
+    Returns:
+      The bases of the value heads, the output projection or its refit factors, and the spectrum.
     """
     o = kernels["o"]
     heads, width, out = o.shape
-    groups = kernels["v"].shape[1]
-    weigh = metric(stats)
-    whole, context = _contexts(kernels, stats, heads, groups, width)
-    weighted = weigh(o.reshape(-1, out)).reshape(groups, -1, width, out)
+    kv_heads = kernels["v"].shape[1]
+    weigh = gradient_metric(stats)
+    whole, context = _contexts(kernels, stats, heads, kv_heads, width)
+    weighted = weigh(o.reshape(-1, out)).reshape(kv_heads, -1, width, out)
     target = jnp.einsum("gjdm,gjem->gde", weighted, weighted, precision="highest")
     square, pseudo = jax.vmap(root_and_pseudo_inverse)(context)
-    values, directions = jax.vmap(linalg.eigh_descending)(bmm(square, target, square))
-    basis, inverse = bmm(pseudo, directions), bmm(directions.mT, square)
+    values, directions = jax.vmap(linalg.eigh_descending)(batched_matmul(square, target, square))
+    basis, inverse = batched_matmul(pseudo, directions), batched_matmul(directions.mT, square)
     norms = jnp.linalg.norm(basis, axis=1)
     norms = jnp.where(norms > 0, norms, 1)
     basis, inverse = basis / norms[:, None], inverse * norms[..., None]
     turned = jnp.einsum(
-        "gde,gjem->gjdm", inverse, o.reshape(groups, -1, width, out), precision="highest"
+        "gde,gjem->gjdm", inverse, o.reshape(kv_heads, -1, width, out), precision="highest"
     ).reshape(o.shape)
     if not fit:
         return ModuleFactors(jnp.sum(values, axis=0), {"basis": basis, "out": turned})
-    # Ordered by direction first and head second, so that a width is a prefix.
-    each = jnp.repeat(basis, heads // groups, axis=0)
+    # Sorted by direction first and head second, so that a width is a prefix.
+    each = jnp.repeat(basis, heads // kv_heads, axis=0)
     gram = jnp.einsum("hdr,hdje,jes->rhsj", each, whole, each, precision="highest")
     gram = gram.reshape(heads * width, -1)
-    # Directions in which the values never go have the energy of rounding, of either sign.
-    lower, right = linalg.nested_refit(
+    # Directions without values have an energy that is a rounding error, of either sign.
+    lower, right = column_selection.nested_refit(
         gram, turned.transpose(1, 0, 2).reshape(-1, out), unit=linalg.mean_unit
     )
     spectrum = jnp.sum(weigh(right) ** 2, axis=1).reshape(width, heads).sum(axis=1)
@@ -60,42 +69,48 @@ def value_output(kernels: Arrays, stats: Mapping[str, Any], *, fit: bool) -> Mod
 
 
 def _contexts(
-    kernels: Arrays, stats: Mapping[str, Any], heads: int, groups: int, width: int
+    kernels: Arrays, stats: Mapping[str, Any], heads: int, kv_heads: int, width: int
 ) -> tuple[Any, Float[Array, "k d d"]]:
-    """Second moment of the mixed values of all heads ``[h, d, h, d]``, and summed over a group.
+    """Returns the second moment of the mixed values: of all heads, and summed per value head.
 
-    Attention rows sum to one, so the values' bias goes through as it is and is taken out.
+    The first is ``[h, d, h, d]``, or None if only ``values`` were collected. Attention weights sum
+    to one, so the values' bias passes through unchanged; it is subtracted.
     """
     if "moments" not in stats:
         return None, stats["values"].second_moment()
     moments = stats["moments"]
     mean = moments.mean
     if "v_bias" in kernels:
-        mean = mean - jnp.repeat(kernels["v_bias"], heads // groups, axis=0).reshape(-1)
+        mean = mean - jnp.repeat(kernels["v_bias"], heads // kv_heads, axis=0).reshape(-1)
     whole = (moments.covariance() + jnp.outer(mean, mean)).reshape(heads, width, heads, width)
     own = jnp.einsum("hdhe->hde", whole)
-    return whole, jnp.sum(own.reshape(groups, -1, width, width), axis=1)
+    return whole, jnp.sum(own.reshape(kv_heads, -1, width, width), axis=1)
 
 
-def narrow_value_output(
+def prune_value_output(
     kernels: Arrays, factors: ModuleFactors, width: int
 ) -> dict[str, np.ndarray]:
-    """Values and outputs of head width ``width``; the values' bias moves to the output."""
+    """Returns values and outputs of head width ``width``; the values' bias moves to the output."""
     parts, heads = factors.parts, len(kernels["o"])
-    v, basis = double(kernels["v"]), double(parts["basis"][..., :width])
+    v, basis = to_float64(kernels["v"]), to_float64(parts["basis"][..., :width])
     new = {"v": (v.transpose(1, 0, 2) @ basis).transpose(1, 0, 2)}
     if "lower" in parts:
-        fitted = linalg.refit(parts["lower"], parts["right"], width * heads)
+        fitted = column_selection.refit(parts["lower"], parts["right"], width * heads)
         new["o"] = fitted.reshape(width, heads, -1).transpose(1, 0, 2)
     else:
         new["o"] = np.asarray(parts["out"])[:, :width]
     if "v_bias" in kernels:
-        bias, o = double(kernels["v_bias"]), double(kernels["o"])
+        bias, o = to_float64(kernels["v_bias"]), to_float64(kernels["o"])
         new["out_bias"] = np.einsum("hd,hdm->m", np.repeat(bias, heads // len(bias), axis=0), o)
         new["v_bias"] = np.zeros((len(bias), width))
     return new
 
 
 def value_output_module(needs: tuple[str, ...], **options: Any) -> Module:
-    """A `Module` of `value_output`."""
-    return Module(functools.partial(value_output, **options), narrow_value_output, needs)
+    """Returns a `Module` that uses `value_output`.
+
+    Args:
+      needs: names of the statistics.
+      **options: keyword arguments of `value_output`.
+    """
+    return Module(functools.partial(value_output, **options), prune_value_output, needs)

@@ -1,1 +1,1 @@
-"""Quantized weights with a low-rank correction: LQ-LoRA, LoftQ, QERA, GPTQ."""
+"""Quantized weights with a low-rank term: LQ-LoRA, LoftQ, QERA, GPTQ."""

@@ -11,21 +11,19 @@ from jaxtyping import Array, Float, Int
 from lordjax.methods.linalg import mm, orthonormal_rows
 from lordjax.methods.quantized.weightings import Weights
 
-OVERSAMPLING = 10  # columns of the subspace beyond the rank
-
-
-FIRST_POWERS, POWERS = 3, 1  # power iterations from a random subspace, and from the last one
+OVERSAMPLING = 10  # dimensions of the subspace beyond the rank
+FIRST_POWERS, POWERS = 3, 1  # power iterations from a random subspace, and from a previous one
 
 
 class Product(NamedTuple):
-    """``left @ right`` of a rank, the remaining columns zero, and where it was found.
+    """A low-rank term ``left @ right``, and the subspace in which it was found.
 
     Attributes:
-      left: ``[in, width]``.
-      right: ``[width, out]``, of the same norms.
-      basis: ``[k, out]`` orthonormal rows; a start for the next search.
-      energies: ``[k]`` what each direction takes off the measure, falling if they were sorted.
-      total: ``[]`` the measure of the matrix itself.
+      left: left factor ``[in, width]``; columns from the rank on are zero.
+      right: right factor ``[width, out]``; its rows have the norms of the columns of ``left``.
+      basis: ``[k, out]`` orthonormal rows of the subspace; a start for the next search.
+      energies: ``[k]`` reduction of the weighted error by each direction; decreasing if sorted.
+      total: ``[]`` weighted error without the term.
     """
 
     left: Any
@@ -35,12 +33,12 @@ class Product(NamedTuple):
     total: Any
 
     def transposed(self) -> Float[Array, "out in"]:
-        """The product, outputs along rows."""
+        """Returns the transposed product ``[out, in]``."""
         return mm(self.right.T, self.left.T)
 
 
 def start_basis(shape: tuple[int, ...], width: int, seed: int = 0) -> Float[Array, "k out"]:
-    """A random subspace to begin with, wide enough for rank ``width``."""
+    """Returns a random subspace, wide enough for rank ``width``, as rows ``[k, out]``."""
     k = min(width + OVERSAMPLING, *shape)
     return jax.random.normal(jax.random.key(seed), (k, shape[1]))
 
@@ -55,23 +53,28 @@ def best_product(
     powers: int,
     sort: bool = True,
 ) -> Product:
-    """The product of a rank that is closest to ``matrix``, by subspace iteration.
+    """Fits the best low-rank term to a matrix, by subspace iteration.
 
-    With ``A = √c·matrixᵀ H matrix·√c`` and V its leading eigenvectors, it is
-    ``matrix·√c V Vᵀ/√c``: no root of H and no inverse is needed (theory/lq_lora §7.3a).
+    With ``A = √c·matrixᵀ H matrix·√c`` and V its leading eigenvectors, the solution is
+    ``matrix·√c V Vᵀ/√c``. It needs no root and no inverse of H.
 
     Args:
-      matrix: what to approximate.
-      rank: at most ``width``; may be traced.
-      weights: the measure; ``elements`` are not used.
-      basis: of the search; near the answer, one power is enough.
-      width: columns of the result; those from ``rank`` on are zero.
-      powers: power iterations.
-      sort: turn the subspace so that its best directions come first; those of a sorted ``basis``
-        stay in order by themselves.
+      matrix: the matrix ``[in, out]`` to approximate.
+      rank: rank of the term, at most ``width``; may be traced.
+      weights: weights H and c of the error; ``elements`` are not used.
+      basis: subspace to start from. Close to the solution one power iteration is enough.
+      width: number of columns of the left factor.
+      powers: number of power iterations.
+      sort: whether to rotate the subspace so that its best directions come first. Directions of a
+        sorted ``basis`` stay in order without it.
+
+    Returns:
+      The low-rank term.
+
+    Source: theory/lq_lora §7.3a.
     """
-    # Outputs run along rows, as codes are stored, and subspaces are rows too: a product with the
-    # transpose of a large matrix then reads it in order.
+    # Outputs run along rows, as codes are stored, and subspaces are rows too. So products with the
+    # transpose of a large matrix read it in order.
     root = weights.root_outputs()
     scaled = matrix.T * root
     heavy = weights.times_inputs(scaled)

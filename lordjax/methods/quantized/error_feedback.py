@@ -1,17 +1,20 @@
-"""Codes with error feedback: what the codes of one input miss, the inputs after it make up for.
+"""Error compensation between codes (GPTQ, LDLQ).
 
-Of the errors ``E = W - Q`` of a kernel ``[in, out]`` the measure ``tr(Eᵀ H E)`` counts, H being the
-second moment of the inputs. With ``H = U D Uᵀ``, U unit upper triangular::
+Inputs of a kernel W ``[in, out]`` are quantized in turn. Later inputs compensate for the errors of
+earlier ones. The loss is ``tr(Eᵀ H E)`` with the errors ``E = W - Q`` and the second moment H of
+the inputs. With ``H = U D Uᵀ`` and U unit upper triangular::
 
     z_k = W_k + Σ_{i<k} U_ik E_i      Q_k = nearest codes of z_k      k = 1 … in
 
-which makes the measure ``Σ_k D_k |z_k - Q_k|²``: rounding errors that know nothing of each other,
-each at the price D_k ≤ H_kk. The scales are known before the first code: of each block of W that
-share of its largest magnitude which loses least at those prices. Without prices and feedback such
-shares are worse than none (theory/lq_lora §9): what is cut off are outliers, which matter most.
+which makes the loss ``Σ_k D_k |z_k - Q_k|²``: independent rounding errors with weights D_k ≤ H_kk.
 
-Inputs are taken by falling H_kk, the dearest while most others can still make up for them. As the
-scales are fixed this costs nothing in storage, unlike GPTQ's, which follow the order.
+Scales are fixed before quantization. For each block of W we search the clip ratio
+(scale / max|w|) that minimizes this weighted loss. Clipping hurts plain round-to-nearest, because
+it cuts the outliers, which matter most (theory/lq_lora §9).
+
+Inputs are quantized by decreasing H_kk, so that most other inputs can still compensate for the
+errors with the largest weights. Because the scales are fixed, this order costs no storage. In GPTQ
+the scales follow the order.
 
 Sources: GPTQ, arXiv 2210.17323; LDLQ, 2307.13304; theory/lq_lora §7.3b.
 """
@@ -27,112 +30,116 @@ from jaxtyping import Array, Float
 from lordjax.kernels import normal_float
 from lordjax.methods.linalg import mm
 
-DAMPING = 1e-2  # share of the mean second moment added to all, as GPTQ's
-BLOCK = 64  # inputs between two large products
-SHARES = tuple(round(1 - 0.05 * k, 2) for k in range(13))  # of the largest magnitude of a block
+DAMPING = 1e-2  # fraction of the mean second moment added to the diagonal, as in GPTQ
+BLOCK = 64  # inputs between two large matrix products
+CLIP_RATIOS = tuple(round(1 - 0.05 * k, 2) for k in range(13))  # scale / largest magnitude
 
 
 class Feedback(NamedTuple):
-    """How inputs make up for each other.
+    """How later inputs compensate for the errors of earlier ones.
 
     Attributes:
-      order: ``[in]`` the inputs as they are taken.
-      upper: ``[in, in]`` U, in that order.
-      prices: ``[in]`` D, of the inputs as they are numbered.
+      order: ``[in]`` indices of the inputs, in the order of quantization.
+      upper: ``[in, in]`` the factor U, in that order.
+      error_weights: ``[in]`` the diagonal of D, in the original order of the inputs.
     """
 
     order: Any
     upper: Any
-    prices: Any
+    error_weights: Any
 
 
-def feedback_of(moment: Float[Array, "in in"]) -> Feedback:
-    """`Feedback` for inputs of a second moment."""
+def make_feedback(moment: Float[Array, "in in"]) -> Feedback:
+    """Returns the `Feedback` for inputs with a second moment."""
     diagonal = jnp.diagonal(moment)
     order = jnp.argsort(diagonal, descending=True)
     damped = moment + DAMPING * jnp.mean(diagonal) * jnp.eye(len(moment), dtype=moment.dtype)
-    # A Cholesky factor from the last input back is upper triangular.
+    # In reverse order of the inputs, the lower Cholesky factor becomes an upper one.
     back = order[::-1]
     upper = jnp.linalg.cholesky(damped[back][:, back])[::-1, ::-1]
     roots = jnp.diagonal(upper)
-    prices = jnp.zeros_like(roots).at[order].set(roots**2)
-    return Feedback(order, upper / roots[None], prices)
+    error_weights = jnp.zeros_like(roots).at[order].set(roots**2)
+    return Feedback(order, upper / roots[None], error_weights)
 
 
-def best_shares(
+def best_clip_ratios(
     rows: Float[Array, "out in"], form: normal_float.Format, feedback: Feedback
 ) -> Float[Array, "blocks"]:
-    """Of each block the share of `SHARES` with which its codes lose least at their prices."""
+    """Returns for each block the ratio of `CLIP_RATIOS` with the smallest weighted loss."""
     flat = rows.reshape(-1)
-    prices = normal_float.runs(jnp.tile(feedback.prices, len(rows)), form.block)
-    values, largest = (
-        normal_float.runs(flat, form.block),
-        normal_float.block_scales(flat, form.block),
-    )
+    error_weights = normal_float.runs(jnp.tile(feedback.error_weights, len(rows)), form.block)
+    values = normal_float.runs(flat, form.block)
+    largest = normal_float.block_scales(flat, form.block)
     largest = jnp.where(largest > 0, largest, 1)
 
-    def step(best: tuple[Array, Array], share: Array) -> tuple[tuple[Array, Array], None]:
-        scales = (largest * share)[:, None]
-        error = (
-            values
-            - normal_float.lookup(normal_float.nearest(values / scales, form.bits), form.bits)
-            * scales
-        )
-        loss = jnp.sum(prices * error**2, axis=1)
+    def step(best: tuple[Array, Array], ratio: Array) -> tuple[tuple[Array, Array], None]:
+        scales = (largest * ratio)[:, None]
+        codes = normal_float.nearest(values / scales, form.bits)
+        error = values - normal_float.lookup(codes, form.bits) * scales
+        loss = jnp.sum(error_weights * error**2, axis=1)
         better = loss < best[0]
-        return (jnp.where(better, loss, best[0]), jnp.where(better, share, best[1])), None
+        return (jnp.where(better, loss, best[0]), jnp.where(better, ratio, best[1])), None
 
     start = (jnp.full(largest.shape, jnp.inf), jnp.ones(largest.shape))
-    return lax.scan(step, start, jnp.asarray(SHARES))[0][1]
+    return lax.scan(step, start, jnp.asarray(CLIP_RATIOS))[0][1]
 
 
-def scaled_by(
-    flat: Float[Array, "n"], shares: Float[Array, "blocks"], form: normal_float.Format
+def clipped_scales(
+    flat: Float[Array, "n"], ratios: Float[Array, "blocks"], form: normal_float.Format
 ) -> normal_float.Codes:
-    """Scales that are shares of the blocks' largest magnitudes; no codes yet."""
+    """Returns quantized scales, clip ratio times largest magnitude of each block, without codes."""
     return normal_float.Codes(
         None,
-        *normal_float.quantize_scales(normal_float.block_scales(flat, form.block) * shares, form),
+        *normal_float.quantize_scales(normal_float.block_scales(flat, form.block) * ratios, form),
     )
 
 
 def quantize(
     rows: Float[Array, "out in"], form: normal_float.Format, feedback: Feedback | None = None
 ) -> normal_float.Codes:
-    """`nf.quantize` of a transposed kernel, flattened; with feedback if there is one."""
+    """Quantizes a transposed kernel.
+
+    Args:
+      rows: the transposed kernel ``[out, in]``.
+      form: the format.
+      feedback: how inputs compensate for each other; None rounds every weight to nearest.
+
+    Returns:
+      Codes of the flattened transposed kernel.
+    """
     flat = rows.astype(jnp.float32).reshape(-1)
     if feedback is None:
         return normal_float.quantize(flat, form)
     fan_out, fan_in = rows.shape
-    scaled = scaled_by(flat, best_shares(flat.reshape(rows.shape), form, feedback), form)
+    scaled = clipped_scales(flat, best_clip_ratios(flat.reshape(rows.shape), form, feedback), form)
     decoded = normal_float.dequantize_scales(scaled.scales, scaled.supers, scaled.offset, form)
     scales = jnp.repeat(decoded, form.block)[: flat.size].reshape(rows.shape)
-    # Inputs along rows, in their order, filled up to whole blocks.
+    # Inputs along rows, in the order of quantization, padded to whole blocks.
     pad = -fan_in % BLOCK
     kernel, scales = (
         jnp.pad(a.T[feedback.order], ((0, pad), (0, 0))).reshape(-1, BLOCK, fan_out)
         for a in (flat.reshape(rows.shape), scales)
     )
-    # Columns of U, a block at a time.
+    # Columns of U, block by block.
     upper = jnp.pad(feedback.upper, ((0, pad), (0, pad)))
     upper = upper.T.reshape(-1, BLOCK, fan_in + pad)
 
-    def block(missed: Array, each: tuple[Array, ...]) -> tuple[Array, Array]:
+    def quantize_block(errors: Array, each: tuple[Array, ...]) -> tuple[Array, Array]:
         i, kernel, scales, columns = each
-        shifted = kernel + mm(columns, missed)  # rows that are still to come are 0
+        shifted = kernel + mm(columns, errors)  # errors of later rows are still 0
         inner = lax.dynamic_slice(columns, (0, i * BLOCK), (BLOCK, BLOCK))
         safe = jnp.where(scales > 0, scales, 1)
 
-        def one(own: Array, k: Array) -> tuple[Array, Array]:
-            wanted = shifted[k] + mm(inner[k][None], own)[0]
-            codes = normal_float.nearest(wanted / safe[k], form.bits)
+        def quantize_input(own: Array, k: Array) -> tuple[Array, Array]:
+            target = shifted[k] + mm(inner[k][None], own)[0]
+            codes = normal_float.nearest(target / safe[k], form.bits)
             error = kernel[k] - normal_float.lookup(codes, form.bits) * scales[k]
             return own.at[k].set(error), codes
 
-        own, codes = lax.scan(one, jnp.zeros_like(kernel), jnp.arange(BLOCK))
-        return lax.dynamic_update_slice(missed, own, (i * BLOCK, 0)), codes
+        own, codes = lax.scan(quantize_input, jnp.zeros_like(kernel), jnp.arange(BLOCK))
+        return lax.dynamic_update_slice(errors, own, (i * BLOCK, 0)), codes
 
-    nothing = jnp.zeros((fan_in + pad, fan_out))
-    _, codes = lax.scan(block, nothing, (jnp.arange(len(kernel)), kernel, scales, upper))
+    no_errors = jnp.zeros((fan_in + pad, fan_out))
+    _, codes = lax.scan(quantize_block, no_errors, (jnp.arange(len(kernel)), kernel, scales, upper))
     codes = codes.reshape(-1, fan_out)[jnp.argsort(feedback.order)]
     return scaled._replace(codes=codes.T.reshape(-1))

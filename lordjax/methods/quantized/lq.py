@@ -1,16 +1,17 @@
-"""W ≈ Q + L R: NormalFloat codes and a low-rank product that makes up for what they miss.
+"""Quantized weights plus a low-rank term, ``W ≈ Q + L R`` (LQ-LoRA, LoftQ, QERA).
 
-Alternates between the best product for the codes' error and the codes of what the product leaves::
+Alternates between the best low-rank term for the residual of the quantized weights, and quantizing
+what the low-rank term leaves::
 
-    L R <- best of rank r for W - Q,    Q <- codes of W - L R
+    L R <- best of rank r for W - Q,    Q <- quantized W - L R
 
-starting from Q = 0 (LQ-LoRA), and keeps the best iterate. "Best" is in the
-measure ``Σ_j c_j e_jᵀ H e_j`` over the columns e_j of the error, for which the low-rank step has a
-closed form; H and c are what `Weights` holds (x input, g loss gradient at the output, F sum over
-windows of squared weight gradients):
+starting from Q = 0 (LQ-LoRA). The iterate with the smallest weighted error is kept. The weighted
+error is ``Σ_j c_j e_jᵀ H e_j`` over the columns e_j of the error; for it the low-rank step has a
+closed form. `Weights` holds H and c. With the input x, the loss gradient g at the output, and F,
+the sum over sequences of squared weight gradients:
 
 ==========  ==================  ================  =====================================
-weighting   H (inputs)          c (outputs)       measure
+weighting   H (inputs)          c (outputs)       weighted error
 ==========  ==================  ================  =====================================
 none        identity            1                 squared error of the weights
 fisher      diag(mean_j F_ij)   mean_i F_ij       Σ F_ij E_ij² (LQ-LoRA)
@@ -18,12 +19,19 @@ input       E xxᵀ               1                 squared error of the output 
 both        E ‖g‖² xxᵀ          E ‖x‖² g_j²       about the loss, to second order
 ==========  ==================  ================  =====================================
 
-With `Weights.feedback` codes make up for each other (`feedback`); without, each is the nearest.
+With `Weights.feedback` codes compensate for each other's errors (`error_feedback`); without it each
+weight is rounded to the nearest code.
 
-Beyond the paper: that; the best iterate instead of the one after it; the product is fitted last,
-so that it is optimal for its codes; the quantised start is a candidate, so that no result is worse
-than the codes alone; full H at no inverse; subspaces carried from one alternation to the next,
-which saves most of an SVD; the rank is traced.
+Differences from the papers:
+
+* error compensation in the quantization step;
+* the best iterate is kept, not the one after it;
+* the low-rank term is fitted last, so that it is optimal for its codes;
+* LoftQ's start (quantize first) is a candidate too, so that the result is never worse than
+  quantized weights alone;
+* the full H costs no inverse;
+* the subspace of one alternation starts the next, which saves most of an SVD;
+* the rank is traced, so that all ranks share one compiled program.
 
 Sources: LQ-LoRA, arXiv 2311.12023; LoftQ, 2310.08659; QERA, 2410.06040; theory/lq_lora §2, §7.
 """
@@ -50,19 +58,20 @@ from lordjax.methods.quantized.best_product import (
 from lordjax.methods.quantized.error_feedback import quantize
 from lordjax.methods.quantized.weightings import Weights
 
-STEPS = 10  # alternations; the first five gain most, at 2 bits more lose (theory/lq_lora §2.5)
+# Alternations. The first five gain most; at 2 bits more of them do harm (theory/lq_lora §2.5).
+STEPS = 10
 
 
 class Decomposition(NamedTuple):
-    """A kernel as codes and a product.
+    """A kernel as quantized weights plus a low-rank term.
 
     Attributes:
-      codes: `nf.Codes` of the transposed kernel, flattened.
-      left: ``[in, width]``; columns from the rank on are zero.
-      right: ``[width, out]``.
-      error: ``[]`` the measure of what is left.
-      total: ``[]`` the measure of the kernel itself.
-      history: ``[steps]`` error after each alternation from Q = 0.
+      codes: `normal_float.Codes` of the flattened transposed kernel.
+      left: left factor ``[in, width]``; columns from the rank on are zero.
+      right: right factor ``[width, out]``.
+      error: ``[]`` weighted error of the sum.
+      total: ``[]`` weighted error of a zero matrix, for comparison.
+      history: ``[steps]`` weighted error after each alternation from Q = 0.
     """
 
     codes: Any
@@ -82,22 +91,28 @@ def decompose(
     width: int,
     steps: int = STEPS,
 ) -> Decomposition:
-    """Codes and a product for a kernel; see the module's docstring.
+    """Decomposes a kernel into quantized weights and a low-rank term; see this module's docstring.
 
     Args:
-      kernel: the matrix.
-      rank: of the product, at most ``width``; traced, so that all ranks share one compilation.
-      weights: the measure.
-      form: of the codes.
-      width: columns of the product that is returned.
-      steps: alternations.
+      kernel: the matrix ``[in, out]``.
+      rank: rank of the low-rank term, at most ``width``; traced.
+      weights: weights of the errors.
+      form: format of the quantized weights.
+      width: number of columns of the left factor that is returned.
+      steps: number of alternations.
+
+    Returns:
+      The decomposition with the smallest weighted error.
     """
     return _decompose(_as_rows(kernel), rank, weights, form=form, width=width, steps=steps)
 
 
 @jax.jit
 def _as_rows(kernel: Float[Array, "in out"]) -> Float[Array, "out in"]:
-    """Outputs along rows, as codes are stored; a call of its own, lest all readers transpose."""
+    """Transposes a kernel, as codes are stored.
+
+    A program of its own, because otherwise every reader would transpose again.
+    """
     return kernel.astype(jnp.float32).T
 
 
@@ -111,22 +126,22 @@ def _decompose(
     width: int,
     steps: int,
 ) -> Decomposition:
-    """`decompose` of a transposed kernel."""
+    """Decomposes a transposed kernel; see `decompose`."""
 
     def fit(left: Array, basis: Array, powers: int, sort: bool) -> tuple[Product, Array]:
         found = best_product(left.T, rank, weights, basis, width=width, powers=powers, sort=sort)
         if weights.elements is not None:
-            return found, weights.measure((left - found.transposed()).T)
+            return found, weights.weighted_error((left - found.transposed()).T)
         kept = jnp.arange(len(found.energies)) < rank
         return found, found.total - jnp.sum(jnp.where(kept, found.energies, 0))
 
-    def codes_of(target: Array) -> tuple[normal_float.Codes, Array]:
+    def quantize_target(target: Array) -> tuple[normal_float.Codes, Array]:
         codes = quantize(target, form, weights.feedback)
-        return codes, missed(rows, codes, form)
+        return codes, residual(rows, codes, form)
 
     def step(state: tuple[Any, Any], _: Any) -> tuple[Any, Array]:
         product, best = state
-        codes, left = codes_of(rows - product.transposed())
+        codes, left = quantize_target(rows - product.transposed())
         product, error = fit(left, product.basis, POWERS, sort=False)
         new = (codes, product, error)
         best = jax.tree.map(lambda a, b: jnp.where(error < best[2], a, b), new, best)
@@ -134,15 +149,17 @@ def _decompose(
 
     random = start_basis(rows.shape[::-1], width)
     first = best_product(rows.T, rank, weights, random, width=width, powers=FIRST_POWERS)
-    alone, left = codes_of(rows)
-    (_, best), history = lax.scan(step, (first, (alone, first, jnp.inf)), None, length=steps)
-    # Never worse than the codes alone: else their own product, which is LoftQ's start.
-    codes, product, error = lax.cond(
-        best[2] < weights.measure(left.T),
-        lambda: best,
-        lambda: (alone, *fit(left, random, FIRST_POWERS, sort=True)),
+    quantized_alone, left = quantize_target(rows)
+    (_, best), history = lax.scan(
+        step, (first, (quantized_alone, first, jnp.inf)), None, length=steps
     )
-    total = weights.measure(rows.T)
+    # If no iterate beats quantized weights alone, these get a low-rank term (LoftQ's start).
+    codes, product, error = lax.cond(
+        best[2] < weights.weighted_error(left.T),
+        lambda: best,
+        lambda: (quantized_alone, *fit(left, random, FIRST_POWERS, sort=True)),
+    )
+    total = weights.weighted_error(rows.T)
     return Decomposition(codes, product.left, product.right, error, total, history)
 
 
@@ -153,10 +170,11 @@ _stacked = functools.partial(jax.jit, static_argnames=("form", "width", "steps")
 )
 
 
-def in_stacks() -> bool:
-    """Whether like kernels are best decomposed together: an accelerator wants to be filled.
+def runs_stacked() -> bool:
+    """Returns whether kernels of one shape are decomposed together, as one batch.
 
-    A CPU is full, batched factorisations are slow there, and every length would compile again.
+    A batch fills an accelerator. One matrix already fills a CPU; batched factorizations are slow
+    there, and every batch size would be compiled again.
     """
     return jax.default_backend() != "cpu"
 
@@ -170,9 +188,21 @@ def decompose_all(
     width: int,
     steps: int = STEPS,
 ) -> list[Decomposition]:
-    """`decompose` of kernels of one shape; of several as a stack where it is `in_stacks`."""
+    """Decomposes kernels of one shape, as one batch where `runs_stacked` says so.
+
+    Args:
+      kernels: matrices ``[in, out]`` of one shape.
+      ranks: rank of each low-rank term.
+      weights: error weights of each kernel.
+      form: format of the quantized weights.
+      width: number of columns of the left factors.
+      steps: number of alternations.
+
+    Returns:
+      One decomposition per kernel.
+    """
     fixed: dict[str, Any] = {"form": form, "width": width, "steps": steps}
-    if not in_stacks() or len(kernels) == 1:
+    if not runs_stacked() or len(kernels) == 1:
         rows = zip(kernels, ranks, weights, strict=True)
         return [decompose(kernel, jnp.asarray(rank), own, **fixed) for kernel, rank, own in rows]
     stack = jax.tree.map(lambda *a: jnp.stack(a), *weights)
@@ -180,8 +210,8 @@ def decompose_all(
     return [jax.tree.map(lambda a, k=k: a[k], found) for k in range(len(kernels))]
 
 
-def missed(
+def residual(
     rows: Float[Array, "out in"], codes: normal_float.Codes, form: normal_float.Format
 ) -> Float[Array, "out in"]:
-    """What codes of a transposed kernel miss."""
+    """Returns the residual of a transposed kernel: the kernel minus its quantized weights."""
     return rows - normal_float.dequantize(codes, form).reshape(rows.shape)

@@ -1,4 +1,4 @@
-"""What errors of a matrix cost: the statistics that a weighting reads, and a function of them."""
+"""Error weightings: the statistics that each of them needs, and the weights computed from them."""
 
 from __future__ import annotations
 
@@ -11,22 +11,28 @@ from jaxtyping import Array, Float
 from lordjax.methods.base import Method
 from lordjax.methods.linalg import mm
 
-# Share of the mean added to the inputs' second moment. GPTQ's 0.01 of a mean that a few huge
-# activations make is more than all the others have, and misleads the choice of formats.
+# Fraction of the mean that is added to the diagonal of the inputs' second moment. The mean comes
+# from a few huge activations. GPTQ's 0.01 of it exceeds the energy of all other inputs, and leads
+# to a bad choice of formats.
 DAMPING = 1e-3
 
-# Weighting -> statistics it reads; see `methods.low_rank_quantized`.
+# Weighting -> statistics that it needs; `lordjax.methods.quantized.lq` describes them.
 WEIGHTINGS: dict[str, tuple[str, ...]] = {
     "none": (),
     "fisher": ("fisher",),
     "input": ("inputs",),
     "both": ("weighted_inputs", "weighted_squares"),
 }
-MOMENTS = ("input", "both")  # weightings with a second moment of inputs, which feedback needs
+MOMENTS = ("input", "both")  # weightings with a second moment of inputs: allow error feedback
 
 
-def cost_of(kernel: Any, stats: Mapping[str, Any]) -> Weights:
-    """What errors of a kernel cost, from the statistics that its weighting reads."""
+def make_weights(kernel: Any, stats: Mapping[str, Any]) -> Weights:
+    """Returns the error weights of a kernel.
+
+    Args:
+      kernel: not used; all functions of `lordjax.methods.base.Method` take it.
+      stats: the statistics of one weighting (`WEIGHTINGS`); empty for ``none``.
+    """
     del kernel
     if "fisher" in stats:
         fisher = stats["fisher"]
@@ -35,9 +41,9 @@ def cost_of(kernel: Any, stats: Mapping[str, Any]) -> Weights:
         return Weights()
     inputs, outputs = stats.get("inputs"), None
     if inputs is None:
-        # Of all tokens' products of x xᵀ and g gᵀ the closest Kronecker product: each weighted by
-        # the other's energy, and the trace that of the sum. Attention sinks have huge activations
-        # and next to no gradient.
+        # The Kronecker product closest to the sum of x xᵀ ⊗ g gᵀ over all tokens: each factor is
+        # weighted by the other's energy, and the trace is that of the sum. It discounts attention
+        # sinks, which have huge activations and almost no gradient.
         inputs, squares = stats["weighted_inputs"], stats["weighted_squares"].total
         total = jnp.trace(inputs.total)
         outputs = squares * (inputs.count / jnp.where(total > 0, total, 1))
@@ -46,23 +52,24 @@ def cost_of(kernel: Any, stats: Mapping[str, Any]) -> Weights:
     return Weights(moment + DAMPING * mean * jnp.eye(len(moment)), outputs)
 
 
-def statistics_of(weighting: str) -> Method:
-    """A weighting as what the calibration passes know: statistics, and a function of them."""
-    cost: Any = cost_of
-    return Method(weighting, cost, WEIGHTINGS[weighting])
+def weighting_method(weighting: str) -> Method:
+    """Returns a weighting as a `Method`, so that calibration collects its statistics."""
+    factor: Any = make_weights
+    return Method(weighting, factor, WEIGHTINGS[weighting])
 
 
-FLOOR = 1e-8  # share of their mean that weights are raised by: a weight of 0 has no inverse
+FLOOR = 1e-8  # fraction of their mean that is added to output weights: 0 has no inverse
 
 
 class Weights(NamedTuple):
-    """What an error of a kernel ``[in, out]`` costs.
+    """Weights of the errors of a kernel ``[in, out]``. None stands for weights of 1.
 
     Attributes:
-      inputs: ``[in, in]`` second moment of the inputs, its diagonal ``[in]``, or None.
-      outputs: ``[out]``, or None.
-      elements: ``[in, out]``, or None: measures errors in place of the others' product.
-      feedback: `feedback.Feedback` of ``inputs``: how codes are found; None: each by itself.
+      inputs: second moment of the inputs ``[in, in]``, or its diagonal ``[in]``, or None.
+      outputs: weights of the outputs ``[out]``, or None.
+      elements: weights of the elements ``[in, out]``, or None. If given, they define the weighted
+        error instead of ``inputs`` and ``outputs``.
+      feedback: `Feedback` of ``inputs`` for error compensation; None rounds to nearest.
     """
 
     inputs: Any = None
@@ -71,20 +78,20 @@ class Weights(NamedTuple):
     feedback: Any = None
 
     def times_inputs(self, a: Float[Array, "n in"]) -> Float[Array, "n in"]:
-        """``a H``."""
+        """Returns ``a H``, H being the second moment of the inputs."""
         if self.inputs is None:
             return a
         return mm(a, self.inputs) if self.inputs.ndim == 2 else a * self.inputs[None]
 
     def root_outputs(self) -> Float[Array, "out 1"] | Float[Array, "1 1"]:
-        """``√c``, all above 0."""
+        """Returns ``√c``, the roots of the output weights, as a column; all are above 0."""
         if self.outputs is None:
             return jnp.ones((1, 1))
         mean = jnp.mean(self.outputs)
         return jnp.sqrt(self.outputs + FLOOR * jnp.where(mean > 0, mean, 1))[:, None]
 
-    def measure(self, error: Float[Array, "in out"]) -> Float[Array, ""]:
-        """What an error costs."""
+    def weighted_error(self, error: Float[Array, "in out"]) -> Float[Array, ""]:
+        """Returns the weighted squared error ``[]`` of an error matrix."""
         if self.elements is not None:
             return jnp.sum(self.elements * error**2)
         scaled = error.T * self.root_outputs()
