@@ -25,7 +25,7 @@ from lordjax.kernels.kinds import KINDS
 from lordjax.methods import METHODS
 from lordjax.scripts.cli import cli
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 EXTENDING = ROOT / "docs/pages/extending.md"
 WORDS = 64  # of the vocabulary
