@@ -121,6 +121,7 @@ def problem_of(call):
     return f"{verb} has no {unknown}" if unknown else None
 
 
+@pytest.mark.quick("README.md", "docs/pages/index.md", "docs/pages/extending.md")
 @pytest.mark.parametrize("page", [p for p in PAGES if "```python" in p.read_text()], ids=name_of)
 def test_python_blocks_run(page, files, tables):
     names = run_blocks(page)
