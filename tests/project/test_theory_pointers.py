@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 THEORY = ROOT / "docs" / "pages" / "theory"
 SECTION = r"§(\d+(?:\.\d+)*[a-z]?)"
 # One page and its sections: "theory/lq_lora §2, §7", "theory/modegpt §2 to §4".

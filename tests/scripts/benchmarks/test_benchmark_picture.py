@@ -46,7 +46,7 @@ def test_bad_data_is_named(tmp_path, content, message):
 
 
 def test_the_committed_picture_is_that_of_the_committed_numbers(tmp_path):
-    folder = Path(__file__).parents[2] / "docs" / "pages" / "pictures"
+    folder = Path(__file__).parents[3] / "docs" / "pages" / "pictures"
     methods = picture.by_method(picture.read(folder / "results.csv"))
     text = (folder / "perplexity.svg").read_text()
     assert {"modegpt", "lord", "auto", "svd-llm", "rom", "svd"} <= methods.keys()

@@ -40,7 +40,7 @@ train(CONFIG, init(CONFIG, jax.random.key(0)), data, recipe, Settings(40, 4, 2),
 
 
 def process(directory):
-    code = RUN.format(tests=os.path.dirname(os.path.dirname(__file__)))
+    code = RUN.format(tests=os.path.dirname(__file__))
     return subprocess.Popen([sys.executable, "-c", code, str(directory)], stdout=subprocess.PIPE)
 
 

@@ -309,7 +309,7 @@ QUICK = ("factorize", "nbytes", "matmul", "eigenvalues", "stats.moments")
 def test_functions_under_pmap_on_eight_devices(names):
     """Functions that a user's pipeline may call under ``pmap``: `pmapped.CASES`."""
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, str(Path(__file__).parents[1] / "pmapped.py"), *names]
+    command = [sys.executable, str(Path(__file__).parents[2] / "support" / "pmapped.py"), *names]
     found = subprocess.run(
         command, env=os.environ | flags, capture_output=True, text=True, timeout=300, check=False
     )

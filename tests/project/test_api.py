@@ -92,12 +92,12 @@ def test_the_package_runs_like_the_command():
 
 def test_type_checkers_find_the_marker_and_wheels_have_it():
     assert importlib.resources.files("lordjax").joinpath("py.typed").is_file()
-    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
     assert "py.typed" in project["tool"]["setuptools"]["package-data"]["lordjax"]
 
 
 def test_all_packages_are_in_the_wheel():
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     setuptools = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
     places = setuptools["package-dir"]
     folders = {file.parent.relative_to(root) for file in root.glob("[!.]*/**/__init__.py")}

@@ -25,7 +25,7 @@ from lordjax.kernels.kinds import KINDS
 from lordjax.methods import METHODS
 from lordjax.scripts.cli import cli
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 EXTENDING = ROOT / "docs/pages/extending.md"
 WORDS = 64  # of the vocabulary
@@ -121,6 +121,7 @@ def problem_of(call):
     return f"{verb} has no {unknown}" if unknown else None
 
 
+@pytest.mark.quick("README.md", "docs/pages/index.md", "docs/pages/extending.md")
 @pytest.mark.parametrize("page", [p for p in PAGES if "```python" in p.read_text()], ids=name_of)
 def test_python_blocks_run(page, files, tables):
     names = run_blocks(page)
