@@ -121,13 +121,14 @@ def problem_of(call):
     return f"{verb} has no {unknown}" if unknown else None
 
 
-@pytest.mark.quick("README.md", "docs/pages/index.md", "docs/pages/extending.md")
+@pytest.mark.quick("README.md", "docs/pages/index.md")
 @pytest.mark.parametrize("page", [p for p in PAGES if "```python" in p.read_text()], ids=name_of)
 def test_python_blocks_run(page, files, tables):
     names = run_blocks(page)
     assert "lordjax" in names
 
 
+@pytest.mark.full
 def test_method_of_the_recipe_needs_nothing_else(files, tables):
     names = run_blocks(EXTENDING)
     command = "compress SmolLM2-135M out --method abs-mean --keep 0.5 --calibration calibration.npy"

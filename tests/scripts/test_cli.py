@@ -154,6 +154,7 @@ def test_evaluate_is_the_library_function(tiny, text):
     assert "perplexity" in run("evaluate", tiny, *arguments).stdout
 
 
+@pytest.mark.full
 def test_array_needs_no_tokenizer(tiny, text, tmp_path):
     """An array has its own length and needs no tokenizer; text does."""
     model = tmp_path / "model"
@@ -302,6 +303,7 @@ def test_quantised_models(few_formats, tiny, text, tmp_path, method, options, ki
     assert np.isfinite(json.loads(shown.stdout)["perplexity"])
 
 
+@pytest.mark.full
 def test_codes_need_no_calibration_and_are_shown(tiny, text, tmp_path):
     plain, noted = (
         run("compress", tiny, tmp_path / name, *options, "--method", "nf", "--format", "nf4")

@@ -87,7 +87,7 @@ def test_bad_tokens(tiny, tmp_path):
         (("--ranks", "mlp/down"), "is not like mlp/down=256"),
         (("--ranks", "mlp=3", "--keep", "0.5"), "leave --keep and --allocation out"),
         (("--ranks", "mlp/dwn=8", "--method", "svd"), "did you mean mlp/down"),
-        (("--ranks", "mlp/down=99", "--method", "svd"), "from 1 to 19, or leave the layer out"),
+        (("--ranks", "mlp/down=99", "--method", "svd"), "from 1 to 19, or leave the pattern out"),
         (("--dtype", "int8"), "bfloat16"),
         (("--samples", "0"), "--samples"),
         (("--seq-len", "1"), "--seq-len"),

@@ -15,6 +15,8 @@ from lordjax.kernels.quantized import NFQuantized
 from lordjax.scripts.cli import cli
 from lordjax.storage import saved_model
 
+pytestmark = pytest.mark.full
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):

@@ -125,10 +125,10 @@ def test_the_command_line_writes_the_files_of_a_direct_compression(tiny, text, t
 def test_wrong_options_end_in_one_line(tiny, text, tmp_path):
     out = tmp_path / "out"
     start = ("compress", tiny, out, *calibration(text), "--elastic")
-    fails("leave --keep out", *start, "--keep", 0.5)
-    fails("leave --factors out", *start, "--factors", "nf4")
+    fails("--keep cannot be combined with --elastic", *start, "--keep", 0.5)
+    fails("--factors cannot be combined with --elastic", *start, "--factors", "nf4")
     fails("depend on the budget", *start, "--method", "rom")
-    fails("no use for --elastic", *start, "--method", "nf", "--format", "nf4")
+    fails("does not take --elastic", *start, "--method", "nf", "--format", "nf4")
     fails("has no factors", "export", tiny, out, "--keep", 0.5)
-    fails("--to says", "export", tiny, out)
+    fails("--to is missing", "export", tiny, out)
     assert not list(tmp_path.iterdir())

@@ -71,7 +71,7 @@ def test_statistics_are_those_of_one_device(of_one, axes):
     jax.tree.map(close, statistics(axes), of_one)
 
 
-@pytest.mark.quick("lord-*")
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("method", "options"),
     [
@@ -288,6 +288,7 @@ def test_a_mesh_is_named_by_its_axes(wrong):
         mesh.parse(wrong)
 
 
+@pytest.mark.full
 def test_the_command_line(tiny, text, tmp_path):
     out = tmp_path / "out"
     command = ("compress", tiny, out, *calibration(text), "--keep", 0.6, "--method", "lord")

@@ -5,6 +5,8 @@ import re
 
 import pytest
 
+pytestmark = pytest.mark.full
+
 
 @pytest.fixture(scope="module")
 def small(tiny, run, tmp_path_factory):

@@ -78,6 +78,7 @@ def test_layers_are_as_many_as_operations_allow(config, mixed):
     assert spectra.affordable(config, mixed, 1.0) == []
 
 
+@pytest.mark.quick(".png")
 @pytest.mark.parametrize("suffix", figures.FORMATS)
 def test_pictures_are_written_in_every_format(config, quantized, curves, tmp_path, suffix):
     file = tmp_path / "new" / f"picture{suffix}"

@@ -11,6 +11,8 @@ from lordjax.allocation.plan import Plan
 from lordjax.scripts.cli import cli
 from lordjax.scripts.report import page as pages
 
+pytestmark = pytest.mark.full
+
 METHODS = {
     "modegpt": ("--method", "modegpt", "--keep", 0.6),
     "rom": ("--method", "rom", "--keep", 0.6),  # has no factors at all ranks
