@@ -140,7 +140,10 @@ CODE_DAMAGES = {
     "other size": (constants(QUANTISED, fan_in=400), f"{QUANTISED}/codes: expected"),
     "size is a text": (constants(QUANTISED, fan_in="16"), f"{QUANTISED}: fan_in"),
     "size is negative": (constants(QUANTISED, fan_in=-16, fan_out=-16), f"{QUANTISED}: fan_in"),
-    "other shape": (constants("layer_1/mlp/up/kernel/base", fan_in=24, fan_out=16), "expected equal shapes"),
+    "other shape": (
+        constants("layer_1/mlp/up/kernel/base", fan_in=24, fan_out=16),
+        "expected equal shapes",
+    ),
     "unknown constant": (constants(QUANTISED, colour=3), f"{QUANTISED}: .*colour"),
     "tensor left out": (drop_tensor(f"{INNER}/offset"), f"missing: {INNER}/offset$"),
 }
