@@ -40,7 +40,7 @@ best_pair = jax.jit(best_product, static_argnames=("width", "powers"))
 pack = jax.jit(normal_float.pack_codes, static_argnames="form")
 
 
-quantize_with_feedback = jax.jit(make_feedback)
+jitted_feedback = jax.jit(make_feedback)
 
 
 @functools.partial(jax.jit, static_argnames="form")

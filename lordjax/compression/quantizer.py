@@ -33,7 +33,7 @@ from lordjax.compression.quantized_matrix import (
     check_finite,
     dense_dtype,
     jitted_cost,
-    quantize_with_feedback,
+    jitted_feedback,
     replaced_matrices,
     solved_together,
 )
@@ -304,7 +304,7 @@ class Quantizer:
         read = site_gradients(gradients, method, site, kernel)
         weights = jitted_cost(kernel, {**stats[site], **read})
         if self.feedback:
-            weights = weights._replace(feedback=quantize_with_feedback(weights.inputs))
+            weights = weights._replace(feedback=jitted_feedback(weights.inputs))
         return kernel, weights
 
     def _stored(self, tree: Any) -> dict[str, Any]:

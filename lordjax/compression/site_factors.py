@@ -215,7 +215,7 @@ def replace_kernels(
             flat |= _factored(site, flat, found, rank, padded=padded)
             continue
         own = gather(site.kind, before, config) | dict((kernels or {}).get(path, {}))
-        new = modules[site.kind].narrow(own, found, rank)
+        new = modules[site.kind].prune(own, found, rank)
         new = widen(site.kind, new, own) if padded else new
         flat = scatter(site.kind, new, flat)
     return trees.unflatten(flat)

@@ -120,7 +120,7 @@ def test_a_quantisation_runs_what_was_counted(method, flags, monkeypatch):
     for module, names in {
         forward_pass: ("observe", "embed"),
         backward_pass: ("observe", "observe_gradients", "loss_gradient", "embed"),
-        quantizer: ("jitted_cost", "quantize_with_feedback"),
+        quantizer: ("jitted_cost", "jitted_feedback"),
         quantized_matrix: (
             *("predict", "encode_kernel", "best_pair", "pack", "measures", "materialize"),
         ),
