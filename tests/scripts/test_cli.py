@@ -231,7 +231,7 @@ def test_work_of_another_command_is_refused(tiny, text, tmp_path, monkeypatch):
         patch.setattr(resumable_output.Output, "finish", killed)
         assert run(*arguments, "--keep", "0.6").exit_code == 130
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
-    fails("settings.keep: 0.6 -> 0.7; give the same again", *arguments, "--keep", "0.7")
+    fails("settings.keep: 0.6 -> 0.7; give the same settings", *arguments, "--keep", "0.7")
     found = run(*arguments, "--keep", "0.6")
     assert "resuming from" in found.stderr and found.exit_code == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
