@@ -26,14 +26,14 @@ SECONDS = 60  # a job must never hang
 # Dies before it writes some line of its journal.
 DYING = """
 import os, signal
-from lordjax.storage.disk_store import Workspace
-left, record = [LINES], Workspace._record
+from lordjax.storage.disk_store import DiskStore
+left, record = [LINES], DiskStore._record
 def dying(self, row):
     left[0] -= 1
     if left[0] == 0:
         os.kill(os.getpid(), signal.SIGKILL)
     record(self, row)
-Workspace._record = dying
+DiskStore._record = dying
 """
 
 
