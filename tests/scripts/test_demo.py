@@ -13,6 +13,8 @@ from lordjax.scripts import demo_model
 from lordjax.scripts.cli import cli
 from lordjax.scripts.verbs import demo
 
+pytestmark = pytest.mark.full
+
 WINDOW = 32
 NAMES = ["dense", "modegpt-0.9", "modegpt-0.6", "auto-9", "auto-6.5"]
 

@@ -99,6 +99,7 @@ def test_damage_is_found_and_named(models, tmp_path):
         load(broken, keep=0.7)
 
 
+@pytest.mark.full
 def test_the_command_line_writes_the_files_of_a_direct_compression(tiny, text, tmp_path):
     whole, small, direct = (tmp_path / name for name in ("whole", "small", "direct"))
     method = ("--method", "modegpt", *calibration(text))

@@ -91,6 +91,7 @@ def test_the_plan_is_that_of_one_device(method, options):
         assert many.report["bytes"] == one.report["bytes"]
 
 
+@pytest.mark.full
 def test_rows_that_do_not_divide_lie_everywhere():
     devices = mesh.make_mesh({"data": 4})
     assert mesh.shard_batch(np.zeros((8, 3)), devices).sharding.spec == PartitionSpec("data")
