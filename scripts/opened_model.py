@@ -11,6 +11,7 @@ from typing import Any
 from lordjax.conversions.exporters.hf_files import Opened
 from lordjax.models.config import ModelConfig
 from lordjax.models.source import Source
+from lordjax.names import layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Model:
         def placed(tree: Any) -> Any:
             return jax.block_until_ready(jax.tree.map(jnp.asarray, tree))
 
-        blocks = {f"layer_{i}": placed(self.source.block(i)) for i in range(self.config.num_layers)}
+        blocks = {layer(i): placed(self.source.block(i)) for i in range(self.config.num_layers)}
         return placed(self.source.non_block_params()) | blocks
 
 

@@ -15,6 +15,7 @@ import safetensors.numpy
 from lordjax.conversions.families.family import TensorSource
 from lordjax.kernels import trees
 from lordjax.models.config import ModelConfig
+from lordjax.names import layer
 from lordjax.storage.checkpoint import INDEX, SHARD_BYTES
 
 
@@ -63,7 +64,7 @@ class ExportSpec:
 
 def of_block(flat: Mapping[str, Any], i: int) -> dict[str, Any]:
     """Returns the entries of ``layer_i``, by their path inside the block."""
-    prefix = f"layer_{i}/"
+    prefix = f"{layer(i)}/"
     return {p.removeprefix(prefix): leaf for p, leaf in flat.items() if p.startswith(prefix)}
 
 

@@ -19,6 +19,7 @@ from lordjax.conversions.exporters.hf_files import ExportSpec
 from lordjax.conversions.readers.tensor_files import read_json
 from lordjax.kernels import trees
 from lordjax.models.config import ModelConfig
+from lordjax.names import layer
 from lordjax.storage import checkpoint, saved_model, shards
 
 PARAMS, MANIFEST = "params", "manifest.json"
@@ -27,7 +28,7 @@ PARAMS, MANIFEST = "params", "manifest.json"
 def orbax(job: ExportSpec, stage: Path) -> None:
     """Writes the checkpoint and its manifest into the directory ``stage``."""
     source = job.source
-    blocks = {f"layer_{i}": source.block(i) for i in range(source.config.num_layers)}
+    blocks = {layer(i): source.block(i) for i in range(source.config.num_layers)}
     params = {**source.non_block_params(), **blocks}
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(stage / PARAMS, trees.unflatten(shards.tensors(params)))

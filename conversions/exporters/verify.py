@@ -25,6 +25,7 @@ from lordjax.kernels.kinds import astype
 from lordjax.models.config import ModelConfig
 from lordjax.models.source import InMemory
 from lordjax.models.transformer import Transformer
+from lordjax.names import layer
 
 TOLERANCE = 1e-3
 STEPS = 16
@@ -114,7 +115,7 @@ def _run_torch(model: Any) -> Logits:
 def our_logits(source: Any) -> Logits:
     """Returns a function that computes a model's logits with lordjax in float32."""
     config: ModelConfig = source.config
-    blocks = {f"layer_{i}": source.block(i) for i in range(config.num_layers)}
+    blocks = {layer(i): source.block(i) for i in range(config.num_layers)}
     params = jax.tree.map(jnp.asarray, astype({**source.non_block_params(), **blocks}, jnp.float32))
 
     @jax.jit

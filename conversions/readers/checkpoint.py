@@ -39,6 +39,7 @@ from lordjax.conversions.readers.tensor_files import (
 )
 from lordjax.kernels.trees import unflatten
 from lordjax.models.config import ModelConfig
+from lordjax.names import layer
 
 DTYPES = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
 TOKENIZER_FILES = (
@@ -125,7 +126,7 @@ class Checkpoint:
             raise IndexError(
                 f"{self.path}: block {i}, but there are {self.config.num_layers} blocks"
             )
-        return self._tree(lambda path: path.startswith(f"layer_{i}/"), dtype)[f"layer_{i}"]
+        return self._tree(lambda path: path.startswith(f"{layer(i)}/"), dtype)[layer(i)]
 
     def non_block_params(self, dtype: Any = None) -> dict[str, Any]:
         """Reads the parameters outside the blocks: embedding, final norm, head."""

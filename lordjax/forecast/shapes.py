@@ -32,7 +32,7 @@ from lordjax.models.head_axes import narrowed
 from lordjax.models.sites import Site, counted_sites, site_path, sites_for
 from lordjax.models.source import InMemory
 from lordjax.models.transformer import init
-from lordjax.names import is_block_linear, layer_type
+from lordjax.names import is_block_linear, layer, layer_type
 
 Candidates = Mapping[str, Candidate]  # site path -> what the matrix becomes
 
@@ -44,7 +44,7 @@ def dense_shapes(config: ModelConfig) -> InMemory:
     one = dataclasses.replace(config, num_layers=1, windows=None)
     tree = jax.eval_shape(lambda: init(one, jax.random.key(0)))
     block = tree.pop("layer_0")
-    return InMemory(config, tree | {f"layer_{i}": block for i in range(config.num_layers)})
+    return InMemory(config, tree | {layer(i): block for i in range(config.num_layers)})
 
 
 def stored(config: ModelConfig, leaves: Mapping[str, Any], dtype: Any = None) -> InMemory:
@@ -109,7 +109,7 @@ def outline(config: ModelConfig, plan: Plan, source: InMemory | None = None) -> 
                 flat = _factorized(site, flat, rank, plan.method)
             else:
                 flat = _pruned(site, flat, rank, plan.method, config)
-        tree[f"layer_{i}"] = trees.unflatten(flat)
+        tree[layer(i)] = trees.unflatten(flat)
     return tree
 
 
@@ -153,7 +153,7 @@ def multiplications(config: ModelConfig, tree: Any, length: int) -> int:
             # The head of a classifier reads one token.
             reads_one = config.head == "classes" and not is_block_linear(path)
             total += weights(leaf) * (1 if reads_one else length)
-    layers = [f"layer_{i}/attention" for i in range(config.num_layers)]
+    layers = [f"{layer(i)}/attention" for i in range(config.num_layers)]
     widths = sum(flat[f"{at}/q/kernel"].shape[1] + flat[f"{at}/o/kernel"].shape[0] for at in layers)
     return total + length**2 * widths
 
@@ -232,8 +232,8 @@ def quantized_outline(
     for i in range(config.num_layers):
         flat = trees.flatten(jax.tree.map(cast, source.block(i)))
         for path in flat:
-            candidate = candidates.get(f"layer_{i}/{path}")
+            candidate = candidates.get(f"{layer(i)}/{path}")
             if candidate is not None:
                 flat[path] = kernel_shapes(flat[path].shape, candidate, dtype or "float16", factors)
-        tree[f"layer_{i}"] = trees.unflatten(flat)
+        tree[layer(i)] = trees.unflatten(flat)
     return tree

@@ -18,6 +18,8 @@ from typing import Any
 
 import click
 
+from lordjax.names import layer
+
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("dense")
@@ -105,7 +107,7 @@ def operations(config: Any, params: Any, batch: int, length: int) -> float:
         total += 2.0 * config.vocab_size * config.hidden_size
     for i in range(config.num_layers):
         # q @ k.T and weights @ v; causal attention needs half of each square.
-        widths = flat[f"layer_{i}/attention/q/kernel"], flat[f"layer_{i}/attention/o/kernel"]
+        widths = flat[f"{layer(i)}/attention/q/kernel"], flat[f"{layer(i)}/attention/o/kernel"]
         total += length * (widths[0].shape[-1] + widths[1].shape[-2])
     return total * batch * length
 

@@ -31,6 +31,8 @@ from typing import Any
 
 import click
 
+from lordjax.names import layer
+
 BITS = ("4", "3.5", "3.25", "3", "2.75", "2.5")
 RANKS = (0, 16, 32, 64)
 
@@ -200,10 +202,10 @@ def errors(source: Any, params: Any, judge: dict[str, Any]) -> tuple[float, floa
 
     sums = np.zeros(4)
     for i in range(source.config.num_layers):
-        dense, new = trees.flatten(source.block(i)), trees.flatten(params[f"layer_{i}"])
+        dense, new = trees.flatten(source.block(i)), trees.flatten(params[layer(i)])
         for path in dense:
-            if f"layer_{i}/{path}" in judge:
-                moment = judge[f"layer_{i}/{path}"]
+            if f"{layer(i)}/{path}" in judge:
+                moment = judge[f"{layer(i)}/{path}"]
                 kernel = np.asarray(dense[path], np.float32)
                 error = kernel - np.asarray(materialize(new[path]), np.float32)
                 sums += [

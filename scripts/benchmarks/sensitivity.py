@@ -23,6 +23,8 @@ from typing import Any
 
 import click
 
+from lordjax.names import layer
+
 METHOD = "lord-linear"
 
 
@@ -118,7 +120,7 @@ def _slopes(prepared: Any, tokens: Any) -> dict[str, float]:
 
     config = prepared.source.config
     params = dict(prepared.source.non_block_params())
-    params |= {f"layer_{i}": prepared.source.block(i) for i in range(config.num_layers)}
+    params |= {layer(i): prepared.source.block(i) for i in range(config.num_layers)}
     params = jax.tree.map(jnp.asarray, params)
     dense = perplexity(config, params, tokens)["nll_per_token"]
     curves, slopes = prepared.curves(), {}

@@ -13,7 +13,7 @@ from lordjax.kernels import trees
 from lordjax.kernels.base import materialize
 from lordjax.models.config import ModelConfig
 from lordjax.models.source import Source
-from lordjax.names import is_block_linear
+from lordjax.names import is_block_linear, layer
 from lordjax.runtime.progress import Progress
 
 POINTS = 48  # of a curve, at most: more would not be seen
@@ -114,7 +114,7 @@ def of_stored(source: Source, layers: Iterable[int], progress: Progress | None =
     """
     curves, layers, count = [], list(layers), source.config.num_layers
     for k, i in enumerate(layers):
-        block = {f"layer_{i}": source.block(i)}
+        block = {layer(i): source.block(i)}
         for path, kernel in trees.flatten(block).items():
             if is_block_linear(path):
                 curves.append(curve_of(path, _squared_singular_values(kernel)))

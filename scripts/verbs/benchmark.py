@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
+from lordjax.names import layer
 from lordjax.scripts.benchmarks.protocol import environment
 from lordjax.scripts.console import format_bytes, progress_report
 from lordjax.scripts.opened_model import open_model
@@ -204,7 +205,7 @@ def operations(config: Any, params: Any, batch: int, length: int) -> float:
             total += 2.0 * weights(leaf)
     for i in range(config.num_layers):
         # Attention needs half of the square of q @ k.T and of weights @ v.
-        widths = flat[f"layer_{i}/attention/q/kernel"], flat[f"layer_{i}/attention/o/kernel"]
+        widths = flat[f"{layer(i)}/attention/q/kernel"], flat[f"{layer(i)}/attention/o/kernel"]
         total += length * (widths[0].shape[-1] + widths[1].shape[-2])
     return (total * length + 2.0 * config.vocab_size * config.hidden_size) * batch
 
