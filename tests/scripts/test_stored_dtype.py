@@ -13,6 +13,7 @@ from lordjax.kernels import trees
 from lordjax.kernels.kinds import astype
 from lordjax.kernels.quantized import NFQuantized
 from lordjax.scripts.cli import cli
+from lordjax.scripts.report.page import PAGE, without_times
 from lordjax.storage import saved_model
 
 pytestmark = pytest.mark.full
@@ -100,8 +101,10 @@ def test_a_budget_of_an_elastic_model_is_stored_like_a_compression(model, tokens
     assert dtypes(small) == {"bfloat16"}
     ours, theirs = files(small), files(direct)
     assert ours.keys() == theirs.keys()
-    for name in ours.keys() - {"report.json"}:
+    for name in ours.keys() - {"report.json", PAGE}:
         assert ours[name] == theirs[name], name
+    pages = [without_times(found[PAGE].decode()) for found in (ours, theirs)]
+    assert pages[0] == pages[1]
 
 
 def test_every_verb_that_writes_stores_bfloat16(model, tmp_path):
