@@ -47,7 +47,7 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Of a test marked ``quick`` all parameters that the mark does not name are ``full``."""
+    """Marks those parameters of a ``quick`` test as ``full`` that its mark does not name."""
     for item in items:
         for mark in item.iter_markers("quick"):
             if not any(fnmatch(item.callspec.id, pattern) for pattern in mark.args):

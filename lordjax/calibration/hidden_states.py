@@ -72,18 +72,18 @@ class MemoryStates:
         self._now[j] = x
 
     def commit(self, at: int, *, keep: bool = False) -> None:
-        """As `States` says."""
+        """Makes the arrays that were set the states before block ``at``."""
         self.at = at
         self._kept = {**self._kept, at: dict(self._now)} if keep else {}
 
     def back(self, at: int) -> None:
-        """As `States` says."""
+        """Returns to the last kept states before block ``at`` or earlier; deletes later ones."""
         self._kept = {kept: states for kept, states in self._kept.items() if kept <= at}
         self.at = max(self._kept)
         self._now = dict(self._kept[self.at])
 
     def close(self) -> None:
-        """As `States` says."""
+        """Deletes all states."""
         self._now, self._kept = {}, {}
 
 
@@ -123,7 +123,7 @@ class DiskStates:
         self._stream.add(to_local_rows(x, self._mesh))
 
     def commit(self, at: int, *, keep: bool = False) -> None:
-        """As `States` says."""
+        """Makes the arrays that were set the states before block ``at``."""
         if self._stream is not None:
             self._stream.close(f"{self._name}/{at}")
             self._stream = None
@@ -133,12 +133,12 @@ class DiskStates:
         self._open(at)
 
     def back(self, at: int) -> None:
-        """As `States` says."""
+        """Returns to the last kept states before block ``at`` or earlier; deletes later ones."""
         self._discard(lambda kept: kept > at)
         self._open(max(self._all()))
 
     def close(self) -> None:
-        """As `States` says."""
+        """Deletes all states."""
         self._discard(lambda _: True)
 
     def _all(self) -> list[int]:

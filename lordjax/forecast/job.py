@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -23,7 +24,7 @@ STAGES = ("gradients", "statistics", "factors", "comparison", "sequential", "app
 
 
 @dataclasses.dataclass(frozen=True)
-class CalibrationSpec:
+class CalibrationSpec(abc.ABC):
     """What every compression job has: a model, calibration sequences and the statistics to take.
 
     Subclasses say which statistics those are (`definition`).
@@ -60,9 +61,9 @@ class CalibrationSpec:
             )
 
     @property
+    @abc.abstractmethod
     def definition(self) -> Method:
         """The method's sites and statistics."""
-        raise NotImplementedError
 
     @property
     def needs_sequences(self) -> bool:

@@ -46,13 +46,13 @@ KERNEL = r"layer_\d+/.*kernel"
 
 
 def pairs(config, params):
-    """As `lord` leaves a model: factor pairs, a layer untouched."""
+    """A model as `lord` leaves it: factor pairs, and one dense layer."""
     small = trees.flatten(factorize(params, keep=0.5, where=KERNEL))
     return small | {"layer_1/mlp/up/kernel": trees.flatten(params)["layer_1/mlp/up/kernel"]}
 
 
 def codes(config, params):
-    """As `lq` and `auto` do: codes, codes and a product, a product of codes; ranks that differ."""
+    """A model as `lq` and `auto` leave it: quantized matrices, with low-rank terms of various ranks."""
     flat, rng = trees.flatten(params), np.random.default_rng(1)
     for i, path in enumerate(trees.select(flat, KERNEL)):
         fan_in, fan_out = flat[path].shape
@@ -84,7 +84,7 @@ def some_codes(rng, shape, form):
 
 
 def narrow(config, params):
-    """As `modegpt-cr` does: everything narrower, other widths in every layer, pairs at random."""
+    """A model as `modegpt-cr` leaves it: narrower layers of various widths, random rotary pairs."""
     rng, flat = np.random.default_rng(2), {}
     for i in range(config.num_layers):
         block = trees.flatten(params[f"layer_{i}"])

@@ -135,7 +135,7 @@ def test_gguf_types(tmp_path, kind):
 
 @pytest.mark.parametrize("shape", [(4, 96), (7, 20000), (6000, 34), (5, 6, 64), (9001,), (0, 32)])
 def test_gguf_rows_are_joined_whole(shape):
-    """As few rows as fit `ROW_BYTES`, the values in order, none cut; vectors as they are."""
+    """Rows are joined up to `ROW_BYTES`, in order, and none is cut; vectors stay as they are."""
     data = np.arange(math.prod(shape), dtype=np.uint32).view(np.uint8).reshape(*shape, 4)
     data = data.reshape(*shape[:-1], 4 * shape[-1])
     rows = _longer_rows(data)

@@ -54,7 +54,7 @@ def compressed_logits(params, tokens):
 
 
 def statistics(params, tokens):
-    """Of the activations and gradients of a block."""
+    """Statistics of the activations and gradients of a block."""
     x = embed(params, tokens, config=CONFIG)
     given = {"config": CONFIG, "sliding_window": None}
     width = CONFIG.hidden_size

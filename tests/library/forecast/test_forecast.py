@@ -115,7 +115,7 @@ def test_damaged_headers_are_named(tmp_path):
     ],
 )
 def test_bytes_are_those_that_come_out(method, policy, name, dtype):
-    """Of models stored in two dtypes."""
+    """Forecasts of models that are stored in two dtypes."""
     model = source(name)
     table = {
         path: a.astype(jnp.bfloat16) if path.endswith("kernel") else a

@@ -237,7 +237,7 @@ def test_codes_are_the_first_devices():
 
 
 def test_the_compiler_leaves_loops_to_every_device():
-    """As `device_shares` counts: of eight loops over sequences and heads a device runs eight."""
+    """Each device runs all eight loops over sequences and heads, as `device_shares` counts."""
     config, mesh = BLOCKS["qwen3"], make_mesh({"data": 4})
     block = source("qwen3").block(0)
     x = shard_batch(jnp.ones((4, LENGTH, config.hidden_size)), mesh)
