@@ -52,7 +52,7 @@ def pairs(config, params):
 
 
 def codes(config, params):
-    """A model as `lq` and `auto` leave it: quantized matrices, with low-rank terms of various ranks."""
+    """A model as `lq` and `auto` leave it: quantized matrices, low-rank terms of various ranks."""
     flat, rng = trees.flatten(params), np.random.default_rng(1)
     for i, path in enumerate(trees.select(flat, KERNEL)):
         fan_in, fan_out = flat[path].shape
