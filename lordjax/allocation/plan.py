@@ -68,6 +68,8 @@ class Plan:
       formats: site path -> `normal_float.Format` as text; sites that are not quantized are absent.
       factors: quantization format of all factor pairs; None: the factors are plain arrays.
       bits: requested average bits per block weight; None if ``keep`` was requested.
+      predicted: predicted loss in nats, ``in_sample`` on the calibration tokens and ``held_out`` on
+        others; None if the method's errors have another unit.
     """
 
     method: str
@@ -79,6 +81,7 @@ class Plan:
     formats: Mapping[str, str] = dataclasses.field(default_factory=dict)
     factors: str | None = None
     bits: float | None = None
+    predicted: Mapping[str, float] | None = None
 
     def weights(self, sizes: Mapping[str, SiteSize]) -> int:
         """Returns the number of linear weights after the plan, both factors of a pair counted.

@@ -44,7 +44,7 @@ def few_gradients(
     sequences: int | None,
     clock: Clock,
     store: Store | None = None,
-) -> Mapping[int, dict[str, dict[str, Any]]]:
+) -> Mapping[int, list[dict[str, dict[str, Any]]]]:
     """Collects `gradient_statistics` of a subset of the calibration set.
 
     Args:
@@ -56,7 +56,7 @@ def few_gradients(
       store: finished results of this and earlier processes; None: results stay in memory.
 
     Returns:
-      layer -> statistics, as `gradient_updates` describes; empty if the method reads
+      layer -> statistics of each fold, as `gradient_updates` describes; empty if the method reads
       none.
 
     Raises:
@@ -83,7 +83,7 @@ def gradient_statistics(
     method: Method,
     clock: Clock,
     store: Store | None = None,
-) -> Mapping[int, dict[str, dict[str, Any]]]:
+) -> Mapping[int, list[dict[str, dict[str, Any]]]]:
     """Collects statistics of loss gradients in every block, by sweeps over the blocks.
 
     In memory, a sweep takes as many batches as have hidden states of at most `STATE_BYTES`: the
@@ -99,7 +99,7 @@ def gradient_statistics(
       store: finished results of this and earlier processes; None: results stay in memory.
 
     Returns:
-      layer -> statistics, as `gradient_updates` describes.
+      layer -> statistics of each fold, as `gradient_updates` describes.
     """
     store = MemoryStore() if store is None else store
     found = Entries(store, "gradients", int)
@@ -121,15 +121,11 @@ def _read_non_block_params(source: Source) -> Any:
 
 def _sweeps(calibration: Calibration, config: ModelConfig) -> list[Calibration]:
     """Splits the calibration set into sweeps whose hidden states take at most `STATE_BYTES`."""
-    tokens, mask = calibration.tokens, calibration.mask
+    tokens = calibration.tokens
     sequence_bytes = tokens.shape[1] * config.hidden_size * config.num_layers * 4
     batch = calibration.batch_size
     size = batch * max(1, STATE_BYTES // (sequence_bytes * min(batch, len(tokens))))
-    cuts = [slice(start, start + size) for start in range(0, len(tokens), size)]
-    return [
-        dataclasses.replace(calibration, tokens=tokens[c], mask=None if mask is None else mask[c])
-        for c in cuts
-    ]
+    return [calibration.rows(slice(start, start + size)) for start in range(0, len(tokens), size)]
 
 
 @dataclasses.dataclass
@@ -209,25 +205,29 @@ class _Sweeps:
         config, key = self.source.config, f"gradients/{i}"
         block = on_device(self.source.block(i), calibration.mesh)
         if more:
-            stats, bases = self.store[key], self.bases[i]
+            folds, bases = self.store[key], self.bases[i]
         else:
-            stats, bases = empty_gradients(block, self.method, config)
+            empty = [
+                empty_gradients(block, self.method, config) for _ in range(calibration.num_folds)
+            ]
+            folds, bases = [stats for stats, _ in empty], empty[0][1]
         if not self.store.durable:
             self.bases[i] = bases
-        for j, mask in enumerate(calibration.masks()):
-            gradient, stats = observe_gradients(
+        batches = zip(calibration.masks(), calibration.batch_folds(), strict=True)
+        for j, (mask, fold) in enumerate(batches):
+            gradient, folds[fold] = observe_gradients(
                 block,
                 states[j],
                 mask,
                 back[j],
                 bases,
-                stats,
+                folds[fold],
                 config=config,
                 sliding_window=config.window(i),
                 shares=num_shards(len(states[j]), calibration.mesh),
             )
             back[j] = shard_batch(gradient, calibration.mesh)
-        self.store[key] = to_host(stats, calibration.mesh)
+        self.store[key] = to_host(folds, calibration.mesh)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "mesh"))

@@ -1,4 +1,9 @@
-"""The calibration set: token sequences, and the batches in which they run."""
+"""The calibration set: token sequences, and the batches and folds in which they run.
+
+Cross-fitting needs two folds: what is fitted to the statistics of one is judged by those of the
+other. The folds are halves in the order of the sequences, because neighbours may come from one
+document.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +16,7 @@ import numpy as np
 from lordjax.data.token_windows import check_ids
 from lordjax.models import objective
 from lordjax.models.config import ModelConfig
-from lordjax.runtime.mesh import Mesh
+from lordjax.runtime.mesh import DATA_AXIS, Mesh
 
 
 @dataclasses.dataclass
@@ -25,6 +30,7 @@ class Calibration:
       mask_token: id that a model of masked tokens reads at masked positions; see
         `objective.inputs`.
       mesh: devices that split every batch; None: the first device.
+      folds: ``[n]`` number of the fold of each sequence, 0 and then 1; None: there is one fold.
     """
 
     tokens: np.ndarray
@@ -32,11 +38,50 @@ class Calibration:
     batch_size: int
     mask_token: int | None = None
     mesh: Mesh | None = None
+    folds: np.ndarray | None = None
+
+    @property
+    def num_folds(self) -> int:
+        """Number of folds, 1 or 2."""
+        return 1 if self.folds is None else 2
+
+    def split(self) -> Calibration:
+        """Returns the set in two folds; unchanged if it has too few sequences for two."""
+        share = 1 if self.mesh is None else self.mesh.shape.get(DATA_AXIS, 1)
+        half = len(self.tokens) // 2
+        if half < share:
+            return self
+        batch = min(self.batch_size, half // share * share)
+        # A whole number of batches, so that no fold but the last ends with a shorter one.
+        first = half // batch * batch
+        folds = (np.arange(len(self.tokens)) >= first).astype(int)
+        return dataclasses.replace(self, batch_size=batch, folds=folds)
+
+    def rows(self, which: Any) -> Calibration:
+        """Returns some of the sequences, given by a slice or by indices."""
+        mask = None if self.mask is None else self.mask[which]
+        folds = None if self.folds is None else self.folds[which]
+        return dataclasses.replace(self, tokens=self.tokens[which], mask=mask, folds=folds)
+
+    def _batch_rows(self) -> list[slice]:
+        """Returns the sequences of each batch; none has sequences of two folds."""
+        count, size = len(self.tokens), self.batch_size
+        cut = count if self.folds is None else int(np.searchsorted(self.folds, 1))
+        return [
+            slice(start, min(start + size, end))
+            for first, end in ((0, cut), (cut, count))
+            for start in range(first, end, size)
+        ]
+
+    def batch_folds(self) -> list[int]:
+        """Returns the number of the fold of each batch."""
+        if self.folds is None:
+            return [0] * len(self._batch_rows())
+        return [int(self.folds[rows.start]) for rows in self._batch_rows()]
 
     def batches(self) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
         """Yields tokens and mask of each batch."""
-        for start in range(0, len(self.tokens), self.batch_size):
-            rows = slice(start, start + self.batch_size)
+        for rows in self._batch_rows():
             yield self.tokens[rows], None if self.mask is None else self.mask[rows]
 
     def read(self, config: ModelConfig, tokens: Any, mask: Any) -> np.ndarray:
@@ -47,9 +92,7 @@ class Calibration:
         """Returns at most ``count`` of the sequences, evenly spread; None: all."""
         if count is None or count >= len(self.tokens):
             return self
-        chosen = np.linspace(0, len(self.tokens) - 1, count).round().astype(int)
-        mask = None if self.mask is None else self.mask[chosen]
-        return dataclasses.replace(self, tokens=self.tokens[chosen], mask=mask)
+        return self.rows(np.linspace(0, len(self.tokens) - 1, count).round().astype(int))
 
     def hold_out(self, count: int) -> tuple[Calibration, np.ndarray]:
         """Holds out the last sequences: at most ``count``, at most an eighth, at least one.
@@ -65,9 +108,7 @@ class Calibration:
                 "one calibration sequence: expected at least 2, because one is held out"
             )
         count = max(1, min(count, len(self.tokens) // 8))
-        mask = None if self.mask is None else self.mask[:-count]
-        kept = dataclasses.replace(self, tokens=self.tokens[:-count], mask=mask)
-        return kept, self.tokens[-count:]
+        return self.rows(slice(-count)), self.tokens[-count:]
 
     def masks(self) -> list[np.ndarray | None]:
         """Returns the mask of each batch."""

@@ -206,7 +206,7 @@ def block_statistics(
     *,
     forward: bool = True,
     influence: bool = False,
-) -> dict[str, Any]:
+) -> list[dict[str, Any]]:
     """Runs a block on all batches and collects statistics of its activations.
 
     Args:
@@ -221,40 +221,43 @@ def block_statistics(
       influence: whether to collect the block influence, too, at `INFLUENCE`.
 
     Returns:
-      accumulator key -> statistic.
+      For every fold of the calibration set: accumulator key -> statistic. `statistics.merged`
+      joins them.
 
     Raises:
       ValueError: if an activation is not finite; the error names the tap.
     """
     flat = trees.flatten(block)
     wanted = {key for site in sites for key in keys[site.path].values()}
-    stats = empty({key: statistic_width(key, flat, config) for key in sorted(wanted)})
-    if influence:
-        stats |= empty({INFLUENCE: None})
-    for j, mask in enumerate(calibration.masks()):
-        y, stats = observe(
+    widths = {key: statistic_width(key, flat, config) for key in sorted(wanted)}
+    widths |= {INFLUENCE: None} if influence else {}
+    folds = [empty(widths) for _ in range(calibration.num_folds)]
+    batches = zip(calibration.masks(), calibration.batch_folds(), strict=True)
+    for j, (mask, fold) in enumerate(batches):
+        y, folds[fold] = observe(
             block,
             states[j],
             mask,
-            stats,
+            folds[fold],
             config=config,
             sliding_window=config.window(i),
             forward=forward,
         )
         if forward:
             states[j] = devices.shard_batch(y, calibration.mesh)
-    stats = devices.to_host(stats, calibration.mesh)
+    folds = devices.to_host(folds, calibration.mesh)
     bad = [
         key
-        for key, stat in stats.items()
-        if not all(bool(jnp.isfinite(a).all()) for a in jax.tree.leaves(stat))
+        for key in widths
+        for fold in folds
+        if not all(bool(jnp.isfinite(a).all()) for a in jax.tree.leaves(fold[key]))
     ]
     if bad:
         raise ValueError(
-            f"{layer(i)}: non-finite activations at {', '.join(bad)}, although computed in "
-            "float32; check the weights of this and earlier blocks for NaN and infinity"
+            f"{layer(i)}: non-finite activations at {', '.join(dict.fromkeys(bad))}, although "
+            "computed in float32; check the weights of this and earlier blocks for NaN and infinity"
         )
-    return stats
+    return folds
 
 
 def checked(

@@ -12,6 +12,9 @@ float32::
 
 from __future__ import annotations
 
+import functools
+import operator
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
@@ -244,6 +247,24 @@ class Influence:
     def mean(self) -> Float[Array, ""]:
         """Returns the block influence per token, in [0, 2]."""
         return self.total / self.count
+
+
+def merged(folds: Sequence[Any]) -> Any:
+    """Returns the statistics of several folds together.
+
+    Args:
+      folds: trees of equal structure, of statistics of this module and of plain sums.
+    """
+
+    def merge(first: Any, second: Any) -> Any:
+        if isinstance(first, Moments):
+            return first.merge(second)
+        return jax.tree.map(operator.add, first, second)
+
+    def merge_trees(first: Any, second: Any) -> Any:
+        return jax.tree.map(merge, first, second, is_leaf=lambda leaf: isinstance(leaf, Moments))
+
+    return functools.reduce(merge_trees, folds)
 
 
 # Kinds of statistics by name; the keys of accumulators, ``"<tap>:<kind>"``, use these names.

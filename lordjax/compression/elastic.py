@@ -157,6 +157,7 @@ def compress(
         "batch_size": kept.batch_size,
         "mask_token": kept.mask_token,
         "held_out": prepared.held_out,
+        "checked": prepared.checked,
     }
     return prepared.compress(1.0, allocation, temperature=temperature, into=into)
 
@@ -221,6 +222,7 @@ def cut(
         sizes={path: SiteSize(**size) for path, size in facts["sizes"].items()},
         progress=progress,
         store=archive,
+        checked=facts.get("checked", []),
     )
     return prepared.compress(
         keep,

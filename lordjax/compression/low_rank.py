@@ -23,6 +23,7 @@ from lordjax.allocation.plan import Plan
 from lordjax.allocation.policies import CURVELESS, GIVEN, INFLUENCED, check_policy, ranks_by_pattern
 from lordjax.calibration.backward_pass import few_gradients
 from lordjax.compression.calibration_settings import GRADIENT_WINDOWS, CalibrationSettings
+from lordjax.compression.held_out import check
 from lordjax.compression.prepared import Prepared
 from lordjax.compression.result import Result
 from lordjax.compression.single_pass import factor_all
@@ -34,7 +35,10 @@ from lordjax.runtime.mesh import Mesh
 from lordjax.runtime.progress import Clock, Progress
 from lordjax.storage.store import Store
 
-HELD_OUT = 2  # calibration sequences that choose a temperature; 4 choose the same (docs, tried)
+# Calibration sequences that choose a temperature, and that check predicted errors; 4 choose the
+# same temperature (docs, tried).
+HELD_OUT = 2
+LEAST_CHECKED = 8  # with fewer calibration sequences predicted errors are not checked
 PREFIXES = ("dense", "compressed", "corrective")
 
 __all__ = ["InMemory", "Prepared", "Result", "Source", "compress", "prepare"]
@@ -113,8 +117,12 @@ def _take_statistics(
     config, clock, store = source.config, Clock(settings.progress), settings.store()
     calibration = settings.calibration(config)
     held_out = calibration.tokens[:0]
-    if policy in INFLUENCED:
+    checked = checks_errors(method, policy, prefix, len(calibration.tokens))
+    checked = checked and calibration.mask is None
+    if policy in INFLUENCED or checked:
         calibration, held_out = calibration.hold_out(HELD_OUT)
+    if policy not in CURVELESS:
+        calibration = calibration.split()
     limit = settings.gradient_windows
     gradients = few_gradients(source, calibration, METHODS[method], limit, clock, store)
     factors: Mapping[str, AnyFactors] = {}
@@ -136,7 +144,7 @@ def _take_statistics(
         "calibration": settings.summary(config, len(held_out)),
         "seconds": clock.seconds,
     }
-    return Prepared(
+    prepared = Prepared(
         source=source,
         calibration=calibration,
         held_out=held_out,
@@ -150,6 +158,15 @@ def _take_statistics(
         progress=settings.progress,
         store=store,
     )
+    if checked:
+        prepared.checked = check(prepared)
+    return prepared
+
+
+def checks_errors(method: str, policy: str, prefix: str, sequences: int) -> bool:
+    """Returns whether a job measures some of the predicted errors, from its settings alone."""
+    reads = policy not in CURVELESS and prefix == "dense" and METHODS[method].in_nats
+    return reads and sequences >= LEAST_CHECKED
 
 
 def compress(

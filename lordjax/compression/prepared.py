@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from lordjax.allocation.curves import Curve
 from lordjax.allocation.plan import Plan, SiteSize, summary
 from lordjax.allocation.policies import CURVELESS, INFLUENCED, TILE, allocate, check_policy
 from lordjax.calibration.calibration_set import Calibration
+from lordjax.compression.held_out import Correction
 from lordjax.compression.result import Result, layer_report, verify
 from lordjax.compression.sequential import sequential
 from lordjax.compression.site_factors import AnyFactors, replace_kernels
@@ -28,7 +29,7 @@ from lordjax.compression.temperature import best_plan
 from lordjax.kernels import normal_float
 from lordjax.kernels.base import nbytes
 from lordjax.kernels.convert import cast, quantize_pairs
-from lordjax.methods import METHODS, corrects_bias
+from lordjax.methods import METHODS, Method, corrects_bias
 from lordjax.models.sites import counted_sites
 from lordjax.models.source import Source
 from lordjax.names import layer_index, layer_type
@@ -53,7 +54,9 @@ class Prepared:
       factors: site path -> factors, read from ``store`` on access; empty if policy and method need
         none beforehand.
       influences: layer -> block influence; empty unless the policy needs it.
-      gradients: layer -> gradient statistics; kept for a sequential pass only.
+      checked: measured against predicted losses of some sites (`held_out.check`); they correct the
+        predicted errors.
+      gradients: layer -> gradient statistics of each fold; kept for a sequential pass only.
       report: entries of the report that are known so far.
       sizes: site path -> its size.
       progress: called with (stage, done, total).
@@ -67,29 +70,41 @@ class Prepared:
     prefix: str
     factors: Mapping[str, AnyFactors]
     influences: dict[int, float]
-    gradients: Mapping[int, dict[str, dict[str, Any]]]
+    gradients: Mapping[int, Sequence[Mapping[str, Mapping[str, Any]]]]
     report: dict[str, Any]
     sizes: dict[str, SiteSize]
     progress: Progress | None = None
     store: Store = dataclasses.field(default_factory=MemoryStore)
+    checked: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
-    def curves(self, sensitivity: Mapping[str, float] | None = None) -> dict[str, Curve]:
+    @property
+    def definition(self) -> Method:
+        """The method."""
+        return METHODS[self.method]
+
+    def curves(
+        self, sensitivity: Mapping[str, float] | None = None, *, in_sample: bool = False
+    ) -> dict[str, Curve]:
         """Returns the predicted error of every site at every rank, by site path.
 
-        Errors in the metric of the loss are comparable between sites. All others are divided by the
-        site's whole error, because layers of large norm would dominate the sum.
+        They are errors on unseen tokens if there were enough sequences to cross-fit them, and they
+        are corrected by what was measured (`held_out`). Errors in the metric of the loss are
+        comparable between sites. All others are divided by the site's whole error, because layers
+        of large norm would dominate the sum.
 
         Args:
           sensitivity: site path -> factor on its errors; None: 1 for all.
+          in_sample: whether to return the errors on the tokens that the factors are fitted to.
         """
-        method = METHODS[self.method]
+        method, correction = self.definition, Correction(() if in_sample else self.checked)
         sites = counted_sites(method.kinds, self.source.config)
         curves = {}
         for path, size in self.sizes.items():
             site = sites[path.split("/", 1)[1]]
             errors = np.zeros(int(np.ceil(size.limit)) + 1)
             if path in self.factors:
-                errors = _tails(self.factors[path].spectrum)
+                errors = _errors(self.factors[path], in_sample=in_sample)
+                errors = correction.errors(path, errors)
                 if not method.in_nats:
                     errors = errors / (errors[0] if errors[0] > 0 else 1.0)
                 if sensitivity is not None:
@@ -137,7 +152,7 @@ class Prepared:
 
         if policy not in INFLUENCED:
             ranks, gap = allocate(curves, keep, policy, tile)
-            return Plan(self.method, ranks, keep, policy, gap)
+            return Plan(self.method, ranks, keep, policy, gap, predicted=self._loss(ranks))
 
         def planned(temperature: float) -> Plan:
             ranks, gap = allocate(curves, keep, policy, tile, temperature=temperature)
@@ -146,6 +161,19 @@ class Prepared:
         if keep == 1:
             return Plan(self.method, dict.fromkeys(curves, None), keep, policy)
         return best_plan(self, planned) if temperature is None else planned(temperature)
+
+    def _loss(self, ranks: Mapping[str, int | None]) -> dict[str, float] | None:
+        """Returns the predicted loss of ranks in nats, or None if errors are in other units."""
+        if not self.definition.in_nats or not self.factors:
+            return None
+        return {
+            name: sum(
+                float(curve.errors[rank])
+                for path, curve in self.curves(in_sample=in_sample).items()
+                if (rank := ranks[path]) is not None
+            )
+            for name, in_sample in (("in_sample", True), ("held_out", False))
+        }
 
     def compress(
         self,
@@ -229,7 +257,9 @@ class Prepared:
             **self.report,
             "seconds": seconds,
             "plan": summary(plan, self.sizes)
-            | {"gap": plan.gap, "policy": plan.policy, "temperature": plan.temperature},
+            | {"gap": plan.gap, "policy": plan.policy, "temperature": plan.temperature}
+            | ({} if plan.predicted is None else {"predicted_nats": dict(plan.predicted)}),
+            **({"held_out_check": self.checked} if self.checked else {}),
             "bytes": size,
             "layers": layer_report(factors, plan),
             "peak_rss_bytes": peak_rss(),
@@ -277,7 +307,16 @@ class Prepared:
             raise ValueError("the plan does not fit the model: " + "; ".join(sorted(wrong)))
 
 
-def _tails(spectrum: Any) -> np.ndarray:
-    """Returns ``tails[r] = sum(spectrum[r:])`` for r = 0…m, added from small to large."""
-    sums = np.cumsum(np.asarray(spectrum, float)[::-1])[::-1]
-    return np.concatenate([sums, np.zeros(1)])
+def _errors(factors: AnyFactors, *, in_sample: bool) -> np.ndarray:
+    """Returns a site's errors at every rank, on tokens that the factors are fitted to or on others.
+
+    Let the error on any tokens be b. Fitted to n tokens, it is b - c/n on these and b + c/n on
+    others, to first order. Cross-fitting with two folds gives b + 2c/n. So a third of the first and
+    two thirds of the last are the error of the factors, which all tokens are fitted to.
+    """
+    # Added from small to large.
+    fitted = np.append(np.cumsum(np.asarray(factors.spectrum, float)[::-1])[::-1], 0.0)
+    if in_sample or factors.held_out is None:
+        return fitted
+    errors = (fitted + 2 * np.asarray(factors.held_out, float)) / 3
+    return np.maximum.accumulate(errors[::-1])[::-1]

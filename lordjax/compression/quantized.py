@@ -135,7 +135,7 @@ def _take_gradients(
         shapes |= {site_path(i, s): flat[s.path].shape for s in LINEAR_SITES if s.path in flat}
     check_rank(options["rank"], shapes)
     calibration: Calibration | None = None
-    gradients: Mapping[int, Mapping[str, Mapping[str, Any]]] = {}
+    gradients: Mapping[int, Sequence[Mapping[str, Mapping[str, Any]]]] = {}
     if WEIGHTINGS[weighting]:
         if settings.tokens is None:
             raise ValueError(
@@ -143,6 +143,8 @@ def _take_gradients(
                 "weighting 'none'"
             )
         calibration = settings.calibration(config)
+        if options["feedback"]:
+            calibration = calibration.split()
         report["calibration"] = settings.summary(config)
         statistics, limit = weighting_method(weighting), settings.gradient_windows
         gradients = few_gradients(source, calibration, statistics, limit, clock, store)

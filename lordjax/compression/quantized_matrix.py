@@ -23,7 +23,7 @@ from lordjax.kernels.convert import cast, quantize_pair
 from lordjax.kernels.low_rank import LowRank
 from lordjax.kernels.quantized import LowRankPlusQuantized, NFQuantized
 from lordjax.methods.quantized.best_product import FIRST_POWERS, best_product, start_basis
-from lordjax.methods.quantized.error_feedback import make_feedback
+from lordjax.methods.quantized.error_feedback import cross_fitted, make_feedback
 from lordjax.methods.quantized.error_feedback import quantize as codes_of
 from lordjax.methods.quantized.lq import decompose_all, runs_stacked
 from lordjax.methods.quantized.predicted_loss import predict
@@ -41,6 +41,9 @@ pack = jax.jit(normal_float.pack_codes, static_argnames="form")
 
 
 jitted_feedback = jax.jit(make_feedback)
+
+
+jitted_cross_fit = jax.jit(cross_fitted)
 
 
 @functools.partial(jax.jit, static_argnames="form")

@@ -27,12 +27,14 @@ from lordjax.calibration.forward_pass import (
     on_device,
     resume_pass,
 )
+from lordjax.calibration.statistics import merged
 from lordjax.compression.quantized_matrix import (
     Matrices,
     candidate_table,
     check_finite,
     dense_dtype,
     jitted_cost,
+    jitted_cross_fit,
     jitted_feedback,
     replaced_matrices,
     solved_together,
@@ -66,7 +68,7 @@ class Quantizer:
         other parameters as they are.
       steps: number of alternations between quantized weights and low-rank term.
       feedback: whether later weights compensate for the errors of earlier ones (GPTQ).
-      gradients: layer -> gradient statistics.
+      gradients: layer -> gradient statistics of each fold.
       shapes: site path -> ``(in, out)``.
       report: entries of the report that are known so far.
       store: where finished work is kept.
@@ -83,7 +85,7 @@ class Quantizer:
     dtype: Any | None
     steps: int
     feedback: bool
-    gradients: Mapping[int, Mapping[str, Mapping[str, Any]]]
+    gradients: Mapping[int, Sequence[Mapping[str, Mapping[str, Any]]]]
     shapes: dict[str, tuple[int, int]]
     report: dict[str, Any]
     store: Store
@@ -278,13 +280,16 @@ class Quantizer:
             block = self.source.block(i)
             flat = trees.flatten(block)
             sites = tuple(site for site in LINEAR_SITES if site.path in flat)
-            stats: dict[str, Any] = {}
+            folds: list[dict[str, Any]] = [{}]
             keys = activation_keys(block, sites, method)
             if states is not None and self.calibration is not None:
                 given = on_device(block), i, states, self.calibration, sites, keys, config
-                stats = block_statistics(*given)
+                folds = block_statistics(*given)
                 del given
-            own = {s: {name: stats[key] for name, key in keys[s.path].items()} for s in sites}
+            own = {
+                s: [{name: stats[key] for name, key in keys[s.path].items()} for stats in folds]
+                for s in sites
+            }
             yield i, sites, functools.partial(self._matrix, i, flat, own)
             if states is not None:
                 states.commit(i + 1)
@@ -292,7 +297,11 @@ class Quantizer:
             states.close()
 
     def _matrix(
-        self, i: int, flat: Mapping[str, Any], stats: Mapping[Site, Mapping[str, Any]], site: Site
+        self,
+        i: int,
+        flat: Mapping[str, Any],
+        folds: Mapping[Site, Sequence[Mapping[str, Any]]],
+        site: Site,
     ) -> tuple[Any, Weights]:
         """Returns a kernel as float32 on the device, and the weights of its errors.
 
@@ -300,10 +309,19 @@ class Quantizer:
         for gradients, whose arrays a work directory maps until they are released.
         """
         kernel = on_device(flat[site.path])
-        gradients, method = self.gradients.get(i, {}), weighting_method(self.weighting)
-        read = site_gradients(gradients, method, site, kernel)
-        weights = jitted_cost(kernel, {**stats[site], **read})
-        if self.feedback:
+        method, activations = weighting_method(self.weighting), folds[site]
+        gradients = self.gradients.get(i) or [{}] * len(activations)
+        if len(activations) < len(gradients):  # the weighting reads no activations
+            activations = [{}] * len(gradients)
+        stats = [
+            {**own, **site_gradients(read, method, site, kernel)}
+            for own, read in zip(activations, gradients, strict=True)
+        ]
+        weights = jitted_cost(kernel, merged(stats))
+        if self.feedback and len(stats) > 1:
+            moments = [jitted_cost(kernel, fold).inputs for fold in stats]
+            weights = weights._replace(feedback=jitted_cross_fit(weights.inputs, *moments))
+        elif self.feedback:
             weights = weights._replace(feedback=jitted_feedback(weights.inputs))
         return kernel, weights
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,7 +33,7 @@ from lordjax.calibration.forward_pass import (
 )
 from lordjax.calibration.hidden_states import Shifted
 from lordjax.calibration.observers import observe_pair
-from lordjax.calibration.statistics import Moments
+from lordjax.calibration.statistics import Moments, merged
 from lordjax.compression.site_factors import AnyFactors, factor_site, replace_kernels, site_kernels
 from lordjax.kernels import trees
 from lordjax.methods import METHODS, Method, linalg, method_at
@@ -102,7 +102,7 @@ def sequential(
     calibration: Calibration,
     plan: Plan,
     method: str,
-    gradients: Mapping[int, Mapping[str, Mapping[str, Any]]],
+    gradients: Mapping[int, Sequence[Mapping[str, Mapping[str, Any]]]],
     *,
     corrective: bool,
     clock: Clock,
@@ -115,7 +115,7 @@ def sequential(
       calibration: tokens.
       plan: ranks; sites left dense are passed through.
       method: a key of `METHODS`.
-      gradients: layer -> gradient statistics, if the method needs any.
+      gradients: layer -> gradient statistics of each fold, if the method needs any.
       corrective: whether the original model's outputs are fitted instead of the layer's own.
       clock: reports progress.
       store: where factors go, and where a run that was killed left them; None: in memory.
@@ -140,7 +140,7 @@ def sequential(
     run.states, run.dense_states = (Shifted(states, k * len(calibration.masks())) for k in range(2))
     start = states.at or 0
     for i in clock.run("sequential", range(start, config.num_layers), start):
-        _compress_block(run, i, source.block(i), steps, gradients.get(i, {}))
+        _compress_block(run, i, source.block(i), steps, merged(gradients.get(i, [{}])))
         states.commit(i + 1)
     states.close()
     return run.factors, run.kernels
@@ -207,9 +207,10 @@ def _factor_stage(
 def _own_inputs(run: _Pass, i: int, sites: tuple[Site, ...]) -> Inputs:
     """Returns the inputs for ROM's target: the layer's own outputs on the compressed prefix."""
     keys = activation_keys(run.dense, sites, METHODS[run.method])
-    stats = block_statistics(
+    folds = block_statistics(
         run.current, i, run.states, run.calibration, sites, keys, run.config, forward=False
     )
+    stats = merged(folds)
     return {
         site.path: (
             site_kernels(site, run.whole, run.config),

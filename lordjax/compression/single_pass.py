@@ -10,7 +10,7 @@ factor, on the host.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,6 +27,7 @@ from lordjax.calibration.forward_pass import (
     resume_pass,
 )
 from lordjax.calibration.hidden_states import States
+from lordjax.calibration.statistics import merged
 from lordjax.compression.site_factors import (
     AnyFactors,
     collect_factors,
@@ -44,7 +45,7 @@ from lordjax.runtime.progress import Clock
 from lordjax.storage.store import Entries, Store
 
 SiteTask = tuple[int, Site]  # block number, site
-Gradients = Mapping[int, Mapping[str, Mapping[str, Any]]]
+Gradients = Mapping[int, Sequence[Mapping[str, Mapping[str, Any]]]]  # layer -> folds
 
 
 def factor_all(
@@ -143,34 +144,36 @@ class _Pass:
         blocks = {i: _shapes(self.source.block(i)) for i in layers}
         costs, method = {}, METHODS[self.method]
         for i, site in tasks:
-            gradients = self.gradients.get(i, {})
+            gradients = self.gradients.get(i, [{}])[0]
             shapes = input_shapes(method, site, blocks[i], gradients, config)
             costs[i, site] = flops.total(site_work(self.method, site, *shapes, meshed=True))
         return assign_tasks(costs, mesh.size)
 
     def collect(
         self, i: int, states: States | None, shares: list[list[SiteTask]], *, influence: bool
-    ) -> dict[SiteTask, tuple[Any, dict[str, Any]]]:
-        """Returns kernels and activation statistics of the tasks of a block.
+    ) -> dict[SiteTask, tuple[Any, list[dict[str, Any]]]]:
+        """Returns kernels and the folds' activation statistics of the tasks of a block.
 
         Tasks of other processes get arrays of zeros that take no memory: only shapes matter.
         """
         config, mesh, method = self.source.config, self.calibration.mesh, METHODS[self.method]
         block, sites = on_device(self.source.block(i), mesh), sites_for(method.kinds, config)
         keys = activation_keys(block, sites, method)
-        stats = {}
+        folds: list[dict[str, Any]] = [{} for _ in range(self.calibration.num_folds)]
         if states is not None:
-            stats = block_statistics(
+            folds = block_statistics(
                 block, i, states, self.calibration, sites, keys, config, influence=influence
             )
         if influence:
-            self.store[f"influence/{i}"] = float(stats.pop(INFLUENCE).mean())
+            influences = merged([stats.pop(INFLUENCE) for stats in folds])
+            self.store[f"influence/{i}"] = float(influences.mean())
         # In its stored dtype: each program moves its own arguments to the device.
         block = self.source.block(i)
         found = {}
         own = None if mesh is None else local_tasks(shares, mesh)
         for task in (task for share in shares for task in share if task[0] == i):
-            own_stats = {name: stats[key] for name, key in keys[task[1].path].items()}
+            names = keys[task[1].path].items()
+            own_stats = [{name: stats[key] for name, key in names} for stats in folds]
             both = site_kernels(task[1], block, config), own_stats
             found[task] = both if own is None or task in own else jax.tree.map(_placeholder, both)
         return found
@@ -183,10 +186,12 @@ class _Pass:
 
         def begin(task: SiteTask) -> AnyFactors:
             i, site = task
-            begun[task], stats = inputs.pop(task)  # frees a site's sums once it is factored
-            stats |= site_gradients(self.gradients.get(i, {}), method, site, begun[task])
+            begun[task], folds = inputs.pop(task)  # frees a site's sums once it is factored
+            gradients = self.gradients.get(i) or [{}] * len(folds)
+            for stats, own in zip(folds, gradients, strict=True):
+                stats |= site_gradients(own, method, site, begun[task])
             return launch_factorization(
-                self.method, site, begun[task], stats, meshed=mesh is not None
+                self.method, site, begun[task], folds, meshed=mesh is not None
             )
 
         with clock.part("factors"):

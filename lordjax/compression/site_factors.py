@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from lordjax.allocation.plan import SiteSize
 from lordjax.calibration.backward_pass import gradient_basis, site_gradients
 from lordjax.calibration.forward_pass import activation_keys, statistic_width
 from lordjax.calibration.observers import empty
+from lordjax.calibration.statistics import merged
 from lordjax.kernels import trees
 from lordjax.methods import METHODS, Factors, Method, Module, ModuleFactors, method_at, truncate
 from lordjax.models.config import ModelConfig
@@ -40,6 +41,61 @@ def factor_program(method: str, kind: str) -> Any:
         return dataclasses.replace(small, spectrum=factors.spectrum)
 
     return jax.jit(run)
+
+
+@functools.cache
+def errors_program(method: str, kind: str) -> Any:
+    """Returns a jitted function ``(kernels, stats, other stats) -> errors at every rank``.
+
+    It factors with the statistics of some tokens, in float32, and computes the errors by those of
+    other tokens. None if the method cannot.
+    """
+    definition = METHODS[method]
+    functions: Any = definition if kind == "linear" else definition.modules[kind]
+    if functions.errors is None:
+        return None
+
+    def run(kernels: Any, stats: Any, others: Any) -> Any:
+        kernels, stats, others = jax.tree.map(_single, (kernels, stats, others))
+        return functions.errors(kernels, functions.factor(kernels, stats), others)
+
+    return jax.jit(run)
+
+
+def held_out_errors(
+    method: str, site: Site, kernels: Any, folds: Sequence[Mapping[str, Any]], *, meshed: bool
+) -> Any:
+    """Returns the errors of a site at every rank on unseen tokens, by cross-fitting; or None.
+
+    Each fold is judged by factors that are fitted to the other one. These have seen half of the
+    tokens, so that the errors are rather too large.
+
+    Args:
+      method: a key of `METHODS`.
+      site: the site inside its block.
+      kernels: kernel ``[in, out]``, or a module's arrays.
+      folds: statistics of each fold.
+      meshed: see `launch_factorization`.
+
+    Returns:
+      ``[m + 1]`` errors; None if there is one fold, or the method's errors are not those of data.
+    """
+    if len(folds) < 2:
+        return None
+    pairs = ((folds[0], folds[1]), (folds[1], folds[0]))
+    module = None if meshed else on_host(method, site.kind)
+    if module is not None and module.host is not None and module.host_errors is not None:
+        found = []
+        for stats, others in pairs:
+            factors = module.host(kernels, dict(stats), dtype=np.float32)
+            found.append(module.host_errors(kernels, factors, dict(others)))
+            del factors
+        return sum(found) / len(found)
+    name = method_at(method, site.layer) if site.kind == "linear" else method
+    program = errors_program(name, site.kind)
+    if program is None:
+        return None
+    return sum(program(kernels, stats, others) for stats, others in pairs) / len(pairs)
 
 
 def on_host(method: str, kind: str) -> Module | None:
@@ -70,24 +126,36 @@ def factor_site(method: str, site: Site, path: str, kernels: Any, stats: Any) ->
         method,
         path,
         kernels,
-        launch_factorization(method, site, kernels, dict(stats), meshed=False),
+        launch_factorization(method, site, kernels, [dict(stats)], meshed=False),
     )
 
 
 def launch_factorization(
-    method: str, site: Site, kernels: Any, stats: dict[str, Any], *, meshed: bool
+    method: str, site: Site, kernels: Any, folds: list[dict[str, Any]], *, meshed: bool
 ) -> AnyFactors:
-    """Starts the factorization of a site on a device; ``stats`` may be emptied.
+    """Starts the factorization of a site on a device; ``folds`` is emptied.
 
     With a mesh (``meshed``) nothing is factored on the host: every process predicts from shapes
     what the devices of the others do.
+
+    Args:
+      method: a key of `METHODS`.
+      site: the site inside its block.
+      kernels: kernel ``[in, out]``, or a module's arrays.
+      folds: statistics of each fold; with two folds errors are cross-fitted (`held_out_errors`).
+      meshed: whether a mesh factors the sites.
     """
+    errors = held_out_errors(method, site, kernels, folds, meshed=meshed)
+    stats = merged(folds)
+    folds.clear()
     module = None if meshed else on_host(method, site.kind)
     if module is not None and module.host is not None:
-        return module.host(kernels, stats)
-    name = method_at(method, site.layer) if site.kind == "linear" else method
-    with jax.enable_x64(True):
-        return factor_program(name, site.kind)(kernels, stats)
+        factors = module.host(kernels, stats)
+    else:
+        name = method_at(method, site.layer) if site.kind == "linear" else method
+        with jax.enable_x64(True):
+            factors = factor_program(name, site.kind)(kernels, stats)
+    return dataclasses.replace(factors, held_out=errors)
 
 
 def collect_factors(method: str, path: str, kernels: Any, running: AnyFactors) -> AnyFactors:
@@ -123,7 +191,9 @@ def site_kernels(site: Site, block: Mapping[str, Any], config: Any) -> Any:
     return flat[site.path] if site.kind == "linear" else gather(site.kind, flat, config)
 
 
-def site_work(method: str, site: Site, kernels: Any, stats: Any, *, meshed: bool) -> flops.OpCounts:
+def site_work(
+    method: str, site: Site, kernels: Any, stats: Any, *, meshed: bool, folds: int = 1
+) -> flops.OpCounts:
     """Counts the operations that factor one site.
 
     Args:
@@ -132,23 +202,29 @@ def site_work(method: str, site: Site, kernels: Any, stats: Any, *, meshed: bool
       kernels: shapes of the kernels (`input_shapes`).
       stats: shapes of the statistics that the method reads.
       meshed: whether a mesh factors the sites; then nothing is factored on the host.
+      folds: number of folds of the statistics; with two of them errors are cross-fitted.
     """
     leaves, tree = jax.tree.flatten((kernels, stats))
-    return _site_work(method, site, meshed, tree, tuple(leaves))
+    return _site_work(method, site, meshed, folds, tree, tuple(leaves))
 
 
 @functools.cache
-def _site_work(method: str, site: Site, meshed: bool, tree: Any, leaves: Any) -> flops.OpCounts:
+def _site_work(
+    method: str, site: Site, meshed: bool, folds: int, tree: Any, leaves: Any
+) -> flops.OpCounts:
     kernels, stats = jax.tree.unflatten(tree, leaves)
     module = None if meshed else on_host(method, site.kind)
     if module is not None and module.host_work is not None:
-        return module.host_work(kernels, stats)
+        return module.host_work(kernels, stats, folds=folds)
     name = method_at(method, site.layer) if site.kind == "linear" else method
     found: list[flops.OpCounts] = []
     if stats.get("basis") is not None:
         found.append(flops.count_ops(gradient_basis, kernels))
     with jax.enable_x64(True):
         found.append(flops.count_ops(factor_program(name, site.kind), kernels, stats))
+    program = errors_program(name, site.kind) if folds > 1 else None
+    if program is not None:
+        found.append(flops.scaled(flops.count_ops(program, kernels, stats, stats), folds))
     return flops.merged(found)
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from lordjax.allocation.policies import CURVELESS, INFLUENCED
 from lordjax.calibration.backward_pass import needs_gradients
 from lordjax.calibration.observers import sequences_per_step
-from lordjax.compression.low_rank import GRADIENT_WINDOWS, HELD_OUT
+from lordjax.compression.low_rank import GRADIENT_WINDOWS, HELD_OUT, checks_errors
 from lordjax.compression.site_factors import on_host
 from lordjax.forecast import shapes
 from lordjax.methods import METHODS, Method, Module
@@ -72,7 +72,7 @@ class CalibrationSpec(abc.ABC):
 
     @property
     def held_out(self) -> int:
-        """Number of sequences that are held out to choose a temperature."""
+        """Number of sequences that are held out."""
         return 0
 
     @property
@@ -81,9 +81,22 @@ class CalibrationSpec(abc.ABC):
         return False
 
     @property
+    def cross_fits(self) -> bool:
+        """Whether errors are cross-fitted, if there are enough sequences."""
+        return True
+
+    @property
+    def folds(self) -> int:
+        """Number of folds of the calibration sequences."""
+        return 1 + (self.cross_fits and self.sequences - self.held_out >= 2)
+
+    @property
     def batch(self) -> int:
         """Sequences per step of the forward pass."""
-        return sequences_per_step(self.sequences, self.length) if self.sequences else 1
+        if not self.sequences:
+            return 1
+        step = sequences_per_step(self.sequences, self.length)
+        return min(step, (self.sequences - self.held_out) // self.folds)
 
     @property
     def backward(self) -> tuple[int, int]:
@@ -165,8 +178,19 @@ class CompressionSpec(CalibrationSpec):
 
     @property
     def held_out(self) -> int:
-        """Number of sequences that are held out to choose a temperature."""
-        return max(1, min(HELD_OUT, self.sequences // 8)) if self.policy in INFLUENCED else 0
+        """Number of sequences that are held out."""
+        held_out = self.policy in INFLUENCED or self.checks_errors
+        return max(1, min(HELD_OUT, self.sequences // 8)) if held_out else 0
+
+    @property
+    def checks_errors(self) -> bool:
+        """Whether some predicted errors are checked on held-out sequences."""
+        return checks_errors(self.method, self.policy, self.calibration_mode, self.sequences)
+
+    @property
+    def cross_fits(self) -> bool:
+        """Whether errors are cross-fitted: whether the policy reads them."""
+        return self.policy not in CURVELESS
 
     @property
     def measures_influence(self) -> bool:
@@ -176,4 +200,4 @@ class CompressionSpec(CalibrationSpec):
     @property
     def chooses_temperature(self) -> bool:
         """Whether a temperature is chosen on held-out sequences."""
-        return bool(self.held_out) and self.temperature is None and self.keep < 1
+        return self.policy in INFLUENCED and self.temperature is None and self.keep < 1

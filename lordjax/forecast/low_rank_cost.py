@@ -82,7 +82,8 @@ def all_factors(spec: CompressionSpec, counts: Mapping[Site, int] | None = None)
 
 def site_factors(spec: CompressionSpec, site: Site) -> OpCounts:
     """Counts the factorization of a site in one block."""
-    return site_work(spec.method, site, *site_inputs(spec, site), meshed=spec.meshed)
+    inputs = site_inputs(spec, site)
+    return site_work(spec.method, site, *inputs, meshed=spec.meshed, folds=spec.folds)
 
 
 def _comparison(spec: CompressionSpec) -> OpCounts:

@@ -82,6 +82,11 @@ class QuantizationSpec(CalibrationSpec):
         return weighting_method(self.weighting)
 
     @property
+    def cross_fits(self) -> bool:
+        """Whether errors are cross-fitted: whether errors are compensated."""
+        return self.feedback
+
+    @property
     def reads_inputs(self) -> bool:
         """Whether a forward pass collects statistics of the sites' inputs."""
         return "inputs" in WEIGHTINGS[self.weighting]

@@ -64,7 +64,7 @@ class StageMemory:
         self.block, self.non_block_params = nbytes(spec.block), nbytes(spec.non_block_params)
         self.block_stored = float(nbytes(before["layer_0"]))
         gradients, bases = gradient_shapes(spec) if spec.backward[0] else ({}, {})
-        self.gradient, self.bases = nbytes(gradients), nbytes(bases)
+        self.gradient, self.bases = spec.folds * nbytes(gradients), nbytes(bases)
         self.factor_bytes: list[int] = []  # of the sites of a block
         self.statistic = 0  # bytes of what the forward pass of a block collects
 
@@ -135,7 +135,7 @@ class LowRankMemory(StageMemory):
     def __init__(self, spec: CompressionSpec, *others: Any):
         super().__init__(spec, *others)
         self.factor_bytes = [_factor_bytes(spec, site) for site in spec.sites]
-        self.statistic = nbytes(statistics_shapes(spec)) if spec.factors_first else 0
+        self.statistic = spec.folds * nbytes(statistics_shapes(spec)) if spec.factors_first else 0
 
     def statistics(self) -> Parts:
         """While statistics of the last batch of blocks are collected."""
@@ -205,9 +205,10 @@ class LowRankMemory(StageMemory):
     def _site_workspace(self, site: Site) -> float:
         kernels, stats = site_inputs(self.spec, site)
         if self.spec.on_host(site) is not None:
-            # The Gram matrix, a triangle of factors, and the last layer's kernel in two dtypes.
+            # The Gram matrix, a triangle of factors, and the last layer's kernel in two dtypes; the
+            # sums of all folds, if there are several.
             fan_in, fan_out = kernels[LAST_NAME[site.kind]].shape
-            return 10.0 * fan_in**2 + 12.0 * fan_in * fan_out
+            return (10.0 + 4.0 * (self.spec.folds - 1)) * fan_in**2 + 12.0 * fan_in * fan_out
         leaves = jax.tree.leaves((kernels, stats))
         largest = max((leaf.size for leaf in leaves), default=0)
         return 8.0 * (sum(leaf.size for leaf in leaves) + FACTORIZATION_COPIES * largest)
@@ -224,7 +225,7 @@ class QuantizedMemory(StageMemory):
         # A kernel, its error weights, and the statistics that they are computed from.
         self.matrix = max(4.0 * kernel.size + 2.0 * nbytes(cost) for kernel, cost in matrices)
         self.largest = max(4.0 * kernel.size for kernel, _ in matrices)
-        self.statistic = nbytes(statistics_shapes(spec)) if spec.reads_inputs else 0
+        self.statistic = spec.folds * nbytes(statistics_shapes(spec)) if spec.reads_inputs else 0
 
     def predictions(self) -> Parts:
         """While a block's inputs are collected, or its candidates are tried matrix by matrix."""

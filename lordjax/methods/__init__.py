@@ -27,6 +27,7 @@ METHODS: dict[str, Method] = {
         "prunes MLP neurons and factors attention matrices, in the metric of the loss",
         LOW_RANK_METHODS["lord"].factor,
         LOW_RANK_METHODS["lord"].needs,
+        errors=LOW_RANK_METHODS["lord"].errors,
         modules={"mlp": _LOSS_MLP},
         allocation="global",
     ),

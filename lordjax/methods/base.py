@@ -28,6 +28,7 @@ class Factors:
         of the method.
       mean_in: ``[m]`` mean of ``x @ left``, or None if the method does not change the bias.
       mean_out: ``[out]`` mean of the layer's output without its bias, or None.
+      held_out: ``[m + 1]`` error at every rank on tokens that the factors have not seen, or None.
     """
 
     left: Any
@@ -35,6 +36,7 @@ class Factors:
     spectrum: Any
     mean_in: Any = None
     mean_out: Any = None
+    held_out: Any = None
 
 
 @flax.struct.dataclass
@@ -45,10 +47,13 @@ class ModuleFactors:
       spectrum: ``[widths]``. The error at width r is ``sum(spectrum[r:])``, in the unit of the
         method.
       parts: the arrays that `Module.prune` reads, by name.
+      held_out: ``[widths + 1]`` error at every width on tokens that the factors have not seen, or
+        None.
     """
 
     spectrum: Any
     parts: dict[str, Any]
+    held_out: Any = None
 
 
 Kernels = Mapping[str, Array]
@@ -67,17 +72,22 @@ class Module:
         output), ``gates`` (saliency of rotary pairs).
       bias: whether the result has a bias correction.
       host: a version of ``factor`` for arrays on the host that takes less memory and time, and
-        empties its ``stats``; None if there is none.
-      host_work: function ``(kernels, stats) -> Counter`` of the operations of ``host``, by the
-        kinds of `lordjax.runtime.flops`.
+        empties its ``stats``; None if there is none. ``dtype=`` is the dtype in which it computes.
+      host_work: function ``(kernels, stats, folds=) -> Counter`` of the operations of ``host`` and
+        ``host_errors``, by the kinds of `lordjax.runtime.flops`.
+      errors: function ``(kernels, factors, stats) -> [widths + 1]``: the errors of factors at
+        every width, by statistics of other tokens; pure and jittable.
+      host_errors: a version of ``errors`` for arrays on the host.
     """
 
     factor: Callable[[Kernels, Mapping[str, Any]], ModuleFactors]
     prune: Callable[[Kernels, ModuleFactors, int], dict[str, Any]]
     needs: tuple[str, ...]
     bias: bool = False
-    host: Callable[[Kernels, dict[str, Any]], ModuleFactors] | None = None
-    host_work: Callable[[Mapping[str, Any], Mapping[str, Any]], Counter[str]] | None = None
+    host: Callable[..., ModuleFactors] | None = None
+    host_work: Callable[..., Counter[str]] | None = None
+    errors: Callable[[Kernels, ModuleFactors, Mapping[str, Any]], Any] | None = None
+    host_errors: Callable[[Kernels, ModuleFactors, dict[str, Any]], Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +108,8 @@ class Method:
       prefix: how statistics are collected. ``dense``: from the original model, in one pass;
         ``compressed``: block by block, from the model compressed so far; ``corrective``: as
         ``compressed``, and the original model's outputs are the target.
+      errors: function ``(kernel, factors, stats) -> [m + 1]``: the errors of factors at every rank,
+        by statistics of other tokens; pure and jittable.
       exceptions: layer in the block (``attention/v``) -> name of the method that is used there
         instead. Its ``needs`` must be among this method's.
     """
@@ -110,6 +122,7 @@ class Method:
     allocation: str = "uniform"
     prefix: str = "dense"
     exceptions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    errors: Callable[[Array, Factors, Mapping[str, Any]], Any] | None = None
 
     @property
     def kinds(self) -> frozenset[str]:

@@ -16,9 +16,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
+from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Float, Int
 
-from lordjax.methods.linalg import Ridge, inverse_corners, jittered, mean_unit, mm, own_unit
+from lordjax.methods.linalg import (
+    Ridge,
+    inverse_corners,
+    jittered,
+    mean_unit,
+    mm,
+    own_unit,
+    tail_errors,
+)
 
 JITTER = 1e-6  # smallest ridge of a refit, as a fraction of `own_unit`
 PANELS = 8  # row panels in which a product is subtracted
@@ -86,6 +95,26 @@ def refit(lower: Any, right: Any, k: int) -> Float[np.ndarray, "k m"]:
     """
     block, target = (np.asarray(a, np.float64) for a in (lower[:k, :k], right[:k]))
     return scipy.linalg.solve_triangular(block.T, target, check_finite=False)
+
+
+def prefix_errors(
+    lower: Float[Array, "n n"],
+    gram: Float[Array, "n n"],
+    weighted: Float[Array, "n m"],
+) -> Float[Array, "n+1"]:
+    """Returns the errors of the refits of `nested_refit` on other data, for every k.
+
+    In the coordinates ``ẑ = z L⁻ᵀ`` the refit on the first k columns drops the terms ``ẑ_i R_i``
+    from k on. So the error is ``Σ_{i,j≥k} (L⁻¹ C L⁻ᵀ)_ij R_i M R_jᵀ``.
+
+    Args:
+      lower: L ``[n, n]`` of `nested_refit`.
+      gram: second moment C of z in the other data ``[n, n]``.
+      weighted: R times a root of the metric M ``[n, m]``.
+    """
+    half = solve_triangular(lower, gram, lower=True)
+    inner = solve_triangular(lower, half.T, lower=True)
+    return tail_errors(inner * mm(weighted, weighted.T))
 
 
 def _subtract_product(

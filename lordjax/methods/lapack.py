@@ -7,8 +7,8 @@ the host LAPACK needs only one of them, half of the operations and no compilatio
 The algorithms are written twice, because these work in place on one triangle and in panels. Shared
 code would change the order of operations, and so the rounding.
 
-Matrices are float64 in C order. Only the lower triangle of a symmetric matrix is read and written.
-For LAPACK, which uses column-major order, it is the upper triangle of the transpose.
+Matrices are float64 or float32, in C order. Only the lower triangle of a symmetric matrix is read
+and written. For LAPACK, which uses column-major order, it is the upper triangle of the transpose.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.linalg import blas, lapack
+from scipy.linalg import get_blas_funcs, get_lapack_funcs
 
 from lordjax.methods.column_selection import JITTER
 from lordjax.methods.linalg import mean_unit, own_unit
@@ -36,9 +36,10 @@ def cholesky(a: Float[np.ndarray, "n n"], first: float, unit: Any) -> None:
         a[:p, p:q] = a[p:q, :p].T
         own = a[p:q, p:q]
         own[:] = np.tril(own) + np.tril(own, -1).T
+    (potrf,) = get_lapack_funcs(("potrf",), (a,))
     while True:
         a[index, index] = diagonal + share * unit
-        failed = lapack.dpotrf(a.T, lower=0, clean=0, overwrite_a=1)[1]
+        failed = potrf(a.T, lower=0, clean=0, overwrite_a=1)[1]
         if not failed and np.isfinite(a[-1, -1]):
             return
         if not share < 1:  # if a ridge of 1 does not help, the matrix holds NaN
@@ -60,7 +61,8 @@ def leverage_complement(gram: Float[np.ndarray, "n n"], ridge: float) -> Float[n
     """Returns `column_selection.leverage_complement`; overwrites ``gram``."""
     empty = ~(gram.diagonal() > 0)
     cholesky(gram, ridge, mean_unit(gram.diagonal()))
-    lapack.dtrtri(gram.T, lower=0, overwrite_c=1)
+    (trtri,) = get_lapack_funcs(("trtri",), (gram,))
+    trtri(gram.T, lower=0, overwrite_c=1)
     h = np.zeros(len(gram))
     for p, q in panels(len(gram)):
         h[:p] += np.einsum("ij,ij->j", gram[p:q, :p], gram[p:q, :p])
@@ -77,15 +79,39 @@ def nested_refit(
     Overwrites ``gram``, and ``kernel`` if it is in Fortran order.
     """
     cholesky(gram, ridge, own_unit(gram.diagonal()))
-    right = blas.dtrmm(1.0, gram.T, kernel, lower=0, overwrite_b=1)
+    (trmm,) = get_blas_funcs(("trmm",), (gram, kernel))
+    right = trmm(1.0, gram.T, kernel, lower=0, overwrite_b=1)
     del kernel
-    right = right.astype(np.float32, order="C")
+    right = np.asarray(right, np.float32, order="C")
     # Pages of zeros that are never written take no memory.
     lower = np.zeros(gram.shape, np.float32)
     for p, q in panels(len(gram)):
         lower[p:q, :p] = gram[p:q, :p]
         lower[p:q, p:q] = np.tril(gram[p:q, p:q])
     return lower, right
+
+
+def prefix_errors(
+    lower: Float[np.ndarray, "n n"],
+    gram: Float[np.ndarray, "n n"],
+    weighted: Float[np.ndarray, "n m"],
+) -> Float[np.ndarray, "n+1"]:
+    """Returns `column_selection.prefix_errors`; overwrites ``gram``."""
+    n = len(gram)
+    for p, q in panels(n):
+        gram[:p, p:q] = gram[p:q, :p].T
+        own = gram[p:q, p:q]
+        own[:] = np.tril(own) + np.tril(own, -1).T
+    (trsm,) = get_blas_funcs(("trsm",), (lower, gram))
+    # BLAS sees transposes: ``lower`` is an upper triangle there. ``gram`` is symmetric.
+    half = trsm(1.0, lower.T, gram.T, side=0, lower=0, trans_a=1, overwrite_b=1)
+    inner = trsm(1.0, lower.T, half, side=1, lower=0, trans_a=0, overwrite_b=1)
+    terms = np.empty(n)
+    for p, q in panels(n):
+        products = inner[p:q, p:] * (weighted[p:q] @ weighted[p:].T)
+        terms[p:q] = np.diagonal(products) + 2 * np.triu(products, 1).sum(axis=1, dtype=np.float64)
+    tails = np.append(np.cumsum(terms[::-1])[::-1], 0.0)
+    return np.maximum.accumulate(tails[::-1])[::-1]
 
 
 def elimination_order(
@@ -120,7 +146,8 @@ def elimination_order(
 def _invert(gram: Float[np.ndarray, "n n"], ridge: float) -> None:
     """Replaces ``gram`` by the inverse of ``gram + τD``; see `column_selection.inverse_psd`."""
     cholesky(gram, ridge, own_unit(gram.diagonal()))
-    lapack.dpotri(gram.T, lower=0, overwrite_c=1)
+    (potri,) = get_lapack_funcs(("potri",), (gram,))
+    potri(gram.T, lower=0, overwrite_c=1)
 
 
 class _Remaining:
@@ -132,7 +159,8 @@ class _Remaining:
         self._alive = np.ones(len(inverse), bool)
         self._diagonal = inverse.diagonal().copy()
         self._norms = _squared_norms(kernel)
-        self._rows = np.zeros((0, len(inverse)))  # rows B of the pending update
+        # Rows B of the pending update.
+        self._rows = np.zeros((0, len(inverse)), inverse.dtype)
 
     def remove(self, count: int, near: int) -> np.ndarray:
         """Removes ``count`` columns one after the other, chosen among the ``near`` cheapest now.
@@ -163,7 +191,7 @@ class _Remaining:
 
     def _columns(self, at: np.ndarray) -> np.ndarray:
         """Returns rows of the symmetric inverse, with the pending update."""
-        rows = np.empty((len(at), len(self._inverse)))
+        rows = np.empty((len(at), len(self._inverse)), self._inverse.dtype)
         for row, i in zip(rows, at, strict=True):
             row[:i] = self._inverse[i, :i]
             row[i:] = self._inverse[i:, i]
@@ -177,7 +205,8 @@ class _Remaining:
 
     def _apply_pending(self) -> None:
         """Applies the pending update, and compacts the arrays if few enough columns remain."""
-        blas.dsyrk(-1.0, self._rows.T, 1.0, self._inverse.T, lower=0, overwrite_c=1)
+        (syrk,) = get_blas_funcs(("syrk",), (self._rows, self._inverse))
+        syrk(-1.0, self._rows.T, 1.0, self._inverse.T, lower=0, overwrite_c=1)
         keep = np.flatnonzero(self._alive)
         if len(keep) <= SHRINK * len(self._alive):
             self._inverse = _compact(self._inverse, keep)
@@ -186,7 +215,7 @@ class _Remaining:
             self._kernel = self._kernel[: len(keep)]
             for name in ("_names", "_floor", "_diagonal", "_norms", "_alive"):
                 setattr(self, name, getattr(self, name)[keep])
-        self._rows = np.zeros((0, len(self._inverse)))
+        self._rows = np.zeros((0, len(self._inverse)), self._inverse.dtype)
 
 
 def _squared_norms(rows: np.ndarray) -> np.ndarray:

@@ -164,6 +164,18 @@ def metric_pca(
     return left * balance[None], right / balance[:, None], spectrum
 
 
+def tail_errors(products: Float[Array, "n n"]) -> Float[Array, "n+1"]:
+    """Returns ``e[k] = Σ_{i,j≥k} products[i, j]`` for k = 0…n, made non-increasing.
+
+    If a residual is a sum of n terms, ``products`` are the expected products of two terms, and the
+    first k terms are kept, then ``e[k]`` is the expected square of the rest. Where keeping fewer
+    terms would do better, the larger error of the two counts: nothing is offered twice.
+    """
+    tails = jnp.diagonal(jnp.cumsum(jnp.cumsum(products[::-1, ::-1], axis=0), axis=1))
+    tails = jnp.concatenate([jnp.zeros(1, products.dtype), tails])
+    return jax.lax.cummax(tails)[::-1]
+
+
 def solve_psd(
     a: Float[Array, "n n"], b: Float[Array, "n k"], damping: float
 ) -> Float[Array, "n k"]:

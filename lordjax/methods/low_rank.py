@@ -36,6 +36,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lordjax.methods import linalg
@@ -116,6 +117,46 @@ def factor(
     return Factors(left, right, spectrum, **means)
 
 
+def errors(
+    kernel: Float[Array, "in out"],
+    factors: Factors,
+    stats: Mapping[str, Any],
+    *,
+    inputs: str,
+    gradient_metric: bool = False,
+    bias: bool = False,
+) -> Float[Array, "m+1"]:
+    """Returns the errors of factors at every rank, by statistics of other tokens.
+
+    The output is ``Σ_i z_i right_i`` with ``z = x @ left``; rank r drops the terms from r on.
+
+    Args:
+      kernel: the matrix ``[in, out]``.
+      factors: what `factor` returned for it, from statistics of some tokens.
+      stats: the same statistics of other tokens.
+      inputs: as for `factor`: ``moments`` or ``covariance``.
+      gradient_metric: as for `factor`.
+      bias: as for `factor`.
+    """
+    basis = stats["basis"] if "basis" in stats else linalg.row_space(kernel)
+    right = factors.right if basis is None else mm(factors.right, basis)
+    moments, turn = (
+        (stats["input"], factors.left)
+        if "input" in stats
+        else (stats["output"], jnp.linalg.inv(right))
+    )
+    matrix = moments.covariance() if inputs == "covariance" else moments.second_moment()
+    terms = mm(turn.T, matrix, turn)
+    if bias:  # the bias restores the mean of the first tokens
+        shift = mm(moments.mean[None], turn)[0] - factors.mean_in
+        terms = terms + jnp.outer(shift, shift)
+    if not gradient_metric:
+        return linalg.tail_errors(terms * mm(right, right.T))
+    root, _ = linalg.root_pair(stats["gradients"].second_moment(), linalg.GRADIENT_DAMPING)
+    weighted = mm(right, root)
+    return linalg.tail_errors(terms * mm(weighted, weighted.T))
+
+
 def _means(kernel: Array, left: Array, right: Array, stats: Mapping[str, Any]) -> dict[str, Array]:
     """Returns the means of the latent and of the output, from the available moments."""
     if "output" in stats:
@@ -134,6 +175,8 @@ def _method(
 ) -> Method:
     """Returns a `Method`; keyword arguments are fields of it or arguments of `factor`."""
     method = {k: kwargs.pop(k) for k in ("allocation", "prefix", "exceptions") if k in kwargs}
+    if inputs in ("moments", "covariance"):
+        method["errors"] = functools.partial(errors, inputs=inputs, **kwargs)
     return Method(
         summary,
         functools.partial(factor, inputs=inputs, **kwargs),

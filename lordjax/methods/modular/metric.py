@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -40,9 +39,7 @@ def drop_errors(effects: Float[Array, "n n"]) -> Float[Array, "n"]:
     increments. An increment below 0 would mean that dropping more does better. It is set to 0, so
     that such a width is not offered.
     """
-    tails = jnp.cumsum(jnp.cumsum(effects[::-1, ::-1], axis=0), axis=1)
-    errors = jnp.concatenate([jnp.zeros(1, effects.dtype), jnp.diagonal(tails)])
-    return jnp.diff(jax.lax.cummax(errors))[::-1]
+    return -jnp.diff(linalg.tail_errors(effects))
 
 
 def to_float64(a: Any) -> np.ndarray:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from lordjax.methods import column_selection
 from lordjax.methods.base import Module, ModuleFactors
-from lordjax.methods.linalg import mm
+from lordjax.methods.linalg import mm, tail_errors
 from lordjax.methods.modular import mlp_on_host
 from lordjax.methods.modular.metric import Arrays, drop_errors, gradient_metric, to_float64
 
@@ -91,6 +91,35 @@ def mlp(
     return ModuleFactors(spectrum, parts)
 
 
+def mlp_errors(
+    kernels: Arrays,
+    factors: ModuleFactors,
+    stats: Mapping[str, Any],
+    *,
+    fit: bool = True,
+    intercept: bool = False,
+) -> Float[Array, "f+1"]:
+    """Returns the errors of an MLP at every width, by statistics of other tokens.
+
+    Args:
+      kernels: as for `mlp`.
+      factors: what `mlp` returned, from statistics of some tokens.
+      stats: the same statistics of other tokens.
+      fit: as for `mlp`.
+      intercept: as for `mlp`.
+    """
+    parts, weigh = factors.parts, gradient_metric(stats)
+    moments = stats["moments"].take(parts["order"])
+    gram = _gram(moments, intercept)
+    if intercept:  # the bias restores the mean of the first tokens
+        shift = moments.mean - parts["mean"]
+        gram = gram + jnp.outer(shift, shift)
+    if fit:
+        return column_selection.prefix_errors(parts["lower"], gram, weigh(parts["right"]))
+    rows = weigh(kernels["down"][parts["order"]])
+    return tail_errors(gram * mm(rows, rows.T))
+
+
 def _gram(moments: Any, centred: bool) -> Float[Array, "n n"]:
     """Returns the covariance, or the second moment."""
     return moments.covariance() if centred else moments.second_moment()
@@ -122,9 +151,15 @@ def mlp_module(needs: tuple[str, ...], **options: Any) -> Module:
       needs: names of the statistics.
       **options: keyword arguments of `mlp`.
     """
-    bias, score, host = options.get("intercept", False), options["score"], {}
-    if score in mlp_on_host.SCORES and options.get("fit", True):
+    bias, score, extra = options.get("intercept", False), options["score"], {}
+    fit = options.get("fit", True)
+    if score in mlp_on_host.SCORES and fit:
         own = {name: value for name, value in options.items() if name != "fit"}
-        run = functools.partial(mlp_on_host.mlp, ridge=RIDGE, **own)
-        host = {"host": run, "host_work": functools.partial(mlp_on_host.work, score=score)}
-    return Module(functools.partial(mlp, **options), prune_mlp, needs, bias=bias, **host)
+        extra = {
+            "host": functools.partial(mlp_on_host.mlp, ridge=RIDGE, **own),
+            "host_work": functools.partial(mlp_on_host.work, score=score),
+            "host_errors": functools.partial(mlp_on_host.errors, intercept=bias),
+        }
+    errors = functools.partial(mlp_errors, fit=fit, intercept=bias)
+    factor = functools.partial(mlp, **options)
+    return Module(factor, prune_mlp, needs, bias=bias, errors=errors, **extra)

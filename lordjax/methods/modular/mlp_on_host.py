@@ -36,6 +36,7 @@ def mlp(
     ridge: float,
     intercept: bool = False,
     shrinkage: float = 0.0,
+    dtype: Any = np.float64,
 ) -> ModuleFactors:
     """Ranks the neurons of an MLP and refits ``down``; see `modular.mlp.mlp`.
 
@@ -47,6 +48,7 @@ def mlp(
       ridge: ridge of the leverage scores, relative to the mean energy of a column.
       intercept: whether to fit a bias as well.
       shrinkage: ridge of the refit in neurons per token.
+      dtype: dtype of the Gram matrix and its factors.
 
     Returns:
       Factors with NumPy arrays.
@@ -57,7 +59,7 @@ def mlp(
         shrunk = np.maximum(
             column_selection.JITTER, shrinkage * len(down) / np.float64(moments.count)
         )
-    gram = np.empty((len(down), len(down)))
+    gram = np.empty((len(down), len(down)), dtype)
     _fill(gram, moments, np.arange(len(down)), centred=intercept)
     if score == "elimination":
         order = lapack.elimination_order(gram, _in_metric(down, root), shrunk)
@@ -68,7 +70,7 @@ def mlp(
     if intercept:
         parts["mean"] = np.asarray(moments.mean, np.float32)[order]
     del moments
-    parts["lower"], parts["right"] = lapack.nested_refit(gram, _ordered(down, order), shrunk)
+    parts["lower"], parts["right"] = lapack.nested_refit(gram, _ordered(down, order, dtype), shrunk)
     del gram
     spectrum = np.empty(len(down))
     for p, q in lapack.panels(len(down)):
@@ -77,11 +79,41 @@ def mlp(
     return ModuleFactors(spectrum, parts)
 
 
+def errors(
+    kernels: Mapping[str, Any],
+    factors: ModuleFactors,
+    stats: dict[str, Any],
+    *,
+    intercept: bool = False,
+) -> np.ndarray:
+    """Returns the errors of an MLP at every width, by statistics of other tokens.
+
+    See `modular.mlp.mlp_errors`. It runs in float32, because the ridge of the refit bounds the
+    condition number.
+
+    Args:
+      kernels: not read.
+      factors: what `mlp` returned.
+      stats: ``moments`` and optionally ``gradients`` of other tokens.
+      intercept: as for `mlp`.
+    """
+    del kernels
+    parts, moments = factors.parts, stats["moments"]
+    order, root = np.asarray(parts["order"]), _root(stats.get("gradients"))
+    gram = np.empty((len(order), len(order)), np.float32)
+    _fill(gram, moments, order, centred=intercept)
+    if intercept:
+        shift = np.asarray(moments.mean)[order] - parts["mean"]
+        for p, q in lapack.panels(len(gram)):
+            gram[p:q, :q] += shift[p:q, None] * shift[None, :q]
+    return lapack.prefix_errors(parts["lower"], gram, _in_metric(parts["right"], root))
+
+
 def _ordered(
-    rows: Float[np.ndarray, "n m"], order: Int[np.ndarray, "n"]
+    rows: Float[np.ndarray, "n m"], order: Int[np.ndarray, "n"], dtype: Any
 ) -> Float[np.ndarray, "n m"]:
-    """Returns rows in a new order, as float64 in column-major layout for LAPACK."""
-    found = np.empty(rows.shape, np.float64, order="F")
+    """Returns rows in a new order and dtype, in column-major layout for LAPACK."""
+    found = np.empty(rows.shape, dtype, order="F")
     for p, q in lapack.panels(len(rows)):
         found[p:q] = rows[order[p:q]]
     return found
@@ -120,8 +152,23 @@ def _fill(
             part += mean[p:q, None] * mean[None, :q]
 
 
-def work(kernels: Mapping[str, Any], stats: Mapping[str, Any], *, score: str) -> Counter[str]:
-    """Returns the operations of `mlp` for some shapes, by the kinds of `lordjax.runtime.flops`."""
+def work(
+    kernels: Mapping[str, Any], stats: Mapping[str, Any], *, score: str, folds: int = 1
+) -> Counter[str]:
+    """Returns the operations of `mlp` for some shapes, by the kinds of `lordjax.runtime.flops`.
+
+    With two folds it is run for each of them too, in float32, and followed by `errors`.
+    """
+    found = _work(kernels, stats, score)
+    if folds > 1:
+        n, m = kernels["down"].shape
+        for kind, count in _work(kernels, stats, score).items():
+            found[kind.replace("float64", "float32")] += folds * count
+        found["product float32"] += folds * (2 * n**3 + n**2 * m)
+    return found
+
+
+def _work(kernels: Mapping[str, Any], stats: Mapping[str, Any], score: str) -> Counter[str]:
     n, m = kernels["down"].shape
     found: Counter[str] = Counter()
     # A factor and its inverse; for elimination also the product of the inverse with itself.

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lordjax.methods.base import Module, ModuleFactors
+from lordjax.methods.linalg import tail_errors
 from lordjax.methods.modular.metric import (
     Arrays,
     batched_diagonal,
@@ -67,6 +68,35 @@ def query_key(kernels: Arrays, stats: Mapping[str, Any], *, select: bool = False
         total = jnp.sum(errors, axis=1)
         errors = errors * (worth / jnp.where(total > 0, total, 1))[:, None]
     return ModuleFactors(jnp.sum(errors, axis=0), maps)
+
+
+def query_key_errors(
+    kernels: Arrays, factors: ModuleFactors, stats: Mapping[str, Any]
+) -> Float[Array, "d+1"]:
+    """Returns the errors of a module at every width, by statistics of other tokens.
+
+    Args:
+      kernels: as for `query_key`.
+      factors: what `query_key` returned without ``select``, from statistics of some tokens.
+      stats: the same statistics of other tokens; ``gates`` must be there.
+    """
+    parts, gates = factors.parts, stats["gates"].second_moment()
+    if "rope_index" in kernels:
+        effects = jax.vmap(lambda fisher, order: tail_errors(fisher[order][:, order] / 2))
+        # A width counts columns; a pair is gone with its first column.
+        return jnp.repeat(jnp.sum(effects(gates, parts["order"]), axis=0), 2)[1:]
+    queries, keys = stats["queries"].second_moment(), stats["keys"].second_moment()
+    kv_heads, width = keys.shape[:2]
+    queries = jnp.sum(queries.reshape(kv_heads, -1, width, width), axis=1)
+    products = [
+        batched_matmul(turn.mT, moment, turn)
+        for turn, moment in ((parts["q_map"], queries), (parts["k_map"], keys))
+    ]
+    tails = jax.vmap(tail_errors)(products[0] * products[1])
+    # As in `query_key`: the loss of all directions together, divided by their energy.
+    worth = jnp.sum(gates, axis=(1, 2)) / 2
+    total = jnp.where(tails[:, :1] > 0, tails[:, :1], 1)
+    return jnp.sum(tails / total * worth[:, None], axis=0)
 
 
 def _by_score(
@@ -127,4 +157,5 @@ def query_key_module(needs: tuple[str, ...], **options: Any) -> Module:
       needs: names of the statistics.
       **options: keyword arguments of `query_key`.
     """
-    return Module(functools.partial(query_key, **options), prune_query_key, needs)
+    errors = query_key_errors if "gates" in needs else None
+    return Module(functools.partial(query_key, **options), prune_query_key, needs, errors=errors)

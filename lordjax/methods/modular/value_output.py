@@ -56,16 +56,43 @@ def value_output(kernels: Arrays, stats: Mapping[str, Any], *, fit: bool) -> Mod
     ).reshape(o.shape)
     if not fit:
         return ModuleFactors(jnp.sum(values, axis=0), {"basis": basis, "out": turned})
-    # Sorted by direction first and head second, so that a width is a prefix.
-    each = jnp.repeat(basis, heads // kv_heads, axis=0)
-    gram = jnp.einsum("hdr,hdje,jes->rhsj", each, whole, each, precision="highest")
-    gram = gram.reshape(heads * width, -1)
+    gram = _in_bases(basis, whole)
     # Directions without values have an energy that is a rounding error, of either sign.
     lower, right = column_selection.nested_refit(
         gram, turned.transpose(1, 0, 2).reshape(-1, out), unit=linalg.mean_unit
     )
     spectrum = jnp.sum(weigh(right) ** 2, axis=1).reshape(width, heads).sum(axis=1)
     return ModuleFactors(spectrum, {"basis": basis, "lower": lower, "right": right})
+
+
+def value_output_errors(
+    kernels: Arrays, factors: ModuleFactors, stats: Mapping[str, Any]
+) -> Float[Array, "d+1"]:
+    """Returns the errors of a fitted module at every width, by statistics of other tokens.
+
+    Args:
+      kernels: as for `value_output`.
+      factors: what `value_output` returned with ``fit``, from statistics of some tokens.
+      stats: the same statistics of other tokens.
+    """
+    heads, width, _ = kernels["o"].shape
+    whole, _ = _contexts(kernels, stats, heads, kernels["v"].shape[1], width)
+    weighted = gradient_metric(stats)(factors.parts["right"])
+    gram = _in_bases(factors.parts["basis"], whole)
+    return column_selection.prefix_errors(factors.parts["lower"], gram, weighted)[::heads]
+
+
+def _in_bases(
+    basis: Float[Array, "k d r"], whole: Float[Array, "h d h d"]
+) -> Float[Array, "rh rh"]:
+    """Returns the second moment of the mixed values along the directions of their heads.
+
+    Sorted by direction first and head second, so that a width is a prefix.
+    """
+    heads, width = whole.shape[:2]
+    each = jnp.repeat(basis, heads // len(basis), axis=0)
+    gram = jnp.einsum("hdr,hdje,jes->rhsj", each, whole, each, precision="highest")
+    return gram.reshape(heads * width, -1)
 
 
 def _contexts(
@@ -113,4 +140,7 @@ def value_output_module(needs: tuple[str, ...], **options: Any) -> Module:
       needs: names of the statistics.
       **options: keyword arguments of `value_output`.
     """
-    return Module(functools.partial(value_output, **options), prune_value_output, needs)
+    errors = value_output_errors if options["fit"] else None
+    return Module(
+        functools.partial(value_output, **options), prune_value_output, needs, errors=errors
+    )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lordjax.compression.temperature import compare
+from lordjax.compression.held_out import compare
 from lordjax.data.token_windows import fingerprint
 from lordjax.evaluate import perplexity
 from lordjax.evaluate.perplexity import _token_nll
@@ -82,11 +82,13 @@ def test_variants_in_lockstep_have_the_losses_of_whole_models(tied):
     def scaled(block, i, j):
         return jax.tree.map(lambda a: a * (shares[j] if i == 1 else 1.0), block)
 
-    losses = compare(InMemory(config, params), tokens, scaled, len(shares), Clock())
+    source, starts = InMemory(config, params), [0, 1, 1]
+    dense, *losses = compare(source, tokens, scaled, starts, Clock(), stage="comparison")
+    np.testing.assert_array_equal(losses[0], dense)  # the first variant does not differ
     for j, loss in enumerate(losses):
         whole = params | {f"layer_{i}": scaled(params[f"layer_{i}"], i, j) for i in range(2)}
         expected = perplexity(config, whole, tokens)["nll_per_token"]
-        np.testing.assert_allclose(loss, expected, rtol=1e-6)
+        np.testing.assert_allclose(loss.mean(), expected, rtol=1e-6)
 
 
 def test_a_broken_variant_is_an_error_and_not_the_best():
@@ -97,9 +99,9 @@ def test_a_broken_variant_is_an_error_and_not_the_best():
 
     source, clock = InMemory(CONFIG, params), Clock()
     with pytest.raises(ValueError, match="expected a finite number"):
-        compare(source, random_tokens(2, 16), broken, 2, clock)
+        compare(source, random_tokens(2, 16), broken, [0, 0], clock, stage="comparison")
     with pytest.raises(ValueError, match="length ≥ 2"):
-        compare(source, random_tokens(2, 1), broken, 1, clock)
+        compare(source, random_tokens(2, 1), broken, [0], clock, stage="comparison")
 
 
 def test_windows_are_independent(params):

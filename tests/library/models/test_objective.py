@@ -10,9 +10,9 @@ import pytest
 from lordjax import InMemory
 from lordjax.calibration.backward_pass import gradient_statistics
 from lordjax.calibration.calibration_set import Calibration
+from lordjax.compression.held_out import compare
 from lordjax.compression.low_rank import prepare
 from lordjax.compression.quantized import prepare_quantized
-from lordjax.compression.temperature import compare
 from lordjax.evaluate import perplexity
 from lordjax.kernels import trees
 from lordjax.methods import METHODS
@@ -161,7 +161,8 @@ def test_variants_are_judged_by_the_objective(config):
         return jax.tree.map(lambda a: a * (shares[j] if i == 1 else 1.0), block)
 
     source = InMemory(config, params)
-    found = compare(source, TOKENS, scaled, len(shares), Clock(), mask_token=MASK_TOKEN)
+    how = {"stage": "comparison", "mask_token": MASK_TOKEN}
+    _, *found = compare(source, TOKENS, scaled, [0] * len(shares), Clock(), **how)
     for j, loss in enumerate(found):
         whole = params | {f"layer_{i}": scaled(params[f"layer_{i}"], i, j) for i in range(2)}
         if config is MASKED:
@@ -172,7 +173,7 @@ def test_variants_are_judged_by_the_objective(config):
                 jax.nn.log_softmax(says), jnp.argmax(goal, axis=-1)[:, None], -1
             )
             expected = -jnp.mean(chosen)
-        np.testing.assert_allclose(loss, expected, rtol=1e-5)
+        np.testing.assert_allclose(loss.mean(), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("token", [None, -1, 61])
