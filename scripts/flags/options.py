@@ -148,9 +148,8 @@ statistics_options = options(
     click.option(
         "--samples",
         type=click.IntRange(min=1),
-        default=64,
-        show_default=True,
-        help="Largest number of calibration sequences.",
+        help="Largest number of calibration sequences.  [default: as many as hold 10 tokens for "
+        "every neuron of the widest MLP, and at least 65536 tokens]",
     ),
     click.option(
         "--seq-len",
