@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Int
 
 from lordjax.generation.decode import NOTHING, RunSettings, State, decode, prefill, widened
-from lordjax.generation.prompt_batch import pad_prompts
+from lordjax.generation.prompt_batch import LENGTH_DEPENDENT, SMALLEST_CACHE, pad_prompts
 from lordjax.generation.sampling import Sampling
 from lordjax.models.config import ModelConfig
 
@@ -124,6 +124,7 @@ class _Row:
         self._asked = False  # whether a question, and not an answer or a document, is written
         self.forced: deque[tuple[int, bool]] = deque()
         self.ids: list[int] = []
+        self.position = -1  # of the last token in its document
         self._start()
 
     def _start(self) -> None:
@@ -145,6 +146,7 @@ class _Row:
         """
         token, fresh = self.forced.popleft() if self.forced else self._next(chosen)
         self.ids.append(token)
+        self.position = 0 if fresh else self.position + 1
         return token, fresh
 
     def _next(self, chosen: int) -> tuple[int, bool]:
@@ -202,14 +204,33 @@ def write_windows(
     params = jax.tree.map(jnp.asarray, params)
     same: dict[str, Any] = {"config": config, "kind": _SAMPLING.kind}
     state = prefill(params, tokens, lengths, settings, **same)
-    state = state._replace(cache=widened(state.cache, capacity=capacity))
+    sizes = iter(_capacities(config, capacity))
+    columns = 0
     for count in range(1, length):
         if count > 1:
             state, _ = decode(params, state, settings, jnp.asarray(1, jnp.int32), **same)
         state = _continued(rows, state)
+        if max(row.position for row in rows) >= columns:
+            columns = next(sizes)
+            state = state._replace(cache=widened(state.cache, capacity=columns))
         if progress is not None:
             progress(count + 1)
     return np.array([row.ids for row in rows], np.int32)
+
+
+def _capacities(config: ModelConfig, most: int) -> list[int]:
+    """Returns sizes of the cache, which grows with the longest document.
+
+    A step costs as much as the cache has columns, but every size is compiled. Where rotary
+    frequencies depend on its size, there is one size.
+    """
+    ropes = (config.rope, config.local_rope)
+    if any(rope is not None and rope.kind in LENGTH_DEPENDENT for rope in ropes):
+        return [most]
+    sizes = [SMALLEST_CACHE]
+    while sizes[-1] < most:
+        sizes.append(2 * sizes[-1])
+    return [min(size, most) for size in sizes]
 
 
 def _continued(rows: Sequence[_Row], state: State) -> State:

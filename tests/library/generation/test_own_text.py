@@ -1,12 +1,14 @@
 """A model's own text: drawn at temperature 1, document after document, window by window."""
 
+import dataclasses
 import functools
 
 import jax
 import numpy as np
 import pytest
-from blocks import BLOCKS, source
+from blocks import BLOCKS, random_model, source
 from chats import CHATML, SPECIAL, make_tokenizer
+from interrupted import CONFIG
 
 from lordjax.generation.own_text import Turns, Writing, write_windows, writing_of
 from lordjax.models import Transformer
@@ -25,9 +27,9 @@ def windows(how=None, numbers=(0, 1, 2, 3), seed=0, length=LENGTH, block=BLOCK):
     return write_windows(model.config, model.params, how, numbers, length=length, seed=seed)
 
 
-def documents(row):
+def documents(row, stops=END):
     """Starts and ends of a window's documents."""
-    ends = [i + 1 for i, token in enumerate(row.tolist()) if token in END]
+    ends = [i + 1 for i, token in enumerate(row.tolist()) if token in stops]
     return list(zip([0, *ends], [*ends, len(row)], strict=True))
 
 
@@ -40,26 +42,37 @@ def test_windows_are_full_and_documents_start_as_they_should():
     assert set(starts) <= set(FIRST) and len(set(starts)) > 1
 
 
+def drawn_from_its_document_alone(model, row, number, first=1, stops=END):
+    """Checks each token: it is the draw from the logits of one pass over its document, uncached.
+
+    Returns the number of checked tokens.
+    """
+    apply = jax.jit(lambda ids: Transformer(model.config).apply({"params": model.params}, ids))
+    key, checked = jax.random.fold_in(jax.random.key(0), number), 0
+    for start, end in documents(row, stops):
+        padded = np.zeros((1, len(row)), np.int32)
+        padded[0, : end - start] = row[start:end]
+        logits = apply(padded)[0]
+        for i in range(start + first, end):
+            drawn = jax.random.categorical(jax.random.fold_in(key, i - 1), logits[i - start - 1])
+            assert int(drawn) == row[i]
+            checked += 1
+    return checked
+
+
 @pytest.mark.parametrize("block", ["gemma2", "gpt2"])
 def test_a_token_is_drawn_at_temperature_1_given_its_document_alone(block):
-    """Each is the draw from the logits of one pass over its document, without a cache."""
-    model = source(block)
-    config, params = model.config, model.params
-    apply = jax.jit(lambda ids: Transformer(config).apply({"params": params}, ids))
-    checked = 0
-    for number, row in enumerate(windows(block=block)[:2]):
-        key = jax.random.fold_in(jax.random.key(0), number)
-        for start, end in documents(row):
-            padded = np.zeros((1, LENGTH), np.int32)
-            padded[0, : end - start] = row[start:end]
-            logits = apply(padded)[0]
-            for i in range(start + 1, end):
-                drawn = jax.random.categorical(
-                    jax.random.fold_in(key, i - 1), logits[i - start - 1]
-                )
-                assert int(drawn) == row[i]
-                checked += 1
-    assert checked > LENGTH
+    rows = windows(block=block)[:2]
+    checked = [drawn_from_its_document_alone(source(block), row, i) for i, row in enumerate(rows)]
+    assert sum(checked) > LENGTH
+
+
+def test_a_long_document_is_drawn_given_all_of_it():
+    """The cache grows while it is written."""
+    model = random_model(dataclasses.replace(CONFIG, max_positions=300))
+    endless = Writing(FIRST, frozenset())
+    row = write_windows(model.config, model.params, endless, [5], length=300)[0]
+    assert drawn_from_its_document_alone(model, row, 5, first=120, stops=()) == 180
 
 
 def test_ids_depend_on_the_seed_and_the_number_only():
