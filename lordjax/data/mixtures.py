@@ -7,8 +7,8 @@ every evenly spread subset holds the parts in proportion, to within a few window
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -49,8 +49,8 @@ def parse(text: str, words: Collection[str] = ()) -> list[Part]:
       ValueError: if a part is empty or given twice, only some parts have shares, a share is not
         positive, or the shares do not sum to 1.
     """
-    if text in words or Path(text).exists():
-        return [Part(text, 1.0)]
+    if text in words or _exists(text):
+        return [Part(_expanded(text, words), 1.0)]
     found = [_part(piece, text, words) for piece in text.split(",")]
     sources = [source for source, _ in found]
     for source in sources:
@@ -73,8 +73,8 @@ def _part(piece: str, text: str, words: Collection[str]) -> tuple[str, float | N
     """Reads a part; returns its source, and its share if it has one."""
     if not piece:
         raise ValueError(f"{text}: a part is empty; {_EXPECTED}")
-    if piece in words or ":" not in piece or Path(piece).exists():
-        return piece, None
+    if piece in words or ":" not in piece or _exists(piece):
+        return _expanded(piece, words), None
     source, _, number = piece.rpartition(":")
     try:
         share = float(number)
@@ -86,7 +86,16 @@ def _part(piece: str, text: str, words: Collection[str]) -> tuple[str, float | N
         raise ValueError(
             f"{piece}: share {number} of {source!r}; expected a path, and a share in (0, 1]"
         )
-    return source, share
+    return _expanded(source, words), share
+
+
+def _exists(source: str) -> bool:
+    return os.path.exists(os.path.expanduser(source))
+
+
+def _expanded(source: str, words: Collection[str]) -> str:
+    """Returns a source with its ``~``, which a shell expands at the beginning only."""
+    return source if source in words else os.path.expanduser(source)
 
 
 def window_counts(parts: Sequence[Part], samples: int) -> list[int]:

@@ -27,11 +27,15 @@ def test_parts(text, expected):
 
 def test_what_exists_is_one_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("a,b.txt", "c:0.5", "self"):
         (tmp_path / name).write_text("")
     assert parse("a,b.txt", WORDS) == [Part("a,b.txt", 1)]
     assert parse("c:0.5", WORDS) == [Part("c:0.5", 1)]
     assert parse("c:0.5,self", WORDS) == [Part("c:0.5", 0.5), Part("self", 0.5)]
+    assert parse("~/a,b.txt", WORDS) == [Part(f"{tmp_path}/a,b.txt", 1)]
+    assert parse("x,~/c", WORDS) == [Part("x", 0.5), Part(f"{tmp_path}/c", 0.5)]
+    assert len(parse(",".join(f"part{i}" for i in range(999)), WORDS)) == 999  # too long for a name
     assert parse("c:0.5:0.25,x:0.75") == [Part("c:0.5", 0.25), Part("x", 0.75)]
 
 
