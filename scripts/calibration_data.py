@@ -6,17 +6,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lordjax.models.config import ModelConfig
-from lordjax.scripts.console import say
+from lordjax.scripts.console import CALIBRATION, progress_report, say
 from lordjax.scripts.opened_model import Model
 from lordjax.scripts.token_inputs import WINDOW, read_windows, standard_library_name
 
 if TYPE_CHECKING:
     from lordjax.data.mixtures import Part
     from lordjax.data.token_windows import Windows
-    from lordjax.runtime.progress import Progress
 
 SELF, STANDARD_LIBRARY = "self", "stdlib"  # words that stand for data in --calibration
-DEFAULT = STANDARD_LIBRARY  # what --calibration is if it is not given; may be a mixture
 
 
 def read_calibration(
@@ -26,18 +24,16 @@ def read_calibration(
     seq_len: int | None,
     samples: int | None,
     seed: int,
-    progress: Progress | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """Reads calibration windows, of one source or of a mixture, see `mixtures`.
 
     Args:
       model: the model, whose tokenizer is used.
-      calibration: a path, ``self``, ``stdlib``, or a mixture of these; None: `DEFAULT`.
+      calibration: a path, ``self``, ``stdlib``, or a mixture of these; None: `CALIBRATION`.
       seq_len: tokens of a window; None: those of a .npy array, else `WINDOW` or the model's longest
         sequence.
       samples: largest number of windows; None: as many as the model needs, see `token_count`.
       seed: seed that draws documents, and the tokens of the model's own text.
-      progress: called with the windows that the model has written.
 
     Returns:
       token ids ``[windows, length]``, and facts about them for a report.
@@ -51,13 +47,12 @@ def read_calibration(
     from lordjax.data import mixtures, token_count
     from lordjax.data.token_windows import fingerprint
 
-    parts = mixtures.parse(calibration or DEFAULT, (SELF, STANDARD_LIBRARY))
+    parts = mixtures.parse(calibration or CALIBRATION, (SELF, STANDARD_LIBRARY))
     length = shared_length(parts, seq_len, model.config)
     wanted = samples or token_count.default_windows(model.config, length)
     counts = mixtures.window_counts(parts, wanted)
-    how = {"length": length, "seed": seed}
     read = [
-        _read_part(model, part, count, **how, progress=progress)
+        _read_part(model, part, count, length=length, seed=seed)
         for part, count in zip(parts, counts, strict=True)
     ]
     there = [len(windows.tokens) for windows, _ in read]
@@ -123,7 +118,7 @@ def shared_length(parts: Sequence[Part], asked: int | None, config: ModelConfig)
 
 
 def _read_part(
-    model: Model, part: Part, count: int, *, length: int, seed: int, progress: Progress | None
+    model: Model, part: Part, count: int, *, length: int, seed: int
 ) -> tuple[Windows, list[int]]:
     """Reads the windows of a part; returns them and the special tokens around each."""
     from lordjax.data.token_windows import Windows
@@ -131,7 +126,8 @@ def _read_part(
     if part.source == SELF:
         from lordjax.scripts.own_windows import own_windows
 
-        tokens = own_windows(model, windows=count, length=length, seed=seed, progress=progress)
+        with progress_report() as progress:
+            tokens = own_windows(model, windows=count, length=length, seed=seed, progress=progress)
         return Windows(tokens, None), []
     path = None if part.source == STANDARD_LIBRARY else part.source
     return read_windows(model, path, length=length, samples=count, seed=seed, spread=True)
@@ -147,7 +143,7 @@ def default_name() -> str:
     """Returns what is read if --calibration is not given, for messages."""
     from lordjax.data.mixtures import parse
 
-    parts = parse(DEFAULT, (SELF, STANDARD_LIBRARY))
+    parts = parse(CALIBRATION, (SELF, STANDARD_LIBRARY))
     return ", ".join(_name(part) for part in parts)
 
 

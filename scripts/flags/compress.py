@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from lordjax.scripts.console import CALIBRATION
 from lordjax.scripts.flags.options import (
     as_json_option,
     bit_widths,
@@ -38,7 +39,7 @@ from lordjax.scripts.flags.options import (
     "the field 'text', or a .npy array of token ids [sequences, length]. stdlib: the sources of "
     "Python's standard library. self: text that MODEL writes at temperature 1, half of it chats "
     "for a chat model. A list such as a.txt:0.5,self:0.5 mixes these by shares of the sequences; "
-    "without shares they are equal.  [default: stdlib]",
+    f"without shares they are equal.  [default: {CALIBRATION}]",
 )
 @statistics_options
 @click.option(

@@ -148,8 +148,8 @@ statistics_options = options(
     click.option(
         "--samples",
         type=click.IntRange(min=1),
-        help="Largest number of calibration sequences.  [default: as many as hold 10 tokens for "
-        "every neuron of the widest MLP, and at least 65536 tokens]",
+        help="Largest number of calibration sequences.  [default: enough for the width of the "
+        "model's MLPs, at least 65536 tokens]",
     ),
     click.option(
         "--seq-len",

@@ -134,10 +134,9 @@ def _read_calibration(
     from lordjax.models.objective import protocol
     from lordjax.runtime import multihost
 
-    how = {"samples": samples, "seq_len": seq_len, "seed": seed}
     mask = mask_token(opened)
-    with progress_report() if multihost.is_primary() else contextlib.nullcontext() as progress:
-        tokens, facts = read_calibration(opened, calibration, progress=progress, **how)
+    how = {"samples": samples, "seq_len": seq_len, "seed": seed}
+    tokens, facts = read_calibration(opened, calibration, **how)
     warning = shortage(opened.config, tokens.size)
     if warning is not None and multihost.is_primary():
         say(warning)

@@ -88,7 +88,7 @@ def test_own_text_and_the_standard_library_are_parts(model):
 def test_the_default_is_one_constant(model, monkeypatch, sources):
     expected, _ = read(model, "stdlib", samples=2)
     np.testing.assert_array_equal(read(model, None, samples=2)[0], expected)
-    monkeypatch.setattr(calibration_data, "DEFAULT", f"{sources / 'a.txt'},{sources / 'b'}")
+    monkeypatch.setattr(calibration_data, "CALIBRATION", f"{sources / 'a.txt'},{sources / 'b'}")
     tokens, facts = read(model, None, samples=2, seq_len=WINDOW)
     assert len(facts["parts"]) == 2 and len(tokens) == 2
     assert calibration_data.default_name() == facts["source"]
