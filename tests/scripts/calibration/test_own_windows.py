@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lordjax.generation import own_text
+from lordjax.runtime import multihost
 from lordjax.scripts import own_windows as module
 from lordjax.scripts.opened_model import open_model
 from lordjax.scripts.own_windows import cache_folder, own_windows
@@ -137,3 +138,20 @@ def test_too_long_windows(tiny):
         ValueError, match=r"self: windows of 65 tokens; expected 2 to 64.*--seq-len"
     ):
         own(tiny, length=65)
+
+
+def test_the_first_process_writes_for_all(tiny, written, monkeypatch):
+    expected = own(tiny)
+    sent = []
+
+    def gathered(data):
+        sent.append(data)
+        return [expected.tobytes(), b""]
+
+    monkeypatch.setattr(multihost, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost, "all_gather_bytes", gathered)
+    np.testing.assert_array_equal(expected, own(tiny))
+    written.clear()
+    monkeypatch.setattr(multihost, "is_primary", lambda: False)
+    np.testing.assert_array_equal(expected, own(tiny, seed=1))
+    assert sent == [expected.tobytes(), b""] and not written
