@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lordjax.runtime.progress import Progress
 
 KEEP = 0.8  # fraction of the block linear weights that is kept, unless --keep gives one
+CALIBRATION = "stdlib"  # what is read unless --calibration says it: as that flag, also a mixture
 
 
 def check_output(directory: Path) -> None:

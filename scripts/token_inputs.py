@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lordjax.models.config import ModelConfig
 from lordjax.scripts.opened_model import Model
+
+if TYPE_CHECKING:
+    from lordjax.data.token_windows import Windows
 
 WINDOW = 1024  # tokens of a window of text; less if the model's longest sequence is shorter
 MASK_TOKENS = ("<mask>", "[MASK]")  # of RoBERTa and BERT
@@ -47,31 +50,70 @@ def read_tokens(
     Returns:
       token ids ``[windows, length]``, and facts about them for a report.
     """
+    from lordjax.data.token_windows import fingerprint
+
+    length = window_length(path, seq_len, model.config)
+    found, ends = read_windows(
+        model, path, length=length, samples=samples, seed=seed, document_tokens=DOCUMENT_TOKENS
+    )
+    windows, length = found.tokens.shape
+    facts = {"source": path or standard_library_name(), "windows": windows, "seq_len": length}
+    facts |= {"sequence_ends": ends} if ends else {}
+    return found.tokens, facts | {"tokens_sha256": fingerprint(found.tokens)}
+
+
+def read_windows(
+    model: Model,
+    path: str | None,
+    *,
+    length: int,
+    samples: int | None,
+    seed: int,
+    document_tokens: int | None = None,
+    spread: bool = False,
+) -> tuple[Windows, list[int]]:
+    """Reads windows, with the special tokens of an encoder around text.
+
+    Args:
+      model: the model, whose tokenizer is used.
+      path: text, source files or a .npy array; None: the Python standard library.
+      length: tokens of a window.
+      samples: largest number of windows; None: all.
+      seed: seed that draws the documents.
+      document_tokens: first tokens of a standard library module that are read; None: all.
+      spread: takes the windows from as many documents as possible; see `load_tokens`.
+
+    Returns:
+      The windows, and the special tokens around each of them.
+    """
     import numpy as np
 
-    from lordjax.data.token_windows import fingerprint, load_tokens, standard_library
+    from lordjax.data.token_windows import load_windows, standard_library
 
     is_array = path is not None and Path(path).suffix == ".npy"
     # Ids need no tokenizer, and a model may come without one.
     tokenizer = None if is_array else model.tokenizer()
     ends = [] if is_array or model.config.causal else sequence_ends(tokenizer)
-    tokens = load_tokens(
+    found = load_windows(
         standard_library() if path is None else path,
         tokenizer=tokenizer,
-        seq_len=window_length(path, seq_len, model.config) - len(ends),
+        seq_len=length - len(ends),
         vocab_size=model.config.vocab_size,
         samples=samples,
-        document_tokens=DOCUMENT_TOKENS if path is None else None,
+        document_tokens=document_tokens if path is None else None,
         seed=seed,
+        spread=spread,
     )
     if ends:
+        tokens = found.tokens
         first, last = (np.full((len(tokens), 1), end, tokens.dtype) for end in ends)
-        tokens = np.concatenate([first, tokens, last], axis=1)
-    what = path or f"Python {sys.version_info.major}.{sys.version_info.minor} standard library"
-    windows, length = tokens.shape
-    facts = {"source": what, "windows": windows, "seq_len": length}
-    facts |= {"sequence_ends": ends} if ends else {}
-    return tokens, facts | {"tokens_sha256": fingerprint(tokens)}
+        found = found._replace(tokens=np.concatenate([first, tokens, last], axis=1))
+    return found, ends
+
+
+def standard_library_name() -> str:
+    """Returns the name of the Python standard library for reports."""
+    return f"Python {sys.version_info.major}.{sys.version_info.minor} standard library"
 
 
 def sequence_ends(tokenizer: Any) -> list[int]:

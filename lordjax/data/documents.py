@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import hashlib
 import json
@@ -33,11 +34,7 @@ def documents(path: str | Path | Sequence[Path], seed: int | None = None) -> Ite
       FileNotFoundError: if the path does not exist.
       ValueError: if a file cannot be read as text or has no "text" in a line; says where.
     """
-    paths, where = located(path)
-    files = [f for p in paths for f in (sorted(walk(p, TEXT_SUFFIXES)) if p.is_dir() else [p])]
-    if not files:
-        known = " ".join(sorted(TEXT_SUFFIXES))
-        raise ValueError(f"{where}: no text file in it; expected files with one of {known}")
+    files = _files(path)
     shuffle = np.random.default_rng(seed).permutation
     for i in range(len(files)) if seed is None else shuffle(len(files)):
         if files[i].suffix != ".jsonl":
@@ -46,6 +43,76 @@ def documents(path: str | Path | Sequence[Path], seed: int | None = None) -> Ite
         lines = json_lines(files[i])
         for j in range(len(lines)) if seed is None else shuffle(len(lines)):
             yield _jsonl_text(files[i], *lines[j])
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """The documents of a path, each read by its number.
+
+    Files are listed and lines of jsonl are counted; a document is parsed when it is asked for.
+
+    Attributes:
+      files: the files.
+      places: ``[n, 4]`` int64, for every document: its file, its line from 1 (0: the whole file),
+        and the first byte and the end of that line.
+    """
+
+    files: list[Path]
+    places: np.ndarray
+
+    @classmethod
+    def of(cls, path: str | Path | Sequence[Path]) -> Corpus:
+        """Returns the corpus of a path; see `documents`.
+
+        Raises:
+          FileNotFoundError: if the path does not exist.
+          ValueError: if there is no text file in a directory.
+        """
+        files = _files(path)
+        places = [
+            np.array([(i, 0, 0, 0)])
+            if file.suffix != ".jsonl"
+            else np.insert(_line_places(file), 0, i, axis=1)
+            for i, file in enumerate(files)
+        ]
+        return cls(files, np.concatenate(places).astype(np.int64))
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def text(self, i: int) -> str:
+        """Returns a document.
+
+        Raises:
+          ValueError: if it cannot be read as text, or has no "text" in a line; says where.
+        """
+        file, line, start, end = self.places[i].tolist()
+        path = self.files[file]
+        if not line:
+            return read_text(path)
+        with path.open("rb") as opened:
+            opened.seek(start)
+            return _jsonl_text(path, line, _decoded(opened.read(end - start), path, start))
+
+
+def _files(path: str | Path | Sequence[Path]) -> list[Path]:
+    paths, where = located(path)
+    files = [f for p in paths for f in (sorted(walk(p, TEXT_SUFFIXES)) if p.is_dir() else [p])]
+    if not files:
+        known = " ".join(sorted(TEXT_SUFFIXES))
+        raise ValueError(f"{where}: no text file in it; expected files with one of {known}")
+    return files
+
+
+def _line_places(path: Path) -> np.ndarray:
+    """Returns number, first byte and end ``[n, 3]`` of the non-empty lines of a jsonl file."""
+    found, start = [], 0
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                found.append((number, start, start + len(line)))
+            start += len(line)
+    return np.array(found, np.int64).reshape(-1, 3)
 
 
 def walk(
@@ -84,12 +151,17 @@ def read_text(path: Path) -> str:
     Raises:
       ValueError: if the file is not UTF-8; names the first bad byte and its offset.
     """
+    return _decoded(path.read_bytes(), path, 0)
+
+
+def _decoded(data: bytes, path: Path, offset: int) -> str:
+    """Decodes the bytes of a file from an offset on."""
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        return data.decode("utf-8" if offset else "utf-8-sig")
     except UnicodeDecodeError as error:
+        bad = f"byte {error.object[error.start]:#04x} at offset {offset + error.start}"
         raise ValueError(
-            f"{path}: byte {error.object[error.start]:#04x} at offset {error.start} is not UTF-8; "
-            "expected text (convert the file or leave it out)"
+            f"{path}: {bad} is not UTF-8; expected text (convert the file or leave it out)"
         ) from error
 
 

@@ -12,27 +12,30 @@ import hashlib
 import sysconfig
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple
 
 import numpy as np
 
-from lordjax.data.documents import documents, located, walk
+from lordjax.data import spread_out
+from lordjax.data.documents import Corpus, documents, located, walk
+from lordjax.data.tokenizing import Tokenizer, first_ids, separator
 
 # Folders of the standard library without hand-written code: tests, packages, generated tables.
 _NOT_LIBRARY = frozenset(
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data"}
 )
-# More characters than the average token of any usual text has. Only this many characters per
-# wanted token are tokenized first.
-_CHARS_PER_TOKEN = 16
 
 
-class Tokenizer(Protocol):
-    """The required interface of a tokenizer; every Hugging Face tokenizer has it."""
+class Windows(NamedTuple):
+    """Windows of token ids, and how many documents they come from.
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Returns the token ids of ``text``."""
-        ...
+    Attributes:
+      tokens: ``[n, seq_len]`` int32 token ids.
+      documents: number of documents that were read; None for an array of token ids.
+    """
+
+    tokens: np.ndarray
+    documents: int | None
 
 
 def load_tokens(
@@ -44,6 +47,7 @@ def load_tokens(
     samples: int | None = None,
     document_tokens: int | None = None,
     seed: int = 0,
+    spread: bool = False,
 ) -> np.ndarray:
     """Reads windows of token ids.
 
@@ -56,8 +60,12 @@ def load_tokens(
       vocab_size: size of the vocabulary; every id must be below it.
       samples: largest number of windows; None reads all. If given, documents are read in a random
         order drawn with ``seed``; of an array, the first rows are read.
-      document_tokens: use only this many first tokens of every document; None uses all.
+      document_tokens: use only this many first tokens of every document; None uses all, or with
+        ``spread`` a fair share.
       seed: seed of the order of the documents.
+      spread: take the windows from as many documents, and as many places of a long document, as
+        possible; see `spread_out`. It needs ``samples``, and changes nothing where
+        ``document_tokens`` is given or the path is an array.
 
     Returns:
       ``[n, seq_len]`` int32 token ids, n ≥ 1; fewer than ``samples`` windows if the text is short.
@@ -66,24 +74,56 @@ def load_tokens(
       FileNotFoundError: if the path does not exist.
       ValueError: if the contents are not as described above; says where.
     """
-    if seq_len < 2:
-        raise ValueError(f"window length {seq_len}: expected 2 or more tokens")
-    if samples is not None and samples < 1:
-        raise ValueError(f"{samples} windows asked for; expected 1 or more")
-    paths, where = located(path)
-    if len(paths) == 1 and paths[0].suffix == ".npy":
-        tokens = _from_array(paths[0], seq_len, samples)
-        check_ids(tokens, vocab_size, where)
-        return tokens.astype(np.int32)
-    return windows(
-        documents(path, None if samples is None else seed),
-        tokenizer,
+    return load_windows(
+        path,
+        tokenizer=tokenizer,
         seq_len=seq_len,
         vocab_size=vocab_size,
         samples=samples,
         document_tokens=document_tokens,
-        where=where,
-    )
+        seed=seed,
+        spread=spread,
+    ).tokens
+
+
+def load_windows(
+    path: str | Path | Sequence[Path],
+    *,
+    tokenizer: Tokenizer | None,
+    seq_len: int,
+    vocab_size: int,
+    samples: int | None = None,
+    document_tokens: int | None = None,
+    seed: int = 0,
+    spread: bool = False,
+) -> Windows:
+    """Reads windows of token ids and counts their documents; arguments as for `load_tokens`.
+
+    Raises:
+      FileNotFoundError: if the path does not exist.
+      ValueError: as `load_tokens`.
+    """
+    if seq_len < 2:
+        raise ValueError(f"window length {seq_len}: expected 2 or more tokens")
+    if samples is not None and samples < 1:
+        raise ValueError(f"{samples} windows asked for; expected 1 or more")
+    if spread and samples is None:
+        raise ValueError("windows can be spread over the documents only if samples says how many")
+    paths, where = located(path)
+    if len(paths) == 1 and paths[0].suffix == ".npy":
+        tokens = _from_array(paths[0], seq_len, samples)
+        check_ids(tokens, vocab_size, where)
+        return Windows(tokens.astype(np.int32), None)
+    tokenizer = _present(tokenizer, where)
+    if spread and samples is not None and document_tokens is None:
+        drawn = spread_out.draw(
+            Corpus.of(path), tokenizer, seq_len=seq_len, samples=samples, seed=seed
+        )
+    else:
+        limit = None if samples is None else samples * seq_len
+        texts = documents(path, None if samples is None else seed)
+        drawn = _pack(texts, tokenizer, limit, document_tokens)
+    return Windows(_cut(drawn.tokens, seq_len, vocab_size, where), drawn.documents)
 
 
 def windows(
@@ -92,8 +132,6 @@ def windows(
     *,
     seq_len: int,
     vocab_size: int,
-    samples: int | None = None,
-    document_tokens: int | None = None,
     where: str = "text",
 ) -> np.ndarray:
     """Packs documents into windows of token ids.
@@ -103,8 +141,6 @@ def windows(
       tokenizer: as for `load_tokens`.
       seq_len: as for `load_tokens`.
       vocab_size: as for `load_tokens`.
-      samples: as for `load_tokens`.
-      document_tokens: as for `load_tokens`.
       where: name of the documents in error messages.
 
     Returns:
@@ -113,22 +149,30 @@ def windows(
     Raises:
       ValueError: if there is no tokenizer or too little text, or an id is not in the vocabulary.
     """
+    packed = _pack(texts, _present(tokenizer, where), None, None)
+    return _cut(packed.tokens, seq_len, vocab_size, where)
+
+
+def _present(tokenizer: Tokenizer | None, where: str) -> Tokenizer:
     if tokenizer is None:
         raise ValueError(
             f"{where}: text needs a tokenizer, but the model has none; give a .npy array of token "
             "ids"
         )
-    limit = None if samples is None else samples * seq_len
-    tokens = np.asarray(_pack(texts, tokenizer, limit, document_tokens), np.int64)
-    count = len(tokens) // seq_len
-    if not len(tokens):
+    return tokenizer
+
+
+def _cut(ids: list[int], seq_len: int, vocab_size: int, where: str) -> np.ndarray:
+    """Cuts ids into windows ``[n, seq_len]`` int32; a last, shorter window is dropped."""
+    count = len(ids) // seq_len
+    if not ids:
         raise ValueError(f"{where}: no text; all documents are empty")
     if not count:
         raise ValueError(
-            f"{where}: {len(tokens)} tokens, fewer than one window of {seq_len}; "
+            f"{where}: {len(ids)} tokens, fewer than one window of {seq_len}; "
             "give more text, or a shorter window (--seq-len)"
         )
-    tokens = tokens[: count * seq_len].reshape(count, seq_len)
+    tokens = np.asarray(ids[: count * seq_len], np.int64).reshape(count, seq_len)
     check_ids(tokens, vocab_size, where)
     return tokens.astype(np.int32)
 
@@ -212,28 +256,18 @@ def _from_array(path: Path, seq_len: int, samples: int | None) -> np.ndarray:
 
 def _pack(
     texts: Iterable[str], tokenizer: Tokenizer, limit: int | None, document_tokens: int | None
-) -> list[int]:
+) -> spread_out.Drawn:
     """Returns the ids of the documents with a separator between them, at most ``limit`` ids."""
-    end = getattr(tokenizer, "eos_token_id", None)
-    separator = [end] if end is not None else tokenizer.encode("\n\n", add_special_tokens=False)
+    between = separator(tokenizer)
     tokens: list[int] = []
+    count = 0
     for text in texts:
         if not text:
             continue
         wanted = [n for n in (document_tokens, limit and limit - len(tokens)) if n is not None]
-        ids = _tokenize(tokenizer, text, min(wanted, default=None))
-        tokens += (separator if tokens else []) + ids
+        ids = first_ids(tokenizer, text, min(wanted, default=None))
+        tokens += (between if tokens else []) + ids
+        count += 1
         if limit is not None and len(tokens) >= limit:
             break
-    return tokens[:limit]
-
-
-def _tokenize(tokenizer: Tokenizer, text: str, wanted: int | None) -> list[int]:
-    """Returns the first ``wanted`` ids of a text (None: all), without tokenizing much more."""
-    if wanted is not None:
-        head = text[: _CHARS_PER_TOKEN * wanted + 1024]
-        ids = tokenizer.encode(head, add_special_tokens=False)
-        # Cutting the text may change the last ids, but not those well before the cut.
-        if len(head) == len(text) or len(ids) >= wanted + 32:
-            return list(ids[:wanted])
-    return list(tokenizer.encode(text, add_special_tokens=False))[:wanted]
+    return spread_out.Drawn(tokens[:limit], count)

@@ -12,6 +12,7 @@ from lordjax.models.config import ModelConfig
 
 SMALLEST_BUCKET = 16  # tokens
 SMALLEST_CACHE = 128  # tokens
+LENGTH_DEPENDENT = ("dynamic", "longrope")  # kinds of `Rope` whose frequencies depend on the length
 
 
 def bucket(length: int) -> int:
@@ -76,7 +77,7 @@ def _rope_limits(config: ModelConfig, total: int, width: int) -> tuple[int, int]
     """
     most = config.max_positions
     for rope in (config.rope, config.local_rope):
-        if rope is None or rope.kind not in ("dynamic", "longrope"):
+        if rope is None or rope.kind not in LENGTH_DEPENDENT:
             continue
         trained = rope.original_max_positions or config.max_positions
         if total <= trained:

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from lordjax.scripts.console import CALIBRATION
 from lordjax.scripts.flags.options import (
     as_json_option,
     bit_widths,
@@ -33,10 +34,12 @@ from lordjax.scripts.flags.options import (
 @code_options
 @click.option(
     "--calibration",
-    metavar="PATH",
+    metavar="DATA",
     help="Calibration data: a text file, a directory of text or source files, a .jsonl file with "
-    "the field 'text', or a .npy array of token ids [sequences, length].  [default: the sources of "
-    "Python's standard library]",
+    "the field 'text', or a .npy array of token ids [sequences, length]. stdlib: the sources of "
+    "Python's standard library. self: text that MODEL writes at temperature 1, half of it chats "
+    "for a chat model. A list such as a.txt:0.5,self:0.5 mixes these by shares of the sequences; "
+    f"without shares they are equal.  [default: {CALIBRATION}]",
 )
 @statistics_options
 @click.option(
@@ -44,7 +47,7 @@ from lordjax.scripts.flags.options import (
     type=int,
     default=0,
     show_default=True,
-    help="Seed that draws the calibration documents.",
+    help="Seed that draws the calibration documents, and the text of --calibration self.",
 )
 @stored_options
 @click.option(

@@ -148,9 +148,8 @@ statistics_options = options(
     click.option(
         "--samples",
         type=click.IntRange(min=1),
-        default=64,
-        show_default=True,
-        help="Largest number of calibration sequences.",
+        help="Largest number of calibration sequences.  [default: enough for the width of the "
+        "model's MLPs, at least 65536 tokens]",
     ),
     click.option(
         "--seq-len",

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lordjax.forecast.predict import measured, predict_compression
+from lordjax.scripts.calibration_data import default_name, read_calibration
 from lordjax.scripts.console import check_output, format_bytes, progress_report, say
 from lordjax.scripts.jobs import Run, job_of
 from lordjax.scripts.opened_model import Model, model_checksums, open_model
-from lordjax.scripts.token_inputs import mask_token, read_tokens
+from lordjax.scripts.token_inputs import mask_token
 
 if TYPE_CHECKING:
     from lordjax.compression.result import Result
@@ -29,7 +30,7 @@ def compress_model(
     *,
     method: str,
     calibration: str | None,
-    samples: int,
+    samples: int | None,
     seq_len: int | None,
     seed: int,
     **options: Any,
@@ -59,7 +60,7 @@ def compress_model(
         "method": method,
         **settings,
         "calibration": None if data.facts is None else data.facts["source"],
-        "samples": samples,
+        "samples": samples if data.facts is None else data.facts["samples"],
         "seq_len": None if data.facts is None else data.facts["seq_len"],
         "seed": seed,
     }
@@ -117,7 +118,7 @@ def _note_calibration(method: str, calibration: str | None, *, needs_tokens: boo
     if not multihost.is_primary():
         return
     if needs_tokens and calibration is None:
-        say("calibrating on the sources of Python's standard library (--calibration to change)")
+        say(f"calibrating on {default_name()} (--calibration to change)")
     if not needs_tokens and calibration is not None:
         say(
             f"note: method {method!r} with these options needs no calibration; {calibration} is "
@@ -126,13 +127,19 @@ def _note_calibration(method: str, calibration: str | None, *, needs_tokens: boo
 
 
 def _read_calibration(
-    opened: Model, path: str | None, samples: int, seq_len: int | None, seed: int
+    opened: Model, calibration: str | None, samples: int | None, seq_len: int | None, seed: int
 ) -> Calibration:
-    """Reads the calibration sequences of a path, or of Python's standard library."""
+    """Reads the calibration sequences; says on stderr if they are too few for the model."""
+    from lordjax.data.token_count import shortage
     from lordjax.models.objective import protocol
+    from lordjax.runtime import multihost
 
     mask = mask_token(opened)
-    tokens, facts = read_tokens(opened, path, seq_len=seq_len, samples=samples, seed=seed)
+    how = {"samples": samples, "seq_len": seq_len, "seed": seed}
+    tokens, facts = read_calibration(opened, calibration, **how)
+    warning = shortage(opened.config, tokens.size)
+    if warning is not None and multihost.is_primary():
+        say(warning)
     return Calibration(tokens, facts | protocol(opened.config, mask), mask)
 
 
@@ -209,9 +216,15 @@ def _identity(
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
         "model": model_checksums(model.path),
-        "calibration": None if facts is None else {k: v for k, v in facts.items() if k != "source"},
+        "calibration": None if facts is None else _without_sources(facts),
         "settings": {key: value for key, value in settings.items() if key not in by_content},
     }
+
+
+def _without_sources(facts: dict[str, Any]) -> dict[str, Any]:
+    """Facts about calibration data without the names of its files, and what was asked for."""
+    parts = [{k: v for k, v in part.items() if k != "source"} for part in facts["parts"]]
+    return {k: v for k, v in facts.items() if k not in ("source", "samples")} | {"parts": parts}
 
 
 def _predict(

@@ -12,7 +12,7 @@ from lordjax.forecast.job_settings import EXACT, parse_settings
 from lordjax.forecast.predict import cost
 from lordjax.forecast.quantized_cost import QuantizationSpec
 from lordjax.forecast.shapes import dense_shapes, multiplications, outline, stored
-from lordjax.scripts.console import format_bytes
+from lordjax.scripts.console import format_bytes, say
 from lordjax.scripts.jobs import QUANTIZED, job_of
 from lordjax.scripts.opened_model import quiet_transformers
 from lordjax.scripts.token_inputs import WINDOW
@@ -56,7 +56,7 @@ def plan_model(
     batch: int,
     accumulate: int | None,
     rank: int | None,
-    samples: int = 64,
+    samples: int | None = None,
     measure: bool = True,
     mesh: str | None = None,
     num_processes: int = 1,
@@ -82,7 +82,7 @@ def plan_model(
     config, source, stored_dtype = open_shapes(model, options["dtype"])
     _, settings, needs_tokens, _ = job_of(method, options, stored_dtype)
     length = seq_len or min(WINDOW, config.max_positions)
-    calibration = (samples if needs_tokens else 0, length)
+    calibration = (_sequences(config, samples, length) if needs_tokens else 0, length)
     settings = {"method": method, **settings} | ({} if mesh is None else {"mesh": mesh})
     job, after, sure, plan = parse_settings(config, source, calibration, settings)
     rates = machine_rates.measure_rates() if measure else None
@@ -104,6 +104,17 @@ def plan_model(
             config, method, _exact_plan(method, plan, sure), step, length, dtype
         )
     return found
+
+
+def _sequences(config: ModelConfig, samples: int | None, length: int) -> int:
+    """The calibration sequences that `compress` would read; says if they are too few."""
+    from lordjax.data import token_count
+
+    sequences = samples or token_count.default_windows(config, length)
+    warning = token_count.shortage(config, sequences * length)
+    if warning is not None:
+        say(warning)
+    return sequences
 
 
 def _ranks_and_formats(job: CalibrationSpec, plan: Plan | None) -> dict[str, Any]:
