@@ -180,6 +180,8 @@ def _summary(directory: Path, report: dict[str, Any], start: float) -> dict[str,
         "seconds": time.perf_counter() - start,
         "predicted": report.get("predicted"),
         "happened": report.get("happened"),
+        "loss": report["plan"].get("predicted_nats"),
+        "held_out_check": report.get("held_out_check"),
         "calibration": report["calibration"],
         "settings": report["settings"],
     }
@@ -301,6 +303,7 @@ def show(result: dict[str, Any]) -> None:
             f"calibrated on {calibration['windows']} sequences of {calibration['seq_len']} tokens: "
             f"{calibration['source']}"
         )
+    _show_loss(result)
     if (page := Path(result["output"]) / PAGE).exists():
         print(f"report: {page}")
     if "elastic" in result["settings"]:
@@ -308,6 +311,27 @@ def show(result: dict[str, Any]) -> None:
         return
     print(f"next: lordjax inspect {result['output']}")
     print(f"      lordjax evaluate {result['output']} --tokens PATH")
+
+
+def _show_loss(result: dict[str, Any]) -> None:
+    """Prints the predicted loss, and the measured losses of the sites that were checked."""
+    loss, check = result.get("loss"), result.get("held_out_check")
+    if loss is not None and any(loss.values()):
+        print(
+            f"predicted loss: {loss['held_out']:.3f} nats on unseen text like the calibration "
+            f"text ({loss['in_sample']:.3f} on the calibration tokens, before corrections)"
+        )
+    if not check:
+        return
+    from lordjax.compression.held_out import warning
+
+    ratios = sorted(row["measured"] / row["predicted"] for row in check if row["predicted"] > 0)
+    print(
+        f"checked: {len(check)} cuts of single blocks on held-out sequences; measured over "
+        f"predicted loss {ratios[0]:.2f} to {ratios[-1]:.2f}, median {ratios[len(ratios) // 2]:.2f}"
+    )
+    if (message := warning(check)) is not None:
+        say(f"warning: {message}")
 
 
 def _show_cost(predicted: dict[str, Any], happened: dict[str, Any]) -> None:
