@@ -26,36 +26,23 @@ from typing import TYPE_CHECKING, Any
 from lordjax.scripts.console import check_output, format_bytes, progress_report, say
 from lordjax.scripts.demo_model import WHEEL, corpora, fetch_model
 from lordjax.scripts.opened_model import Model, file_bytes, open_model
+from lordjax.scripts.verbs import demo_rows
+from lordjax.scripts.verbs.demo_rows import DENSE, Variant, measured
 
 if TYPE_CHECKING:
     from lordjax.compression.result import Result
     from lordjax.runtime.progress import Progress
 
 MODEL_BYTES = 270_000_000  # size of the dense model on disk
-DENSE, CODES = "dense", "auto"
+CODES = "auto"  # method of the quantized models
 RECORD, PICTURE = "demo.json", "picture.png"
-PROMPT = 'def fibonacci(n):\n    """Return the n-th Fibonacci number."""\n'
-NEW = 32  # tokens generated after the prompt
-REPEATS = 2  # timed runs; the fastest one counts
-
-
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """Model that the demo makes.
-
-    Attributes:
-      method: name of a method, or `DENSE` for the original model.
-      budget: kept fraction of the block weights, or bits per block weight for method `CODES`;
-        None for `DENSE`.
-    """
-
-    method: str
-    budget: float | None = None
-
-    @property
-    def name(self) -> str:
-        """Name of the model's directory."""
-        return self.method if self.budget is None else f"{self.method}-{self.budget:g}"
+# Every format takes time to compile, so the demo offers fewer than `lordjax compress` does.
+FEW_FORMATS = (
+    "nf2-4-bfloat16-32-256",
+    "nf3-4-bfloat16-64-256",
+    "nf3-4-bfloat16-32-256",
+    "nf4-4-bfloat16-64-256",
+)
 
 
 def run_demo(
@@ -108,7 +95,7 @@ def run_demo(
         "output": str(directory),
         "original": {"file": model.path.name, "bytes": file_bytes(model.path)},
         "rows": shown,
-        "prompt": PROMPT,
+        "prompt": demo_rows.PROMPT,
         "settings": settings,
         "seconds": time.perf_counter() - start,
     }
@@ -208,77 +195,22 @@ def prepared(
     """Calibrates a method, and returns a function that compresses the model to a budget."""
     from lordjax.compression.low_rank import prepare
     from lordjax.compression.quantized import prepare_quantized
+    from lordjax.kernels.normal_float import Format
 
     dtype = model.stored_dtype
     if method != CODES:
         factored = prepare(model.source, calibration, method=method, progress=progress)
         return lambda keep: factored.compress(keep, dtype=dtype)
     quantizer = prepare_quantized(
-        model.source, calibration, method=method, dtype=dtype, progress=progress
+        model.source,
+        calibration,
+        method=method,
+        formats=[Format.parse(name) for name in FEW_FORMATS],
+        dtype=dtype,
+        progress=progress,
     )
     _ = quantizer.tables  # computed on first access; count it as calibration
     return lambda bits: quantizer.compress(bits=bits)
-
-
-def measured(variant: Variant, directory: Path, evaluation: Any) -> dict[str, Any]:
-    """Row of the table: bytes on disk, perplexity, decoding speed, and a continued prompt.
-
-    The weights are those on disk. Matrix products and activations are float32.
-    """
-    import jax
-
-    from lordjax.evaluate import perplexity
-    from lordjax.generation.completion import end_tokens, tokenize
-    from lordjax.kernels.kinds import astype
-    from lordjax.scripts.verbs.inspect import inspect_model
-    from lordjax.storage.saved_model import open_saved
-
-    path = directory / variant.name
-    say(f"measuring {path} on {len(evaluation)} windows of {evaluation.shape[1]} tokens")
-    opened = open_model(str(path))
-    params, tokenizer = astype(opened.arrays(), "float32"), opened.tokenizer()
-    with progress_report() as progress:
-        found = perplexity(
-            opened.config, params, evaluation, tokenizer_name=WHEEL, progress=progress
-        )
-    tokens, speed = decoded(opened.config, params, tokenize(tokenizer, PROMPT))
-    ends = [tokens.index(end) for end in end_tokens(tokenizer) if end in tokens]
-    linear = inspect_model(str(path))["block_linear"]
-    jax.clear_caches()  # the next model has other shapes and needs other programs
-    return {
-        "name": variant.name,
-        **dataclasses.asdict(variant),
-        "kept": linear["kept"],
-        "bits_per_weight": linear["bits_per_weight"],
-        "bytes": file_bytes(path),
-        "perplexity": found["perplexity"],
-        "tokens_per_second": speed,
-        "seconds": open_saved(path).report()["demo_seconds"],
-        "text": tokenizer.decode(tokens[: min(ends, default=NEW)]),
-        "protocol": found["protocol"],
-    }
-
-
-def decoded(config: Any, params: Any, prompt: list[int]) -> tuple[list[int], float]:
-    """Greedily decodes `NEW` tokens after a prompt, and measures the speed.
-
-    The first run compiles and is not timed. The fastest of the `REPEATS` other runs counts.
-
-    Returns:
-      The token ids, and the tokens per second after the first token.
-    """
-    from lordjax.generation.decode import stream
-
-    tokens: list[int] = []
-    speeds = []
-    for _ in range(1 + REPEATS):
-        chunks = stream(config, params, [prompt], max_new_tokens=NEW)
-        first = next(chunks)
-        start = time.perf_counter()
-        rows = [first, *chunks]
-        speeds.append((NEW - 1) / (time.perf_counter() - start))
-        tokens = [int(token) for row in rows for token in row[0]]
-    return tokens[:NEW], max(speeds[1:])
 
 
 def draw_rows(rows: list[dict[str, Any]], path: Path) -> None:

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from lordjax import load
 from lordjax.scripts import demo_model
 from lordjax.scripts.cli import cli
-from lordjax.scripts.verbs import demo
+from lordjax.scripts.verbs import demo, demo_rows
 
 pytestmark = pytest.mark.full
 
@@ -26,8 +26,8 @@ def small(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "fetch_model", lambda: path)
         patch.setattr(demo_model, "WINDOW", WINDOW)
-        patch.setattr(demo, "PROMPT", "def f(x):")
-        patch.setattr(demo, "NEW", 6)
+        patch.setattr(demo_rows, "PROMPT", "def f(x):")
+        patch.setattr(demo_rows, "NEW", 6)
         yield path
 
 
@@ -128,6 +128,6 @@ def test_other_settings_and_other_directories_are_refused(small, tmp_path, monke
 def test_speed_counts_the_tokens_behind_the_first(monkeypatch):
     chunks = [np.array([[5]]), np.array([[6, 7, 8, 9]]), np.array([[4, -1, -1, -1]])]
     monkeypatch.setattr("lordjax.generation.decode.stream", lambda *_, **__: iter(chunks))
-    tokens, speed = demo.decoded(None, None, [1])
+    tokens, speed = demo_rows.decoded(None, None, [1])
     assert tokens == [5, 6, 7, 8, 9, 4]
     assert speed > 0
