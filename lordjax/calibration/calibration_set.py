@@ -89,9 +89,13 @@ class Calibration:
         return objective.inputs(config, tokens, mask, self.mask_token)
 
     def spread(self, count: int | None) -> Calibration:
-        """Returns at most ``count`` of the sequences, evenly spread; None: all."""
+        """Returns at most ``count`` of the sequences, evenly spread; None: all.
+
+        With two folds it returns at least one sequence of each.
+        """
         if count is None or count >= len(self.tokens):
             return self
+        count = max(count, self.num_folds)
         return self.rows(np.linspace(0, len(self.tokens) - 1, count).round().astype(int))
 
     def hold_out(self, count: int) -> tuple[Calibration, np.ndarray]:

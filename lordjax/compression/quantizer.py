@@ -313,10 +313,8 @@ class Quantizer:
         gradients = self.gradients.get(i) or [{}] * len(activations)
         if len(activations) < len(gradients):  # the weighting reads no activations
             activations = [{}] * len(gradients)
-        stats = [
-            {**own, **site_gradients(read, method, site, kernel)}
-            for own, read in zip(activations, gradients, strict=True)
-        ]
+        gradients = site_gradients(gradients, method, site, kernel)
+        stats = [{**own, **read} for own, read in zip(activations, gradients, strict=True)]
         weights = jitted_cost(kernel, merged(stats))
         if self.feedback and len(stats) > 1:
             moments = [jitted_cost(kernel, fold).inputs for fold in stats]

@@ -188,8 +188,9 @@ class _Pass:
             i, site = task
             begun[task], folds = inputs.pop(task)  # frees a site's sums once it is factored
             gradients = self.gradients.get(i) or [{}] * len(folds)
+            gradients = site_gradients(gradients, method, site, begun[task])
             for stats, own in zip(folds, gradients, strict=True):
-                stats |= site_gradients(own, method, site, begun[task])
+                stats |= own
             return launch_factorization(
                 self.method, site, begun[task], folds, meshed=mesh is not None
             )

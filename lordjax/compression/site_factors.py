@@ -12,10 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lordjax.allocation.plan import SiteSize
-from lordjax.calibration.backward_pass import gradient_basis, site_gradients
+from lordjax.calibration.backward_pass import gradient_basis, site_gradients, site_total
 from lordjax.calibration.forward_pass import activation_keys, statistic_width
 from lordjax.calibration.observers import empty
-from lordjax.calibration.statistics import merged
 from lordjax.kernels import trees
 from lordjax.methods import METHODS, Factors, Method, Module, ModuleFactors, method_at, truncate
 from lordjax.models.config import ModelConfig
@@ -146,7 +145,7 @@ def launch_factorization(
       meshed: whether a mesh factors the sites.
     """
     errors = held_out_errors(method, site, kernels, folds, meshed=meshed)
-    stats = merged(folds)
+    stats = site_total(folds)
     folds.clear()
     module = None if meshed else on_host(method, site.kind)
     if module is not None and module.host is not None:
@@ -250,8 +249,8 @@ def input_shapes(
     widths = {key: statistic_width(key, flat, config) for key in keys.values()}
     sums = jax.eval_shape(lambda: empty(widths))
     stats = {name: sums[key] for name, key in keys.items()}
-    read = jax.eval_shape(lambda g, k: site_gradients(g, method, site, k), gradients, kernels)
-    return kernels, stats | read
+    read = jax.eval_shape(lambda g, k: site_gradients([g], method, site, k), gradients, kernels)
+    return kernels, stats | read[0]
 
 
 def replace_kernels(

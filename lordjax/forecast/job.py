@@ -104,7 +104,8 @@ class CalibrationSpec(abc.ABC):
         if not needs_gradients(self.definition, self.config):
             return 0, 1
         available = self.sequences - self.held_out
-        return min(available, self.gradient_windows or available), max(1, self.batch // 2)
+        sequences = max(self.gradient_windows or available, self.folds)
+        return min(available, sequences), max(1, self.batch // 2)
 
     @property
     def sites(self) -> tuple[Site, ...]:
