@@ -11,7 +11,7 @@ Source: layer-wise error models, LEMS (ICML 2026), do the same with other predic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -149,6 +149,25 @@ def group_of(path: str) -> str:
     return "/".join(inside) if inside[-1] != "kernel" else inside[0]
 
 
+def trials(paths: Iterable[str], layers: int) -> list[tuple[int, str, list[str], float]]:
+    """Returns what is measured: block, group, its site paths, and fraction of weights to keep.
+
+    Args:
+      paths: the paths of all sites.
+      layers: number of blocks.
+    """
+    found = []
+    for i, fractions in checked_blocks(layers).items():
+        groups: dict[str, list[str]] = {}
+        for path in paths:
+            if layer_index(path) == i:
+                groups.setdefault(group_of(path), []).append(path)
+        for group, own in groups.items():
+            used = fractions if group == "mlp" else fractions[-1:]
+            found += [(i, group, own, fraction) for fraction in used]
+    return found
+
+
 def points(curves: Mapping[str, Curve], in_sample: Mapping[str, Curve], layers: int) -> list[Point]:
     """Returns what is measured.
 
@@ -158,21 +177,15 @@ def points(curves: Mapping[str, Curve], in_sample: Mapping[str, Curve], layers: 
       layers: number of blocks.
     """
     found = []
-    for i, fractions in checked_blocks(layers).items():
-        groups: dict[str, list[str]] = {}
-        for path in curves:
-            if layer_index(path) == i:
-                groups.setdefault(group_of(path), []).append(path)
-        for group, paths in groups.items():
-            for fraction in fractions if group == "mlp" else fractions[-1:]:
-                ranks = {path: _rank(curves[path], fraction) for path in paths}
-                ranks = {path: rank for path, rank in ranks.items() if rank}
-                if ranks:
-                    errors = [
-                        sum(float(each[path].errors[rank]) for path, rank in ranks.items())
-                        for each in (in_sample, curves)
-                    ]
-                    found.append(Point(i, group, ranks, *errors))
+    for i, group, paths, fraction in trials(curves, layers):
+        ranks = {path: _rank(curves[path], fraction) for path in paths}
+        ranks = {path: rank for path, rank in ranks.items() if rank}
+        if ranks:
+            errors = [
+                sum(float(each[path].errors[rank]) for path, rank in ranks.items())
+                for each in (in_sample, curves)
+            ]
+            found.append(Point(i, group, ranks, *errors))
     return found
 
 

@@ -100,6 +100,8 @@ def busiest(each: Sequence[OpCounts], processes: int = 1) -> OpCounts:
 def _batch(spec: CalibrationSpec, count: int, *, backward: bool) -> int:
     """Sequences of a batch on ``count`` devices: equally many on each of them."""
     each = sequences_per_step(spec.sequences // count, spec.length)
+    own = (spec.sequences - spec.held_out) // spec.folds // count  # of a fold, on each device
+    each = min(each, own or each)
     return count * max(1, each // 2) if backward else count * each
 
 
