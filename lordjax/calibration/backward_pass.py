@@ -207,10 +207,8 @@ class _Sweeps:
         if more:
             folds, bases = self.store[key], self.bases[i]
         else:
-            empty = [
-                empty_gradients(block, self.method, config) for _ in range(calibration.num_folds)
-            ]
-            folds, bases = [stats for stats, _ in empty], empty[0][1]
+            empty, bases = empty_gradients(block, self.method, config)
+            folds = [jax.tree.map(jnp.zeros_like, empty) for _ in range(calibration.num_folds)]
         if not self.store.durable:
             self.bases[i] = bases
         batches = zip(calibration.masks(), calibration.batch_folds(), strict=True)
