@@ -37,7 +37,7 @@ from lordjax.forecast.job import STAGES, CompressionSpec
 from lordjax.kernels import trees
 from lordjax.kernels.base import nbytes
 from lordjax.methods import method_at
-from lordjax.models.objective import losses
+from lordjax.models.objective import decisions, losses
 from lordjax.models.sites import LAST_LAYER, LINEAR_SITES, Site, site_path
 from lordjax.runtime import flops
 from lordjax.runtime.flops import OpCounts
@@ -121,6 +121,9 @@ def _variants(spec: CompressionSpec, passes: float, heads: int) -> OpCounts:
             target_shapes(spec, batch),
         )
         steps = [flops.scaled(blocks_ops(spec, batch, {}), passes), flops.scaled(head, heads)]
+        if spec.config.head == "classes":  # the targets
+            decide, x = functools.partial(decisions, spec.config), spec.residual_stream(batch)
+            steps.append(flops.count_ops(decide, spec.non_block_params, x))
     return flops.scaled(flops.merged(steps), spec.held_out / batch)
 
 
