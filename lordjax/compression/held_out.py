@@ -24,7 +24,7 @@ from lordjax.compression.site_factors import replace_kernels
 from lordjax.models import objective
 from lordjax.models.objective import check_finite, check_windows, decisions, losses
 from lordjax.models.source import Source
-from lordjax.names import layer_index
+from lordjax.names import layer_index, layer_type
 from lordjax.runtime import multihost
 from lordjax.runtime.progress import Clock
 from lordjax.storage.store import get_or_compute
@@ -127,6 +127,7 @@ class Point(NamedTuple):
       ranks: site path -> rank.
       in_sample: predicted loss in nats, by the statistics that the factors are fitted to.
       predicted: predicted loss in nats on unseen tokens.
+      parts: site path -> its part of ``predicted``.
     """
 
     layer: int
@@ -134,6 +135,7 @@ class Point(NamedTuple):
     ranks: dict[str, int]
     in_sample: float
     predicted: float
+    parts: dict[str, float]
 
 
 def checked_blocks(layers: int) -> dict[int, tuple[float, ...]]:
@@ -181,11 +183,11 @@ def points(curves: Mapping[str, Curve], in_sample: Mapping[str, Curve], layers: 
         ranks = {path: _rank(curves[path], fraction) for path in paths}
         ranks = {path: rank for path, rank in ranks.items() if rank}
         if ranks:
-            errors = [
-                sum(float(each[path].errors[rank]) for path, rank in ranks.items())
+            seen, parts = (
+                {path: float(each[path].errors[rank]) for path, rank in ranks.items()}
                 for each in (in_sample, curves)
-            ]
-            found.append(Point(i, group, ranks, *errors))
+            )
+            found.append(Point(i, group, ranks, sum(seen.values()), sum(parts.values()), parts))
     return found
 
 
@@ -247,7 +249,7 @@ def _loss(differences: np.ndarray) -> float:
 
 
 class Correction:
-    """The ratio of measured and predicted loss, for every block, group of sites and error.
+    """The ratio of measured and predicted loss, for every block, layer or module, and error.
 
     Args:
       rows: what `check` returned.
@@ -256,13 +258,14 @@ class Correction:
     def __init__(self, rows: Sequence[Mapping[str, Any]]):
         self._measured: dict[str, dict[int, list[tuple[float, float]]]] = {}
         for row in rows:
-            pairs = self._measured.setdefault(row["group"], {}).setdefault(row["layer"], [])
-            if row["predicted"] > 0:
-                pairs.append((np.log(row["predicted"]), np.log(row["ratio"])))
+            for path, error in row["parts"].items():
+                pairs = self._measured.setdefault(layer_type(path), {}).setdefault(row["layer"], [])
+                if error > 0:
+                    pairs.append((np.log(error), np.log(row["ratio"])))
 
     def errors(self, path: str, predicted: np.ndarray) -> np.ndarray:
         """Returns the corrected errors of a site at every rank, non-increasing."""
-        layer, groups = layer_index(path), self._measured.get(group_of(path), {})
+        layer, groups = layer_index(path), self._measured.get(layer_type(path), {})
         known = {i: pairs for i, pairs in groups.items() if pairs}
         if not known:
             return predicted

@@ -62,9 +62,12 @@ def test_half_the_mean_square_is_the_divergence_with_less_noise():
 # --- corrections ----------------------------------------------------------------------------------
 
 
-def row(layer, predicted, ratio, group="mlp"):
+def row(layer, predicted, ratio, group="mlp", sites=("mlp",), shares=(1.0,)):
+    """Returns what was measured of some sites with some shares of the predicted loss."""
     own = {"layer": layer, "group": group, "predicted": predicted, "ratio": ratio}
-    return own | {"measured": predicted * ratio}
+    shares = zip(sites, shares, strict=True)
+    parts = {f"layer_{layer}/{site}": share * predicted for site, share in shares}
+    return own | {"measured": predicted * ratio, "parts": parts}
 
 
 PREDICTED = np.array([2.0, 1.0, 0.5, 0.25, 0.1, 0.0])
@@ -89,10 +92,20 @@ def test_between_two_blocks_the_ratio_is_their_geometric_mean():
 
 
 def test_errors_that_nothing_was_measured_of_stay():
-    correction = Correction([row(2, 1.0, 9.0), row(2, 0.0, 1.0, "attention/qk")])
+    correction = Correction([row(2, 1.0, 9.0), row(2, 0.0, 1.0, "attention/qk", ["attention/qk"])])
     for path in ("layer_2/attention/q/kernel", "layer_2/attention/qk"):
         np.testing.assert_array_equal(correction.errors(path, PREDICTED), PREDICTED)
     np.testing.assert_array_equal(Correction([]).errors("layer_2/mlp", PREDICTED), PREDICTED)
+
+
+def test_sites_that_were_measured_together_have_the_measured_loss_together():
+    """Whatever their shares of the predicted loss are."""
+    sites = ("mlp/up/kernel", "mlp/down/kernel")
+    rows = [row(1, 2.0, 0.5, "mlp", sites, (0.1, 0.9)), row(1, 1.0, 3.0, "mlp", sites, (0.5, 0.5))]
+    correction = Correction(rows)
+    curves = {"up": np.array([0.7, 0.5, 0.2]), "down": np.array([1.8, 0.9, 0.5])}
+    found = {n: correction.errors(f"layer_1/mlp/{n}/kernel", c) for n, c in curves.items()}
+    assert found["up"][1] + found["down"][2] == pytest.approx(3.0)
 
 
 def test_corrected_errors_never_grow_with_the_rank():
@@ -164,10 +177,9 @@ def test_measured_losses_are_those_of_whole_models(prepared):
         assert point["measured"] == pytest.approx(measured, rel=1e-3)
         seen = sum(in_sample[path].errors[rank] for path, rank in ranks.items())
         assert point["in_sample"] == pytest.approx(seen)
-        # What was measured is predicted from then on, or more if that of a larger rank is more.
+        # What was measured is predicted from then on.
         corrected = sum(curves[path].errors[rank] for path, rank in ranks.items())
-        expected = point["ratio"] * point["predicted"]
-        assert corrected >= expected * (1 - 1e-6)
+        assert corrected == pytest.approx(point["ratio"] * point["predicted"])
 
 
 def test_predictions_are_in_plan_and_report(prepared):
@@ -186,11 +198,15 @@ def test_predictions_are_in_plan_and_report(prepared):
 @pytest.mark.full
 @pytest.mark.parametrize("method", ["lord", "modegpt-cr"])
 def test_every_group_of_a_method_is_checked(method):
-    found = prepare(small_model(), TOKENS, method=method).checked
+    prepared = prepare(small_model(), TOKENS, method=method)
+    found, curves = prepared.checked, prepared.curves()
     groups = {"lord": {"mlp", "attention"}, "modegpt-cr": {"mlp", "attention/vo", "attention/qk"}}
     assert {point["group"] for point in found} == groups[method]
     assert all(point["measured"] >= 0 for point in found)
     assert all(held_out.LEAST <= point["ratio"] <= held_out.MOST for point in found)
+    for point in found:  # more only where the loss of a larger rank is more
+        corrected = sum(curves[path].errors[rank] for path, rank in point["ranks"].items())
+        assert corrected >= point["ratio"] * point["predicted"] * (1 - 1e-6)
 
 
 @pytest.mark.full
