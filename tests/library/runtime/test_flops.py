@@ -186,6 +186,8 @@ def test_a_preparation_runs_what_was_counted(method, name, monkeypatch):
     monkeypatch.setitem(rows, method, row)
     prepare(model, tokens, method=method, gradient_windows=few, mask_token=1)
     prepared = {name: expected[name] for name in expected if name in PREPARES}
+    # Refits on the host, of modules that are checked.
+    prepared.get("held-out check", Counter()).pop("cholesky float64", None)
     counted = sum(map(flops.total, prepared.values()))
     assert counted == pytest.approx(sum(done.values()), rel=1e-6)
 
