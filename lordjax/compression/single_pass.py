@@ -189,8 +189,7 @@ class _Pass:
             begun[task], folds = inputs.pop(task)  # frees a site's sums once it is factored
             gradients = self.gradients.get(i) or [{}] * len(folds)
             gradients = site_gradients(gradients, method, site, begun[task])
-            for stats, own in zip(folds, gradients, strict=True):
-                stats |= own
+            folds = [stats | own for stats, own in zip(folds, gradients, strict=True)]
             return launch_factorization(
                 self.method, site, begun[task], folds, meshed=mesh is not None
             )
