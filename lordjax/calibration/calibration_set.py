@@ -46,15 +46,17 @@ class Calibration:
         return 1 if self.folds is None else 2
 
     def split(self) -> Calibration:
-        """Returns the set in two folds; unchanged if it has too few sequences for two."""
+        """Returns the set in two folds; unchanged if it has one sequence.
+
+        The folds are halves whatever the batches and devices are, so that errors are, too.
+        """
         share = 1 if self.mesh is None else self.mesh.shape.get(DATA_AXIS, 1)
         half = len(self.tokens) // 2
-        if half < share:
+        if not half:
             return self
-        batch = min(self.batch_size, half // share * share)
-        # A whole number of batches, so that no fold but the last ends with a shorter one.
-        first = half // batch * batch
-        folds = (np.arange(len(self.tokens)) >= first).astype(int)
+        batch = min(self.batch_size, half)
+        batch = max(batch // share * share, min(batch, share))
+        folds = (np.arange(len(self.tokens)) >= half).astype(int)
         return dataclasses.replace(self, batch_size=batch, folds=folds)
 
     def rows(self, which: Any) -> Calibration:
