@@ -22,6 +22,7 @@ from lordjax.calibration.forward_pass import hidden_states, on_device
 from lordjax.calibration.observers import observe, sequences_per_step
 from lordjax.compression.site_factors import replace_kernels
 from lordjax.models import objective
+from lordjax.models.config import ModelConfig
 from lordjax.models.objective import check_finite, check_windows, decisions, losses
 from lordjax.models.source import Source
 from lordjax.names import layer_index, layer_type
@@ -106,16 +107,15 @@ def compare(
             rest = on_device(source.non_block_params())
             if config.head == "classes":
                 goals = [decisions(config, rest, x) for x in original]
-            nlls = [
-                [np.asarray(losses(config, rest, *pair)) for pair in zip(xs, goals, strict=True)]
-                for xs in (original, *states)
-            ]
-    counts, found = np.concatenate(goals) >= 0, []
-    for parts in nlls:
-        nll = np.concatenate(parts).astype(np.float64)
-        check_finite(config, nll, 0)
-        found.append(nll[counts])
-    return found
+            return [_target_losses(config, rest, xs, goals) for xs in (original, *states)]
+
+
+def _target_losses(config: ModelConfig, rest: Any, states: Sequence[Any], goals: Any) -> np.ndarray:
+    """Returns the loss of every target; raises ValueError if one is not finite."""
+    parts = [np.asarray(losses(config, rest, *pair)) for pair in zip(states, goals, strict=True)]
+    nll = np.concatenate(parts).astype(np.float64)
+    check_finite(config, nll, 0)
+    return nll[np.concatenate(goals) >= 0]
 
 
 class Point(NamedTuple):
