@@ -86,13 +86,6 @@ def compare(
     with jax.default_matmul_precision("highest"):
         original = hidden_states(source, steps)
         states: list[list[Any]] = [[] for _ in starts]
-
-        def run(block: Any, i: int, xs: list[Any]) -> list[Any]:
-            window = config.window(i)
-            return [
-                observe(block, x, None, {}, config=config, sliding_window=window)[0] for x in xs
-            ]
-
         for i in clock.run(stage, range(config.num_layers)):
             block = source.block(i)
             own = on_device(block)
@@ -101,13 +94,19 @@ def compare(
                     continue
                 new = change(block, i, j)
                 xs = original if start == i else states[j]
-                states[j] = run(own if new is block else on_device(new), i, xs)
-            original = run(own, i, original)
+                states[j] = _run(config, own if new is block else on_device(new), i, xs)
+            original = _run(config, own, i, original)
         with clock.part(stage):
             rest = on_device(source.non_block_params())
             if config.head == "classes":
                 goals = [decisions(config, rest, x) for x in original]
             return [_target_losses(config, rest, xs, goals) for xs in (original, *states)]
+
+
+def _run(config: ModelConfig, block: Any, i: int, xs: Sequence[Any]) -> list[Any]:
+    """Returns the outputs of block ``i`` on batches of hidden states."""
+    window = config.window(i)
+    return [observe(block, x, None, {}, config=config, sliding_window=window)[0] for x in xs]
 
 
 def _target_losses(config: ModelConfig, rest: Any, states: Sequence[Any], goals: Any) -> np.ndarray:

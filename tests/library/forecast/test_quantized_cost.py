@@ -16,7 +16,7 @@ from rates import RATES
 from lordjax.allocation import candidates
 from lordjax.calibration import backward_pass, forward_pass
 from lordjax.calibration.observers import observe
-from lordjax.compression import quantized_matrix, quantizer
+from lordjax.compression import quantized_matrix
 from lordjax.compression.elastic import check_settings
 from lordjax.compression.low_rank import HELD_OUT
 from lordjax.compression.quantized import quantize
@@ -121,9 +121,9 @@ def test_a_quantisation_runs_what_was_counted(method, flags, monkeypatch):
     for module, names in {
         forward_pass: ("observe", "embed"),
         backward_pass: ("observe", "observe_gradients", "loss_gradient", "embed"),
-        quantizer: ("jitted_cost", "jitted_cross_fit", "jitted_feedback"),
         quantized_matrix: (
-            *("predict", "encode_kernel", "best_pair", "pack", "measures", "materialize"),
+            *("jitted_cost", "jitted_cross_fit", "jitted_feedback", "predict"),
+            *("encode_kernel", "best_pair", "pack", "measures", "materialize"),
         ),
         lq: ("decompose",),
     }.items():
