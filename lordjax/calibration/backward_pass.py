@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from lordjax.calibration.calibration_set import Calibration
 from lordjax.calibration.forward_pass import QUERIES, on_device, state_shapes
 from lordjax.calibration.hidden_states import States, open_states
 from lordjax.calibration.observers import embed, observe, observe_gradients
-from lordjax.calibration.statistics import HeadMoments, MeanSquare, SecondMoment
+from lordjax.calibration.statistics import HeadMoments, MeanSquare, SecondMoment, merged
 from lordjax.kernels import trees
 from lordjax.methods import Method, linalg
 from lordjax.models import objective
@@ -207,10 +207,8 @@ class _Sweeps:
         if more:
             folds, bases = self.store[key], self.bases[i]
         else:
-            empty = [
-                empty_gradients(block, self.method, config) for _ in range(calibration.num_folds)
-            ]
-            folds, bases = [stats for stats, _ in empty], empty[0][1]
+            empty, bases = empty_gradients(block, self.method, config)
+            folds = [jax.tree.map(jnp.zeros_like, empty) for _ in range(calibration.num_folds)]
         if not self.store.durable:
             self.bases[i] = bases
         batches = zip(calibration.masks(), calibration.batch_folds(), strict=True)
@@ -263,21 +261,38 @@ def needs_gradients(method: Method, config: ModelConfig) -> bool:
 
 
 def site_gradients(
-    stats: Mapping[str, Mapping[str, Any]], method: Method, site: Site, kernel: Any
-) -> dict[str, Any]:
+    folds: Sequence[Mapping[str, Mapping[str, Any]]], method: Method, site: Site, kernel: Any
+) -> list[dict[str, Any]]:
     """Returns the gradient statistics that a method's ``factor`` reads for one site, by name.
 
     Args:
-      stats: gradient statistics of the block.
+      folds: gradient statistics of the block, of each fold.
       method: says which statistics are read.
       site: a site of the block.
       kernel: the dense kernel of a linear site; its row space is the basis of the gradients.
+
+    Returns:
+      The statistics of each fold. The basis is the same array in all of them.
     """
     keys = _gradient_keys(method, site)
-    found = {name: stats[name][key] for name, key in keys.items() if name in stats}
-    if site.kind == "linear" and "gradients" in found:
-        found["basis"] = gradient_basis(kernel)
+    found = [
+        {name: stats[name][key] for name, key in keys.items() if name in stats} for stats in folds
+    ]
+    if site.kind == "linear" and "gradients" in found[0]:
+        basis = gradient_basis(kernel)
+        found = [stats | {"basis": basis} for stats in found]
     return found
+
+
+def site_total(folds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns the statistics of one site, of all folds together.
+
+    Args:
+      folds: statistics of the site, of each fold. The basis of the gradients is no sum.
+    """
+    shared = {name: folds[0][name] for name in ("basis",) if name in folds[0]}
+    sums = [{name: stat for name, stat in own.items() if name not in shared} for own in folds]
+    return merged(sums) | shared
 
 
 def empty_gradients(

@@ -46,15 +46,17 @@ class Calibration:
         return 1 if self.folds is None else 2
 
     def split(self) -> Calibration:
-        """Returns the set in two folds; unchanged if it has too few sequences for two."""
+        """Returns the set in two folds; unchanged if it has one sequence.
+
+        The folds are halves whatever the batches and devices are, so that errors are, too.
+        """
         share = 1 if self.mesh is None else self.mesh.shape.get(DATA_AXIS, 1)
         half = len(self.tokens) // 2
-        if half < share:
+        if not half:
             return self
-        batch = min(self.batch_size, half // share * share)
-        # A whole number of batches, so that no fold but the last ends with a shorter one.
-        first = half // batch * batch
-        folds = (np.arange(len(self.tokens)) >= first).astype(int)
+        batch = min(self.batch_size, half)
+        batch = max(batch // share * share, min(batch, share))
+        folds = (np.arange(len(self.tokens)) >= half).astype(int)
         return dataclasses.replace(self, batch_size=batch, folds=folds)
 
     def rows(self, which: Any) -> Calibration:
@@ -89,9 +91,13 @@ class Calibration:
         return objective.inputs(config, tokens, mask, self.mask_token)
 
     def spread(self, count: int | None) -> Calibration:
-        """Returns at most ``count`` of the sequences, evenly spread; None: all."""
+        """Returns at most ``count`` of the sequences, evenly spread; None: all.
+
+        With two folds it returns at least one sequence of each.
+        """
         if count is None or count >= len(self.tokens):
             return self
+        count = max(count, self.num_folds)
         return self.rows(np.linspace(0, len(self.tokens) - 1, count).round().astype(int))
 
     def hold_out(self, count: int) -> tuple[Calibration, np.ndarray]:

@@ -6,7 +6,7 @@ statistics of gradients.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -246,18 +246,23 @@ def block_statistics(
         if forward:
             states[j] = devices.shard_batch(y, calibration.mesh)
     folds = devices.to_host(folds, calibration.mesh)
+    _check_finite(i, folds)
+    return folds
+
+
+def _check_finite(i: int, folds: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ValueError if a statistic of block ``i`` is not finite."""
     bad = [
         key
-        for key in widths
         for fold in folds
-        if not all(bool(jnp.isfinite(a).all()) for a in jax.tree.leaves(fold[key]))
+        for key, stat in fold.items()
+        if not all(bool(jnp.isfinite(a).all()) for a in jax.tree.leaves(stat))
     ]
     if bad:
         raise ValueError(
             f"{layer(i)}: non-finite activations at {', '.join(dict.fromkeys(bad))}, although "
             "computed in float32; check the weights of this and earlier blocks for NaN and infinity"
         )
-    return folds
 
 
 def checked(

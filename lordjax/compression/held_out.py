@@ -11,7 +11,7 @@ Source: layer-wise error models, LEMS (ICML 2026), do the same with other predic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -22,9 +22,10 @@ from lordjax.calibration.forward_pass import hidden_states, on_device
 from lordjax.calibration.observers import observe, sequences_per_step
 from lordjax.compression.site_factors import replace_kernels
 from lordjax.models import objective
+from lordjax.models.config import ModelConfig
 from lordjax.models.objective import check_finite, check_windows, decisions, losses
 from lordjax.models.source import Source
-from lordjax.names import layer_index
+from lordjax.names import layer_index, layer_type
 from lordjax.runtime import multihost
 from lordjax.runtime.progress import Clock
 from lordjax.storage.store import get_or_compute
@@ -85,13 +86,6 @@ def compare(
     with jax.default_matmul_precision("highest"):
         original = hidden_states(source, steps)
         states: list[list[Any]] = [[] for _ in starts]
-
-        def run(block: Any, i: int, xs: list[Any]) -> list[Any]:
-            window = config.window(i)
-            return [
-                observe(block, x, None, {}, config=config, sliding_window=window)[0] for x in xs
-            ]
-
         for i in clock.run(stage, range(config.num_layers)):
             block = source.block(i)
             own = on_device(block)
@@ -100,22 +94,27 @@ def compare(
                     continue
                 new = change(block, i, j)
                 xs = original if start == i else states[j]
-                states[j] = run(own if new is block else on_device(new), i, xs)
-            original = run(own, i, original)
+                states[j] = _run(config, own if new is block else on_device(new), i, xs)
+            original = _run(config, own, i, original)
         with clock.part(stage):
             rest = on_device(source.non_block_params())
             if config.head == "classes":
                 goals = [decisions(config, rest, x) for x in original]
-            nlls = [
-                [np.asarray(losses(config, rest, *pair)) for pair in zip(xs, goals, strict=True)]
-                for xs in (original, *states)
-            ]
-    counts, found = np.concatenate(goals) >= 0, []
-    for parts in nlls:
-        nll = np.concatenate(parts).astype(np.float64)
-        check_finite(config, nll, 0)
-        found.append(nll[counts])
-    return found
+            return [_target_losses(config, rest, xs, goals) for xs in (original, *states)]
+
+
+def _run(config: ModelConfig, block: Any, i: int, xs: Sequence[Any]) -> list[Any]:
+    """Returns the outputs of block ``i`` on batches of hidden states."""
+    window = config.window(i)
+    return [observe(block, x, None, {}, config=config, sliding_window=window)[0] for x in xs]
+
+
+def _target_losses(config: ModelConfig, rest: Any, states: Sequence[Any], goals: Any) -> np.ndarray:
+    """Returns the loss of every target; raises ValueError if one is not finite."""
+    parts = [np.asarray(losses(config, rest, *pair)) for pair in zip(states, goals, strict=True)]
+    nll = np.concatenate(parts).astype(np.float64)
+    check_finite(config, nll, 0)
+    return nll[np.concatenate(goals) >= 0]
 
 
 class Point(NamedTuple):
@@ -127,6 +126,7 @@ class Point(NamedTuple):
       ranks: site path -> rank.
       in_sample: predicted loss in nats, by the statistics that the factors are fitted to.
       predicted: predicted loss in nats on unseen tokens.
+      parts: site path -> its part of ``predicted``.
     """
 
     layer: int
@@ -134,6 +134,7 @@ class Point(NamedTuple):
     ranks: dict[str, int]
     in_sample: float
     predicted: float
+    parts: dict[str, float]
 
 
 def checked_blocks(layers: int) -> dict[int, tuple[float, ...]]:
@@ -149,6 +150,25 @@ def group_of(path: str) -> str:
     return "/".join(inside) if inside[-1] != "kernel" else inside[0]
 
 
+def trials(paths: Iterable[str], layers: int) -> list[tuple[int, str, list[str], float]]:
+    """Returns what is measured: block, group, its site paths, and fraction of weights to keep.
+
+    Args:
+      paths: the paths of all sites.
+      layers: number of blocks.
+    """
+    found = []
+    for i, fractions in checked_blocks(layers).items():
+        groups: dict[str, list[str]] = {}
+        for path in paths:
+            if layer_index(path) == i:
+                groups.setdefault(group_of(path), []).append(path)
+        for group, own in groups.items():
+            used = fractions if group == "mlp" else fractions[-1:]
+            found += [(i, group, own, fraction) for fraction in used]
+    return found
+
+
 def points(curves: Mapping[str, Curve], in_sample: Mapping[str, Curve], layers: int) -> list[Point]:
     """Returns what is measured.
 
@@ -158,21 +178,15 @@ def points(curves: Mapping[str, Curve], in_sample: Mapping[str, Curve], layers: 
       layers: number of blocks.
     """
     found = []
-    for i, fractions in checked_blocks(layers).items():
-        groups: dict[str, list[str]] = {}
-        for path in curves:
-            if layer_index(path) == i:
-                groups.setdefault(group_of(path), []).append(path)
-        for group, paths in groups.items():
-            for fraction in fractions if group == "mlp" else fractions[-1:]:
-                ranks = {path: _rank(curves[path], fraction) for path in paths}
-                ranks = {path: rank for path, rank in ranks.items() if rank}
-                if ranks:
-                    errors = [
-                        sum(float(each[path].errors[rank]) for path, rank in ranks.items())
-                        for each in (in_sample, curves)
-                    ]
-                    found.append(Point(i, group, ranks, *errors))
+    for i, group, paths, fraction in trials(curves, layers):
+        ranks = {path: _rank(curves[path], fraction) for path in paths}
+        ranks = {path: rank for path, rank in ranks.items() if rank}
+        if ranks:
+            seen, parts = (
+                {path: float(each[path].errors[rank]) for path, rank in ranks.items()}
+                for each in (in_sample, curves)
+            )
+            found.append(Point(i, group, ranks, sum(seen.values()), sum(parts.values()), parts))
     return found
 
 
@@ -234,7 +248,7 @@ def _loss(differences: np.ndarray) -> float:
 
 
 class Correction:
-    """The ratio of measured and predicted loss, for every block, group of sites and error.
+    """The ratio of measured and predicted loss, for every block, layer or module, and error.
 
     Args:
       rows: what `check` returned.
@@ -243,13 +257,14 @@ class Correction:
     def __init__(self, rows: Sequence[Mapping[str, Any]]):
         self._measured: dict[str, dict[int, list[tuple[float, float]]]] = {}
         for row in rows:
-            pairs = self._measured.setdefault(row["group"], {}).setdefault(row["layer"], [])
-            if row["predicted"] > 0:
-                pairs.append((np.log(row["predicted"]), np.log(row["ratio"])))
+            for path, error in row["parts"].items():
+                pairs = self._measured.setdefault(layer_type(path), {}).setdefault(row["layer"], [])
+                if error > 0:
+                    pairs.append((np.log(error), np.log(row["ratio"])))
 
     def errors(self, path: str, predicted: np.ndarray) -> np.ndarray:
         """Returns the corrected errors of a site at every rank, non-increasing."""
-        layer, groups = layer_index(path), self._measured.get(group_of(path), {})
+        layer, groups = layer_index(path), self._measured.get(layer_type(path), {})
         known = {i: pairs for i, pairs in groups.items() if pairs}
         if not known:
             return predicted

@@ -17,6 +17,7 @@ from lordjax.allocation.candidates import (
     candidate_bytes,
     ranks_tried,
 )
+from lordjax.calibration.statistics import merged
 from lordjax.kernels import normal_float, trees
 from lordjax.kernels.base import materialize, nbytes
 from lordjax.kernels.convert import cast, quantize_pair
@@ -41,8 +42,6 @@ pack = jax.jit(normal_float.pack_codes, static_argnames="form")
 
 
 jitted_feedback = jax.jit(make_feedback)
-
-
 jitted_cross_fit = jax.jit(cross_fitted)
 
 
@@ -54,6 +53,23 @@ def encode_kernel(kernel: Any, feedback: Any, *, form: normal_float.Format) -> n
 
 # Compiled also for arrays on the host, where NumPy would round differently.
 jitted_cost = jax.jit(make_weights)
+
+
+def matrix_weights(kernel: Any, folds: Sequence[Mapping[str, Any]], *, feedback: bool) -> Weights:
+    """Returns the weights of a kernel's errors.
+
+    Args:
+      kernel: the kernel ``[in, out]``.
+      folds: statistics of each fold of the calibration sequences.
+      feedback: whether later weights compensate for the errors of earlier ones.
+    """
+    weights = jitted_cost(kernel, merged(folds))
+    if not feedback:
+        return weights
+    if len(folds) < 2:
+        return weights._replace(feedback=jitted_feedback(weights.inputs))
+    moments = [jitted_cost(kernel, fold).inputs for fold in folds]
+    return weights._replace(feedback=jitted_cross_fit(weights.inputs, *moments))
 
 
 @jax.jit

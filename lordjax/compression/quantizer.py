@@ -27,15 +27,12 @@ from lordjax.calibration.forward_pass import (
     on_device,
     resume_pass,
 )
-from lordjax.calibration.statistics import merged
 from lordjax.compression.quantized_matrix import (
     Matrices,
     candidate_table,
     check_finite,
     dense_dtype,
-    jitted_cost,
-    jitted_cross_fit,
-    jitted_feedback,
+    matrix_weights,
     replaced_matrices,
     solved_together,
 )
@@ -280,7 +277,7 @@ class Quantizer:
             block = self.source.block(i)
             flat = trees.flatten(block)
             sites = tuple(site for site in LINEAR_SITES if site.path in flat)
-            folds: list[dict[str, Any]] = [{}]
+            folds = [{}] * (self.calibration.num_folds if self.calibration else 1)
             keys = activation_keys(block, sites, method)
             if states is not None and self.calibration is not None:
                 given = on_device(block), i, states, self.calibration, sites, keys, config
@@ -297,11 +294,7 @@ class Quantizer:
             states.close()
 
     def _matrix(
-        self,
-        i: int,
-        flat: Mapping[str, Any],
-        folds: Mapping[Site, Sequence[Mapping[str, Any]]],
-        site: Site,
+        self, i: int, flat: Mapping[str, Any], folds: Mapping[Site, Any], site: Site
     ) -> tuple[Any, Weights]:
         """Returns a kernel as float32 on the device, and the weights of its errors.
 
@@ -311,19 +304,9 @@ class Quantizer:
         kernel = on_device(flat[site.path])
         method, activations = weighting_method(self.weighting), folds[site]
         gradients = self.gradients.get(i) or [{}] * len(activations)
-        if len(activations) < len(gradients):  # the weighting reads no activations
-            activations = [{}] * len(gradients)
-        stats = [
-            {**own, **site_gradients(read, method, site, kernel)}
-            for own, read in zip(activations, gradients, strict=True)
-        ]
-        weights = jitted_cost(kernel, merged(stats))
-        if self.feedback and len(stats) > 1:
-            moments = [jitted_cost(kernel, fold).inputs for fold in stats]
-            weights = weights._replace(feedback=jitted_cross_fit(weights.inputs, *moments))
-        elif self.feedback:
-            weights = weights._replace(feedback=jitted_feedback(weights.inputs))
-        return kernel, weights
+        gradients = site_gradients(gradients, method, site, kernel)
+        stats = [{**own, **read} for own, read in zip(activations, gradients, strict=True)]
+        return kernel, matrix_weights(kernel, stats, feedback=self.feedback)
 
     def _stored(self, tree: Any) -> dict[str, Any]:
         """Returns parameters that are not quantized, in the dtype in which they are stored."""

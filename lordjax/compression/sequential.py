@@ -197,7 +197,7 @@ def _factor_stage(
     for site in sites:
         path, (own, stats) = site_path(i, site), inputs[site.path]
         original = site_kernels(site, run.whole, run.config)
-        stats |= site_gradients(gradients, METHODS[run.method], site, original)
+        stats |= site_gradients([gradients], METHODS[run.method], site, original)[0]
         if run.corrective and site.kind in LAST_NAME:
             last = LAST_NAME[site.kind]
             run.store[f"{run.name}/kernels/{path}"] = {last: np.asarray(own[last], np.float32)}

@@ -188,8 +188,8 @@ class _Pass:
             i, site = task
             begun[task], folds = inputs.pop(task)  # frees a site's sums once it is factored
             gradients = self.gradients.get(i) or [{}] * len(folds)
-            for stats, own in zip(folds, gradients, strict=True):
-                stats |= site_gradients(own, method, site, begun[task])
+            gradients = site_gradients(gradients, method, site, begun[task])
+            folds = [stats | own for stats, own in zip(folds, gradients, strict=True)]
             return launch_factorization(
                 self.method, site, begun[task], folds, meshed=mesh is not None
             )

@@ -12,10 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lordjax.allocation.plan import SiteSize
-from lordjax.calibration.backward_pass import gradient_basis, site_gradients
+from lordjax.calibration.backward_pass import gradient_basis, site_gradients, site_total
 from lordjax.calibration.forward_pass import activation_keys, statistic_width
 from lordjax.calibration.observers import empty
-from lordjax.calibration.statistics import merged
 from lordjax.kernels import trees
 from lordjax.methods import METHODS, Factors, Method, Module, ModuleFactors, method_at, truncate
 from lordjax.models.config import ModelConfig
@@ -36,8 +35,8 @@ def factor_program(method: str, kind: str) -> Any:
 
     def run(kernels: Any, stats: Any) -> AnyFactors:
         # Converted inside the program, so that arrays the factor does not read are never converted.
-        factors = factor(*jax.tree.map(_double, (kernels, stats)))
-        small = jax.tree.map(_single, factors)
+        factors = factor(*_cast(jnp.float64, (kernels, stats)))
+        small = _cast(jnp.float32, factors)
         return dataclasses.replace(small, spectrum=factors.spectrum)
 
     return jax.jit(run)
@@ -56,7 +55,7 @@ def errors_program(method: str, kind: str) -> Any:
         return None
 
     def run(kernels: Any, stats: Any, others: Any) -> Any:
-        kernels, stats, others = jax.tree.map(_single, (kernels, stats, others))
+        kernels, stats, others = _cast(jnp.float32, (kernels, stats, others))
         return functions.errors(kernels, functions.factor(kernels, stats), others)
 
     return jax.jit(run)
@@ -67,8 +66,8 @@ def held_out_errors(
 ) -> Any:
     """Returns the errors of a site at every rank on unseen tokens, by cross-fitting; or None.
 
-    Each fold is judged by factors that are fitted to the other one. These have seen half of the
-    tokens, so that the errors are rather too large.
+    Each fold is judged by factors of the other one. These have seen half of the tokens, so that the
+    errors are rather too large.
 
     Args:
       method: a key of `METHODS`.
@@ -85,17 +84,16 @@ def held_out_errors(
     pairs = ((folds[0], folds[1]), (folds[1], folds[0]))
     module = None if meshed else on_host(method, site.kind)
     if module is not None and module.host is not None and module.host_errors is not None:
-        found = []
+        found = 0.0
         for stats, others in pairs:
             factors = module.host(kernels, dict(stats), dtype=np.float32)
-            found.append(module.host_errors(kernels, factors, dict(others)))
+            found += module.host_errors(kernels, factors, dict(others)) / len(pairs)
             del factors
-        return sum(found) / len(found)
+        return found
     name = method_at(method, site.layer) if site.kind == "linear" else method
     program = errors_program(name, site.kind)
-    if program is None:
-        return None
-    return sum(program(kernels, stats, others) for stats, others in pairs) / len(pairs)
+    found = [program(kernels, *pair) for pair in pairs] if program else []
+    return sum(found) / len(pairs) if found else None
 
 
 def on_host(method: str, kind: str) -> Module | None:
@@ -146,7 +144,7 @@ def launch_factorization(
       meshed: whether a mesh factors the sites.
     """
     errors = held_out_errors(method, site, kernels, folds, meshed=meshed)
-    stats = merged(folds)
+    stats = site_total(folds)
     folds.clear()
     module = None if meshed else on_host(method, site.kind)
     if module is not None and module.host is not None:
@@ -177,12 +175,10 @@ def collect_factors(method: str, path: str, kernels: Any, running: AnyFactors) -
     )
 
 
-def _double(a: jax.Array) -> jax.Array:
-    return a.astype(jnp.float64) if jnp.issubdtype(a.dtype, jnp.floating) else a
-
-
-def _single(a: jax.Array) -> jax.Array:
-    return a.astype(jnp.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a
+def _cast(dtype: Any, tree: Any) -> Any:
+    return jax.tree.map(
+        lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree
+    )
 
 
 def site_kernels(site: Site, block: Mapping[str, Any], config: Any) -> Any:
@@ -250,8 +246,8 @@ def input_shapes(
     widths = {key: statistic_width(key, flat, config) for key in keys.values()}
     sums = jax.eval_shape(lambda: empty(widths))
     stats = {name: sums[key] for name, key in keys.items()}
-    read = jax.eval_shape(lambda g, k: site_gradients(g, method, site, k), gradients, kernels)
-    return kernels, stats | read
+    read = jax.eval_shape(lambda g, k: site_gradients([g], method, site, k), gradients, kernels)
+    return kernels, stats | read[0]
 
 
 def replace_kernels(

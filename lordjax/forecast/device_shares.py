@@ -100,14 +100,17 @@ def busiest(each: Sequence[OpCounts], processes: int = 1) -> OpCounts:
 def _batch(spec: CalibrationSpec, count: int, *, backward: bool) -> int:
     """Sequences of a batch on ``count`` devices: equally many on each of them."""
     each = sequences_per_step(spec.sequences // count, spec.length)
+    own = (spec.sequences - spec.held_out) // spec.folds // count  # of a fold, on each device
+    each = min(each, own or each)
     return count * max(1, each // 2) if backward else count * each
 
 
 def _pass(spec: CalibrationSpec, whole: OpCounts, count: int, *, backward: bool) -> list[OpCounts]:
     """A pass over the blocks, in which all devices do equally much."""
     sequences = spec.backward[0] if backward else spec.sequences - spec.held_out
-    last = sequences % _batch(spec, count, backward=backward)
-    unsplit = (last if last % count else 0) / sequences
+    batch, first = _batch(spec, count, backward=backward), sequences // spec.folds
+    rests = [size % batch for size in (first, sequences - first)]  # of each fold
+    unsplit = sum(rest for rest in rests if rest % count) / sequences
     loops = flops.scaled(_loop_ops(spec, backward=backward), sequences)
     split = unsplit + (1 - unsplit) / count
     each = flops.merged([loops, flops.scaled(_minus(whole, loops), split)])

@@ -13,14 +13,18 @@ import jax.numpy as jnp
 from lordjax.allocation.policies import CURVELESS, INFLUENCED
 from lordjax.calibration.backward_pass import needs_gradients
 from lordjax.calibration.observers import sequences_per_step
+from lordjax.compression.held_out import trials
 from lordjax.compression.low_rank import GRADIENT_WINDOWS, HELD_OUT, checks_errors
 from lordjax.compression.site_factors import on_host
 from lordjax.forecast import shapes
 from lordjax.methods import METHODS, Method, Module
 from lordjax.models.config import ModelConfig
-from lordjax.models.sites import Site, sites_for
+from lordjax.models.sites import Site, site_path, sites_for
 
-STAGES = ("gradients", "statistics", "factors", "comparison", "sequential", "apply", "write")
+STAGES = (
+    *("gradients", "statistics", "factors", "held-out check", "comparison", "sequential"),
+    *("apply", "write"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +108,8 @@ class CalibrationSpec(abc.ABC):
         if not needs_gradients(self.definition, self.config):
             return 0, 1
         available = self.sequences - self.held_out
-        return min(available, self.gradient_windows or available), max(1, self.batch // 2)
+        sequences = max(self.gradient_windows or available, self.folds)
+        return min(available, sequences), max(1, self.batch // 2)
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -186,6 +191,13 @@ class CompressionSpec(CalibrationSpec):
     def checks_errors(self) -> bool:
         """Whether some predicted errors are checked on held-out sequences."""
         return checks_errors(self.method, self.policy, self.calibration_mode, self.sequences)
+
+    @property
+    def trials(self) -> list[tuple[int, str, list[str], float]]:
+        """What the check of predicted errors measures; see `held_out.trials`."""
+        layers = self.config.num_layers
+        paths = [site_path(i, site) for i in range(layers) for site in self.sites]
+        return trials(paths, layers) if self.checks_errors else []
 
     @property
     def cross_fits(self) -> bool:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from lordjax.calibration.forward_pass import activation_keys
 from lordjax.calibration.observers import observe_pair, sequences_per_step
 from lordjax.calibration.statistics import Moments
+from lordjax.compression.held_out import group_of
 from lordjax.compression.sequential import sites_by_stage
 from lordjax.compression.site_factors import site_work
 from lordjax.compression.temperature import TEMPERATURES
@@ -36,7 +37,7 @@ from lordjax.forecast.job import STAGES, CompressionSpec
 from lordjax.kernels import trees
 from lordjax.kernels.base import nbytes
 from lordjax.methods import method_at
-from lordjax.models.objective import losses
+from lordjax.models.objective import decisions, losses
 from lordjax.models.sites import LAST_LAYER, LINEAR_SITES, Site, site_path
 from lordjax.runtime import flops
 from lordjax.runtime.flops import OpCounts
@@ -51,6 +52,10 @@ def stages(spec: CompressionSpec) -> dict[str, OpCounts]:
         found["statistics"] = forward_work(spec)
         found["statistics"].update(weight_traffic(block_bytes))
         found["factors"] = all_factors(spec)
+    if spec.checks_errors:
+        found["held-out check"] = _check(spec)
+        changed = len(spec.trials) * nbytes(spec.block)
+        found["held-out check"].update(Counter(read=block_bytes, put=block_bytes + changed))
     if spec.chooses_temperature:
         found["comparison"] = _comparison(spec)
         found["comparison"].update(weight_traffic((1 + len(TEMPERATURES)) * block_bytes))
@@ -86,8 +91,27 @@ def site_factors(spec: CompressionSpec, site: Site) -> OpCounts:
     return site_work(spec.method, site, *inputs, meshed=spec.meshed, folds=spec.folds)
 
 
+def _check(spec: CompressionSpec) -> OpCounts:
+    """Forward passes of the original model and, from the changed block on, of every variant."""
+    layers, trials = spec.config.num_layers, spec.trials
+    blocks = layers + sum(layers - i for i, *_ in trials)
+    found = _variants(spec, blocks / layers, 1 + len(trials))
+    fits = [_refit_flops(spec, fraction, group) for _, group, _, fraction in trials]
+    found["cholesky float64"] += round(sum(fits))
+    return found
+
+
 def _comparison(spec: CompressionSpec) -> OpCounts:
-    """Forward passes of one model per temperature; its modules are fitted on the host."""
+    """Forward passes of the original model and one model per temperature."""
+    variants = len(TEMPERATURES) + 1
+    found = _variants(spec, variants, variants)
+    fits = len(TEMPERATURES) * spec.config.num_layers * _refit_flops(spec, spec.keep)
+    found["cholesky float64"] += round(fits)
+    return found
+
+
+def _variants(spec: CompressionSpec, passes: float, heads: int) -> OpCounts:
+    """Runs of all blocks on the held-out sequences, and evaluations of the head."""
     batch = sequences_per_step(spec.held_out, spec.length)
     with jax.default_matmul_precision("highest"):
         head = flops.count_ops(
@@ -96,21 +120,26 @@ def _comparison(spec: CompressionSpec) -> OpCounts:
             spec.residual_stream(batch),
             target_shapes(spec, batch),
         )
-        steps = flops.merged([blocks_ops(spec, batch, {}), head])
-    variants = len(TEMPERATURES) + (spec.config.head == "classes")
-    found = flops.scaled(steps, variants * spec.held_out / batch)
-    fits = len(TEMPERATURES) * spec.config.num_layers * _refit_flops(spec)
-    found["cholesky float64"] += round(fits)
-    return found
+        steps = [flops.scaled(blocks_ops(spec, batch, {}), passes), flops.scaled(head, heads)]
+        if spec.config.head == "classes":  # the targets
+            decide, x = functools.partial(decisions, spec.config), spec.residual_stream(batch)
+            steps.append(flops.count_ops(decide, spec.non_block_params, x))
+    return flops.scaled(flops.merged(steps), spec.held_out / batch)
 
 
-def _refit_flops(spec: CompressionSpec) -> float:
-    """FLOPs of the refits of a block's modules at about ``keep`` of their width."""
+def _refit_flops(spec: CompressionSpec, keep: float, group: str | None = None) -> float:
+    """FLOPs of the refits, on the host, of a block's modules at about ``keep`` of their width.
+
+    Args:
+      spec: the job.
+      keep: fraction of the width.
+      group: group of the modules, see `group_of`; None: all modules.
+    """
     flat, count = trees.flatten(spec.block), 0.0
     for site in spec.sites:
-        if site.kind in LAST_LAYER:
+        if site.kind in LAST_LAYER and group in (None, group_of(site_path(0, site))):
             fan_in, fan_out = flat[LAST_LAYER[site.kind]].shape
-            count += (spec.keep * fan_in) ** 2 * fan_out
+            count += (keep * fan_in) ** 2 * fan_out
     return count
 
 

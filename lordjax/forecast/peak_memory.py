@@ -62,7 +62,7 @@ def memory(
     )
     layer_batch = min(devices, spec.config.num_layers)
     stages = _stage_memory(spec, before, after, PROCESS + compiled, layer_batch, processes)
-    whole = {name: getattr(stages, name)() for name in ops}
+    whole = {name: stages.parts(name) for name in ops}
     streamed = {name: _streamed(stages, name) for name in ops}
     return {
         "in memory": _peak(whole, devices, processes),
@@ -95,7 +95,7 @@ def _peak(stages: Mapping[str, Parts], devices: int, processes: int) -> MemoryRe
 
 def _streamed(stages: StageMemory, stage: str) -> Parts:
     """A stage with a work directory, where all but one block's data is on disk."""
-    spec, table = stages.spec, getattr(stages, stage)()
+    spec, table = stages.spec, stages.parts(stage)
     batch = spec.backward[1] if stage == "gradients" else spec.batch
     small = {
         "pages of the model": stages.stored / stages.layers,

@@ -26,7 +26,7 @@ BENCHMARK_SHARE = 0.02  # of a job's time, at most, that measuring may take
 SMALL_JOB = 1e11  # FLOPs: a second on any machine
 # Stages of the reports of `prepare`, `compress` and `quantize`.
 TIMED = (
-    *("gradients", "statistics", "factors", "comparison", "sequential"),
+    *("gradients", "statistics", "factors", "held-out check", "comparison", "sequential"),
     *("predictions", "decomposition", "apply"),
 )
 

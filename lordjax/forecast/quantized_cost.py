@@ -36,7 +36,7 @@ from lordjax.kernels import normal_float
 from lordjax.kernels.base import materialize, nbytes
 from lordjax.methods import Method
 from lordjax.methods.quantized.best_product import FIRST_POWERS, start_basis
-from lordjax.methods.quantized.error_feedback import make_feedback
+from lordjax.methods.quantized.error_feedback import cross_fitted, make_feedback
 from lordjax.methods.quantized.lq import STEPS, decompose
 from lordjax.methods.quantized.predicted_loss import predict
 from lordjax.methods.quantized.weightings import WEIGHTINGS, Weights, make_weights, weighting_method
@@ -180,10 +180,13 @@ def _error_weights(spec: QuantizationSpec) -> OpCounts:
     layers = spec.config.num_layers
     for site in spec.sites:
         kernel, stats = site_inputs(spec, site)
-        found.append(flops.scaled(flops.count_ops(make_weights, kernel, stats), layers))
+        moment = jax.eval_shape(make_weights, kernel, stats).inputs
+        counts = layers * (1 if spec.folds == 1 else 1 + spec.folds)  # of all tokens, of each fold
+        found.append(flops.scaled(flops.count_ops(make_weights, kernel, stats), counts))
         if spec.feedback:
-            error_weights = jax.eval_shape(make_weights, kernel, stats)
-            found.append(flops.scaled(flops.count_ops(make_feedback, error_weights.inputs), layers))
+            folds = [moment] * spec.folds if spec.folds > 1 else []
+            program = cross_fitted if folds else make_feedback
+            found.append(flops.scaled(flops.count_ops(program, moment, *folds), layers))
     return flops.merged(found)
 
 

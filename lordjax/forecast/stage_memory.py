@@ -34,7 +34,7 @@ Parts = dict[str, float]  # purpose -> bytes
 
 
 class StageMemory:
-    """Bytes by purpose of every stage; a stage is a method.
+    """Bytes by purpose of every stage; a stage is a method, with underscores in its name.
 
     Subclasses add the stages of low-rank compression and of quantization.
 
@@ -67,6 +67,10 @@ class StageMemory:
         self.gradient, self.bases = spec.folds * nbytes(gradients), nbytes(bases)
         self.factor_bytes: list[int] = []  # of the sites of a block
         self.statistic = 0  # bytes of what the forward pass of a block collects
+
+    def parts(self, stage: str) -> Parts:
+        """Returns the bytes of a stage by its name."""
+        return getattr(self, stage.replace(" ", "_").replace("-", "_"))()
 
     def gradients(self) -> Parts:
         """While the backward pass runs."""
@@ -162,12 +166,20 @@ class LowRankMemory(StageMemory):
             "device: workspace": self._workspace(),
         }
 
+    def held_out_check(self) -> Parts:
+        """While predicted errors are checked on held-out sequences."""
+        return self._variants(1 + len(self.spec.trials))
+
     def comparison(self) -> Parts:
         """While a temperature is chosen."""
-        variants, held_out = len(TEMPERATURES) + 1, self.spec.held_out
+        return self._variants(1 + len(TEMPERATURES))
+
+    def _variants(self, count: int) -> Parts:
+        """While some models, the original one among them, run block by block."""
+        held_out = self.spec.held_out
         return self._baseline() | {
             "factors": float(sum(self.factor_bytes)) * self.layers,
-            "device: hidden states": self.state_bytes(held_out) * variants,
+            "device: hidden states": self.state_bytes(held_out) * count,
             "device: a block": 4.0 * self.block,
             "device: embedding and head": float(self.non_block_params),
             "device: activations": self._activations(held_out, backward=False)
@@ -195,8 +207,15 @@ class LowRankMemory(StageMemory):
         }
 
     def streamed_parts(self, stage: str) -> Parts:
-        """While a block is factorized: all factors but the largest, which is in the workspace."""
-        return {"factors": float(sorted([0, *self.factor_bytes])[-2])} if stage == "factors" else {}
+        """While a block is factorized: all factors but the largest, which is in the workspace.
+
+        Hidden states of variants stay in memory.
+        """
+        if stage == "factors":
+            return {"factors": float(sorted([0, *self.factor_bytes])[-2])}
+        kept = "device: hidden states"
+        variants = stage in ("held-out check", "comparison")
+        return {kept: self.parts(stage)[kept]} if variants else {}
 
     def _workspace(self) -> float:
         """Bytes of the largest factorization."""

@@ -101,7 +101,8 @@ def prefix_errors(
     lower: Float[Array, "n n"],
     gram: Float[Array, "n n"],
     weighted: Float[Array, "n m"],
-) -> Float[Array, "n+1"]:
+    step: int = 1,
+) -> Float[Array, "n/step+1"]:
     """Returns the errors of the refits of `nested_refit` on other data, for every k.
 
     In the coordinates ``ẑ = z L⁻ᵀ`` the refit on the first k columns drops the terms ``ẑ_i R_i``
@@ -111,10 +112,12 @@ def prefix_errors(
       lower: L ``[n, n]`` of `nested_refit`.
       gram: second moment C of z in the other data ``[n, n]``.
       weighted: R times a root of the metric M ``[n, m]``.
+      step: only multiples of this are offered as k.
     """
     half = solve_triangular(lower, gram, lower=True)
     inner = solve_triangular(lower, half.T, lower=True)
-    return tail_errors(inner * mm(weighted, weighted.T))
+    products, count = inner * mm(weighted, weighted.T), len(gram) // step
+    return tail_errors(jnp.sum(products.reshape(count, step, count, step), axis=(1, 3)))
 
 
 def _subtract_product(

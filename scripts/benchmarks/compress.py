@@ -27,7 +27,8 @@ from typing import Any
 
 import click
 
-PREPARES = ("gradients", "statistics", "factors")  # stages that `lordjax.prepare` runs
+# Stages that `lordjax.prepare` runs.
+PREPARES = ("gradients", "statistics", "factors", "held-out check")
 DEFAULT_METHODS = (
     "svd,fwsvd,asvd,svd-llm,lord-affine,lord-centred,lord-linear,lord,rom,"
     "modegpt,modegpt-cr,modegpt-published,modegpt-slice,modegpt-random"

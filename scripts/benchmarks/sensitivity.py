@@ -92,11 +92,13 @@ def _mean_squared_gradients(prepared: Any) -> dict[str, float]:
     import numpy as np
 
     from lordjax.calibration.backward_pass import gradient_statistics
+    from lordjax.calibration.statistics import merged
     from lordjax.methods import METHODS
     from lordjax.models.sites import LINEAR_SITES, site_path
     from lordjax.runtime.progress import Clock
 
-    stats = gradient_statistics(prepared.source, prepared.calibration, METHODS["lord"], Clock())
+    folds = gradient_statistics(prepared.source, prepared.calibration, METHODS["lord"], Clock())
+    stats = {i: merged(found) for i, found in folds.items()}
     return {
         site_path(i, site): float(
             np.mean(np.diag(stats[i]["gradients"][site.path].second_moment()))

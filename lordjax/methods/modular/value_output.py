@@ -79,7 +79,7 @@ def value_output_errors(
     whole, _ = _contexts(kernels, stats, heads, kernels["v"].shape[1], width)
     weighted = gradient_metric(stats)(factors.parts["right"])
     gram = _in_bases(factors.parts["basis"], whole)
-    return column_selection.prefix_errors(factors.parts["lower"], gram, weighted)[::heads]
+    return column_selection.prefix_errors(factors.parts["lower"], gram, weighted, heads)
 
 
 def _in_bases(

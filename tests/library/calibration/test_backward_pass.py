@@ -34,6 +34,11 @@ def source(params):
     return InMemory(CONFIG, params)
 
 
+def of_one_fold(found):
+    """Returns layer -> statistics of a calibration set that is not split."""
+    return {i: stats for i, (stats,) in found.items()}
+
+
 @pytest.mark.full
 def test_gradients_are_those_of_the_loss(source, params):
     """The sum of xᵀg over tokens at a linear output is the gradient of the loss by its kernel."""
@@ -44,7 +49,8 @@ def test_gradients_are_those_of_the_loss(source, params):
 
     expected = jax.grad(loss)(params)
     both = dataclasses.replace(METHODS["svd"], needs=("row_fisher", "gradients"))
-    stats = gradient_statistics(source, Calibration(TOKENS[:1], None, 1), both, Clock())
+    given = source, Calibration(TOKENS[:1], None, 1), both, Clock()
+    stats = of_one_fold(gradient_statistics(*given))
     for i in range(CONFIG.num_layers):
         flat = trees.flatten(expected[f"layer_{i}"])
         for site in LINEAR_SITES:
@@ -58,7 +64,8 @@ def test_gradients_are_those_of_the_loss(source, params):
 @pytest.mark.full
 def test_gradient_coordinates_keep_the_metric(source, params):
     """Gradients are stored in the row space of a widening kernel, which keeps K M Kᵀ."""
-    stats = gradient_statistics(source, Calibration(TOKENS, None, 3), METHODS["lord"], Clock())
+    given = source, Calibration(TOKENS, None, 3), METHODS["lord"], Clock()
+    stats = of_one_fold(gradient_statistics(*given))
     path = "mlp/up/kernel"
     kernel = params["layer_1"]["mlp"]["up"]["kernel"]
     narrow = kernel @ row_space(kernel)
@@ -85,7 +92,8 @@ GRADIENTS = ("fisher", "weighted_inputs", "weighted_squares")
 
 def gradient_sums(source, tokens, mask=None, batch_size=2):
     method = dataclasses.replace(METHODS["svd"], needs=GRADIENTS)
-    return gradient_statistics(source, Calibration(tokens, mask, batch_size), method, Clock())
+    given = source, Calibration(tokens, mask, batch_size), method, Clock()
+    return of_one_fold(gradient_statistics(*given))
 
 
 @pytest.fixture(scope="module")

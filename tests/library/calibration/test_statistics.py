@@ -26,6 +26,7 @@ from lordjax.calibration.statistics import (
     MeanSquare,
     Moments,
     SecondMoment,
+    merged,
 )
 
 # float32 sums of a few dozen terms: errors relative to the whole matrix.
@@ -72,8 +73,8 @@ def test_any_split_and_order_of_merging_is_the_same(cuts):
 
 def test_merging_nothing_changes_nothing():
     stat, nothing = folded("moments", [data()]), Moments.zeros(WIDTH)
-    for merged in (stat.merge(nothing), nothing.merge(stat)):
-        assert_close(merged, stat, 1e-7)
+    for both in (stat.merge(nothing), nothing.merge(stat)):
+        assert_close(both, stat, 1e-7)
     both = nothing.merge(Moments.zeros(WIDTH))
     assert all(np.all(np.asarray(leaf) == 0) for leaf in jax.tree.leaves(both))
 
@@ -283,3 +284,29 @@ def test_sharded_heads_and_influence(devices):
 
     there = jax.jit(fold)(*(jax.device_put(a, sharding) for a in pair))
     assert_close(there, fold(*pair), 1e-6)
+
+
+# --- folds ----------------------------------------------------------------------------------------
+
+
+def every_statistic(x, y, mask):
+    """Returns a tree of every kind of statistic, and of plain sums."""
+    found = {kind: folded(kind, [x], jnp.float64, [mask]) for kind in REFERENCES}
+    found["heads"] = HeadMoments.zeros((1, WIDTH), jnp.float64).update(x, mask)
+    found["squares"] = {"mean": MeanSquare.zeros(WIDTH, jnp.float64).update(x, mask)}
+    found["influence"] = Influence.zeros(dtype=jnp.float64).update((x, y), mask)
+    return found | {"sum": jnp.sum(x * mask[:, None].astype(x.dtype), axis=0), "nothing": {}}
+
+
+@pytest.mark.parametrize("cuts", [(), (1,), (20, 41), (0,)])
+def test_folds_together_are_the_whole(cuts):
+    """Also if the means of the folds differ, and if a fold has no token."""
+    with jax.enable_x64(True):
+        x, y = (jnp.asarray(data(seed)) for seed in (0, 1))
+        x, mask = x.at[30:].add(5.0), jnp.arange(ROWS) % 4 > 0
+        folds = [
+            every_statistic(*part)
+            for part in zip(*(np.split(a, cuts) for a in (x, y, mask)), strict=True)
+        ]
+        assert_close(merged(folds), every_statistic(x, y, mask), 1e-10)
+        assert jax.tree.structure(merged(folds)) == jax.tree.structure(folds[0])

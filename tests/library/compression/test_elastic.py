@@ -48,6 +48,8 @@ def test_every_budget_is_that_of_a_compression_to_it(models, method):
         direct = compress(small_model(), TOKENS, method=method, keep=keep)
         cut = elastic.cut(models[method], keep)
         assert cut.plan == direct.plan
+        assert cut.plan.predicted["held_out"] > 0
+        assert cut.report["held_out_check"] == direct.report["held_out_check"] != []
         same(load(models[method], keep=keep)[1], direct.params)
     # Without a budget, `load` returns the dense model.
     same(load(models[method])[1], small_model().params)

@@ -222,7 +222,7 @@ def test_gates_are_derivatives_by_the_size_of_pairs():
     stats = gradient_statistics(
         InMemory(CONFIG, params), Calibration(tokens, None, 1), METHODS["modegpt-cr"], Clock()
     )
-    gates = stats[1]["gates"]["attention/queries"]
+    gates = stats[1][0]["gates"]["attention/queries"]
 
     def loss(factors):  # [tokens, groups, pairs]
         per_query = jnp.repeat(factors, 3, axis=1)

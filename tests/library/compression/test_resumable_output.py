@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from interrupted import CONFIG, TOKENS, Killed, small_model
 
-from lordjax.compression import elastic
+from lordjax.compression import elastic, held_out
 from lordjax.compression.low_rank import compress
 from lordjax.compression.quantized import prepare_quantized
 from lordjax.compression.resumable_output import Output, partial
@@ -80,6 +80,7 @@ def test_killed_at_random_writes_it_goes_on_to_the_same_bits(name, tmp_path, mon
     """The result is that of a run that was not killed, and of a run in memory."""
     make(RUNS[name], tmp_path / "whole")
     in_memory = RUNS[name]()
+    assert ("held_out_check" in in_memory.report) == (name in ("lord", "modegpt"))
     checkpoint.save(
         tmp_path / "memory",
         in_memory.config,
@@ -144,6 +145,25 @@ def test_work_is_not_done_again(tmp_path, monkeypatch):
     make(RUNS["lord"], tmp_path / "out")
     sites = 7 * CONFIG.num_layers
     assert len(count) == sites + 1 and len(set(count)) == sites
+
+
+@pytest.mark.full
+def test_held_out_losses_are_not_measured_again(tmp_path, monkeypatch):
+    """A run that is killed when it writes the model has the check of the killed one."""
+    count, measure = [], held_out.compare
+
+    def counted(*arguments, **options):
+        count.append(options["stage"])
+        return measure(*arguments, **options)
+
+    monkeypatch.setattr(held_out, "compare", counted)
+    make(RUNS["lord"], tmp_path / "whole")
+    with monkeypatch.context() as killed, pytest.raises(Killed):
+        killed.setattr(TensorWriter, "add", lambda *_: (_ for _ in ()).throw(Killed))
+        make(RUNS["lord"], tmp_path / "out")
+    make(RUNS["lord"], tmp_path / "out")
+    assert count == ["held-out check"] * 2
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_a_finished_output_only_takes_its_name(tmp_path, monkeypatch):

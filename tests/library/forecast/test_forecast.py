@@ -164,6 +164,30 @@ def test_memory_grows_with_windows_only_where_states_stay():
     assert states[64] == states[4096]
 
 
+def test_variants_of_a_check_are_in_memory_at_once():
+    """Three widths of the MLPs and one of the attention at the last four blocks, else one each."""
+    checking = job(6)
+    assert len(checking.trials) == 4 * (3 + 1) + 2 * (1 + 1)
+    states = checking.held_out * checking.length * checking.config.hidden_size * 4
+    for found in memory(checking).values():
+        parts = found["parts"]["held-out check"]
+        assert parts["device: hidden states"] == (1 + 20) * states
+    for other in (job(sequences=7), job(allocation="uniform"), job(prefix="compressed")):
+        assert not other.trials
+        assert "held-out check" not in stages(other)
+
+
+def test_a_check_runs_the_blocks_from_the_changed_one_on():
+    """Half of its blocks come from the middle of the model on average, and every head is whole."""
+    one, two = (stages(job(layers))["held-out check"] for layers in (1, 2))
+    trials = [len(job(layers).trials) for layers in (1, 2)]
+    assert trials == [4, 8]
+    # Runs of a block: 1 + 4, and 2 + 4 · (2 + 1); runs of the head: 1 + 4 and 1 + 8.
+    block, head = np.linalg.solve([[5, 5], [14, 9]], [flops.total(one), flops.total(two)])
+    assert block > 0 and head > 0
+    assert flops.total(stages(job(3))["held-out check"]) == pytest.approx(27 * block + 13 * head)
+
+
 def test_seconds_are_work_over_rate():
     work = {
         "one": flops.OpCounts({"product float32": 4e9, "equations": 50}),

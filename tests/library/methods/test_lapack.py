@@ -147,20 +147,36 @@ def test_an_mlp_is_factored_in_the_memory_of_one_gram(score):
     assert peak < gram + kept + 2 * 8 * n * m + panels
 
 
+def test_an_mlp_is_judged_in_the_memory_of_one_gram(monkeypatch):
+    """Of float32; a solve with a triangle overwrites it."""
+    monkeypatch.setattr(lapack, "PANEL", 64)
+    n, m = 1200, 100
+    rng = np.random.default_rng(0)
+    moments = Moments.zeros(n).update(jnp.asarray(rng.normal(size=(2 * n, n)), jnp.float32))
+    kernel = rng.normal(size=(n, m)).astype(np.float32)
+    options = {"score": "leverage", "ridge": RIDGE, "dtype": np.float32}
+    factors = mlp_on_host.mlp({"down": kernel}, {"moments": moments}, **options)
+    tracemalloc.start()
+    mlp_on_host.errors({"down": kernel}, factors, {"moments": moments})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * n**2 + 2 * 4 * n * m + 4 * 8 * n * lapack.PANEL
+
+
 @pytest.mark.full
 def test_sums_are_gone_before_a_factor_is_taken(monkeypatch):
-    """The widest statistic of a block is freed before its MLP is refit."""
+    """The widest statistics of a block, of both folds, are freed before its MLP is refit."""
     name = "modegpt-published"
     module, sums, alive = METHODS[name].modules["mlp"], [], []
 
-    def host(kernels, stats):
+    def host(kernels, stats, **options):
         sums.append(weakref.ref(stats["moments"].scatter))
-        return module.host(kernels, stats)
+        return module.host(kernels, stats, **options)
 
     refit = lapack.nested_refit
 
     def watched(*args):
-        alive.append(sums[-1]() is not None)
+        alive.append(sum(array() is not None for array in sums))
         return refit(*args)
 
     modules = {**METHODS[name].modules, "mlp": dataclasses.replace(module, host=host)}
@@ -171,4 +187,6 @@ def test_sums_are_gone_before_a_factor_is_taken(monkeypatch):
     model = source("gpt2")
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (4, 16))
     prepare(model, tokens, method=name)
-    assert alive == [False] * model.config.num_layers
+    # With two folds each is factored, too, and judges the other one.
+    assert alive[2::3] == [0] * model.config.num_layers
+    assert len(alive) == 3 * model.config.num_layers

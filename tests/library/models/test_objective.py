@@ -131,7 +131,7 @@ def test_gradients_are_those_of_the_whole_model(config, padded):
             rows = np.sum(np.square(flat[site.path]), axis=1)
             assert rows.max() > 0
             np.testing.assert_allclose(
-                stats[i]["row_fisher"][site.path], rows, rtol=1e-3, atol=1e-5 * rows.max()
+                stats[i][0]["row_fisher"][site.path], rows, rtol=1e-3, atol=1e-5 * rows.max()
             )
 
 

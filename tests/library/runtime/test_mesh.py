@@ -123,9 +123,9 @@ def test_weight_gradients_of_windows_are_those_of_one_device():
         )
         for m in (None, mesh.make_mesh({"data": 4}))
     )
-    for i, stats in one.items():
+    for i, (stats,) in one.items():
         for path, fisher in stats["row_fisher"].items():
-            found = four[i]["row_fisher"][path]
+            found = four[i][0]["row_fisher"][path]
             assert np.abs(found - fisher).max() <= 1e-5 * np.abs(fisher).max()
 
 
