@@ -6,6 +6,9 @@ blocks. So at a few blocks a site is compressed alone, and the loss of the whole
 on sequences that no statistic has seen. The ratio of measured and predicted loss corrects the
 errors of all ranks; between the measured blocks and ranks it is interpolated.
 
+Cross-fitted errors are those of factors that have seen half of the tokens. Where gradients are few
+that can be far too much; the measured losses also say how far they are trusted (`_trust`).
+
 Source: layer-wise error models, LEMS (ICML 2026), do the same with other predictors.
 """
 
@@ -124,17 +127,15 @@ class Point(NamedTuple):
       layer: number of the block.
       group: group of the sites; see `group_of`.
       ranks: site path -> rank.
-      in_sample: predicted loss in nats, by the statistics that the factors are fitted to.
-      predicted: predicted loss in nats on unseen tokens.
-      parts: site path -> its part of ``predicted``.
+      in_sample: site path -> predicted loss in nats on the tokens that the factors are fitted to.
+      unseen: site path -> predicted loss in nats on others, by cross-fitting.
     """
 
     layer: int
     group: str
     ranks: dict[str, int]
-    in_sample: float
-    predicted: float
-    parts: dict[str, float]
+    in_sample: dict[str, float]
+    unseen: dict[str, float]
 
 
 def checked_blocks(layers: int) -> dict[int, tuple[float, ...]]:
@@ -182,11 +183,11 @@ def points(curves: Mapping[str, Curve], in_sample: Mapping[str, Curve], layers: 
         ranks = {path: _rank(curves[path], fraction) for path in paths}
         ranks = {path: rank for path, rank in ranks.items() if rank}
         if ranks:
-            seen, parts = (
+            parts = (
                 {path: float(each[path].errors[rank]) for path, rank in ranks.items()}
                 for each in (in_sample, curves)
             )
-            found.append(Point(i, group, ranks, sum(seen.values()), sum(parts.values()), parts))
+            found.append(Point(i, group, ranks, *parts))
     return found
 
 
@@ -200,8 +201,9 @@ def check(prepared: Prepared) -> list[dict[str, Any]]:
     """Measures the losses of some sites on the held-out sequences.
 
     Returns:
-      A row for each `Point`: its fields, ``measured`` loss in nats, and ``ratio`` of measured and
-      predicted loss.
+      A row for each `Point`: ``layer``, ``group``, ``ranks``; in nats the ``in_sample``, the
+      ``predicted`` and the ``measured`` loss; the ``ratio`` of the last two; ``parts``, site path
+      -> its part of the predicted loss; and ``trust`` (`_trust`).
     """
     config, clock = prepared.source.config, Clock(prepared.progress)
     chosen = points(prepared.curves(), prepared.curves(in_sample=True), config.num_layers)
@@ -227,13 +229,51 @@ def check(prepared: Prepared) -> list[dict[str, Any]]:
 
     found = get_or_compute(prepared.store, "held-out losses", measured)
     prepared.report["seconds"] |= clock.seconds
-    rows = []
+    trust, rows = _trust(chosen, found), []
     for point, loss in zip(chosen, found, strict=True):
-        ratio = loss / point.predicted if point.predicted > 0 else 1.0
+        share = trust[point.group]
+        parts = {
+            path: float(_between(point.in_sample[path], point.unseen[path], share))
+            for path in point.ranks
+        }
+        predicted = sum(parts.values())
+        ratio = loss / predicted if predicted > 0 else 1.0
         rows.append(
-            {**point._asdict(), "measured": loss, "ratio": float(np.clip(ratio, LEAST, MOST))}
+            {
+                "layer": point.layer,
+                "group": point.group,
+                "ranks": point.ranks,
+                "in_sample": sum(point.in_sample.values()),
+                "predicted": predicted,
+                "measured": loss,
+                "ratio": float(np.clip(ratio, LEAST, MOST)),
+                "parts": parts,
+                "trust": share,
+            }
         )
     return rows
+
+
+def _trust(chosen: Sequence[Point], losses: Sequence[float]) -> dict[str, float]:
+    """Returns how far the cross-fitted errors of each group are trusted: 0 to 1.
+
+    Factors of half of the tokens may be much worse than those of all, if their gradients are few.
+    So the errors are taken between the in-sample ones (0) and the cross-fitted ones (1), on a
+    logarithmic scale, where the measured losses lie in the median.
+    """
+    shares: dict[str, list[float]] = {}
+    for point, loss in zip(chosen, losses, strict=True):
+        inside, unseen = sum(point.in_sample.values()), sum(point.unseen.values())
+        own = shares.setdefault(point.group, [])
+        if 0 < inside < unseen and loss > 0:
+            share = np.log(loss / inside) / np.log(unseen / inside)
+            own.append(float(np.clip(share, 0, 1)))
+    return {group: float(np.median(own)) if own else 1.0 for group, own in shares.items()}
+
+
+def _between(in_sample: Any, unseen: Any, share: float) -> Any:
+    """Returns what lies between two errors on a logarithmic scale."""
+    return np.power(in_sample, 1 - share) * np.power(unseen, share)
 
 
 def _loss(differences: np.ndarray) -> float:
@@ -256,14 +296,22 @@ class Correction:
 
     def __init__(self, rows: Sequence[Mapping[str, Any]]):
         self._measured: dict[str, dict[int, list[tuple[float, float]]]] = {}
+        self._trust = {row["group"]: row["trust"] for row in rows}
         for row in rows:
             for path, error in row["parts"].items():
                 pairs = self._measured.setdefault(layer_type(path), {}).setdefault(row["layer"], [])
                 if error > 0:
                     pairs.append((np.log(error), np.log(row["ratio"])))
 
-    def errors(self, path: str, predicted: np.ndarray) -> np.ndarray:
-        """Returns the corrected errors of a site at every rank, non-increasing."""
+    def errors(self, path: str, in_sample: np.ndarray, unseen: np.ndarray) -> np.ndarray:
+        """Returns the corrected errors of a site at every rank, non-increasing.
+
+        Args:
+          path: path of the site.
+          in_sample: its errors at every rank on the tokens that the factors are fitted to.
+          unseen: its errors on others, by cross-fitting.
+        """
+        predicted = _between(in_sample, unseen, self._trust.get(group_of(path), 1.0))
         layer, groups = layer_index(path), self._measured.get(layer_type(path), {})
         known = {i: pairs for i, pairs in groups.items() if pairs}
         if not known:

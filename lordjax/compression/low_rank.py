@@ -120,7 +120,8 @@ def _take_statistics(
     checked = checks_errors(method, policy, prefix, len(calibration.tokens))
     checked = checked and calibration.mask is None
     if policy in INFLUENCED or checked:
-        calibration, held_out = calibration.hold_out(HELD_OUT)
+        count = held_out_count(method, policy, prefix, len(calibration.tokens))
+        calibration, held_out = calibration.hold_out(count)
     if policy not in CURVELESS:
         calibration = calibration.split()
     limit = settings.gradient_windows
@@ -167,6 +168,15 @@ def checks_errors(method: str, policy: str, prefix: str, sequences: int) -> bool
     """Returns whether a job measures some of the predicted errors, from its settings alone."""
     reads = policy not in CURVELESS and prefix == "dense" and METHODS[method].in_nats
     return reads and sequences >= LEAST_CHECKED
+
+
+def held_out_count(method: str, policy: str, prefix: str, sequences: int) -> int:
+    """Returns how many sequences a job holds out, from its settings alone."""
+    if policy in INFLUENCED:
+        return max(1, min(HELD_OUT, sequences // 8))
+    if not checks_errors(method, policy, prefix, sequences):
+        return 0
+    return HELD_OUT if sequences >= 16 * HELD_OUT else 1  # few sequences are needed for the factors
 
 
 def compress(

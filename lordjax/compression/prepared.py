@@ -96,15 +96,15 @@ class Prepared:
           sensitivity: site path -> factor on its errors; None: 1 for all.
           in_sample: whether to return the errors on the tokens that the factors are fitted to.
         """
-        method, correction = self.definition, Correction(() if in_sample else self.checked)
+        method, correction = self.definition, Correction(self.checked)
         sites = counted_sites(method.kinds, self.source.config)
         curves = {}
         for path, size in self.sizes.items():
             site = sites[path.split("/", 1)[1]]
             errors = np.zeros(int(np.ceil(size.limit)) + 1)
             if path in self.factors:
-                errors = _errors(self.factors[path], in_sample=in_sample)
-                errors = correction.errors(path, errors)
+                fitted, unseen = _errors(self.factors[path])
+                errors = fitted if in_sample else correction.errors(path, fitted, unseen)
                 if not method.in_nats:
                     errors = errors / (errors[0] if errors[0] > 0 else 1.0)
                 if sensitivity is not None:
@@ -307,8 +307,8 @@ class Prepared:
             raise ValueError("the plan does not fit the model: " + "; ".join(sorted(wrong)))
 
 
-def _errors(factors: AnyFactors, *, in_sample: bool) -> np.ndarray:
-    """Returns a site's errors at every rank, on tokens that the factors are fitted to or on others.
+def _errors(factors: AnyFactors) -> tuple[np.ndarray, np.ndarray]:
+    """Returns a site's errors at every rank: on tokens that it is fitted to, and on others.
 
     Let the error on any tokens be b. Fitted to n tokens, it is b - c/n on these and b + c/n on
     others, to first order. Cross-fitting with two folds gives b + 2c/n. So a third of the first and
@@ -316,7 +316,7 @@ def _errors(factors: AnyFactors, *, in_sample: bool) -> np.ndarray:
     """
     # Added from small to large.
     fitted = np.append(np.cumsum(np.asarray(factors.spectrum, float)[::-1])[::-1], 0.0)
-    if in_sample or factors.held_out is None:
-        return fitted
+    if factors.held_out is None:
+        return fitted, fitted
     errors = (fitted + 2 * np.asarray(factors.held_out, float)) / 3
-    return np.maximum.accumulate(errors[::-1])[::-1]
+    return fitted, np.maximum.accumulate(errors[::-1])[::-1]

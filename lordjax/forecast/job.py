@@ -14,7 +14,7 @@ from lordjax.allocation.policies import CURVELESS, INFLUENCED
 from lordjax.calibration.backward_pass import needs_gradients
 from lordjax.calibration.observers import sequences_per_step
 from lordjax.compression.held_out import trials
-from lordjax.compression.low_rank import GRADIENT_WINDOWS, HELD_OUT, checks_errors
+from lordjax.compression.low_rank import GRADIENT_WINDOWS, checks_errors, held_out_count
 from lordjax.compression.site_factors import on_host
 from lordjax.forecast import shapes
 from lordjax.methods import METHODS, Method, Module
@@ -184,8 +184,8 @@ class CompressionSpec(CalibrationSpec):
     @property
     def held_out(self) -> int:
         """Number of sequences that are held out."""
-        held_out = self.policy in INFLUENCED or self.checks_errors
-        return max(1, min(HELD_OUT, self.sequences // 8)) if held_out else 0
+        given = self.method, self.policy, self.calibration_mode, self.sequences
+        return held_out_count(*given)
 
     @property
     def checks_errors(self) -> bool:

@@ -9,7 +9,7 @@ from interrupted import CONFIG, TOKENS, small_model
 from lordjax.allocation.plan import Plan
 from lordjax.compression import held_out
 from lordjax.compression.held_out import Correction, checked_blocks, compare, group_of, warning
-from lordjax.compression.low_rank import HELD_OUT, LEAST_CHECKED, prepare
+from lordjax.compression.low_rank import HELD_OUT, LEAST_CHECKED, held_out_count, prepare
 from lordjax.models import Transformer
 from lordjax.runtime.progress import Clock
 
@@ -67,14 +67,16 @@ def row(layer, predicted, ratio, group="mlp", sites=("mlp",), shares=(1.0,)):
     own = {"layer": layer, "group": group, "predicted": predicted, "ratio": ratio}
     shares = zip(sites, shares, strict=True)
     parts = {f"layer_{layer}/{site}": share * predicted for site, share in shares}
-    return own | {"measured": predicted * ratio, "parts": parts}
+    return own | {"measured": predicted * ratio, "parts": parts, "trust": 1.0}
 
 
 PREDICTED = np.array([2.0, 1.0, 0.5, 0.25, 0.1, 0.0])
 
 
 def test_corrected_errors_are_those_that_were_measured():
-    found = Correction([row(3, 0.1, 4.0), row(3, 1.0, 2.0)]).errors("layer_3/mlp", PREDICTED)
+    found = Correction([row(3, 0.1, 4.0), row(3, 1.0, 2.0)]).errors(
+        "layer_3/mlp", PREDICTED, PREDICTED
+    )
     assert found[1] == pytest.approx(2.0)
     assert found[4] == pytest.approx(0.4)
     # Between the two the ratio is a power of the prediction, beyond them constant.
@@ -87,15 +89,17 @@ def test_corrected_errors_are_those_that_were_measured():
 def test_between_two_blocks_the_ratio_is_their_geometric_mean():
     correction = Correction([row(2, 1.0, 9.0), row(6, 1.0, 1.0)])
     for layer, ratio in ((0, 9), (2, 9), (3, 9**0.75), (4, 3), (6, 1), (8, 1)):
-        found = correction.errors(f"layer_{layer}/mlp", PREDICTED)
+        found = correction.errors(f"layer_{layer}/mlp", PREDICTED, PREDICTED)
         np.testing.assert_allclose(found, ratio * PREDICTED)
 
 
 def test_errors_that_nothing_was_measured_of_stay():
     correction = Correction([row(2, 1.0, 9.0), row(2, 0.0, 1.0, "attention/qk", ["attention/qk"])])
     for path in ("layer_2/attention/q/kernel", "layer_2/attention/qk"):
-        np.testing.assert_array_equal(correction.errors(path, PREDICTED), PREDICTED)
-    np.testing.assert_array_equal(Correction([]).errors("layer_2/mlp", PREDICTED), PREDICTED)
+        np.testing.assert_array_equal(correction.errors(path, PREDICTED, PREDICTED), PREDICTED)
+    np.testing.assert_array_equal(
+        Correction([]).errors("layer_2/mlp", PREDICTED, PREDICTED), PREDICTED
+    )
 
 
 def test_sites_that_were_measured_together_have_the_measured_loss_together():
@@ -104,8 +108,23 @@ def test_sites_that_were_measured_together_have_the_measured_loss_together():
     rows = [row(1, 2.0, 0.5, "mlp", sites, (0.1, 0.9)), row(1, 1.0, 3.0, "mlp", sites, (0.5, 0.5))]
     correction = Correction(rows)
     curves = {"up": np.array([0.7, 0.5, 0.2]), "down": np.array([1.8, 0.9, 0.5])}
-    found = {n: correction.errors(f"layer_1/mlp/{n}/kernel", c) for n, c in curves.items()}
+    found = {n: correction.errors(f"layer_1/mlp/{n}/kernel", c, c) for n, c in curves.items()}
     assert found["up"][1] + found["down"][2] == pytest.approx(3.0)
+
+
+def test_errors_lie_where_the_measured_losses_do():
+    """Between the in-sample and the cross-fitted errors, on a logarithmic scale."""
+    chosen = [
+        held_out.Point(
+            i, "mlp", {f"layer_{i}/mlp": 2}, {f"layer_{i}/mlp": 1.0}, {f"layer_{i}/mlp": 4.0}
+        )
+        for i in range(3)
+    ]
+    for losses, share in (([2, 2, 9], 0.5), ([1, 0.5, 4], 0), ([5, 9, 1], 1), ([0, 0, 2], 0.5)):
+        assert held_out._trust(chosen, losses)["mlp"] == pytest.approx(share)
+    rows = [row(0, 0.1, 1.0) | {"trust": 0.5}]
+    found = Correction(rows).errors("layer_0/mlp", PREDICTED, 4 * PREDICTED)
+    np.testing.assert_allclose(found, 2 * PREDICTED)
 
 
 def test_corrected_errors_never_grow_with_the_rank():
@@ -235,8 +254,8 @@ def test_few_sequences_are_all_read():
     few = prepare(small_model(), TOKENS[: LEAST_CHECKED - 1], method="lord")
     assert not few.checked and len(few.calibration.tokens) == LEAST_CHECKED - 1
     assert len(prepare(small_model(), TOKENS[:LEAST_CHECKED], method="lord").held_out) == 1
-    many = np.concatenate([TOKENS, TOKENS])
-    assert len(prepare(small_model(), many, method="lord").held_out) == HELD_OUT
+    for sequences, expected in ((16 * HELD_OUT - 1, 1), (16 * HELD_OUT, HELD_OUT)):
+        assert held_out_count("lord", "global", "dense", sequences) == expected
 
 
 @pytest.mark.full

@@ -18,7 +18,6 @@ from lordjax.calibration import backward_pass, forward_pass
 from lordjax.calibration.observers import observe
 from lordjax.compression import quantized_matrix
 from lordjax.compression.elastic import check_settings
-from lordjax.compression.low_rank import HELD_OUT
 from lordjax.compression.quantized import quantize
 from lordjax.forecast import device_shares, job_settings, peak_memory, predict, shapes
 from lordjax.forecast.job import CompressionSpec
@@ -196,7 +195,7 @@ def shares(job, count):
     return device_shares.report(device_shares.device_work(job, work, count), work, {})
 
 
-def job(name="qwen3", windows=16 + HELD_OUT, **options):
+def job(name="qwen3", windows=16 + 1, **options):
     return CompressionSpec(BLOCKS[name], "lord", windows, 40, gradient_windows=None, **options)
 
 
@@ -218,7 +217,7 @@ def test_one_device_does_it_all():
 
 def test_windows_that_do_not_divide_are_everybodys():
     def share(windows, devices):
-        return shares(job(windows=windows + HELD_OUT), devices)["statistics"]["shares"][0]
+        return shares(job(windows=windows + 1), devices)["statistics"]["shares"][0]
 
     assert share(20, 4) > share(16, 4)  # 8, 2 and 8, 2 instead of 8 and 8
     assert share(20, 2) == pytest.approx(share(16, 2))
