@@ -128,7 +128,8 @@ def test_errors_lie_where_the_measured_losses_do():
 
 
 def test_corrected_errors_never_grow_with_the_rank():
-    found = Correction([row(0, 0.1, 900.0), row(0, 1.0, 0.02)]).errors("layer_0/mlp", PREDICTED)
+    correction = Correction([row(0, 0.1, 900.0), row(0, 1.0, 0.02)])
+    found = correction.errors("layer_0/mlp", PREDICTED, PREDICTED)
     assert (np.diff(found) <= 0).all()
     assert found[4] == pytest.approx(90)
     assert found[0] == found[1] == found[4]  # what was measured there is no better offer
