@@ -143,8 +143,6 @@ def _take_gradients(
                 "weighting 'none'"
             )
         calibration = settings.calibration(config)
-        if options["feedback"]:
-            calibration = calibration.split()
         report["calibration"] = settings.summary(config)
         statistics, limit = weighting_method(weighting), settings.gradient_windows
         gradients = few_gradients(source, calibration, statistics, limit, clock, store)

@@ -17,14 +17,13 @@ from lordjax.allocation.candidates import (
     candidate_bytes,
     ranks_tried,
 )
-from lordjax.calibration.statistics import merged
 from lordjax.kernels import normal_float, trees
 from lordjax.kernels.base import materialize, nbytes
 from lordjax.kernels.convert import cast, quantize_pair
 from lordjax.kernels.low_rank import LowRank
 from lordjax.kernels.quantized import LowRankPlusQuantized, NFQuantized
 from lordjax.methods.quantized.best_product import FIRST_POWERS, best_product, start_basis
-from lordjax.methods.quantized.error_feedback import cross_fitted, make_feedback
+from lordjax.methods.quantized.error_feedback import make_feedback
 from lordjax.methods.quantized.error_feedback import quantize as codes_of
 from lordjax.methods.quantized.lq import decompose_all, runs_stacked
 from lordjax.methods.quantized.predicted_loss import predict
@@ -42,7 +41,6 @@ pack = jax.jit(normal_float.pack_codes, static_argnames="form")
 
 
 jitted_feedback = jax.jit(make_feedback)
-jitted_cross_fit = jax.jit(cross_fitted)
 
 
 @functools.partial(jax.jit, static_argnames="form")
@@ -55,21 +53,18 @@ def encode_kernel(kernel: Any, feedback: Any, *, form: normal_float.Format) -> n
 jitted_cost = jax.jit(make_weights)
 
 
-def matrix_weights(kernel: Any, folds: Sequence[Mapping[str, Any]], *, feedback: bool) -> Weights:
+def matrix_weights(kernel: Any, stats: Mapping[str, Any], *, feedback: bool) -> Weights:
     """Returns the weights of a kernel's errors.
 
     Args:
       kernel: the kernel ``[in, out]``.
-      folds: statistics of each fold of the calibration sequences.
+      stats: statistics of the calibration sequences.
       feedback: whether later weights compensate for the errors of earlier ones.
     """
-    weights = jitted_cost(kernel, merged(folds))
+    weights = jitted_cost(kernel, stats)
     if not feedback:
         return weights
-    if len(folds) < 2:
-        return weights._replace(feedback=jitted_feedback(weights.inputs))
-    moments = [jitted_cost(kernel, fold).inputs for fold in folds]
-    return weights._replace(feedback=jitted_cross_fit(weights.inputs, *moments))
+    return weights._replace(feedback=jitted_feedback(weights.inputs))
 
 
 @jax.jit

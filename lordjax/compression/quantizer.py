@@ -27,6 +27,7 @@ from lordjax.calibration.forward_pass import (
     on_device,
     resume_pass,
 )
+from lordjax.calibration.statistics import merged
 from lordjax.compression.quantized_matrix import (
     Matrices,
     candidate_table,
@@ -306,7 +307,7 @@ class Quantizer:
         gradients = self.gradients.get(i) or [{}] * len(activations)
         gradients = site_gradients(gradients, method, site, kernel)
         stats = [{**own, **read} for own, read in zip(activations, gradients, strict=True)]
-        return kernel, matrix_weights(kernel, stats, feedback=self.feedback)
+        return kernel, matrix_weights(kernel, merged(stats), feedback=self.feedback)
 
     def _stored(self, tree: Any) -> dict[str, Any]:
         """Returns parameters that are not quantized, in the dtype in which they are stored."""

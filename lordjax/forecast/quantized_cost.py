@@ -36,7 +36,7 @@ from lordjax.kernels import normal_float
 from lordjax.kernels.base import materialize, nbytes
 from lordjax.methods import Method
 from lordjax.methods.quantized.best_product import FIRST_POWERS, start_basis
-from lordjax.methods.quantized.error_feedback import cross_fitted, make_feedback
+from lordjax.methods.quantized.error_feedback import make_feedback
 from lordjax.methods.quantized.lq import STEPS, decompose
 from lordjax.methods.quantized.predicted_loss import predict
 from lordjax.methods.quantized.weightings import WEIGHTINGS, Weights, make_weights, weighting_method
@@ -83,8 +83,8 @@ class QuantizationSpec(CalibrationSpec):
 
     @property
     def cross_fits(self) -> bool:
-        """Whether errors are cross-fitted: whether errors are compensated."""
-        return self.feedback
+        """Whether errors are cross-fitted: those of quantized weights are not."""
+        return False
 
     @property
     def reads_inputs(self) -> bool:
@@ -180,13 +180,10 @@ def _error_weights(spec: QuantizationSpec) -> OpCounts:
     layers = spec.config.num_layers
     for site in spec.sites:
         kernel, stats = site_inputs(spec, site)
-        moment = jax.eval_shape(make_weights, kernel, stats).inputs
-        counts = layers * (1 if spec.folds == 1 else 1 + spec.folds)  # of all tokens, of each fold
-        found.append(flops.scaled(flops.count_ops(make_weights, kernel, stats), counts))
+        found.append(flops.scaled(flops.count_ops(make_weights, kernel, stats), layers))
         if spec.feedback:
-            folds = [moment] * spec.folds if spec.folds > 1 else []
-            program = cross_fitted if folds else make_feedback
-            found.append(flops.scaled(flops.count_ops(program, moment, *folds), layers))
+            moment = jax.eval_shape(make_weights, kernel, stats).inputs
+            found.append(flops.scaled(flops.count_ops(make_feedback, moment), layers))
     return flops.merged(found)
 
 

@@ -36,13 +36,6 @@ if TYPE_CHECKING:
 MODEL_BYTES = 270_000_000  # size of the dense model on disk
 CODES = "auto"  # method of the quantized models
 RECORD, PICTURE = "demo.json", "picture.png"
-# Every format takes time to compile, so the demo offers fewer than `lordjax compress` does.
-FEW_FORMATS = (
-    "nf2-4-bfloat16-32-256",
-    "nf3-4-bfloat16-64-256",
-    "nf3-4-bfloat16-32-256",
-    "nf4-4-bfloat16-64-256",
-)
 
 
 def run_demo(
@@ -195,7 +188,6 @@ def prepared(
     """Calibrates a method, and returns a function that compresses the model to a budget."""
     from lordjax.compression.low_rank import prepare
     from lordjax.compression.quantized import prepare_quantized
-    from lordjax.kernels.normal_float import Format
 
     dtype = model.stored_dtype
     if method != CODES:
@@ -205,7 +197,6 @@ def prepared(
         model.source,
         calibration,
         method=method,
-        formats=[Format.parse(name) for name in FEW_FORMATS],
         dtype=dtype,
         progress=progress,
     )

@@ -90,11 +90,11 @@ def in_shapes_of(model: Model, params: Any) -> Any:
     from lordjax.kernels.base import materialize
 
     def padded(path: str, leaf: Any) -> Any:
-        array = np.asarray(materialize(leaf))
+        array = np.asarray(multiplied_out(leaf))
         missing = zip(leaves[path].shape, array.shape, strict=True)
         return np.pad(array, [(0, whole - kept) for whole, kept in missing])
 
-    leaves = model.leaves()
+    leaves, multiplied_out = model.leaves(), jax.jit(materialize)
     with jax.default_matmul_precision("highest"):
         return trees.unflatten(
             {path: padded(path, leaf) for path, leaf in trees.flatten(params).items()}

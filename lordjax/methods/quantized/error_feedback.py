@@ -16,11 +16,6 @@ Inputs are quantized by decreasing H_kk, so that most other inputs can still com
 errors with the largest weights. Because the scales are fixed, this order costs no storage. In GPTQ
 the scales follow the order.
 
-A second moment of few tokens promises more compensation than it gives on others. With the moments
-of two folds the shrinkage of the correlations is chosen, and the weights D are replaced by those on
-unseen tokens (`cross_fitted`). So clip ratios, formats and ranks are chosen by errors on unseen
-tokens.
-
 Sources: GPTQ, arXiv 2210.17323; LDLQ, 2307.13304; theory/lq_lora §7.3b.
 """
 
@@ -30,14 +25,12 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Float
 
 from lordjax.kernels import normal_float
 from lordjax.methods.linalg import mm
 
 DAMPING = 1e-2  # fraction of the mean second moment added to the diagonal, as in GPTQ
-SHRINKAGES = (0.0, 0.1, 0.3, 1.0)  # of correlations, to choose from: they are divided by 1 + λ
 BLOCK = 64  # inputs between two large matrix products
 CLIP_RATIOS = tuple(round(1 - 0.05 * k, 2) for k in range(13))  # scale / largest magnitude
 
@@ -48,8 +41,7 @@ class Feedback(NamedTuple):
     Attributes:
       order: ``[in]`` indices of the inputs, in the order of quantization.
       upper: ``[in, in]`` the factor U, in that order.
-      error_weights: ``[in]`` weights of the rounding errors, in the original order of the inputs:
-        the diagonal of D, or what takes its place on unseen tokens.
+      error_weights: ``[in]`` the diagonal of D, in the original order of the inputs.
     """
 
     order: Any
@@ -57,53 +49,11 @@ class Feedback(NamedTuple):
     error_weights: Any
 
 
-def cross_fitted(
-    moment: Float[Array, "in in"], first: Float[Array, "in in"], second: Float[Array, "in in"]
-) -> Feedback:
-    """Returns the `Feedback` for inputs with a second moment, judged by its two folds.
-
-    Rounding errors ε of a feedback with the factor U become errors ``U⁻ᵀ ε`` of the weights. So on
-    tokens with the second moment H, which U is not fitted to, they have the weights ``(U⁻¹ H
-    U⁻ᵀ)_kk`` in place of D.
-
-    Args:
-      moment: second moment of all tokens.
-      first: second moment of the first fold, which the factors to judge are fitted to.
-      second: second moment of the second fold, by which they are judged.
-
-    Returns:
-      The feedback of all tokens with the shrinkage of `SHRINKAGES` that does best on unseen tokens,
-      and with ``error_weights`` on these.
-    """
-    order = jnp.argsort(jnp.diagonal(moment), descending=True)
-
-    def judged(shrinkage: Array) -> Array:
-        found = make_feedback(first, shrinkage, order)
-        # In its own order U is upper triangular.
-        half = solve_triangular(found.upper, second[order][:, order], unit_diagonal=True)
-        whole = solve_triangular(found.upper, half.T, unit_diagonal=True)
-        return jnp.zeros(len(moment)).at[order].set(jnp.diagonal(whole))
-
-    weights = lax.map(judged, jnp.asarray(SHRINKAGES))
-    best = jnp.argmin(jnp.sum(weights, axis=1))
-    found = make_feedback(moment, jnp.asarray(SHRINKAGES)[best])
-    # Never below D, which holds if all tokens are seen.
-    return found._replace(error_weights=jnp.maximum(weights[best], found.error_weights))
-
-
-def make_feedback(
-    moment: Float[Array, "in in"], shrinkage: Any = 0.0, order: Any = None
-) -> Feedback:
-    """Returns the `Feedback` for inputs with a second moment.
-
-    Args:
-      moment: the second moment ``[in, in]``.
-      shrinkage: λ; correlations are divided by 1 + λ.
-      order: order of the inputs ``[in]``; None: by decreasing energy.
-    """
+def make_feedback(moment: Float[Array, "in in"]) -> Feedback:
+    """Returns the `Feedback` for inputs with a second moment."""
     diagonal = jnp.diagonal(moment)
-    order = jnp.argsort(diagonal, descending=True) if order is None else order
-    damped = moment + jnp.diag(shrinkage * diagonal + DAMPING * jnp.mean(diagonal))
+    order = jnp.argsort(diagonal, descending=True)
+    damped = moment + DAMPING * jnp.mean(diagonal) * jnp.eye(len(moment), dtype=moment.dtype)
     # In reverse order of the inputs, the lower Cholesky factor becomes an upper one.
     back = order[::-1]
     upper = jnp.linalg.cholesky(damped[back][:, back])[::-1, ::-1]

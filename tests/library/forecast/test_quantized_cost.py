@@ -121,7 +121,7 @@ def test_a_quantisation_runs_what_was_counted(method, flags, monkeypatch):
         forward_pass: ("observe", "embed"),
         backward_pass: ("observe", "observe_gradients", "loss_gradient", "embed"),
         quantized_matrix: (
-            *("jitted_cost", "jitted_cross_fit", "jitted_feedback", "predict"),
+            *("jitted_cost", "jitted_feedback", "predict"),
             *("encode_kernel", "best_pair", "pack", "measures", "materialize"),
         ),
         lq: ("decompose",),

@@ -10,9 +10,7 @@ from lordjax.methods.quantized.error_feedback import (
     BLOCK,
     CLIP_RATIOS,
     DAMPING,
-    SHRINKAGES,
     best_clip_ratios,
-    cross_fitted,
     make_feedback,
     quantize,
 )
@@ -175,81 +173,3 @@ def test_blocks_may_cross_outputs(block):
     shape, form = (40, 30), normal_float.Format(4, 8, "float32", block, 16)
     kernel, h = matrix(shape), moment(shape[0])
     assert loss(missed(kernel, make_feedback(h), form), h) < loss(missed(kernel, None, form), h)
-
-
-# --- two folds ------------------------------------------------------------------------------------
-
-
-def folds_of(n, tokens, seed=0):
-    """Returns the second moments of all tokens, of each half, and of many others."""
-    rng = np.random.default_rng(9)
-    mix = rng.normal(size=(n, n)) * np.exp(rng.normal(size=n))
-    x = np.random.default_rng(seed).normal(size=(2 * tokens + 4000, n)) @ mix
-    parts = [part.T @ part / len(part) for part in np.split(x, [tokens, 2 * tokens])]
-    return [jnp.asarray(h, jnp.float32) for h in ((parts[0] + parts[1]) / 2, *parts)]
-
-
-def chosen_shrinkage(moment, found):
-    """Returns the shrinkage of a feedback, by its factor."""
-    gaps = [np.abs(make_feedback(moment, s).upper - found.upper).max() for s in SHRINKAGES]
-    assert min(gaps) < 1e-5
-    return SHRINKAGES[int(np.argmin(gaps))]
-
-
-@pytest.mark.parametrize("tokens", [30, 400])
-def test_rounding_errors_have_these_prices_on_other_tokens(tokens):
-    """Errors of different outputs are independent; then tr(Eᵀ H E) = Σ D'_k ‖ε_k‖²."""
-    n = 24
-    moment, first, second, _ = folds_of(n, tokens)
-    order = np.argsort(-np.diag(moment), kind="stable")
-    judge = np.asarray(second, np.float64)[np.ix_(order, order)]
-    rounding = np.random.default_rng(1).uniform(0.5, 2, n)
-    losses, prices = [], []
-    for shrinkage in SHRINKAGES:
-        upper = np.asarray(make_feedback(first, shrinkage, order).upper, np.float64)
-        error = np.linalg.solve(upper.T, np.diag(rounding))  # one output for each input
-        losses.append(np.sum(error * (judge @ error)))
-        inverse = np.linalg.inv(upper)
-        prices.append(np.diag(inverse @ judge @ inverse.T))
-        assert np.sum(prices[-1] * rounding**2) == pytest.approx(losses[-1])
-    found = jax.jit(cross_fitted)(moment, first, second)
-    best = int(np.argmin(np.sum(prices, axis=1)))
-    assert chosen_shrinkage(moment, found) == SHRINKAGES[best]
-    own = make_feedback(moment, SHRINKAGES[best])
-    np.testing.assert_array_equal(found.order, own.order)
-    np.testing.assert_array_equal(found.order, order)
-    expected = np.empty(n)
-    expected[order] = prices[best]
-    expected = np.maximum(expected, own.error_weights)
-    np.testing.assert_allclose(found.error_weights, expected, rtol=1e-3)
-    assert (np.asarray(found.error_weights) >= np.asarray(own.error_weights) * (1 - 1e-6)).all()
-
-
-def test_few_tokens_are_shrunk_and_many_are_not():
-    n, found = 24, []
-    for tokens in (12, 4000):
-        moment, first, second, _ = folds_of(n, tokens)
-        found.append(chosen_shrinkage(moment, cross_fitted(moment, first, second)))
-    assert found[0] > found[1] == 0
-
-
-def test_equal_folds_change_nothing():
-    h = moment(24)
-    found, own = cross_fitted(h, h, h), make_feedback(h)
-    np.testing.assert_array_equal(found.order, own.order)
-    np.testing.assert_allclose(found.upper, own.upper, atol=1e-6)
-    np.testing.assert_allclose(found.error_weights, own.error_weights, rtol=1e-5)
-
-
-@pytest.mark.full
-def test_less_is_lost_on_tokens_that_were_not_seen():
-    shape, lost = (48, 40), []
-    for seed in range(4):
-        few, first, second, fresh = folds_of(shape[0], 20, seed)
-        pair = make_feedback(few), cross_fitted(few, first, second)
-        lost.append([loss(missed(matrix(shape, seed), feedback), fresh) for feedback in pair])
-        # The prices say what is lost there, and those of the plain feedback far less.
-        rounding = np.mean(missed(matrix(shape, seed), None) ** 2) * shape[1]
-        plain, fair = (rounding * float(np.sum(f.error_weights)) for f in pair)
-        assert plain < 0.5 * lost[-1][1] < fair
-    assert (np.array(lost)[:, 1] < np.array(lost)[:, 0]).all()
