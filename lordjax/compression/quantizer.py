@@ -299,8 +299,7 @@ class Quantizer:
     ) -> tuple[Any, Weights]:
         """Returns a kernel as float32 on the device, and the weights of its errors.
 
-        It is read on demand, so that one kernel of a block is in memory at a time. The same holds
-        for gradients, whose arrays a work directory maps until they are released.
+        They are read on demand, so that one matrix of a block is in memory at a time.
         """
         kernel = on_device(flat[site.path])
         method, activations = weighting_method(self.weighting), folds[site]
