@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -82,6 +83,11 @@ class Prepared:
         """The method."""
         return METHODS[self.method]
 
+    @functools.cached_property
+    def _site_errors(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Site path -> its errors in sample, and on unseen tokens; factors are read once."""
+        return {path: _errors(self.factors[path]) for path in self.sizes if path in self.factors}
+
     def curves(
         self, sensitivity: Mapping[str, float] | None = None, *, in_sample: bool = False
     ) -> dict[str, Curve]:
@@ -102,8 +108,8 @@ class Prepared:
         for path, size in self.sizes.items():
             site = sites[path.split("/", 1)[1]]
             errors = np.zeros(int(np.ceil(size.limit)) + 1)
-            if path in self.factors:
-                fitted, unseen = _errors(self.factors[path])
+            if path in self._site_errors:
+                fitted, unseen = self._site_errors[path]
                 errors = fitted if in_sample else correction.errors(path, fitted, unseen)
                 if not method.in_nats:
                     errors = errors / (errors[0] if errors[0] > 0 else 1.0)

@@ -34,7 +34,7 @@ def test_no_document_gives_more_than_its_share(tmp_path):
 
 
 def test_a_document_may_always_give_the_floor(tmp_path):
-    """Of many documents only as many are tokenized as are needed, each to the floor."""
+    """Only as many of the documents are tokenized as are needed, each to the floor."""
     letters(tmp_path, [9000] * 26)
     tokenizer = Bytes()
     found = spread(tmp_path, seq_len=FLOOR, samples=4, tokenizer=tokenizer)

@@ -148,7 +148,7 @@ def test_an_mlp_is_factored_in_the_memory_of_one_gram(score):
 
 
 def test_an_mlp_is_judged_in_the_memory_of_one_gram(monkeypatch):
-    """Of float32; a solve with a triangle overwrites it."""
+    """The errors take one float32 matrix, because a solve with a triangle overwrites it."""
     monkeypatch.setattr(lapack, "PANEL", 64)
     n, m = 1200, 100
     rng = np.random.default_rng(0)
