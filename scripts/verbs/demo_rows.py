@@ -36,33 +36,37 @@ class Variant:
         return self.method if self.budget is None else f"{self.method}-{self.budget:g}"
 
 
-def measured(variant: Variant, directory: Path, evaluation: Any) -> dict[str, Any]:
+def measured(variant: Variant, directory: Path, evaluation: Any, tokenizer: Any) -> dict[str, Any]:
     """Row of the table: bytes on disk, perplexity, decoding speed, and a continued prompt.
 
     The weights are those on disk. Matrix products and activations are float32.
+
+    Args:
+      variant: the model.
+      directory: where all models are.
+      evaluation: token ids ``[windows, length]``.
+      tokenizer: tokenizer of all models.
     """
     from lordjax.evaluate import perplexity
     from lordjax.generation.completion import end_tokens, tokenize
-    from lordjax.generation.decode import decode, prefill
+    from lordjax.generation.decode import decode
     from lordjax.kernels.kinds import astype
-    from lordjax.scripts.verbs.inspect import inspect_model
+    from lordjax.scripts.report.parameters import block_linear, parameter_rows
     from lordjax.storage.saved_model import open_saved
 
     path = directory / variant.name
     say(f"measuring {path} on {len(evaluation)} windows of {evaluation.shape[1]} tokens")
     opened = open_model(str(path))
-    params, tokenizer = astype(opened.arrays(), "float32"), opened.tokenizer()
-    dense = in_shapes_of(open_model(str(directory / DENSE)), params)
+    params = astype(opened.arrays(), "float32")
+    multiplied_out = in_shapes_of(open_model(str(directory / DENSE)), params)
     with progress_report() as progress:
         found = perplexity(
-            opened.config, dense, evaluation, tokenizer_name=WHEEL, progress=progress
+            opened.config, multiplied_out, evaluation, tokenizer_name=WHEEL, progress=progress
         )
-    del dense
-    tokens, speed = decoded(opened.config, params, tokenize(tokenizer, PROMPT))
+    tokens, speed = decoded(opened.config, params, multiplied_out, tokenize(tokenizer, PROMPT))
     ends = [tokens.index(end) for end in end_tokens(tokenizer) if end in tokens]
-    linear = inspect_model(str(path))["block_linear"]
-    for program in (prefill, decode):  # the next model has other shapes and needs other programs
-        program.clear_cache()
+    linear = block_linear(parameter_rows(opened.config, opened.leaves()))
+    decode.clear_cache()  # the next model has other shapes and needs another program
     return {
         "name": variant.name,
         **dataclasses.asdict(variant),
@@ -81,43 +85,71 @@ def in_shapes_of(model: Model, params: Any) -> Any:
     """Returns arrays of a model's shapes that compute the same as parameters of a compressed one.
 
     Kernels are multiplied out, and pruned neurons are zeros. So the perplexities of all models are
-    computed by one compiled program.
+    computed by one compiled program, and one reads all prompts.
     """
     import jax
     import numpy as np
 
     from lordjax.kernels import trees
-    from lordjax.kernels.base import materialize
+    from lordjax.kernels.base import is_kernel, materialize
+    from lordjax.kernels.low_rank import LowRank
+    from lordjax.kernels.quantized import LowRankPlusQuantized
+
+    def whole(leaf: Any) -> Any:
+        # Ranks are multiplied out on the host: each would need a program of its own.
+        if isinstance(leaf, LowRankPlusQuantized):
+            return whole(leaf.base) + whole(leaf.low_rank)
+        if isinstance(leaf, LowRank):
+            return whole(leaf.left) @ whole(leaf.right)
+        return np.asarray(decode_weights(leaf) if is_kernel(leaf) else leaf)
 
     def padded(path: str, leaf: Any) -> Any:
-        array = np.asarray(multiplied_out(leaf))
+        array = whole(leaf)
         missing = zip(leaves[path].shape, array.shape, strict=True)
-        return np.pad(array, [(0, whole - kept) for whole, kept in missing])
+        return np.pad(array, [(0, before - kept) for before, kept in missing])
 
-    leaves, multiplied_out = model.leaves(), jax.jit(materialize)
-    with jax.default_matmul_precision("highest"):
-        return trees.unflatten(
-            {path: padded(path, leaf) for path, leaf in trees.flatten(params).items()}
-        )
+    leaves, decode_weights = model.leaves(), jax.jit(materialize)
+    return trees.unflatten(
+        {path: padded(path, leaf) for path, leaf in trees.flatten(params).items()}
+    )
 
 
-def decoded(config: Any, params: Any, prompt: list[int]) -> tuple[list[int], float]:
+def decoded(
+    config: Any, params: Any, multiplied_out: Any, prompt: list[int]
+) -> tuple[list[int], float]:
     """Greedily decodes `NEW` tokens after a prompt, and measures the speed.
 
-    The first run compiles and is not timed. The fastest of the `REPEATS` other runs counts.
+    The fastest of `REPEATS` runs counts; compilation is not timed.
+
+    Args:
+      config: the architecture.
+      params: parameters of the model that decodes.
+      multiplied_out: the same model by `in_shapes_of`. It reads the prompt, by a program that all
+        models share.
+      prompt: token ids.
 
     Returns:
       The token ids, and the tokens per second after the first token.
     """
-    from lordjax.generation.decode import stream
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
 
-    tokens: list[int] = []
-    speeds = []
-    for _ in range(1 + REPEATS):
-        chunks = stream(config, params, [prompt], max_new_tokens=NEW)
-        first = next(chunks)
-        start = time.perf_counter()
-        rows = [first, *chunks]
-        speeds.append((NEW - 1) / (time.perf_counter() - start))
-        tokens = [int(token) for row in rows for token in row[0]]
-    return tokens[:NEW], max(speeds[1:])
+    from lordjax.generation.decode import CHUNK, begin, decode
+    from lordjax.generation.sampling import GREEDY
+
+    def run(steps: int) -> tuple[list[int], float]:
+        state, settings = begin(config, multiplied_out, [prompt], max_new_tokens=NEW)
+        rows, start = [np.asarray(state.token)], time.perf_counter()
+        for _ in range(0, NEW, CHUNK):
+            state, out = decode(
+                params, state, settings, jnp.asarray(steps), config=config, kind=GREEDY.kind
+            )
+            rows.append(np.asarray(out)[0])
+        seconds = time.perf_counter() - start
+        return [int(token) for token in np.concatenate(rows)[:NEW]], (NEW - 1) / seconds
+
+    params, multiplied_out = jax.tree.map(jnp.asarray, (params, multiplied_out))
+    run(0)  # compiles
+    runs = [run(CHUNK) for _ in range(REPEATS)]
+    return runs[0][0], max(speed for _, speed in runs)

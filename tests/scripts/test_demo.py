@@ -3,12 +3,13 @@
 import json
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import tiny_gguf
+from blocks import GPT2, random_model
 from click.testing import CliRunner
 
-from lordjax import load
+from lordjax import factorize, generate, load
+from lordjax.kernels import trees
 from lordjax.scripts import demo_model
 from lordjax.scripts.cli import cli
 from lordjax.scripts.verbs import demo, demo_rows
@@ -125,9 +126,13 @@ def test_other_settings_and_other_directories_are_refused(small, tmp_path, monke
     assert (out / "mine.txt").read_text() == "precious"
 
 
-def test_speed_counts_the_tokens_behind_the_first(monkeypatch):
-    chunks = [np.array([[5]]), np.array([[6, 7, 8, 9]]), np.array([[4, -1, -1, -1]])]
-    monkeypatch.setattr("lordjax.generation.decode.stream", lambda *_, **__: iter(chunks))
-    tokens, speed = demo_rows.decoded(None, None, [1])
-    assert tokens == [5, 6, 7, 8, 9, 4]
+def test_another_form_of_the_model_may_read_the_prompt(monkeypatch):
+    """A demo decodes what `generate` does, with the prompt read by the multiplied-out model."""
+    monkeypatch.setattr(demo_rows, "NEW", 20)  # more than one chunk
+    params, prompt = random_model(GPT2).params, [3, 1, 4, 1, 5]
+    low_rank = factorize(params, keep=0.5)
+    source = SimpleNamespace(leaves=lambda: trees.flatten(params))
+    multiplied_out = demo_rows.in_shapes_of(source, low_rank)
+    tokens, speed = demo_rows.decoded(GPT2, low_rank, multiplied_out, prompt)
+    assert tokens == generate(GPT2, low_rank, [prompt], max_new_tokens=20)[0].tokens
     assert speed > 0
