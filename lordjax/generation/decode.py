@@ -19,13 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from lordjax.generation.cached_model import hidden, whole
 from lordjax.generation.prompt_batch import bucket, pad_prompts
 from lordjax.generation.sampling import GREEDY, Kind, Sampling, Values, pick
-from lordjax.models.attention import CACHE
-from lordjax.models.blocks import Block
 from lordjax.models.config import ModelConfig
 from lordjax.models.transformer import Transformer, default_positions
-from lordjax.names import layer
 
 CHUNK = 16  # tokens that are decoded before control returns to the host
 NOTHING = -1  # stands for a token after a row has ended
@@ -101,49 +99,6 @@ def _advance(
     )
 
 
-def _whole(config: ModelConfig, params: Any, *inputs: Any, method: Any) -> Any:
-    """Applies a method of the whole model."""
-    return Transformer(config).apply({"params": params}, *inputs, method=method)
-
-
-@functools.partial(jax.jit, static_argnames=("config", "sliding_window"))
-def _block(
-    params: Any,
-    cache: Any,
-    x: Float[Array, "b s m"],
-    positions: Int[Array, "#b s"],
-    *,
-    config: ModelConfig,
-    sliding_window: int | None,
-) -> tuple[Float[Array, "b s m"], Any]:
-    """Computes a block's output and its cache.
-
-    It is jitted, so that blocks of equal shapes are traced and lowered once.
-    """
-    variables = {"params": params} | ({} if cache is None else {CACHE: cache})
-    block = Block(config, sliding_window)
-    x, made = block.apply(variables, x, positions, mutable=[CACHE])
-    return x, made[CACHE]
-
-
-def _hidden(
-    config: ModelConfig,
-    params: Any,
-    tokens: Int[Array, "b s"],
-    positions: Int[Array, "#b s"],
-    cache: Any,
-) -> tuple[Float[Array, "b s m"], Any]:
-    """Computes `Transformer.hidden` and the cache with these tokens; None: starts a cache."""
-    inputs = (tokens, None, None, positions)
-    x, made = _whole(config, params, *inputs, method=Transformer.embed_tokens), {}
-    for i in range(config.num_layers):
-        name = layer(i)
-        before = None if cache is None else cache[name]
-        how = {"config": config, "sliding_window": config.window(i)}
-        x, made[name] = _block(params[name], before, x, positions, **how)
-    return x, made
-
-
 @functools.partial(jax.jit, static_argnames=("config", "kind"))
 def prefill(
     params: Any,
@@ -167,9 +122,9 @@ def prefill(
     Returns:
       State whose cache has as many columns as ``tokens``; `widened` makes room for more.
     """
-    x, cache = _hidden(config, params, tokens, default_positions(tokens), None)
+    x, cache = hidden(config, params, tokens, default_positions(tokens), None)
     last = x[jnp.arange(x.shape[0]), lengths - 1]
-    logits: Any = _whole(config, params, last[:, None], method=Transformer.unembed)
+    logits: Any = whole(config, params, last[:, None], method=Transformer.unembed)
     occurred = None
     if kind.penalised:
         inside = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
@@ -222,8 +177,8 @@ def decode(
     def step(carry: tuple[Array, State, Array]) -> tuple[Array, State, Array]:
         i, state, out = carry
         tokens, positions = jnp.maximum(state.token, 0)[:, None], state.position[:, None]
-        x, cache = _hidden(config, params, tokens, positions, state.cache)
-        logits: Any = _whole(config, params, x, method=Transformer.unembed)
+        x, cache = hidden(config, params, tokens, positions, state.cache)
+        logits: Any = whole(config, params, x, method=Transformer.unembed)
         old = state.done
         state = _advance(logits[:, 0], cache, state, settings, kind)
         token = jnp.where(old, NOTHING, state.token)
