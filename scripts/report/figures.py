@@ -67,6 +67,8 @@ def write_picture(path: Path, title: str, grid: Grid, spectra: Spectra) -> None:
         figure.suptitle(title)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=120, metadata=TIMELESS[path.suffix.lower()])
+    if path.suffix.lower() == ".svg":
+        path.write_text(_renumbered(path.read_text("utf-8")), "utf-8")
 
 
 def map_svg(grid: Grid) -> str:
@@ -113,11 +115,19 @@ def _figure() -> Iterator[Any]:
         yield lambda size: Figure(figsize=size, layout="constrained")
 
 
+def _renumbered(text: str) -> str:
+    """Returns an SVG with its clip paths named in order; Matplotlib's own names vary."""
+    found = dict.fromkeys(re.findall(r'<clipPath id="([^"]+)"', text))
+    for number, name in enumerate(found):
+        text = text.replace(name, f"clip{number}")
+    return text
+
+
 def _svg(figure: Any, name: str) -> str:
     """A figure as an element inside a page: no prologue, and ids that no other figure has."""
     file = io.StringIO()
     figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None})
-    text = file.getvalue()
+    text = _renumbered(file.getvalue())
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
     text = re.sub(r'\bid="', f'id="{name}-', text)
