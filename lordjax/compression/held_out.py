@@ -1,4 +1,4 @@
-"""Measures on held-out sequences: losses of variants of a model, and the check of predicted errors.
+"""The check of predicted errors: losses that are measured on held-out sequences.
 
 Predicted errors are a quadratic form of second moments: they assume that activations and gradients
 are independent, and that unseen text is like the calibration text. Both fail most in the last
@@ -9,25 +9,21 @@ errors of all ranks; between the measured blocks and ranks it is interpolated.
 Cross-fitted errors are those of factors that have seen half of the tokens. Where gradients are few
 that can be far too much; the measured losses also say how far they are trusted (`_trust`).
 
+Then one plan for the whole model is measured. Its ratio corrects the sum of the errors: the loss of
+many cuts is not the sum of their losses.
+
 Source: layer-wise error models, LEMS (ICML 2026), do the same with other predictors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax
 import numpy as np
 
-from lordjax.calibration.calibration_set import Calibration
-from lordjax.calibration.forward_pass import hidden_states, on_device
-from lordjax.calibration.observers import observe, sequences_per_step
 from lordjax.compression.site_factors import replace_kernels
-from lordjax.models import objective
-from lordjax.models.config import ModelConfig
-from lordjax.models.objective import check_finite, check_windows, decisions, losses
-from lordjax.models.source import Source
+from lordjax.compression.variants import compare
 from lordjax.names import layer_index, layer_type
 from lordjax.runtime import multihost
 from lordjax.runtime.progress import Clock
@@ -46,78 +42,8 @@ OTHERS = 3  # checked blocks besides the last ones, evenly spread
 # the mean squared difference does, which is the same to second order and has less noise.
 SIGNIFICANT = 4.0
 MOST, LEAST = 1e3, 0.02  # range of the ratio of measured and predicted loss
+WHOLE_KEPT = 0.8  # of the plan that is measured as a whole
 WARNING = 3.0  # ratio from which a site is named in a warning
-
-
-def compare(
-    source: Source,
-    tokens: np.ndarray,
-    change: Callable[[dict[str, Any], int, int], Any],
-    starts: Sequence[int],
-    clock: Clock,
-    *,
-    stage: str,
-    mask_token: int | None = None,
-) -> list[np.ndarray]:
-    """Returns the losses of models that differ inside their blocks, one block at a time.
-
-    Each block is read once and compiled once for all variants. A variant runs from the first block
-    in which it differs. Matrix products have full float32 precision, as in `perplexity`. For a
-    classifier the targets are the original model's predictions.
-
-    Args:
-      source: the original model.
-      tokens: ``[n, L]`` integer ids, L ≥ 2.
-      change: function ``(block, layer, variant) -> block`` that keeps the shapes of all arrays; it
-        returns ``block`` itself where the variant does not differ.
-      starts: for each variant, the first block in which it differs.
-      clock: reports progress.
-      stage: name of the stage.
-      mask_token: id of the mask token; see `objective.inputs`.
-
-    Returns:
-      The loss of every target, in nats, for the original model and for each variant.
-
-    Raises:
-      ValueError: if the model has no head, there is no target, or a negative log-likelihood is not
-        finite.
-    """
-    check_windows(tokens)
-    config = source.config
-    steps = Calibration(tokens, None, sequences_per_step(*tokens.shape), mask_token)
-    goals = [objective.targets(config, *batch) for batch in steps.batches()]
-    with jax.default_matmul_precision("highest"):
-        original = hidden_states(source, steps)
-        states: list[list[Any]] = [[] for _ in starts]
-        for i in clock.run(stage, range(config.num_layers)):
-            block = source.block(i)
-            own = on_device(block)
-            for j, start in enumerate(starts):
-                if start > i:
-                    continue
-                new = change(block, i, j)
-                xs = original if start == i else states[j]
-                states[j] = _run(config, own if new is block else on_device(new), i, xs)
-            original = _run(config, own, i, original)
-        with clock.part(stage):
-            rest = on_device(source.non_block_params())
-            if config.head == "classes":
-                goals = [decisions(config, rest, x) for x in original]
-            return [_target_losses(config, rest, xs, goals) for xs in (original, *states)]
-
-
-def _run(config: ModelConfig, block: Any, i: int, xs: Sequence[Any]) -> list[Any]:
-    """Returns the outputs of block ``i`` on batches of hidden states."""
-    window = config.window(i)
-    return [observe(block, x, None, {}, config=config, sliding_window=window)[0] for x in xs]
-
-
-def _target_losses(config: ModelConfig, rest: Any, states: Sequence[Any], goals: Any) -> np.ndarray:
-    """Returns the loss of every target; raises ValueError if one is not finite."""
-    parts = [np.asarray(losses(config, rest, *pair)) for pair in zip(states, goals, strict=True)]
-    nll = np.concatenate(parts).astype(np.float64)
-    check_finite(config, nll, 0)
-    return nll[np.concatenate(goals) >= 0]
 
 
 class Point(NamedTuple):
@@ -197,29 +123,54 @@ def _rank(curve: Curve, fraction: float) -> int:
     return min(int(fraction * curve.break_even) // step * step, curve.largest)
 
 
-def check(prepared: Prepared) -> list[dict[str, Any]]:
-    """Measures the losses of some sites on the held-out sequences.
+def check(prepared: Prepared) -> None:
+    """Measures the losses of some sites, and of a whole plan, on the held-out sequences.
 
-    Returns:
-      A row for each `Point`: ``layer``, ``group``, ``ranks``; in nats the ``in_sample``, the
-      ``predicted`` and the ``measured`` loss; the ``ratio`` of the last two; ``parts``, site path
-      -> its part of the predicted loss; and ``trust`` (`_trust`).
+    The result is ``prepared.checked``: a row for each `Point`, with ``layer``, ``group``,
+    ``ranks``; in nats the ``in_sample``, the ``predicted`` and the ``measured`` loss; the ``ratio``
+    of the last two; ``parts``, site path -> its part of the predicted loss; and ``trust``
+    (`_trust`). The row of the plan has the layer None and no parts.
     """
     config, clock = prepared.source.config, Clock(prepared.progress)
     chosen = points(prepared.curves(), prepared.curves(in_sample=True), config.num_layers)
+    found = _measured(prepared, [point.ranks for point in chosen], "held-out losses", clock)
+    prepared.checked = _rows(chosen, found)
+    plan = prepared.plan(WHOLE_KEPT, prepared.definition.allocation)
+    ranks = {path: rank for path, rank in plan.ranks.items() if rank is not None}
+    if ranks and plan.predicted is not None:
+        (loss,) = _measured(prepared, [ranks], "held-out loss of a plan", clock)
+        predicted, in_sample = (plan.predicted[name] for name in ("held_out", "in_sample"))
+        parts = {"in_sample": in_sample, "parts": {}, "trust": 1.0}
+        row = {"layer": None, "group": "model", "ranks": ranks} | parts
+        prepared.checked.append(row | _compared(predicted, loss))
+    prepared.report["seconds"] |= clock.seconds
+
+
+def _measured(
+    prepared: Prepared, variants: Sequence[Mapping[str, int]], name: str, clock: Clock
+) -> list[float]:
+    """Returns the measured loss of variants in nats.
+
+    Args:
+      prepared: the model, its factors and the held-out sequences.
+      variants: for each, site path -> rank of the sites that are compressed.
+      name: name of the result in the store.
+      clock: reports progress.
+    """
+    layers = [{layer_index(path) for path in ranks} for ranks in variants]
 
     def change(block: dict[str, Any], i: int, j: int) -> dict[str, Any]:
-        if i != chosen[j].layer:
+        if i not in layers[j]:
             return block
-        factors, method = prepared.factors, prepared.method
-        return replace_kernels(block, i, factors, chosen[j].ranks, method, config, padded=True)
+        factors, method, config = prepared.factors, prepared.method, prepared.source.config
+        return replace_kernels(block, i, factors, variants[j], method, config, padded=True)
 
     def measured() -> list[float]:
         dense, *others = compare(
             prepared.source,
             prepared.held_out,
             change,
-            [point.layer for point in chosen],
+            [min(own) for own in layers],
             clock,
             stage="held-out check",
             mask_token=prepared.calibration.mask_token,
@@ -227,31 +178,29 @@ def check(prepared: Prepared) -> list[dict[str, Any]]:
         found = [_loss(nll - dense) for nll in others]
         return multihost.all_gather_json(found)[0]  # all processes must arrive at the same plan
 
-    found = get_or_compute(prepared.store, "held-out losses", measured)
-    prepared.report["seconds"] |= clock.seconds
-    trust, rows = _trust(chosen, found), []
-    for point, loss in zip(chosen, found, strict=True):
+    return get_or_compute(prepared.store, name, measured)
+
+
+def _rows(chosen: Sequence[Point], losses: Sequence[float]) -> list[dict[str, Any]]:
+    """Returns the rows of `check` for the measured losses of points."""
+    trust, rows = _trust(chosen, losses), []
+    for point, loss in zip(chosen, losses, strict=True):
         share = trust[point.group]
         parts = {
             path: float(_between(point.in_sample[path], point.unseen[path], share))
             for path in point.ranks
         }
-        predicted = sum(parts.values())
-        ratio = loss / predicted if predicted > 0 else 1.0
-        rows.append(
-            {
-                "layer": point.layer,
-                "group": point.group,
-                "ranks": point.ranks,
-                "in_sample": sum(point.in_sample.values()),
-                "predicted": predicted,
-                "measured": loss,
-                "ratio": float(np.clip(ratio, LEAST, MOST)),
-                "parts": parts,
-                "trust": share,
-            }
-        )
+        row = {"layer": point.layer, "group": point.group, "ranks": point.ranks}
+        row |= {"in_sample": sum(point.in_sample.values()), "parts": parts, "trust": share}
+        rows.append(row | _compared(sum(parts.values()), loss))
     return rows
+
+
+def _compared(predicted: float, measured: float) -> dict[str, float]:
+    """Returns a predicted and a measured loss, and their ratio, within `LEAST` and `MOST`."""
+    ratio = measured / predicted if predicted > 0 else 1.0
+    ratio = float(np.clip(ratio, LEAST, MOST))
+    return {"predicted": predicted, "measured": measured, "ratio": ratio}
 
 
 def _trust(chosen: Sequence[Point], losses: Sequence[float]) -> dict[str, float]:
@@ -291,12 +240,16 @@ class Correction:
     """The ratio of measured and predicted loss, for every block, layer or module, and error.
 
     Args:
-      rows: what `check` returned.
+      rows: what `check` found.
+
+    Attributes:
+      whole: the ratio of a whole plan, whose errors are corrected already.
     """
 
     def __init__(self, rows: Sequence[Mapping[str, Any]]):
         self._measured: dict[str, dict[int, list[tuple[float, float]]]] = {}
         self._trust = {row["group"]: row["trust"] for row in rows}
+        self.whole = next((row["ratio"] for row in rows if row["layer"] is None), 1.0)
         for row in rows:
             for path, error in row["parts"].items():
                 pairs = self._measured.setdefault(layer_type(path), {}).setdefault(row["layer"], [])
@@ -328,9 +281,19 @@ class Correction:
         return np.maximum.accumulate(errors[::-1])[::-1]
 
 
+def summary(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns a sentence about what `check` found."""
+    pairs = [(row["layer"], row["measured"] / row["predicted"]) for row in rows if row["predicted"]]
+    cuts = sorted(ratio for layer, ratio in pairs if layer is not None) or [1.0]
+    wholes = [f"{ratio:.2f} of a whole plan" for layer, ratio in pairs if layer is None]
+    found = [f"{cuts[0]:.2f} to {cuts[-1]:.2f} of single blocks", *wholes]
+    return f"checked on held-out sequences: measured over predicted loss is {', '.join(found)}"
+
+
 def warning(rows: Sequence[Mapping[str, Any]]) -> str | None:
     """Returns a warning that names the sites whose loss is far above the prediction; or None."""
-    far = [row for row in rows if row["measured"] > WARNING * row["predicted"]]
+    cuts = [row for row in rows if row["layer"] is not None]
+    far = [row for row in cuts if row["measured"] > WARNING * row["predicted"]]
     if not far:
         return None
     names = dict.fromkeys(f"layer_{row['layer']}/{row['group']}" for row in far)

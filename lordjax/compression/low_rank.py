@@ -160,7 +160,7 @@ def _take_statistics(
         store=store,
     )
     if checked:
-        prepared.checked = check(prepared)
+        check(prepared)
     return prepared
 
 

@@ -55,8 +55,8 @@ class Prepared:
       factors: site path -> factors, read from ``store`` on access; empty if policy and method need
         none beforehand.
       influences: layer -> block influence; empty unless the policy needs it.
-      checked: measured against predicted losses of some sites (`held_out.check`); they correct the
-        predicted errors.
+      checked: measured against predicted losses of some sites and of a plan (`held_out.check`);
+        they correct the predicted errors.
       gradients: layer -> gradient statistics of each fold; kept for a sequential pass only.
       report: entries of the report that are known so far.
       sizes: site path -> its size.
@@ -172,13 +172,15 @@ class Prepared:
         """Returns the predicted loss of ranks in nats, or None if errors are in other units."""
         if not self.definition.in_nats or not self.factors:
             return None
+        whole = Correction(self.checked).whole
         return {
-            name: sum(
+            name: factor
+            * sum(
                 float(curve.errors[rank])
                 for path, curve in self.curves(in_sample=in_sample).items()
                 if (rank := ranks[path]) is not None
             )
-            for name, in_sample in (("in_sample", True), ("held_out", False))
+            for name, in_sample, factor in (("in_sample", True, 1.0), ("held_out", False, whole))
         }
 
     def compress(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from lordjax.calibration.forward_pass import activation_keys
 from lordjax.calibration.observers import observe_pair, sequences_per_step
 from lordjax.calibration.statistics import Moments
-from lordjax.compression.held_out import group_of
+from lordjax.compression.held_out import WHOLE_KEPT, group_of
 from lordjax.compression.sequential import sites_by_stage
 from lordjax.compression.site_factors import site_work
 from lordjax.compression.temperature import TEMPERATURES
@@ -54,8 +54,8 @@ def stages(spec: CompressionSpec) -> dict[str, OpCounts]:
         found["factors"] = all_factors(spec)
     if spec.checks_errors:
         found["held-out check"] = _check(spec)
-        changed = len(spec.trials) * nbytes(spec.block)
-        found["held-out check"].update(Counter(read=block_bytes, put=block_bytes + changed))
+        changed = len(spec.trials) * nbytes(spec.block) + block_bytes  # sites, and a whole plan
+        found["held-out check"].update(Counter(read=2 * block_bytes, put=2 * block_bytes + changed))
     if spec.chooses_temperature:
         found["comparison"] = _comparison(spec)
         found["comparison"].update(weight_traffic((1 + len(TEMPERATURES)) * block_bytes))
@@ -92,11 +92,15 @@ def site_factors(spec: CompressionSpec, site: Site) -> OpCounts:
 
 
 def _check(spec: CompressionSpec) -> OpCounts:
-    """Forward passes of the original model and, from the changed block on, of every variant."""
+    """Forward passes of every variant from its first changed block on, and of the original model.
+
+    First the sites are measured, then a plan beside the original model again.
+    """
     layers, trials = spec.config.num_layers, spec.trials
-    blocks = layers + sum(layers - i for i, *_ in trials)
-    found = _variants(spec, blocks / layers, 1 + len(trials))
+    blocks = 3 * layers + sum(layers - i for i, *_ in trials)
+    found = _variants(spec, blocks / layers, 3 + len(trials))
     fits = [_refit_flops(spec, fraction, group) for _, group, _, fraction in trials]
+    fits.append(layers * _refit_flops(spec, WHOLE_KEPT))
     found["cholesky float64"] += round(sum(fits))
     return found
 

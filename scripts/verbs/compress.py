@@ -323,13 +323,9 @@ def _show_loss(result: dict[str, Any]) -> None:
         )
     if not check:
         return
-    from lordjax.compression.held_out import warning
+    from lordjax.compression.held_out import summary, warning
 
-    ratios = sorted(row["measured"] / row["predicted"] for row in check if row["predicted"] > 0)
-    print(
-        f"checked: {len(check)} cuts of single blocks on held-out sequences; measured over "
-        f"predicted loss {ratios[0]:.2f} to {ratios[-1]:.2f}, median {ratios[len(ratios) // 2]:.2f}"
-    )
+    print(summary(check))
     if (message := warning(check)) is not None:
         say(f"warning: {message}")
 

@@ -8,8 +8,9 @@ from interrupted import CONFIG, TOKENS, small_model
 
 from lordjax.allocation.plan import Plan
 from lordjax.compression import held_out
-from lordjax.compression.held_out import Correction, checked_blocks, compare, group_of, warning
+from lordjax.compression.held_out import Correction, checked_blocks, group_of, summary, warning
 from lordjax.compression.low_rank import HELD_OUT, LEAST_CHECKED, held_out_count, prepare
+from lordjax.compression.variants import compare
 from lordjax.models import Transformer
 from lordjax.runtime.progress import Clock
 
@@ -167,6 +168,14 @@ def test_a_warning_names_the_sites_that_are_far_off():
     assert "layer_0" not in text and "layer_1" not in text
 
 
+def test_a_summary_tells_single_blocks_from_the_plan():
+    rows = [row(0, 0.1, 2.0), row(3, 0.1, 0.5), row(None, 0.2, 1.5, "model", (), ())]
+    assert summary(rows).endswith("is 0.50 to 2.00 of single blocks, 1.50 of a whole plan")
+    assert summary(rows[:2]).endswith("is 0.50 to 2.00 of single blocks")
+    assert Correction(rows).whole == 1.5 and Correction(rows[:2]).whole == 1
+    assert warning([row(None, 0.2, 9.0, "model", (), ())]) is None  # no site is to blame
+
+
 # --- preparations ---------------------------------------------------------------------------------
 
 
@@ -187,8 +196,9 @@ def test_measured_losses_are_those_of_whole_models(prepared):
     np.testing.assert_array_equal(prepared.calibration.tokens, TOKENS[:-1])
     dense, nothing = losses(small_model().params, tokens), dict.fromkeys(prepared.sizes)
     curves, in_sample = prepared.curves(), prepared.curves(in_sample=True)
-    assert len(prepared.checked) == 3 * (3 + 1)  # blocks; MLPs of three widths and an attention
-    for point in prepared.checked:
+    *points, _ = prepared.checked
+    assert len(points) == 3 * (3 + 1)  # blocks; MLPs of three widths and an attention
+    for point in points:
         ranks, found = point["ranks"], {group_of(path) for path in point["ranks"]}
         assert found == {point["group"]}
         assert {int(path[6]) for path in ranks} == {point["layer"]}
@@ -202,13 +212,26 @@ def test_measured_losses_are_those_of_whole_models(prepared):
         assert corrected == pytest.approx(point["ratio"] * point["predicted"])
 
 
+def test_a_plan_is_measured_as_a_whole(prepared):
+    """What a plan of the same budget loses on the held-out sequences is predicted from then on."""
+    row, tokens = prepared.checked[-1], prepared.held_out
+    result = prepared.compress(held_out.WHOLE_KEPT)
+    planned = {path: rank for path, rank in result.plan.ranks.items() if rank is not None}
+    assert row["layer"] is None and row["ranks"] == planned
+    dense = losses(small_model().params, tokens)
+    measured = held_out._loss(losses(result.params, tokens) - dense)
+    assert row["measured"] == pytest.approx(measured, rel=1e-3)
+    assert result.plan.predicted["held_out"] == pytest.approx(row["ratio"] * row["predicted"])
+    assert result.plan.predicted["in_sample"] == pytest.approx(row["in_sample"])
+
+
 def test_predictions_are_in_plan_and_report(prepared):
-    result = prepared.compress(0.6)
+    result, ratio = prepared.compress(0.6), prepared.checked[-1]["ratio"]
     ranks = result.plan.ranks.items()
-    for name, in_sample in (("in_sample", True), ("held_out", False)):
+    for name, in_sample, factor in (("in_sample", True, 1), ("held_out", False, ratio)):
         curves = prepared.curves(in_sample=in_sample)
         expected = sum(curves[path].errors[-1 if r is None else r] for path, r in ranks)
-        assert result.plan.predicted[name] == pytest.approx(expected)
+        assert result.plan.predicted[name] == pytest.approx(factor * expected)
     assert result.report["plan"]["predicted_nats"] == result.plan.predicted
     assert result.report["held_out_check"] == prepared.checked
     assert result.report["seconds"]["held-out check"] > 0
@@ -221,10 +244,10 @@ def test_every_group_of_a_method_is_checked(method):
     prepared = prepare(small_model(), TOKENS, method=method)
     found, curves = prepared.checked, prepared.curves()
     groups = {"lord": {"mlp", "attention"}, "modegpt-cr": {"mlp", "attention/vo", "attention/qk"}}
-    assert {point["group"] for point in found} == groups[method]
+    assert {point["group"] for point in found} == groups[method] | {"model"}
     assert all(point["measured"] >= 0 for point in found)
     assert all(held_out.LEAST <= point["ratio"] <= held_out.MOST for point in found)
-    for point in found:  # more only where the loss of a larger rank is more
+    for point in found[:-1]:  # more only where the loss of a larger rank is more
         corrected = sum(curves[path].errors[rank] for path, rank in point["ranks"].items())
         assert corrected >= point["ratio"] * point["predicted"] * (1 - 1e-6)
 
