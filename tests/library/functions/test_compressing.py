@@ -58,7 +58,7 @@ def test_methods_of_the_table_are_all_known():
     assert set(QUANTIZERS) < set(BUDGETS)
 
 
-@pytest.mark.quick("scanned-lord")
+@pytest.mark.quick("scanned-modegpt")
 @pytest.mark.parametrize("method", BUDGETS)
 @pytest.mark.parametrize("name", ["unrolled", "scanned"])
 def test_every_method_meets_its_budget_and_runs(taken, method, name):
@@ -79,7 +79,7 @@ def test_every_method_meets_its_budget_and_runs(taken, method, name):
     assert found.shape == (2, 6, 29) and np.isfinite(found).all()
 
 
-@pytest.mark.quick("lord")
+@pytest.mark.full
 @pytest.mark.parametrize("method", ["svd-llm", "lord", "auto"])
 def test_stacks_have_one_rank_and_the_sum_of_their_errors(taken, method):
     model, stats = taken("scanned")

@@ -102,7 +102,7 @@ def whole(table, name, method, folds):
     return Plan(method, paths | {name: folds}, None, "given")
 
 
-@pytest.mark.quick("scanned")
+@pytest.mark.full
 @pytest.mark.parametrize(
     "name", ["unrolled", "transposed", "scanned", "rematerialized", "dispatched"]
 )

@@ -36,7 +36,7 @@ def close(found, wanted, tolerance=1e-5):
     np.testing.assert_allclose(np.asarray(found, np.float32), wanted, atol=tolerance * scale)
 
 
-@pytest.mark.quick("scanned", "transposed")
+@pytest.mark.quick("scanned")
 @pytest.mark.parametrize("name", MODELS)
 def test_full_rank_is_the_original(name):
     model = MODELS[name]()
