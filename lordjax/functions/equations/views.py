@@ -78,13 +78,18 @@ class View:
             return True
         return not self.dims[0] or (len(self.dims[0]) == 1 and self.dims[0][0] in self.matrix.stack)
 
+    @property
+    def place(self) -> int | None:
+        """Where the first dimension is in the stack of the matrices; None if it is not there."""
+        stack = () if self.matrix is None else self.matrix.stack
+        axis = self.dims[0][0] if self.dims[0] else (1, 0)  # a stack of one may have no axis
+        return stack.index(axis) if axis in stack else None
+
     def for_scan(self) -> tuple[Any, Callable[[Any], View]]:
         """Returns the arrays to scan over, and a function from a slice of them to its view."""
-        first, matrix = self.dims[0], self.matrix
+        first, matrix, place = self.dims[0], self.matrix, self.place
         value, extra = self.value, self.extra
         stack = () if matrix is None else matrix.stack
-        axis = first[0] if first else (1, 0)  # a stack of one may have an axis, or none
-        place = stack.index(axis) if axis in stack else None
         if isinstance(value, Kernel):
             value = _axis_first(value, place)
         extra = _axis_first(extra, place)

@@ -129,6 +129,24 @@ def test_the_function_is_run_as_it_is(name):
 
 
 @pytest.mark.full
+def test_the_axis_of_a_loop_has_its_place_in_the_stack():
+    model = MODELS["crossed"]()
+    stats = collect(model.apply, model.params, model.batches[:1], loss=loss)
+    own = stats.folds[0]["mix"]
+    assert stats.sites["mix"].stack == (2, LAYERS)
+    x = model.params["embed"][model.batches[0]].reshape(-1, 2, 16)
+    for expert in range(2):
+        rows_ = np.asarray(x[:, expert], np.float64)
+        for i in range(LAYERS):
+            found = np.asarray(own["input"].scatter[expert, i], np.float64)
+            mean = np.asarray(own["input"].mean[expert, i], np.float64)
+            total = found + len(rows_) * np.outer(mean, mean)
+            np.testing.assert_allclose(total, rows_.T @ rows_, atol=1e-4)
+            rows_ = np.tanh(rows_ @ np.asarray(model.params["mix"][expert, i], np.float64))
+    assert own["gradients"].total.shape == (2, LAYERS, 16, 16)
+
+
+@pytest.mark.full
 def test_loops_add_up_and_branches_count_once():
     model = MODELS["recurrent"]()
     stats = collect(model.apply, model.params, model.batches[:1], loss=loss)
