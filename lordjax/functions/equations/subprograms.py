@@ -51,7 +51,7 @@ def _scan(handler: Handler, eqn: Any, values: list[Any]) -> list[Any]:
         for part in (consts, rows)
     )
     rows = [
-        row if not isinstance(row, View) or row.sliceable() else handler.dense(row, "scan")
+        handler.dense(row, "scan") if isinstance(row, View) and not row.sliceable() else row
         for row in rows
     ]
     pairs = [row.for_scan() if isinstance(row, View) else (row, None) for row in rows]

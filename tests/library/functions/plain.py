@@ -162,6 +162,19 @@ def dispatched():
     return Model(apply, params, [tokens(0), tokens(1)])
 
 
+def indexed():
+    """The same stacked blocks, one after the other by their indices."""
+    stack = scanned()
+
+    def apply(params, ids):
+        x = params["embed"][ids]
+        for i in range(LAYERS):
+            x = block(jax.tree.map(lambda a, i=i: a[i], params["blocks"]), x)
+        return x @ params["head"]
+
+    return Model(apply, stack.params, stack.batches)
+
+
 def crossed():
     """Experts of scanned layers, whose parameters begin with the axis of experts."""
 
@@ -213,5 +226,5 @@ def mixed():
     return Model(apply, params, [tokens(0), tokens(1)])
 
 
-_MAKERS = [unrolled, scanned, rematerialized, transposed, experts, dispatched, crossed, recurrent]
-MODELS = {fn.__name__: fn for fn in (*_MAKERS, mixed)}
+_MAKERS = [unrolled, scanned, rematerialized, transposed, experts, dispatched, indexed]
+MODELS = {fn.__name__: fn for fn in (*_MAKERS, crossed, recurrent, mixed)}

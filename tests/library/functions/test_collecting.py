@@ -91,10 +91,10 @@ def flat(tree):
     return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
 
 
-@pytest.mark.parametrize("remat", [False, True])
 @pytest.mark.full
-def test_scanned_layers_have_stacked_statistics(remat):
-    one, stack = unrolled(), scanned(remat)
+@pytest.mark.parametrize("name", ["scanned", "rematerialized", "indexed"])
+def test_stacked_layers_have_stacked_statistics(name):
+    one, stack = unrolled(), MODELS[name]()
     wanted = collect(one.apply, one.params, one.batches, loss=loss)
     found = collect(stack.apply, stack.params, stack.batches, loss=loss)
     for fold, other in zip(found.folds, wanted.folds, strict=True):
