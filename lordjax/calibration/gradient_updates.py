@@ -62,7 +62,7 @@ def update_gradients(
         return moment.update(gradient, mask)
 
     def fisher(path: str, total: Array) -> Array:
-        return _add_fisher(total, *inputs_and_gradient(path), shares)
+        return add_fisher(total, *inputs_and_gradient(path), shares)
 
     def weighted_inputs(path: str, total: SecondMoment) -> SecondMoment:
         x, gradient = inputs_and_gradient(path)
@@ -89,7 +89,7 @@ def update_gradients(
     }
 
 
-def _add_fisher(
+def add_fisher(
     total: Array, x: Float[Array, "b s in"], gradient: Float[Array, "b s out"], shares: int
 ) -> Array:
     """Adds every sequence's squared weight gradient to ``[in, out]``, or summed to ``[in]``.

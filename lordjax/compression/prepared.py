@@ -86,7 +86,8 @@ class Prepared:
     @functools.cached_property
     def _site_errors(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Site path -> its errors in sample, and on unseen tokens; factors are read once."""
-        return {path: _errors(self.factors[path]) for path in self.sizes if path in self.factors}
+        found = self.factors
+        return {path: predicted_errors(found[path]) for path in self.sizes if path in found}
 
     def curves(
         self, sensitivity: Mapping[str, float] | None = None, *, in_sample: bool = False
@@ -315,7 +316,7 @@ class Prepared:
             raise ValueError("the plan does not fit the model: " + "; ".join(sorted(wrong)))
 
 
-def _errors(factors: AnyFactors) -> tuple[np.ndarray, np.ndarray]:
+def predicted_errors(factors: AnyFactors) -> tuple[np.ndarray, np.ndarray]:
     """Returns a site's errors at every rank: on tokens that it is fitted to, and on others.
 
     Let the error on any tokens be b. Fitted to n tokens, it is b - c/n on these and b + c/n on

@@ -90,12 +90,12 @@ def prepare_quantized(
         tokens, mask, mask_token, batch_size, gradient_windows, progress, work, mesh
     )
     check_positive(steps=steps)
-    options = _resolved(method, weighting, rank, factors, feedback)
+    options = method_options(method, weighting, rank, factors, feedback)
     options |= {"formats": tuple(formats), "dtype": dtype, "steps": steps}
     return _take_gradients(Materialized(source), settings, options)
 
 
-def _resolved(
+def method_options(
     method: str,
     weighting: str | None,
     rank: int | None,

@@ -81,7 +81,12 @@ def dense_dtype(dtype: Any | None) -> Any:
     return jnp.dtype(dtype or "float16")
 
 
-def candidate_table(
+def candidate_table(*given: Any) -> Table:
+    """Returns the candidates of a matrix that no other one beats; see `candidate_rows`."""
+    return Table.pareto(candidate_rows(*given))
+
+
+def candidate_rows(
     method: str,
     rank: int | None,
     formats: Sequence[normal_float.Format],
@@ -89,8 +94,8 @@ def candidate_table(
     weights: Weights,
     dtype: Any | None,
     factors: normal_float.Format | None,
-) -> Table:
-    """Returns the candidates of a matrix with their bytes and predicted errors.
+) -> list[tuple[int, float, Candidate]]:
+    """Returns the bytes and the predicted error of every candidate of a matrix.
 
     Args:
       method: a key of `QUANTIZERS`.
@@ -121,7 +126,7 @@ def candidate_table(
         itemsize = dense_dtype(dtype).itemsize
         return candidate_bytes(candidate, shape, itemsize, factors, low_rank=counts_low_rank)
 
-    return Table.pareto((size(candidate), error, candidate) for candidate, error in rows)
+    return [(size(candidate), error, candidate) for candidate, error in rows]
 
 
 def solved_together(

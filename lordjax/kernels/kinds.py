@@ -10,7 +10,9 @@ import jax.numpy as jnp
 
 from lordjax.kernels import normal_float
 from lordjax.kernels.base import Kernel, kernel_fields
+from lordjax.kernels.layout import Rearranged, length
 from lordjax.kernels.low_rank import LowRank
+from lordjax.kernels.pruned import Pruned
 from lordjax.kernels.quantized import LowRankPlusQuantized, NFQuantized
 
 # Name on disk -> class.
@@ -18,6 +20,8 @@ KINDS: dict[str, type[Kernel]] = {
     "low_rank": LowRank,
     "nf_quantized": NFQuantized,
     "low_rank_plus_quantized": LowRankPlusQuantized,
+    "rearranged": Rearranged,
+    "pruned": Pruned,
 }
 
 
@@ -81,12 +85,30 @@ def check(kernel: Any, path: str) -> None:
             _check_low_rank(kernel, path)
         case NFQuantized():
             _check_quantized(kernel, path)
+        case Rearranged():
+            _check_rearranged(kernel, path)
+        case Pruned():
+            if len(kernel.kernel.shape) < 2 or not 1 <= kernel.width <= kernel.size:
+                raise ValueError(
+                    f"{path}: has shape {kernel.kernel.shape}; expected a matrix with 1 to "
+                    f"{kernel.size} neurons"
+                )
         case LowRankPlusQuantized():
             if kernel.base.shape != kernel.low_rank.shape:
                 raise ValueError(
                     f"{path}: base has shape {kernel.base.shape}, low_rank has shape "
                     f"{kernel.low_rank.shape}; expected equal shapes"
                 )
+
+
+def _check_rearranged(kernel: Rearranged, path: str) -> None:
+    layout, shape = kernel.layout, tuple(kernel.kernel.shape)
+    stack = tuple(size for size, _ in layout.stack)
+    expected = (*stack, length(layout.rows), length(layout.cols))
+    if len(shape) < len(expected) or shape[len(shape) - len(expected) :] != expected:
+        raise ValueError(f"{path}: has shape {shape}; expected {expected} after leading axes")
+    if math.prod(layout.shape) != math.prod(expected):
+        raise ValueError(f"{path}: {expected} does not fill a parameter of shape {layout.shape}")
 
 
 def _check_low_rank(kernel: LowRank, path: str) -> None:

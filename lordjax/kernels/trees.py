@@ -17,13 +17,14 @@ from lordjax.names import did_you_mean
 
 
 def path_str(keys: tuple[Any, ...]) -> str:
-    """Returns the "/"-path of a JAX key path, without attribute keys (an NNX variable's value)."""
-    parts = []
-    for key in keys:
-        name = getattr(key, "key", getattr(key, "idx", None))
-        if name is not None:
-            parts.append(str(name))
-    return "/".join(parts)
+    """Returns the "/"-path of a JAX key path.
+
+    The last key is left out if it is the attribute ``value``, which holds an NNX variable's array.
+    """
+    if keys and getattr(keys[-1], "name", None) == "value":
+        keys = keys[:-1]
+    names = ("key", "idx", "name")  # of dicts, of sequences, of dataclasses
+    return "/".join(str(next(getattr(k, n) for n in names if hasattr(k, n))) for k in keys)
 
 
 def flatten(tree: Any) -> dict[str, Any]:

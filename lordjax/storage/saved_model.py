@@ -18,6 +18,7 @@ from lordjax.allocation.plan import Plan
 from lordjax.kernels import base, normal_float, trees
 from lordjax.kernels.base import Kernel
 from lordjax.kernels.kinds import KINDS, check
+from lordjax.kernels.layout import Layout
 from lordjax.models.config import ModelConfig
 from lordjax.models.transformer import init
 from lordjax.names import layer
@@ -29,6 +30,8 @@ def _kernel(kind: str, tensors: Mapping[str, Any], constants: Mapping[str, Any])
     """Returns a kernel from its tensors and the constants that `shards.describe` wrote."""
     if "format" in constants:
         constants = {**constants, "format": normal_float.Format.parse(constants["format"])}
+    if "layout" in constants:
+        constants = {**constants, "layout": Layout.parse(constants["layout"])}
     return KINDS[kind](**tensors, **constants)
 
 

@@ -7,6 +7,7 @@ goes on with the next shard. The files get their final names when all shards exi
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,6 +18,7 @@ from lordjax.allocation.plan import Plan
 from lordjax.kernels import base, normal_float, trees
 from lordjax.kernels.base import Kernel, nbytes
 from lordjax.kernels.kinds import kind_of
+from lordjax.kernels.layout import Layout
 from lordjax.models.config import ModelConfig
 from lordjax.names import layer
 from lordjax.storage.store import Store, get_or_compute
@@ -64,7 +66,13 @@ def tensors(params: Any) -> dict[str, Any]:
 def _constants(kernel: Kernel) -> dict[str, Any]:
     """Returns the fields of a kernel that are no tensors, as JSON."""
     values = {name: getattr(kernel, name) for name in base.kernel_fields(kernel)[1]}
-    return {k: str(v) if isinstance(v, normal_float.Format) else v for k, v in values.items()}
+    return {name: _as_json(value) for name, value in values.items()}
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, Layout):
+        return dataclasses.asdict(value)
+    return str(value) if isinstance(value, normal_float.Format) else value
 
 
 def describe(params: Any) -> dict[str, Any]:

@@ -19,6 +19,7 @@ FLOORS = [
     ["lordjax.storage", "lordjax.data", "lordjax.generation"],
     ["lordjax.calibration", "lordjax.evaluate", "lordjax.finetune", "lordjax.conversions"],
     ["lordjax.compression"],
+    ["lordjax.functions"],
     ["lordjax.forecast"],
     ["lordjax.scripts"],
 ]
@@ -42,6 +43,7 @@ MAY_IMPORT = {
     "lordjax.finetune": JAX | ARRAYS | {"optax", "orbax"},
     "lordjax.compression": JAX | ARRAYS,
     "lordjax.forecast": JAX | ARRAYS,
+    "lordjax.functions": JAX | ARRAYS | {"flax.struct"},
 }
 # Parts that must not know each other, whatever the order allows.
 MAY_NOT_KNOW = {

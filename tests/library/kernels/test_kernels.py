@@ -11,8 +11,10 @@ import pytest
 
 from lordjax.kernels.base import Kernel, materialize, matmul, nbytes
 from lordjax.kernels.kinds import KINDS, check, kind_of, weights
+from lordjax.kernels.layout import Layout, Rearranged
 from lordjax.kernels.low_rank import LowRank
 from lordjax.kernels.normal_float import Format
+from lordjax.kernels.pruned import Pruned
 from lordjax.kernels.quantized import LowRankPlusQuantized, NFQuantized
 
 IN, OUT, RANK, INNER = 12, 10, 5, 3
@@ -61,6 +63,17 @@ def low_rank_of_quantized(lead, dtype):
     return LowRank(encode(factors.left, FOUR), encode(factors.right, TWO))
 
 
+def rearranged(lead, dtype):
+    """A matrix whose inputs are the last axis of the parameter."""
+    pair = LowRank(normal(1, (*lead, OUT, RANK), dtype), normal(2, (*lead, RANK, IN), dtype))
+    return Rearranged(pair, Layout((IN, OUT), (), ((OUT, 1),), ((IN, OUT),)))
+
+
+def pruned(rows):
+    shape, size = ((INNER, OUT), IN) if rows else ((IN, INNER), OUT)
+    return lambda lead, dtype: Pruned(normal(1, (*lead, *shape), dtype), rows, size)
+
+
 class Row(NamedTuple):
     """A kind of kernel: how to make one, and the numbers and bytes that it holds."""
 
@@ -87,6 +100,9 @@ KERNELS = {
     "low_rank_plus_3_bits": Row(
         low_rank_plus_quantized, RANK * (IN + OUT), IN * OUT, BYTES_OF_THREE
     ),
+    "rearranged": Row(rearranged, RANK * (IN + OUT)),
+    "pruned_outputs": Row(pruned(rows=False), IN * INNER),
+    "pruned_inputs": Row(pruned(rows=True), INNER * OUT),
     "low_rank_of_quantized": Row(low_rank_of_quantized, 0, RANK * (IN + OUT), LEFT + RIGHT),
 }
 LEADS = [(), (3,), (2, 3)]

@@ -1,0 +1,255 @@
+"""`compress_params`: a parameter tree and statistics become a tree with kernels, and a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from lordjax.allocation.candidates import QUANTIZERS
+from lordjax.allocation.plan import Plan
+from lordjax.allocation.policies import TILE, allocate, check_policy
+from lordjax.functions.equations.tracing import open_call
+from lordjax.functions.fitting import Fitted, fit_linear, linear_leaves
+from lordjax.functions.fitting_mlp import fit_mlp, mlp_leaves
+from lordjax.functions.quantizing import Quantization
+from lordjax.functions.sites import FunctionSite, Sites
+from lordjax.functions.statistics import Fold, Statistics
+from lordjax.methods import DEFAULT_METHOD, METHODS
+from lordjax.names import did_you_mean
+from lordjax.runtime.progress import Progress
+
+# Policies that read nothing of a site's name; the others know blocks by their numbers.
+NAMELESS = ("uniform", "energy", "global")
+
+
+def compress_params(
+    params: Any,
+    stats: Statistics | Sites,
+    *,
+    method: str = DEFAULT_METHOD,
+    keep: float | None = None,
+    bits: float | None = None,
+    budget_bytes: int | None = None,
+    plan: Plan | None = None,
+    allocation: str | None = None,
+    where: str | None = None,
+    sites: Collection[str] | None = None,
+    progress: Progress | None = None,
+    **quantization: Any,
+) -> tuple[Any, Plan]:
+    """Compresses a parameter tree within a budget, for a function of any kind.
+
+    Only the chosen sites count for a budget; all other parameters stay as they are. A parameter
+    that stacks matrices, of scanned layers or of experts, has one rank for all of them.
+
+    Args:
+      params: the parameters, a pytree of arrays.
+      stats: what `collect` returned; what `find_sites` returned is enough for methods without data
+        (``svd``, ``nf``, and ``lq`` with weighting ``none``).
+      method: a key of `METHODS` that needs no attention module, or of `QUANTIZERS`.
+      keep: fraction of the weights of all sites to keep, in (0, 1], for `METHODS`.
+      bits: average bits per weight of all sites, for `QUANTIZERS`.
+      budget_bytes: bytes of all sites together, instead of ``keep`` or ``bits``.
+      plan: a plan that this function returned, or a person edited, instead of a budget.
+      allocation: ``uniform``, ``energy`` or ``global``; None: the method's own.
+      where: regular expression that is searched in the paths of the sites; None: all.
+      sites: exact paths; see `collect`.
+      progress: called with (stage, done, total).
+      **quantization: options of `QUANTIZERS`: ``weighting``, ``rank``, ``formats``, ``factors``,
+        ``feedback``, ``dtype`` and ``solver``, as for `lordjax.quantize`.
+
+    Returns:
+      A tree of the same structure in which leaves are kernels, for `compressed`; and the plan.
+
+    Raises:
+      KeyError: if the method, the policy or the solver is unknown, or no site matches.
+      ValueError: if not exactly one budget or plan is given, a budget cannot be met, the statistics
+        are those of another tree or lack what the method needs, or the plan does not fit.
+    """
+    method = method if plan is None else plan.method
+    _check_method(method, quantization)
+    _check_budget(method, keep, bits, budget_bytes, plan)
+    call = open_call(params, (), {}, kernels=False)
+    leaves = dict(zip(call.paths, call.leaves, strict=True))
+    table, folds, rows = _opened(stats, leaves, where, sites)
+    if method in QUANTIZERS:
+        solver = quantization.pop("solver", "bisection")
+        able = Quantization(method, rows, leaves, folds, **quantization)
+        new, plan = _quantized(able, bits, budget_bytes, plan, solver)
+    else:
+        run = _LowRank(method, table, rows, leaves, folds, progress)
+        if plan is None:
+            plan = run.plan(keep, budget_bytes, allocation)
+        new = run.apply(plan)
+    return call.rebuild([new.get(path, leaf) for path, leaf in leaves.items()], ())[0][0], plan
+
+
+def _check_method(method: str, options: Collection[str]) -> None:
+    """Raises KeyError or ValueError unless a method works on any function and has the options."""
+    if method not in METHODS and method not in QUANTIZERS:
+        known = [*METHODS, *QUANTIZERS]
+        raise KeyError(f"no method {method!r}; {did_you_mean(method, known)}")
+    if method in QUANTIZERS:
+        return
+    if options:
+        raise ValueError(
+            f"method {method!r} does not quantize; leave out {', '.join(options)}, or use one of "
+            f"{', '.join(QUANTIZERS)}"
+        )
+    others = METHODS[method].kinds - {"linear", "mlp"}
+    if others or METHODS[method].prefix != "dense":
+        why = "attention modules" if others else "a model that is run block by block"
+        raise ValueError(
+            f"method {method!r} needs {why}, which the equations of a function do not show; use "
+            "modegpt or lord"
+        )
+
+
+def _check_budget(method: str, keep: Any, bits: Any, budget_bytes: Any, plan: Plan | None) -> None:
+    """Raises ValueError unless exactly one budget is given, and it is one of the method."""
+    given = {"keep": keep, "bits": bits, "budget_bytes": budget_bytes, "plan": plan}
+    found = [name for name, value in given.items() if value is not None]
+    other = "keep" if method in QUANTIZERS else "bits"
+    if len(found) != 1 or found == [other]:
+        own = "bits" if method in QUANTIZERS else "keep"
+        raise ValueError(
+            f"method {method!r} takes exactly one of {own}, budget_bytes and plan, got "
+            f"{', '.join(found) or 'none'}"
+        )
+    if bits is not None and not bits > 0:
+        raise ValueError(f"bits must be positive, got {bits}")
+    if keep is not None and not 0 < keep <= 1:
+        raise ValueError(f"keep must be in (0, 1], got {keep}")
+
+
+def _opened(
+    stats: Statistics | Sites,
+    leaves: Mapping[str, Any],
+    where: str | None,
+    sites: Collection[str] | None,
+) -> tuple[Sites, Sequence[Fold], list[FunctionSite]]:
+    """Returns the table, the statistics and the chosen sites.
+
+    Raises:
+      ValueError: if a site has no parameter of its shape, or not with the values that the
+        statistics were taken with.
+    """
+    folds: Sequence[Fold] = ()
+    table = stats if isinstance(stats, Sites) else stats.sites
+    if isinstance(stats, Statistics):
+        stats.check(leaves)
+        folds = stats.folds
+        sites = list(folds[0]) if sites is None else sites
+    rows = [table[path] for path in table.chosen(where, sites)]
+    for row in rows:
+        leaf = leaves.get(row.path)
+        if leaf is None or tuple(leaf.shape) != row.shape:
+            got = "nothing" if leaf is None else str(list(leaf.shape))
+            raise ValueError(
+                f"{row.path}: the table of sites is that of another tree; expected "
+                f"{list(row.shape)}, got {got}"
+            )
+    return table, folds, rows
+
+
+def _quantized(
+    run: Quantization,
+    bits: float | None,
+    budget_bytes: int | None,
+    plan: Plan | None,
+    solver: str,
+) -> tuple[dict[str, Any], Plan]:
+    """Returns the new leaves of a budget or a plan, and the plan."""
+    if plan is None:
+        budget = bits * run.count / 8 if bits is not None else float(budget_bytes or 0)
+        plan = run.plan(budget, 8 * budget / run.count, solver)
+    return run.apply(plan), plan
+
+
+class _LowRank:
+    """The sites and MLPs of a function with their factors for all ranks, by name."""
+
+    def __init__(
+        self,
+        method: str,
+        table: Sites,
+        rows: Sequence[FunctionSite],
+        leaves: Mapping[str, Any],
+        folds: Sequence[Fold],
+        progress: Progress | None,
+    ) -> None:
+        self.method, self.table, self.leaves = method, table, leaves
+        chosen = {row.path for row in rows}
+        modules = table.modules if "mlp" in METHODS[method].kinds else ()
+        self.modules = {m.name: m for m in modules if {*m.ups, m.down} <= chosen}
+        inside = {path for m in self.modules.values() for path in (*m.ups, m.down)}
+        self.rows = {row.path: row for row in rows if row.path not in inside}
+        self.weights = sum(leaves[path].nbytes for path in chosen)
+        self.fitted: dict[str, Fitted] = {}
+        names = [*self.modules, *self.rows]
+        for done, name in enumerate(names, 1):
+            if name in self.modules:
+                found = fit_mlp(method, self.modules[name], table, leaves, folds)
+            else:
+                found = fit_linear(method, self.rows[name], leaves[name], folds)
+            self.fitted[name] = found
+            if progress is not None:
+                progress("factors", done, len(names))
+
+    def plan(self, keep: float | None, budget_bytes: int | None, allocation: str | None) -> Plan:
+        """Allocates ranks within a budget."""
+        policy = allocation or METHODS[self.method].allocation
+        check_policy(policy)
+        if policy not in NAMELESS:
+            raise ValueError(
+                f"policy {policy!r} knows blocks by their numbers, which a function's parameters "
+                f"do not have; use {', '.join(NAMELESS)}"
+            )
+        if keep is None:
+            keep = min(1.0, (budget_bytes or 0) / self.weights)
+        in_nats = METHODS[self.method].in_nats
+        curves = {path: each.curve(in_nats=in_nats) for path, each in self.fitted.items()}
+        ranks, gap = allocate(curves, keep, policy, TILE)
+        return Plan(self.method, ranks, keep, policy, gap, predicted=self._loss(ranks))
+
+    def _loss(self, ranks: Mapping[str, int | None]) -> dict[str, float] | None:
+        """Returns the predicted loss of ranks in nats, or None if errors are in other units."""
+        if not METHODS[self.method].in_nats:
+            return None
+        chosen = {path: rank for path, rank in ranks.items() if rank is not None}
+        return {
+            name: sum(float(self.fitted[path].errors[i][rank]) for path, rank in chosen.items())
+            for i, name in enumerate(("in_sample", "held_out"))
+        }
+
+    def apply(self, plan: Plan) -> dict[str, Any]:
+        """Returns the new leaves of a plan, by path.
+
+        Raises:
+          ValueError: if the plan does not fit the sites.
+        """
+        self._check(plan)
+        new: dict[str, Any] = {}
+        for path, rank in plan.ranks.items():
+            if rank is None:
+                continue
+            fitted = self.fitted[path]
+            if path in self.modules:
+                given = self.modules[path], self.table, rank, self.leaves
+                new |= mlp_leaves(self.method, fitted, *given)
+            else:
+                new |= linear_leaves(fitted, self.rows[path], rank, self.leaves)
+        return new
+
+    def _check(self, plan: Plan) -> None:
+        """Raises ValueError unless the plan has a valid rank for every site and for no other."""
+        wrong = [f"{path} is no site" for path in plan.ranks.keys() - self.fitted]
+        wrong += [f"{path} is missing" for path in self.fitted.keys() - plan.ranks]
+        for path in self.fitted.keys() & plan.ranks:
+            rank, size = plan.ranks[path], self.fitted[path].size
+            if rank is not None and not 1 <= rank < size.limit:
+                wrong.append(
+                    f"{path}: rank {rank} is not in [1, {size.limit:.0f}); null keeps it dense"
+                )
+        if wrong:
+            raise ValueError("the plan does not fit the sites: " + "; ".join(sorted(wrong)))

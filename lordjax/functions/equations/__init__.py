@@ -1,0 +1,1 @@
+"""Equations of a function, run with parameters as views; see `lordjax.functions`."""
