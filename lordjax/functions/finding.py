@@ -8,14 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from lordjax.functions.equations.interpreter import Interpreter, bind
 from lordjax.functions.equations.neurons import Neurons
 from lordjax.functions.equations.tracing import Apply, Call, Traced, open_call, trace
 from lordjax.functions.equations.views import Matrix, Product, View, product_of, view_of
 from lordjax.functions.modules import modules_of
-from lordjax.functions.sites import FunctionSite, Sites, is_matrix_like, reason_of
+from lordjax.functions.sites import FunctionSite, Sites, is_float, reason_of
 from lordjax.kernels.layout import Axes, length, merged
 
 
@@ -165,7 +164,7 @@ def sites_of(call: Call, traced: Traced) -> Sites:
 
     def run(leaves: Sequence[Any], inputs: Sequence[Any]) -> Any:
         views = [
-            view_of(path, leaf, leaf.shape, leaf.dtype) if _is_float(leaf) else leaf
+            view_of(path, leaf, leaf.shape, leaf.dtype) if is_float(leaf) else leaf
             for path, leaf in zip(call.paths, leaves, strict=True)
         ]
         return traced.run(recorder, [*views, *inputs])
@@ -183,20 +182,19 @@ def sites_of(call: Call, traced: Traced) -> Sites:
     rows = {
         path: _row(path, leaf, uses.get(path, []), biases.get(path))
         for path, leaf in shapes.items()
-        if is_matrix_like(leaf)
+        if len(leaf.shape) >= 2
     }
     counts = {path: len(found) for path, found in uses.items()}
     return Sites(rows, *modules_of(rows, recorder.flows, recorder.exposed, counts))
-
-
-def _is_float(leaf: Any) -> bool:
-    return len(leaf.shape) >= 1 and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 def _row(path: str, leaf: Any, uses: Sequence[Use], bias: str | None) -> FunctionSite:
     """Returns the row of one parameter."""
     matrices = {use.matrix for use in uses if use.matrix is not None}
     others = [use.name for use in uses if use.matrix is None]
+    reason = reason_of(tuple(leaf.shape), matrices, others)
+    if not is_float(leaf):
+        reason = f"{leaf.dtype}, which is no floating-point dtype"
     return FunctionSite(
         path,
         tuple(leaf.shape),
@@ -204,6 +202,6 @@ def _row(path: str, leaf: Any, uses: Sequence[Use], bias: str | None) -> Functio
         next(iter(matrices)) if len(matrices) == 1 else None,
         tuple(use.name for use in uses),
         sum(use.operations for use in uses),
-        reason_of(tuple(leaf.shape), matrices, others),
+        reason,
         bias,
     )

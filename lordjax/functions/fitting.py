@@ -97,7 +97,7 @@ def fit_linear(method: str, row: FunctionSite, leaf: Any, folds: Sequence[Fold])
     site, factors = Site(row.path, 0, "linear", (row.path,), ""), []
     for i, kernel in enumerate(site_matrices(row, leaf)):
         own = [
-            of_matrix(read(fold[row.path], needs, row.path, name), row, i) if needs else {}
+            of_matrix(read(fold.get(row.path, {}), needs, row.path, name), row, i) if needs else {}
             for fold in folds or ({},)
         ]
         if "gradients" in needs:

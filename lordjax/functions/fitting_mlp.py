@@ -43,7 +43,10 @@ def fit_mlp(
     paths = (*module.ups, module.down)
     site, factors = Site(module.name, 0, "mlp", paths, ""), []
     for i, down in enumerate(site_matrices(row, leaves[row.path])):
-        own = [of_matrix(read(fold[row.path], needs, row.path, method), row, i) for fold in folds]
+        own = [
+            of_matrix(read(fold.get(row.path, {}), needs, row.path, method), row, i)
+            for fold in folds or ({},)
+        ]
         own = [
             {"moments" if n == "input" else n: s for n, s in jax.device_get(each).items()}
             for each in own

@@ -77,8 +77,8 @@ class Quantization:
         if not needs:
             return kernel, matrix_weights(kernel, {}, feedback=self.feedback)
         own = [
-            of_matrix(read(fold[row.path], needs, row.path, self.method), row, index)
-            for fold in self.folds or ({row.path: {}},)
+            of_matrix(read(fold.get(row.path, {}), needs, row.path, self.method), row, index)
+            for fold in self.folds or ({},)
         ]
         return kernel, matrix_weights(kernel, merged(own), feedback=self.feedback)
 

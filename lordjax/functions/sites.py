@@ -192,6 +192,6 @@ def reason_of(
     return None
 
 
-def is_matrix_like(leaf: Any) -> bool:
-    """Returns whether a leaf is a floating-point array with two axes or more."""
-    return len(leaf.shape) >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
+def is_float(leaf: Any) -> bool:
+    """Returns whether a leaf is an array of floating-point numbers with an axis."""
+    return len(leaf.shape) >= 1 and jnp.issubdtype(leaf.dtype, jnp.floating)

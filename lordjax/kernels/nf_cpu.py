@@ -49,6 +49,7 @@ def supported(quantized: Any) -> bool:
     return (
         quantized.codes.ndim == 1
         and whole
+        and fan_in * quantized.fan_out % normal_float.WORD == 0  # codes end with the last word
         and fan_in % form.block == 0
         and _tile_rows(fan_in, quantized.fan_out, TILE) >= min(LEAST, quantized.fan_out)
     )

@@ -52,6 +52,7 @@ def test_moments_are_those_of_the_inputs():
         np.testing.assert_allclose(own["abs_mean"].mean(), np.abs(x).mean(0), atol=1e-5)
 
 
+@pytest.mark.full
 def test_gradients_are_those_at_the_outputs():
     model = unrolled()
     stats = collect(model.apply, model.params, model.batches[:1], loss=loss)
@@ -74,6 +75,7 @@ def test_gradients_are_those_at_the_outputs():
     np.testing.assert_allclose(own["weighted_squares"].total, squares, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.full
 def test_fisher_information_is_that_of_sequences():
     model = unrolled()
     stats = collect(model.apply, model.params, model.batches[:1], loss=loss, method="fwsvd")
@@ -90,6 +92,7 @@ def flat(tree):
 
 
 @pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.full
 def test_scanned_layers_have_stacked_statistics(remat):
     one, stack = unrolled(), scanned(remat)
     wanted = collect(one.apply, one.params, one.batches, loss=loss)
@@ -103,6 +106,7 @@ def test_scanned_layers_have_stacked_statistics(remat):
                     np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-4)
 
 
+@pytest.mark.quick("mixed")
 @pytest.mark.parametrize("name", MODELS)
 def test_the_function_is_run_as_it_is(name):
     model = MODELS[name]()
@@ -124,6 +128,7 @@ def test_the_function_is_run_as_it_is(name):
         assert set(frame) == set(table.names())
 
 
+@pytest.mark.full
 def test_loops_add_up_and_branches_count_once():
     model = MODELS["recurrent"]()
     stats = collect(model.apply, model.params, model.batches[:1], loss=loss)
@@ -161,6 +166,7 @@ def test_weights_leave_tokens_out():
     np.testing.assert_allclose(own.second_moment(), x.T @ x / 10, atol=1e-5)
 
 
+@pytest.mark.full
 def test_weights_that_fit_no_vectors_are_told():
     model = MODELS["recurrent"]()
     stats = collect(model.apply, model.params, model.batches, weights=lambda ids: ids >= 0)
@@ -176,6 +182,7 @@ def test_weights_find_their_axes():
     assert token_weights(weights, (3, 2)) is None and token_weights(None, (2, 3)) is None
 
 
+@pytest.mark.full
 def test_groups_of_sites_are_the_same_in_several_passes():
     model = unrolled()
     names = find_sites(model.apply, model.params, model.batches[0]).names()
@@ -193,6 +200,7 @@ def test_groups_of_sites_are_the_same_in_several_passes():
         _ = wanted | collect(other.apply, other.params, other.batches)
 
 
+@pytest.mark.full
 def test_a_tied_matrix_when_asked_for():
     model = transposed()
     stats = collect(model.apply, model.params, model.batches, sites=["embed"])
@@ -201,6 +209,7 @@ def test_a_tied_matrix_when_asked_for():
         collect(model.apply, model.params, model.batches, where="embed")
 
 
+@pytest.mark.full
 def test_one_program_per_shape():
     model, traces = unrolled(), []
 
@@ -219,6 +228,7 @@ def test_progress_is_reported():
     assert seen == [("statistics", 1, 2), ("statistics", 2, 2)]
 
 
+@pytest.mark.full
 def test_kernels_in_the_tree_are_parameters_themselves():
     from lordjax import compressed, factorize
 

@@ -30,6 +30,7 @@ def test_gated_and_plain_mlps_are_found():
     assert found[1].biases == ("blocks/1/fc1/bias",)
 
 
+@pytest.mark.quick("scanned")
 @pytest.mark.parametrize("name", ["scanned", "rematerialized", "dispatched"])
 def test_mlps_in_loops_and_of_experts_are_stacks(name):
     (module,) = modules(name).modules
@@ -101,6 +102,7 @@ def whole(table, name, method, folds):
     return Plan(method, paths | {name: folds}, None, "given")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "name", ["unrolled", "transposed", "scanned", "rematerialized", "dispatched"]
 )
@@ -123,6 +125,7 @@ def test_pruned_functions_are_the_zero_padded_ones(name):
         assert np.isfinite(leaf).all()
 
 
+@pytest.mark.full
 def test_the_refit_is_that_of_the_method():
     model = transposed()
     stats = collect(model.apply, model.params, model.batches, loss=loss)
@@ -143,6 +146,7 @@ def test_the_refit_is_that_of_the_method():
     np.testing.assert_array_equal(bias[0], model.params["blocks"][0]["fc1"]["bias"][order])
 
 
+@pytest.mark.full
 def test_narrow_products_run():
     model = scanned()
     stats = collect(model.apply, model.params, model.batches, loss=loss)

@@ -36,6 +36,7 @@ def close(found, wanted, tolerance=1e-5):
     np.testing.assert_allclose(np.asarray(found, np.float32), wanted, atol=tolerance * scale)
 
 
+@pytest.mark.quick("scanned")
 @pytest.mark.parametrize("name", MODELS)
 def test_full_rank_is_the_original(name):
     model = MODELS[name]()
@@ -47,6 +48,7 @@ def test_full_rank_is_the_original(name):
     close(found, wanted, tolerance)
 
 
+@pytest.mark.quick("mixed")
 @pytest.mark.parametrize("name", MODELS)
 def test_dense_trees_run_as_they_are(name):
     model = MODELS[name]()
@@ -55,6 +57,7 @@ def test_dense_trees_run_as_they_are(name):
     np.testing.assert_array_equal(np.asarray(found), np.asarray(wanted))
 
 
+@pytest.mark.quick("scanned")
 @pytest.mark.parametrize("name", ["unrolled", "scanned", "rematerialized", "transposed", "experts"])
 def test_gradients_are_those_of_the_matrices(name):
     model = MODELS[name]()
@@ -71,6 +74,7 @@ def test_gradients_are_those_of_the_matrices(name):
         close(a, b, 1e-4)
 
 
+@pytest.mark.full
 def test_factors_are_used_and_not_multiplied_out():
     model = scanned()
     small = factored(model, 2)
@@ -78,6 +82,7 @@ def test_factors_are_used_and_not_multiplied_out():
     assert "16,24" not in text.replace(" ", "")  # the shape of gate and up
 
 
+@pytest.mark.full
 def test_transforms():
     model = unrolled()
     small, fast = factored(model, 4), compressed(model.apply)
@@ -93,6 +98,7 @@ def test_transforms():
     close(jax.vmap(fast, in_axes=(0, None))(stack, model.batches[0])[1], wanted)
 
 
+@pytest.mark.full
 def test_a_block_in_a_scan_of_the_user():
     model = scanned()
     blocks = model.params["blocks"]
@@ -107,6 +113,7 @@ def test_a_block_in_a_scan_of_the_user():
     close(run(compressed(block), small), run(block, blocks))
 
 
+@pytest.mark.quick("factorize")
 @pytest.mark.parametrize("make", [factorize, encode], ids=["factorize", "encode"])
 def test_trees_of_data_free_functions(make):
     model = unrolled()

@@ -71,6 +71,7 @@ def test_what_cannot_be_done_says_why():
         "unused": jnp.ones((2, 2)),
         "scaled": jnp.ones((6, 6)),
         "vector": jnp.ones((6, 1)),
+        "codes": jnp.ones((6, 6), jnp.int8),
     }
 
     def apply(p, x):
@@ -88,6 +89,7 @@ def test_what_cannot_be_done_says_why():
     assert reasons["conv"] == "no product uses it, but conv_general_dilated"
     assert "different matrices" in reasons["twice"]
     assert "product of two parameters" in reasons["pair"]
+    assert reasons["codes"] == "int8, which is no floating-point dtype"
     assert "slice" in reasons["sliced"] and "mul" in reasons["scaled"]
     assert reasons["unused"] == "nothing uses it" and "one output" in reasons["vector"]
 

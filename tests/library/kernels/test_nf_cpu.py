@@ -115,7 +115,13 @@ def test_mapped_over_inputs():
 @pytest.mark.quick("shape0-nf4")
 @pytest.mark.parametrize(
     ("shape", "form"),
-    [((60, 8), "nf4"), ((48, 8), "nf3"), ((96, 8), "nf4"), ((2**17, 11), "nf4")],
+    [
+        ((60, 8), "nf4"),
+        ((48, 8), "nf3"),
+        ((96, 8), "nf4"),
+        ((2**17, 11), "nf4"),
+        ((16, 29), "nf4-4-bfloat16-16-256"),
+    ],
 )
 def test_what_cannot_be_cut_is_decoded_whole(shape, form, monkeypatch):
     monkeypatch.setattr(nf_cpu, "product", None)  # must not be called
