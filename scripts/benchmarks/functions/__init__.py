@@ -1,0 +1,1 @@
+"""Benchmarks of compressing functions that are not ours: one program per claim."""
