@@ -86,13 +86,15 @@ def main(
 @contextlib.contextmanager
 def rotary_base(theta: float) -> Iterator[None]:
     """Gives transformers' FlaxLlama the model's own rotary base; it has 10000 for every model."""
+    import jax.numpy as jnp
     import numpy as np
     from transformers.models.llama import modeling_flax_llama as module
 
-    def table(positions: int, dim: int) -> np.ndarray:
+    def table(positions: int, dim: int) -> Any:
         frequencies = 1.0 / theta ** (np.arange(0, dim, 2) / dim)
         angles = np.outer(np.arange(positions), np.concatenate([frequencies] * 2))
-        return np.concatenate([np.sin(angles), np.cos(angles)], axis=-1)[:, None].astype("float32")
+        both = np.concatenate([np.sin(angles), np.cos(angles)], axis=-1)
+        return jnp.asarray(both[:, None], jnp.float32)
 
     own = module.create_sinusoidal_positions
     module.create_sinusoidal_positions = table
