@@ -27,12 +27,14 @@ class Use:
       name: ``product``, or what else uses it.
       matrix: the matrices that a product sees.
       operations: multiplications and additions of a product.
+      picks: see `View`.
     """
 
     path: str
     name: str
     matrix: Matrix | None = None
     operations: float = 0.0
+    picks: tuple[tuple[int, int, int], ...] = ()
 
 
 class Recorder(Interpreter):
@@ -57,7 +59,8 @@ class Recorder(Interpreter):
         """Notes a product and computes it."""
         found = product_of(view, other.ndim, eqn.params, first=first)
         size = math.prod(other.shape) * math.prod(length(view.dims[i]) for i in found.free)
-        self.uses.append(Use(view.path, "product", found.matrix, 2.0 * size * self.trips))
+        operations = 2.0 * size * self.trips
+        self.uses.append(Use(view.path, "product", found.matrix, operations, view.picks))
         self._matrices.add(view.path)
         if isinstance(other, Neurons):
             other = self._ended(view, other, found)
@@ -188,11 +191,21 @@ def sites_of(call: Call, traced: Traced) -> Sites:
     return Sites(rows, *modules_of(rows, recorder.flows, recorder.exposed, counts))
 
 
+def _covered(picks: Sequence[tuple[tuple[int, int, int], ...]]) -> bool:
+    """Returns whether products with slices of a stack use every matrix of it."""
+    if not all(picks):  # a product with the whole stack
+        return True
+    sizes = {tuple((place, size) for place, size, _ in each) for each in picks}
+    return len(sizes) == 1 and len(set(picks)) == math.prod(size for _, size in sizes.pop())
+
+
 def _row(path: str, leaf: Any, uses: Sequence[Use], bias: str | None) -> FunctionSite:
     """Returns the row of one parameter."""
     matrices = {use.matrix for use in uses if use.matrix is not None}
     others = [use.name for use in uses if use.matrix is None]
     reason = reason_of(tuple(leaf.shape), matrices, others)
+    if reason is None and not _covered([use.picks for use in uses]):
+        matrices, reason = set(), "only some of its slices are in products"
     if not is_float(leaf):
         reason = f"{leaf.dtype}, which is no floating-point dtype"
     return FunctionSite(

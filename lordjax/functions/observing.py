@@ -17,6 +17,7 @@ from lordjax.functions.equations.views import (
     inputs_of,
     outputs_of,
     product_of,
+    unpicked,
     view_of,
 )
 from lordjax.functions.site_statistics import (
@@ -71,7 +72,8 @@ class Collector(Interpreter):
         if self.weights is not None and weights is None:
             self.unweighted.add(view.path)
         outs = outputs_of(y, view, found)
-        self.note({view.path: forward_sums(x, outs, weights, names, depth)})
+        sums = forward_sums(x, outs, weights, names, depth)
+        self.note({view.path: unpicked(view, sums)})
         if view.extra is None:
             return y
         return self._tap(y, x, weights, view, found)

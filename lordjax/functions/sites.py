@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 
+from lordjax.allocation.candidates import QUANTIZERS, Candidate, candidate_bytes
+from lordjax.allocation.plan import Plan
 from lordjax.functions.equations.views import Matrix
 from lordjax.kernels.layout import Layout, length
+from lordjax.kernels.normal_float import Format
 from lordjax.names import did_you_mean
 
 
@@ -147,6 +151,37 @@ class Sites(Mapping[str, FunctionSite]):
             dense = "; ".join(f"{path}: {why}" for path, why in [*self.left_dense.items()][:4])
             raise KeyError(f"{what}; {did_you_mean(where or '', self.names())} left dense: {dense}")
         return found
+
+    def nbytes(self, plan: Plan, dtype: Any = "float16") -> int:
+        """Returns the bytes of all sites of a plan after it, from shapes alone.
+
+        Args:
+          plan: a plan of `compress_params`.
+          dtype: dtype of what a quantized plan does not quantize.
+
+        Raises:
+          KeyError: if an entry of the plan is neither a parameter nor an MLP.
+        """
+        modules = {module.name: module for module in self.modules}
+        factors = None if plan.factors is None else Format.parse(plan.factors)
+        total = 0
+        for name, rank in plan.ranks.items():
+            if name in modules:
+                total += self._module_bytes(modules[name], rank)
+                continue
+            row = self[name]
+            count, shape = math.prod(row.stack), (row.fan_in, row.fan_out)
+            form = plan.formats.get(name)
+            one = Candidate(None if form is None else Format.parse(form), rank)
+            item = jnp.dtype(dtype if plan.method in QUANTIZERS else row.dtype).itemsize
+            total += count * candidate_bytes(one, shape, item, factors)
+        return total
+
+    def _module_bytes(self, module: FunctionModule, width: int | None) -> int:
+        """Returns the bytes of the matrices of an MLP with some neurons; None: all."""
+        paths = (*module.ups, module.down)
+        whole = sum(math.prod(self[p].shape) * jnp.dtype(self[p].dtype).itemsize for p in paths)
+        return whole if width is None else whole // module.width * width
 
     def __str__(self) -> str:
         rows = [("parameter", "matrix", "operations", "uses", "stays dense because")]

@@ -21,7 +21,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from lordjax.functions.equations.handler import Frame, Handler, dense_all, expose_all
 from lordjax.functions.equations.neurons import ELEMENTWISE, Definitions, Neurons, follow
 from lordjax.functions.equations.subprograms import SUBPROGRAMS
-from lordjax.functions.equations.views import EACH_ARRAY, RULES, View
+from lordjax.functions.equations.views import EACH_ARRAY, RULES, View, picked
 from lordjax.kernels.base import Kernel
 
 
@@ -94,6 +94,10 @@ def _run_equation(
         return bind(eqn, values)
     if name in RULES and views[0] and not any(views[1:]):
         return [_view(handler, eqn, values)]
+    if name == "slice" and (part := picked(values[0], eqn.params)) is not None:
+        if isinstance(part.value, Kernel):
+            return [part]
+        return [part.replace(value=bind(eqn, [part.value])[0])]
     if name == "dot_general" and sum(views) == 1:
         first = views[0]
         view, other = values if first else values[::-1]

@@ -51,11 +51,11 @@ def _scan(handler: Handler, eqn: Any, values: list[Any]) -> list[Any]:
         for part in (consts, rows)
     )
     rows = [
-        row if not isinstance(row, View) or row.sliceable() else handler.dense(row, "scan")
+        handler.dense(row, "scan") if isinstance(row, View) and not row.sliceable() else row
         for row in rows
     ]
     pairs = [row.for_scan() if isinstance(row, View) else (row, None) for row in rows]
-    scanned = {row.path for row in rows if isinstance(row, View)}
+    scanned = {row.path: row.place or 0 for row in rows if isinstance(row, View)}
     run = handler.inner(params["jaxpr"], params["length"])
 
     def step(carry: Any, xs: Any) -> tuple[Any, Any, Frame]:
@@ -77,6 +77,9 @@ def _scan(handler: Handler, eqn: Any, values: list[Any]) -> list[Any]:
         sums = {path: _zeros(s) for path, s in shapes.items() if path not in scanned}
     options = {name: params[name] for name in ("length", "reverse", "unroll")}
     (carry, sums), (ys, frame) = lax.scan(body, (init, sums), xs, **options)
+    for path, tree in frame.items():  # the loop's axis goes to its place in the stack
+        place = scanned[path]
+        frame[path] = jax.tree.map(lambda a, place=place: jnp.moveaxis(a, 0, place), tree)
     handler.note(frame)
     handler.note(sums)
     return [*carry, *ys]

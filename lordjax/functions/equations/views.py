@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from lordjax.kernels.base import Kernel, materialize
 from lordjax.kernels.layout import Axes, canonical, dimensions, length, rearranged, reshaped
@@ -48,7 +49,8 @@ class View:
       dims: axes of each dimension.
       dtype: dtype of the view.
       matrix: the matrices of ``value`` if it is a kernel, and those that ``extra`` belongs to.
-      sliced: axes of the parameter that enclosing loops have sliced away.
+      sliced: axes of the parameter that enclosing loops or indices have sliced away.
+      picks: indices that have sliced axes away: place in the stack, size, index.
     """
 
     value: Any
@@ -58,6 +60,7 @@ class View:
     dtype: Any = flax.struct.field(pytree_node=False)
     matrix: Matrix | None = flax.struct.field(pytree_node=False, default=None)
     sliced: Axes = flax.struct.field(pytree_node=False, default=())
+    picks: tuple[tuple[int, int, int], ...] = flax.struct.field(pytree_node=False, default=())
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -74,17 +77,24 @@ class View:
 
     def sliceable(self) -> bool:
         """Whether a loop can slice the first dimension without multiplying a kernel out."""
+        if self.picks:
+            return False
         if self.matrix is None or (self.extra is None and not isinstance(self.value, Kernel)):
             return True
         return not self.dims[0] or (len(self.dims[0]) == 1 and self.dims[0][0] in self.matrix.stack)
 
+    @property
+    def place(self) -> int | None:
+        """Where the first dimension is in the stack of the matrices; None if it is not there."""
+        stack = () if self.matrix is None else self.matrix.stack
+        axis = self.dims[0][0] if self.dims[0] else (1, 0)  # a stack of one may have no axis
+        return stack.index(axis) if axis in stack else None
+
     def for_scan(self) -> tuple[Any, Callable[[Any], View]]:
         """Returns the arrays to scan over, and a function from a slice of them to its view."""
-        first, matrix = self.dims[0], self.matrix
+        first, matrix, place = self.dims[0], self.matrix, self.place
         value, extra = self.value, self.extra
         stack = () if matrix is None else matrix.stack
-        axis = first[0] if first else (1, 0)  # a stack of one may have an axis, or none
-        place = stack.index(axis) if axis in stack else None
         if isinstance(value, Kernel):
             value = _axis_first(value, place)
         extra = _axis_first(extra, place)
@@ -98,6 +108,57 @@ class View:
             return self.replace(value=parts[0], extra=parts[1], **rest)
 
         return (value, extra), sliced
+
+
+def picked(view: View, params: dict[str, Any]) -> View | None:
+    """Returns what is left of a view at one index of a stack.
+
+    The view's value is that of the whole if it is an array. None if a slice is anything else.
+
+    Args:
+      view: the view.
+      params: parameters of a ``slice``.
+    """
+    starts, limits = params["start_indices"], params["limit_indices"]
+    cut = [i for i, n in enumerate(view.shape) if limits[i] - starts[i] != n]
+    if params["strides"] is not None or len(cut) != 1:
+        return None
+    (dim,) = cut
+    if limits[dim] - starts[dim] != 1 or len(view.dims[dim]) != 1:
+        return None
+    axis, index, matrix = view.dims[dim][0], starts[dim], view.matrix
+    stack = () if matrix is None else matrix.stack
+    held = isinstance(view.value, Kernel) or view.extra is not None
+    if held and axis not in stack:
+        return None
+    place = stack.index(axis) if axis in stack else 0
+
+    def at(a: Any) -> Any:
+        return lax.index_in_dim(a, index, place, keepdims=False)
+
+    value = jax.tree.map(at, view.value) if isinstance(view.value, Kernel) else view.value
+    dims = (*view.dims[:dim], (), *view.dims[dim + 1 :])
+    left = tuple(other for other in stack if other != axis)
+    return view.replace(
+        value=value,
+        extra=jax.tree.map(at, view.extra),
+        dims=dims,
+        matrix=None if matrix is None else matrix._replace(stack=left),
+        sliced=(*view.sliced, axis),
+        picks=(*view.picks, (place, axis[0], index)),
+    )
+
+
+def unpicked(view: View, tree: Any) -> Any:
+    """Returns arrays of a view's part of the stack as those of the whole, with zeros elsewhere."""
+    for place, size, index in reversed(view.picks):
+
+        def whole(a: Any, place: int = place, size: int = size, index: int = index) -> Any:
+            zeros = jnp.zeros((*a.shape[:place], size, *a.shape[place:]), a.dtype)
+            return zeros.at[(slice(None),) * place + (index,)].set(a)
+
+        tree = jax.tree.map(whole, tree)
+    return tree
 
 
 def _axis_first(tree: Any, place: int | None) -> Any:

@@ -162,6 +162,35 @@ def dispatched():
     return Model(apply, params, [tokens(0), tokens(1)])
 
 
+def indexed():
+    """The same stacked blocks, one after the other by their indices."""
+    stack = scanned()
+
+    def apply(params, ids):
+        x = params["embed"][ids]
+        for i in range(LAYERS):
+            x = block(jax.tree.map(lambda a, i=i: a[i], params["blocks"]), x)
+        return x @ params["head"]
+
+    return Model(apply, stack.params, stack.batches)
+
+
+def crossed():
+    """Experts of scanned layers, whose parameters begin with the axis of experts."""
+
+    def apply(params, ids):
+        x = params["embed"][ids].reshape(-1, 2, WIDTH).swapaxes(0, 1)
+
+        def body(x, w):
+            return jnp.tanh(jnp.einsum("ecm,emn->ecn", x, w)), None
+
+        x, _ = lax.scan(body, x, jnp.moveaxis(params["mix"], 1, 0))
+        return x.swapaxes(0, 1).reshape(*ids.shape, WIDTH) @ params["head"]
+
+    params = _outer() | {"mix": normal(4, 2, LAYERS, WIDTH, WIDTH)}
+    return Model(apply, params, [tokens(0), tokens(1)])
+
+
 def recurrent():
     """One matrix that every step of a loop uses, and one behind a condition."""
 
@@ -197,7 +226,5 @@ def mixed():
     return Model(apply, params, [tokens(0), tokens(1)])
 
 
-MODELS = {
-    fn.__name__: fn
-    for fn in (unrolled, scanned, rematerialized, transposed, experts, dispatched, recurrent, mixed)
-}
+_MAKERS = [unrolled, scanned, rematerialized, transposed, experts, dispatched, indexed]
+MODELS = {fn.__name__: fn for fn in (*_MAKERS, crossed, recurrent, mixed)}

@@ -91,10 +91,10 @@ def flat(tree):
     return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
 
 
-@pytest.mark.parametrize("remat", [False, True])
 @pytest.mark.full
-def test_scanned_layers_have_stacked_statistics(remat):
-    one, stack = unrolled(), scanned(remat)
+@pytest.mark.parametrize("name", ["scanned", "rematerialized", "indexed"])
+def test_stacked_layers_have_stacked_statistics(name):
+    one, stack = unrolled(), MODELS[name]()
     wanted = collect(one.apply, one.params, one.batches, loss=loss)
     found = collect(stack.apply, stack.params, stack.batches, loss=loss)
     for fold, other in zip(found.folds, wanted.folds, strict=True):
@@ -126,6 +126,24 @@ def test_the_function_is_run_as_it_is(name):
         out, frame = jax.jit(run)(model.params, ids)
         np.testing.assert_array_equal(out, jax.jit(model.apply)(model.params, ids))
         assert set(frame) == set(table.names())
+
+
+@pytest.mark.full
+def test_the_axis_of_a_loop_has_its_place_in_the_stack():
+    model = MODELS["crossed"]()
+    stats = collect(model.apply, model.params, model.batches[:1], loss=loss)
+    own = stats.folds[0]["mix"]
+    assert stats.sites["mix"].stack == (2, LAYERS)
+    x = model.params["embed"][model.batches[0]].reshape(-1, 2, 16)
+    for expert in range(2):
+        rows_ = np.asarray(x[:, expert], np.float64)
+        for i in range(LAYERS):
+            found = np.asarray(own["input"].scatter[expert, i], np.float64)
+            mean = np.asarray(own["input"].mean[expert, i], np.float64)
+            total = found + len(rows_) * np.outer(mean, mean)
+            np.testing.assert_allclose(total, rows_.T @ rows_, atol=1e-4)
+            rows_ = np.tanh(rows_ @ np.asarray(model.params["mix"][expert, i], np.float64))
+    assert own["gradients"].total.shape == (2, LAYERS, 16, 16)
 
 
 @pytest.mark.full

@@ -21,6 +21,7 @@ from lordjax import (
 )
 from lordjax.compression.site_factors import factor_site
 from lordjax.functions.compressing import _check_method
+from lordjax.kernels import trees
 from lordjax.kernels.layout import Rearranged
 from lordjax.models.sites import Site
 
@@ -235,6 +236,21 @@ def test_other_dtypes_are_kept(taken):
         assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype(jnp.bfloat16)}
         out = compressed(model.apply)(small, model.batches[0])
         assert out.dtype == model.apply(params, model.batches[0]).dtype
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("method", ["lord", "modegpt", "auto"])
+@pytest.mark.parametrize("name", ["unrolled", "scanned"])
+def test_bytes_of_a_plan_are_known_from_shapes(taken, name, method):
+    model, stats = taken(name)
+    small, plan = compress_params(model.params, stats, method=method, **BUDGETS[method])
+    shapes = jax.eval_shape(lambda: (model.params, model.batches[0]))
+    table = find_sites(model.apply, *shapes)
+    flat, old = trees.flatten(small), trees.flatten(model.params)
+    sites = sum(nbytes(flat[path]) for path in table.names())
+    assert table.nbytes(plan) == sites < sum(nbytes(old[path]) for path in table.names())
+    with pytest.raises(KeyError, match="no parameter 'x'"):
+        table.nbytes(Plan("svd", {"x": 1}, None, "given"))
 
 
 def refused(taken, match, error=ValueError, params=None, stats=None, **options):

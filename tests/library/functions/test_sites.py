@@ -33,6 +33,13 @@ def test_scanned_leaves_are_stacks(name):
     assert row.operations == LAYERS * 2 * 12 * WIDTH * HIDDEN
 
 
+def test_leaves_that_are_indexed_are_stacks_if_every_matrix_is_used():
+    row = sites("indexed")["blocks/gate"]
+    assert row.stack == (LAYERS,) and row.reason is None and row.uses == ("product",) * LAYERS
+    found = find_sites(lambda p, x: x @ p["w"][1], {"w": jnp.ones((3, 4, 5))}, jnp.ones((2, 4)))
+    assert found["w"].reason == "only some of its slices are in products"
+
+
 def test_experts_are_stacks_and_their_axes_may_come_first():
     row = sites("dispatched")["down"]
     assert row.stack == (2,) and (row.fan_in, row.fan_out) == (HIDDEN, WIDTH)
