@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -21,24 +22,37 @@ from jaxtyping import Array
 from lordjax.kernels import convert, trees
 from lordjax.kernels.base import is_kernel, materialize
 from lordjax.kernels.kinds import weights
+from lordjax.kernels.layout import Layout, Rearranged
 from lordjax.kernels.low_rank import LowRank
 from lordjax.kernels.quantized import LowRankPlusQuantized
 from lordjax.names import is_block_linear
 
+BLOCK_KERNELS = r"layer_\d+/.*/kernel$"  # linear layers of the blocks of our own models
+
 
 def add_adapters(
-    params: Any, *, rank: int, key: Array, scale: float = 1.0, where: str = r"layer_\d+/.*/kernel$"
+    params: Any,
+    *,
+    rank: int,
+    key: Array,
+    scale: float = 1.0,
+    where: str | None = None,
+    sites: Mapping[str, Any] | None = None,
 ) -> Any:
     """Adds a low-rank adapter to each chosen matrix.
 
     The right factor is 0, so the model's outputs do not change before training.
 
     Args:
-      params: nested dict of matrices ``[in, out]`` or kernels of any kind.
+      params: nested dict of matrices ``[..., in, out]`` or kernels of any kind; with ``sites`` the
+        parameters of any function, compressed or not.
       rank: rank of the adapters.
       key: random key for the left factors, uniform within ``± sqrt(scale / in)`` as in PEFT.
       scale: LoRA's ``alpha / rank``.
-      where: regular expression searched in the path of a matrix.
+      where: regular expression searched in the path of a matrix; None: the linear layers of the
+        blocks, or all of ``sites``.
+      sites: the table of `lordjax.find_sites`, which says what the inputs of a parameter are where
+        it is not ``[..., in, out]``.
 
     Returns:
       A tree with `LowRankPlusQuantized` kernels at the chosen paths and adapters in float32. A
@@ -46,27 +60,58 @@ def add_adapters(
 
     Raises:
       KeyError: if no parameter matches; suggests paths.
-      ValueError: if the rank is below 1 or above the smaller side of a matrix.
+      ValueError: if the rank is below 1 or above the smaller side of a matrix, or a parameter has
+        another shape than in ``sites``.
 
     Source: LoRA, arXiv 2106.09685.
     """
-    chosen = trees.select(trees.flatten(params), where)
+    leaves = trees.flatten(params)
+    known = leaves if sites is None else [p for p in leaves if p in sites and not sites[p].reason]
+    chosen = trees.select(known, where or (BLOCK_KERNELS if sites is None else ""))
     keys = dict(zip(chosen, jax.random.split(key, len(chosen)), strict=True))
 
     def replace(path: str, leaf: Any) -> Any:
-        if path not in keys or isinstance(leaf, LowRankPlusQuantized):
+        if path not in keys:
             return leaf
-        fan_in, fan_out = leaf.shape
-        if not 1 <= rank <= min(fan_in, fan_out):
-            raise ValueError(
-                f"{path} {list(leaf.shape)}: adapter rank {rank}; expected 1 to "
-                f"{min(fan_in, fan_out)}, the smaller side of the matrix"
-            )
-        bound = math.sqrt(scale / fan_in)
-        left = jax.random.uniform(keys[path], (fan_in, rank), minval=-bound, maxval=bound)
-        return LowRankPlusQuantized(leaf, LowRank(left, jnp.zeros((rank, fan_out))))
+        layout = None if sites is None else sites[path].layout
+        return _with_adapter(path, leaf, layout, rank, scale, keys[path])
 
     return trees.map_with_path(replace, params)
+
+
+def _with_adapter(
+    path: str, leaf: Any, layout: Layout | None, rank: int, scale: float, key: Array
+) -> Any:
+    """Returns a matrix with an adapter; for a function, in the shape and dtype that it expects."""
+    if isinstance(leaf, LowRankPlusQuantized):
+        return leaf
+    if isinstance(leaf, Rearranged):
+        inner = _with_adapter(path, leaf.kernel, None, rank, scale, key)
+        return leaf.replace(kernel=inner, leaf_dtype=leaf.dtype.name)
+    if layout is not None and not is_kernel(leaf):
+        matrix = leaf if layout.plain else _matrix(path, leaf, layout)
+        inner = _with_adapter(path, matrix, None, rank, scale, key)
+        same = layout.plain and inner.dtype == leaf.dtype
+        return inner if same else Rearranged(inner, layout, leaf.dtype.name)
+    *lead, fan_in, fan_out = leaf.shape
+    if not 1 <= rank <= min(fan_in, fan_out):
+        raise ValueError(
+            f"{path} {list(leaf.shape)}: adapter rank {rank}; expected 1 to "
+            f"{min(fan_in, fan_out)}, the smaller side of the matrix"
+        )
+    bound = math.sqrt(scale / fan_in)
+    left = jax.random.uniform(key, (*lead, fan_in, rank), minval=-bound, maxval=bound)
+    return LowRankPlusQuantized(leaf, LowRank(left, jnp.zeros((*lead, rank, fan_out))))
+
+
+def _matrix(path: str, leaf: Array, layout: Layout) -> Array:
+    """Returns the matrices of a parameter; raises ValueError if it has another shape."""
+    if leaf.shape[leaf.ndim - len(layout.shape) :] != layout.shape:
+        raise ValueError(
+            f"{path} {list(leaf.shape)}: expected {list(layout.shape)} as in sites; leave it out "
+            "(where), or give the sites of the function as it is now"
+        )
+    return layout.to_matrix(leaf)
 
 
 def quantize_bases(params: Any, form: str) -> Any:
@@ -115,6 +160,10 @@ def merge(params: Any) -> Any:
 
 
 def _merged(leaf: Any) -> Any:
+    if isinstance(leaf, Rearranged):
+        inner = _merged(leaf.kernel)
+        same = leaf.replace(kernel=inner)
+        return same if is_kernel(inner) else same.materialize()
     if not isinstance(leaf, LowRankPlusQuantized):
         return leaf
     base, adapter = leaf.base, leaf.low_rank
