@@ -29,7 +29,8 @@ def read_calibration(
 
     Args:
       model: the model, whose tokenizer is used.
-      calibration: a path, ``self``, ``stdlib``, or a mixture of these; None: `CALIBRATION`.
+      calibration: a path, ``self``, ``stdlib``, or a mixture of these; None:
+        `default_calibration`.
       seq_len: tokens of a window; None: those of a .npy array, else `WINDOW` or the model's longest
         sequence.
       samples: largest number of windows; None: as many as the model needs, see `token_count`.
@@ -47,7 +48,8 @@ def read_calibration(
     from lordjax.data import mixtures, token_count
     from lordjax.data.token_windows import fingerprint
 
-    parts = mixtures.parse(calibration or CALIBRATION, (SELF, STANDARD_LIBRARY))
+    given = calibration or default_calibration(model.config)
+    parts = mixtures.parse(given, (SELF, STANDARD_LIBRARY))
     length = shared_length(parts, seq_len, model.config)
     wanted = samples or token_count.default_windows(model.config, length)
     counts = mixtures.window_counts(parts, wanted)
@@ -139,11 +141,17 @@ def _name(part: Part) -> str:
     return names.get(part.source, part.source)
 
 
-def default_name() -> str:
+def default_calibration(config: ModelConfig) -> str:
+    """Returns what is read if --calibration is not given: for a model that writes, its own text."""
+    writes = config.causal and config.head == "causal"
+    return CALIBRATION if writes else STANDARD_LIBRARY
+
+
+def default_name(config: ModelConfig) -> str:
     """Returns what is read if --calibration is not given, for messages."""
     from lordjax.data.mixtures import parse
 
-    parts = parse(CALIBRATION, (SELF, STANDARD_LIBRARY))
+    parts = parse(default_calibration(config), (SELF, STANDARD_LIBRARY))
     return ", ".join(_name(part) for part in parts)
 
 

@@ -39,7 +39,8 @@ from lordjax.scripts.flags.options import (
     "the field 'text', or a .npy array of token ids [sequences, length]. stdlib: the sources of "
     "Python's standard library. self: text that MODEL writes at temperature 1, half of it chats "
     "for a chat model. A list such as a.txt:0.5,self:0.5 mixes these by shares of the sequences; "
-    f"without shares they are equal.  [default: {CALIBRATION}]",
+    f"without shares they are equal.  [default: {CALIBRATION}; stdlib for a model that writes no "
+    "text]",
 )
 @statistics_options
 @click.option(

@@ -52,7 +52,7 @@ def compress_model(
     run, settings, *_ = job_of(method, options, opened.stored_dtype)
     run, settings = _on_mesh(run, settings, options["mesh"])
     write_tokenizer = tokenizer_writer(opened) if multihost.is_primary() else None
-    _note_calibration(method, calibration, needs_tokens=needs_tokens)
+    _note_calibration(opened, method, calibration, needs_tokens=needs_tokens)
     reading = (calibration, samples, seq_len, seed)
     data = _read_calibration(opened, *reading) if needs_tokens else Calibration(None, None, None)
     settings = {
@@ -111,14 +111,16 @@ class Calibration(NamedTuple):
     mask_token: int | None
 
 
-def _note_calibration(method: str, calibration: str | None, *, needs_tokens: bool) -> None:
+def _note_calibration(
+    opened: Model, method: str, calibration: str | None, *, needs_tokens: bool
+) -> None:
     """Says which calibration data is read where that may surprise."""
     from lordjax.runtime import multihost
 
     if not multihost.is_primary():
         return
     if needs_tokens and calibration is None:
-        say(f"calibrating on {default_name()} (--calibration to change)")
+        say(f"calibrating on {default_name(opened.config)} (--calibration to change)")
     if not needs_tokens and calibration is not None:
         say(
             f"note: method {method!r} with these options needs no calibration; {calibration} is "

@@ -11,6 +11,7 @@ from lordjax.data.token_count import LEAST_TOKENS
 from lordjax.data.token_windows import fingerprint, load_tokens
 from lordjax.scripts import calibration_data
 from lordjax.scripts.calibration_data import read_calibration
+from lordjax.scripts.console import CALIBRATION
 from lordjax.scripts.opened_model import open_model
 
 
@@ -86,12 +87,12 @@ def test_own_text_and_the_standard_library_are_parts(model):
 
 
 def test_the_default_is_one_constant(model, monkeypatch, sources):
-    expected, _ = read(model, "stdlib", samples=2)
+    expected, _ = read(model, CALIBRATION, samples=2)
     np.testing.assert_array_equal(read(model, None, samples=2)[0], expected)
     monkeypatch.setattr(calibration_data, "CALIBRATION", f"{sources / 'a.txt'},{sources / 'b'}")
     tokens, facts = read(model, None, samples=2, seq_len=WINDOW)
     assert len(facts["parts"]) == 2 and len(tokens) == 2
-    assert calibration_data.default_name() == facts["source"]
+    assert calibration_data.default_name(model.config) == facts["source"]
 
 
 def test_a_part_with_too_little_text_is_named(model, sources, capsys):
@@ -151,3 +152,4 @@ def test_models_that_write_no_text(tmp_path, model):
     encoder = dataclasses.replace(model, config=dataclasses.replace(model.config, head="masked"))
     with pytest.raises(ValueError, match=r"self: .* has head 'masked' and writes no text"):
         read(encoder, "self")
+    assert calibration_data.default_calibration(encoder.config) == "stdlib"
