@@ -178,14 +178,14 @@ def test_variants_of_a_check_are_in_memory_at_once():
 
 
 def test_a_check_runs_the_blocks_from_the_changed_one_on():
-    """Half of its blocks come from the middle of the model on average, and every head is whole."""
+    """A variant runs from its own block on. Three models are whole: a plan, the original twice."""
     one, two = (stages(job(layers))["held-out check"] for layers in (1, 2))
     trials = [len(job(layers).trials) for layers in (1, 2)]
     assert trials == [4, 8]
-    # Runs of a block: 1 + 4, and 2 + 4 · (2 + 1); runs of the head: 1 + 4 and 1 + 8.
-    block, head = np.linalg.solve([[5, 5], [14, 9]], [flops.total(one), flops.total(two)])
+    # Runs of a block: 3 + 4, and 3 · 2 + 4 · (2 + 1); runs of the head: 3 + 4 and 3 + 8.
+    block, head = np.linalg.solve([[7, 7], [18, 11]], [flops.total(one), flops.total(two)])
     assert block > 0 and head > 0
-    assert flops.total(stages(job(3))["held-out check"]) == pytest.approx(27 * block + 13 * head)
+    assert flops.total(stages(job(3))["held-out check"]) == pytest.approx(33 * block + 15 * head)
 
 
 def test_seconds_are_work_over_rate():
