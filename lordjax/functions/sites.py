@@ -148,8 +148,8 @@ class Sites(Mapping[str, FunctionSite]):
             found = [path for path in found if re.search(where, path)]
         if not found:
             what = "the function has no site" if where is None else f"no site matches {where!r}"
-            dense = "; ".join(f"{path}: {why}" for path, why in [*self.left_dense.items()][:4])
-            raise KeyError(f"{what}; {did_you_mean(where or '', self.names())} left dense: {dense}")
+            dense = [f"{path} stays dense: {why}" for path, why in [*self.left_dense.items()][:4]]
+            raise KeyError("; ".join([what, did_you_mean(where or "", self.names()), *dense]))
         return found
 
     def nbytes(self, plan: Plan, dtype: Any = "float16") -> int:

@@ -89,8 +89,14 @@ def checksums(leaves: Mapping[str, Any]) -> dict[str, int]:
 @jax.jit
 def _checksums(leaves: dict[str, Any]) -> dict[str, Any]:
     def one(leaf: Any) -> Any:
-        bits = jnp.asarray(leaf).astype(jnp.float32)
-        return jnp.sum(jax.lax.bitcast_convert_type(bits, jnp.uint32), dtype=jnp.uint32)
+        values = jnp.asarray(leaf).astype(jnp.float32)
+        bits = jax.lax.bitcast_convert_type(values, jnp.uint32)
+        place = jnp.arange(bits.size, dtype=jnp.uint32).reshape(bits.shape)
+        # Mixed as in MurmurHash3: a plain sum would miss powers of two and permutations.
+        mixed = bits + place * jnp.uint32(0x9E3779B9)
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+            mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
+        return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
 
     return {path: one(leaf) for path, leaf in leaves.items()}
 

@@ -13,6 +13,7 @@ from lordjax.calibration.backward_pass import gradient_basis
 from lordjax.functions.equations.tracing import open_call
 from lordjax.functions.observing import observe
 from lordjax.functions.site_statistics import needs_of, statistics_of, token_weights
+from lordjax.functions.statistics import checksums
 from lordjax.kernels import trees
 
 
@@ -302,3 +303,13 @@ def test_paths_are_those_of_the_tree():
     model = unrolled()
     names = find_sites(model.apply, model.params, model.batches[0]).names()
     assert set(names) < set(trees.flatten(model.params))
+
+
+@pytest.mark.parametrize(
+    "change", [lambda a: 2 * a, lambda a: a[::-1], lambda a: a.at[7, 3].set(0.1), jnp.zeros_like]
+)
+def test_checksums_tell_parameters_apart(change):
+    """Also where the bits of all numbers change alike: 1024 times 2^23 is 0 in 32 bits."""
+    weights = jax.random.normal(jax.random.key(0), (16, 64))
+    found = checksums({"same": jnp.array(weights), "a": weights, "b": change(weights)})
+    assert found["same"] == found["a"] != found["b"]
