@@ -98,7 +98,7 @@ def _check(spec: CompressionSpec) -> OpCounts:
     """
     layers, trials = spec.config.num_layers, spec.trials
     blocks = 3 * layers + sum(layers - i for i, *_ in trials)
-    found = _variants(spec, blocks / layers, 3 + len(trials))
+    found = _variants(spec, blocks / layers, 3 + len(trials), comparisons=2)
     fits = [_refit_flops(spec, fraction, group) for _, group, _, fraction in trials]
     fits.append(layers * _refit_flops(spec, WHOLE_KEPT))
     found["cholesky float64"] += round(sum(fits))
@@ -114,7 +114,7 @@ def _comparison(spec: CompressionSpec) -> OpCounts:
     return found
 
 
-def _variants(spec: CompressionSpec, passes: float, heads: int) -> OpCounts:
+def _variants(spec: CompressionSpec, passes: float, heads: int, comparisons: int = 1) -> OpCounts:
     """Runs of all blocks on the held-out sequences, and evaluations of the head."""
     batch = sequences_per_step(spec.held_out, spec.length)
     with jax.default_matmul_precision("highest"):
@@ -127,7 +127,8 @@ def _variants(spec: CompressionSpec, passes: float, heads: int) -> OpCounts:
         steps = [flops.scaled(blocks_ops(spec, batch, {}), passes), flops.scaled(head, heads)]
         if spec.config.head == "classes":  # the targets
             decide, x = functools.partial(decisions, spec.config), spec.residual_stream(batch)
-            steps.append(flops.count_ops(decide, spec.non_block_params, x))
+            ops = flops.count_ops(decide, spec.non_block_params, x)
+            steps.append(flops.scaled(ops, comparisons))
     return flops.scaled(flops.merged(steps), spec.held_out / batch)
 
 
