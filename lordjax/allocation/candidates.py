@@ -7,12 +7,14 @@ and quantized with a low-rank term are one problem.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from lordjax.allocation.knapsack import SOLVERS
 from lordjax.kernels import normal_float
+from lordjax.names import did_you_mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,3 +154,39 @@ class Table:
             )
             for size, error, form, rank in rows
         )
+
+
+def check_solver(name: str) -> None:
+    """Raises KeyError with a suggestion if there is no such solver."""
+    if name not in SOLVERS:
+        raise KeyError(f"no solver {name!r}; {did_you_mean(name, SOLVERS)}")
+
+
+def choose(
+    tables: Mapping[str, Table], budget: float, count: int, method: str, solver: str
+) -> tuple[dict[str, Candidate], float]:
+    """Chooses a candidate for every matrix: least predicted error within a budget.
+
+    Args:
+      tables: site path -> candidates.
+      budget: bytes of all matrices together.
+      count: number of weights of all matrices, for messages.
+      method: name of the method, for messages.
+      solver: a key of `SOLVERS`; see `check_solver`.
+
+    Returns:
+      Site path -> candidate, and the gap to the best possible error.
+
+    Raises:
+      ValueError: if the budget cannot be met.
+    """
+    least = sum(table.sizes[0] for table in tables.values())
+    if least > budget:
+        raise ValueError(
+            f"{8 * budget / count:.4g} bits per weight cannot be met: method {method!r} needs at "
+            f"least {8 * least / count:.4g}; ask for more"
+        )
+    columns = [t.sizes for t in tables.values()], [t.errors for t in tables.values()]
+    found = SOLVERS[solver](*columns, budget)
+    pairs = zip(tables.items(), found.index, strict=True)
+    return {path: table.candidates[i] for (path, table), i in pairs}, found.gap

@@ -15,8 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lordjax.allocation.candidates import Candidate, Table
-from lordjax.allocation.knapsack import SOLVERS
+from lordjax.allocation.candidates import Candidate, Table, check_solver, choose
 from lordjax.allocation.plan import Plan
 from lordjax.calibration.backward_pass import site_gradients
 from lordjax.calibration.calibration_set import Calibration
@@ -44,7 +43,7 @@ from lordjax.kernels.convert import cast
 from lordjax.methods.quantized.weightings import Weights, weighting_method
 from lordjax.models.sites import LINEAR_SITES, Site, site_path
 from lordjax.models.source import Source
-from lordjax.names import did_you_mean, layer, layer_index
+from lordjax.names import layer, layer_index
 from lordjax.runtime.progress import Clock, Progress, peak_rss
 from lordjax.storage.shards import REST, join_blocks, open_shards, write_shard_once
 from lordjax.storage.store import MemoryStore, Store, digest
@@ -146,22 +145,12 @@ class Quantizer:
             raise ValueError(
                 f"give exactly one of bits and budget_bytes, got {bits} and {budget_bytes}"
             )
-        if solver not in SOLVERS:
-            raise KeyError(f"no solver {solver!r}; {did_you_mean(solver, SOLVERS)}")
-        tables = self.tables.values()
+        check_solver(solver)
         bad = [path for path, table in self.tables.items() if not np.isfinite(table.errors).all()]
         if bad:
             raise ValueError(f"broken weights: predicted errors are not finite at {', '.join(bad)}")
-        least = sum(table.sizes[0] for table in tables)
-        if least > budget:
-            raise ValueError(
-                f"{8 * budget / self.count:.4g} bits per weight cannot be met: method "
-                f"{self.method!r} needs at least {8 * least / self.count:.4g}; ask for more"
-            )
-        found = SOLVERS[solver]([t.sizes for t in tables], [t.errors for t in tables], budget)
-        index = zip(self.tables.items(), found.index, strict=True)
-        chosen = {path: table.candidates[i] for (path, table), i in index}
-        return self._plan(chosen, solver, found.gap, 8 * budget / self.count)
+        chosen, gap = choose(self.tables, budget, self.count, self.method, solver)
+        return self._plan(chosen, solver, gap, 8 * budget / self.count)
 
     def uniform(self, form: normal_float.Format | None, rank: int | None = None) -> Plan:
         """Returns the plan that stores all matrices alike.

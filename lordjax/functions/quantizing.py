@@ -9,8 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lordjax.allocation.candidates import FORMATS, Candidate, Table
-from lordjax.allocation.knapsack import SOLVERS
+from lordjax.allocation.candidates import FORMATS, Candidate, Table, check_solver, choose
 from lordjax.allocation.plan import Plan
 from lordjax.calibration.statistics import merged
 from lordjax.compression.quantized import check_rank, method_options
@@ -107,24 +106,14 @@ class Quantization:
           KeyError: if the solver is unknown.
           ValueError: if the budget cannot be met.
         """
-        if solver not in SOLVERS:
-            raise KeyError(f"no solver {solver!r}; {did_you_mean(solver, SOLVERS)}")
-        tables = self.tables.values()
-        least = sum(table.sizes[0] for table in tables)
-        if least > budget:
-            raise ValueError(
-                f"{8 * budget / self.count:.4g} bits per weight cannot be met: method "
-                f"{self.method!r} needs at least {8 * least / self.count:.4g}; ask for more"
-            )
-        found = SOLVERS[solver]([t.sizes for t in tables], [t.errors for t in tables], budget)
-        items = zip(self.tables.items(), found.index, strict=True)
-        chosen = {path: table.candidates[i] for (path, table), i in items}
+        check_solver(solver)
+        chosen, gap = choose(self.tables, budget, self.count, self.method, solver)
         return Plan(
             method=self.method,
             ranks={path: each.rank for path, each in chosen.items()},
             keep=None,
             policy=solver,
-            gap=found.gap,
+            gap=gap,
             formats={path: str(c.form) for path, c in chosen.items() if c.form is not None},
             factors=None if self.factors is None else str(self.factors),
             bits=bits,
