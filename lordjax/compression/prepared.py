@@ -19,10 +19,11 @@ import jax
 import numpy as np
 
 from lordjax.allocation.curves import Curve
+from lordjax.allocation.measured_errors import Correction, Place
 from lordjax.allocation.plan import Plan, SiteSize, summary
 from lordjax.allocation.policies import CURVELESS, INFLUENCED, TILE, allocate, check_policy
 from lordjax.calibration.calibration_set import Calibration
-from lordjax.compression.held_out import Correction
+from lordjax.compression.held_out import places_of
 from lordjax.compression.result import Result, layer_report, verify
 from lordjax.compression.sequential import sequential
 from lordjax.compression.site_factors import AnyFactors, replace_kernels
@@ -84,6 +85,11 @@ class Prepared:
         return METHODS[self.method]
 
     @functools.cached_property
+    def places(self) -> dict[str, Place]:
+        """Site path -> where it is in the model."""
+        return places_of(self.sizes)
+
+    @functools.cached_property
     def _site_errors(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Site path -> its errors in sample, and on unseen tokens; factors are read once."""
         found = self.factors
@@ -103,7 +109,7 @@ class Prepared:
           sensitivity: site path -> factor on its errors; None: 1 for all.
           in_sample: whether to return the errors on the tokens that the factors are fitted to.
         """
-        method, correction = self.definition, Correction(self.checked)
+        method, correction = self.definition, Correction(self.checked, self.places)
         sites = counted_sites(method.kinds, self.source.config)
         curves = {}
         for path, size in self.sizes.items():
@@ -173,7 +179,7 @@ class Prepared:
         """Returns the predicted loss of ranks in nats, or None if errors are in other units."""
         if not self.definition.in_nats or not self.factors:
             return None
-        whole = Correction(self.checked).whole
+        whole = Correction(self.checked, self.places).whole
         return {
             name: factor
             * sum(

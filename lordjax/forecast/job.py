@@ -10,10 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lordjax.allocation.measured_errors import trials
 from lordjax.allocation.policies import CURVELESS, INFLUENCED
 from lordjax.calibration.backward_pass import needs_gradients
 from lordjax.calibration.observers import sequences_per_step
-from lordjax.compression.held_out import trials
+from lordjax.compression.held_out import places_of
 from lordjax.compression.low_rank import GRADIENT_WINDOWS, checks_errors, held_out_count
 from lordjax.compression.site_factors import on_host
 from lordjax.forecast import shapes
@@ -194,10 +195,10 @@ class CompressionSpec(CalibrationSpec):
 
     @property
     def trials(self) -> list[tuple[int, str, list[str], float]]:
-        """What the check of predicted errors measures; see `held_out.trials`."""
+        """What the check of predicted errors measures; see `measured_errors.trials`."""
         layers = self.config.num_layers
         paths = [site_path(i, site) for i in range(layers) for site in self.sites]
-        return trials(paths, layers) if self.checks_errors else []
+        return trials(places_of(paths)) if self.checks_errors else []
 
     @property
     def cross_fits(self) -> bool:

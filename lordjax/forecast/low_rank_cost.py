@@ -15,10 +15,11 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
+from lordjax.allocation.measured_errors import WHOLE_KEPT
 from lordjax.calibration.forward_pass import activation_keys
 from lordjax.calibration.observers import observe_pair, sequences_per_step
 from lordjax.calibration.statistics import Moments
-from lordjax.compression.held_out import WHOLE_KEPT, group_of
+from lordjax.compression.held_out import group_of
 from lordjax.compression.sequential import sites_by_stage
 from lordjax.compression.site_factors import site_work
 from lordjax.compression.temperature import TEMPERATURES

@@ -325,7 +325,7 @@ def _show_loss(result: dict[str, Any]) -> None:
         )
     if not check:
         return
-    from lordjax.compression.held_out import summary, warning
+    from lordjax.allocation.measured_errors import summary, warning
 
     print(summary(check))
     if (message := warning(check)) is not None:
