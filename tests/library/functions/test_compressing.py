@@ -129,7 +129,7 @@ def test_predicted_errors_are_those_of_the_outputs(taken):
     model, stats = taken("unrolled")
     plan = dict.fromkeys(stats.sites.names()) | {"blocks/1/gate": 3}
     small, _ = compress_params(model.params, stats, plan=Plan("svd-llm", plan, None, "given"))
-    from lordjax.functions.fitting import fit_linear
+    from lordjax.functions.fitting.linear import fit_linear
 
     leaf = model.params["blocks"][1]["gate"]
     fitted = fit_linear("svd-llm", stats.sites["blocks/1/gate"], leaf, stats.folds)

@@ -11,7 +11,7 @@ from flax import nnx
 from plain import MODELS, loss, scanned, unrolled
 
 from lordjax import LowRank, compressed, encode, factorize, find_sites, materialize, nbytes
-from lordjax.functions.fitting import as_leaf
+from lordjax.functions.fitting.linear import as_leaf
 from lordjax.kernels import trees
 
 

@@ -19,7 +19,7 @@ from lordjax.compression.quantized_matrix import (
     matrix_weights,
     replaced_matrices,
 )
-from lordjax.functions.fitting import as_leaf, read, stacked
+from lordjax.functions.fitting.linear import as_leaf, read, stacked
 from lordjax.functions.sites import FunctionSite
 from lordjax.functions.statistics import Fold, of_matrix, site_matrices
 from lordjax.kernels import normal_float

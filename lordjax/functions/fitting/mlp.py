@@ -10,7 +10,7 @@ import numpy as np
 
 from lordjax.allocation.plan import SiteSize
 from lordjax.compression.site_factors import collect_factors, launch_factorization
-from lordjax.functions.fitting import Fitted, as_leaf, read, summed_errors
+from lordjax.functions.fitting.linear import Fitted, as_leaf, read, summed_errors
 from lordjax.functions.placing import placed_like
 from lordjax.functions.sites import FunctionModule, Sites
 from lordjax.functions.statistics import Fold, of_matrix, site_matrices
