@@ -176,6 +176,25 @@ def check(model: Checked, measure: Measure) -> None:
     model.checked.append(row | _compared(predicted, loss))
 
 
+def predicted_loss(model: Checked, ranks: Mapping[str, int | None]) -> dict[str, float]:
+    """Returns the predicted loss of ranks in nats, ``in_sample`` and on ``held_out`` data.
+
+    Args:
+      model: a model with errors in nats.
+      ranks: site path -> rank; None: dense.
+    """
+    whole = Correction(model.checked, model.places).whole
+    return {
+        name: factor
+        * sum(
+            float(curve.errors[rank])
+            for path, curve in model.curves(in_sample=in_sample).items()
+            if (rank := ranks[path]) is not None
+        )
+        for name, in_sample, factor in (("in_sample", True, 1.0), ("held_out", False, whole))
+    }
+
+
 def _rows(chosen: Sequence[Point], losses: Sequence[float]) -> list[dict[str, Any]]:
     """Returns the rows of `check` for the measured losses of points."""
     trust, rows = _trust(chosen, losses), []

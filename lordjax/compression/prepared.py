@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from lordjax.allocation.curves import Curve
-from lordjax.allocation.measured_errors import Correction, Place
+from lordjax.allocation.measured_errors import Correction, Place, predicted_loss
 from lordjax.allocation.plan import Plan, SiteSize, summary
 from lordjax.allocation.policies import CURVELESS, INFLUENCED, TILE, allocate, check_policy
 from lordjax.calibration.calibration_set import Calibration
@@ -84,7 +84,7 @@ class Prepared:
         """The method."""
         return METHODS[self.method]
 
-    @functools.cached_property
+    @property
     def places(self) -> dict[str, Place]:
         """Site path -> where it is in the model."""
         return places_of(self.sizes)
@@ -179,16 +179,7 @@ class Prepared:
         """Returns the predicted loss of ranks in nats, or None if errors are in other units."""
         if not self.definition.in_nats or not self.factors:
             return None
-        whole = Correction(self.checked, self.places).whole
-        return {
-            name: factor
-            * sum(
-                float(curve.errors[rank])
-                for path, curve in self.curves(in_sample=in_sample).items()
-                if (rank := ranks[path]) is not None
-            )
-            for name, in_sample, factor in (("in_sample", True, 1.0), ("held_out", False, whole))
-        }
+        return predicted_loss(self, ranks)
 
     def compress(
         self,

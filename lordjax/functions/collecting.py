@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,9 +10,10 @@ import jax.numpy as jnp
 
 from lordjax.allocation.candidates import QUANTIZERS
 from lordjax.calibration.backward_pass import gradient_basis
-from lordjax.functions.equations.tracing import Apply, Call, open_call, trace
+from lordjax.functions.equations.tracing import Apply, Call, jitted_once, open_call, trace
 from lordjax.functions.finding import sites_of
-from lordjax.functions.observing import Loss, Wanted, observe
+from lordjax.functions.held_out import MOST_HELD_OUT, HeldOut, Loss, held_out_count
+from lordjax.functions.observing import Wanted, observe
 from lordjax.functions.placing import statistic_shardings
 from lordjax.functions.site_statistics import GRADIENTS, add, needs_of, statistics_of, zeros_of
 from lordjax.functions.sites import Sites
@@ -38,20 +39,21 @@ def collect(
 ) -> Statistics:
     """Runs a function on batches and takes statistics of its products with parameters.
 
-    The function's equations are run as they are, in one jitted pass per batch; batches of one shape
-    share a program. Statistics are float32 sums at the highest matmul precision. Batches go to two
-    folds in turn, so that errors can be judged on data that the factors have not seen.
+    The function's equations run as they are, in one jitted pass per batch; batches of one shape
+    share a program. Sums are float32 at the highest matmul precision. Batches go to two folds in
+    turn, so that errors can be judged on other data.
 
     Args:
       apply: function ``(params, *batch) -> outputs``.
       params: its parameters, a pytree of arrays.
       batches: what follows ``params`` in a call. A tuple is several arguments, anything else one.
+        With a loss, the last one of 8 or more is held out, the last two of 32 or more, with which
+        `compress_params` checks its predictions.
       loss: function ``(outputs, *batch) -> losses`` of the targets, 0 where there is none, of any
         shape. Their sum is differentiated by the outputs of all products, in one backward pass.
-        A mean gives the same plans, but predicted errors in another unit than nats. None: no
-        gradients.
-      weights: function ``(*batch) -> one weight per token``, such as the attention mask
-        ``[batch, length]``. None: all tokens count.
+        A mean gives predicted errors in another unit than nats. None: no gradients.
+      weights: function ``(*batch) -> one weight per token``, such as an attention mask. None: all
+        tokens count.
       method: the methods that will read the statistics; None: all but those that need Fisher
         information (``fwsvd``).
       where: regular expression that is searched in the paths of the sites; None: all.
@@ -69,20 +71,37 @@ def collect(
     """
     methods = [method] if isinstance(method, str) else None if method is None else list(method)
     needs = _checked_needs(methods, loss)
-    total = len(batches) if hasattr(batches, "__len__") else 0  # pyright: ignore
     run: Collection | None = None
+    last: list[tuple[Any, ...]] = []  # batches that may be held out
     count = 0
-    for count, batch in enumerate(batches, 1):
-        args = batch if isinstance(batch, tuple) else (batch,)
-        call = open_call(params, args, {}, kernels=False)
+    for count, args in enumerate(_counted(batches, progress), 1):
+        last.append(args)
         if run is None:
-            run = Collection(apply, call, needs, loss, weights, where, sites)
-        run.add(call)
-        if progress is not None:
-            progress("statistics", count, max(total, count))
+            run = Collection(apply, params, args, needs, loss, weights, where, sites)
+        if count > MOST_HELD_OUT:
+            run.add(last.pop(0))
     if run is None:
         raise ValueError("there is no batch; expected at least one")
-    return run.statistics()
+    kept = held_out_count(count) if _may_check(methods, loss) else 0
+    while len(last) > kept:
+        run.add(last.pop(0))
+    return run.statistics(last)
+
+
+def _counted(batches: Iterable[Any], progress: Progress | None) -> Iterator[tuple[Any, ...]]:
+    """Yields the arguments of every batch, and reports progress when it was used."""
+    total = len(batches) if hasattr(batches, "__len__") else 0  # pyright: ignore
+    for count, batch in enumerate(batches, 1):
+        yield batch if isinstance(batch, tuple) else (batch,)
+        if progress is not None:
+            progress("statistics", count, max(total, count))
+
+
+def _may_check(methods: Sequence[str] | None, loss: Loss | None) -> bool:
+    """Returns whether some methods predict losses in nats, which can be checked."""
+    if loss is None:
+        return False
+    return methods is None or any(m in METHODS and METHODS[m].in_nats for m in methods)
 
 
 def _checked_needs(methods: Sequence[str] | None, loss: Loss | None) -> frozenset[str]:
@@ -104,7 +123,8 @@ class Collection:
 
     Args:
       apply: the function.
-      call: the arguments of the first batch.
+      params: its parameters.
+      args: the other arguments of the first batch.
       needs: names of what methods need.
       loss: see `collect`.
       weights: see `collect`.
@@ -115,14 +135,16 @@ class Collection:
     def __init__(
         self,
         apply: Apply,
-        call: Call,
+        params: Any,
+        args: tuple[Any, ...],
         needs: frozenset[str],
         loss: Loss | None = None,
         weights: Callable[..., Any] | None = None,
         where: str | None = None,
         paths: Iterable[str] | None = None,
     ) -> None:
-        self.apply, self.loss, self.weights = apply, loss, weights
+        self.apply, self.params, self.loss, self.weights = apply, params, loss, weights
+        call = open_call(params, args, {}, kernels=False)
         self.sites = sites_of(call, trace(apply, call))
         chosen = self.sites.chosen(where, None if paths is None else list(paths))
         inner = inner_sites(self.sites)
@@ -161,8 +183,9 @@ class Collection:
             for path, own in fold.items()
         }
 
-    def add(self, call: Call) -> None:
-        """Adds the statistics of one batch."""
+    def add(self, args: tuple[Any, ...]) -> None:
+        """Adds the statistics of one batch, given by the arguments that follow the parameters."""
+        call = open_call(self.params, args, {}, kernels=False)
         program = self.program(call)
         fold = len(self.finite) % FOLDS
         given = self.leaves, call.inputs, self.bases
@@ -188,13 +211,13 @@ class Collection:
                 sums[path] = jax.lax.with_sharding_constraint(sums[path], own)
             return sums, {path: _is_finite(own) for path, own in frame.items() if own}
 
-        try:
-            return self.programs.setdefault(call.key, jax.jit(step, donate_argnums=0))
-        except TypeError:  # unhashable constants
-            return step
+        return jitted_once(self.programs, call.key, step, donate_argnums=0)
 
-    def statistics(self) -> Statistics:
+    def statistics(self, last: Sequence[tuple[Any, ...]] = ()) -> Statistics:
         """Returns the statistics of all batches.
+
+        Args:
+          last: arguments of the batches that are held out.
 
         Raises:
           ValueError: if some are not finite.
@@ -212,6 +235,7 @@ class Collection:
             checksums({path: self.values[path] for path in self.wanted}),
             tuple(sorted(self.unweighted)),
             self.loss is not None,
+            HeldOut(self.apply, self.loss, last) if self.loss is not None and last else None,
         )
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from lordjax.allocation.candidates import QUANTIZERS
 from lordjax.allocation.plan import Plan
 from lordjax.functions.equations.tracing import open_call
 from lordjax.functions.fitting.low_rank import LowRankFit
 from lordjax.functions.fitting.quantized import Quantization
+from lordjax.functions.held_out import Comparison
 from lordjax.functions.sites import FunctionSite, Sites
 from lordjax.functions.statistics import Fold, Statistics
 from lordjax.methods import DEFAULT_METHOD, METHODS
@@ -29,6 +30,7 @@ def compress_params(
     allocation: str | None = None,
     where: str | None = None,
     sites: Collection[str] | None = None,
+    check: bool = True,
     progress: Progress | None = None,
     **quantization: Any,
 ) -> tuple[Any, Plan]:
@@ -49,6 +51,7 @@ def compress_params(
       allocation: ``uniform``, ``energy`` or ``global``; None: the method's own.
       where: regular expression that is searched in the paths of the sites; None: all.
       sites: exact paths; see `collect`.
+      check: whether losses in nats are measured on what `collect` held out, and predictions mended.
       progress: called with (stage, done, total).
       **quantization: options of `QUANTIZERS`: ``weighting``, ``rank``, ``formats``, ``factors``,
         ``feedback``, ``dtype`` and ``solver``, as for `lordjax.quantize`.
@@ -64,19 +67,17 @@ def compress_params(
     method = method if plan is None else plan.method
     _check_method(method, quantization)
     _check_budget(method, keep, bits, budget_bytes, plan)
-    call = open_call(params, (), {}, kernels=False)
-    leaves = dict(zip(call.paths, call.leaves, strict=True))
-    table, folds, rows = _opened(stats, leaves, where, sites)
+    given = _opened(params, stats, where, sites)
     if method in QUANTIZERS:
-        solver = quantization.pop("solver", "bisection")
-        able = Quantization(method, rows, leaves, folds, **quantization)
-        new, plan = _quantized(able, bits, budget_bytes, plan, solver)
-    else:
-        run = LowRankFit(method, table, rows, leaves, folds, progress)
-        if plan is None:
-            plan = run.plan(keep, budget_bytes, allocation)
-        new = run.apply(plan)
-    return call.rebuild([new.get(path, leaf) for path, leaf in leaves.items()], ())[0][0], plan
+        new, plan = _quantized(method, given, bits, budget_bytes, plan, **quantization)
+        return given.tree(new), plan
+    run = LowRankFit(method, given.table, given.rows, given.leaves, given.folds, progress)
+    if plan is None:
+        if check and isinstance(stats, Statistics) and stats.held_out is not None:
+            run.check(Comparison(stats.held_out, params), given.tree, allocation)
+        whole = keep if keep is not None else (budget_bytes or 0) / run.bytes
+        plan = run.plan(min(1.0, whole), allocation)
+    return given.tree(run.apply(plan)), plan
 
 
 def _check_method(method: str, options: Collection[str]) -> None:
@@ -117,18 +118,35 @@ def _check_budget(method: str, keep: Any, bits: Any, budget_bytes: Any, plan: Pl
         raise ValueError(f"keep must be in (0, 1], got {keep}")
 
 
+class _Opened(NamedTuple):
+    """Parameters and statistics of the chosen sites.
+
+    Attributes:
+      leaves: path -> parameter.
+      tree: function ``new leaves by path -> parameters``.
+      table: all sites.
+      folds: the statistics.
+      rows: the chosen sites.
+    """
+
+    leaves: dict[str, Any]
+    tree: Callable[[Mapping[str, Any]], Any]
+    table: Sites
+    folds: Sequence[Fold]
+    rows: list[FunctionSite]
+
+
 def _opened(
-    stats: Statistics | Sites,
-    leaves: Mapping[str, Any],
-    where: str | None,
-    sites: Collection[str] | None,
-) -> tuple[Sites, Sequence[Fold], list[FunctionSite]]:
+    params: Any, stats: Statistics | Sites, where: str | None, sites: Collection[str] | None
+) -> _Opened:
     """Returns the table, the statistics and the chosen sites.
 
     Raises:
       ValueError: if a site has no parameter of its shape, or not with the values that the
         statistics were taken with.
     """
+    call = open_call(params, (), {}, kernels=False)
+    leaves = dict(zip(call.paths, call.leaves, strict=True))
     folds: Sequence[Fold] = ()
     table = stats if isinstance(stats, Sites) else stats.sites
     if isinstance(stats, Statistics):
@@ -144,17 +162,24 @@ def _opened(
                 f"{row.path}: the table of sites is that of another tree; expected "
                 f"{list(row.shape)}, got {got}"
             )
-    return table, folds, rows
+
+    def tree(new: Mapping[str, Any]) -> Any:
+        return call.rebuild([new.get(path, leaf) for path, leaf in leaves.items()], ())[0][0]
+
+    return _Opened(leaves, tree, table, folds, rows)
 
 
 def _quantized(
-    run: Quantization,
+    method: str,
+    given: _Opened,
     bits: float | None,
     budget_bytes: int | None,
     plan: Plan | None,
-    solver: str,
+    solver: str = "bisection",
+    **options: Any,
 ) -> tuple[dict[str, Any], Plan]:
     """Returns the new leaves of a budget or a plan, and the plan."""
+    run = Quantization(method, given.rows, given.leaves, given.folds, **options)
     if plan is None:
         budget = bits * run.count / 8 if bits is not None else float(budget_bytes or 0)
         plan = run.plan(budget, 8 * budget / run.count, solver)

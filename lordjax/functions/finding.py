@@ -183,9 +183,9 @@ def sites_of(call: Call, traced: Traced) -> Sites:
         if len(found) == 1 and len(uses[min(found)]) == 1
     }
     rows = {
-        path: _row(path, leaf, uses.get(path, []), biases.get(path))
-        for path, leaf in shapes.items()
-        if len(leaf.shape) >= 2
+        path: _row(path, shapes[path], uses.get(path, []), biases.get(path))
+        for path in dict.fromkeys([*uses, *shapes])  # in the order of the program
+        if len(shapes[path].shape) >= 2
     }
     counts = {path: len(found) for path, found in uses.items()}
     return Sites(rows, *modules_of(rows, recorder.flows, recorder.exposed, counts))

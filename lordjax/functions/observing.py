@@ -20,6 +20,7 @@ from lordjax.functions.equations.views import (
     unpicked,
     view_of,
 )
+from lordjax.functions.held_out import Loss
 from lordjax.functions.site_statistics import (
     GRADIENTS,
     add,
@@ -31,7 +32,6 @@ from lordjax.functions.site_statistics import (
 from lordjax.functions.sites import Sites
 from lordjax.functions.statistics import inner_sites
 
-Loss = Callable[..., Any]
 Wanted = Mapping[str, Collection[str]]  # path -> names of its statistics
 
 

@@ -12,7 +12,7 @@ from jax import lax
 
 from lordjax.functions.equations.interpreter import Interpreter, bind
 from lordjax.functions.equations.neurons import Neurons
-from lordjax.functions.equations.tracing import Apply, Call, open_call, trace
+from lordjax.functions.equations.tracing import Apply, Call, jitted_once, open_call, trace
 from lordjax.functions.equations.views import (
     Matrix,
     View,
@@ -69,10 +69,7 @@ def _program(programs: dict[Any, Any], apply: Apply, call: Call) -> Callable[...
         views = [kernel_view(*pair) for pair in zip(call.paths, leaves, strict=True)]
         return trace(apply, own).run(Runner(), [*views, *inputs])
 
-    try:
-        return programs.setdefault(call.key, jax.jit(interpret))
-    except TypeError:  # unhashable constants
-        return interpret
+    return jitted_once(programs, call.key, interpret)
 
 
 def kernel_view(path: str, leaf: Any) -> Any:

@@ -89,7 +89,7 @@ class Sites(Mapping[str, FunctionSite]):
     """The parameters of a function by path; printed as a table.
 
     Attributes:
-      rows: path -> what the function does with the parameter.
+      rows: path -> what the function does with the parameter, in the order of the program.
       modules: its MLPs.
       refused: hidden axes that are no module: path of the last product, or of the first one if
         the axis ends in none -> reason.

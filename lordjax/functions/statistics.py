@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lordjax.functions.held_out import HeldOut
 from lordjax.functions.placing import on_host
 from lordjax.functions.sites import FunctionSite, Sites
 
@@ -26,6 +27,8 @@ class Statistics:
       checksums: path -> checksum of the parameter that the statistics were taken with.
       unweighted: paths whose vectors fit no weight per token, so that all of them count.
       loss: whether gradients of a loss were taken.
+      held_out: batches that no statistic has seen, with which predicted losses are checked; None if
+        there were too few, or no loss.
     """
 
     sites: Sites
@@ -33,6 +36,7 @@ class Statistics:
     checksums: Mapping[str, int]
     unweighted: tuple[str, ...] = ()
     loss: bool = False
+    held_out: HeldOut | None = None
 
     def __or__(self, other: Statistics) -> Statistics:
         """Returns the statistics of the sites of both, which were taken in several passes.
@@ -56,6 +60,7 @@ class Statistics:
             {**self.checksums, **other.checksums},
             (*self.unweighted, *other.unweighted),
             self.loss and other.loss,
+            self.held_out,
         )
 
     def check(self, leaves: Mapping[str, Any]) -> None:

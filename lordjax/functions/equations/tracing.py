@@ -78,6 +78,23 @@ def open_call(
     )
 
 
+def jitted_once(
+    programs: dict[Any, Callable[..., Any]], key: Any, run: Callable[..., Any], **options: Any
+) -> Any:
+    """Returns the jitted function of a key; with an unhashable key, the function itself.
+
+    Args:
+      programs: key -> jitted function; a new one is added.
+      key: what decides the program, besides shapes.
+      run: the function.
+      **options: keyword arguments of `jax.jit`.
+    """
+    try:
+        return programs.setdefault(key, jax.jit(run, **options))
+    except TypeError:  # constants among the arguments that have no hash
+        return run
+
+
 def _filled(places: Sequence[bool], some: Sequence[Any], others: Sequence[Any]) -> list[Any]:
     """Returns the items of two sequences in turn, as ``places`` says."""
     one, two = iter(some), iter(others)

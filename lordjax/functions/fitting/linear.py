@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lordjax.allocation.curves import Curve
 from lordjax.allocation.plan import SiteSize
 from lordjax.calibration.backward_pass import gradient_basis
 from lordjax.compression.prepared import predicted_errors
@@ -42,13 +41,6 @@ class Fitted:
     factors: list[Any]  # `Factors` or `ModuleFactors`
     errors: tuple[np.ndarray, np.ndarray]
     extra: int = 0
-
-    def curve(self, *, in_nats: bool, in_sample: bool = False) -> Curve:
-        """Returns what the site offers to a policy; errors in other units become relative."""
-        errors = self.errors[0 if in_sample else 1]
-        if not in_nats and errors[0] > 0:
-            errors = errors / errors[0]
-        return Curve(self.size, errors, self.extra)
 
 
 def summed_errors(factors: Sequence[AnyFactors]) -> tuple[np.ndarray, np.ndarray]:

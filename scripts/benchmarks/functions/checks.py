@@ -52,7 +52,7 @@ def observed_difference(case: Case, *, gradients: bool = True) -> float:
     """
     call = open_call(case.params, case.batch, {}, kernels=False)
     loss = case.loss if gradients else None
-    run = Collection(case.apply, call, needs_of(None, loss=gradients), loss)
+    run = Collection(case.apply, case.params, case.batch, needs_of(None, loss=gradients), loss)
     given = call, run.apply, run.sites, run.wanted, run.bases, run.loss, run.weights
     outputs, _, _ = observe(*given)
     return difference(outputs, case.apply(case.params, *case.batch))

@@ -147,16 +147,16 @@ def collect_ratios(params: Any, ids: Any, repeats: int) -> dict[str, Any]:
     """
     call = open_call(params, (ids,), {}, kernels=False)
     runs = {
-        "activations": Collection(scanned, call, needs_of(None, loss=False)),
+        "activations": Collection(scanned, params, (ids,), needs_of(None, loss=False)),
         "activations and gradients": Collection(
-            scanned, call, needs_of(["lord"], loss=True), loss=loss
+            scanned, params, (ids,), needs_of(["lord"], loss=True), loss=loss
         ),
     }
     total = lambda p, ids: loss(scanned(p, ids), ids).sum()  # noqa: E731
     plain = {"forward": jax.jit(scanned), "forward and backward": jax.jit(jax.grad(total))}
 
     def collected(run: Collection) -> Any:
-        run.add(call)
+        run.add((ids,))
         return run.folds
 
     programs: dict[str, Callable[[], Any]] = {
