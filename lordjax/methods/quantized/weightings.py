@@ -15,6 +15,10 @@ from lordjax.methods.linalg import mm
 # from a few huge activations. GPTQ's 0.01 of it exceeds the energy of all other inputs, and leads
 # to a bad choice of formats.
 DAMPING = 1e-3
+# Correlations of inputs that were estimated from few tokens do not hold on other text: rounding
+# errors that compensate each other there add up. So all correlations are divided by 1 + λ, as for
+# MLPs (`modular.mlp`), with λ in units of inputs per token.
+SHRINKAGE = 3.0
 
 # Weighting -> statistics that it needs; `lordjax.methods.quantized.lq` describes them.
 WEIGHTINGS: dict[str, tuple[str, ...]] = {
@@ -48,8 +52,10 @@ def make_weights(kernel: Any, stats: Mapping[str, Any]) -> Weights:
         total = jnp.trace(inputs.total)
         outputs = squares * (inputs.count / jnp.where(total > 0, total, 1))
     moment = inputs.second_moment()
-    mean = jnp.mean(jnp.diagonal(moment))
-    return Weights(moment + DAMPING * mean * jnp.eye(len(moment)), outputs)
+    energies = jnp.diagonal(moment)
+    ridge = SHRINKAGE * len(energies) / jnp.maximum(inputs.count, 1)
+    shrunk = (moment + ridge * jnp.diag(energies)) / (1 + ridge)
+    return Weights(shrunk + DAMPING * jnp.mean(energies) * jnp.eye(len(moment)), outputs)
 
 
 def weighting_method(weighting: str) -> Method:

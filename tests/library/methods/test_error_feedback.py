@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lordjax.calibration.statistics import SecondMoment
 from lordjax.kernels import normal_float
+from lordjax.methods.quantized import weightings
 from lordjax.methods.quantized.error_feedback import (
     BLOCK,
     CLIP_RATIOS,
@@ -14,6 +16,7 @@ from lordjax.methods.quantized.error_feedback import (
     make_feedback,
     quantize,
 )
+from lordjax.methods.quantized.weightings import make_weights
 
 FORM = normal_float.Format(3, 8, "float32", 16, 16)
 SHAPES = [(48, 40), (BLOCK, 16), (2 * BLOCK + 7, 24)]
@@ -173,3 +176,41 @@ def test_blocks_may_cross_outputs(block):
     shape, form = (40, 30), normal_float.Format(4, 8, "float32", block, 16)
     kernel, h = matrix(shape), moment(shape[0])
     assert loss(missed(kernel, make_feedback(h), form), h) < loss(missed(kernel, None, form), h)
+
+
+# --- few tokens -----------------------------------------------------------------------------------
+
+
+def shrunk_moment(tokens):
+    """The second moment that weighs a kernel's errors, for inputs ``[tokens, in]``."""
+    stats = {"inputs": SecondMoment.zeros(tokens.shape[1]).update(tokens)}
+    return make_weights(None, stats).inputs
+
+
+def test_correlations_shrink_with_inputs_per_token():
+    """They are divided by 1 + λ, λ being proportional to inputs / tokens; energies stay."""
+    x = jax.random.normal(jax.random.key(0), (60, 12))
+    x = x @ jax.random.normal(jax.random.key(1), (12, 12))
+    apart = ~np.eye(12, dtype=bool)
+    for tokens in (x, jnp.tile(x, (10, 1))):  # the same moment, of ten times as many tokens
+        found, exact = (
+            np.asarray(a) for a in (shrunk_moment(tokens), tokens.T @ tokens / len(tokens))
+        )
+        energies = np.diag(exact) + weightings.DAMPING * np.diag(exact).mean()
+        np.testing.assert_allclose(np.diag(found), energies, rtol=1e-4)
+        expected = exact[apart] / (1 + weightings.SHRINKAGE * 12 / len(tokens))
+        np.testing.assert_allclose(found[apart], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_shrinkage_of_few_tokens_loses_less_on_others():
+    """A few of the tokens have most of the energy, as where gradients weigh them."""
+    rng, n = np.random.default_rng(0), 48
+    mix = rng.normal(size=(n, n)) * np.exp(0.5 * rng.normal(size=n))
+    kernel, lost = matrix((n, 24)), []
+    for _ in range(4):
+        sizes = np.exp(1.5 * rng.normal(size=(8 * n, 1)))
+        tokens = jnp.asarray(sizes * rng.normal(size=(8 * n, n)) @ mix, jnp.float32)
+        moments = tokens.T @ tokens / len(tokens), shrunk_moment(tokens)
+        lost.append([loss(missed(kernel, make_feedback(h)), mix.T @ mix) for h in moments])
+    plain, shrunk = np.mean(lost, axis=0)
+    assert shrunk < 0.98 * plain
