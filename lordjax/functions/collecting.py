@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -121,6 +122,8 @@ def _checked_needs(methods: Sequence[str] | None, loss: Loss | None) -> frozense
 class Collection:
     """Statistics of a function, batch by batch.
 
+    With shapes in place of parameters and batches, it still makes the program of a batch.
+
     Args:
       apply: the function.
       params: its parameters.
@@ -151,15 +154,15 @@ class Collection:
         self.wanted: Wanted = {
             path: statistics_of(self.sites[path], needs, inner=path in inner) for path in chosen
         }
-        self.leaves = [jnp.asarray(leaf) for leaf in call.leaves]
+        self.leaves = [leaf if _is_shape(leaf) else jnp.asarray(leaf) for leaf in call.leaves]
         self.values = dict(zip(call.paths, self.leaves, strict=True))
         self.bases = {
             path: basis
             for path in chosen
             if "gradients" in self.wanted[path] and path not in inner
-            if (basis := stacked_basis(self.sites, path, self.values[path])) is not None
+            if (basis := self._basis(path)) is not None
         }
-        zeros = _zeros(self.sites, self.wanted)
+        zeros = jax.eval_shape(lambda: _zeros(self.sites, self.wanted))
         self.shardings = self._shardings(zeros)
         self.folds: list[Fold] = [self._placed(zeros) for _ in range(FOLDS)]
         self.finite: list[Any] = []
@@ -176,12 +179,23 @@ class Collection:
             found[path] = statistic_shardings(*given)
         return {path: own for path, own in found.items() if own is not None}
 
-    def _placed(self, fold: Fold) -> Fold:
-        """Returns statistics on the devices of their parameters, and in buffers of their own."""
-        return {
-            path: jax.device_put(jax.tree.map(jnp.copy, own), self.shardings.get(path))
-            for path, own in fold.items()
-        }
+    def _basis(self, path: str) -> Any:
+        """Returns the coordinates of the gradients at a site's outputs, or None."""
+        basis, leaf = functools.partial(stacked_basis, self.sites, path), self.values[path]
+        return jax.eval_shape(basis, leaf) if _is_shape(leaf) else basis(leaf)
+
+    def _placed(self, zeros: Fold) -> Fold:
+        """Returns statistics of nothing on the devices of their parameters."""
+        found = {}
+        for path, own in zeros.items():
+            new = own if _is_shape(self.values[path]) else jax.tree.map(jnp.zeros_like, own)
+            shardings = self.shardings.get(path)
+            if _is_shape(self.values[path]) and shardings is not None:
+                new = jax.tree.map(_with_sharding, new, shardings)
+            elif shardings is not None:
+                new = jax.device_put(new, shardings)
+            found[path] = new
+        return found
 
     def add(self, args: tuple[Any, ...]) -> None:
         """Adds the statistics of one batch, given by the arguments that follow the parameters."""
@@ -237,6 +251,14 @@ class Collection:
             self.loss is not None,
             HeldOut(self.apply, self.loss, last) if self.loss is not None and last else None,
         )
+
+
+def _is_shape(leaf: Any) -> bool:
+    return isinstance(leaf, jax.ShapeDtypeStruct)
+
+
+def _with_sharding(a: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
 
 
 def _zeros(sites: Sites, wanted: Wanted) -> Fold:

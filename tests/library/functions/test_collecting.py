@@ -10,6 +10,7 @@ from plain import LAYERS, MODELS, Model, attend, block, loss, norm, scanned, tra
 
 from lordjax import collect, find_sites
 from lordjax.calibration.backward_pass import gradient_basis
+from lordjax.functions.collecting import Collection
 from lordjax.functions.equations.tracing import open_call
 from lordjax.functions.observing import observe
 from lordjax.functions.site_statistics import needs_of, statistics_of, token_weights
@@ -239,6 +240,20 @@ def test_one_program_per_shape():
     ids = model.batches[0]
     collect(apply, model.params, [ids, ids, ids[:1], ids[:1], ids])
     assert traces == [(2, 6), (2, 6), (1, 6)]  # the first time for the table of sites
+
+
+def test_shapes_are_enough_for_the_program_of_a_batch():
+    model = scanned()
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), model.params)
+    ids = jax.ShapeDtypeStruct(model.batches[0].shape, model.batches[0].dtype)
+    run = Collection(model.apply, shapes, (ids,), needs_of(["modegpt"], loss=True), loss)
+    call = open_call(shapes, (ids,), {}, kernels=False)
+    found, _ = jax.eval_shape(run.program(call), run.folds[0], run.leaves, [ids], run.bases)
+    stats = collect(model.apply, model.params, model.batches, loss=loss, method="modegpt")
+    described = [
+        jax.tree.map(lambda a: (a.shape, a.dtype), fold) for fold in (found, stats.folds[0])
+    ]
+    assert described[0] == described[1]
 
 
 def test_progress_is_reported():
