@@ -13,7 +13,7 @@ from lordjax.functions.equations.interpreter import Interpreter, bind
 from lordjax.functions.equations.neurons import Neurons
 from lordjax.functions.equations.tracing import Apply, Call, Traced, open_call, trace
 from lordjax.functions.equations.views import Matrix, Product, View, product_of, view_of
-from lordjax.functions.modules import modules_of
+from lordjax.functions.modules import SEVERAL_AXES, modules_of
 from lordjax.functions.sites import FunctionSite, Sites, is_float, reason_of
 from lordjax.kernels.layout import Axes, length, merged
 
@@ -66,7 +66,7 @@ class Recorder(Interpreter):
             other = self._ended(view, other, found)
         y = bind(eqn, [view.value, other] if first else [other, view.value])[0]
         if len(found.free) != 1 or not _whole(view.dims[found.free[0]], found.matrix.cols):
-            self.exposed[view.path] = "several axes of outputs"
+            self.exposed[view.path] = SEVERAL_AXES
             return y
         dim = len(found.batch) + (0 if first else len(found.tokens))
         return Neurons(y, dim, frozenset([view.path]), view.path)

@@ -6,6 +6,8 @@ from collections.abc import Collection, Mapping
 
 from lordjax.functions.sites import FunctionModule, FunctionSite
 
+SEVERAL_AXES = "several axes"  # in place of what uses outputs
+
 
 def modules_of(
     rows: Mapping[str, FunctionSite],
@@ -46,8 +48,13 @@ def modules_of(
     for path, row in rows.items():  # hidden axes, which are wider, that end in no product
         wide = row.reason is None and row.fan_out > row.fan_in
         if wide and path in exposed and path not in ended:
-            refused[path] = f"{exposed[path]} uses its outputs"
+            refused[path] = _exposed(exposed[path], "its outputs")
     return tuple(modules), refused
+
+
+def _exposed(use: str, outputs: str) -> str:
+    """Returns why a matrix's outputs are no neurons."""
+    return f"{outputs} are {use}" if use == SEVERAL_AXES else f"{use} uses {outputs}"
 
 
 def _reason(
@@ -63,7 +70,7 @@ def _reason(
         return "its inputs are no outputs of a product"
     for path in (*ups, *biases):
         if path in exposed:
-            return f"{exposed[path]} uses the outputs of {path}"
+            return _exposed(exposed[path], f"the outputs of {path}")
     for path in (*ups, down):
         if rows[path].reason is not None:
             return f"{path} stays dense: {rows[path].reason}"

@@ -40,6 +40,22 @@ def test_trees_come_back(tmp_path, name, method):
     np.testing.assert_array_equal(fast(back, model.batches[0]), fast(small, model.batches[0]))
 
 
+@pytest.mark.full
+def test_orbax_keeps_trees_with_kernels(tmp_path):
+    import orbax.checkpoint as ocp
+
+    model = transposed()
+    small, _ = made(model, "lq", bits=4.5, rank=2)
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), small)
+    with ocp.StandardCheckpointer() as saver:
+        saver.save(tmp_path / "small", small)
+        saver.wait_until_finished()
+        back = saver.restore(tmp_path / "small", shapes)
+    assert jax.tree.structure(back) == jax.tree.structure(small)
+    fast = compressed(model.apply)
+    np.testing.assert_array_equal(fast(back, model.batches[0]), fast(small, model.batches[0]))
+
+
 def test_nested_dicts_need_no_example(tmp_path):
     params = {"a": {"w": jnp.ones((6, 8)), "b": jnp.ones(8)}}
     small = factorize(params, rank=2, where="w")
