@@ -16,6 +16,13 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return "known: " + ", ".join(known[:16]) + (", …" if len(known) > 16 else "")
 
 
+def listed(items: Iterable[str], separator: str = ", ", count: int = 10) -> str:
+    """Joins the first items for an error message, and says how many more there are."""
+    items = list(items)
+    more = [f"… and {len(items) - count:,} more"] if len(items) > count else []
+    return separator.join([*items[:count], *more])
+
+
 def layer(i: int) -> str:
     """Key of block ``i`` in the parameter tree: ``layer_12``."""
     return f"layer_{i}"

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import jax.numpy as jnp
 import numpy as np
 
+from lordjax.names import listed
 from lordjax.storage.saved_model import header
 
 BFLOAT16 = np.dtype(jnp.bfloat16)
@@ -198,7 +199,7 @@ def _shards(index: Path) -> list[Path]:
     files = [index.parent / name for name in sorted(set(weight_map.values()))]
     if missing := [file.name for file in files if not file.exists()]:
         raise FileNotFoundError(
-            f"{index}: {len(missing)} of {len(files)} shards are missing: {', '.join(missing)}; "
+            f"{index}: {len(missing)} of {len(files)} shards are missing: {listed(missing)}; "
             "download them into the same directory"
         )
     return files

@@ -22,7 +22,7 @@ from lordjax.allocation.block_influence import block_influence
 from lordjax.allocation.curves import Curves, Ranks, dense_weights, planned_weights
 from lordjax.allocation.knapsack import choose
 from lordjax.allocation.plan import SiteSize
-from lordjax.names import did_you_mean, layer_index, layer_type
+from lordjax.names import did_you_mean, layer_index, layer_type, listed
 
 TILE = 8  # ranks are multiples of this, which suits matrix units and vector registers
 
@@ -227,7 +227,7 @@ def allocate(
     bad = [path for path, curve in curves.items() if not np.isfinite(curve.errors).all()]
     if bad:
         raise ValueError(
-            f"predicted errors are not finite at {', '.join(bad)}; check the weights and the "
+            f"predicted errors are not finite at {listed(bad)}; check the weights and the "
             "calibration tokens, or choose another method"
         )
     if keep == 1:

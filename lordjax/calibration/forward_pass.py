@@ -30,7 +30,7 @@ from lordjax.models import objective
 from lordjax.models.config import ModelConfig
 from lordjax.models.sites import LINEAR_SITES, Site
 from lordjax.models.source import Source
-from lordjax.names import layer
+from lordjax.names import layer, listed
 from lordjax.runtime import mesh as devices
 from lordjax.storage.store import Store
 
@@ -260,7 +260,7 @@ def _check_finite(i: int, folds: Sequence[Mapping[str, Any]]) -> None:
     ]
     if bad:
         raise ValueError(
-            f"{layer(i)}: non-finite activations at {', '.join(dict.fromkeys(bad))}, although "
+            f"{layer(i)}: non-finite activations at {listed(dict.fromkeys(bad))}, although "
             "computed in float32; check the weights of this and earlier blocks for NaN and infinity"
         )
 

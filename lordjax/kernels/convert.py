@@ -17,6 +17,7 @@ from lordjax.kernels import normal_float, trees
 from lordjax.kernels.base import Kernel, is_kernel
 from lordjax.kernels.low_rank import LowRank, break_even
 from lordjax.kernels.quantized import NFQuantized
+from lordjax.names import listed
 
 
 def _svd(kernel: Float[Array, "... in out"], rank: int) -> tuple[Array, Array]:
@@ -42,7 +43,7 @@ def _matrices(params: Any, where: str) -> set[str]:
     if wrong:
         raise ValueError(
             f"where={where!r} matches leaves that are not floating-point matrices: "
-            f"{', '.join(wrong)}; choose a pattern that matches matrices only"
+            f"{listed(wrong)}; choose a pattern that matches matrices only"
         )
     return chosen
 
@@ -98,7 +99,7 @@ def factorize(
     new = trees.map_with_path(replace, params)
     if small:
         raise ValueError(
-            f"keep={keep} leaves less than rank 1 of {', '.join(small)}; expected a larger keep, "
+            f"keep={keep} leaves less than rank 1 of {listed(small)}; expected a larger keep, "
             "or a pattern (where) that does not match these matrices"
         )
     return new

@@ -21,7 +21,7 @@ from lordjax.kernels.kinds import KINDS, check
 from lordjax.kernels.layout import Layout
 from lordjax.models.config import ModelConfig
 from lordjax.models.transformer import init
-from lordjax.names import layer
+from lordjax.names import layer, listed
 from lordjax.storage.checkpoint import FORMAT, INDEX
 from lordjax.storage.tensor_files import DTYPES
 
@@ -240,7 +240,7 @@ def open_saved(directory: str | os.PathLike[str]) -> Saved:
     except (OSError, TypeError, ValueError, KeyError) as error:
         raise ValueError(f"{directory / INDEX}: unreadable index ({error!r})") from error
     if missing:
-        raise ValueError(f"{directory}: files named in the index are missing: {missing}")
+        raise ValueError(f"{directory}: files named in the index are missing: {listed(missing)}")
     _check_fields(directory, meta, files)
     return Saved(directory, config, hf_config, meta, files)
 
@@ -254,4 +254,4 @@ def _check_fields(directory: Path, meta: Mapping[str, Any], files: Mapping[str, 
         lacking += [f"{path}/{name}" for name in tensors if f"{path}/{name}" not in there]
         lacking += [f"{path}/{name}" for name in others if name not in constants.get(path, {})]
     if lacking:
-        raise ValueError(f"{directory}: fields of kernels are missing: {', '.join(lacking)}")
+        raise ValueError(f"{directory}: fields of kernels are missing: {listed(lacking)}")
