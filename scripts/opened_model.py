@@ -12,6 +12,7 @@ from lordjax.conversions.exporters.hf_files import Opened
 from lordjax.models.config import ModelConfig
 from lordjax.models.source import Source
 from lordjax.names import layer
+from lordjax.scripts.flags.options import ignored_keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +80,7 @@ def open_model(name: str) -> Model:
 def _original(name: str) -> Model:
     from lordjax.conversions.readers.checkpoint import open_checkpoint
 
-    opened = open_checkpoint(name)
+    opened = open_checkpoint(name, ignore_keys=ignored_keys())
     return Model(
         name=name,
         path=opened.path,

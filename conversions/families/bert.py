@@ -18,13 +18,6 @@ from lordjax.conversions.families.family import (
 from lordjax.conversions.families.rope import no_rope
 from lordjax.conversions.families.sliding_windows import no_windows
 
-# Keys of dropout, of the label count in old versions, and of a pooler that transformers lacks.
-_IGNORED = """
-    hidden_dropout_prob attention_probs_dropout_prob classifier_dropout output_past _num_labels
-    directionality pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers
-    pooler_size_per_head pooler_type
-"""
-
 
 def _encoder(prefix: str) -> tuple[TensorRow, ...]:
     """Returns the rows of the embeddings and blocks."""
@@ -103,15 +96,8 @@ BERT = Family(
         "type_vocab_size": 2,
         "tie_word_embeddings": True,
     },
-    fixed={
-        "position_embedding_type": ("absolute",),
-        "is_decoder": (False,),
-        "is_encoder_decoder": (False,),
-        "add_cross_attention": (False,),
-        "pruned_heads": ({}, None),
-    },
+    fixed={"position_embedding_type": ("absolute",), "is_decoder": (False,)},
     windows=no_windows,
-    ignored=frozenset(_IGNORED.split()),
     rope=no_rope,
     position_offset=0,
     prefix="bert.",

@@ -1,10 +1,4 @@
-"""Defines a family of Hugging Face models (`Family`) and how its ``config.json`` is read.
-
-``config.json`` is read directly, not through ``AutoConfig``, which accepts every key. A key must
-be *read* (`Family.defaults`), supported at *fixed values* (`Family.fixed`), or known not to change
-the forward pass (`IGNORED`, `Family.ignored`). Any other key is an error, because it might change
-the model. A missing key takes the default of the family's config class in transformers.
-"""
+"""Defines a family of Hugging Face models (`Family`), and helpers that write its tensor table."""
 
 from __future__ import annotations
 
@@ -18,7 +12,6 @@ import numpy as np
 
 from lordjax.conversions.families.rope import read_rope
 from lordjax.models.config import ModelConfig, Rope
-from lordjax.models.layers import ACTIVATIONS
 
 Values = Mapping[str, Any]  # keys of config.json that a family reads, with defaults
 
@@ -99,7 +92,7 @@ class Family:
       windows: function of the values and a list of problems; see `families.sliding_windows`.
       tensors: tensor table without the rows of the heads.
       ignored_tensors: regular expressions for tensors that the model does not need.
-      ignored: keys that do not change the forward pass, in addition to `IGNORED`.
+      ignored: keys that do not change the forward pass; see `families.config_keys`.
       rope: function of the config, the values and a list of problems that returns the `Rope`.
       rope_keys: keys that ``rope`` reads from the config in addition to the values.
       position_offset: row of the first learned position; None if ``derive`` sets it, or if
@@ -117,9 +110,9 @@ class Family:
     fields: Mapping[str, str]
     constants: Mapping[str, Any]
     defaults: Mapping[str, Any]
-    fixed: Mapping[str, tuple[Any, ...]]
     windows: Callable[[Values, list[str]], tuple[int | None, ...] | None]
     tensors: tuple[TensorRow, ...]
+    fixed: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     ignored_tensors: tuple[str, ...] = ()
     ignored: frozenset[str] = frozenset()
     rope: Callable[[Values, Values, list[str]], Rope | None] = read_rope
@@ -139,62 +132,6 @@ class Family:
         return any(re.fullmatch(pattern, name) for pattern in self.ignored_tensors)
 
 
-# Suffix of an architecture -> value of `ModelConfig.head`; the first match counts.
-HEADS = {
-    "ForCausalLM": "causal",
-    "LMHeadModel": "causal",
-    "ForMaskedLM": "masked",
-    "ForPreTraining": "masked",
-    "ForSequenceClassification": "classes",
-    "Model": "none",
-}
-
-
-def read_head(architectures: Iterable[str], hf_config: Values, problems: list[str]) -> Values:
-    """Returns the fields of `ModelConfig` that describe the head.
-
-    Architectures with different kinds of heads, or a wrong number of classes, are problems.
-    """
-    found = [next(h for end, h in HEADS.items() if name.endswith(end)) for name in architectures]
-    if len(set(found)) > 1:
-        problems.append(f"architectures = {list(architectures)}: heads of several kinds; keep one")
-    if found[0] != "classes":
-        return {"head": found[0]}
-    labels = hf_config.get("id2label")
-    count = hf_config.get("num_labels", 2) if labels is None else len(labels)
-    if not is_positive_int(count):
-        problems.append(f"num_labels = {count!r}: expected a positive integer")
-    return {"head": "classes", "num_classes": count, "tie_embeddings": False}
-
-
-# Keys that do not change the forward pass: bookkeeping, token ids, training and generation.
-_BOOKKEEPING = """
-    model_type architectures transformers_version torch_dtype dtype _name_or_path name_or_path
-    _commit_hash _attn_implementation attn_implementation _attn_implementation_autoset
-    tokenizer_class bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id
-    decoder_start_token_id use_cache output_attentions output_hidden_states return_dict
-    return_dict_in_generate output_scores torchscript use_bfloat16 tf_legacy_loss
-    initializer_range attention_dropout pretraining_tp chunk_size_feed_forward
-    tie_encoder_decoder cross_attention_hidden_size is_decoder problem_type id2label label2id
-    num_labels finetuning_task task_specific_params prefix max_length min_length do_sample
-    early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p
-    repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
-    bad_words_ids num_return_sequences forced_bos_token_id forced_eos_token_id
-    remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
-    is_llama_config transformers.js_config max_sequence_length unsloth_fixed unsloth_version
-    gradient_checkpointing
-"""
-IGNORED = frozenset(_BOOKKEEPING.split())
-
-# Keys that may be null, which means: derived from other sizes, no sliding window, no soft cap.
-_NULLABLE = frozenset(
-    (
-        *("num_key_value_heads", "head_dim", "sliding_window", "layer_types", "n_inner"),
-        *("attn_logit_softcapping", "final_logit_softcapping"),
-    )
-)
-
-
 def sizes_of(config: ModelConfig) -> dict[str, int]:
     """Returns the size that each letter of `TensorRow.dims` stands for."""
     queries, keys = (n * config.head_size for n in (config.num_heads, config.num_kv_heads))
@@ -212,60 +149,6 @@ def sizes_of(config: ModelConfig) -> dict[str, int]:
         "c": config.num_classes or 0,
         "w": config.embed_size or config.hidden_size,  # width of the token embedding
     }
-
-
-def read_keys(family: Family, hf_config: Values, problems: list[str]) -> dict[str, Any]:
-    """Reads the values of a family's keys.
-
-    A value of the wrong type is a problem, and is replaced by the default to find more problems.
-    """
-    known = IGNORED | family.ignored | set(family.defaults) | family.rope_keys
-    for key, value in hf_config.items():
-        accepted = family.fixed.get(key)
-        if accepted is not None and value not in accepted:
-            problems.append(f"{key} = {value!r}: only {accepted[0]!r} is supported")
-        elif key == "quantization_config":
-            problems.append(f"{key}: the checkpoint is quantised; open the original model instead")
-        elif accepted is None and key not in known:
-            problems.append(f"{key} = {value!r}: unknown key")
-    values = dict(family.defaults)
-    for key, default in family.defaults.items():
-        value = hf_config.get(key, default)
-        kinds = (int, float) if isinstance(default, float) else (type(default),)
-        if type(value) in kinds or default is None or (value is None and key in _NULLABLE):
-            values[key] = value
-        else:
-            problems.append(f"{key} = {value!r}: expected a {type(default).__name__}")
-    key = family.fields["activation"]
-    if values[key] not in ACTIVATIONS:
-        problems.append(f"{key} = {values[key]!r}: supported: {', '.join(ACTIVATIONS)}")
-    return values
-
-
-def fill_and_check_sizes(fields: dict[str, Any], rotary: bool, problems: list[str]) -> None:
-    """Fills in the optional sizes of ``fields`` and checks that all sizes fit together."""
-    optional = ("num_kv_heads", "head_size", "mlp_size")
-    sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "max_positions")
-    bad = [f for f in sizes if not is_positive_int(fields[f])]
-    bad += [f for f in optional if fields.get(f) is not None and not is_positive_int(fields[f])]
-    problems += [f"{f} = {fields[f]!r}: expected a positive integer" for f in bad]
-    if bad:
-        return
-    if fields.get("num_kv_heads") is None:
-        fields["num_kv_heads"] = fields["num_heads"]
-    if fields["mlp_size"] is None:  # GPT-2's convention
-        fields["mlp_size"] = 4 * fields["hidden_size"]
-    if fields.get("head_size") is None:
-        fields["head_size"] = fields["hidden_size"] // fields["num_heads"]
-        if fields["hidden_size"] % fields["num_heads"]:
-            problems.append("hidden_size is no multiple of the number of heads; set head_dim")
-    if fields["num_heads"] % fields["num_kv_heads"]:
-        problems.append(
-            f"{fields['num_heads']} query heads are no multiple of "
-            f"{fields['num_kv_heads']} key/value heads"
-        )
-    if rotary and fields["head_size"] % 2:
-        problems.append(f"head size {fields['head_size']}: rotary positions need an even size")
 
 
 def is_positive_int(value: Any) -> bool:

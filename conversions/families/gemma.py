@@ -70,9 +70,9 @@ GEMMA2 = dataclasses.replace(
         "sliding_window": 4096,
         "layer_types": None,
     },
-    fixed={**LLAMA.fixed, "use_bidirectional_attention": (False, None)},
-    # A key of generation, and old names of the activation and the window, repeated beside the new.
-    ignored=frozenset(("cache_implementation", "hidden_act", "sliding_window_size")),
+    fixed={"use_bidirectional_attention": (False,)},
+    # Old names of the activation and the window, repeated beside the new.
+    ignored=frozenset(("hidden_act", "sliding_window_size")),
     windows=alternating_windows,
     derive=_scales,
     tensors=(
@@ -138,7 +138,7 @@ GEMMA3: Family = dataclasses.replace(
     # transformers ignores this key in Gemma 3.
     fixed={**GEMMA2.fixed, "attn_logit_softcapping": (None,)},
     # _sliding_window_pattern repeats layer_types.
-    ignored=frozenset(("cache_implementation", "_sliding_window_pattern")),
+    ignored=frozenset(("_sliding_window_pattern",)),
     rope=_global_rope,
     derive=_scales_and_local_rope,
     tensors=(

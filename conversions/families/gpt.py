@@ -29,16 +29,6 @@ from lordjax.conversions.families.sliding_windows import no_windows
 from lordjax.models.config import ModelConfig, Rope
 
 ALL_BIASES = dict.fromkeys(BIAS_FIELDS, True)
-# Keys of dropout, of heads for other tasks, and of the attention's precision.
-_GPT2_IGNORED = """
-    n_ctx resid_pdrop embd_pdrop attn_pdrop reorder_and_upcast_attn summary_type summary_use_proj
-    summary_activation summary_proj_to_labels summary_first_dropout
-"""
-# Keys of the softmax's precision, and of the memory of an old inference server.
-_BIGCODE_IGNORED = """
-    attention_softmax_in_fp32 scale_attention_softmax_in_fp32 inference_runner max_batch_size
-    validate_runner_input pre_allocate_kv_cache pad_key_length
-"""
 _H = "transformer.h.{i}"
 GPT2 = Family(
     model_type="gpt2",
@@ -66,15 +56,8 @@ GPT2 = Family(
         "activation_function": "gelu_new",
         "tie_word_embeddings": True,
     },
-    fixed={
-        "scale_attn_weights": (True,),
-        "scale_attn_by_inverse_layer_idx": (False,),
-        "is_encoder_decoder": (False,),
-        "add_cross_attention": (False,),
-        "pruned_heads": ({}, None),
-    },
+    fixed={"scale_attn_by_inverse_layer_idx": (False,)},
     windows=no_windows,
-    ignored=frozenset(_GPT2_IGNORED.split()),
     rope=no_rope,
     position_offset=0,
     prefix="transformer.",
@@ -125,7 +108,6 @@ GPT_BIGCODE = dataclasses.replace(
         "multi_query": True,
         "num_key_value_heads": None,
     },
-    ignored=frozenset((_GPT2_IGNORED + _BIGCODE_IGNORED).split()),
     derive=_key_heads,
     tensors=(
         *(row for row in GPT2.tensors if ".attn." not in row.name and ".mlp." not in row.name),
@@ -191,14 +173,7 @@ OPT = Family(
         "do_layer_norm_before": True,
         "_remove_final_layer_norm": False,
     },
-    fixed={
-        "layer_norm_elementwise_affine": (True,),
-        "is_encoder_decoder": (False,),
-        "add_cross_attention": (False,),
-        "pruned_heads": ({}, None),
-    },
     windows=no_windows,
-    ignored=frozenset(("dropout", "activation_dropout", "layerdrop", "init_std")),
     rope=no_rope,
     position_offset=2,
     derive=_opt_shape,
@@ -280,8 +255,7 @@ CODEGEN = dataclasses.replace(
         "rotary_dim": 64,
         "tie_word_embeddings": False,
     },
-    fixed={key: GPT2.fixed[key] for key in GPT2.fixed if not key.startswith("scale_")}
-    | {"scale_attn_weights": (True,)},
+    fixed={},
     rope=_codegen_rope,
     position_offset=None,
     tensors=(

@@ -54,14 +54,6 @@ LLAMA = Family(
         "attention_bias": False,
         "mlp_bias": False,
     },
-    fixed={
-        "rope_interleaved": (False,),
-        "partial_rotary_factor": (1.0, None),
-        "is_encoder_decoder": (False,),
-        "add_cross_attention": (False,),
-        "pruned_heads": ({}, None),
-        "per_layer_config": (None, {}),
-    },
     windows=no_windows,
     rope_keys=ROPE_KEYS,
     tensors=(
@@ -85,7 +77,7 @@ LLAMA = Family(
 _NO_BIASES = {"attention_bias": (False,), "mlp_bias": (False,)}
 _UNBIASED: dict[str, Any] = {
     "fields": {f: key for f, key in LLAMA.fields.items() if f not in BIAS_FIELDS},
-    "fixed": {**LLAMA.fixed, **_NO_BIASES},
+    "fixed": _NO_BIASES,
 }
 _READ = {k: v for k, v in LLAMA.defaults.items() if k not in _NO_BIASES}
 
@@ -162,8 +154,7 @@ STARCODER2 = dataclasses.replace(
         "sliding_window": None,
         "tie_word_embeddings": True,
     },
-    fixed={**LLAMA.fixed, "norm_type": ("layer_norm",), "mlp_type": ("default",)},
-    ignored=frozenset(("residual_dropout", "embedding_dropout")),
+    fixed={"norm_type": ("layer_norm",), "mlp_type": ("default",)},
     windows=one_window,
     tensors=(
         *(row for row in LLAMA.tensors if "_norm/" not in row.path and "/mlp/" not in row.path),

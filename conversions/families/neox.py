@@ -68,10 +68,6 @@ def _block(hf_config: Values, values: Values, problems: list[str]) -> dict[str, 
 
 
 _LAYER = "gpt_neox.layers.{i}"
-# Keys of dropout: the present ones and those of GPT-NeoX-20B's config.
-_IGNORED = """
-    hidden_dropout classifier_dropout attention_probs_dropout_prob hidden_dropout_prob
-"""
 GPT_NEOX = Family(
     model_type="gpt_neox",
     architectures=("GPTNeoXForCausalLM",),
@@ -104,13 +100,7 @@ GPT_NEOX = Family(
         "rotary_pct": 0.25,
         "rotary_emb_base": 10000.0,
     },
-    fixed={
-        "is_encoder_decoder": (False,),
-        "add_cross_attention": (False,),
-        "pruned_heads": ({}, None),
-    },
     windows=no_windows,
-    ignored=frozenset(_IGNORED.split()),
     rope=_rope,
     rope_keys=ROPE_KEYS,
     derive=_block,

@@ -65,7 +65,7 @@ PHI3 = dataclasses.replace(
     architectures=("Phi3ForCausalLM",),
     fields={f: key for f, key in MISTRAL.fields.items() if f != "head_size"},
     fixed={
-        **{k: v for k, v in MISTRAL.fixed.items() if k != "partial_rotary_factor"},
+        **MISTRAL.fixed,
         # Keys of Phi-4-mini; its own code gives other values a meaning.
         "full_attn_mod": (1,),
         "interpolate_factor": (1,),
@@ -81,8 +81,6 @@ PHI3 = dataclasses.replace(
         "rms_norm_eps": 1e-5,
         "sliding_window": None,
     },
-    # auto_map names the model's own code, from before transformers had the family.
-    ignored=frozenset(("resid_pdrop", "embd_pdrop", "auto_map")),
     rope=_rope,
     rope_keys=MISTRAL.rope_keys | {"partial_rotary_factor"},
     tensors=(

@@ -10,21 +10,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from lordjax.conversions.families.bert import BERT, ROBERTA
-from lordjax.conversions.families.family import (
-    Family,
-    TensorSource,
-    Values,
-    fill_and_check_sizes,
-    read_head,
-    read_keys,
-    sizes_of,
-)
+from lordjax.conversions.families.config_values import fill_sizes, read_keys, read_sizes
+from lordjax.conversions.families.family import Family, TensorSource, Values, sizes_of
 from lordjax.conversions.families.gemma import GEMMA2, GEMMA3
 from lordjax.conversions.families.gpt import CODEGEN, GPT2, GPT_BIGCODE, OPT
+from lordjax.conversions.families.heads import read_head
 from lordjax.conversions.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3, STARCODER2
 from lordjax.conversions.families.neox import GPT_NEOX
 from lordjax.conversions.families.phi3 import PHI3
 from lordjax.models.config import ModelConfig
+from lordjax.names import listed
 
 _ROWS = (
     *(LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, STARCODER2, GEMMA2, GEMMA3),
@@ -47,12 +42,14 @@ def family_of(hf_config: Values, where: str = "config.json") -> Family:
     if "lordjax_export" in hf_config:
         raise ValueError(f"{where}: a factored export; open the directory that it was made from")
     kind = hf_config.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(
             f"{where}: model_type {kind!r} is not supported; supported: {', '.join(FAMILIES)}"
         )
     family = FAMILIES[kind]
     given = architectures_of(hf_config, family)
+    if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
+        raise ValueError(f"{where}: architectures = {given!r}: expected a list of names")
     if not set(given) <= set(family.architectures):
         raise ValueError(
             f"{where}: architectures {given} is not supported; "
@@ -109,22 +106,31 @@ def model_config(hf_config: Values, where: str = "config.json") -> ModelConfig:
     family = family_of(hf_config, where)
     problems: list[str] = []
     values = read_keys(family, hf_config, problems)
-    rope = family.rope(hf_config, values, problems)
-    windows = family.windows(values, problems)
     fields = dict(family.constants) | {f: values[key] for f, key in family.fields.items()}
-    if family.derive is not None:
-        fields |= family.derive(hf_config, values, problems)
-    fields |= read_head(architectures_of(hf_config, family), hf_config, problems)
-    fill_and_check_sizes(fields, rope is not None, problems)
+    rope, windows = None, None
+    if read_sizes(family, values, problems):
+        rope = family.rope(hf_config, values, problems)
+        windows = family.windows(values, problems)
+        if family.derive is not None:
+            fields |= family.derive(hf_config, values, problems)
+        fields |= read_head(architectures_of(hf_config, family), hf_config, problems)
+        fill_sizes(fields, rope is not None, problems)
     if problems:
-        raise ValueError(
-            f"{where}: {len(problems)} thing(s) in it are not supported, so the converted model "
-            f"would be another one (family {family.model_type}):\n  " + "\n  ".join(problems)
-        )
+        raise ValueError(_not_supported(where, family, problems))
     if family.position_offset is not None:
         fields["position_offset"] = family.position_offset
         fields["position_rows"] = fields["max_positions"] + family.position_offset
     return ModelConfig(**fields, rope=rope, windows=windows)
+
+
+def _not_supported(where: str, family: Family, problems: list[str]) -> str:
+    """Returns the error text of a config with problems: one line if there is one problem."""
+    if len(problems) == 1:
+        return f"{where}: {problems[0]}"
+    return (
+        f"{where}: {len(problems)} thing(s) in it are not supported (family "
+        f"{family.model_type}):\n  {listed(problems, chr(10) + '  ')}"
+    )
 
 
 def tensor_table(hf_config: Values, where: str = "config.json") -> dict[str, TensorSource]:

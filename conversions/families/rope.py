@@ -7,6 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from lordjax.conversions.families.key_names import (
+    HARMLESS,
+    ruled_out_keys,
+    says_nothing,
+    unknown_key,
+)
 from lordjax.models.config import Rope
 
 Values = Mapping[str, Any]
@@ -59,7 +65,7 @@ def half_split(head_size: int, rotary_size: int | None, *, neighbours: bool = Tr
     return np.concatenate([turning, still]).T.reshape(-1)
 
 
-def take_share(hf_config: Values, share: float) -> tuple[dict[str, Any], float]:
+def take_share(hf_config: Values, share: Any) -> tuple[dict[str, Any], Any]:
     """Takes the rotated fraction of a head out of the rotary keys, where transformers 5 writes it.
 
     Args:
@@ -77,7 +83,7 @@ def take_share(hf_config: Values, share: float) -> tuple[dict[str, Any], float]:
     return plain, share
 
 
-def rotary_size(key: str, share: float, values: Values, problems: list[str]) -> int:
+def rotary_size(key: str, share: Any, values: Values, problems: list[str]) -> int:
     """Returns the number of rotated columns of a head.
 
     Args:
@@ -86,9 +92,8 @@ def rotary_size(key: str, share: float, values: Values, problems: list[str]) -> 
       values: config values.
       problems: list that problems are appended to.
     """
-    heads = values["num_attention_heads"]
-    width = values["hidden_size"] // heads if heads else 0
-    size = int(width * share)
+    width = values["hidden_size"] // values["num_attention_heads"]
+    size = int(width * share) if is_factor(share) else 0
     if not (0 < size <= width and size % 2 == 0):
         problems.append(
             f"{key} = {share!r}: expected an even number of the {width} columns of a head"
@@ -116,19 +121,20 @@ def read_rope(hf_config: Values, values: Values, problems: list[str]) -> Rope:
         return Rope()
     given = {key: value for key, value in chosen.items() if value is not None}
     outer = hf_config.get("rope_theta")
-    theta = given.pop("rope_theta", 10_000.0 if outer is None else outer)
+    theta = given.pop("rope_theta", values.get("rope_theta", 10_000.0) if outer is None else outer)
     if outer is not None and outer != theta:
         problems.append(f"rope_theta = {outer!r}, but {theta!r} in rope_parameters")
     # A config may have both keys; the newer one, rope_type, takes precedence.
     kind = given.pop("type", "default")
     kind = given.pop("rope_type", kind)
-    if kind not in _SCALINGS:
+    if not isinstance(kind, str) or kind not in _SCALINGS:
         problems.append(f"rope type {kind!r}: supported: {', '.join(_SCALINGS)}")
         return Rope()
     if given.pop("partial_rotary_factor", 1) != 1:
         problems.append("rope: partial_rotary_factor: only 1 is supported in this family")
     if hf_config.get(_LENGTH) is not None:
         given[_LENGTH] = hf_config[_LENGTH]
+    given = {key: given[key] for key in given.keys() - set(ruled_out_keys(hf_config))}
     found = _rope_problems(kind, {"rope_theta": theta} | given)
     problems += found
     return Rope() if found else _build_rope(kind, float(theta), given, values)
@@ -139,25 +145,31 @@ def _rope_problems(kind: str, given: Values) -> list[str]:
     problems = [f"rope type {kind}: {key} is missing" for key in sorted(required - set(given))]
     for key, value in given.items():
         if key not in required | optional | {"rope_theta"}:
-            problems.append(f"rope type {kind}: unknown key {key} = {value!r}")
+            if not (says_nothing(value) or HARMLESS.fullmatch(key)):
+                problems.append(unknown_key(key, value, f"rope type {kind}"))
         elif key == "truncate" and type(value) is not bool:
             problems.append(f"rope type {kind}: {key} = {value!r}: expected a bool")
         elif key in _STRETCHES:
-            if not (isinstance(value, list) and value and all(map(_is_factor, value))):
+            if not (isinstance(value, list) and value and all(map(is_factor, value))):
                 problems.append(f"rope type {kind}: {key}: expected a list of numbers above 0")
-        elif key != "truncate" and not _is_factor(value):
+        elif key != "truncate" and not is_factor(value):
             problems.append(f"rope type {kind}: {key} = {value!r}: expected a number above 0")
+    if not problems and kind == "llama3" and given["high_freq_factor"] <= given["low_freq_factor"]:
+        problems.append("rope type llama3: high_freq_factor: expected more than low_freq_factor")
+    if not problems and kind == "yarn" and given["rope_theta"] <= 1:
+        problems.append(f"rope_theta = {given['rope_theta']!r}: expected a number above 1")
     return problems
 
 
-def _is_factor(value: Any) -> bool:
-    return type(value) in (int, float) and value > 0
+def is_factor(value: Any) -> bool:
+    """Returns whether a value is a finite number above 0."""
+    return type(value) in (int, float) and 0 < value < 1e300
 
 
 def _build_rope(kind: str, theta: float, given: Values, values: Values) -> Rope:
     if kind in ("default", "linear", "dynamic"):
         return Rope(theta, kind, given["factor"] if kind != "default" else 1.0)
-    rest = dict(given)
+    rest = {key: given[key] for key in set().union(*_SCALINGS[kind]) & given.keys()}
     longest = values["max_position_embeddings"]
     original = rest.pop(_LENGTH, longest)
     factor = rest.pop("factor", longest / original)  # optional for yarn and longrope

@@ -17,7 +17,7 @@ import copy
 import dataclasses
 import functools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,14 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
+from lordjax.conversions.families.config_keys import rule_out
 from lordjax.conversions.families.registry import (
     TensorSource,
     family_of,
     model_config,
     tensor_table,
 )
+from lordjax.conversions.readers.tensor_check import spelling, tensor_problems
 from lordjax.conversions.readers.tensor_files import (
     BFLOAT16,
     TensorFiles,
@@ -76,14 +78,13 @@ class Checkpoint:
         self.stored_dtype = stored_dtype
         self._dtype: np.dtype | None = None  # default of `read`; None keeps the file's
         self._files, self._tokens = files, tokens
-        # A checkpoint of the bare model (without a head) omits the family's prefix.
         self._family, names = family_of(hf_config, where), set(files.names())
-        if not any(name.startswith(self._family.prefix) for name in names):
-            self._rename(lambda name: name.removeprefix(self._family.prefix))
+        self._rename(spelling(self._family, (row.name for row in self.table.values()), names))
         for new, old in self._family.old_names.items():
             if any(old in name for name in names):
                 self._rename(functools.partial(_replaced, new=new, old=old))
-        self._check()
+        if problems := tensor_problems(self._family, self.config, self.table, files):
+            raise ValueError(f"{path}: {problems}")
 
     def read(self, path: str, dtype: Any = None) -> Float[np.ndarray, ...]:
         """Reads one parameter, e.g. ``"layer_0/attention/q/kernel"``.
@@ -170,30 +171,6 @@ class Checkpoint:
     def _tree(self, wanted: Callable[[str], bool], dtype: Any) -> dict[str, Any]:
         return unflatten({path: self.read(path, dtype) for path in self.table if wanted(path)})
 
-    def _check(self) -> None:
-        """Raises ValueError if a tensor is missing, unknown or of the wrong shape."""
-        family = self._family
-        expected = {source.name: source for source in self.table.values()}
-        found = set(self._files.names())
-        problems = [f"missing: {name} {expected[name].shape}" for name in expected.keys() - found]
-        for name in found & expected.keys():
-            if (shape := self._files.shape(name)) != expected[name].shape:
-                place = self._files.where(name)
-                problems.append(f"wrong shape: {place} is {shape}, not {expected[name].shape}")
-        for name in found - expected.keys():
-            tied_head = self.config.tie_embeddings and name in family.copies
-            ignored = family.ignores(name) or family.ignores(family.prefix + name)
-            if not tied_head and not ignored:
-                shape = self._files.shape(name)
-                problems.append(f"unknown: {self._files.where(name)} {shape}")
-        if problems:
-            raise ValueError(
-                f"{self.path}: {len(problems)} tensor(s) do not match the config (family "
-                f"{family.model_type}, {self.config.num_layers} layers). Check that the config "
-                "belongs to this model and that no file is missing:\n  "
-                + "\n  ".join(sorted(problems))
-            )
-
     def _check_finite(self, tensor: np.ndarray, path: str, verb: str) -> None:
         finite = np.isfinite(tensor)
         if not finite.all():
@@ -256,13 +233,15 @@ class DirectoryTokenizer:
         return present
 
 
-def open_checkpoint(path_or_id: str | Path) -> Checkpoint:
+def open_checkpoint(path_or_id: str | Path, *, ignore_keys: Iterable[str] = ()) -> Checkpoint:
     """Opens a checkpoint and checks its config, tensor names and shapes.
 
     Args:
       path_or_id: a directory with ``config.json`` and safetensors or ``pytorch_model.bin`` files
         (a single file, or shards with an index), a ``.gguf`` file, or a model id on the Hugging
         Face hub. A model from the hub is downloaded into the hub's cache.
+      ignore_keys: unknown keys of ``config.json`` that the model does not depend on. They are
+        noted in `Checkpoint.hf_config`, and so in everything that is made from the model.
 
     Returns:
       The checkpoint; tensor values are read on demand.
@@ -281,19 +260,24 @@ def open_checkpoint(path_or_id: str | Path) -> Checkpoint:
         from lordjax.conversions.readers.gguf import Gguf
 
         file = Gguf(path)
-        return Checkpoint(path, file.hf_config, file, file, file.stored_dtype)
+        hf_config = rule_out(file.hf_config, ignore_keys, str(path))
+        return Checkpoint(path, hf_config, file, file, file.stored_dtype)
     config = path / "config.json"
     if not config.exists():
         raise FileNotFoundError(f"{path}: no config.json in this directory; {_EXPECTED}")
-    return Checkpoint(path, read_json(config), open_directory(path), DirectoryTokenizer(path))
+    hf_config = rule_out(read_json(config), ignore_keys, str(config))
+    return Checkpoint(path, hf_config, open_directory(path), DirectoryTokenizer(path))
 
 
-def read_config(path_or_id: str | Path) -> tuple[dict[str, Any], ModelConfig]:
+def read_config(
+    path_or_id: str | Path, *, ignore_keys: Iterable[str] = ()
+) -> tuple[dict[str, Any], ModelConfig]:
     """Reads the config of a model, without its tensors.
 
     Args:
       path_or_id: a ``config.json`` file, or an argument of `open_checkpoint`. A ``config.json``
         needs no weights beside it.
+      ignore_keys: see `open_checkpoint`.
 
     Returns:
       The Hugging Face config as a dict, and the same architecture as a `ModelConfig`.
@@ -308,12 +292,12 @@ def read_config(path_or_id: str | Path) -> tuple[dict[str, Any], ModelConfig]:
     if path.suffix == ".gguf":
         from lordjax.conversions.readers.gguf import Gguf
 
-        hf_config = Gguf(path).hf_config
+        hf_config = rule_out(Gguf(path).hf_config, ignore_keys, str(path))
         return hf_config, model_config(hf_config, str(path))
     file = path / "config.json" if path.is_dir() else path
     if not file.exists():
         raise FileNotFoundError(f"{path}: no config.json in this directory; {_EXPECTED}")
-    hf_config = read_json(file)
+    hf_config = rule_out(read_json(file), ignore_keys, str(file))
     return hf_config, model_config(hf_config, str(file))
 
 

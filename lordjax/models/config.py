@@ -35,6 +35,36 @@ class Rope:
     size: int | None = None  # rotated columns of a head, in its first pairs; None: all
 
 
+# Largest accepted sizes, far above those of any model: a damaged config must not fill the memory.
+LARGEST = {
+    "num_layers": 10_000,
+    "vocab_size": 2**26,
+    "hidden_size": 2**20,
+    "mlp_size": 2**24,
+    "num_heads": 2**16,
+    "num_kv_heads": 2**16,
+    "head_size": 2**16,
+    "max_positions": 2**31 - 1,
+    "token_types": 2**20,
+    "num_classes": 2**24,
+    "embed_size": 2**20,
+}
+
+
+def size_problem(field: str, value: Any) -> str | None:
+    """Returns what is wrong with a size of a model, or None.
+
+    Args:
+      field: field of `ModelConfig`, a key of `LARGEST`.
+      value: its value.
+    """
+    if type(value) is not int or value < 1:
+        return "expected a positive integer"
+    if value > LARGEST[field]:
+        return f"expected at most {LARGEST[field]:,}; is the file damaged?"
+    return None
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Architecture of a model; `conversions.families` makes one from each family's own config.
@@ -93,9 +123,15 @@ class ModelConfig:
         """Returns the config of `to_json`'s dicts.
 
         Raises:
-          TypeError: if a field is unknown or missing.
+          TypeError: if a field is unknown or missing, or a size is impossible.
         """
         fields = dict(fields)
+        for name in LARGEST.keys() & fields.keys():
+            value = fields[name]
+            if value is None or (name == "token_types" and value == 0):
+                continue
+            if (problem := size_problem(name, value)) is not None:
+                raise TypeError(f"{name} = {value!r}: {problem}")
         for name in ("rope", "local_rope"):
             if fields.get(name) is not None:
                 rope: dict[str, Any] = dict(fields[name])

@@ -15,6 +15,7 @@ from lordjax.scripts.flags.options import (
     bit_widths,
     budget_options,
     code_options,
+    model_argument,
     output,
     shares,
     statistics_options,
@@ -23,7 +24,7 @@ from lordjax.scripts.flags.options import (
 
 
 @click.command()
-@click.argument("model")
+@model_argument
 @click.argument("out", type=click.Path(path_type=str))
 @budget_options
 @click.option(
@@ -88,7 +89,7 @@ def compress(
 
 
 @click.command()
-@click.argument("model")
+@model_argument
 @budget_options
 @code_options
 @stored_options

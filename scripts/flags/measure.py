@@ -10,11 +10,17 @@ from typing import Any
 
 import click
 
-from lordjax.scripts.flags.options import as_json_option, counts, output
+from lordjax.scripts.flags.options import (
+    as_json_option,
+    counts,
+    ignore_key_option,
+    model_argument,
+    output,
+)
 
 
 @click.command()
-@click.argument("model")
+@model_argument
 @click.argument("prompt", required=False)
 @click.option(
     "--max-new-tokens",
@@ -72,7 +78,7 @@ def generate(as_json: bool, **settings: Any) -> None:
 
 
 @click.command()
-@click.argument("model")
+@model_argument
 @click.option(
     "--tokens",
     metavar="PATH",
@@ -104,6 +110,7 @@ def evaluate(as_json: bool, **settings: Any) -> None:
 
 @click.command()
 @click.argument("model", required=False)
+@ignore_key_option
 @click.option(
     "--problems",
     required=True,
@@ -188,7 +195,7 @@ def evaluate_code(as_json: bool, **settings: Any) -> None:
 
 
 @click.command()
-@click.argument("model")
+@model_argument
 @click.option(
     "--data",
     required=True,
@@ -238,6 +245,7 @@ def evaluate_choices(as_json: bool, **settings: Any) -> None:
 
 @click.command()
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@ignore_key_option
 @click.option(
     "--prefill",
     type=click.IntRange(min=1),
@@ -307,7 +315,7 @@ def benchmark(as_json: bool, **settings: Any) -> None:
 
 
 @click.command()
-@click.argument("model")
+@model_argument
 @click.option("--full", is_flag=True, help="List every parameter of every block.")
 @click.option(
     "--picture",

@@ -64,6 +64,22 @@ def ranks(
     return {name.strip(): int(rank) for name, _, rank in pairs}
 
 
+IGNORED = "lordjax.ignored_keys"  # where click keeps the names of --ignore-key
+
+
+def _keep_ignored(
+    context: click.Context, parameter: click.Parameter, value: tuple[str, ...]
+) -> None:
+    del parameter
+    context.meta[IGNORED] = value
+
+
+def ignored_keys() -> tuple[str, ...]:
+    """Returns the names that ``--ignore-key`` of the running command gives."""
+    context = click.get_current_context(silent=True)
+    return () if context is None else context.meta.get(IGNORED, ())
+
+
 def options(*each: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """Returns a decorator that adds several options, in this order."""
 
@@ -74,6 +90,18 @@ def options(*each: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
     return add
 
+
+# Of every command that opens a model.
+ignore_key_option = click.option(
+    "--ignore-key",
+    multiple=True,
+    metavar="NAME",
+    expose_value=False,
+    callback=_keep_ignored,
+    help="Open the model although its config has the unknown key NAME, because it does not depend "
+    "on it. The name is kept in the config of the result. May be given several times.",
+)
+model_argument = options(click.argument("model"), ignore_key_option)
 
 # Method and size of a compression: of `compress` and `plan`.
 budget_options = options(

@@ -9,11 +9,11 @@ from typing import Any
 
 import click
 
-from lordjax.scripts.flags.options import as_json_option, output
+from lordjax.scripts.flags.options import as_json_option, model_argument, output
 
 
 @click.command()
-@click.argument("model")
+@model_argument
 @click.argument("out", type=click.Path(path_type=str))
 @click.option(
     "--data",
@@ -179,7 +179,7 @@ def finetune(as_json: bool, **settings: Any) -> None:
 
 
 @click.command()
-@click.argument("model")
+@model_argument
 @click.argument("out", type=click.Path(path_type=str))
 @click.option(
     "--to",
@@ -201,7 +201,7 @@ def merge(as_json: bool, **settings: Any) -> None:
 
 
 @click.command()
-@click.argument("model")
+@model_argument
 @click.argument("out", type=click.Path(path_type=str))
 @click.option(
     "--to",
@@ -248,7 +248,7 @@ def export(as_json: bool, **settings: Any) -> None:
 
 
 @click.command()
-@click.argument("model")
+@model_argument
 @click.argument("out", type=click.Path(path_type=str))
 @click.option(
     "--to",

@@ -13,6 +13,7 @@ from lordjax.forecast.predict import cost
 from lordjax.forecast.quantized_cost import QuantizationSpec
 from lordjax.forecast.shapes import dense_shapes, multiplications, outline, stored
 from lordjax.scripts.console import format_bytes, say
+from lordjax.scripts.flags.options import ignored_keys
 from lordjax.scripts.jobs import QUANTIZED, job_of
 from lordjax.scripts.opened_model import quiet_transformers
 from lordjax.scripts.token_inputs import WINDOW
@@ -148,10 +149,10 @@ def open_shapes(model: str, dtype: str | None) -> tuple[ModelConfig, InMemory, s
 
     path = Path(model).expanduser()
     if path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.safetensors*"))):
-        opened = open_checkpoint(path)
+        opened = open_checkpoint(path, ignore_keys=ignored_keys())
         before = stored(opened.config, opened.leaves())
         return opened.config, before, opened.stored_dtype
-    hf_config, config = read_config(model)
+    hf_config, config = read_config(model, ignore_keys=ignored_keys())
     own = hf_config.get("dtype") or hf_config.get("torch_dtype")
     used = dtype or (own if own in STORED else "float32")
     return config, stored(config, trees.flatten(dense_shapes(config).params), used), None

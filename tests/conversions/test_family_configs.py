@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hf_models import CASES, LONGROPE, TINY, stretches, tiny
 
+from lordjax.conversions.families.config_keys import rule_out
 from lordjax.conversions.families.registry import FAMILIES, model_config, tensor_table
 
 torch = pytest.importorskip("torch")
@@ -244,7 +245,7 @@ def test_all_problems_in_one_error():
         "rope_interleaved = True: only False",
         "mlp_bias = 'yes': expected a bool",
         "rope type linear: factor is missing",
-        "rope type linear: unknown key short_factor",
+        "rope type linear: short_factor = [1.0]: unknown key",
         "7 thing(s)",
     ):
         assert part in message
@@ -323,3 +324,119 @@ def test_all_problems_in_one_error():
 )
 def test_bad_config(keys, part):
     assert part in bad(**keys)
+
+
+def test_keys_that_nobody_has_seen():
+    """What says nothing, and what is named like training or bookkeeping, refuses no model."""
+    plain = {"model_type": "llama", **TINY}
+    said = {
+        "num_moons": 0,
+        "tide": None,
+        "use_tide": False,
+        "tide_name": "",
+        "moons": [],
+        "sky": {},
+    }
+    named = {
+        "n_special": 3,
+        "predict_special_tokens": True,
+        "tide_dropout": 0.1,
+        "tide_init_std": 0.3,
+        "router_aux_loss_coef": 0.01,
+        "sun_token_id": 7,
+        "moon_version": "3.1",
+        "tide_dtype": "float16",
+        "output_projection": True,
+        "n_ctx": 12,
+        "residual_multiplier": 1.0,
+        "sliding_window": 64,
+        "layer_types": ["full_attention"] * 2,
+        "activation_function": "silu",
+    }
+    assert model_config({**plain, **said, **named}) == model_config(plain)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"tide": 0.5},
+        {"use_tide": True},
+        {"residual_multiplier": 0.22},
+        {"activation_function": "relu"},
+        {"sliding_window": 16},
+        {"layer_types": ["sliding_attention", "full_attention"]},
+        {"rope_scaling": {"type": "linear", "factor": 2.0, "tide": 0.5}},
+    ],
+)
+def test_a_key_that_may_change_the_model_can_be_ruled_out(keys):
+    plain = {"model_type": "llama", **TINY}
+    name = next(iter(keys))
+    name, value = ("tide", 0.5) if name == "rope_scaling" else (name, keys[name])
+    assert f"{name} = {value!r}: unknown key, it may change the model; if it does not, add" in bad(
+        **keys
+    )
+    ruled = rule_out({**plain, **keys}, [name], "config.json")
+    keys = {} if name != "tide" or "tide" in keys else {"rope_scaling": LINEAR}
+    assert model_config(ruled) == model_config({**plain, **keys})
+    assert rule_out(ruled, [], "config.json") == ruled  # what is noted stays
+
+
+LINEAR = {"type": "linear", "factor": 2.0}
+
+
+def test_only_a_key_that_is_there_and_not_understood_is_ruled_out():
+    plain = {"model_type": "llama", **TINY, "rope_interleaved": True}
+    with pytest.raises(ValueError, match=r"--ignore-key moon: config\.json has no such key"):
+        rule_out(plain, ["moon"], "config.json")
+    with pytest.raises(ValueError, match="rope_interleaved = True: only False is supported"):
+        model_config(rule_out(plain, ["rope_interleaved"], "config.json"))
+
+
+@pytest.mark.parametrize(
+    ("keys", "part"),
+    [
+        ({"rope_theta": float("inf")}, "rope_theta = inf: expected a number above 0"),
+        ({"rope_theta": 10**400}, ": expected a number above 0"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps = nan: expected a finite number"),
+        ({"rms_norm_eps": -1e-5}, "rms_norm_eps = -1e-05: expected a number that is not"),
+        ({"num_attention_heads": 0}, "num_attention_heads = 0: expected a positive integer"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads = 0: expected a positive integer"),
+        ({"architectures": True}, "architectures = True: expected a list of names"),
+        ({"architectures": "LlamaForCausalLM"}, "expected a list of names"),
+        ({"architectures": [3]}, "architectures = [3]: expected a list of names"),
+        ({"model_type": ["llama"]}, "model_type ['llama'] is not supported"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers = 1000000000: expected at most 10,000"),
+        ({"num_hidden_layers": 2.0}, "num_hidden_layers = 2.0: expected a int"),
+        ({"vocab_size": 10**12}, "vocab_size = 1000000000000: expected at most"),
+        ({"head_dim": 10**9}, "head_dim = 1000000000: expected at most"),
+        ({"rope_scaling": {"type": []}}, "rope type []: supported"),
+        ({"rope_scaling": 3}, "rope_scaling = 3: expected an object"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": float("nan")}},
+            "factor = nan: expected a number above 0",
+        ),
+        ({"model_type": "phi3", "num_attention_heads": 0}, "num_attention_heads = 0"),
+        (
+            {"model_type": "phi3", "partial_rotary_factor": float("nan")},
+            "factor = nan: expected an",
+        ),
+        (
+            {"model_type": "gpt_neox", "rotary_pct": float("inf")},
+            "rotary_pct = inf: expected a fin",
+        ),
+        ({"model_type": "mistral", "num_hidden_layers": 10**9}, "expected at most 10,000"),
+        ({"model_type": "gemma2", "hidden_size": -4}, "hidden_size = -4: expected a positive int"),
+        (
+            {"model_type": "bert", "architectures": ["BertForSequenceClassification"]}
+            | {"id2label": 3},
+            "id2label = 3: expected an object",
+        ),
+    ],
+)
+def test_impossible_values_are_one_line(keys, part):
+    # Two of the families have no such key.
+    others = (
+        {} if keys.get("model_type") not in ("bert", "gpt_neox") else {"num_key_value_heads": 0}
+    )
+    message = bad(**others, **keys)
+    assert part in message and "\n" not in message

@@ -160,6 +160,24 @@ def test_wrong_tensors_are_one_error(directory):
     )
 
 
+def test_an_error_lists_ten_names_and_a_guess(directory):
+    def change(tensors):
+        for name in list(tensors):
+            tensors[f"wrapped.{name}"] = tensors.pop(name)
+
+    with pytest.raises(ValueError, match=r"all tensors begin with 'wrapped\.'; remove") as error:
+        open_checkpoint(edit(directory, change))
+    text = str(error.value)
+    assert text.count("missing: ") == text.count("unknown: ") == 5
+    assert "42 tensor(s)" in text and text.endswith("… and 32 more")
+
+
+def test_fewer_layers_in_the_files_than_in_the_config(directory):
+    config = json.loads((directory / "config.json").read_text()) | {"num_hidden_layers": 9_000}
+    (directory / "config.json").write_text(json.dumps(config))
+    fails(directory, "The files hold 2 layers, fewer than the config names", "… and 80,972 more")
+
+
 def test_not_finite(directory):
     def change(tensors):
         tensors["model.layers.1.self_attn.q_proj.weight"][3, 5] = np.nan
@@ -222,7 +240,7 @@ def test_missing_files(directory, tmp_path_factory):
 def test_config_errors_name_the_file(directory):
     config = json.loads((directory / "config.json").read_text()) | {"clip_qkv": 8.0}
     (directory / "config.json").write_text(json.dumps(config))
-    fails(directory, "config.json: 1 thing(s)", "clip_qkv = 8.0: unknown key")
+    fails(directory, "config.json: clip_qkv = 8.0: unknown key")
 
 
 def test_head_beside_tied_embedding(directory):

@@ -42,6 +42,20 @@ def test_export_and_verification(compressed, text, tmp_path, to):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_an_ignored_key_stays_in_the_result(tiny, tmp_path):
+    """Written once, the model opens again without the flag, here and as another export."""
+    model, out, again = (tmp_path / name for name in ("model", "out", "again"))
+    shutil.copytree(tiny, model)
+    config = json.loads((model / "config.json").read_text()) | {"tide": 0.5}
+    (model / "config.json").write_text(json.dumps(config))
+    fails("tide = 0.5: unknown key, it may change the model; if", "convert", model, out)
+    fails("has no such key; did you mean tide?", "inspect", model, "--ignore-key", "tode")
+    assert run("convert", model, out, "--ignore-key", "tide").exit_code == 0
+    assert open_saved(out).hf_config["lordjax_ignored_keys"] == ["tide"]
+    assert run("export", out, again, "--to", "dense").exit_code == 0
+    assert open_checkpoint(again).config == open_checkpoint(tiny).config
+
+
 @pytest.mark.full
 def test_methods_and_default_tokens(tiny, text, tmp_path):
     """Modules that became narrower; the standard library where there are no other tokens."""

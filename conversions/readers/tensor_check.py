@@ -1,0 +1,116 @@
+"""Compares the tensors of a checkpoint with those that its config asks for."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
+
+from lordjax.conversions.families.family import Family, TensorSource
+from lordjax.conversions.readers.tensor_files import TensorFiles
+from lordjax.models.config import ModelConfig
+from lordjax.names import listed
+
+
+def spelling(
+    family: Family, expected: Iterable[str], found: Collection[str]
+) -> Callable[[str], str]:
+    """Returns the function from a tensor's usual name to its name in a checkpoint.
+
+    A checkpoint of the bare model (without a head) omits the family's prefix.
+
+    Args:
+      family: family of the model.
+      expected: usual names of the tensors.
+      found: names of the tensors in the files.
+    """
+    expected = list(expected)
+    known: tuple[Callable[[str], str], ...] = (
+        lambda name: name,
+        lambda name: name.removeprefix(family.prefix),
+    )
+    return max(known, key=lambda spell: sum(spell(name) in found for name in expected))
+
+
+def tensor_problems(
+    family: Family, config: ModelConfig, table: Mapping[str, TensorSource], files: TensorFiles
+) -> str:
+    """Describes the tensors that are missing, unknown or of the wrong shape.
+
+    Args:
+      family: family of the model.
+      config: architecture of the model.
+      table: dict from parameter paths to tensors, with the names of the files.
+      files: the tensors.
+
+    Returns:
+      An error text; empty if all tensors fit.
+    """
+    expected = {source.name: source.shape for source in table.values()}
+    found = {name: files.shape(name) for name in files.names()}
+    missing = sorted(expected.keys() - found.keys())
+    unknown = [
+        name
+        for name in sorted(found.keys() - expected.keys())
+        if not _is_skipped(name, family, config)
+    ]
+    lines = [f"missing: {name} {expected[name]}" for name in missing]
+    lines += [f"unknown: {files.where(name)} {found[name]}" for name in unknown]
+    lines += [
+        f"wrong shape: {files.where(name)} is {found[name]}, not {expected[name]}"
+        for name in sorted(found.keys() & expected.keys())
+        if found[name] != expected[name]
+    ]
+    if not lines:
+        return ""
+    advice = _guess(missing, found) or (
+        "Check that the config belongs to this model and that no file is missing"
+    )
+    return (
+        f"{len(lines):,} tensor(s) do not match the config (family {family.model_type}, "
+        f"{config.num_layers} layers). {advice}:\n  {listed(_mixed(lines), chr(10) + '  ')}"
+    )
+
+
+def _is_skipped(name: str, family: Family, config: ModelConfig) -> bool:
+    """Returns whether the model does not need a tensor that is in the files."""
+    copied = config.tie_embeddings and name in family.copies
+    return copied or family.ignores(name) or family.ignores(family.prefix + name)
+
+
+def _mixed(lines: list[str]) -> list[str]:
+    """Orders the lines so that the first of them show every kind of problem."""
+    seen: Counter[str] = Counter()
+    ranked = []
+    for line in lines:
+        kind = line.partition(":")[0]
+        ranked.append((seen[kind], line))
+        seen[kind] += 1
+    return [line for _, line in sorted(ranked, key=lambda pair: pair[0])]
+
+
+def _guess(missing: Iterable[str], found: Iterable[str]) -> str | None:
+    """Returns a likely reason why tensors are missing, or None."""
+    missing, found = list(missing), list(found)
+    starts = Counter(
+        name.removesuffix(wanted)
+        for wanted in missing[:20]
+        for name in found
+        if name.endswith(f".{wanted}")
+    )
+    if starts:
+        start = starts.most_common(1)[0][0]
+        whole = "all tensors begin" if all(n.startswith(start) for n in found) else "tensors begin"
+        return f"In the files {whole} with {start!r}; remove it from their names"
+    blocks = [
+        {int(n[1]) for name in names if (n := _NUMBER.search(name))} for names in (missing, found)
+    ]
+    if blocks[0] and blocks[1] and min(blocks[0]) > max(blocks[1]):
+        return (
+            f"The files hold {max(blocks[1]) + 1} layers, fewer than the config names; download "
+            "the missing files, or correct the number of layers in the config"
+        )
+    return None
+
+
+_NUMBER = re.compile(r"\.(\d+)\.")  # number of the block in the name of a tensor
