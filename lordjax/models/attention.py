@@ -202,7 +202,7 @@ class Attention(nn.Module):
         q = project("q", c.num_heads)
         k, v = project("k", c.num_kv_heads), project("v", c.num_kv_heads)
         if c.qk_norm:
-            q, k = RMSNorm(c.norm_eps, name="q_norm")(q), RMSNorm(c.norm_eps, name="k_norm")(k)
+            q, k = self._normalized("q_norm", q), self._normalized("k_norm", k)
         rope = c.rope if self.sliding_window is None else c.local_rope or c.rope
         if rope is not None:
             q, k = self._rotate(rope, q, k, positions)
@@ -228,6 +228,11 @@ class Attention(nn.Module):
             mixed = attend(q, k, v, **how, mask=mask, causal=c.causal)
         mixed = tap(self, "attention_out", mixed.reshape(*x.shape[:2], -1))
         return Linear(c.hidden_size, c.out_bias, name="o")(mixed)
+
+    def _normalized(self, name: str, x: Float[Array, "b s h d"]) -> Float[Array, "b s h d"]:
+        """Normalizes each head, or all heads at once."""
+        rows = x.reshape(*x.shape[:2], -1) if self.config.wide_qk_norm else x
+        return RMSNorm(self.config.norm_eps, name=name)(rows).reshape(x.shape)
 
     def _extended(
         self, name: str, new: Float[Array, "b s k d"], positions: Int[Array, "b s"]

@@ -60,6 +60,8 @@ BLOCKS = {
     "parallel_norms": Arrangement(parallel=True),
     # Gemma 2: x + norm(attention(norm(x))), then x + norm(mlp(norm(x))).
     "sandwich": Arrangement(norm_output=True),
+    # OLMo 2: x + norm(attention(x)), then x + norm(mlp(x)).
+    "output_norm": Arrangement(norm_input=False, norm_output=True),
     # BERT, OPT-350m: norm(x + attention(x)), then norm(x + mlp(x)).
     "post_norm": Arrangement(norm_input=False, norm_sum=True),
 }
@@ -101,13 +103,16 @@ class Block(nn.Module):
         def norm(name: str, applies: bool, z: Array) -> Array:
             return NORMS[c.norm](c.norm_eps, name=name)(z) if applies else z
 
+        def scaled(z: Array) -> Array:
+            return z if c.residual_scale == 1 else z * c.residual_scale
+
         h = norm("attention_norm", how.norm_input, x)
         attended = Attention(c, self.window, name="attention")(h, positions, mask)
         if how.parallel and not how.shared_norm:
             h = norm("mlp_norm", how.norm_input, x)
-        x = x + norm("attention_post_norm", how.norm_output, attended)
+        x = x + scaled(norm("attention_post_norm", how.norm_output, attended))
         x = norm("attention_norm", how.norm_sum, x)
         if not how.parallel:
             h = norm("mlp_norm", how.norm_input, x)
-        x = x + norm("mlp_post_norm", how.norm_output, MLP(c, name="mlp")(h))
+        x = x + scaled(norm("mlp_post_norm", how.norm_output, MLP(c, name="mlp")(h)))
         return norm("mlp_norm", how.norm_sum, x)

@@ -19,7 +19,7 @@ class Rope:
     """
 
     theta: float = 10_000.0  # base of the geometric series of frequencies
-    kind: str = "default"  # default | linear | dynamic | llama3 | yarn | longrope
+    kind: str = "default"  # default | linear | dynamic | llama3 | yarn | longrope | none
     factor: float = 1.0  # context length divided by the length of training
     original_max_positions: int | None = None  # length of training, before scaling
     low_freq_factor: float = 1.0  # llama3: below this many turns, scale fully
@@ -34,6 +34,8 @@ class Rope:
     long_factor: tuple[float, ...] = ()  # longrope: divisor per pair beyond it
     size: int | None = None  # rotated columns of a head, in its first pairs; None: all
 
+
+UNLIMITED = 2**31 - 1  # sliding window that hides nothing, of layers that have `local_rope` only
 
 # Largest accepted sizes, far above those of any model: a damaged config must not fill the memory.
 LARGEST = {
@@ -109,6 +111,9 @@ class ModelConfig:
     attention_softcap: float | None = None  # c: attention logits x become c·tanh(x/c)
     final_softcap: float | None = None  # the same for the model's logits
     local_rope: Rope | None = None  # rope of layers with a sliding window; None: `rope`
+    wide_qk_norm: bool = False  # qk_norm over all heads at once, not over each
+    residual_scale: float = 1.0  # factor on what attention and MLP add to the residual stream
+    logit_scale: float = 1.0  # factor on the model's logits
 
     def window(self, layer: int) -> int | None:
         """Sliding window of a layer: positions that a token sees, itself included; None: all."""

@@ -43,6 +43,8 @@ def rope_frequencies(
     match rope.kind:
         case "default" | "dynamic":
             scale = 1.0
+        case "none":  # layers without positions
+            freq, scale = np.zeros_like(freq), 1.0
         case "linear":
             freq, scale = freq / rope.factor, 1.0
         case "llama3":
@@ -59,7 +61,7 @@ def rope_frequencies(
         case _:
             raise ValueError(
                 f"unknown rope scaling {rope.kind!r}; known: default, linear, dynamic, llama3, "
-                "yarn, longrope"
+                "yarn, longrope, none"
             )
     return np.pad(freq, (0, (head_size - size) // 2)).astype(np.float32), scale
 

@@ -10,7 +10,7 @@ Parameters (``[in, out]`` kernels; biases where the family has them)::
     layer_0/attention_norm/scale            [m]; and bias, where norms have one
     layer_0/attention/{q,k,v,o}/kernel      [m, h·d] [m, k·d] [m, k·e] [h·e, m]
     layer_0/attention/rope_index            [k, d/2], only if rotary pairs were pruned
-    layer_0/attention/{q,k}_norm/scale      [d], only if heads are normalized
+    layer_0/attention/{q,k}_norm/scale      [d], only if heads are normalized; [h·d] [k·d] at once
     layer_0/{attention,mlp}_post_norm/scale [m], only if outputs are normalized, too
     layer_0/mlp_norm/scale                  [m]
     layer_0/mlp/{gate,up,down}/kernel       [m, f] [m, f] [f, m]; gate only in gated MLPs
@@ -179,6 +179,8 @@ class Transformer(nn.Module):
         logits = self.embed.attend(x) if c.tie_embeddings else self.head(x)
         if c.tie_embeddings and c.head_bias:
             logits = self.head(logits)
+        if c.logit_scale != 1:
+            logits = logits * c.logit_scale
         return softcap(logits.astype(jnp.float32), c.final_softcap)
 
 
