@@ -1,4 +1,4 @@
-"""Gemma 2 and 3: norms before and after attention and MLP, soft caps, scaled embeddings."""
+"""Gemma 1 to 3: scaled embeddings, norms stored minus 1; later four norms and soft caps."""
 
 from __future__ import annotations
 
@@ -40,6 +40,47 @@ def _scales(hf_config: Values, values: Values, problems: list[str]) -> dict[str,
     }
 
 
+def _first_version(hf_config: Values, values: Values, problems: list[str]) -> dict[str, Any]:
+    """Returns the scale of the embeddings, and the activation that was meant.
+
+    The first configs name the exact GELU, but the authors' code has the approximate one.
+    """
+    del hf_config, problems
+    fields: dict[str, Any] = {"embedding_scale": values["hidden_size"] ** 0.5}
+    return fields | ({"activation": _GELU} if values["hidden_act"] == "gelu" else {})
+
+
+_GELU = "gelu_pytorch_tanh"
+_ROWS = tuple(row for row in LLAMA.tensors if "_norm/" not in row.path)
+GEMMA = dataclasses.replace(
+    LLAMA,
+    model_type="gemma",
+    architectures=("GemmaForCausalLM",),
+    fields={field: key for field, key in LLAMA.fields.items() if field != "mlp_bias"},
+    defaults={
+        "vocab_size": 256000,
+        "hidden_size": 3072,
+        "intermediate_size": 24576,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "head_dim": 256,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-6,
+        "hidden_act": _GELU,
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+    },
+    fixed={"use_bidirectional_attention": (False,), "hidden_activation": (_GELU,)},
+    derive=_first_version,
+    tensors=(
+        *_ROWS,
+        _norm(f"{BLOCK}/attention_norm", f"{_LAYER}.input_layernorm"),
+        _norm(f"{BLOCK}/mlp_norm", f"{_LAYER}.post_attention_layernorm"),
+        _norm("final_norm", "model.norm"),
+    ),
+)
+
 GEMMA2 = dataclasses.replace(
     LLAMA,
     model_type="gemma2",
@@ -61,7 +102,7 @@ GEMMA2 = dataclasses.replace(
         "head_dim": 256,
         "max_position_embeddings": 8192,
         "rms_norm_eps": 1e-6,
-        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_activation": _GELU,
         "tie_word_embeddings": True,
         "attention_bias": False,
         "query_pre_attn_scalar": 256.0,
@@ -76,7 +117,7 @@ GEMMA2 = dataclasses.replace(
     windows=alternating_windows,
     derive=_scales,
     tensors=(
-        *(row for row in LLAMA.tensors if "_norm/" not in row.path),
+        *_ROWS,
         _norm(f"{BLOCK}/attention_norm", f"{_LAYER}.input_layernorm"),
         _norm(f"{BLOCK}/attention_post_norm", f"{_LAYER}.post_attention_layernorm"),
         _norm(f"{BLOCK}/mlp_norm", f"{_LAYER}.pre_feedforward_layernorm"),

@@ -12,7 +12,7 @@ from typing import Any
 from lordjax.conversions.families.bert import BERT, ROBERTA
 from lordjax.conversions.families.config_values import fill_sizes, read_keys, read_sizes
 from lordjax.conversions.families.family import Family, TensorSource, Values, sizes_of
-from lordjax.conversions.families.gemma import GEMMA2, GEMMA3
+from lordjax.conversions.families.gemma import GEMMA, GEMMA2, GEMMA3
 from lordjax.conversions.families.gpt import CODEGEN, GPT2, GPT_BIGCODE, OPT
 from lordjax.conversions.families.heads import read_head
 from lordjax.conversions.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3, STARCODER2
@@ -22,7 +22,7 @@ from lordjax.models.config import ModelConfig
 from lordjax.names import listed
 
 _ROWS = (
-    *(LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, STARCODER2, GEMMA2, GEMMA3),
+    *(LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, STARCODER2, GEMMA, GEMMA2, GEMMA3),
     *(GPT2, GPT_BIGCODE, OPT, CODEGEN, GPT_NEOX),
     *(ROBERTA, BERT),
 )

@@ -20,7 +20,17 @@ transformers = pytest.importorskip("transformers")
 
 # A case of every shape of block.
 ONE_EACH = (
-    *("llama", "qwen2-window", "qwen3", "phi4-mini", "gpt2", "codegen", "gpt_neox", "gemma2"),
+    *(
+        "llama",
+        "gemma",
+        "qwen2-window",
+        "qwen3",
+        "phi4-mini",
+        "gpt2",
+        "codegen",
+        "gpt_neox",
+        "gemma2",
+    ),
     *("opt-350m", "roberta", "bert-classes"),
 )
 

@@ -119,6 +119,12 @@ CASES = {
         {"rotary_pct": 0.5, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
     ),
     "gpt_neox-yarn": ("gpt_neox", {"rotary_pct": 0.5, "rope_scaling": YARN}),
+    "gemma": ("gemma", {}),
+    "gemma-options": (
+        "gemma",
+        {"hidden_act": "gelu", "attention_bias": True, "tie_word_embeddings": False}
+        | {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    ),
     "gemma2": (
         "gemma2",
         {"sliding_window": 7, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0}
@@ -196,7 +202,7 @@ NAMES["gpt_neox"] = {"num_key_value_heads": None}
 
 EXTRA = {"opt": {"word_embed_proj_dim": TINY["hidden_size"]}, "codegen": {"rotary_dim": 8}}
 
-EXTRA["gemma2"] = EXTRA["gemma3_text"] = {"head_dim": 12}
+EXTRA["gemma"] = EXTRA["gemma2"] = EXTRA["gemma3_text"] = {"head_dim": 12}
 
 EXTRA["gpt_neox"] = {"rotary_pct": 0.5}
 
