@@ -1,4 +1,4 @@
-"""Families derived from Llama: Llama, Mistral, Qwen2, Qwen3 and StarCoder2."""
+"""Families derived from Llama: Llama, Mistral, Qwen2, Qwen3, StarCoder2 and Granite."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from lordjax.conversions.families.family import (
     HEAD,
     Family,
     TensorRow,
+    Values,
     head_norms,
     linear,
     norm,
 )
-from lordjax.conversions.families.rope import ROPE_KEYS
+from lordjax.conversions.families.rope import ROPE_KEYS, is_factor
 from lordjax.conversions.families.sliding_windows import mixed_windows, no_windows, one_window
 
 _LAYER = "model.layers.{i}"
@@ -127,6 +128,32 @@ QWEN3 = dataclasses.replace(
     fixed={key: values for key, values in QWEN2.fixed.items() if key != "attention_bias"},
     defaults={**QWEN2.defaults, "head_dim": 128, "attention_bias": False},
     tensors=(*LLAMA.tensors, *head_norms(f"{_LAYER}.self_attn")),
+)
+
+_FACTORS = {
+    "embedding_scale": "embedding_multiplier",
+    "attention_scale": "attention_multiplier",
+    "residual_scale": "residual_multiplier",
+}
+
+
+def _granite_scales(hf_config: Values, values: Values, problems: list[str]) -> dict[str, Any]:
+    """Returns Granite's factors; logits are divided by the last one."""
+    del hf_config
+    for key in (*_FACTORS.values(), "logits_scaling"):
+        if not is_factor(values[key]):
+            problems.append(f"{key} = {values[key]!r}: expected a number above 0")
+            return {}
+    scales = {field: float(values[key]) for field, key in _FACTORS.items()}
+    return {**scales, "logit_scale": 1 / values["logits_scaling"]}
+
+
+GRANITE = dataclasses.replace(
+    LLAMA,
+    model_type="granite",
+    architectures=("GraniteForCausalLM",),
+    defaults={**LLAMA.defaults, **dict.fromkeys((*_FACTORS.values(), "logits_scaling"), 1.0)},
+    derive=_granite_scales,
 )
 
 STARCODER2 = dataclasses.replace(

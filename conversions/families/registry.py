@@ -15,14 +15,14 @@ from lordjax.conversions.families.family import Family, TensorSource, Values, si
 from lordjax.conversions.families.gemma import GEMMA, GEMMA2, GEMMA3
 from lordjax.conversions.families.gpt import CODEGEN, GPT2, GPT_BIGCODE, OPT
 from lordjax.conversions.families.heads import read_head
-from lordjax.conversions.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3, STARCODER2
+from lordjax.conversions.families.llama import GRANITE, LLAMA, MISTRAL, QWEN2, QWEN3, STARCODER2
 from lordjax.conversions.families.neox import GPT_NEOX
 from lordjax.conversions.families.phi3 import PHI3
 from lordjax.models.config import ModelConfig
 from lordjax.names import listed
 
 _ROWS = (
-    *(LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, STARCODER2, GEMMA, GEMMA2, GEMMA3),
+    *(LLAMA, MISTRAL, QWEN2, QWEN3, GRANITE, PHI3, STARCODER2, GEMMA, GEMMA2, GEMMA3),
     *(GPT2, GPT_BIGCODE, OPT, CODEGEN, GPT_NEOX),
     *(ROBERTA, BERT),
 )

@@ -119,6 +119,12 @@ CASES = {
         {"rotary_pct": 0.5, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
     ),
     "gpt_neox-yarn": ("gpt_neox", {"rotary_pct": 0.5, "rope_scaling": YARN}),
+    "granite": (
+        "granite",
+        {"embedding_multiplier": 12, "attention_multiplier": 0.3, "residual_multiplier": 0.22}
+        | {"logits_scaling": 8.0, "tie_word_embeddings": True},
+    ),
+    "granite-biases": ("granite", {"attention_bias": True, "mlp_bias": True}),
     "gemma": ("gemma", {}),
     "gemma-options": (
         "gemma",
