@@ -17,12 +17,13 @@ from lordjax.conversions.families.gpt import CODEGEN, GPT2, GPT_BIGCODE, OPT
 from lordjax.conversions.families.heads import read_head
 from lordjax.conversions.families.llama import GRANITE, LLAMA, MISTRAL, QWEN2, QWEN3, STARCODER2
 from lordjax.conversions.families.neox import GPT_NEOX
+from lordjax.conversions.families.olmo2 import OLMO2
 from lordjax.conversions.families.phi3 import PHI3
 from lordjax.models.config import ModelConfig
 from lordjax.names import listed
 
 _ROWS = (
-    *(LLAMA, MISTRAL, QWEN2, QWEN3, GRANITE, PHI3, STARCODER2, GEMMA, GEMMA2, GEMMA3),
+    *(LLAMA, MISTRAL, QWEN2, QWEN3, GRANITE, OLMO2, PHI3, STARCODER2, GEMMA, GEMMA2, GEMMA3),
     *(GPT2, GPT_BIGCODE, OPT, CODEGEN, GPT_NEOX),
     *(ROBERTA, BERT),
 )

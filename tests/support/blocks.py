@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from lordjax import InMemory
 from lordjax.kernels import trees
 from lordjax.models import ModelConfig, Rope, init
+from lordjax.models.config import UNLIMITED
 
 GPT2 = ModelConfig(
     vocab_size=61,
@@ -99,6 +100,19 @@ BLOCKS = {
         mlp_bias=False,
         qk_norm=True,
     ),
+    "granite": dataclasses.replace(
+        GPT2,
+        num_kv_heads=2,
+        norm="rms",
+        activation="silu",
+        gated=True,
+        rope=Rope(),
+        position_rows=None,
+        embedding_scale=3.0,
+        attention_scale=0.3,
+        residual_scale=0.4,
+        logit_scale=0.2,
+    ),
     "opt-350m": dataclasses.replace(
         GPT2, block="post_norm", activation="relu", final_norm=False, embed_size=20
     ),
@@ -107,6 +121,12 @@ BLOCKS = {
         ENCODER, head="classes", num_classes=3, tie_embeddings=False
     ),
 }
+BLOCKS["olmo2"] = dataclasses.replace(
+    BLOCKS["qwen3"], block="output_norm", wide_qk_norm=True, qkv_bias=True
+)
+BLOCKS["smollm3"] = dataclasses.replace(
+    BLOCKS["qwen3"], qk_norm=False, windows=(None, UNLIMITED), local_rope=Rope(kind="none")
+)
 BLOCKS["gemma3"] = dataclasses.replace(
     BLOCKS["gemma2"], qk_norm=True, attention_softcap=None, final_softcap=None
 )

@@ -125,6 +125,11 @@ CASES = {
         | {"logits_scaling": 8.0, "tie_word_embeddings": True},
     ),
     "granite-biases": ("granite", {"attention_bias": True, "mlp_bias": True}),
+    "olmo2": ("olmo2", {}),
+    "olmo2-options": (
+        "olmo2",
+        {"attention_bias": True, "tie_word_embeddings": True, "num_key_value_heads": 4},
+    ),
     "gemma": ("gemma", {}),
     "gemma-options": (
         "gemma",
