@@ -19,11 +19,25 @@ from lordjax.conversions.families.llama import GRANITE, LLAMA, MISTRAL, QWEN2, Q
 from lordjax.conversions.families.neox import GPT_NEOX
 from lordjax.conversions.families.olmo2 import OLMO2
 from lordjax.conversions.families.phi3 import PHI3
+from lordjax.conversions.families.smollm3 import SMOLLM3
 from lordjax.models.config import ModelConfig
 from lordjax.names import listed
 
 _ROWS = (
-    *(LLAMA, MISTRAL, QWEN2, QWEN3, GRANITE, OLMO2, PHI3, STARCODER2, GEMMA, GEMMA2, GEMMA3),
+    *(
+        LLAMA,
+        MISTRAL,
+        QWEN2,
+        QWEN3,
+        GRANITE,
+        OLMO2,
+        SMOLLM3,
+        PHI3,
+        STARCODER2,
+        GEMMA,
+        GEMMA2,
+        GEMMA3,
+    ),
     *(GPT2, GPT_BIGCODE, OPT, CODEGEN, GPT_NEOX),
     *(ROBERTA, BERT),
 )

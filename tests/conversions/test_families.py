@@ -22,6 +22,9 @@ transformers = pytest.importorskip("transformers")
 ONE_EACH = (
     *(
         "llama",
+        "granite",
+        "olmo2",
+        "smollm3",
         "gemma",
         "qwen2-window",
         "qwen3",

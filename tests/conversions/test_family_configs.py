@@ -298,6 +298,18 @@ def test_all_problems_in_one_error():
             "num_key_value_heads = 2: only 1 is supported with multi_query True",
         ),
         ({"model_type": "granite", "logits_scaling": 0.0}, "logits_scaling = 0.0: expected a num"),
+        (
+            {"model_type": "smollm3", "no_rope_layers": [1]},
+            "no_rope_layers = [1]: expected 2 times",
+        ),
+        (
+            {"model_type": "smollm3", "no_rope_layer_interval": 0},
+            "interval = 0: expected a positive",
+        ),
+        (
+            {"model_type": "smollm3", "layer_types": ["sliding_attention", "full_attention"]},
+            "a layer slides, but no sliding window is in use",
+        ),
         ({"model_type": "codegen", "n_head": 6}, "n_head = 6: expected a multiple of 4"),
         ({"model_type": "opt", "word_embed_proj_dim": -1}, "word_embed_proj_dim = -1: expected a"),
         ({"model_type": "roberta", "pad_token_id": None}, "pad_token_id = None: expected a int"),

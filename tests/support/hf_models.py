@@ -130,6 +130,13 @@ CASES = {
         "olmo2",
         {"attention_bias": True, "tie_word_embeddings": True, "num_key_value_heads": 4},
     ),
+    "smollm3": ("smollm3", {"no_rope_layer_interval": 2}),
+    "smollm3-window": (
+        "smollm3",
+        {"no_rope_layers": [0, 1], "use_sliding_window": True, "sliding_window": 7}
+        | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
+    ),
+    "smollm3-rotary": ("smollm3", {"rope_theta": 50.0}),
     "gemma": ("gemma", {}),
     "gemma-options": (
         "gemma",
@@ -214,6 +221,8 @@ NAMES["gpt_neox"] = {"num_key_value_heads": None}
 EXTRA = {"opt": {"word_embed_proj_dim": TINY["hidden_size"]}, "codegen": {"rotary_dim": 8}}
 
 EXTRA["gemma"] = EXTRA["gemma2"] = EXTRA["gemma3_text"] = {"head_dim": 12}
+
+EXTRA["smollm3"] = {"pad_token_id": 0}
 
 EXTRA["gpt_neox"] = {"rotary_pct": 0.5}
 
