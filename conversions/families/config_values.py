@@ -21,6 +21,7 @@ _NULLABLE = frozenset(
         *("attn_logit_softcapping", "final_logit_softcapping"),
     )
 )
+_NULL_IS_DEFAULT = frozenset(("partial_rotary_factor",))
 # Sizes that follow from others where they are missing.
 _OPTIONAL = frozenset(("num_kv_heads", "head_size", "mlp_size", "embed_size"))
 
@@ -38,6 +39,8 @@ def read_keys(family: Family, hf_config: Values, problems: list[str]) -> dict[st
     values = dict(family.defaults)
     for key, default in family.defaults.items():
         value = hf_config.get(key, default)
+        if value is None and (default is False or key in _NULL_IS_DEFAULT):
+            value = default
         if (problem := _type_problem(key, value, default)) is None:
             values[key] = value
         else:

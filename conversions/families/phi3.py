@@ -10,7 +10,7 @@ import numpy as np
 
 from lordjax.conversions.families.family import BLOCK, TensorRow, Values, fused, linear
 from lordjax.conversions.families.llama import LLAMA, MISTRAL
-from lordjax.conversions.families.rope import half_split, read_rope, rotary_size, take_share
+from lordjax.conversions.families.rope import partly_rotary, turned
 from lordjax.models.config import ModelConfig, Rope
 
 _LAYER = "model.layers.{i}"
@@ -20,21 +20,19 @@ _LENGTH = "original_max_position_embeddings"
 
 def _rope(hf_config: Values, values: Values, problems: list[str]) -> Rope:
     """Reads the rotary embedding of the first columns of a head."""
-    share = hf_config.get("partial_rotary_factor")
-    plain, share = take_share(hf_config, 1.0 if share is None else share)
+    plain = dict(hf_config)
     for key in ("rope_scaling", "rope_parameters"):
         if isinstance(part := plain.get(key), Mapping):
             names = {name: part[name] for name in ("type", "rope_type") if name in part}
             old = {name: "longrope" for name, kind in names.items() if kind in _OLD_TYPES}
             plain[key] = {**part, **old}
-    size = rotary_size("partial_rotary_factor", share, values, problems)
-    rope = read_rope({_LENGTH: 4096, **plain}, values, problems)
+    rope = partly_rotary({_LENGTH: 4096, **plain}, values, problems)
+    size = rope.size or values["hidden_size"] // values["num_attention_heads"]
     for name in ("short_factor", "long_factor"):
         count = len(getattr(rope, name))
         if count not in (0, size // 2):
             problems.append(f"{name}: {count} numbers, expected one for each of {size // 2} pairs")
-    whole = values["hidden_size"] // values["num_attention_heads"]
-    return rope if size == whole else dataclasses.replace(rope, size=size)
+    return rope
 
 
 def _qkv() -> Iterator[TensorRow]:
@@ -46,17 +44,11 @@ def _qkv() -> Iterator[TensorRow]:
 
 
 def _turned(row: TensorRow, config: ModelConfig) -> slice | np.ndarray:
-    """Returns the outputs of queries or keys, with rotary pairs half a head apart.
-
-    The fused layer stores the columns of a rotary pair half of the rotary part apart.
-    """
+    """Returns the outputs of queries or keys in the fused layer, for `rope.turned`."""
     assert row.columns is not None
     columns = row.columns(config)
-    if config.rope is None or config.rope.size is None:
-        return columns
     assert isinstance(columns, slice)
-    heads = np.arange(columns.start, columns.stop).reshape(-1, config.head_size)
-    return heads[:, half_split(config.head_size, config.rope.size, neighbours=False)].reshape(-1)
+    return turned(columns, config)
 
 
 PHI3 = dataclasses.replace(
@@ -80,9 +72,9 @@ PHI3 = dataclasses.replace(
         "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-5,
         "sliding_window": None,
+        "partial_rotary_factor": 1.0,
     },
     rope=_rope,
-    rope_keys=MISTRAL.rope_keys | {"partial_rotary_factor"},
     tensors=(
         *(
             row

@@ -18,6 +18,7 @@ from lordjax.conversions.families.heads import read_head
 from lordjax.conversions.families.llama import GRANITE, LLAMA, MISTRAL, QWEN2, QWEN3, STARCODER2
 from lordjax.conversions.families.neox import GPT_NEOX
 from lordjax.conversions.families.olmo2 import OLMO2
+from lordjax.conversions.families.phi import PHI, STABLELM
 from lordjax.conversions.families.phi3 import PHI3
 from lordjax.conversions.families.smollm3 import SMOLLM3
 from lordjax.models.config import ModelConfig
@@ -32,6 +33,8 @@ _ROWS = (
         GRANITE,
         OLMO2,
         SMOLLM3,
+        PHI,
+        STABLELM,
         PHI3,
         STARCODER2,
         GEMMA,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from lordjax.conversions.families.key_names import (
     says_nothing,
     unknown_key,
 )
-from lordjax.models.config import Rope
+from lordjax.models.config import ModelConfig, Rope
 
 Values = Mapping[str, Any]
 
@@ -99,6 +100,33 @@ def rotary_size(key: str, share: Any, values: Values, problems: list[str]) -> in
             f"{key} = {share!r}: expected an even number of the {width} columns of a head"
         )
     return size
+
+
+def partly_rotary(hf_config: Values, values: Values, problems: list[str]) -> Rope:
+    """Reads the rotary embedding of the first columns of a head, a fraction of them.
+
+    The fraction is ``partial_rotary_factor``, at the top level or in the rotary keys.
+    """
+    plain, share = take_share(hf_config, values["partial_rotary_factor"])
+    size = rotary_size("partial_rotary_factor", share, values, problems)
+    rope = read_rope(plain, values, problems)
+    whole = values["hidden_size"] // values["num_attention_heads"]
+    return rope if size == whole else dataclasses.replace(rope, size=size)
+
+
+def turned(columns: slice, config: ModelConfig) -> slice | np.ndarray:
+    """Returns outputs of queries or keys in another order: rotary pairs half a head apart.
+
+    In the file the columns of a rotary pair are half of the rotary part apart.
+
+    Args:
+      columns: outputs of the stored layer that belong to the queries or keys, head by head.
+      config: architecture of the model.
+    """
+    if config.rope is None or config.rope.size is None:
+        return columns
+    heads = np.arange(columns.start, columns.stop).reshape(-1, config.head_size)
+    return heads[:, half_split(config.head_size, config.rope.size, neighbours=False)].reshape(-1)
 
 
 def read_rope(hf_config: Values, values: Values, problems: list[str]) -> Rope:

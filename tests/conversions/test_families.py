@@ -25,6 +25,8 @@ ONE_EACH = (
         "granite",
         "olmo2",
         "smollm3",
+        "phi",
+        "stablelm",
         "gemma",
         "qwen2-window",
         "qwen3",

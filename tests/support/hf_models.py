@@ -137,6 +137,16 @@ CASES = {
         | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
     ),
     "smollm3-rotary": ("smollm3", {"rope_theta": 50.0}),
+    "phi": ("phi", {"hidden_size": 64, "num_key_value_heads": 4}),
+    "phi-options": (
+        "phi",
+        {"num_key_value_heads": 2, "partial_rotary_factor": 1.0, "rope_theta": 50.0},
+    ),
+    "stablelm": ("stablelm", {"hidden_size": 64}),
+    "stablelm-options": (
+        "stablelm",
+        {"use_qkv_bias": True, "partial_rotary_factor": 0.5, "tie_word_embeddings": True},
+    ),
     "gemma": ("gemma", {}),
     "gemma-options": (
         "gemma",
