@@ -1,4 +1,4 @@
-"""Encoders: BERT and RoBERTa with a masked-token head, a classification head or no head."""
+"""Encoders: BERT, RoBERTa, XLM-RoBERTa and CamemBERT, with any of their heads."""
 
 from __future__ import annotations
 
@@ -170,4 +170,14 @@ ROBERTA = dataclasses.replace(
         r"roberta\.pooler\.dense\.(weight|bias)",
         r"lm_head\.bias",  # unused if the head is not tied
     ),
+)
+
+XLM_ROBERTA, CAMEMBERT = (
+    dataclasses.replace(
+        ROBERTA,
+        model_type=model_type,
+        architectures=tuple(name.replace("Roberta", stem) for name in ROBERTA.architectures),
+        defaults={**ROBERTA.defaults, "vocab_size": 30522},
+    )
+    for model_type, stem in (("xlm-roberta", "XLMRoberta"), ("camembert", "Camembert"))
 )

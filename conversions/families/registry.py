@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lordjax.conversions.families.bert import BERT, ROBERTA
+from lordjax.conversions.families.bert import BERT, CAMEMBERT, ROBERTA, XLM_ROBERTA
 from lordjax.conversions.families.config_values import fill_sizes, read_keys, read_sizes
 from lordjax.conversions.families.family import Family, TensorSource, Values, sizes_of
 from lordjax.conversions.families.gemma import GEMMA, GEMMA2, GEMMA3
@@ -42,7 +42,7 @@ _ROWS = (
         GEMMA3,
     ),
     *(GPT2, GPT_BIGCODE, OPT, CODEGEN, GPT_NEOX),
-    *(ROBERTA, BERT),
+    *(ROBERTA, XLM_ROBERTA, CAMEMBERT, BERT),
 )
 FAMILIES: dict[str, Family] = {row.model_type: row for row in _ROWS}
 

@@ -196,6 +196,9 @@ CASES = {
     ),
     "roberta-classes": ("roberta", {"num_labels": 3}, "SequenceClassification"),
     "roberta-bare": ("roberta", {}, ""),
+    "xlm-roberta": ("xlm-roberta", {"type_vocab_size": 1}, "MaskedLM"),
+    "xlm-roberta-classes": ("xlm-roberta", {"num_labels": 3}, "SequenceClassification"),
+    "camembert": ("camembert", {}, "MaskedLM"),
     "bert": ("bert", {}, "MaskedLM"),
     "bert-options": (
         "bert",
@@ -223,6 +226,8 @@ NAMES = {
     "codegen": _GPT2,
     "opt": {"intermediate_size": "ffn_dim", "num_key_value_heads": None},
     "roberta": {"num_key_value_heads": None},
+    "xlm-roberta": {"num_key_value_heads": None},
+    "camembert": {"num_key_value_heads": None},
     "bert": {"num_key_value_heads": None},
 }
 
