@@ -11,6 +11,7 @@ from typing import Any
 
 from lordjax.conversions.families.bert import BERT, CAMEMBERT, ROBERTA, XLM_ROBERTA
 from lordjax.conversions.families.config_values import fill_sizes, read_keys, read_sizes
+from lordjax.conversions.families.distilbert import DISTILBERT
 from lordjax.conversions.families.family import Family, TensorSource, Values, sizes_of
 from lordjax.conversions.families.gemma import GEMMA, GEMMA2, GEMMA3
 from lordjax.conversions.families.gpt import CODEGEN, GPT2, GPT_BIGCODE, OPT
@@ -42,7 +43,7 @@ _ROWS = (
         GEMMA3,
     ),
     *(GPT2, GPT_BIGCODE, OPT, CODEGEN, GPT_NEOX),
-    *(ROBERTA, XLM_ROBERTA, CAMEMBERT, BERT),
+    *(ROBERTA, XLM_ROBERTA, CAMEMBERT, DISTILBERT, BERT),
 )
 FAMILIES: dict[str, Family] = {row.model_type: row for row in _ROWS}
 

@@ -111,6 +111,7 @@ class ModelConfig:
     attention_softcap: float | None = None  # c: attention logits x become c·tanh(x/c)
     final_softcap: float | None = None  # the same for the model's logits
     local_rope: Rope | None = None  # rope of layers with a sliding window; None: `rope`
+    pooler_activation: str = "tanh"  # head "classes" of an encoder: a key of ACTIVATIONS
     wide_qk_norm: bool = False  # qk_norm over all heads at once, not over each
     residual_scale: float = 1.0  # factor on what attention and MLP add to the residual stream
     logit_scale: float = 1.0  # factor on the model's logits

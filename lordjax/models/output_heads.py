@@ -28,14 +28,15 @@ class MaskedTransform(nn.Module):
 
 
 class Pooler(nn.Module):
-    """``tanh(dense(x))`` of the first token, before the classification of a sequence."""
+    """``act(dense(x))`` of the first token, before the classification of a sequence."""
 
     config: ModelConfig
 
     @nn.compact
     def __call__(self, x: Float[Array, "b s m"]) -> Float[Array, "b m"]:
         """Returns one vector per sequence."""
-        return jnp.tanh(Linear(self.config.hidden_size, True, name="dense")(x[:, 0]))
+        act = ACTIVATIONS[self.config.pooler_activation]
+        return act(Linear(self.config.hidden_size, True, name="dense")(x[:, 0]))
 
 
 # Head -> the module before its last layer.

@@ -27,6 +27,7 @@ ONE_EACH = (
         "smollm3",
         "phi",
         "stablelm",
+        "distilbert-classes",
         "gemma",
         "qwen2-window",
         "qwen3",

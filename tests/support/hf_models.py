@@ -199,6 +199,14 @@ CASES = {
     "xlm-roberta": ("xlm-roberta", {"type_vocab_size": 1}, "MaskedLM"),
     "xlm-roberta-classes": ("xlm-roberta", {"num_labels": 3}, "SequenceClassification"),
     "camembert": ("camembert", {}, "MaskedLM"),
+    "distilbert": ("distilbert", {}, "MaskedLM"),
+    "distilbert-options": (
+        "distilbert",
+        {"activation": "relu", "tie_word_embeddings": False, "sinusoidal_pos_embds": True},
+        "MaskedLM",
+    ),
+    "distilbert-classes": ("distilbert", {"num_labels": 3}, "SequenceClassification"),
+    "distilbert-bare": ("distilbert", {}, ""),
     "bert": ("bert", {}, "MaskedLM"),
     "bert-options": (
         "bert",
@@ -229,6 +237,13 @@ NAMES = {
     "xlm-roberta": {"num_key_value_heads": None},
     "camembert": {"num_key_value_heads": None},
     "bert": {"num_key_value_heads": None},
+    "distilbert": {
+        "hidden_size": "dim",
+        "intermediate_size": "hidden_dim",
+        "num_hidden_layers": "n_layers",
+        "num_attention_heads": "n_heads",
+        "num_key_value_heads": None,
+    },
 }
 
 NAMES["gpt_neox"] = {"num_key_value_heads": None}
