@@ -12,6 +12,7 @@ from lordjax.conversions.exporters.hf_files import Opened
 from lordjax.models.config import ModelConfig
 from lordjax.models.source import Source
 from lordjax.names import layer
+from lordjax.scripts.console import say
 from lordjax.scripts.flags.options import ignored_keys
 
 
@@ -81,6 +82,8 @@ def _original(name: str) -> Model:
     from lordjax.conversions.readers.checkpoint import open_checkpoint
 
     opened = open_checkpoint(name, ignore_keys=ignored_keys())
+    if count := len(opened.left_out):
+        say(f"note: only the text part of {name} is opened; {count} tensors of images are left out")
     return Model(
         name=name,
         path=opened.path,

@@ -143,7 +143,7 @@ def rule_out(hf_config: Values, names: Iterable[str], where: str) -> dict[str, A
       ValueError: if the config has no such key.
     """
     present = dict.fromkeys(hf_config)
-    for part in (hf_config.get(key) for key in ROPE_KEYS):
+    for part in (hf_config.get(key) for key in (*ROPE_KEYS, "text_config")):
         present |= dict.fromkeys(part) if isinstance(part, Mapping) else {}
     for name in names:
         if name not in present:

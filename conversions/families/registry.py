@@ -18,6 +18,7 @@ from lordjax.conversions.families.gpt import CODEGEN, GPT2, GPT_BIGCODE, OPT
 from lordjax.conversions.families.heads import read_head
 from lordjax.conversions.families.llama import GRANITE, LLAMA, MISTRAL, QWEN2, QWEN3, STARCODER2
 from lordjax.conversions.families.neox import GPT_NEOX
+from lordjax.conversions.families.normalize import normal_form
 from lordjax.conversions.families.olmo2 import OLMO2
 from lordjax.conversions.families.phi import PHI, STABLELM
 from lordjax.conversions.families.phi3 import PHI3
@@ -48,6 +49,11 @@ _ROWS = (
 FAMILIES: dict[str, Family] = {row.model_type: row for row in _ROWS}
 
 
+def normalized(hf_config: Values) -> dict[str, Any]:
+    """Returns a ``config.json`` in the form that the families read; see `families.normalize`."""
+    return normal_form(hf_config, FAMILIES)
+
+
 def family_of(hf_config: Values, where: str = "config.json") -> Family:
     """Returns the family of a ``config.json``.
 
@@ -58,6 +64,7 @@ def family_of(hf_config: Values, where: str = "config.json") -> Family:
     Raises:
       ValueError: if the family or its head is not supported; the message lists supported ones.
     """
+    hf_config = normalized(hf_config)
     if "lordjax_export" in hf_config:
         raise ValueError(f"{where}: a factored export; open the directory that it was made from")
     kind = hf_config.get("model_type")
@@ -122,7 +129,7 @@ def model_config(hf_config: Values, where: str = "config.json") -> ModelConfig:
     Raises:
       ValueError: if a key or value is not supported; one error lists all problems.
     """
-    family = family_of(hf_config, where)
+    hf_config, family = normalized(hf_config), family_of(hf_config, where)
     problems: list[str] = []
     values = read_keys(family, hf_config, problems)
     fields = dict(family.constants) | {f: values[key] for f, key in family.fields.items()}

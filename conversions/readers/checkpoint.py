@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import re
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -26,10 +27,12 @@ import numpy as np
 from jaxtyping import Float
 
 from lordjax.conversions.families.config_keys import rule_out
+from lordjax.conversions.families.normalize import OTHER_PARTS, is_multimodal
 from lordjax.conversions.families.registry import (
     TensorSource,
     family_of,
     model_config,
+    normalized,
     tensor_table,
 )
 from lordjax.conversions.readers.tensor_check import spelling, tensor_problems
@@ -56,11 +59,13 @@ class Checkpoint:
 
     Attributes:
       path: checkpoint directory or file.
-      hf_config: the unchanged content of ``config.json``; for a GGUF file, an equivalent config.
+      hf_config: content of ``config.json``, with present names and of the text part only, see
+        `families.normalize`; for a GGUF file, an equivalent config.
       config: the architecture as a `ModelConfig`.
       table: dict from a lordjax parameter path to the tensor that holds the parameter.
       stored_dtype: default dtype for a model that is written from this checkpoint; None means the
         dtype of the files.
+      left_out: names of tensors of other modalities, which are not opened.
     """
 
     def __init__(
@@ -72,7 +77,8 @@ class Checkpoint:
         stored_dtype: str | None = None,
     ):
         where = str(path / "config.json") if path.is_dir() else str(path)
-        self.path, self.hf_config = path, hf_config
+        self.path, several = path, is_multimodal(hf_config)
+        self.hf_config = hf_config = normalized(hf_config)
         self.config: ModelConfig = model_config(hf_config, where)
         self.table: dict[str, TensorSource] = tensor_table(hf_config, where)
         self.stored_dtype = stored_dtype
@@ -83,7 +89,8 @@ class Checkpoint:
         for new, old in self._family.old_names.items():
             if any(old in name for name in names):
                 self._rename(functools.partial(_replaced, new=new, old=old))
-        if problems := tensor_problems(self._family, self.config, self.table, files):
+        self.left_out = tuple(n for n in names if several and re.fullmatch(OTHER_PARTS, n))
+        if problems := tensor_problems(self._family, self.config, self.table, files, self.left_out):
             raise ValueError(f"{path}: {problems}")
 
     def read(self, path: str, dtype: Any = None) -> Float[np.ndarray, ...]:
@@ -298,6 +305,7 @@ def read_config(
     if not file.exists():
         raise FileNotFoundError(f"{path}: no config.json in this directory; {_EXPECTED}")
     hf_config = rule_out(read_json(file), ignore_keys, str(file))
+    hf_config = normalized(hf_config)
     return hf_config, model_config(hf_config, str(file))
 
 

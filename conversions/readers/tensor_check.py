@@ -17,7 +17,8 @@ def spelling(
 ) -> Callable[[str], str]:
     """Returns the function from a tensor's usual name to its name in a checkpoint.
 
-    A checkpoint of the bare model (without a head) omits the family's prefix.
+    A checkpoint of the bare model (without a head) omits the family's prefix. In a model of several
+    modalities the text part has a longer one.
 
     Args:
       family: family of the model.
@@ -28,12 +29,19 @@ def spelling(
     known: tuple[Callable[[str], str], ...] = (
         lambda name: name,
         lambda name: name.removeprefix(family.prefix),
+        # The text part of a model of several modalities.
+        lambda name: f"language_model.{name}",
+        lambda name: re.sub(r"^model\.", "model.language_model.", name),
     )
     return max(known, key=lambda spell: sum(spell(name) in found for name in expected))
 
 
 def tensor_problems(
-    family: Family, config: ModelConfig, table: Mapping[str, TensorSource], files: TensorFiles
+    family: Family,
+    config: ModelConfig,
+    table: Mapping[str, TensorSource],
+    files: TensorFiles,
+    left_out: Collection[str] = (),
 ) -> str:
     """Describes the tensors that are missing, unknown or of the wrong shape.
 
@@ -42,6 +50,7 @@ def tensor_problems(
       config: architecture of the model.
       table: dict from parameter paths to tensors, with the names of the files.
       files: the tensors.
+      left_out: names of tensors that are no part of the model.
 
     Returns:
       An error text; empty if all tensors fit.
@@ -51,7 +60,7 @@ def tensor_problems(
     missing = sorted(expected.keys() - found.keys())
     unknown = [
         name
-        for name in sorted(found.keys() - expected.keys())
+        for name in sorted(found.keys() - expected.keys() - set(left_out))
         if not _is_skipped(name, family, config)
     ]
     lines = [f"missing: {name} {expected[name]}" for name in missing]

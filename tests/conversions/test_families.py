@@ -279,3 +279,47 @@ def test_more_tokens_than_learned_positions(saved):
     tokens = np.zeros((1, TINY["max_position_embeddings"] + 1), np.int32)
     with pytest.raises(ValueError, match="65 tokens, but the model has learned 64 positions"):
         logits(checkpoint.config, checkpoint.params(), tokens)
+
+
+_TEXT = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+_TEXT |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12}
+_TEXT |= {"max_position_embeddings": 64, "sliding_window": 7, "pad_token_id": 0}
+_VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+_VISION |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+
+
+@pytest.mark.quick("text part-gemma3")
+@pytest.mark.parametrize("spelling", ["text part", "model.text part"])
+@pytest.mark.parametrize("kind", ["gemma3", "mistral3"])
+def test_text_part_of_several_modalities(kind, spelling, tmp_path):
+    """The tensors of images are left out, and the rest is a model of text."""
+    from safetensors.numpy import load_file, save_file
+
+    torch.manual_seed(0)
+    text = _TEXT | ({"query_pre_attn_scalar": 24} if kind == "gemma3" else {})
+    extra = {
+        "mm_tokens_per_image": 4,
+        "image_token_id": 90,
+        "tie_word_embeddings": kind == "gemma3",
+    }
+    text |= {"tie_word_embeddings": kind == "gemma3"}
+    config = transformers.AutoConfig.for_model(
+        kind, text_config=text, vision_config=dict(_VISION), **extra
+    )
+    model = transformers.AutoModelForImageTextToText.from_config(config).eval()
+    model.save_pretrained(tmp_path)
+    if spelling == "model.text part":
+        tensors = load_file(tmp_path / "model.safetensors")
+        save_file({_newer(n): a for n, a in tensors.items()}, tmp_path / "model.safetensors")
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.left_out and all("language_model" not in n for n in checkpoint.left_out)
+    tokens = np.random.default_rng(0).integers(2, 80, (2, LENGTH), np.int32)
+    got = logits(checkpoint.config, checkpoint.params(), tokens)
+    np.testing.assert_allclose(got, hf_logits(model, tokens), rtol=0, atol=1e-5)
+
+
+def _newer(name):
+    """``language_model.model.norm`` -> ``model.language_model.norm``; other parts likewise."""
+    if name.startswith("language_model.model."):
+        return name.replace("language_model.model.", "model.language_model.")
+    return name.removeprefix("language_model.") if "lm_head" in name else f"model.{name}"

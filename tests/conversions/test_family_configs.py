@@ -8,7 +8,12 @@ import pytest
 from hf_models import CASES, LONGROPE, TINY, stretches, tiny
 
 from lordjax.conversions.families.config_keys import rule_out
-from lordjax.conversions.families.registry import FAMILIES, model_config, tensor_table
+from lordjax.conversions.families.registry import (
+    FAMILIES,
+    model_config,
+    normalized,
+    tensor_table,
+)
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -285,7 +290,11 @@ def test_all_problems_in_one_error():
         ({"model_type": "gemma2", "query_pre_attn_scalar": 0}, "query_pre_attn_scalar = 0: expec"),
         ({"model_type": "gemma2", "attn_logit_softcapping": -1.0}, "softcapping = -1.0: expected"),
         ({"model_type": "gemma2", "use_bidirectional_attention": True}, "attention = True: only"),
-        ({"model_type": "gemma3", "text_config": {}}, "model_type 'gemma3' is not supported"),
+        ({"model_type": "gemma3", "text_config": 3}, "model_type 'gemma3' is not supported"),
+        (
+            {"model_type": "gemma3", "text_config": {"model_type": "moon"}},
+            "type 'moon' is not supp",
+        ),
         ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, "50.0: only None"),
         ({"model_type": "gemma3_text", "sliding_window": None}, "sliding_window = None: expec"),
         ({"model_type": "gemma3_text", "sliding_window_pattern": 0}, "pattern = 0: expected a pos"),
@@ -453,3 +462,60 @@ def test_impossible_values_are_one_line(keys, part):
     )
     message = bad(**others, **keys)
     assert part in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({"architectures": ["LLaMAForCausalLM"]}, {"model_type": "llama"}),
+        ({"architectures": ["GPT2LMHeadModel"]}, {"model_type": "gpt2"}),
+        ({"architectures": ["BertForPreTraining"]}, {"model_type": "bert"}),
+        (
+            {"architectures": ["StableLMEpochForCausalLM"], "model_type": "stablelm_epoch"},
+            {"model_type": "stablelm"},
+        ),
+        ({"architectures": ["GPTBigCodeLMHeadModel"]}, {"model_type": "gpt_bigcode"}),
+    ],
+)
+def test_old_names_of_classes(old, new):
+    """Also configs from before there was a model_type."""
+    assert model_config(old) == model_config(new)
+    assert normalized(old)["model_type"] == new["model_type"]
+    (name,) = normalized(old)["architectures"]
+    assert hasattr(transformers, name)
+
+
+def test_a_normal_config_stays_as_it_is():
+    plain = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **TINY}
+    assert normalized(plain) == plain and normalized({"model_type": "bert"}) == {
+        "model_type": "bert"
+    }
+
+
+def test_text_part_of_gemma_3_as_released():
+    """The 4B model names only what differs from the defaults."""
+    whole = {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "eos_token_id": [1, 106],
+        "mm_tokens_per_image": 256,
+        "model_type": "gemma3",
+        "text_config": {
+            "hidden_size": 2560,
+            "intermediate_size": 10240,
+            "model_type": "gemma3_text",
+            "num_hidden_layers": 34,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+            "sliding_window": 1024,
+        },
+        "torch_dtype": "bfloat16",
+        "vision_config": {"hidden_size": 1152, "model_type": "siglip_vision_model"},
+    }
+    config, text = model_config(whole), normalized(whole)
+    assert (config.hidden_size, config.windows[:7]) == (2560, (*[1024] * 5, None, 1024))
+    assert config.rope.factor == 8 and config.tie_embeddings
+    assert (text["eos_token_id"], text["torch_dtype"]) == ([1, 106], "bfloat16")
+    assert text["architectures"] == ["Gemma3ForCausalLM"] and "vision_config" not in text
+    with pytest.raises(ValueError, match="tide = 1: unknown key"):
+        model_config({**whole, "text_config": {**whole["text_config"], "tide": 1}})
+    ruled = {**whole, "text_config": {**whole["text_config"], "tide": 1}}
+    assert model_config(rule_out(ruled, ["tide"], "config.json")) == config
