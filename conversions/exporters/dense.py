@@ -67,12 +67,15 @@ def with_biases(source: Opened) -> tuple[dict[str, Any], dict[str, TensorSource]
       ValueError: if the family cannot store an added bias; the message names the layers.
     """
     hf_config, leaves = dict(source.hf_config), source.leaves()
-    family, added = family_of(hf_config), leaves.keys() - tensor_table(hf_config).keys()
+    family, added = (
+        family_of(hf_config),
+        leaves.keys() - tensor_table(hf_config, leaves=leaves).keys(),
+    )
     for path in added:
         *_, layer, name = path.split("/")
         key = family.fields.get(_SWITCHES.get(layer, "")) if name == "bias" else None
         hf_config |= {} if key is None else {key: True}
-    table = tensor_table(hf_config)
+    table = tensor_table(hf_config, leaves=leaves)
     homeless = []
     for path in sorted(leaves.keys() - table.keys()):
         block, _, inside = path.partition("/")

@@ -74,7 +74,7 @@ def export(
     leaves = source.leaves()
     dtype = np.dtype(dtype or leaves["embed/embedding"].dtype)
     job = ExportSpec(source, dtype, check_destination(out), shard_bytes)
-    size = sum(np.prod(row.shape) for row in tensor_table(source.hf_config).values())
+    size = sum(np.prod(row.shape) for row in tensor_table(source.hf_config, leaves=leaves).values())
     check_room(job.out, int(size) * dtype.itemsize if to == "dense" else nbytes(leaves))
     with staged(job.out) as stage:
         EXPORTS[to](job, stage)

@@ -43,6 +43,8 @@ AUTO_CLASSES = {
     "LMHeadModel": "AutoModelForCausalLM",
     "ForMaskedLM": "AutoModelForMaskedLM",
     "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForTokenClassification": "AutoModelForTokenClassification",
+    "ForQuestionAnswering": "AutoModelForQuestionAnswering",
     "ForPreTraining": "AutoModelForPreTraining",
     "Model": "AutoModel",
 }
@@ -120,7 +122,7 @@ def _write(job: ExportSpec, stage: Path, change: Callable[[str, Layer], Layer]) 
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
         source, hf_config = job.source, job.source.hf_config
-        whole = tensor_table(hf_config)
+        whole = tensor_table(hf_config, leaves=source.leaves())
         of_width = functools.cache(functools.partial(_table_of_width, hf_config))
         rest = materialize(trees.flatten(source.non_block_params()))
         names = family_of(hf_config).module_names

@@ -20,12 +20,13 @@ import numpy as np
 from lordjax.conversions.exporters.factored import architecture_of, auto_class
 from lordjax.conversions.exporters.hf_files import Opened
 from lordjax.conversions.exporters.orbax import restore_orbax
+from lordjax.conversions.families.registry import carried_names
 from lordjax.conversions.readers.tensor_files import read_json
 from lordjax.kernels.kinds import astype
 from lordjax.models.config import ModelConfig
 from lordjax.models.source import InMemory
 from lordjax.models.transformer import Transformer
-from lordjax.names import layer
+from lordjax.names import layer, listed
 
 TOLERANCE = 1e-3
 STEPS = 16
@@ -91,7 +92,11 @@ def _open_torch(directory: Path, remote: bool) -> Any:
     model, loading = opener.from_pretrained(
         directory, dtype=torch.float32, trust_remote_code=remote, output_loading_info=True
     )
-    wrong = {what: sorted(names) for what, names in loading.items() if names}
+    skipped = carried_names(hf_config)
+    wrong = {
+        what: [n for n in sorted(names) if n not in skipped] for what, names in loading.items()
+    }
+    wrong = {what: listed(names) for what, names in wrong.items() if names}
     if wrong:
         raise ValueError(
             f"{directory}: transformers finds tensors that do not match the model: {wrong}; "
@@ -106,7 +111,11 @@ def _run_torch(model: Any) -> Logits:
     def logits(tokens: np.ndarray) -> np.ndarray:
         with torch.no_grad():
             out = model(torch.as_tensor(tokens).long())
-            logits = out.last_hidden_state if "last_hidden_state" in out else out.logits
+            if "start_logits" in out:
+                logits = torch.stack([out.start_logits, out.end_logits], dim=-1)
+            else:
+                names = ("last_hidden_state", "prediction_logits", "logits")
+                logits = out[next(name for name in names if name in out)]
             return logits[0].float().numpy()
 
     return logits

@@ -53,12 +53,26 @@ def _masked_head(dense: str, norm_name: str, decoder: str, bias: str) -> tuple[T
     )
 
 
+def _pooler(name: str) -> tuple[TensorRow, ...]:
+    """Returns the rows of a pooler, which is carried where nothing is classified."""
+    return (
+        TensorRow("pooler/dense/kernel", f"{name}.dense.weight", "mm", True),
+        TensorRow("pooler/dense/bias", f"{name}.dense.bias", "m"),
+    )
+
+
+ENCODER_HEADS = {
+    "tokens": linear("head", "classifier", "cm", "head_bias"),
+    "span": linear("head", "qa_outputs", "cm", "head_bias"),
+}
 BERT = Family(
     model_type="bert",
     architectures=(
         "BertForMaskedLM",
         "BertForPreTraining",
         "BertForSequenceClassification",
+        "BertForTokenClassification",
+        "BertForQuestionAnswering",
         "BertModel",
     ),
     fields={
@@ -113,17 +127,20 @@ BERT = Family(
             *linear("transform/dense", "bert.pooler.dense", "mm", "head_bias"),
             *linear("head", "classifier", "cm", "head_bias"),
         ),
+        **ENCODER_HEADS,
     },
+    carried=(
+        *_pooler("bert.pooler"),
+        TensorRow("seq_relationship/kernel", "cls.seq_relationship.weight", "2m", True),
+        TensorRow("seq_relationship/bias", "cls.seq_relationship.bias", "2"),
+    ),
     copies={
         "cls.predictions.decoder.weight": "embed/embedding",
         "cls.predictions.decoder.bias": "head/bias",
     },
-    # Old versions saved position ids; the pooler and cls.seq_relationship are for BERT's second
-    # pre-training task.
+    # Old versions saved position ids.
     ignored_tensors=(
         r"bert\.embeddings\.(position_ids|token_type_ids)",
-        r"bert\.pooler\.dense\.(weight|bias)",
-        r"cls\.seq_relationship\.(weight|bias)",
         r"cls\.predictions\.bias",  # unused if the head is not tied
     ),
     # The authors' checkpoints have TensorFlow's names.
@@ -145,7 +162,13 @@ def _padded_positions(hf_config: Values, values: Values, problems: list[str]) ->
 ROBERTA = dataclasses.replace(
     BERT,
     model_type="roberta",
-    architectures=("RobertaForMaskedLM", "RobertaForSequenceClassification", "RobertaModel"),
+    architectures=(
+        "RobertaForMaskedLM",
+        "RobertaForSequenceClassification",
+        "RobertaForTokenClassification",
+        "RobertaForQuestionAnswering",
+        "RobertaModel",
+    ),
     fields={f: key for f, key in BERT.fields.items() if f != "head_activation"},
     defaults={**BERT.defaults, "vocab_size": 50265, "pad_token_id": 1},
     position_offset=None,
@@ -160,14 +183,15 @@ ROBERTA = dataclasses.replace(
             *linear("transform/dense", "classifier.dense", "mm", "head_bias"),
             *linear("head", "classifier.out_proj", "cm", "head_bias"),
         ),
+        **ENCODER_HEADS,
     },
+    carried=_pooler("roberta.pooler"),
     copies={
         "lm_head.decoder.weight": "embed/embedding",
         "lm_head.decoder.bias": "head/bias",
     },
     ignored_tensors=(
         r"roberta\.embeddings\.(position_ids|token_type_ids)",
-        r"roberta\.pooler\.dense\.(weight|bias)",
         r"lm_head\.bias",  # unused if the head is not tied
     ),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from lordjax.conversions.families.bert import BERT
+from lordjax.conversions.families.bert import BERT, ENCODER_HEADS
 from lordjax.conversions.families.family import BLOCK, TensorRow, linear, norm
 
 _EMBEDDINGS, _LAYER = "distilbert.embeddings", "distilbert.transformer.layer.{i}"
@@ -16,6 +16,8 @@ DISTILBERT = dataclasses.replace(
     architectures=(
         "DistilBertForMaskedLM",
         "DistilBertForSequenceClassification",
+        "DistilBertForTokenClassification",
+        "DistilBertForQuestionAnswering",
         "DistilBertModel",
     ),
     fields={
@@ -68,7 +70,9 @@ DISTILBERT = dataclasses.replace(
             *linear("transform/dense", "pre_classifier", "mm", "head_bias"),
             *linear("head", "classifier", "cm", "head_bias"),
         ),
+        **ENCODER_HEADS,
     },
+    carried=(),
     copies={"vocab_projector.weight": "embed/embedding"},
     ignored_tensors=(r"distilbert\.embeddings\.position_ids",),
     old_names={},

@@ -92,7 +92,7 @@ class Family:
       windows: function of the values and a list of problems; see `families.sliding_windows`.
       tensors: tensor table without the rows of the heads.
       ignored_tensors: regular expressions for tensors that the model does not need.
-      ignored: keys that do not change the forward pass; see `families.config_keys`.
+      ignored: keys that do not change the forward pass; see `families.config.keys`.
       rope: function of the config, the values and a list of problems that returns the `Rope`.
       rope_keys: keys that ``rope`` reads from the config in addition to the values.
       position_offset: row of the first learned position; None if ``derive`` sets it, or if
@@ -100,6 +100,7 @@ class Family:
       prefix: prefix of all tensor names except the head's; the bare model's checkpoints omit it.
       derive: function with the arguments of ``rope`` that returns computed fields of `ModelConfig`.
       heads: dict from a value of `ModelConfig.head` to additional rows of the tensor table.
+      carried: rows that the forward pass does not read, of tensors that a checkpoint may have.
       copies: dict from a tensor that repeats another one in tied models to that one's path.
       old_names: dict from a part of a tensor name to its spelling in old checkpoints.
       module_names: dict from a tensor to its different name in the class of transformers.
@@ -120,7 +121,10 @@ class Family:
     position_offset: int | None = None
     prefix: str = "model."
     derive: Callable[[Values, Values, list[str]], Mapping[str, Any]] | None = None
-    heads: Mapping[str, tuple[TensorRow, ...]] = dataclasses.field(default_factory=dict)
+    heads: Mapping[str, tuple[TensorRow, ...]] = dataclasses.field(
+        default_factory=lambda: decoder_heads()
+    )
+    carried: tuple[TensorRow, ...] = ()
     copies: Mapping[str, str] = dataclasses.field(
         default_factory=lambda: {"lm_head.weight": "embed/embedding"}
     )
@@ -147,6 +151,7 @@ def sizes_of(config: ModelConfig) -> dict[str, int]:
         "d": config.head_size,
         "t": config.token_types,
         "c": config.num_classes or 0,
+        "2": 2,
         "w": config.embed_size or config.hidden_size,  # width of the token embedding
     }
 
@@ -178,6 +183,22 @@ def linear(
         TensorRow(f"{path}/kernel", f"{name}.weight", dims, transpose=not conv1d),
         TensorRow(f"{path}/bias", f"{name}.bias", out, when=bias),
     )
+
+
+def decoder_heads(
+    causal: Iterable[TensorRow] = (HEAD,), tokens: str = "score"
+) -> dict[str, tuple[TensorRow, ...]]:
+    """Returns the rows of a decoder's heads.
+
+    Args:
+      causal: rows of the head that predicts the next token.
+      tokens: name of the layer that classifies tokens.
+    """
+    return {
+        "causal": tuple(causal),
+        "classes": (TensorRow("head/kernel", "score.weight", "cm", True),),
+        "tokens": linear("head", tokens, "cm", "head_bias"),
+    }
 
 
 # Layer inside a fused layer -> its number of outputs, a letter of `sizes_of`.

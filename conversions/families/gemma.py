@@ -55,7 +55,12 @@ _ROWS = tuple(row for row in LLAMA.tensors if "_norm/" not in row.path)
 GEMMA = dataclasses.replace(
     LLAMA,
     model_type="gemma",
-    architectures=("GemmaForCausalLM",),
+    architectures=(
+        "GemmaForCausalLM",
+        "GemmaForSequenceClassification",
+        "GemmaForTokenClassification",
+        "GemmaModel",
+    ),
     fields={field: key for field, key in LLAMA.fields.items() if field != "mlp_bias"},
     defaults={
         "vocab_size": 256000,
@@ -84,7 +89,12 @@ GEMMA = dataclasses.replace(
 GEMMA2 = dataclasses.replace(
     LLAMA,
     model_type="gemma2",
-    architectures=("Gemma2ForCausalLM",),
+    architectures=(
+        "Gemma2ForCausalLM",
+        "Gemma2ForSequenceClassification",
+        "Gemma2ForTokenClassification",
+        "Gemma2Model",
+    ),
     fields={
         **{field: key for field, key in LLAMA.fields.items() if field != "mlp_bias"},
         "activation": "hidden_activation",
@@ -165,7 +175,7 @@ def _scales_and_local_rope(
 GEMMA3: Family = dataclasses.replace(
     GEMMA2,
     model_type="gemma3_text",
-    architectures=("Gemma3ForCausalLM",),
+    architectures=("Gemma3ForCausalLM", "Gemma3TextForSequenceClassification", "Gemma3TextModel"),
     fields={f: key for f, key in GEMMA2.fields.items() if f != "attention_softcap"},
     constants={"block": "sandwich", "qk_norm": True},
     defaults={

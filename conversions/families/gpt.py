@@ -19,6 +19,7 @@ from lordjax.conversions.families.family import (
     Family,
     TensorRow,
     Values,
+    decoder_heads,
     fused,
     linear,
     norm,
@@ -32,7 +33,12 @@ ALL_BIASES = dict.fromkeys(BIAS_FIELDS, True)
 _H = "transformer.h.{i}"
 GPT2 = Family(
     model_type="gpt2",
-    architectures=("GPT2LMHeadModel",),
+    architectures=(
+        "GPT2LMHeadModel",
+        "GPT2ForSequenceClassification",
+        "GPT2ForTokenClassification",
+        "GPT2Model",
+    ),
     fields={
         "vocab_size": "vocab_size",
         "hidden_size": "n_embd",
@@ -71,8 +77,8 @@ GPT2 = Family(
         *linear(f"{BLOCK}/mlp/up", f"{_H}.mlp.c_fc", "mf", "mlp_bias", conv1d=True),
         *linear(f"{BLOCK}/mlp/down", f"{_H}.mlp.c_proj", "fm", "mlp_bias", conv1d=True),
         *norm("final_norm", "transformer.ln_f"),
-        HEAD,
     ),
+    heads=decoder_heads(tokens="classifier"),
     # Old versions saved the causal mask and its constant.
     ignored_tensors=(r"transformer\.h\.\d+\.attn\.(masked_)?bias",),
 )
@@ -101,7 +107,12 @@ def _one_of(shared: Columns, own: Columns, config: ModelConfig) -> Any:
 GPT_BIGCODE = dataclasses.replace(
     GPT2,
     model_type="gpt_bigcode",
-    architectures=("GPTBigCodeForCausalLM",),
+    architectures=(
+        "GPTBigCodeForCausalLM",
+        "GPTBigCodeForSequenceClassification",
+        "GPTBigCodeForTokenClassification",
+        "GPTBigCodeModel",
+    ),
     defaults={
         **GPT2.defaults,
         "activation_function": "gelu_pytorch_tanh",
@@ -146,7 +157,11 @@ def _opt_shape(hf_config: Values, values: Values, problems: list[str]) -> Mappin
 _D = "model.decoder.layers.{i}"
 OPT = Family(
     model_type="opt",
-    architectures=("OPTForCausalLM",),
+    architectures=(
+        "OPTForCausalLM",
+        "OPTForSequenceClassification",
+        "OPTModel",
+    ),
     fields={
         "vocab_size": "vocab_size",
         "hidden_size": "hidden_size",
@@ -199,8 +214,11 @@ OPT = Family(
         TensorRow(
             "project_out/kernel", "model.decoder.project_out.weight", "wm", True, when="embed_size"
         ),
-        HEAD._replace(dims="vw"),
     ),
+    heads={
+        "causal": (HEAD._replace(dims="vw"),),
+        "classes": (TensorRow("head/kernel", "score.weight", "cw", True),),
+    },
 )
 
 
@@ -237,7 +255,10 @@ def _codegen_columns(layer: str, config: ModelConfig) -> np.ndarray:
 CODEGEN = dataclasses.replace(
     GPT2,
     model_type="codegen",
-    architectures=("CodeGenForCausalLM",),
+    architectures=(
+        "CodeGenForCausalLM",
+        "CodeGenModel",
+    ),
     constants={
         "block": "parallel",
         "norm": "layer",
@@ -275,7 +296,7 @@ CODEGEN = dataclasses.replace(
         *linear(f"{BLOCK}/mlp/up", f"{_H}.mlp.fc_in", "fm", "mlp_bias"),
         *linear(f"{BLOCK}/mlp/down", f"{_H}.mlp.fc_out", "mf", "mlp_bias"),
         *norm("final_norm", "transformer.ln_f"),
-        *linear("head", "lm_head", "vm", "head_bias"),
     ),
+    heads=decoder_heads(linear("head", "lm_head", "vm", "head_bias")),
     ignored_tensors=(r"transformer\.h\.\d+\.attn\.(causal_mask|masked_bias)",),
 )

@@ -8,7 +8,6 @@ from typing import Any
 from lordjax.conversions.families.family import (
     BIAS_FIELDS,
     BLOCK,
-    HEAD,
     Family,
     TensorRow,
     Values,
@@ -22,7 +21,12 @@ from lordjax.conversions.families.sliding_windows import mixed_windows, no_windo
 _LAYER = "model.layers.{i}"
 LLAMA = Family(
     model_type="llama",
-    architectures=("LlamaForCausalLM",),
+    architectures=(
+        "LlamaForCausalLM",
+        "LlamaForSequenceClassification",
+        "LlamaForTokenClassification",
+        "LlamaModel",
+    ),
     fields={
         "vocab_size": "vocab_size",
         "hidden_size": "hidden_size",
@@ -69,7 +73,6 @@ LLAMA = Family(
         *linear(f"{BLOCK}/mlp/up", f"{_LAYER}.mlp.up_proj", "fm", "mlp_bias"),
         *linear(f"{BLOCK}/mlp/down", f"{_LAYER}.mlp.down_proj", "mf", "mlp_bias"),
         TensorRow("final_norm/scale", "model.norm.weight", "m"),
-        HEAD,
     ),
     # Old versions of transformers saved the rotary frequencies, which follow from the config.
     ignored_tensors=(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",),
@@ -86,7 +89,12 @@ MISTRAL = dataclasses.replace(
     LLAMA,
     **_UNBIASED,
     model_type="mistral",
-    architectures=("MistralForCausalLM",),
+    architectures=(
+        "MistralForCausalLM",
+        "MistralForSequenceClassification",
+        "MistralForTokenClassification",
+        "MistralModel",
+    ),
     defaults={
         **_READ,
         "intermediate_size": 14336,
@@ -103,7 +111,12 @@ QWEN2 = dataclasses.replace(
     # Text-only checkpoints may turn Qwen2-VL's rotary embedding off explicitly.
     fixed={**_UNBIASED["fixed"], "use_mrope": (False,)},
     model_type="qwen2",
-    architectures=("Qwen2ForCausalLM",),
+    architectures=(
+        "Qwen2ForCausalLM",
+        "Qwen2ForSequenceClassification",
+        "Qwen2ForTokenClassification",
+        "Qwen2Model",
+    ),
     constants={"qkv_bias": True},
     defaults={
         **_READ,
@@ -122,7 +135,12 @@ QWEN2 = dataclasses.replace(
 QWEN3 = dataclasses.replace(
     QWEN2,
     model_type="qwen3",
-    architectures=("Qwen3ForCausalLM",),
+    architectures=(
+        "Qwen3ForCausalLM",
+        "Qwen3ForSequenceClassification",
+        "Qwen3ForTokenClassification",
+        "Qwen3Model",
+    ),
     constants={"qk_norm": True},
     fields={**QWEN2.fields, "qkv_bias": "attention_bias", "out_bias": "attention_bias"},
     fixed={key: values for key, values in QWEN2.fixed.items() if key != "attention_bias"},
@@ -151,7 +169,10 @@ def _granite_scales(hf_config: Values, values: Values, problems: list[str]) -> d
 GRANITE = dataclasses.replace(
     LLAMA,
     model_type="granite",
-    architectures=("GraniteForCausalLM",),
+    architectures=(
+        "GraniteForCausalLM",
+        "GraniteModel",
+    ),
     defaults={**LLAMA.defaults, **dict.fromkeys((*_FACTORS.values(), "logits_scaling"), 1.0)},
     derive=_granite_scales,
 )
@@ -159,7 +180,12 @@ GRANITE = dataclasses.replace(
 STARCODER2 = dataclasses.replace(
     LLAMA,
     model_type="starcoder2",
-    architectures=("Starcoder2ForCausalLM",),
+    architectures=(
+        "Starcoder2ForCausalLM",
+        "Starcoder2ForSequenceClassification",
+        "Starcoder2ForTokenClassification",
+        "Starcoder2Model",
+    ),
     fields={
         **{f: key for f, key in LLAMA.fields.items() if f != "head_size"},
         "norm_eps": "norm_epsilon",

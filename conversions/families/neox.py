@@ -11,9 +11,11 @@ import numpy as np
 
 from lordjax.conversions.families.family import (
     BLOCK,
+    HEAD,
     Family,
     TensorRow,
     Values,
+    decoder_heads,
     linear,
     norm,
 )
@@ -70,7 +72,12 @@ def _block(hf_config: Values, values: Values, problems: list[str]) -> dict[str, 
 _LAYER = "gpt_neox.layers.{i}"
 GPT_NEOX = Family(
     model_type="gpt_neox",
-    architectures=("GPTNeoXForCausalLM",),
+    architectures=(
+        "GPTNeoXForCausalLM",
+        "GPTNeoXForSequenceClassification",
+        "GPTNeoXForTokenClassification",
+        "GPTNeoXModel",
+    ),
     fields={
         "vocab_size": "vocab_size",
         "hidden_size": "hidden_size",
@@ -114,8 +121,8 @@ GPT_NEOX = Family(
         *linear(f"{BLOCK}/mlp/up", f"{_LAYER}.mlp.dense_h_to_4h", "fm", "mlp_bias"),
         *linear(f"{BLOCK}/mlp/down", f"{_LAYER}.mlp.dense_4h_to_h", "mf", "mlp_bias"),
         *norm("final_norm", "gpt_neox.final_layer_norm"),
-        TensorRow("head/kernel", "embed_out.weight", "vm", True, when="not tie_embeddings"),
     ),
+    heads=decoder_heads((HEAD._replace(name="embed_out.weight"),), tokens="classifier"),
     module_names={"embed_out.weight": "lm_head.weight"},
     # Old versions saved the causal mask, its constant and the rotary frequencies.
     ignored_tensors=(r"gpt_neox\.layers\.\d+\.attention\.((masked_)?bias|rotary_emb\.inv_freq)",),

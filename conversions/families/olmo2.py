@@ -11,7 +11,10 @@ _LAYER = "model.layers.{i}"
 OLMO2 = dataclasses.replace(
     LLAMA,
     model_type="olmo2",
-    architectures=("Olmo2ForCausalLM",),
+    architectures=(
+        "Olmo2ForCausalLM",
+        "Olmo2Model",
+    ),
     fields={field: key for field, key in LLAMA.fields.items() if field != "mlp_bias"},
     constants={"block": "output_norm", "qk_norm": True, "wide_qk_norm": True},
     defaults={

@@ -12,6 +12,7 @@ from lordjax.conversions.families.family import (
     BLOCK,
     Family,
     TensorRow,
+    decoder_heads,
     linear,
     norm,
     sizes_of,
@@ -52,7 +53,12 @@ _EMBED = LLAMA.tensors[0]
 PHI: Family = dataclasses.replace(
     LLAMA,
     model_type="phi",
-    architectures=("PhiForCausalLM",),
+    architectures=(
+        "PhiForCausalLM",
+        "PhiForSequenceClassification",
+        "PhiForTokenClassification",
+        "PhiModel",
+    ),
     fields=_without(("head_size", "qkv_bias", "out_bias", "mlp_bias")) | _NORMS,
     constants={
         "block": "parallel",
@@ -89,14 +95,19 @@ PHI: Family = dataclasses.replace(
         *linear(f"{BLOCK}/mlp/up", f"{_LAYER}.mlp.fc1", "fm", "mlp_bias"),
         *linear(f"{BLOCK}/mlp/down", f"{_LAYER}.mlp.fc2", "mf", "mlp_bias"),
         *norm("final_norm", "model.final_layernorm"),
-        *linear("head", "lm_head", "vm", "head_bias"),
     ),
+    heads=decoder_heads(linear("head", "lm_head", "vm", "head_bias")),
 )
 
 STABLELM: Family = dataclasses.replace(
     LLAMA,
     model_type="stablelm",
-    architectures=("StableLmForCausalLM",),
+    architectures=(
+        "StableLmForCausalLM",
+        "StableLmForSequenceClassification",
+        "StableLmForTokenClassification",
+        "StableLmModel",
+    ),
     fields=_without(("head_size", "out_bias", "mlp_bias")) | _NORMS | {"qkv_bias": "use_qkv_bias"},
     constants={"norm": "layer"},
     defaults={

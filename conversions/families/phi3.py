@@ -54,7 +54,12 @@ def _turned(row: TensorRow, config: ModelConfig) -> slice | np.ndarray:
 PHI3 = dataclasses.replace(
     MISTRAL,
     model_type="phi3",
-    architectures=("Phi3ForCausalLM",),
+    architectures=(
+        "Phi3ForCausalLM",
+        "Phi3ForSequenceClassification",
+        "Phi3ForTokenClassification",
+        "Phi3Model",
+    ),
     fields={f: key for f, key in MISTRAL.fields.items() if f != "head_size"},
     fixed={
         **MISTRAL.fixed,

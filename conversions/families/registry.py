@@ -6,19 +6,19 @@ checkpoint holds which parameter. To support a new family, add an entry; see `fa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from lordjax.conversions.families.bert import BERT, CAMEMBERT, ROBERTA, XLM_ROBERTA
-from lordjax.conversions.families.config_values import fill_sizes, read_keys, read_sizes
+from lordjax.conversions.families.config.heads import read_head
+from lordjax.conversions.families.config.normalize import normal_form
+from lordjax.conversions.families.config.values import fill_sizes, read_keys, read_sizes
 from lordjax.conversions.families.distilbert import DISTILBERT
-from lordjax.conversions.families.family import Family, TensorSource, Values, sizes_of
+from lordjax.conversions.families.family import Family, TensorRow, TensorSource, Values, sizes_of
 from lordjax.conversions.families.gemma import GEMMA, GEMMA2, GEMMA3
 from lordjax.conversions.families.gpt import CODEGEN, GPT2, GPT_BIGCODE, OPT
-from lordjax.conversions.families.heads import read_head
 from lordjax.conversions.families.llama import GRANITE, LLAMA, MISTRAL, QWEN2, QWEN3, STARCODER2
 from lordjax.conversions.families.neox import GPT_NEOX
-from lordjax.conversions.families.normalize import normal_form
 from lordjax.conversions.families.olmo2 import OLMO2
 from lordjax.conversions.families.phi import PHI, STABLELM
 from lordjax.conversions.families.phi3 import PHI3
@@ -50,7 +50,7 @@ FAMILIES: dict[str, Family] = {row.model_type: row for row in _ROWS}
 
 
 def normalized(hf_config: Values) -> dict[str, Any]:
-    """Returns a ``config.json`` in the form that the families read; see `families.normalize`."""
+    """Returns a ``config.json`` in the form that the families read; see `config.normalize`."""
     return normal_form(hf_config, FAMILIES)
 
 
@@ -107,7 +107,7 @@ def with_labels(hf_config: Values, labels: Sequence[str]) -> dict[str, Any]:
     """
     family = family_of(hf_config)
     found = [a for a in family.architectures if a.endswith("ForSequenceClassification")]
-    if not found:
+    if not found or family.constants.get("causal", True):
         raise ValueError(
             f"{family.model_type}: no classification head; expected an encoder (bert, roberta)"
         )
@@ -139,7 +139,7 @@ def model_config(hf_config: Values, where: str = "config.json") -> ModelConfig:
         windows = family.windows(values, problems)
         if family.derive is not None:
             fields |= family.derive(hf_config, values, problems)
-        fields |= read_head(architectures_of(hf_config, family), hf_config, problems)
+        fields |= read_head(architectures_of(hf_config, family), hf_config, family, problems)
         fill_sizes(fields, rope is not None, problems)
     if problems:
         raise ValueError(_not_supported(where, family, problems))
@@ -159,20 +159,51 @@ def _not_supported(where: str, family: Family, problems: list[str]) -> str:
     )
 
 
-def tensor_table(hf_config: Values, where: str = "config.json") -> dict[str, TensorSource]:
+def tensor_table(
+    hf_config: Values, where: str = "config.json", leaves: Collection[str] = ()
+) -> dict[str, TensorSource]:
     """Returns the tensor of every parameter path, for checkpoints with this ``config.json``.
 
     Args:
       hf_config: content of the config.
       where: name of the file in error messages.
+      leaves: paths of a model's parameters. Those of `Family.carried` are added to the table.
 
     Raises:
       ValueError: if the config is not supported.
     """
     family, config = family_of(hf_config, where), model_config(hf_config, where)
-    sizes = sizes_of(config)
-    table = {}
-    for row in (*family.tensors, *family.heads.get(config.head, ())):
+    carried = tuple(row for row in family.carried if row.path in leaves)
+    rows = (*family.tensors, *family.heads.get(config.head, ()), *carried)
+    return _sources(rows, family, config)
+
+
+def carried_table(hf_config: Values) -> dict[str, TensorSource]:
+    """Returns the rows of `Family.carried` whose tensors no other parameter takes."""
+    taken = {source.name for source in tensor_table(hf_config).values()}
+    family = family_of(hf_config)
+    rows = _sources(family.carried, family, model_config(hf_config))
+    return {path: source for path, source in rows.items() if source.name not in taken}
+
+
+def carried_names(hf_config: Values) -> set[str]:
+    """Returns the names of `Family.carried`, with the family's prefix and without.
+
+    A model may have them or not, because its outputs do not depend on them.
+    """
+    kind = hf_config.get("model_type")
+    family = FAMILIES.get(kind) if isinstance(kind, str) else None
+    names = {row.name for row in family.carried} if family else set()
+    return names | {name.removeprefix(family.prefix) for name in names if family}
+
+
+def _sources(
+    rows: Iterable[TensorRow], family: Family, config: ModelConfig
+) -> dict[str, TensorSource]:
+    """Returns the tensors of rows of a family, block by block; a bare model has no prefix."""
+    sizes, table = sizes_of(config), {}
+    prefix = family.prefix if config.head == "none" else ""
+    for row in rows:
         if row.when and bool(getattr(config, row.when.removeprefix("not "))) == (
             "not " in row.when
         ):
@@ -181,5 +212,6 @@ def tensor_table(hf_config: Values, where: str = "config.json") -> dict[str, Ten
         columns = None if row.columns is None else row.columns(config)
         for i in range(config.num_layers if "{i}" in row.path else 1):
             path, name = row.path.format(i=i), row.name.format(i=i)
+            name = name.removeprefix(prefix)
             table[path] = TensorSource(name, shape, row.transpose, columns, row.offset)
     return table

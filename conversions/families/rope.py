@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lordjax.conversions.families.key_names import (
+from lordjax.conversions.families.config.key_names import (
     HARMLESS,
     ruled_out_keys,
     says_nothing,

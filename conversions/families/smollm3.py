@@ -63,7 +63,12 @@ def _local_rope(hf_config: Values, values: Values, problems: list[str]) -> dict[
 SMOLLM3 = dataclasses.replace(
     LLAMA,
     model_type="smollm3",
-    architectures=("SmolLM3ForCausalLM",),
+    architectures=(
+        "SmolLM3ForCausalLM",
+        "SmolLM3ForSequenceClassification",
+        "SmolLM3ForTokenClassification",
+        "SmolLM3Model",
+    ),
     defaults={
         **LLAMA.defaults,
         "vocab_size": 128256,

@@ -26,16 +26,21 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from lordjax.conversions.families.config_keys import rule_out
-from lordjax.conversions.families.normalize import OTHER_PARTS, is_multimodal
+from lordjax.conversions.families.config.keys import rule_out
+from lordjax.conversions.families.config.normalize import OTHER_PARTS, is_multimodal
 from lordjax.conversions.families.registry import (
     TensorSource,
+    carried_table,
     family_of,
     model_config,
     normalized,
     tensor_table,
 )
-from lordjax.conversions.readers.tensor_check import spelling, tensor_problems
+from lordjax.conversions.readers.tensor_check import (
+    spelling,
+    tensor_problems,
+    with_class_count,
+)
 from lordjax.conversions.readers.tensor_files import (
     BFLOAT16,
     TensorFiles,
@@ -60,7 +65,8 @@ class Checkpoint:
     Attributes:
       path: checkpoint directory or file.
       hf_config: content of ``config.json``, with present names and of the text part only, see
-        `families.normalize`; for a GGUF file, an equivalent config.
+        `families.config.normalize`; for a GGUF file, an equivalent config. The number of classes
+        is added if the config does not name it.
       config: the architecture as a `ModelConfig`.
       table: dict from a lordjax parameter path to the tensor that holds the parameter.
       stored_dtype: default dtype for a model that is written from this checkpoint; None means the
@@ -78,14 +84,17 @@ class Checkpoint:
     ):
         where = str(path / "config.json") if path.is_dir() else str(path)
         self.path, several = path, is_multimodal(hf_config)
-        self.hf_config = hf_config = normalized(hf_config)
+        self.hf_config = hf_config = with_class_count(normalized(hf_config), files, where)
         self.config: ModelConfig = model_config(hf_config, where)
         self.table: dict[str, TensorSource] = tensor_table(hf_config, where)
         self.stored_dtype = stored_dtype
         self._dtype: np.dtype | None = None  # default of `read`; None keeps the file's
         self._files, self._tokens = files, tokens
         self._family, names = family_of(hf_config, where), set(files.names())
-        self._rename(spelling(self._family, (row.name for row in self.table.values()), names))
+        carried = carried_table(hf_config)
+        spell = spelling(self._family, (row.name for row in self.table.values()), names)
+        self.table |= {path: row for path, row in carried.items() if spell(row.name) in names}
+        self._rename(spell)
         for new, old in self._family.old_names.items():
             if any(old in name for name in names):
                 self._rename(functools.partial(_replaced, new=new, old=old))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
 
-from lordjax.conversions.families.family import Family, TensorSource
+from lordjax.conversions.families.family import Family, TensorSource, Values
+from lordjax.conversions.families.registry import model_config, tensor_table
 from lordjax.conversions.readers.tensor_files import TensorFiles
 from lordjax.models.config import ModelConfig
 from lordjax.names import listed
@@ -17,8 +19,8 @@ def spelling(
 ) -> Callable[[str], str]:
     """Returns the function from a tensor's usual name to its name in a checkpoint.
 
-    A checkpoint of the bare model (without a head) omits the family's prefix. In a model of several
-    modalities the text part has a longer one.
+    Names may have the family's prefix or not, whether the model has a head or not. In a model of
+    several modalities the text part has a longer one.
 
     Args:
       family: family of the model.
@@ -29,11 +31,30 @@ def spelling(
     known: tuple[Callable[[str], str], ...] = (
         lambda name: name,
         lambda name: name.removeprefix(family.prefix),
+        lambda name: f"{family.prefix}{name}",
         # The text part of a model of several modalities.
         lambda name: f"language_model.{name}",
         lambda name: re.sub(r"^model\.", "model.language_model.", name),
     )
     return max(known, key=lambda spell: sum(spell(name) in found for name in expected))
+
+
+def with_class_count(hf_config: Values, files: TensorFiles, where: str) -> dict[str, Any]:
+    """Returns the config with the number of classes that the files have, if it names none.
+
+    Args:
+      hf_config: content of ``config.json``.
+      files: the tensors.
+      where: name of the config's file in error messages.
+    """
+    hf_config = dict(hf_config)
+    named = hf_config.get("id2label") is not None or hf_config.get("num_labels") is not None
+    if named or model_config(hf_config, where).num_classes is None:
+        return hf_config
+    head, names = tensor_table(hf_config)["head/kernel"].name, set(files.names())
+    if head in names and len(files.shape(head)) == 2 and files.shape(head)[0] > 0:
+        hf_config["num_labels"] = files.shape(head)[0]
+    return hf_config
 
 
 def tensor_problems(

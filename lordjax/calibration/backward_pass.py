@@ -162,7 +162,7 @@ class _Sweeps:
                 step = functools.partial(_shared_gradient, mesh=calibration.mesh)
             for j, batch in enumerate(calibration.batches()):
                 goals = objective.targets(config, *batch)
-                gradient = step(outer, states[j], goals, config=config)
+                gradient = step(outer, states[j], goals, batch[1], config=config)
                 back[j] = shard_batch(gradient, calibration.mesh)
             del outer
             back.commit(layers)
@@ -230,11 +230,11 @@ class _Sweeps:
 
 @functools.partial(jax.jit, static_argnames=("config", "mesh"))
 def _shared_gradient(
-    non_block_params: Any, x: Any, goals: Any, *, config: ModelConfig, mesh: Mesh
+    non_block_params: Any, x: Any, goals: Any, mask: Any, *, config: ModelConfig, mesh: Mesh
 ) -> Any:
     """Computes `loss_gradient` of a batch that devices split."""
     run = functools.partial(loss_gradient, config=config)
-    return shard_map_batch(run, len(x), mesh)(non_block_params, x, goals)
+    return shard_map_batch(run, len(x), mesh)(non_block_params, x, goals, mask)
 
 
 @jax.jit

@@ -70,7 +70,7 @@ def compare(
             original = _run(config, own, i, original)
         with clock.part(stage):
             rest = on_device(source.non_block_params())
-            if config.head == "classes":
+            if objective.decides(config):
                 goals = [decisions(config, rest, x) for x in original]
             return [_target_losses(config, rest, xs, goals) for xs in (original, *states)]
 

@@ -172,7 +172,7 @@ def target_losses(
     """
     stream = functools.partial(_stream, config, batch, remat)
     x = stream(params, trained)
-    nll = objective.losses(config, params, x, batch.targets)
+    nll = objective.losses(config, params, x, batch.targets, batch.mask)
     if not distill:
         return nll, nll
     y = stream(teacher)

@@ -60,8 +60,8 @@ def token_shapes(spec: CalibrationSpec, batch: int) -> jax.ShapeDtypeStruct:
 
 
 def target_shapes(spec: CalibrationSpec, batch: int) -> jax.ShapeDtypeStruct:
-    """Returns the shape of the loss's targets: one per token, or one per sequence for classes."""
-    width = 1 if spec.config.head == "classes" else spec.length
+    """Returns the shape of the loss's targets: one per token, or a few per sequence."""
+    width = {"classes": 1, "span": 2}.get(spec.config.head, spec.length)
     return jax.ShapeDtypeStruct((batch, width), jnp.int32)
 
 

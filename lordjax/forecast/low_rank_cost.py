@@ -38,7 +38,7 @@ from lordjax.forecast.job import STAGES, CompressionSpec
 from lordjax.kernels import trees
 from lordjax.kernels.base import nbytes
 from lordjax.methods import method_at
-from lordjax.models.objective import decisions, losses
+from lordjax.models.objective import decides, decisions, losses
 from lordjax.models.sites import LAST_LAYER, LINEAR_SITES, Site, site_path
 from lordjax.runtime import flops
 from lordjax.runtime.flops import OpCounts
@@ -126,7 +126,7 @@ def _variants(spec: CompressionSpec, passes: float, heads: int, comparisons: int
             target_shapes(spec, batch),
         )
         steps = [flops.scaled(blocks_ops(spec, batch, {}), passes), flops.scaled(head, heads)]
-        if spec.config.head == "classes":  # the targets
+        if decides(spec.config):  # the targets
             decide, x = functools.partial(decisions, spec.config), spec.residual_stream(batch)
             ops = flops.count_ops(decide, spec.non_block_params, x)
             steps.append(flops.scaled(ops, comparisons))

@@ -96,9 +96,10 @@ class ModelConfig:
     embed_size: int | None = None  # columns of the embedding, if not hidden_size
     embed_norm: bool = False  # whether a norm precedes the first block
     token_types: int = 0  # rows of the table of token types; 0: no table
-    head: str = "causal"  # causal | masked (language models) | classes | none (residual stream)
+    head: str = "causal"  # causal | masked (language models) | classes (of a sequence) |
+    # tokens (a class per token) | span (start and end of an answer) | none (residual stream)
     head_activation: str = "gelu"  # head "masked": a key of ACTIVATIONS
-    num_classes: int | None = None  # head "classes": number of classes
+    num_classes: int | None = None  # heads "classes", "tokens", "span": outputs of the head
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False

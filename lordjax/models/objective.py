@@ -4,36 +4,46 @@
 ``masked``   predicts the tokens at `SHARE` of the positions; the model reads the mask token there
 ``classes``  predicts a class; calibration uses the model's own most likely class, which gives the
              empirical Fisher information of its decision
+``tokens``   predicts a class at every position; calibration uses the model's own
+``span``     predicts where an answer starts and ends; calibration uses the model's own positions
 
 The masked positions are random. The generator is seeded with the ids of the sequence, so that a
 sequence is masked in the same way in every batch, subset and evaluation, padded or not.
 
-Targets are token ids ``[sequences, length]``, or classes ``[sequences, 1]``. `NO_TARGET`, -1, has
-two meanings:
+Targets are token ids ``[sequences, length]``, classes ``[sequences, 1]`` or, one per token,
+``[sequences, length]``, or positions ``[sequences, 2]``. `NO_TARGET`, -1, has two meanings:
 
 * for token ids: there is no target at this position; its loss is 0;
-* for classes: the target is the class that the model itself finds most likely.
+* for classes and positions: the target is what the model itself finds most likely (`decides`).
+  `PADDING`, -2, says that there is no target.
 """
 
 from __future__ import annotations
 
 import functools
-import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from lordjax.models.config import ModelConfig
+from lordjax.models.targets import (
+    NO_TARGET,
+    SHARE,
+    masked_positions,
+    masked_tokens,
+    next_tokens,
+    own_class,
+    own_classes,
+    own_span,
+)
 from lordjax.models.transformer import Transformer
 
-SHARE = 0.15  # share of a sequence's tokens that are masked, as in BERT's training
 # Positions whose logits are in memory at a time: 256 x 49152 float32 are 50 MB.
 CHUNK = 256
-NO_TARGET = -1  # see the module's docstring: it means something else for classes
 
 
 def inputs(
@@ -74,6 +84,11 @@ def targets(config: ModelConfig, tokens: np.ndarray, mask: np.ndarray | None) ->
     return objective_for(config).targets(tokens, mask)
 
 
+def decides(config: ModelConfig) -> bool:
+    """Returns whether calibration takes the model's own decisions for targets."""
+    return config.head in ("classes", "tokens", "span")
+
+
 def protocol(config: ModelConfig, mask_token: int | None) -> dict[str, Any]:
     """Returns what a report says about the objective; nothing for a causal model."""
     if config.head != "masked":
@@ -81,36 +96,13 @@ def protocol(config: ModelConfig, mask_token: int | None) -> dict[str, Any]:
     return {"objective": "masked tokens", "masked_share": SHARE, "mask_token": mask_token}
 
 
-def masked_positions(tokens: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-    """Returns True at `SHARE` of every sequence's tokens, at least one; never at padding."""
-    chosen = np.zeros(tokens.shape, bool)
-    for i, sequence in enumerate(tokens):
-        places = np.arange(len(sequence)) if mask is None else np.flatnonzero(mask[i])
-        seed = zlib.crc32(np.ascontiguousarray(sequence[places], "<i4").tobytes())
-        count = max(1, round(SHARE * len(places)))
-        chosen[i, np.random.default_rng(seed).permutation(places)[:count]] = True
-    return chosen
-
-
-def _masked_tokens(tokens: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-    return np.where(masked_positions(tokens, mask), tokens, np.asarray(NO_TARGET, tokens.dtype))
-
-
-def _next_tokens(tokens: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-    counts = np.ones(tokens.shape, bool) if mask is None else np.asarray(mask)
-    counts = counts & np.roll(counts, -1, axis=1)
-    counts[:, -1] = False
-    return np.where(counts, np.roll(tokens, -1, axis=1), np.asarray(NO_TARGET, tokens.dtype))
-
-
-def _own_class(tokens: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-    del mask
-    return np.full((len(tokens), 1), NO_TARGET, np.int32)
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def losses(
-    config: ModelConfig, params: Any, x: Float[Array, "b s m"], targets: Int[Array, "b t"]
+    config: ModelConfig,
+    params: Any,
+    x: Float[Array, "b s m"],
+    targets: Int[Array, "b t"],
+    mask: Bool[Array, "b s"] | None = None,
 ) -> Float[Array, "b t"]:
     """Computes the loss of every target, in nats.
 
@@ -119,11 +111,12 @@ def losses(
       params: parameters; only those outside the blocks are read.
       x: residual stream after the last block.
       targets: token ids or classes; see the module's docstring.
+      mask: False at padding; None: there is no padding.
 
     Returns:
       Losses; 0 at positions without a target.
     """
-    return objective_for(config).losses(config, params, x, targets)
+    return objective_for(config).losses(config, params, x, targets, mask)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -163,6 +156,7 @@ def loss_gradient(
     non_block_params: Any,
     x: Float[Array, "b s m"],
     targets: Int[Array, "b t"],
+    mask: Bool[Array, "b s"] | None = None,
     *,
     config: ModelConfig,
 ) -> Float[Array, "b s m"]:
@@ -172,13 +166,14 @@ def loss_gradient(
       non_block_params: parameters outside the blocks.
       x: residual stream after the last block.
       targets: token ids or classes; see the module's docstring.
+      mask: False at padding; None: there is no padding.
       config: the model.
     """
-    return objective_for(config).gradient(config, non_block_params, x, targets)
+    return objective_for(config).gradient(config, non_block_params, x, targets, mask)
 
 
-def _logits(config: ModelConfig, params: Any, x: Float[Array, "b s m"]) -> Any:
-    return Transformer(config).apply({"params": params}, x, method=Transformer.unembed)
+def _logits(config: ModelConfig, params: Any, x: Float[Array, "b s m"], mask: Any = None) -> Any:
+    return Transformer(config).apply({"params": params}, x, mask, method=Transformer.unembed)
 
 
 def _nll(logits: Float[Array, "*n v"], targets: Int[Array, "*n"]) -> Float[Array, "*n"]:
@@ -186,11 +181,26 @@ def _nll(logits: Float[Array, "*n v"], targets: Int[Array, "*n"]) -> Float[Array
     return jnp.where(targets >= 0, jax.nn.logsumexp(logits, axis=-1) - chosen, 0)
 
 
-def _token_losses(
+def _position_nll(
     config: ModelConfig, params: Any, x: Float[Array, "b s m"], targets: Int[Array, "b s"]
 ) -> Float[Array, "b s"]:
-    """Losses of token targets; logits are computed chunk by chunk."""
-    return _chunked(lambda x, target: _nll(_logits(config, params, x), target), x, targets)
+    """Losses of positions, each of which has a target of its own."""
+    logits = _logits(config, params, x)
+    if config.head == "tokens":
+        targets = jnp.where(targets == NO_TARGET, jnp.argmax(logits, axis=-1), targets)
+    return _nll(logits, targets)
+
+
+def _token_losses(
+    config: ModelConfig,
+    params: Any,
+    x: Float[Array, "b s m"],
+    targets: Int[Array, "b s"],
+    mask: Any,
+) -> Float[Array, "b s"]:
+    """Losses of a target per position; logits are computed chunk by chunk."""
+    del mask  # the targets say where padding is
+    return _chunked(functools.partial(_position_nll, config, params), x, targets)
 
 
 def _chunked(fn: Callable[..., Array], *rows: Float[Array, "b s ..."]) -> Float[Array, "b s"]:
@@ -209,39 +219,63 @@ def _chunked(fn: Callable[..., Array], *rows: Float[Array, "b s ..."]) -> Float[
 
 
 def _token_gradient(
-    config: ModelConfig, params: Any, x: Float[Array, "b s m"], targets: Int[Array, "b s"]
+    config: ModelConfig,
+    params: Any,
+    x: Float[Array, "b s m"],
+    targets: Int[Array, "b s"],
+    mask: Any,
 ) -> Float[Array, "b s m"]:
-    """Gradient of the losses of token targets, a few positions at a time.
+    """Gradient of the losses of a target per position, a few positions at a time.
 
     Positions are independent after the last block. The logits of a whole batch would be the largest
     array of the run.
     """
+    del mask  # the targets say where padding is
 
     def loss(x: Array, target: Array) -> Array:
-        return _nll(_logits(config, params, x[None, None])[0, 0], target)
+        return _position_nll(config, params, x[None, None], target[None, None])[0, 0]
 
     rows = (x.reshape(-1, x.shape[-1]), targets.reshape(-1))
     gradients = jax.lax.map(lambda row: jax.grad(loss)(*row), rows, batch_size=256)
     return gradients.reshape(x.shape)
 
 
-def _class_losses(
-    config: ModelConfig, params: Any, x: Float[Array, "b s m"], targets: Int[Array, "b 1"]
-) -> Float[Array, "b 1"]:
-    logits = _logits(config, params, x)[:, None]
+def _choices(config: ModelConfig, params: Any, x: Float[Array, "b s m"], mask: Any) -> Any:
+    """Logits of the choices of a classifier ``[b, 1, classes]``, or of a span ``[b, 2, s]``."""
+    logits = _logits(config, params, x, mask)
+    if config.head == "classes":
+        return logits[:, None]
+    logits = jnp.swapaxes(logits, 1, 2)
+    return logits if mask is None else jnp.where(mask[:, None], logits, -jnp.inf)
+
+
+def _choice_losses(
+    config: ModelConfig,
+    params: Any,
+    x: Float[Array, "b s m"],
+    targets: Int[Array, "b t"],
+    mask: Any,
+) -> Float[Array, "b t"]:
+    logits = _choices(config, params, x, mask)
     return _nll(logits, jnp.where(targets < 0, jnp.argmax(logits, axis=-1), targets))
 
 
-def _class_gradient(
-    config: ModelConfig, params: Any, x: Float[Array, "b s m"], targets: Int[Array, "b 1"]
+def _choice_gradient(
+    config: ModelConfig,
+    params: Any,
+    x: Float[Array, "b s m"],
+    targets: Int[Array, "b t"],
+    mask: Any,
 ) -> Float[Array, "b s m"]:
-    return jax.grad(lambda x: jnp.sum(_class_losses(config, params, x, targets)))(x)
+    return jax.grad(lambda x: jnp.sum(_choice_losses(config, params, x, targets, mask)))(x)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def decisions(config: ModelConfig, params: Any, x: Float[Array, "b s m"]) -> Int[Array, "b 1"]:
-    """Returns the most likely class, from the residual stream after the last block."""
-    return jnp.argmax(_logits(config, params, x), axis=-1)[:, None]
+def decisions(config: ModelConfig, params: Any, x: Float[Array, "b s m"]) -> Int[Array, "b t"]:
+    """Returns the most likely targets, from the residual stream after the last block."""
+    if config.head == "tokens":
+        return jnp.argmax(_logits(config, params, x), axis=-1)
+    return jnp.argmax(_choices(config, params, x, None), axis=-1)
 
 
 class Objective(NamedTuple):
@@ -249,19 +283,21 @@ class Objective(NamedTuple):
 
     Attributes:
       targets: function of (tokens, mask).
-      losses: function of (config, params, x, targets).
-      gradient: function of (config, params, x, targets).
+      losses: function of (config, params, x, targets, mask).
+      gradient: function of (config, params, x, targets, mask).
     """
 
     targets: Callable[[np.ndarray, np.ndarray | None], np.ndarray]
-    losses: Callable[[ModelConfig, Any, Array, Array], Array]
-    gradient: Callable[[ModelConfig, Any, Array, Array], Array]
+    losses: Callable[[ModelConfig, Any, Array, Array, Any], Array]
+    gradient: Callable[[ModelConfig, Any, Array, Array, Any], Array]
 
 
 OBJECTIVES = {
-    "causal": Objective(_next_tokens, _token_losses, _token_gradient),
-    "masked": Objective(_masked_tokens, _token_losses, _token_gradient),
-    "classes": Objective(_own_class, _class_losses, _class_gradient),
+    "causal": Objective(next_tokens, _token_losses, _token_gradient),
+    "masked": Objective(masked_tokens, _token_losses, _token_gradient),
+    "classes": Objective(own_class, _choice_losses, _choice_gradient),
+    "tokens": Objective(own_classes, _token_losses, _token_gradient),
+    "span": Objective(own_span, _choice_losses, _choice_gradient),
 }
 
 
@@ -276,7 +312,7 @@ def objective_for(config: ModelConfig) -> Objective:
             f"a model with head {config.head!r} predicts nothing, so it has no loss; choose a "
             "method that needs no gradients, or a checkpoint with a head"
         )
-    if config.num_classes == 1:
+    if config.num_classes == 1 and config.head != "span":
         raise ValueError(
             "a model with one class has nothing to decide, so its loss has no gradient; choose a "
             "method that needs no gradients"

@@ -8,7 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from lordjax.models.config import ModelConfig
 from lordjax.models.layers import ACTIVATIONS, NORMS, Linear
@@ -39,8 +39,29 @@ class Pooler(nn.Module):
         return act(Linear(self.config.hidden_size, True, name="dense")(x[:, 0]))
 
 
-# Head -> the module before its last layer.
-TRANSFORMS: dict[str, Any] = {"masked": MaskedTransform, "classes": Pooler}
+def transform_of(config: ModelConfig) -> type[MaskedTransform] | type[Pooler] | None:
+    """Returns the module before the head's last layer, or None."""
+    if config.head == "masked":
+        return MaskedTransform
+    return Pooler if config.head == "classes" and not config.causal else None
+
+
+def last_token(x: Float[Array, "b s m"], mask: Bool[Array, "b s"] | None) -> Float[Array, "b m"]:
+    """Returns the row of each sequence's last token, which a causal classifier reads.
+
+    Args:
+      x: a row per position.
+      mask: False at padding; None: there is no padding.
+    """
+    if mask is None:
+        return x[:, -1]
+    last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
+    return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+
+
+# Parameters that belong to a checkpoint, but that the forward pass does not read: BERT's pooler
+# where nothing is classified, and the head of its second pre-training task.
+CARRIED = ("pooler", "seq_relationship")
 
 _DEVIATION = 0.02  # standard deviation of a new kernel, as in BERT's initialization
 
@@ -51,8 +72,8 @@ def with_classes(
     """Gives an encoder a new head that classifies sequences, for fine-tuning.
 
     Kernels of the head are normal with standard deviation 0.02, biases are 0, both in the dtype of
-    the embedding. A model that already classifies keeps its pooler. Arrays outside the head are
-    not copied.
+    the embedding. A model that already has a pooler keeps it. Arrays outside the head are not
+    copied.
 
     Args:
       config: the model, with any head.
@@ -81,7 +102,8 @@ def with_classes(
         return {"kernel": kernel.astype(dtype), "bias": jnp.zeros(outputs, dtype)}
 
     first, second = jax.random.split(key)
-    pooler = {"dense": linear(size, first)}
+    pooler = params.get("pooler", {"dense": linear(size, first)})
     if config.head == "classes":
         pooler = params["transform"]
-    return new, {**params, "transform": pooler, "head": linear(num_classes, second)}
+    kept = {name: part for name, part in params.items() if name not in CARRIED}
+    return new, {**kept, "transform": pooler, "head": linear(num_classes, second)}

@@ -45,7 +45,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lordjax.models.blocks import Block
 from lordjax.models.config import ModelConfig
 from lordjax.models.layers import NORMS, Bias, Linear, softcap
-from lordjax.models.output_heads import TRANSFORMS
+from lordjax.models.output_heads import last_token, transform_of
 from lordjax.names import layer
 
 
@@ -75,8 +75,8 @@ class Transformer(nn.Module):
         self.blocks = [Block(c, c.window(i), name=layer(i)) for i in range(c.num_layers)]
         if c.final_norm:
             self.final_norm = NORMS[c.norm](c.norm_eps)
-        if c.head in TRANSFORMS:
-            self.transform = TRANSFORMS[c.head](c)
+        if (transform := transform_of(c)) is not None:
+            self.transform = transform(c)
         if c.head == "none":
             return
         if not c.tie_embeddings:
@@ -98,9 +98,10 @@ class Transformer(nn.Module):
           token_types: type of every token, for encoders; None: 0.
 
         Returns:
-          Float32 logits ``[b, s, vocab]`` or ``[b, classes]``; without a head, the residual stream.
+          Float32 logits ``[b, s, vocab]``, ``[b, s, classes]`` or ``[b, classes]``; without a head,
+          the residual stream after the final norm.
         """
-        return self.unembed(self.hidden(tokens, mask, token_types))
+        return self.unembed(self.hidden(tokens, mask, token_types), mask)
 
     def hidden(
         self,
@@ -165,14 +166,23 @@ class Transformer(nn.Module):
         added = self.positions(positions + c.position_offset)
         return x + jnp.broadcast_to(added, x.shape)
 
-    def unembed(self, x: Float[Array, "b s m"]) -> Float[Array, "..."]:
-        """Computes the logits from the residual stream after the last block."""
+    def unembed(
+        self, x: Float[Array, "b s m"], mask: Bool[Array, "b s"] | None = None
+    ) -> Float[Array, "..."]:
+        """Computes the logits from the residual stream after the last block.
+
+        Args:
+          x: residual stream after the last block.
+          mask: False at padding; only a causal classifier reads it, to find the last token.
+        """
         c = self.config
         if c.final_norm:
             x = self.final_norm(x)
         if c.embed_size is not None:
             x = self.project_out(x)
-        if c.head in TRANSFORMS:
+        if c.head == "classes" and c.causal:
+            x = last_token(x, mask)
+        if transform_of(c) is not None:
             x = self.transform(x)
         if c.head == "none":
             return x.astype(jnp.float32)

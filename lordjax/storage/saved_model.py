@@ -20,6 +20,7 @@ from lordjax.kernels.base import Kernel
 from lordjax.kernels.kinds import KINDS, check
 from lordjax.kernels.layout import Layout
 from lordjax.models.config import ModelConfig
+from lordjax.models.output_heads import CARRIED
 from lordjax.models.transformer import init
 from lordjax.names import layer, listed
 from lordjax.storage.checkpoint import FORMAT, INDEX
@@ -143,7 +144,7 @@ class Saved:
         """Whether nothing is compressed: all parameters are dense and have the original shapes."""
         make = functools.partial(init, self.config)
         original = trees.flatten(jax.eval_shape(make, jax.random.key(0)))
-        leaves = self.leaves()
+        leaves = {p: leaf for p, leaf in self.leaves().items() if p.split("/")[0] not in CARRIED}
         return leaves.keys() == original.keys() and all(
             not isinstance(leaf, Kernel) and leaf.shape == original[path].shape
             for path, leaf in leaves.items()

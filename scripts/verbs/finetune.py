@@ -233,7 +233,7 @@ def _read_task(
         return instructions.instructions(path, **given), config, params, hf_config
     found = classification.classification(path, labels=_named_classes(config, hf_config), **given)
     labels = found.facts["labels"]
-    if config.num_classes != len(labels):
+    if config.head != "classes" or config.num_classes != len(labels):
         config, params = with_classes(config, params, len(labels), jax.random.key(seed))
     return found, config, params, with_labels(hf_config, labels)
 

@@ -328,6 +328,52 @@ def test_a_bias_that_the_family_has_no_place_for(made, tmp_path):
     same(biased, expected, tmp_path / "out", "factored")
 
 
+# --- heads, and what is carried ------------------------------------------------------------------
+
+HEADS = (
+    "llama-classes",
+    "llama-bare",
+    "gpt2-tokens",
+    "bert-tokens",
+    "distilbert-span",
+    "bert-bare",
+)
+
+
+@pytest.mark.quick("llama-classes-pairs-dense", "bert-bare-narrow-dense")
+@pytest.mark.parametrize("to", ["dense", "factored"])
+@pytest.mark.parametrize("variant", ["pairs", "narrow"])
+@pytest.mark.parametrize("kind", HEADS)
+def test_heads(made, tmp_path, kind, variant, to):
+    saved, expected = made(kind, variant)
+    same(saved, expected, tmp_path / "out", to)
+
+
+@pytest.mark.quick("bert-bare")
+@pytest.mark.parametrize("kind", ["bert-bare", "roberta-bare", "pretraining"])
+def test_poolers_are_carried(made, tmp_path, kind):
+    """Through a saved model and an export; the torch class finds what it had."""
+    if kind == "pretraining":
+        config = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48}
+        config |= {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
+        model = transformers.BertForPreTraining(transformers.BertConfig(**config))
+        model.save_pretrained(tmp_path / "model")
+        original = open_checkpoint(tmp_path / "model")
+        paths = {"pooler/dense/kernel", "pooler/dense/bias"}
+        paths |= {"seq_relationship/kernel", "seq_relationship/bias"}
+    else:
+        original, paths = made.original(kind), {"pooler/dense/kernel", "pooler/dense/bias"}
+    assert paths <= original.leaves().keys()
+    saved = written(tmp_path / "saved", original, trees.flatten(original.params()))
+    assert saved.is_original()
+    export(saved, tmp_path / "out", "dense")
+    before, after = (load_file(d / "model.safetensors") for d in (original.path, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    for name in before:
+        np.testing.assert_array_equal(before[name], after[name])
+    assert verify(saved, tmp_path / "out", "dense", TOKENS)["passed"]
+
+
 # --- files ---------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hf_models import CASES, LONGROPE, TINY, stretches, tiny
 
-from lordjax.conversions.families.config_keys import rule_out
+from lordjax.conversions.families.config.keys import rule_out
 from lordjax.conversions.families.registry import (
     FAMILIES,
     model_config,
@@ -440,7 +440,7 @@ def test_only_a_key_that_is_there_and_not_understood_is_ruled_out():
         ({"model_type": "phi3", "num_attention_heads": 0}, "num_attention_heads = 0"),
         (
             {"model_type": "phi3", "partial_rotary_factor": float("nan")},
-            "factor = nan: expected an",
+            "factor = nan: expected a finite number",
         ),
         (
             {"model_type": "gpt_neox", "rotary_pct": float("inf")},

@@ -121,6 +121,10 @@ BLOCKS = {
         ENCODER, head="classes", num_classes=3, tie_embeddings=False
     ),
 }
+BLOCKS["decoder-classifier"] = dataclasses.replace(
+    BLOCKS["qwen3"], head="classes", num_classes=3, tie_embeddings=False
+)
+BLOCKS["token-classifier"] = dataclasses.replace(BLOCKS["bert-classifier"], head="tokens")
 BLOCKS["olmo2"] = dataclasses.replace(
     BLOCKS["qwen3"], block="output_norm", wide_qk_norm=True, qkv_bias=True
 )

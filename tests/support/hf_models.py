@@ -218,6 +218,34 @@ CASES = {
     "bert-bare": ("bert", {}, ""),
 }
 
+_PADDED = {"num_labels": 3, "pad_token_id": 0}
+for _kind in ("llama", "mistral", "qwen2", "qwen3", "phi3", "starcoder2", "gemma", "gemma2", "phi"):
+    CASES[f"{_kind}-classes"] = (_kind, _PADDED, "SequenceClassification")
+    CASES[f"{_kind}-tokens"] = (_kind, _PADDED, "TokenClassification")
+for _kind in ("stablelm", "smollm3", "gpt_neox", "gpt2", "gpt_bigcode"):
+    CASES[f"{_kind}-classes"] = (_kind, _PADDED, "SequenceClassification")
+    CASES[f"{_kind}-tokens"] = (_kind, _PADDED, "TokenClassification")
+CASES["opt-classes"] = ("opt", _PADDED, "SequenceClassification")
+CASES["opt-350m-classes"] = (
+    "opt",
+    {**_PADDED, "do_layer_norm_before": False, "word_embed_proj_dim": 20},
+    "SequenceClassification",
+)
+CASES["gemma3-classes"] = (
+    "gemma3_text",
+    {**_PADDED, "sliding_window": 7, "query_pre_attn_scalar": 24},
+    "SequenceClassification",
+)
+CASES["llama-reward"] = ("llama", {**_PADDED, "num_labels": 1}, "SequenceClassification")
+for _kind in ("llama", "qwen3", "gemma2", "olmo2", "granite", "smollm3", "phi", "stablelm", "gpt2"):
+    CASES[f"{_kind}-bare"] = (_kind, {"pad_token_id": 0}, "")
+for _kind in ("opt", "opt-350m", "codegen", "gpt_neox", "gpt_bigcode", "gemma3_text"):
+    options = {"do_layer_norm_before": False, "word_embed_proj_dim": 20}
+    CASES[f"{_kind}-bare"] = (_kind.removesuffix("-350m"), options if "-" in _kind else {}, "")
+for _kind in ("bert", "roberta", "xlm-roberta", "distilbert"):
+    CASES[f"{_kind}-tokens"] = (_kind, {"num_labels": 5}, "TokenClassification")
+    CASES[f"{_kind}-span"] = (_kind, {}, "QuestionAnswering")
+
 # What the sizes of `TINY` are called where they are called something else.
 _GPT2 = {
     "hidden_size": "n_embd",
@@ -289,6 +317,8 @@ def logits(config, params, tokens, mask=None, token_types=None):
 def hf_logits(model, tokens, **kwargs):
     with torch.no_grad():
         out = model(torch.as_tensor(np.asarray(tokens)).long(), **kwargs)
+    if "start_logits" in out:
+        return torch.stack([out.start_logits, out.end_logits], dim=-1).numpy()
     return (out.logits if "logits" in out else out.last_hidden_state).numpy()
 
 

@@ -35,9 +35,13 @@ def linear_weights(params):
 
 def measure(config, params):
     """The perplexity of a language model, or the confidence of a classifier."""
-    if config.head == "classes":
+    if config.num_classes is not None:
         logits = Transformer(config).apply({"params": params}, TOKENS)
-        assert logits.shape == (len(TOKENS), config.num_classes)
+        assert logits.shape == (
+            (len(TOKENS), config.num_classes)
+            if config.head == "classes"
+            else (*TOKENS.shape, config.num_classes)
+        )
         return float(jnp.max(jax.nn.softmax(logits), axis=-1).sum())
     return perplexity(config, params, TOKENS, mask_token=MASK_TOKEN)["perplexity"]
 

@@ -43,6 +43,9 @@ MASKED = ModelConfig(
     tie_embeddings=True,
 )
 CLASSES = dataclasses.replace(MASKED, head="classes", num_classes=3, tie_embeddings=False)
+TOKEN_CLASSES = dataclasses.replace(CLASSES, head="tokens")
+SPAN = dataclasses.replace(CLASSES, head="span", num_classes=2)
+DECODER = dataclasses.replace(CLASSES, causal=True, head_bias=False)
 BARE = dataclasses.replace(MASKED, head="none")
 MASK_TOKEN = 60
 TOKENS = np.random.default_rng(0).integers(0, 60, (9, 40), np.int32)
@@ -103,6 +106,14 @@ def test_targets_of_a_decoder_are_the_next_tokens():
 
 def whole_loss(config, params, tokens, mask):
     """The summed loss, from the logits of the whole model."""
+    if config.head == "tokens":
+        logits = Transformer(config).apply({"params": params}, tokens, mask)
+        own = jnp.max(jax.nn.log_softmax(logits), axis=-1)
+        return -jnp.sum(own if mask is None else jnp.where(mask, own, 0))
+    if config.head == "span":
+        logits = Transformer(config).apply({"params": params}, tokens, mask)
+        logits = logits if mask is None else logits[:, : int(mask.sum())]
+        return -jnp.sum(jnp.max(jax.nn.log_softmax(logits, axis=1), axis=1))
     if config.head == "classes":
         logits = Transformer(config).apply({"params": params}, tokens, mask)
         return -jnp.sum(jnp.max(jax.nn.log_softmax(logits), axis=-1))
@@ -114,7 +125,11 @@ def whole_loss(config, params, tokens, mask):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("config", [MASKED, CLASSES], ids=["masked", "classes"])
+@pytest.mark.parametrize(
+    "config",
+    [MASKED, CLASSES, TOKEN_CLASSES, SPAN, DECODER],
+    ids=["masked", "classes", "tokens", "span", "decoder"],
+)
 @pytest.mark.parametrize("padded", [False, True])
 def test_gradients_are_those_of_the_whole_model(config, padded):
     params, tokens = random_params(config), TOKENS[:1]
@@ -133,6 +148,18 @@ def test_gradients_are_those_of_the_whole_model(config, padded):
             np.testing.assert_allclose(
                 stats[i][0]["row_fisher"][site.path], rows, rtol=1e-3, atol=1e-5 * rows.max()
             )
+
+
+@pytest.mark.parametrize("config", [TOKEN_CLASSES, SPAN], ids=["tokens", "span"])
+def test_decisions_are_the_targets_of_least_loss(config):
+    params, x = random_params(config), jax.random.normal(jax.random.key(5), (3, 7, 16))
+    chosen = objective.decisions(config, params, x)
+    assert chosen.shape == ((3, 7) if config is TOKEN_CLASSES else (3, 2))
+    own = objective.losses(config, params, x, jnp.full(chosen.shape, objective.NO_TARGET))
+    np.testing.assert_array_equal(objective.losses(config, params, x, chosen), own)
+    for other in range(2):
+        given = jnp.full(chosen.shape, other)
+        assert (objective.losses(config, params, x, given) >= own).all()
 
 
 @pytest.mark.quick("17")

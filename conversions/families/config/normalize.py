@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lordjax.conversions.families.config.key_names import IGNORED_KEYS
 from lordjax.conversions.families.family import Family, Values
-from lordjax.conversions.families.key_names import IGNORED_KEYS
 
 # Model type of several modalities -> model type of its text part, if the part does not name one.
 TEXT_PARTS = {"gemma3": "gemma3_text", "mistral3": "mistral"}

@@ -18,14 +18,14 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lordjax.conversions.families.family import Family, Values
-from lordjax.conversions.families.key_names import (
+from lordjax.conversions.families.config.key_names import (
     HARMLESS,
     IGNORED_KEYS,
     ruled_out_keys,
     says_nothing,
     unknown_key,
 )
+from lordjax.conversions.families.family import Family, Values
 from lordjax.conversions.families.rope import ROPE_KEYS
 from lordjax.names import did_you_mean
 

@@ -1,4 +1,4 @@
-"""Reads and checks the values of a ``config.json``; `families.config_keys` says which keys count.
+"""Reads and checks the values of a ``config.json``; `families.config.keys` says which keys count.
 
 A missing key takes the default of the family's config class in transformers. Sizes are checked
 against `LARGEST` before anything is built from them.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from lordjax.conversions.families.config_keys import key_problems
+from lordjax.conversions.families.config.keys import key_problems
 from lordjax.conversions.families.family import Family, Values
 from lordjax.models.config import LARGEST, size_problem
 from lordjax.models.layers import ACTIVATIONS
