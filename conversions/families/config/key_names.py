@@ -17,7 +17,7 @@ HARMLESS = re.compile(
             r"init|(init|initializer)_\w+|\w+_(init|initializer)(_\w+)?|\w*init_std",
             r"\w*loss\w*|router_\w*coeff?|gradient_\w+|\w*checkpointing\w*|seed",
             r"\w*learning_rate|optimizer\w*|weight_decay|warmup\w*|\w*train(ed|ing|er)?(_\w+)?",
-            r"finetun\w+|fine_tun\w+|lora_\w+|use_lora|task_specific_params|problem_type",
+            r"finetun\w+|fine_tun\w+|lora_\w+|use_lora|task(_\w+)?|problem_type|neftune\w*",
             r"unsloth\w*|deepspeed\w*|zero3\w*|pretraining_tp|tensor_parallel\w*|base_model_tp_plan",
             # Tokenisation and labels.
             r"\w*_token(_id|_ids|_index|_indices|s_ids)|(pad|bos|eos|unk|sep|cls|mask)_(id|token)",
@@ -27,7 +27,7 @@ HARMLESS = re.compile(
             r"(max|min)_length|(max|min)_new_tokens|max_sequence_length|do_sample|early_stopping",
             r"\w*num_beams|\w*beam_groups|diversity_penalty|temperature|top_[kp]|typical_p",
             r"\w+_penalty|\w*ngram_size|\w*bad_words\w*|num_return_sequences|suppress_tokens",
-            r"begin_suppress_tokens|forced_\w+|remove_invalid_values|return_dict\w*|output_scores",
+            r"begin_suppress_tokens|forced_\w+|remove_invalid_values|(use_)?return_dict\w*|output_scores",
             r"output_(attentions|hidden_states|past|router_logits)|use_cache|\w*kv_cache\w*",
             r"(cache_(implementation|config|dtype))|generation_\w+|sampling_\w+|keys_to_ignore\w*",
             # Bookkeeping, and how a program computes the same numbers.
@@ -37,6 +37,7 @@ HARMLESS = re.compile(
             r"\w*softmax_in_fp32|reorder_and_upcast_attn|fused?_\w+|use_fused_\w+|\w*_in_fp32",
             r"summary_\w+|pooler_(fc_size|num_\w+|size_per_head|type)|directionality|tf_legacy_loss",
             r"chunk_size_feed_forward|tie_encoder_decoder|cross_attention_hidden_size|is_decoder",
+            r"(\w+_)?name|sentence_transformers|sbert_\w+|custom_pipelines?|trust_remote_code",
             r"_commit_hash|_attn\w*|_num_labels|output_projection|inference_runner|max_batch_size",
             r"validate_runner_input|pre_allocate_kv_cache|pad_key_length|is_llama_config|creat\w+_at",
             IGNORED_KEYS,
