@@ -34,6 +34,7 @@ from lordjax.kernels.kinds import astype
 from lordjax.models import objective
 from lordjax.models.blocks import Block
 from lordjax.models.config import ModelConfig
+from lordjax.models.output_heads import CARRIED
 from lordjax.models.transformer import Transformer, default_positions
 from lordjax.names import layer
 from lordjax.runtime.mesh import Mesh, batch_shardings, fsdp_shardings, put
@@ -129,6 +130,7 @@ def prepare_training(
     optimizer = recipes.optimizer(recipe, settings.steps)
     key, classes = jax.random.key(settings.seed), config.head == "classes"
     params, paths = recipes.initial_params(recipe, params, key, classes=classes)
+    paths = [path for path in paths if path.split("/")[0] not in CARRIED]  # have no gradient
     trained, frozen = split_trainable(params, paths, settings.dtype)
     return TrainingSetup(params, paths, init_state(trained, optimizer), frozen, optimizer)
 

@@ -61,6 +61,7 @@ SYNONYMS = (
 _LENGTHS = frozenset(("n_ctx", "n_positions", "max_seq_len", "max_seq_length", "seq_length"))
 _LENGTHS |= {"model_max_length", "max_position_embeddings"}
 _FACTOR = re.compile(r"\w+_(multiplier|scaling|scale)")  # a factor of 1 changes nothing
+_QUANTISED = ("quantization_config", "quantization", "compression_config")
 _WINDOW_KEYS = frozenset(("sliding_window", "max_window_layers", "sliding_window_pattern"))
 _WINDOW_KEYS |= {"_sliding_window_pattern", "sliding_window_size", "use_sliding_window"}
 
@@ -82,7 +83,7 @@ def key_problems(family: Family, hf_config: Values, values: Values) -> list[str]
         if accepted is not None:
             if not (_among(value, accepted) or _repeats(key, value, values)):
                 problems.append(f"{key} = {value!r}: only {accepted[0]!r} is supported")
-        elif key == "quantization_config" and value:
+        elif key in _QUANTISED and value:
             problems.append(f"{key}: the checkpoint is quantised; open the original model instead")
         elif not (key in ruled_out or _is_harmless(key, value, hf_config, values)):
             problems.append(unknown_key(key, value))
