@@ -18,7 +18,7 @@ import dataclasses
 import functools
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from lordjax.conversions.families.registry import (
     normalized,
     tensor_table,
 )
+from lordjax.conversions.readers.gguf.shards import is_gguf
 from lordjax.conversions.readers.tensor_check import (
     spelling,
     tensor_problems,
@@ -72,6 +73,7 @@ class Checkpoint:
       stored_dtype: default dtype for a model that is written from this checkpoint; None means the
         dtype of the files.
       left_out: names of tensors of other modalities, which are not opened.
+      notes: what was decided where the files are ambiguous, one sentence each.
     """
 
     def __init__(
@@ -81,13 +83,14 @@ class Checkpoint:
         files: TensorFiles,
         tokens: Any,
         stored_dtype: str | None = None,
+        notes: Sequence[str] = (),
     ):
         where = str(path / "config.json") if path.is_dir() else str(path)
         self.path, several = path, is_multimodal(hf_config)
         self.hf_config = hf_config = with_class_count(normalized(hf_config), files, where)
         self.config: ModelConfig = model_config(hf_config, where)
         self.table: dict[str, TensorSource] = tensor_table(hf_config, where)
-        self.stored_dtype = stored_dtype
+        self.stored_dtype, self.notes = stored_dtype, tuple(notes)
         self._dtype: np.dtype | None = None  # default of `read`; None keeps the file's
         self._files, self._tokens = files, tokens
         self._family, names = family_of(hf_config, where), set(files.names())
@@ -271,13 +274,13 @@ def open_checkpoint(path_or_id: str | Path, *, ignore_keys: Iterable[str] = ()) 
     if not path.exists():
         path = _download(str(path_or_id))
     if path.is_file():
-        if path.suffix != ".gguf":
+        if not is_gguf(path):
             raise ValueError(f"{path}: cannot read this file; {_EXPECTED}")
         from lordjax.conversions.readers.gguf import Gguf
 
         file = Gguf(path)
         hf_config = rule_out(file.hf_config, ignore_keys, str(path))
-        return Checkpoint(path, hf_config, file, file, file.stored_dtype)
+        return Checkpoint(path, hf_config, file, file, file.stored_dtype, file.notes)
     config = path / "config.json"
     if not config.exists():
         raise FileNotFoundError(f"{path}: no config.json in this directory; {_EXPECTED}")
@@ -305,7 +308,7 @@ def read_config(
     path = Path(path_or_id).expanduser()
     if not path.exists():
         path = _download(str(path_or_id), ["config.json"])
-    if path.suffix == ".gguf":
+    if is_gguf(path):
         from lordjax.conversions.readers.gguf import Gguf
 
         hf_config = rule_out(Gguf(path).hf_config, ignore_keys, str(path))
@@ -324,7 +327,7 @@ _FILES = ["*.json", *TOKENIZER_FILES, "model*.safetensors"]
 
 def _download(name: str, patterns: list[str] = _FILES) -> Path:
     """Downloads files of a model from the hub, or finds them in the hub's cache."""
-    if name.count("/") > 1 or name.startswith((".", "/", "~")) or name.endswith(".gguf"):
+    if name.count("/") > 1 or name.startswith((".", "/", "~")) or name.lower().endswith(".gguf"):
         raise FileNotFoundError(f"{name}: no such file or directory; {_EXPECTED}")
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError

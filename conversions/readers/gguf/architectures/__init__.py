@@ -1,0 +1,1 @@
+"""The supported GGUF architectures: one row each, in `registry`."""

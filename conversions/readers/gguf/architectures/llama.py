@@ -1,0 +1,102 @@
+"""Llama and architectures that are wired as it is: Qwen, Phi-3, StarCoder 2."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from lordjax.conversions.readers.gguf.architectures.row import (
+    ATTENTION,
+    GATED,
+    HEAD_NORMS,
+    LAYER_NORM,
+    OUTER,
+    RMS,
+    SIZES,
+    TWO_NORMS,
+    WINDOW,
+    Architecture,
+    Config,
+    Key,
+    RopeKeys,
+    attention_bias,
+    in_layers,
+)
+from lordjax.conversions.readers.gguf.facts import Facts
+from lordjax.conversions.readers.gguf.layouts import key_halves, query_halves
+
+
+def _llama(facts: Facts, config: Config) -> Config:
+    """Mistral's files have this architecture, too; a sliding window tells them apart."""
+    if config.get("sliding_window"):
+        return {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+    return {
+        "attention_bias": facts.has("attn_q.bias"),
+        "mlp_bias": facts.has("ffn_up.bias"),
+    }
+
+
+LLAMA = Architecture(
+    model_type="llama",
+    hf_class="LlamaForCausalLM",
+    tensors=OUTER | in_layers("model.layers", ATTENTION | GATED | TWO_NORMS),
+    keys=SIZES | RMS | WINDOW,
+    layouts={"attn_q": query_halves, "attn_k": key_halves},
+    derive=_llama,
+)
+
+QWEN2 = dataclasses.replace(
+    LLAMA,
+    model_type="qwen2",
+    hf_class="Qwen2ForCausalLM",
+    layouts={},
+    derive=None,
+    pre_tokenizer="qwen2",
+)
+
+
+QWEN3 = dataclasses.replace(
+    QWEN2,
+    model_type="qwen3",
+    hf_class="Qwen3ForCausalLM",
+    tensors=QWEN2.tensors | in_layers("model.layers", HEAD_NORMS),
+    derive=attention_bias,
+)
+
+PHI3 = Architecture(
+    model_type="phi3",
+    hf_class="Phi3ForCausalLM",
+    tensors=OUTER
+    | in_layers(
+        "model.layers",
+        {
+            "attn_qkv": "self_attn.qkv_proj",
+            "attn_output": "self_attn.o_proj",
+            "ffn_up": "mlp.gate_up_proj",
+            "ffn_down": "mlp.down_proj",
+            **TWO_NORMS,
+        },
+    ),
+    keys=SIZES | RMS | WINDOW,
+    rope=RopeKeys(share="partial_rotary_factor"),
+    head_dim=False,
+)
+
+
+def _starcoder2(facts: Facts, config: Config) -> Config:
+    del config
+    return {"use_bias": facts.has("attn_q.bias")}
+
+
+STARCODER2 = Architecture(
+    model_type="starcoder2",
+    hf_class="Starcoder2ForCausalLM",
+    tensors=OUTER
+    | in_layers(
+        "model.layers",
+        {**ATTENTION, **TWO_NORMS, "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"},
+    ),
+    keys=SIZES | WINDOW | {LAYER_NORM: Key("norm_epsilon", float)},
+    head_dim=False,
+    derive=_starcoder2,
+    pre_tokenizer="starcoder",
+)

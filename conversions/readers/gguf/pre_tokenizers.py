@@ -1,0 +1,104 @@
+"""The pre-tokenizers that a GGUF file names: how they cut a text before byte-pair encoding.
+
+The regular expressions are those of the models' own ``tokenizer.json``. The file ``default`` is
+llama.cpp's. The list of names is in llama.cpp's ``src/llama-vocab.cpp``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class PreTokenizer(NamedTuple):
+    """How a text becomes words.
+
+    Attributes:
+      splits: regular expressions, applied one after the other. Each splits the text into matches
+        and the rest.
+      composes: whether the text is brought into Unicode's composed form (NFC) first.
+      adds_bos: whether a text begins with BOS, unless the file says otherwise.
+      whole_words: whether a word that is a token is taken whole, without merges.
+    """
+
+    splits: tuple[str, ...]
+    composes: bool = False
+    adds_bos: bool = False
+    whole_words: bool = False
+
+
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+_SHORT_FORMS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_REST = rf" ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+
+
+def _cased(after: str, digits: str) -> str:
+    """Words that end where small letters are followed by a capital one.
+
+    Args:
+      after: expression of what may follow a word.
+      digits: expression of a number.
+    """
+    start = r"[^\r\n\p{L}\p{N}]?"
+    words = f"{start}{_UPPER}*{_LOWER}+{after}|{start}{_UPPER}+{_LOWER}*{after}"
+    return rf"{words}|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
+
+
+_ASCII_SIGNS = r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~]"
+# Stops and commas of several scripts end a word, as spaces, brackets and bars do.
+_BLOOM = " ?[^(\\s|.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c)]+"
+
+_WORDS = PreTokenizer((_GPT2 + r"|\s+",))
+_DIGITS_AND_WORDS = PreTokenizer((r"\p{N}", _GPT2 + r"|\s+"))
+_THREE_DIGITS = PreTokenizer((rf"{_SHORT_FORMS}|{_WORD}|\p{{N}}{{1,3}}|{_REST}",))
+_LLAMA3 = _THREE_DIGITS._replace(adds_bos=True, whole_words=True)
+_ONE_DIGIT = PreTokenizer((rf"{_SHORT_FORMS}|{_WORD}|\p{{N}}|{_REST}",))
+_QWEN2 = _ONE_DIGIT._replace(composes=True)
+_CHINESE = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
+_DEEPSEEK3 = PreTokenizer(
+    (
+        r"\p{N}{1,3}",
+        "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+        _ASCII_SIGNS + r"[A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+        rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_SPACES}",
+    )
+)
+
+_NAMES: dict[str, PreTokenizer] = {
+    "gpt-2 phi-2 jais gigachat a.x-4.0 mellum exaone4 trillion granite-docling": _WORDS,
+    "mpt olmo gpt-neox": _WORDS._replace(composes=True),
+    "smollm starcoder refact codeshell exaone minerva-7b mellum2": _DIGITS_AND_WORDS,
+    "command-r": _DIGITS_AND_WORDS._replace(composes=True),
+    "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2": _LLAMA3,
+    "dbrx smaug-bpe glm4 chatglm-bpe": _THREE_DIGITS,
+    "qwen2 deepseek-r1-qwen kormo f2llmv2 stablelm2": _QWEN2,
+    "megrez hunyuan solar-open grok-2": _ONE_DIGIT,
+    "qwen35": PreTokenizer(
+        (
+            rf"{_SHORT_FORMS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"
+            rf"| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_SPACES}",
+        ),
+        composes=True,
+    ),
+    "tekken": PreTokenizer((_cased("", r"\p{N}"),), adds_bos=True, whole_words=True),
+    "gpt-4o llama4 kanana2": PreTokenizer((_cased(f"{_SHORT_FORMS}?", r"\p{N}{1,3}"),)),
+    "seed-coder": PreTokenizer(
+        (rf"{_SHORT_FORMS}|{_WORD}|\p{{N}}{{1}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_SPACES}",)
+    ),
+    "deepseek-coder": PreTokenizer(
+        (
+            r"[\r\n]",
+            r"\s?\p{L}+",
+            r"\s?\p{P}+",
+            "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+",
+            r"\p{N}",
+        )
+    ),
+    "deepseek-v3 hunyuan-dense joyai-llm": _DEEPSEEK3,
+    "bloom poro-chat gpt3-finnish": PreTokenizer((_BLOOM,)),
+    "viking": PreTokenizer((_BLOOM, r"\p{N}")),
+    "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
+}
+PRE_TOKENIZERS = {name: row for names, row in _NAMES.items() for name in names.split()}
