@@ -84,10 +84,12 @@ def _original(name: str) -> Model:
     opened = open_checkpoint(name, ignore_keys=ignored_keys())
     if count := len(opened.left_out):
         say(f"note: only the text part of {name} is opened; {count} tensors of images are left out")
+    for note in opened.notes:
+        say(f"note: {note}")
     return Model(
         name=name,
         path=opened.path,
-        kind="gguf" if opened.path.suffix == ".gguf" else "huggingface",
+        kind="gguf" if opened.path.is_file() else "huggingface",
         config=opened.config,
         hf_config=opened.hf_config,
         source=opened,
@@ -124,7 +126,9 @@ def _native(name: str, path: Path) -> Model:
 def weight_files(path: Path) -> list[Path]:
     """Returns the files that hold a model's weights."""
     if path.is_file():
-        return [path]
+        from lordjax.conversions.readers.gguf.shards import split_files
+
+        return [file for file in split_files(path) if file.exists()]
     return sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
 
 

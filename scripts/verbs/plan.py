@@ -145,10 +145,11 @@ def open_shapes(model: str, dtype: str | None) -> tuple[ModelConfig, InMemory, s
       dtype: dtype of all parameters if only the config is read; None: the config's dtype.
     """
     from lordjax.conversions.readers.checkpoint import open_checkpoint, read_config
+    from lordjax.conversions.readers.gguf.shards import is_gguf
     from lordjax.kernels import trees
 
     path = Path(model).expanduser()
-    if path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.safetensors*"))):
+    if is_gguf(path) or (path.is_dir() and any(path.glob("*.safetensors*"))):
         opened = open_checkpoint(path, ignore_keys=ignored_keys())
         before = stored(opened.config, opened.leaves())
         return opened.config, before, opened.stored_dtype
