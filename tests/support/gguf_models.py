@@ -39,7 +39,8 @@ def _unchanged(name, values, config):
     return values
 
 
-_PERMUTED = {"llama": _llama, "gpt2": _gpt2, "gptneox": _gptneox}
+_PERMUTED = {"gpt2": _gpt2, "gptneox": _gptneox}
+_PERMUTED |= dict.fromkeys(("llama", "granite", "smollm3"), _llama)
 _SHIFTED = ("gemma", "gemma2", "gemma3")  # 1 is added to their norms
 
 
@@ -153,6 +154,29 @@ def _gptneox_keys(writer, config):
     writer.add_layer_norm_eps(config.layer_norm_eps)
 
 
+def _granite_keys(writer, config):
+    _llama_keys(writer, config)
+    writer.add_attention_scale(config.attention_multiplier)
+    writer.add_embedding_scale(config.embedding_multiplier)
+    writer.add_residual_scale(config.residual_multiplier)
+    writer.add_logit_scale(config.logits_scaling)
+
+
+def _partial(writer, config):
+    """Partly rotary heads, as in Phi-2 and StableLM."""
+    _common(writer, config)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_eps(config.layer_norm_eps)
+    share = _rope(config)["partial_rotary_factor"]
+    writer.add_rope_dimension_count(int(share * config.hidden_size) // config.num_attention_heads)
+
+
+def _stablelm_keys(writer, config):
+    _partial(writer, config)
+    writer.add_parallel_residual(config.use_parallel_residual)
+
+
 # model_type -> name of the GGUF architecture, function that writes its metadata.
 ROWS = {
     "llama": ("llama", _llama_keys),
@@ -166,6 +190,12 @@ ROWS = {
     "gpt2": ("gpt2", _gpt2_keys),
     "gpt_bigcode": ("starcoder", _starcoder_keys),
     "gpt_neox": ("gptneox", _gptneox_keys),
+    "gemma": ("gemma", _gemma_keys),
+    "granite": ("granite", _granite_keys),
+    "olmo2": ("olmo2", _modern),
+    "smollm3": ("smollm3", _llama_keys),
+    "phi": ("phi2", _partial),
+    "stablelm": ("stablelm", _stablelm_keys),
 }
 
 

@@ -10,6 +10,7 @@ from lordjax.conversions.readers.gguf.architectures.registry import ARCHITECTURE
 from lordjax.conversions.readers.gguf.architectures.row import Architecture
 from lordjax.conversions.readers.gguf.decode import decodable
 from lordjax.conversions.readers.gguf.facts import Facts
+from lordjax.conversions.readers.gguf.fused import apart
 from lordjax.conversions.readers.gguf.rotary import ROPE_KEYS, rope_config
 from lordjax.conversions.readers.gguf.special_tokens import special_ids_config
 
@@ -44,7 +45,7 @@ def config_json(facts: Facts, row: Architecture, ignored: Collection[str]) -> di
     """Returns the config; what is wrong is added to the problems of ``facts``.
 
     Args:
-      facts: metadata and tensors of the file.
+      facts: metadata and tensors of the file; fused tensors are taken apart.
       row: its architecture.
       ignored: metadata keys that the user has ruled out.
     """
@@ -55,6 +56,9 @@ def config_json(facts: Facts, row: Architecture, ignored: Collection[str]) -> di
     if facts.problems:
         return config
     head_size = _head_size(facts, row, config)
+    queries = config[row.num_heads]
+    keys = facts.get("attention.head_count_kv", int, queries)
+    facts.tensors = apart(facts.tensors, row, queries * head_size, keys * head_size)
     _check_sizes(facts, row, config, head_size)
     if row.derive is not None:
         config |= row.derive(facts, config)

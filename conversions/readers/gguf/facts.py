@@ -37,9 +37,10 @@ class Facts:
           default: result if there is no such key, or a wrong value.
         """
         full = f"{self.architecture}.{key}"
-        value = given = self.metadata.get(full)
-        if isinstance(value, list) and value:
-            value = value[0]
+        given: Any = self.metadata.get(full)
+        value: Any = given
+        if isinstance(given, list) and given:
+            value = given[0]
             if any(other != value for other in given):
                 self.problem(full, given, "one value for all layers")
         if value is None:

@@ -64,7 +64,7 @@ class Gguf:
                 f"{path}: {len(facts.problems)} thing(s) in it are not supported:\n  "
                 + "\n  ".join(facts.problems)
             )
-        stored = {n: t for n, t in header.tensors.items() if not _UNUSED.fullmatch(n)}
+        stored = {n: t for n, t in facts.tensors.items() if not _UNUSED.fullmatch(n)}
         self._choose_head(stored)
         self._tensors = {hf_name(name, self._row): tensor for name, tensor in stored.items()}
         self._scales = {

@@ -1,11 +1,15 @@
 """GGUF files of every architecture compute what the model of transformers computes."""
 
+import re
+
 import gguf
 import numpy as np
 import pytest
 from gguf_models import ROWS, write_model
+from gguf_models import close as write
 from hf_models import LONGROPE, hf_logits, hf_model, logits, some_tokens, stretches
 
+from lordjax.conversions.families.registry import FAMILIES
 from lordjax.conversions.readers.checkpoint import open_checkpoint
 
 torch = pytest.importorskip("torch")
@@ -22,14 +26,17 @@ READ_BY_TRANSFORMERS = {
     "phi3": {"pad_token_id": 0},
     "starcoder2": {},
     "gpt2": {"n_positions": 1024},
+    "stablelm": {"hidden_size": 64},
 }
+OWN = {"granite": {"logits_scaling": 2.0, "residual_multiplier": 0.5, "embedding_multiplier": 3.0}}
+OWN |= {"smollm3": {"num_hidden_layers": 4}, "phi": {"partial_rotary_factor": 0.5}}
 
 
 @pytest.mark.quick("llama-F16", "gpt2-Q8_0", "gemma3_text-F16")
 @pytest.mark.parametrize("kind", ["F16", "Q8_0"])
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", [name for name in ROWS if name in FAMILIES])
 def test_file_computes_as_the_model(name, kind, tmp_path):
-    model = hf_model(name, READ_BY_TRANSFORMERS.get(name, {}))
+    model = hf_model(name, {**READ_BY_TRANSFORMERS, **OWN}.get(name, {}))
     path = write_model(tmp_path / "model.gguf", model, kind, with_vocabulary(model))
     checkpoint = open_checkpoint(path)
     tokens = some_tokens()
@@ -127,6 +134,34 @@ def test_file_with_options_computes_as_the_model(case, tmp_path):
     got = logits(checkpoint.config, checkpoint.params(), tokens)
     close(got, hf_logits(model, tokens))
     close(got, hf_logits(rebuilt(checkpoint.hf_config | {"pad_token_id": 0}, model), tokens))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_queries_keys_and_values_in_one_matrix_are_taken_apart(name, tmp_path):
+    """llama.cpp reads either form; old files of Phi-2 have this one."""
+    model = hf_model(name, {"attention_bias": True})
+    write_model(tmp_path / "apart.gguf", model)
+    fused(tmp_path / "apart.gguf", tmp_path / "fused.gguf")
+    checkpoint = open_checkpoint(tmp_path / "fused.gguf")
+    got = logits(checkpoint.config, checkpoint.params(), some_tokens())
+    close(got, hf_logits(model, some_tokens()))
+
+
+def fused(path, to):
+    """Copies a file, with the three matrices as one."""
+    reader, name = gguf.GGUFReader(path), re.compile(r"(blk.\d+.attn_)([qkv])(\.\w+)")
+    writer = gguf.GGUFWriter(to, reader.fields["general.architecture"].contents())
+    for key, field in reader.fields.items():
+        if "." in key and not key.startswith(("GGUF.", "general.architecture")):
+            writer.add_key_value(key, field.contents(), *field.types[:1])
+    tensors = {tensor.name: tensor.data for tensor in reader.tensors}
+    for own in list(tensors):
+        if (match := name.fullmatch(own)) and match[2] == "q":
+            parts = [tensors.pop(f"{match[1]}{part}{match[3]}") for part in "qkv"]
+            tensors[f"{match[1]}qkv{match[3]}"] = np.concatenate(parts)
+    for own, values in tensors.items():
+        writer.add_tensor(own, values)
+    write(writer)
 
 
 def close(got, expected):

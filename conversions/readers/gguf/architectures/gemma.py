@@ -1,4 +1,4 @@
-"""Gemma 2 and 3."""
+"""Gemma 1, 2 and 3: norms have a 1 added to their scale."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from lordjax.conversions.readers.gguf.architectures.row import (
     OUTER,
     RMS,
     SIZES,
+    TWO_NORMS,
     WINDOW,
     Architecture,
     Config,
@@ -22,6 +23,16 @@ from lordjax.conversions.readers.gguf.architectures.row import (
 )
 from lordjax.conversions.readers.gguf.facts import Facts
 from lordjax.conversions.readers.gguf.layouts import minus_one
+
+_GEMMA1 = OUTER | in_layers("model.layers", ATTENTION | GATED | TWO_NORMS)
+GEMMA = Architecture(
+    model_type="gemma",
+    hf_class="GemmaForCausalLM",
+    tensors=_GEMMA1,
+    keys=SIZES | RMS,
+    layouts={name: minus_one for name in _GEMMA1 if name.endswith("norm")},
+    derive=attention_bias,
+)
 
 _GEMMA = OUTER | in_layers(
     "model.layers",

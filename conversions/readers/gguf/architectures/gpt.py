@@ -1,11 +1,14 @@
-"""GPT-2, StarCoder and GPT-NeoX: layer norms, and queries, keys and values in one matrix."""
+"""GPT-2, StarCoder, GPT-NeoX, Phi-2 and StableLM: layer norms."""
 
 from __future__ import annotations
 
 import dataclasses
 
 from lordjax.conversions.readers.gguf.architectures.row import (
+    ATTENTION,
+    GATED,
     LAYER_NORM,
+    OUTER,
     SIZES,
     TWO_NORMS,
     Architecture,
@@ -110,4 +113,49 @@ GPT_NEOX = Architecture(
     derive=_gptneox,
     derived=frozenset(("use_parallel_residual",)),
     pre_tokenizer="olmo",
+)
+
+PHI2 = Architecture(
+    model_type="phi",
+    hf_class="PhiForCausalLM",
+    tensors={
+        "token_embd": "model.embed_tokens",
+        "output_norm": "model.final_layernorm",
+        "output": "lm_head",
+        **in_layers(
+            "model.layers",
+            {
+                **ATTENTION,
+                "attn_norm": "input_layernorm",
+                "attn_output": "self_attn.dense",
+                "ffn_up": "mlp.fc1",
+                "ffn_down": "mlp.fc2",
+            },
+        ),
+    },
+    keys=SIZES | {LAYER_NORM: Key("layer_norm_eps", float)},
+    rope=RopeKeys(share="partial_rotary_factor"),
+    head_dim=False,
+    pre_tokenizer="phi-2",
+)
+
+
+def _stablelm(facts: Facts, config: Config) -> Config:
+    del config
+    return {
+        "use_qkv_bias": facts.has("attn_q.bias"),
+        "use_parallel_residual": facts.get("use_parallel_residual", bool, False),
+        "qk_layernorm": facts.has("attn_q_norm.weight"),
+    }
+
+
+STABLELM = Architecture(
+    model_type="stablelm",
+    hf_class="StableLmForCausalLM",
+    tensors=OUTER | in_layers("model.layers", ATTENTION | GATED | TWO_NORMS),
+    keys=SIZES | {LAYER_NORM: Key("layer_norm_eps", float)},
+    rope=RopeKeys(share="partial_rotary_factor"),
+    head_dim=False,
+    derive=_stablelm,
+    derived=frozenset(("use_parallel_residual",)),
 )

@@ -1,4 +1,4 @@
-"""Llama and architectures that are wired as it is: Qwen, Phi-3, StarCoder 2."""
+"""Llama and architectures with its names: Qwen, Granite, SmolLM3, OLMo 2, Phi-3, StarCoder 2."""
 
 from __future__ import annotations
 
@@ -25,14 +25,16 @@ from lordjax.conversions.readers.gguf.facts import Facts
 from lordjax.conversions.readers.gguf.layouts import key_halves, query_halves
 
 
+def _biases(facts: Facts, config: Config) -> Config:
+    del config
+    return {"attention_bias": facts.has("attn_q.bias"), "mlp_bias": facts.has("ffn_up.bias")}
+
+
 def _llama(facts: Facts, config: Config) -> Config:
     """Mistral's files have this architecture, too; a sliding window tells them apart."""
     if config.get("sliding_window"):
         return {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
-    return {
-        "attention_bias": facts.has("attn_q.bias"),
-        "mlp_bias": facts.has("ffn_up.bias"),
-    }
+    return _biases(facts, config)
 
 
 LLAMA = Architecture(
@@ -60,6 +62,55 @@ QWEN3 = dataclasses.replace(
     hf_class="Qwen3ForCausalLM",
     tensors=QWEN2.tensors | in_layers("model.layers", HEAD_NORMS),
     derive=attention_bias,
+)
+
+
+def _granite(facts: Facts, config: Config) -> Config:
+    """Without a scale, llama.cpp divides by the root of the head size."""
+    scale = facts.get("attention.scale", float) or config["head_dim"] ** -0.5
+    return _biases(facts, config) | {"attention_multiplier": scale}
+
+
+GRANITE = dataclasses.replace(
+    LLAMA,
+    model_type="granite",
+    hf_class="GraniteForCausalLM",
+    keys=SIZES
+    | RMS
+    | {
+        "embedding_scale": Key("embedding_multiplier", float, required=False),
+        "residual_scale": Key("residual_multiplier", float, required=False),
+        "logit_scale": Key("logits_scaling", float, required=False),
+    },
+    derive=_granite,
+    derived=frozenset(("attention.scale",)),
+    pre_tokenizer="refact",
+)
+
+# Which layers have no rotary positions is not in the file: every fourth, as by default.
+SMOLLM3 = dataclasses.replace(
+    LLAMA, model_type="smollm3", hf_class="SmolLM3ForCausalLM", keys=SIZES | RMS, derive=_biases
+)
+
+OLMO2 = dataclasses.replace(
+    LLAMA,
+    model_type="olmo2",
+    hf_class="Olmo2ForCausalLM",
+    tensors=OUTER
+    | in_layers(
+        "model.layers",
+        {
+            **ATTENTION,
+            **GATED,
+            **HEAD_NORMS,
+            "post_attention_norm": "post_attention_layernorm",
+            "post_ffw_norm": "post_feedforward_layernorm",
+        },
+    ),
+    keys=SIZES | RMS,
+    layouts={},
+    derive=attention_bias,
+    pre_tokenizer="dbrx",
 )
 
 PHI3 = Architecture(
