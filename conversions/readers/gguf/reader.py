@@ -26,6 +26,7 @@ from lordjax.conversions.readers.gguf.tokenizer import rebuild
 from lordjax.conversions.readers.gguf.vocabulary import read_vocabulary
 
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
+_IMAGES = ("v.", "mm.")  # beginnings of the names of tensors of images
 _ROUNDING = 0.5  # largest relative difference of two roundings of one matrix; else it is about 1.4
 # Rotary tables follow from the config. The scale of inputs is for runtimes that quantise them.
 _UNUSED = re.compile(r"rope_\w+\.weight|blk\.\d+\.attn_rot_embd\.weight|.+\.input_scale")
@@ -53,7 +54,8 @@ class Gguf:
         self.path = path
         header = read_headers(path)
         facts = Facts(header.metadata, header.tensors)
-        self._metadata, self.notes = header.metadata, ()
+        self._metadata = header.metadata
+        self.notes: tuple[str, ...] = ()
         try:
             self._row = architecture_of(facts)
         except ValueError as error:
@@ -65,6 +67,7 @@ class Gguf:
                 + "\n  ".join(facts.problems)
             )
         stored = {n: t for n, t in facts.tensors.items() if not _UNUSED.fullmatch(n)}
+        self._leave_out_images(stored)
         self._choose_head(stored)
         self._tensors = {hf_name(name, self._row): tensor for name, tensor in stored.items()}
         self._scales = {
@@ -138,6 +141,17 @@ class Gguf:
         match = re.fullmatch(r"(?:blk\.\d+\.)?(\w+)\.\w+", self._tensors[name].name)
         return None if match is None else self._row.layouts.get(match[1])
 
+    def _leave_out_images(self, stored: dict[str, StoredTensor]) -> None:
+        """Leaves out the tensors of a vision tower, which some files hold beside the text part."""
+        images = [name for name in stored if name.startswith(_IMAGES)]
+        for name in images:
+            del stored[name]
+        if images:
+            self.notes += (
+                f"{self.path}: only the text part is opened; {len(images)} tensors of images, such "
+                f"as {images[0]}, are left out",
+            )
+
     def _choose_head(self, stored: dict[str, StoredTensor]) -> None:
         """Ties the head to the embedding if they are equal; says so if they only nearly are."""
         if _HEAD not in stored or _EMBEDDING not in stored:
@@ -147,7 +161,7 @@ class Gguf:
             del stored[_HEAD]
             self.hf_config["tie_word_embeddings"] = True
         elif (error := difference(head, embedding)) < _ROUNDING:
-            self.notes = (
+            self.notes += (
                 f"{self.path}: {_EMBEDDING} ({embedding.kind}) and {_HEAD} ({head.kind}) hold the "
                 f"same matrix with different rounding (they differ by {error:.1%}); each is taken "
                 "for what its name says, so the embedding and the head are not tied",

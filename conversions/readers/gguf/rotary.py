@@ -26,10 +26,10 @@ _LENGTH = "original_max_position_embeddings"
 _TYPES = ("none", "linear", "yarn", "longrope")
 # Metadata keys that `rope_config` reads.
 ROPE_KEYS = frozenset(
-    """rope.freq_base rope.dimension_count rope.scale_linear rope.scaling.type rope.scaling.factor
-    rope.scaling.original_context_length rope.scaling.attn_factor rope.scaling.yarn_attn_factor
-    rope.scaling.yarn_ext_factor rope.scaling.yarn_beta_fast
-    rope.scaling.yarn_beta_slow""".split()  # noqa: SIM905
+    """rope.freq_base rope.global.freq_base rope.dimension_count rope.scale_linear
+    rope.scaling.type rope.scaling.factor rope.scaling.original_context_length
+    rope.scaling.attn_factor rope.scaling.yarn_attn_factor rope.scaling.yarn_ext_factor
+    rope.scaling.yarn_beta_fast rope.scaling.yarn_beta_slow""".split()  # noqa: SIM905
 )
 
 
@@ -45,7 +45,8 @@ def rope_config(
       head_size: number of columns of a head.
     """
     assert row.rope is not None
-    theta = facts.get("rope.freq_base", float, 10_000.0)
+    theta = facts.get("rope.global.freq_base", float, 10_000.0)  # Ollama's name in Gemma 3
+    theta = facts.get("rope.freq_base", float, theta)
     found: dict[str, Any] = {row.rope.theta: theta}
     size = facts.get("rope.dimension_count", int, head_size)
     if row.rope.share is not None and 0 < size <= head_size:

@@ -136,6 +136,24 @@ def test_file_with_options_computes_as_the_model(case, tmp_path):
     close(got, hf_logits(rebuilt(checkpoint.hf_config | {"pad_token_id": 0}, model), tokens))
 
 
+def test_text_part_of_a_file_with_images(tmp_path):
+    """Ollama writes the vision tower into the file of the model, and other keys of the bases."""
+    model = hf_model("gemma3_text", {**SMALL, "sliding_window": 9, "rope_parameters": ROPE_OF})
+
+    def images(writer):
+        writer.add_uint32("gemma3.vision.block_count", 27)
+        writer.add_uint32("gemma3.mm.tokens_per_image", 256)
+        writer.add_float32("gemma3.rope.local.freq_base", 50.0)
+        for name in ("v.patch_embedding.weight", "mm.mm_soft_emb_norm.weight"):
+            writer.add_tensor(name, np.ones(4, np.float32))
+
+    checkpoint = open_checkpoint(write_model(tmp_path / "model.gguf", model, extra=images))
+    got = logits(checkpoint.config, checkpoint.params(), some_tokens())
+    close(got, hf_logits(model, some_tokens()))
+    (note,) = checkpoint.notes
+    assert "only the text part is opened; 2 tensors of images, such as v.patch" in note
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
 def test_queries_keys_and_values_in_one_matrix_are_taken_apart(name, tmp_path):
     """llama.cpp reads either form; old files of Phi-2 have this one."""

@@ -84,6 +84,17 @@ REFERENCES = {
     "seed-coder": cut(_SEED),
     "deepseek-v3": cut(r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", _DEEPSEEK3),
     "deepseek-coder": cut(r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}"),
+    "deepseek-llm": [
+        *cut(
+            r"[\r\n]",
+            r"\s?[\p{Lu}\p{Ll}\p{Lt}]+",  # its list of letters, as far as the lines below have them
+            r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
+            r"\s+$",
+            "[一-龥ࠀ-一가-퟿]+",
+        )[:-1],
+        pre.Digits(individual_digits=True),
+        pre.ByteLevel(add_prefix_space=False, use_regex=False),
+    ],
     "bloom": cut(_BLOOM),
     "viking": cut(_BLOOM, r"\p{N}"),
 }

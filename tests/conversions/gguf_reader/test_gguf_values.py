@@ -5,10 +5,11 @@ import math
 import gguf
 import numpy as np
 import pytest
+from commands import run
 from gguf_models import close, stored, write_model
 from hf_models import TINY, hf_logits, hf_model, logits, some_tokens
 
-from lordjax.conversions.readers.checkpoint import open_checkpoint
+from lordjax.conversions.readers.checkpoint import open_checkpoint, read_config
 from lordjax.conversions.readers.gguf import Gguf
 from lordjax.conversions.readers.gguf.decode import ROW_BYTES, decodable, longer_rows, read_values
 from lordjax.conversions.readers.gguf.header import read_header
@@ -16,6 +17,7 @@ from lordjax.conversions.readers.gguf.rotary import llama3_scaling
 from lordjax.kernels.trees import flatten
 from lordjax.models.config import Rope
 from lordjax.models.rope import rope_frequencies
+from lordjax.scripts.opened_model import file_bytes, open_model
 
 torch = pytest.importorskip("torch")
 
@@ -118,6 +120,19 @@ def test_split_model_opens_by_any_file(split):
         np.testing.assert_allclose(got, hf_logits(model, tokens), rtol=0, atol=1e-5)
 
 
+def test_bytes_of_a_split_model_are_those_of_all_files(split):
+    _, files = split
+    assert file_bytes(files[1]) == sum(file.stat().st_size for file in files)
+    assert open_model(str(files[1])).kind == "gguf"
+
+
+@pytest.mark.parametrize("name", ["MODEL.GGUF", "sha256-0123"])
+def test_file_is_known_by_its_first_bytes_or_any_case_of_its_name(name, model, tmp_path):
+    path = write_model(tmp_path / name, model)
+    assert open_model(str(path)).kind == "gguf"
+    assert read_config(path)[1].num_layers == 2
+
+
 def test_missing_file_of_a_split_model_is_named(split):
     _, files = split
     files[1].unlink()
@@ -171,6 +186,7 @@ def test_two_roundings_of_one_matrix_are_both_taken_and_said(tmp_path):
     (note,) = checkpoint.notes
     for part in (str(path), "token_embd.weight (Q8_0)", "output.weight (Q4_0)", "not tied"):
         assert part in note
+    assert f"note: {note}\n" in run("inspect", path).stderr
     got = logits(checkpoint.config, checkpoint.params(), some_tokens())
     np.testing.assert_allclose(got, hf_logits(model, some_tokens()), rtol=0, atol=1e-4)
 

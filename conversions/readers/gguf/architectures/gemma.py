@@ -88,10 +88,11 @@ def _gemma3(facts: Facts, config: Config) -> Config:
 
     The pattern is a number, or for every layer whether it has the window.
     """
+    local = facts.get("rope.local.freq_base", float, 10_000.0)
     found: dict[str, Any] = {
         **attention_bias(facts, config),
         "query_pre_attn_scalar": _query_scalar(facts, config, 62),
-        "rope_local_base_freq": facts.get("rope.freq_base_swa", float, 10_000.0),
+        "rope_local_base_freq": facts.get("rope.freq_base_swa", float, local),
     }
     key = f"{facts.architecture}.attention.sliding_window_pattern"
     pattern = facts.metadata.get(key, 6)
@@ -118,5 +119,6 @@ GEMMA3 = dataclasses.replace(
     keys=SIZES | RMS | WINDOW | _SOFTCAP,
     layouts={name: minus_one for name in _GEMMA3 if name.endswith("norm")},
     derive=_gemma3,
-    derived=GEMMA2.derived | {"attention.sliding_window_pattern", "rope.freq_base_swa"},
+    derived=GEMMA2.derived
+    | {"attention.sliding_window_pattern", "rope.freq_base_swa", "rope.local.freq_base"},
 )
