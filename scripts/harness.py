@@ -16,6 +16,7 @@ registered::
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -79,6 +80,8 @@ class LordjaxLM(TemplateLM):
         self.batch_size = BATCH if auto else int(batch_size)
         self.max_length = max_length or opened.config.max_positions
         self.max_gen_toks, self._seed, self._name = max_gen_toks, seed, pretrained
+        self._stop_tokens = functools.partial(opened.stop_tokens, self.tokenizer)
+        self._chat = False  # whether prompts are written by the chat template
 
     @property
     def eot_token_id(self) -> int:
@@ -105,6 +108,7 @@ class LordjaxLM(TemplateLM):
           add_generation_prompt: True to end with the start of an assistant message; False to leave
             the last message open, so that the model continues it.
         """
+        self._chat = True
         return self.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
@@ -202,6 +206,7 @@ class LordjaxLM(TemplateLM):
                 max_new_tokens=new,
                 sampling=sampling,
                 stop_strings=stops,
+                stop_tokens=self._stop_tokens(chat=self._chat),
                 seed=self._seed,
                 batch_size=self.batch_size,
                 progress=progress,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lordjax.conversions.exporters.hf_files import Opened
 from lordjax.models.config import ModelConfig
@@ -14,6 +15,9 @@ from lordjax.models.source import Source
 from lordjax.names import layer
 from lordjax.scripts.console import say
 from lordjax.scripts.flags.options import ignored_keys
+
+if TYPE_CHECKING:
+    from lordjax.generation.defaults import Defaults
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +36,9 @@ class Model:
       stored: reads its parameters in the dtype that a command writes them in, unless a flag names
         another one: in ``stored_dtype``.
       tokenizer: opens its tokenizer.
-      write_tokenizer: writes the files of its tokenizer into a directory.
+      write_tokenizer: writes the files of its tokenizer, and ``generation_config.json`` if it has
+        one, into a directory.
+      generation_config: returns the content of ``generation_config.json``; empty if it has none.
       leaves: returns parameter path -> kernel or ``ShapeDtypeStruct``; weights are not read where
         the format allows it.
       stored_dtype: dtype that its weights are written in, unless a flag names another one; None:
@@ -49,6 +55,7 @@ class Model:
     stored: Opened
     tokenizer: Callable[[], Any]
     write_tokenizer: Callable[[Path], None]
+    generation_config: Callable[[], dict[str, Any]]
     leaves: Callable[[], dict[str, Any]]
     stored_dtype: str | None = None
 
@@ -62,6 +69,18 @@ class Model:
 
         blocks = {layer(i): placed(self.source.block(i)) for i in range(self.config.num_layers)}
         return placed(self.source.non_block_params()) | blocks
+
+    def generation_defaults(self) -> Defaults:
+        """Returns the end tokens and the sampling that the model's own files name."""
+        from lordjax.generation.defaults import defaults_of
+
+        return defaults_of(self.hf_config, self.generation_config(), self.name)
+
+    def stop_tokens(self, tokenizer: Any, *, chat: bool = False) -> list[int]:
+        """Returns the tokens that end an answer; see `generation.defaults.stop_tokens`."""
+        from lordjax.generation.defaults import stop_tokens
+
+        return stop_tokens(self.generation_defaults(), tokenizer, chat=chat)
 
 
 def open_model(name: str) -> Model:
@@ -97,17 +116,28 @@ def _original(name: str) -> Model:
         stored=opened.as_stored(),
         tokenizer=opened.tokenizer,
         write_tokenizer=opened.tokenizer_files,
+        generation_config=opened.generation_config,
         leaves=opened.leaves,
         stored_dtype=opened.stored_dtype,
     )
 
 
 def _native(name: str, path: Path) -> Model:
-    from lordjax.conversions.readers.checkpoint import DirectoryTokenizer
+    from lordjax.conversions.readers.beside_weights import (
+        DirectoryTokenizer,
+        read_generation_config,
+        write_generation_config,
+    )
     from lordjax.storage import saved_model
 
     saved = saved_model.open_saved(path)
     tokens = DirectoryTokenizer(path)
+    generation = functools.partial(read_generation_config, path)
+
+    def write(directory: Path) -> None:
+        write_generation_config(generation(), directory)
+        tokens.tokenizer_files(directory)
+
     return Model(
         name=name,
         path=path,
@@ -118,7 +148,8 @@ def _native(name: str, path: Path) -> Model:
         params=saved.params,
         stored=saved,
         tokenizer=tokens.tokenizer,
-        write_tokenizer=tokens.tokenizer_files,
+        write_tokenizer=write,
+        generation_config=generation,
         leaves=saved.leaves,
     )
 

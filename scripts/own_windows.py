@@ -121,8 +121,7 @@ def _writer(
     """Returns a function that writes the windows of some numbers; it holds the whole model."""
     from lordjax.generation.own_text import write_windows, writing_of
 
-    ends = model.hf_config.get("eos_token_id")
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    ends = model.generation_defaults().ends
     how = writing_of(model.tokenizer(), model.config.vocab_size, ends)
     params = model.arrays()
 
@@ -142,6 +141,8 @@ def cache_folder(model: Model, windows: int, length: int, seed: int) -> Path:
 
     # The tokenizer decides where documents start and end; kinds of devices round differently.
     facts = [model_checksums(model.path), _tokenizer_checksum(model), jax.devices()[0].device_kind]
+    if generation := model.generation_config():  # it names end tokens
+        facts.append(generation)
     checksum = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
     name = f"{checksum}-seed{seed}-{windows}x{length}-v{VERSION}"
     return cache_directory() / "own_text" / name

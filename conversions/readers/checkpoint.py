@@ -17,7 +17,6 @@ import copy
 import dataclasses
 import functools
 import re
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,13 @@ from lordjax.conversions.families.registry import (
     normalized,
     tensor_table,
 )
+from lordjax.conversions.readers.beside_weights import (
+    TOKENIZER_FILES,
+    DirectoryTokenizer,
+    gguf_generation_config,
+    read_generation_config,
+    write_generation_config,
+)
 from lordjax.conversions.readers.gguf.shards import is_gguf
 from lordjax.conversions.readers.tensor_check import (
     spelling,
@@ -53,10 +59,6 @@ from lordjax.models.config import ModelConfig
 from lordjax.names import layer
 
 DTYPES = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model"),
-    *("vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja", "vocab.txt"),
-)
 _EXPECTED = "expected a checkpoint directory, a .gguf file or a hub id like 'owner/model'"
 
 
@@ -82,6 +84,7 @@ class Checkpoint:
         hf_config: dict[str, Any],
         files: TensorFiles,
         tokens: Any,
+        generation_config: Callable[[], dict[str, Any]],
         stored_dtype: str | None = None,
         notes: Sequence[str] = (),
     ):
@@ -93,6 +96,7 @@ class Checkpoint:
         self.stored_dtype, self.notes = stored_dtype, tuple(notes)
         self._dtype: np.dtype | None = None  # default of `read`; None keeps the file's
         self._files, self._tokens = files, tokens
+        self._generation_config = generation_config
         self._family, names = family_of(hf_config, where), set(files.names())
         carried = carried_table(hf_config)
         spell = spelling(self._family, (row.name for row in self.table.values()), names)
@@ -176,8 +180,23 @@ class Checkpoint:
         """Returns the tokenizer as a fast tokenizer of transformers."""
         return self._tokens.tokenizer()
 
+    def generation_config(self) -> dict[str, Any]:
+        """Returns the content of ``generation_config.json``; empty if there is none.
+
+        Of a GGUF file it is an equivalent: its end tokens, and how tokens are sampled.
+
+        Raises:
+          ValueError: if the file is no JSON object.
+        """
+        return self._generation_config()
+
     def tokenizer_files(self, directory: str | Path) -> None:
-        """Writes tokenizer files that ``AutoTokenizer`` can open into a directory."""
+        """Writes what belongs to a model besides its weights into a directory.
+
+        These are ``generation_config.json``, if there is one, and tokenizer files that
+        ``AutoTokenizer`` can open.
+        """
+        write_generation_config(self.generation_config(), Path(directory))
         self._tokens.tokenizer_files(Path(directory))
 
     def _rename(self, other: Callable[[str], str]) -> None:
@@ -221,37 +240,6 @@ def _replaced(name: str, new: str, old: str) -> str:
     return name.replace(new, old)
 
 
-class DirectoryTokenizer:
-    """Tokenizer files of a checkpoint directory."""
-
-    def __init__(self, directory: Path):
-        self.directory = directory
-
-    def tokenizer(self) -> Any:
-        """Opens the tokenizer; an existing ``tokenizer.json`` is used unchanged."""
-        self._present()
-        from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-        # AutoTokenizer of transformers 5 may replace the pre-tokenizer of tokenizer.json by the
-        # default of the tokenizer's class, which changes the token ids.
-        fast = (self.directory / "tokenizer.json").exists()
-        return (PreTrainedTokenizerFast if fast else AutoTokenizer).from_pretrained(self.directory)
-
-    def tokenizer_files(self, directory: Path) -> None:
-        """Copies the tokenizer files into a directory."""
-        for file in self._present():
-            shutil.copyfile(file, directory / file.name)
-
-    def _present(self) -> list[Path]:
-        files = [self.directory / name for name in TOKENIZER_FILES]
-        if not (present := [file for file in files if file.exists()]):
-            raise FileNotFoundError(
-                f"{self.directory}: no tokenizer; copy tokenizer.json (or one of "
-                f"{', '.join(TOKENIZER_FILES[3:6])}) into the directory of the model"
-            )
-        return present
-
-
 def open_checkpoint(path_or_id: str | Path, *, ignore_keys: Iterable[str] = ()) -> Checkpoint:
     """Opens a checkpoint and checks its config, tensor names and shapes.
 
@@ -280,12 +268,15 @@ def open_checkpoint(path_or_id: str | Path, *, ignore_keys: Iterable[str] = ()) 
 
         file = Gguf(path)
         hf_config = rule_out(file.hf_config, ignore_keys, str(path))
-        return Checkpoint(path, hf_config, file, file, file.stored_dtype, file.notes)
+        generation = functools.partial(gguf_generation_config, file.meta)
+        return Checkpoint(path, hf_config, file, file, generation, file.stored_dtype, file.notes)
     config = path / "config.json"
     if not config.exists():
         raise FileNotFoundError(f"{path}: no config.json in this directory; {_EXPECTED}")
     hf_config = rule_out(read_json(config), ignore_keys, str(config))
-    return Checkpoint(path, hf_config, open_directory(path), DirectoryTokenizer(path))
+    generation = functools.partial(read_generation_config, path)
+    files, tokens = open_directory(path), DirectoryTokenizer(path)
+    return Checkpoint(path, hf_config, files, tokens, generation)
 
 
 def read_config(

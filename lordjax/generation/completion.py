@@ -34,14 +34,15 @@ def complete(
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
     stop_strings: Sequence[str] = (),
+    stop_tokens: Sequence[int] | None = None,
     seed: int = 0,
     batch_size: int = 8,
     progress: Progress | None = None,
 ) -> list[Completion]:
     """Completes prompts, in batches of similar lengths.
 
-    A completion ends before the first stop string, at the tokenizer's EOS token, or after
-    ``max_new_tokens``. Draws for a prompt depend on its place in the list, not on its batch.
+    A completion ends before the first stop string, at a stop token, or after ``max_new_tokens``.
+    Draws for a prompt depend on its place in the list, not on its batch.
 
     Args:
       params: parameters of the model; leaves may be kernels of any kind.
@@ -51,6 +52,7 @@ def complete(
       max_new_tokens: largest number of new tokens per prompt.
       sampling: how tokens are chosen.
       stop_strings: texts that end a completion; they are not part of it.
+      stop_tokens: ids that end a completion; None: the EOS token. See `generation.defaults`.
       seed: seed of the random draws.
       batch_size: prompts that are completed at a time.
       progress: called after every batch with the number of finished prompts.
@@ -62,12 +64,8 @@ def complete(
       ValueError: as `decode.stream`.
     """
     ids = [tokenize(tokenizer, p) if isinstance(p, str) else list(p) for p in prompts]
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     found: dict[int, Completion] = {}
-    for first in range(0, len(order), batch_size):
-        rows = order[first : first + batch_size]
-        # A smaller last batch is padded, because another shape needs another compilation.
-        filled = [*rows, *[rows[-1]] * (batch_size - len(rows))] if first else rows
+    for rows, filled in _batches(ids, batch_size):
         texts = [_Text(tokenizer, ids[i], stop_strings) for i in filled]
         answers = generate(
             config,
@@ -75,7 +73,7 @@ def complete(
             [ids[i] for i in filled],
             max_new_tokens=max_new_tokens,
             sampling=sampling,
-            stop_tokens=end_tokens(tokenizer),
+            stop_tokens=_stops(stop_tokens, tokenizer),
             seed=seed,
             rows=filled,
             ended=(lambda i, tokens, texts=texts: texts[i].ended(tokens)) if stop_strings else None,
@@ -83,8 +81,19 @@ def complete(
         for i, text, answer in zip(rows, texts, answers, strict=False):
             found[i] = Completion(text.so_far(answer.tokens), len(answer.tokens), answer.reason)
         if progress is not None:
-            progress("generate", min(first + batch_size, len(order)), len(order))
+            progress("generate", len(found), len(ids))
     return [found[i] for i in range(len(ids))]
+
+
+def _batches(
+    ids: Sequence[Sequence[int]], batch_size: int
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Yields numbers of prompts of similar lengths, and the same filled up to the batch size."""
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    for first in range(0, len(order), batch_size):
+        rows = order[first : first + batch_size]
+        # A smaller last batch is padded, because another shape needs another compilation.
+        yield rows, [*rows, *[rows[-1]] * (batch_size - len(rows))] if first else rows
 
 
 def pieces(
@@ -96,6 +105,7 @@ def pieces(
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
     stop_strings: Sequence[str] = (),
+    stop_tokens: Sequence[int] | None = None,
     seed: int = 0,
     chunk: int = 4,
 ) -> Iterator[str]:
@@ -109,6 +119,7 @@ def pieces(
       max_new_tokens: largest number of new tokens.
       sampling: how tokens are chosen.
       stop_strings: texts that end the completion; they are not part of it.
+      stop_tokens: as for `complete`.
       seed: seed of the random draws.
       chunk: tokens between two pieces.
 
@@ -120,7 +131,7 @@ def pieces(
     """
     text, tokens, shown = _Text(tokenizer, prompt, stop_strings), [], 0
     settings = {"max_new_tokens": max_new_tokens, "sampling": sampling, "seed": seed}
-    stops = end_tokens(tokenizer)
+    stops = _stops(stop_tokens, tokenizer)
     for out in stream(config, params, [prompt], **settings, stop_tokens=stops, chunk=chunk):
         tokens += [int(token) for token in out[0] if token != NOTHING]
         over = text.ended(tokens)
@@ -186,6 +197,8 @@ def tokenize(tokenizer: Any, text: str) -> list[int]:
     return [first]
 
 
-def end_tokens(tokenizer: Any) -> list[int]:
-    """Returns the tokens that end an answer."""
+def _stops(given: Sequence[int] | None, tokenizer: Any) -> Sequence[int]:
+    """Returns the given stop tokens, or else the tokenizer's EOS token, if it has one."""
+    if given is not None:
+        return given
     return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
+from lordjax.generation.chat_turns import Turns, special_ids, turns_of
 from lordjax.generation.decode import NOTHING, RunSettings, State, decode, prefill, widened
 from lordjax.generation.prompt_batch import LENGTH_DEPENDENT, SMALLEST_CACHE, pad_prompts
 from lordjax.generation.sampling import Sampling
@@ -30,22 +31,6 @@ VERSION = 1  # another number where the same arguments no longer give the same i
 _SAMPLING = Sampling(temperature=1.0)
 # Ends documents of pretraining, also where a chat model's own end token is another one.
 _END_OF_TEXT = "<|endoftext|>"
-# Stand for a question and an answer in a rendered template; no tokenizer's text holds them.
-_QUESTION, _ANSWER = "\ue0f1", "\ue0f2"
-
-
-class Turns(NamedTuple):
-    """The parts of a chat template around a question and an answer, as token ids.
-
-    Attributes:
-      opening: what stands before the question.
-      change: what stands between question and answer.
-      closing: what stands after the answer.
-    """
-
-    opening: tuple[int, ...]
-    change: tuple[int, ...]
-    closing: tuple[int, ...]
 
 
 class Writing(NamedTuple):
@@ -73,41 +58,14 @@ def writing_of(tokenizer: Any, vocab_size: int, ends: Collection[int] = ()) -> W
       vocab_size: size of the model's vocabulary.
       ends: end tokens besides the tokenizer's own, such as those of the model's config.
     """
-    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    special = special_ids(tokenizer)
     own = {tokenizer.eos_token_id, tokenizer.get_vocab().get(_END_OF_TEXT)} - {None}
     begun = list(tokenizer.encode("", add_special_tokens=True))[:1]
     if begun and begun[0] == tokenizer.bos_token_id:
         first = np.array(begun)
     else:
         first = np.setdiff1d(np.arange(min(vocab_size, len(tokenizer))), sorted(special))
-    turns = _turns(tokenizer) if getattr(tokenizer, "chat_template", None) else None
-    return Writing(first, frozenset(own | set(ends)), frozenset(special), turns)
-
-
-def _turns(tokenizer: Any) -> Turns | None:
-    """Returns the parts of a chat template; None if it does not show question and answer once."""
-    question = {"role": "user", "content": _QUESTION}
-    answer = {"role": "assistant", "content": _ANSWER}
-    asked = _parts(tokenizer, [question], _QUESTION, prompt=True)
-    answered = _parts(tokenizer, [question, answer], _ANSWER, prompt=False)
-    if asked is None or answered is None:
-        return None
-    opening, change = asked
-    return Turns(
-        *(
-            tuple(tokenizer.encode(text, add_special_tokens=False))
-            for text in (opening, change, answered[1])
-        )
-    )
-
-
-def _parts(
-    tokenizer: Any, messages: list[dict[str, str]], mark: str, *, prompt: bool
-) -> tuple[str, str] | None:
-    """Returns the rendered text before and behind a mark; None if it is not there once."""
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-    before, *behind = text.split(mark)
-    return (before, behind[0]) if len(behind) == 1 and before else None
+    return Writing(first, frozenset(own | set(ends)), special, turns_of(tokenizer))
 
 
 class _Row:

@@ -32,28 +32,27 @@ from lordjax.scripts.flags.options import (
 @click.option(
     "--temperature",
     type=click.FloatRange(min=0),
-    default=0.0,
-    show_default=True,
-    help="Sampling temperature; 0 always takes the most likely token.",
+    help="Sampling temperature; 0 always takes the most likely token.  [default: the model's, from "
+    "generation_config.json; else 0]",
 )
 @click.option(
     "--top-k",
     metavar="K",
     type=click.IntRange(min=1),
-    help="Sample from the K most likely tokens only.",
+    help="Sample from the K most likely tokens only.  [default: the model's; else all]",
 )
 @click.option(
     "--top-p",
     metavar="P",
     type=click.FloatRange(0, 1, min_open=True),
-    help="Sample from the most likely tokens whose probabilities add up to P (nucleus sampling).",
+    help="Sample from the most likely tokens whose probabilities add up to P (nucleus sampling).  "
+    "[default: the model's; else 1]",
 )
 @click.option(
     "--repetition-penalty",
     type=click.FloatRange(min=0, min_open=True),
-    default=1.0,
-    show_default=True,
-    help="A value above 1 makes tokens that occurred before less likely.",
+    help="A value above 1 makes tokens that occurred before less likely.  [default: the model's; "
+    "else 1]",
 )
 @click.option(
     "--stop",

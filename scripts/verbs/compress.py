@@ -255,17 +255,20 @@ def _open_original(name: str, directory: Path, keep: float, settings: dict[str, 
     return model
 
 
-def tokenizer_writer(model: Model) -> Callable[[Path], None] | None:
-    """Returns what writes the model's tokenizer; None, with a note, if it has no tokenizer.
+def tokenizer_writer(model: Model) -> Callable[[Path], None]:
+    """Returns what writes the model's tokenizer and ``generation_config.json``.
 
-    The tokenizer is written once for a test, so that an error is found before the work begins.
+    Both are written once for a test, so that an error is found before the work begins. Without a
+    tokenizer, which is noted, only the latter is written.
     """
     try:
         with tempfile.TemporaryDirectory() as folder:
             model.write_tokenizer(Path(folder))
     except FileNotFoundError as error:
+        from lordjax.conversions.readers.beside_weights import write_generation_config
+
         say(f"note: the result will have no tokenizer ({error})")
-        return None
+        return functools.partial(write_generation_config, model.generation_config())
     return model.write_tokenizer
 
 

@@ -48,7 +48,7 @@ def measured(variant: Variant, directory: Path, evaluation: Any, tokenizer: Any)
       tokenizer: tokenizer of all models.
     """
     from lordjax.evaluate import perplexity
-    from lordjax.generation.completion import end_tokens, tokenize
+    from lordjax.generation.completion import tokenize
     from lordjax.generation.decode import decode
     from lordjax.kernels.kinds import astype
     from lordjax.scripts.report.parameters import block_linear, parameter_rows
@@ -64,7 +64,7 @@ def measured(variant: Variant, directory: Path, evaluation: Any, tokenizer: Any)
             opened.config, multiplied_out, evaluation, tokenizer_name=WHEEL, progress=progress
         )
     tokens, speed = decoded(opened.config, params, multiplied_out, tokenize(tokenizer, PROMPT))
-    ends = [tokens.index(end) for end in end_tokens(tokenizer) if end in tokens]
+    ends = [tokens.index(end) for end in opened.stop_tokens(tokenizer) if end in tokens]
     linear = block_linear(parameter_rows(opened.config, opened.leaves()))
     decode.clear_cache()  # the next model has other shapes and needs another program
     return {

@@ -112,14 +112,16 @@ def _completer(settings: dict[str, Any], stops: tuple[str, ...], progress: Progr
             raise ValueError(
                 f"{settings['model']}: its head {opened.config.head!r} cannot generate text"
             )
+        tokenizer = opened.tokenizer()
         found = completion.complete(
             opened.arrays(),
             opened.config,
-            opened.tokenizer(),
+            tokenizer,
             prompts,
             max_new_tokens=settings["max_new_tokens"],
             sampling=Sampling(settings["temperature"], top_p=settings["top_p"]),
             stop_strings=stops,
+            stop_tokens=opened.stop_tokens(tokenizer),
             seed=settings["seed"],
             batch_size=settings["batch"],
             progress=progress,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 from collections.abc import Iterator
@@ -19,21 +20,20 @@ def generate_model(
     prompt: str | None,
     *,
     max_new_tokens: int,
-    temperature: float,
+    temperature: float | None,
     top_k: int | None,
     top_p: float | None,
-    repetition_penalty: float,
+    repetition_penalty: float | None,
     stop: tuple[str, ...],
     seed: int,
     chat: bool,
     interactive: bool,
     quiet: bool,
 ) -> dict[str, Any]:
-    """Generates text; arguments are the flags.
+    """Generates text; arguments are the flags, and what is None is the model's own default.
 
     The text is printed while it is generated, unless ``quiet``.
     """
-    from lordjax.generation.sampling import Sampling
     from lordjax.runtime.progress import peak_rss
 
     if (prompt is None) != interactive:
@@ -42,8 +42,11 @@ def generate_model(
         )
     if interactive and quiet:
         raise ValueError("--interactive prints text while it is generated; leave --json out")
-    sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
-    writer = Writer(open_model(model), sampling, max_new_tokens, stop, seed, chat=chat)
+    opened, names = open_model(model), ("temperature", "top_k", "top_p", "repetition_penalty")
+    values = zip(names, (temperature, top_k, top_p, repetition_penalty), strict=True)
+    given = {name: value for name, value in values if value is not None}
+    sampling = _sampling(opened, given)
+    writer = Writer(opened, sampling, max_new_tokens, stop, seed, chat=chat)
     if interactive:
         return talk(writer)
     text = sys.stdin.read() if prompt == "-" else str(prompt)
@@ -54,7 +57,24 @@ def generate_model(
             print(piece, end="", flush=True)
     seconds = time.perf_counter() - start
     answer = "".join(parts)
-    return {"prompt": text, "text": answer, "seconds": seconds, "peak_rss": peak_rss()}
+    return {
+        "prompt": text,
+        "text": answer,
+        "sampling": dataclasses.asdict(sampling),
+        "seconds": seconds,
+        "peak_rss": peak_rss(),
+    }
+
+
+def _sampling(opened: Model, given: dict[str, Any]) -> Sampling:
+    """Returns the model's own sampling, with the values that were given in place of its own."""
+    defaults = opened.generation_defaults()
+    for name, value in defaults.not_followed.items():
+        say(f"note: generation_config.json sets {name} to {value!r}, which is not followed")
+    sampling = dataclasses.replace(defaults.sampling, **given)
+    if sampling.temperature and not given:
+        say(f"sampling as in generation_config.json: {sampling}; --temperature 0 is greedy")
+    return sampling
 
 
 def talk(writer: Writer) -> dict[str, Any]:
@@ -102,7 +122,8 @@ class Writer:
         self._how = {
             "sampling": sampling,
             "max_new_tokens": max_new_tokens,
-            "stop_strings": stop,
+            "stop_strings": (*stop, *opened.generation_defaults().stop_strings),
+            "stop_tokens": opened.stop_tokens(self._tokenizer, chat=chat),
             "seed": seed,
         }
 

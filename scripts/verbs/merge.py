@@ -7,6 +7,7 @@ from typing import Any
 
 from lordjax.scripts.console import check_output, format_bytes
 from lordjax.scripts.opened_model import open_model
+from lordjax.scripts.verbs.compress import tokenizer_writer
 
 
 def merge_model(model: str, out: str, *, to: str) -> dict[str, Any]:
@@ -27,7 +28,7 @@ def merge_model(model: str, out: str, *, to: str) -> dict[str, Any]:
         opened.config,
         new,
         hf_config=opened.hf_config,
-        write_tokenizer=opened.write_tokenizer,
+        write_tokenizer=tokenizer_writer(opened),
     )
     return {"output": str(directory), "bytes_before": nbytes(params), "bytes": nbytes(new)}
 

@@ -1,0 +1,69 @@
+"""Parts of a chat template: the text before a question, before its answer, and behind it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+# Stand for a question and an answer in a rendered template; no tokenizer's text holds them.
+_QUESTION, _ANSWER = "\ue0f1", "\ue0f2"
+
+
+class Turns(NamedTuple):
+    """The parts of a chat template around a question and an answer, as token ids.
+
+    Attributes:
+      opening: what stands before the question.
+      change: what stands between question and answer.
+      closing: what stands after the answer.
+    """
+
+    opening: tuple[int, ...]
+    change: tuple[int, ...]
+    closing: tuple[int, ...]
+
+
+def turns_of(tokenizer: Any) -> Turns | None:
+    """Returns the parts of a tokenizer's chat template.
+
+    Args:
+      tokenizer: a tokenizer of transformers.
+
+    Returns:
+      The parts; None if there is no template, or it does not show question and answer once.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    question = {"role": "user", "content": _QUESTION}
+    answer = {"role": "assistant", "content": _ANSWER}
+    asked = _parts(tokenizer, [question], _QUESTION, prompt=True)
+    answered = _parts(tokenizer, [question, answer], _ANSWER, prompt=False)
+    if asked is None or answered is None:
+        return None
+    opening, change = asked
+    return Turns(
+        *(
+            tuple(tokenizer.encode(text, add_special_tokens=False))
+            for text in (opening, change, answered[1])
+        )
+    )
+
+
+def _parts(
+    tokenizer: Any, messages: list[dict[str, str]], mark: str, *, prompt: bool
+) -> tuple[str, str] | None:
+    """Returns the rendered text before and behind a mark; None if it is not there once."""
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+    before, *behind = text.split(mark)
+    return (before, behind[0]) if len(behind) == 1 and before else None
+
+
+def special_ids(tokenizer: Any) -> frozenset[int]:
+    """Returns the ids that are no text: special tokens, and tokens added to the vocabulary."""
+    return frozenset((*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder))
+
+
+def turn_ends(tokenizer: Any) -> list[int]:
+    """Returns the special token that the chat template writes after an answer; else []."""
+    turns = turns_of(tokenizer)
+    closing = () if turns is None else turns.closing
+    return [token for token in closing[:1] if token in special_ids(tokenizer)]
