@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lordjax.data.token_windows import check_ids
 from lordjax.generation.prompt_batch import bucket
 from lordjax.models.config import ModelConfig
+from lordjax.models.rope import trained_length
 from lordjax.models.transformer import Transformer
 from lordjax.runtime.progress import Progress
 
@@ -160,9 +161,7 @@ def _merge_rows(
 
 def _original_length(config: ModelConfig) -> int | None:
     """Returns the length above which rotary frequencies depend on the sequence's; None: never."""
-    ropes = [r for r in (config.rope, config.local_rope) if r and r.kind in ("dynamic", "longrope")]
-    lengths = [rope.original_max_positions or config.max_positions for rope in ropes]
-    return min(lengths, default=None)
+    return trained_length((config.rope, config.local_rope), config.max_positions)
 
 
 def _rope_length(config: ModelConfig, row: Sequence[int]) -> int:

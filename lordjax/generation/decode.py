@@ -20,10 +20,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from lordjax.generation.cached_model import hidden, whole
+from lordjax.generation.long_rows import LongRows, row_positions
 from lordjax.generation.prompt_batch import bucket, pad_prompts
 from lordjax.generation.sampling import GREEDY, Kind, Sampling, Values, pick
 from lordjax.models.config import ModelConfig
-from lordjax.models.transformer import Transformer, default_positions
+from lordjax.models.transformer import Transformer
 
 CHUNK = 16  # tokens that are decoded before control returns to the host
 NOTHING = -1  # stands for a token after a row has ended
@@ -122,7 +123,7 @@ def prefill(
     Returns:
       State whose cache has as many columns as ``tokens``; `widened` makes room for more.
     """
-    x, cache = hidden(config, params, tokens, default_positions(tokens), None)
+    x, cache = hidden(config, params, tokens, row_positions(config, tokens, lengths), None)
     last = x[jnp.arange(x.shape[0]), lengths - 1]
     logits: Any = whole(config, params, last[:, None], method=Transformer.unembed)
     occurred = None
@@ -260,14 +261,18 @@ def stream(
     params, same = jax.tree.map(jnp.asarray, params), {"config": config, "kind": sampling.kind}
     how = {"max_new_tokens": max_new_tokens, "sampling": sampling, "seed": seed}
     state, settings = begin(config, params, prompts, stop_tokens=stop_tokens, rows=rows, **how)
-    ended = yield np.asarray(state.token)[:, None]
+    out, growing = np.asarray(state.token)[:, None], LongRows(config, params, prompts)
     while True:
+        growing.append(out)
+        ended = yield out
         if ended is not None:
             state = state._replace(done=state.done | jnp.asarray(ended))
         if bool(jnp.all(state.done)):
             return
-        state, out = decode(params, state, settings, jnp.asarray(chunk, jnp.int32), **same)
-        ended = yield np.asarray(out)[:, :chunk]
+        state = state._replace(cache=growing.renewed(state.cache))
+        steps = growing.steps(chunk)
+        state, out = decode(params, state, settings, jnp.asarray(steps, jnp.int32), **same)
+        out = np.asarray(out)[:, :steps]
 
 
 def generate(

@@ -23,9 +23,11 @@ from jaxtyping import Int
 
 from lordjax.generation.chat_turns import Turns, special_ids, turns_of
 from lordjax.generation.decode import NOTHING, RunSettings, State, decode, prefill, widened
-from lordjax.generation.prompt_batch import LENGTH_DEPENDENT, SMALLEST_CACHE, pad_prompts
+from lordjax.generation.long_rows import renewed
+from lordjax.generation.prompt_batch import SMALLEST_CACHE, pad_prompts
 from lordjax.generation.sampling import Sampling
 from lordjax.models.config import ModelConfig
+from lordjax.models.rope import trained_length
 
 VERSION = 1  # another number where the same arguments no longer give the same ids
 _SAMPLING = Sampling(temperature=1.0)
@@ -162,8 +164,8 @@ def write_windows(
     params = jax.tree.map(jnp.asarray, params)
     same: dict[str, Any] = {"config": config, "kind": _SAMPLING.kind}
     state = prefill(params, tokens, lengths, settings, **same)
-    sizes = iter(_capacities(config, capacity))
-    columns = 0
+    sizes = iter(_capacities(capacity))
+    columns, trained = 0, trained_length((config.rope, config.local_rope), config.max_positions)
     for count in range(1, length):
         if count > 1:
             state, _ = decode(params, state, settings, jnp.asarray(1, jnp.int32), **same)
@@ -171,20 +173,19 @@ def write_windows(
         if max(row.position for row in rows) >= columns:
             columns = next(sizes)
             state = state._replace(cache=widened(state.cache, capacity=columns))
+        if any(crossed := [row.position == trained for row in rows]):
+            documents = [row.ids[-row.position - 1 :] for row in rows]
+            state = state._replace(cache=renewed(config, params, state.cache, documents, crossed))
         if progress is not None:
             progress(count + 1)
     return np.array([row.ids for row in rows], np.int32)
 
 
-def _capacities(config: ModelConfig, most: int) -> list[int]:
+def _capacities(most: int) -> list[int]:
     """Returns sizes of the cache, which grows with the longest document.
 
-    A step costs as much as the cache has columns, but every size is compiled. Where rotary
-    frequencies depend on its size, there is one size.
+    A step costs as much as the cache has columns, but every size is compiled.
     """
-    ropes = (config.rope, config.local_rope)
-    if any(rope is not None and rope.kind in LENGTH_DEPENDENT for rope in ropes):
-        return [most]
     sizes = [SMALLEST_CACHE]
     while sizes[-1] < most:
         sizes.append(2 * sizes[-1])

@@ -12,7 +12,6 @@ from lordjax.models.config import ModelConfig
 
 SMALLEST_BUCKET = 16  # tokens
 SMALLEST_CACHE = 128  # tokens
-LENGTH_DEPENDENT = ("dynamic", "longrope")  # kinds of `Rope` whose frequencies depend on the length
 
 
 def bucket(length: int) -> int:
@@ -56,8 +55,9 @@ def pad_prompts(
             f"a prompt of {lengths.max()} tokens and {max_new_tokens} new tokens are {total}, but "
             f"the model's longest sequence is {most}; shorten the prompt or lower max_new_tokens"
         )
-    width, most = _rope_limits(config, total, bucket(int(lengths.max())))
-    width, capacity = min(width, most), min(bucket(max(total, width, SMALLEST_CACHE)), most)
+    _check_dynamic(config, total)
+    width = min(bucket(int(lengths.max())), most)
+    capacity = min(bucket(max(total, width, SMALLEST_CACHE)), most)
     tokens = np.zeros((len(prompts), width), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
@@ -69,25 +69,15 @@ def pad_prompts(
     return jnp.asarray(tokens), jnp.asarray(lengths), capacity
 
 
-def _rope_limits(config: ModelConfig, total: int, width: int) -> tuple[int, int]:
-    """Width of the padded prompts, and the largest cache, that keep rotary frequencies fixed.
-
-    ``dynamic`` and ``longrope`` frequencies depend on the sequence length, but cached keys cannot
-    be rotated again.
-    """
-    most = config.max_positions
+def _check_dynamic(config: ModelConfig, total: int) -> None:
+    """Raises ValueError if ``dynamic`` frequencies would change with every new token."""
     for rope in (config.rope, config.local_rope):
-        if rope is None or rope.kind not in LENGTH_DEPENDENT:
+        if rope is None or rope.kind != "dynamic":
             continue
         trained = rope.original_max_positions or config.max_positions
-        if total <= trained:
-            most = min(most, trained)
-        elif rope.kind == "dynamic":
+        if total > trained:
             raise ValueError(
                 f"{total} tokens of prompt and answer: the frequencies of dynamic rotary positions "
                 f"change with every token beyond {trained}, which cached keys cannot follow; "
                 f"expected at most {trained} tokens"
             )
-        else:
-            width = max(width, trained + 1)
-    return width, most

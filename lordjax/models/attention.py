@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lordjax.models.config import ModelConfig, Rope
 from lordjax.models.layers import Linear, RMSNorm, softcap, tap
-from lordjax.models.rope import rope_frequencies, rotate
+from lordjax.models.rope import rotate, row_frequencies
 
 
 def attend(
@@ -260,14 +260,11 @@ class Attention(nn.Module):
         frequencies that are left. It is the only parameter that is not a weight.
         """
         c = self.config
-        length = q.shape[1]
-        if self.has_variable(CACHE, "keys"):
-            length = self.get_variable(CACHE, "keys").shape[2]
-        frequencies, factor = rope_frequencies(rope, c.head_size, c.max_positions, length)
-        turns = jnp.asarray(frequencies)[None]  # [1, half]
+        rows, factor = row_frequencies(rope, c.head_size, c.max_positions, positions)
+        turns = rows[:, None]  # [b, 1, half]
         if self.has_variable("params", "rope_index"):
-            turns = turns[0][self.get_variable("params", "rope_index")]  # [k, half]
+            turns = rows[:, self.get_variable("params", "rope_index")]  # [b, k, half]
         k = rotate(k, positions, turns, factor)
-        if turns.shape[0] > 1:
-            turns = jnp.repeat(turns, c.num_heads // c.num_kv_heads, axis=0)
+        if turns.shape[1] > 1:
+            turns = jnp.repeat(turns, c.num_heads // c.num_kv_heads, axis=1)
         return rotate(q, positions, turns, factor), k

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,8 @@ from jaxtyping import Array, Float, Int
 
 from lordjax.models.config import Rope
 from lordjax.runtime import xla_scheduling
+
+LENGTH_DEPENDENT = ("dynamic", "longrope")  # kinds whose frequencies depend on the length
 
 
 def rope_frequencies(
@@ -23,7 +26,8 @@ def rope_frequencies(
       rope: base and scaling of the frequencies.
       head_size: width of a head; even.
       max_positions: longest sequence of the model, in tokens.
-      length: sequence length in use, in tokens; only ``dynamic`` and ``longrope`` read it.
+      length: sequence length in use, in tokens; only ``longrope`` reads it. Frequencies of
+        ``dynamic`` are those up to the trained length; `row_frequencies` knows the others.
 
     Returns:
       Frequencies ``[head_size / 2]`` in radians per position (float32); factor on cos and sin.
@@ -36,9 +40,6 @@ def rope_frequencies(
     """
     theta, trained = rope.theta, rope.original_max_positions or max_positions
     size = rope.size or head_size
-    if rope.kind == "dynamic":
-        stretch = rope.factor * max(length, trained) / trained - (rope.factor - 1)
-        theta = theta * stretch ** (size / (size - 2))
     freq = 1.0 / theta ** (np.arange(0, size, 2, dtype=np.float64) / size)
     match rope.kind:
         case "default" | "dynamic":
@@ -64,6 +65,53 @@ def rope_frequencies(
                 "yarn, longrope, none"
             )
     return np.pad(freq, (0, (head_size - size) // 2)).astype(np.float32), scale
+
+
+def row_frequencies(
+    rope: Rope, head_size: int, max_positions: int, positions: Int[Array, "#b s"]
+) -> tuple[Float[Array, "#b half"], float]:
+    """Computes the frequencies of every row of a batch, by the row's own length.
+
+    The length of a row is one more than its last position. So a row's frequencies depend neither
+    on the other rows nor on padding that repeats the last position.
+
+    Args:
+      rope: base and scaling of the frequencies.
+      head_size: width of a head; even.
+      max_positions: longest sequence of the model, in tokens.
+      positions: position of every token.
+
+    Returns:
+      Frequencies in radians per position, with one row for all where the kind of scaling does not
+      depend on the length; factor on cos and sin.
+
+    Raises:
+      ValueError: as `rope_frequencies`.
+    """
+    trained = rope.original_max_positions or max_positions
+    base, scale = rope_frequencies(rope, head_size, max_positions, trained)
+    if rope.kind not in LENGTH_DEPENDENT:
+        return jnp.asarray(base)[None], scale
+    lengths = jnp.max(positions, axis=1, keepdims=True) + 1  # [b, 1]
+    if rope.kind == "longrope":
+        long, _ = rope_frequencies(rope, head_size, max_positions, trained + 1)
+        return jnp.where(lengths > trained, long[None], base[None]), scale
+    # NTK: the base of the powers grows with the length, by this factor to size / (size - 2).
+    beyond = jnp.maximum(lengths, trained).astype(jnp.float32) / trained
+    stretch = rope.factor * beyond - (rope.factor - 1)
+    size = rope.size or head_size
+    powers = np.pad(np.arange(0, size, 2) / (size - 2), (0, (head_size - size) // 2))
+    return base[None] * stretch ** -jnp.asarray(powers, jnp.float32)[None], scale
+
+
+def trained_length(ropes: Iterable[Rope | None], max_positions: int) -> int | None:
+    """Returns the length above which a row's frequencies change; None: they never do."""
+    lengths = [
+        rope.original_max_positions or max_positions
+        for rope in ropes
+        if rope is not None and rope.kind in LENGTH_DEPENDENT
+    ]
+    return min(lengths, default=None)
 
 
 def _yarn_keep(rope: Rope, head_size: int, trained: int) -> np.ndarray:
@@ -101,7 +149,7 @@ def _longrope_scale(rope: Rope, trained: int) -> float:
 def rotate(
     x: Float[Array, "b s h d"],
     positions: Int[Array, "#b s"],
-    frequencies: Float[Array, "#h half"],
+    frequencies: Float[Array, "*#b #h half"],
     scale: float,
 ) -> Float[Array, "b s h d"]:
     """Applies the rotary embedding in the half-split layout: pair i is columns (i, i + d/2).
@@ -113,11 +161,12 @@ def rotate(
     Args:
       x: queries or keys.
       positions: position of every token.
-      frequencies: radians per position, for all heads or head by head.
+      frequencies: radians per position, for all heads or head by head; with a leading axis also
+        row by row.
       scale: factor on cos and sin of rotated pairs.
     """
     steps = positions[..., None, None].astype(jnp.float32)
-    frequencies = frequencies[None, None]
+    frequencies = frequencies[..., None, :, :] if frequencies.ndim == 3 else frequencies[None, None]
     angles = steps * frequencies  # [b, s, h, half]
     factor = jnp.where(frequencies == 0, 1.0, scale)  # pairs that are not rotated stay as they are
     cos, sin = (

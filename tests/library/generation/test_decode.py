@@ -291,29 +291,67 @@ def test_settings_out_of_range(field):
         Sampling(**{field: -1})
 
 
-@pytest.mark.full
-def test_rotary_frequencies_that_depend_on_the_length():
-    """Frequencies are those of the whole answer's length, from the first token on."""
-    base = dataclasses.replace(BLOCKS["starcoder2"], windows=None)
-    stretch = {"short_factor": (1.0,) * 4, "long_factor": (2.0, 3.0, 4.0, 5.0), "factor": 2.0}
-    long = Rope(kind="longrope", original_max_positions=24, **stretch)
-    config = dataclasses.replace(base, rope=long)
-    params = init(config, jax.random.key(3))
-    (short,) = decode.generate(config, params, [[3, 4, 5]], max_new_tokens=20)
-    assert short.tokens == greedy(config, params, [3, 4, 5], 20, length=24)
-    (crossing,) = decode.generate(config, params, [[3, 4, 5]], max_new_tokens=30)
-    always = dataclasses.replace(config, rope=dataclasses.replace(long, original_max_positions=1))
-    factor = (1 + np.log(2) / np.log(24)) ** 0.5
-    always = dataclasses.replace(
-        always, rope=dataclasses.replace(always.rope, attention_factor=factor)
-    )
-    assert crossing.tokens == greedy(always, params, [3, 4, 5], 30)
+TRAINED = 24
+STRETCHED = Rope(
+    kind="longrope",
+    original_max_positions=TRAINED,
+    short_factor=(1.0,) * 4,
+    long_factor=(2.0, 3.0, 4.0, 5.0),
+    factor=2.0,
+)
 
-    dynamic = dataclasses.replace(
-        base, rope=Rope(kind="dynamic", factor=2.0, original_max_positions=24)
+
+@pytest.fixture(scope="module")
+def longrope():
+    """A model whose rotary frequencies change beyond 24 tokens, and its parameters."""
+    config = dataclasses.replace(BLOCKS["starcoder2"], windows=None, rope=STRETCHED)
+    return config, init(config, jax.random.key(3))
+
+
+def at_own_length(config, params, prompt, count):
+    """Greedy generation without a cache, in passes that are as long as the text so far asks for."""
+    tokens = list(prompt)
+    for _ in range(count):
+        length = TRAINED if len(tokens) <= TRAINED else GPT2.max_positions
+        tokens.append(int(jnp.argmax(logits_of(config, params, tokens, length=length)[-1])))
+    return tokens[len(prompt) :]
+
+
+def test_long_rotary_frequencies_are_those_of_each_row(longrope):
+    """Rows below, at and beyond the trained length, and one that crosses it, in one batch."""
+    config, params = longrope
+    draw = np.random.default_rng(8)
+    prompts = [draw.integers(0, 61, n).tolist() for n in (3, 20, TRAINED, TRAINED + 1, 30)]
+    found = decode.generate(config, params, prompts, max_new_tokens=18)
+    for prompt, answer in zip(prompts, found, strict=True):
+        assert answer.tokens == at_own_length(config, params, prompt, 18)
+
+
+def test_long_rotary_frequencies_depend_on_no_limit_and_no_neighbour(longrope):
+    config, params = longrope
+    prompts = [[3, 4, 5], list(range(20))]
+    whole = decode.generate(config, params, prompts, max_new_tokens=28)
+    for count in (1, 4, 5, 12):
+        for prompt, answer in zip(prompts, whole, strict=True):
+            (alone,) = decode.generate(config, params, [prompt], max_new_tokens=count)
+            assert alone.tokens == answer.tokens[:count]
+    # A row that ends where the other one crosses.
+    stop = whole[1].tokens[4]
+    (first, second) = decode.generate(
+        config, params, prompts, max_new_tokens=12, stop_tokens=[stop]
     )
+    assert second.tokens == whole[1].tokens[: whole[1].tokens.index(stop)]
+    expected = whole[0].tokens[:12]
+    end = expected.index(stop) if stop in expected else 12
+    assert first.tokens == expected[:end]
+
+
+@pytest.mark.full
+def test_dynamic_rotary_frequencies_end_at_the_trained_length():
+    rope = Rope(kind="dynamic", factor=2.0, original_max_positions=TRAINED)
+    dynamic = dataclasses.replace(BLOCKS["starcoder2"], windows=None, rope=rope)
     params = init(dynamic, jax.random.key(3))
     (inside,) = decode.generate(dynamic, params, [[3, 4, 5]], max_new_tokens=20)
-    assert inside.tokens == greedy(dynamic, params, [3, 4, 5], 20, length=24)
+    assert inside.tokens == greedy(dynamic, params, [3, 4, 5], 20, length=TRAINED)
     with pytest.raises(ValueError, match="frequencies of dynamic rotary positions change"):
         decode.generate(dynamic, params, [[3, 4, 5]], max_new_tokens=30)

@@ -11,7 +11,7 @@ from chats import CHATML, SPECIAL, make_tokenizer
 from interrupted import CONFIG
 
 from lordjax.generation.own_text import Turns, Writing, write_windows, writing_of
-from lordjax.models import Transformer
+from lordjax.models import Rope, Transformer
 
 BLOCK = "gemma2"  # with sliding windows
 END, LENGTH = frozenset({3, 4, 5, 6}), 32
@@ -131,3 +131,21 @@ def test_bad_lengths_and_models():
     encoder = next(name for name, config in BLOCKS.items() if config.head == "masked")
     with pytest.raises(ValueError, match="does not generate text"):
         write_windows(source(encoder).config, {}, PLAIN, [0], length=8)
+
+
+@pytest.mark.full
+def test_a_document_that_outgrows_the_trained_length_is_drawn_at_its_own_length():
+    """LongRoPE: neighbours and the window's length do not change the draws."""
+    stretch = {"short_factor": (1.0,) * 4, "long_factor": (2.0, 3.0, 4.0, 5.0), "factor": 2.0}
+    rope = Rope(kind="longrope", original_max_positions=20, **stretch)
+    config = dataclasses.replace(BLOCKS["starcoder2"], windows=None, rope=rope)
+    model, endless = random_model(config), Writing(FIRST, frozenset())
+    short, long = (
+        write_windows(model.config, model.params, endless, numbers, length=length)
+        for numbers, length in (([0], 30), ([0, 1], 40))
+    )
+    np.testing.assert_array_equal(short[0], long[0, :30])
+    key = jax.random.fold_in(jax.random.key(0), 0)
+    for i in (18, 19, 20, 21, 30):  # predicted from i tokens
+        logits = Transformer(config).apply({"params": model.params}, long[:1, :i])[0, -1]
+        assert int(jax.random.categorical(jax.random.fold_in(key, i - 1), logits)) == long[0, i]
