@@ -35,6 +35,11 @@ def _rows(x: Array, weights: Array | None, dtype: Any) -> tuple[Array, Array | N
     return jnp.where(w[:, None] > 0, rows, 0), w
 
 
+def _per_token(total: Array, count: Array) -> Array:
+    """Returns ``total / count``; ``total`` if no token has a weight, as without any gradient."""
+    return total / jnp.where(count > 0, count, 1)
+
+
 @flax.struct.dataclass
 class Moments:
     """Count, mean and centered scatter of vectors of width d.
@@ -117,7 +122,7 @@ class SecondMoment:
 
     def second_moment(self) -> Float[Array, "d d"]:
         """Returns the uncentered second moment per token."""
-        return self.total / self.count
+        return _per_token(self.total, self.count)
 
 
 @flax.struct.dataclass
@@ -146,7 +151,7 @@ class AbsMean:
 
     def mean(self) -> Float[Array, "d"]:
         """Returns the mean magnitude per token."""
-        return self.total / self.count
+        return _per_token(self.total, self.count)
 
 
 @flax.struct.dataclass
@@ -178,7 +183,7 @@ class MeanSquare:
 
     def mean(self) -> Float[Array, "d"]:
         """Returns the mean square per token."""
-        return self.total / self.count
+        return _per_token(self.total, self.count)
 
 
 @flax.struct.dataclass
@@ -211,7 +216,7 @@ class HeadMoments:
 
     def second_moment(self) -> Float[Array, "heads d d"]:
         """Returns the uncentered second moment of each head, per token."""
-        return self.total / self.count
+        return _per_token(self.total, self.count)
 
 
 @flax.struct.dataclass
@@ -246,7 +251,7 @@ class Influence:
 
     def mean(self) -> Float[Array, ""]:
         """Returns the block influence per token, in [0, 2]."""
-        return self.total / self.count
+        return _per_token(self.total, self.count)
 
 
 def merged(folds: Sequence[Any]) -> Any:

@@ -22,6 +22,9 @@ from jaxtyping import Array, Float
 # nothing in directions in which the few calibration tokens had no gradient. 0.01 and 0.1 gave equal
 # results (docs/pages/tried.md).
 GRADIENT_DAMPING = 1e-2
+# Stands for the mean eigenvalue of a metric that is 0, where no error has an effect on the loss: as
+# before a matrix of zeros. All errors cost the same there, so little that others come first.
+INERT = 1e-18
 EMPTY = 1e-10  # energy of an empty column, as a fraction of the mean energy
 WIDE = 512  # number of columns from which the blocks of `gram` save time
 ROWS_SHIFT = 1e-5  # shift in Gram-Schmidt; above the float32 rounding of products of unit rows
@@ -76,11 +79,13 @@ def root_pair(
 ) -> tuple[Float[Array, "n n"], Float[Array, "n n"]]:
     """Returns R with ``a + δI = R Rᵀ``, and its inverse; ``δ = damping · trace(a)/n``.
 
+    If ``a`` is zero, its trace counts as `INERT` · n.
+
     Every root of a metric gives the same errors. This one is a Cholesky factor, which exists thanks
     to the damping. The symmetric root needs an eigendecomposition, which takes tens of times as
     long.
     """
-    root = jittered(a, damping, mean_unit(jnp.diagonal(a)))
+    root = jittered(a, damping, inert_unit(jnp.mean(jnp.diagonal(a))))
     return root, lower_inverse(root)
 
 
@@ -197,6 +202,11 @@ def mean_unit(diagonal: Any) -> Any:
     """
     mean = diagonal.mean()
     return mean + (mean == 0).astype(mean.dtype)
+
+
+def inert_unit(mean: Any) -> Any:
+    """Returns the mean of a metric or of error weights; `INERT` if it is 0."""
+    return jnp.where(mean > 0, mean, jnp.asarray(INERT, mean.dtype))
 
 
 def own_unit(diagonal: Any) -> Any:

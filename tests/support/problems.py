@@ -1,5 +1,6 @@
 """Problems for methods, with every statistic that one may ask for, and sizes of plans."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -23,6 +24,38 @@ def inputs(shape, seed=0):
         "gradients": Moments.zeros(min(shape)).update(g),
     }
     return kernel, stats
+
+
+def degenerate(shape=(24, 16)):
+    """What is wrong -> a kernel and every statistic of `inputs`, without NaN in a valid model."""
+    rng = np.random.default_rng(5)
+    kernel = rng.normal(size=shape)
+    x, g = rng.normal(size=(300, shape[0])) + 0.5, rng.normal(size=(300, min(shape)))
+    dead = np.arange(shape[0]) % 3 == 0
+
+    def stats(x, g, fisher=None):
+        x, g = jnp.asarray(x, jnp.float32), jnp.asarray(g, jnp.float32)
+        fisher = jnp.ones(shape[0]) if fisher is None else jnp.asarray(fisher, jnp.float32)
+        return {
+            "input": Moments.zeros(shape[0]).update(x),
+            "abs_mean": AbsMean.zeros(shape[0]).update(x),
+            "row_fisher": fisher,
+            "gradients": Moments.zeros(min(shape)).update(g),
+        }
+
+    none = np.zeros(shape[0])
+    cases = {
+        "a kernel of zeros": (np.zeros(shape), stats(x, g)),
+        "equal rows": (np.repeat(kernel[:1], shape[0], axis=0), stats(x, g)),
+        "equal columns": (np.repeat(kernel[:, :1], shape[1], axis=1), stats(x, g)),
+        "inputs of zeros": (kernel, stats(0 * x, g)),
+        "dead inputs": (kernel, stats(np.where(dead, 0, x), g, np.where(dead, 0, 1))),
+        "a constant input": (kernel, stats(np.where(dead, 7.0, x), g)),
+        "one token": (kernel, stats(np.repeat(x[:1], 300, axis=0), g)),
+        "no gradients": (kernel, stats(x, 0 * g, none)),
+        "nothing": (np.zeros(shape), stats(0 * x, 0 * g, none)),
+    }
+    return {name: (jnp.asarray(k, jnp.float32), own) for name, (k, own) in cases.items()}
 
 
 def moments(x):
@@ -134,6 +167,29 @@ def problems():
                 "gradients": gradients(16),
             },
         ),
+    }
+
+
+def degenerate_modules(kind):
+    """What is wrong -> the kernels of a module, and its statistics."""
+    kernels, stats = problems()[kind]
+    zeros = {name: np.zeros_like(a) if name != "rope_index" else a for name, a in kernels.items()}
+    outward = {"mlp": "down", "vo": "o", "qk": "k"}[kind]
+
+    def nothing(given, *names):
+        """Statistics that saw zeros, or of ``names`` alone."""
+        return {
+            name: jax.tree.map(lambda a: a * 0 if a.ndim else a, own)
+            if not names or name in names
+            else own
+            for name, own in given.items()
+        }
+
+    return {
+        "kernels of zeros": (zeros, nothing(stats)),
+        "an outward kernel of zeros": (kernels | {outward: zeros[outward]}, stats),
+        "inputs of zeros": (kernels, nothing(stats)),
+        "no gradients": (kernels, nothing(stats, "gradients", "gates")),
     }
 
 

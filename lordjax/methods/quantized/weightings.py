@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lordjax.methods.base import Method
-from lordjax.methods.linalg import mm
+from lordjax.methods.linalg import INERT, inert_unit, mm
 
 # Fraction of the mean that is added to the diagonal of the inputs' second moment. The mean comes
 # from a few huge activations. GPTQ's 0.01 of it exceeds the energy of all other inputs, and leads
@@ -33,6 +33,9 @@ MOMENTS = ("input", "both")  # weightings with a second moment of inputs: allow 
 def make_weights(kernel: Any, stats: Mapping[str, Any]) -> Weights:
     """Returns the error weights of a kernel.
 
+    Where no error has an effect, such as before a matrix of zeros, all errors weigh the same, and
+    little: see `linalg.INERT`.
+
     Args:
       kernel: not used; all functions of `lordjax.methods.base.Method` take it.
       stats: the statistics of one weighting (`WEIGHTINGS`); empty for ``none``.
@@ -40,6 +43,7 @@ def make_weights(kernel: Any, stats: Mapping[str, Any]) -> Weights:
     del kernel
     if "fisher" in stats:
         fisher = stats["fisher"]
+        fisher = jnp.where(jnp.any(fisher > 0), fisher, INERT)
         return Weights(jnp.mean(fisher, axis=1), jnp.mean(fisher, axis=0), fisher)
     if not stats:
         return Weights()
@@ -55,7 +59,7 @@ def make_weights(kernel: Any, stats: Mapping[str, Any]) -> Weights:
     energies = jnp.diagonal(moment)
     ridge = SHRINKAGE * len(energies) / jnp.maximum(inputs.count, 1)
     shrunk = (moment + ridge * jnp.diag(energies)) / (1 + ridge)
-    return Weights(shrunk + DAMPING * jnp.mean(energies) * jnp.eye(len(moment)), outputs)
+    return Weights(shrunk + DAMPING * inert_unit(jnp.mean(energies)) * jnp.eye(len(moment)), outputs)
 
 
 def weighting_method(weighting: str) -> Method:

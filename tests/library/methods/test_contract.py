@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from problems import METHOD_NAMES, inputs, problems
+from problems import METHOD_NAMES, degenerate, degenerate_modules, inputs, problems
 
 from lordjax.kernels.low_rank import LowRank
 from lordjax.methods import METHODS, truncate
@@ -120,3 +120,46 @@ def test_modules_are_jittable_and_read_only_what_they_declare(name):
         np.testing.assert_allclose(jitted.spectrum, eager.spectrum, atol=1e-8)
         for have, want in zip(*map(jax.tree.leaves, (jitted.parts, eager.parts)), strict=True):
             np.testing.assert_allclose(have, want, atol=1e-6)
+
+
+@pytest.mark.quick("lord-*", "lord-affine-*")
+@pytest.mark.parametrize("what", degenerate())
+def test_degenerate_inputs_have_finite_factors(factor, what):
+    """Valid models have matrices of zeros, dead inputs and layers without gradients."""
+    kernel, stats = degenerate()[what]
+    factors = factor(kernel, stats)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(factors))
+    spectrum = np.asarray(factors.spectrum)
+    assert (spectrum >= 0).all() and (np.diff(spectrum) <= 1e-5 * spectrum[0]).all()
+    whole, _ = truncate(factors, min(kernel.shape))
+    np.testing.assert_allclose(whole.materialize(), kernel, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", METHOD_NAMES)
+def test_a_kernel_that_the_loss_does_not_depend_on_costs_little(name):
+    """So a global budget goes to the others; a method without gradients cannot know it."""
+    method = METHODS[name]
+    spectra = {
+        what: float(method.factor(*degenerate()[what]).spectrum.sum())
+        for what in ("no gradients", "a constant input")
+    }
+    if {"gradients", "row_fisher"} & set(method.needs):
+        assert spectra["no gradients"] < 1e-9 * spectra["a constant input"]
+    else:
+        assert spectra["no gradients"] > 0
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("name", sorted(n for n, m in METHODS.items() if m.modules))
+def test_degenerate_modules_have_finite_factors_and_widths(name):
+    for kind, module in METHODS[name].modules.items():
+        width = 4 if kind == "qk" else 3
+        for what, (kernels, stats) in degenerate_modules(kind).items():
+            given = {need: stats[need] for need in module.needs}
+            arrays = {n: jnp.asarray(a) for n, a in kernels.items()}
+            factors = module.factor(arrays, given)
+            assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(factors)), (kind, what)
+            assert (np.asarray(factors.spectrum) >= 0).all(), (kind, what)
+            new = module.prune(kernels, factors, width)
+            assert all(np.isfinite(leaf).all() for leaf in new.values()), (kind, what)
