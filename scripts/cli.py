@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from lordjax.scripts.console import printable_streams
 from lordjax.scripts.flags.compress import compress, demo, plan
 from lordjax.scripts.flags.measure import (
     benchmark,
@@ -108,5 +109,6 @@ for verb in VERBS:
 
 def main() -> None:
     """Entry point of the command."""
+    printable_streams()
     keep_programs()
     cli.main(prog_name="lordjax")

@@ -6,6 +6,7 @@ Heavy modules are imported inside functions, so that ``lordjax --help`` is insta
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import sys
@@ -62,8 +63,17 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def format_bytes(count: int | float) -> str:
-    """Formats bytes for people: ``98.4 MB``."""
+def printable_streams() -> None:
+    """Lets stdout and stderr print every text; a sign that they do not have becomes its number."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not where a program has replaced it
+            stream.reconfigure(errors="backslashreplace")
+
+
+def format_bytes(count: int | float | None) -> str:
+    """Formats bytes for people: ``98.4 MB``; ``unknown`` for None."""
+    if count is None:
+        return "unknown"
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

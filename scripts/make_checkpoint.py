@@ -212,8 +212,12 @@ def make(
             index |= dict.fromkeys(stored, file)
             total += sum(array.nbytes for array in stored.values())
         listing = {"metadata": {"total_size": total}, "weight_map": index}
-        (stage / "model.safetensors.index.json").write_text(json.dumps(listing, indent=1) + "\n")
-        (stage / "config.json").write_text(json.dumps({**config, "dtype": dtype}, indent=1) + "\n")
+        (stage / "model.safetensors.index.json").write_text(
+            json.dumps(listing, indent=1) + "\n", "utf-8"
+        )
+        (stage / "config.json").write_text(
+            json.dumps({**config, "dtype": dtype}, indent=1) + "\n", "utf-8"
+        )
     return total
 
 

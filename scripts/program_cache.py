@@ -45,7 +45,7 @@ def writable(directory: Path) -> bool:
 def processor() -> str:
     """Identifier of this machine's processor model and instruction set."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = info.read_text("utf-8").splitlines() if info.exists() else []
     # The first core's model name and instruction flags stand for all cores.
     kinds = ("model name", "flags", "Features", "CPU part", "isa")
     found = {name: next((line for line in lines if line.startswith(name)), "") for name in kinds}

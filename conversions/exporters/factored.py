@@ -145,8 +145,8 @@ def _write(job: ExportSpec, stage: Path, change: Callable[[str, Layer], Layer]) 
 
     write_shards(stage, tensors(), job.shard_bytes)
     base = architecture_of(job.source.hf_config)
-    code = Path(__file__).with_name(f"{CODE}.py").read_text()
-    (stage / f"{CODE}.py").write_text(code.replace(TEMPLATE, base))
+    code = Path(__file__).with_name(f"{CODE}.py").read_text("utf-8")
+    (stage / f"{CODE}.py").write_text(code.replace(TEMPLATE, base), "utf-8")
     write_config(
         stage,
         job.source.hf_config,

@@ -150,7 +150,7 @@ def write_shards(stage: Path, tensors: Iterable[tuple[str, np.ndarray]], limit: 
 
 def write_json(file: Path, value: Any) -> None:
     """Writes a value as JSON."""
-    file.write_text(json.dumps(value, indent=1) + "\n")
+    file.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
 
 
 # Keys that `write_config` drops: the old name of dtype, and the original's own code.

@@ -36,7 +36,7 @@ def orbax(job: ExportSpec, stage: Path) -> None:
         "lordjax": checkpoint.describe(source.config, params),
         "config": dict(source.hf_config),
     }
-    (stage / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    (stage / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
 
 
 def restore_orbax(directory: str | Path) -> tuple[ModelConfig, dict[str, Any]]:

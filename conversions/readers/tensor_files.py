@@ -212,7 +212,7 @@ def read_json(file: Path) -> dict[str, Any]:
       ValueError: if the content is not a JSON object; the message names the file.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text("utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{file}: not JSON ({error}); is the file complete?") from error
     if not isinstance(content, dict):

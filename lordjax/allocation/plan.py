@@ -93,7 +93,7 @@ class Plan:
 
     def write(self, path: Path) -> None:
         """Writes the plan to a file as JSON."""
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", "utf-8")
 
     @classmethod
     def read(cls, path: Path) -> Plan:
@@ -104,7 +104,7 @@ class Plan:
             least 1; names the file and the sites.
         """
         try:
-            plan = cls(**json.loads(path.read_text()))
+            plan = cls(**json.loads(path.read_text("utf-8")))
             bad = {p: r for p, r in plan.ranks.items() if not _is_rank(r)}
             for text in [*plan.formats.values(), *([] if plan.factors is None else [plan.factors])]:
                 normal_float.Format.parse(text)

@@ -62,7 +62,7 @@ class Archive(MemoryStore):
         super().__init__()
         index = directory / INDEX
         try:
-            content = json.loads(index.read_text())
+            content = json.loads(index.read_text("utf-8"))
             self._rows: dict[str, dict[str, Any]] = content["entries"]
             version = content["format"]
         except (OSError, ValueError, KeyError, TypeError) as error:

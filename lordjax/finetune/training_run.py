@@ -259,12 +259,12 @@ class Log:
 
     def __init__(self, path: Path, step: int, report: Report | None):
         self._report = report
-        text = path.read_text() if path.exists() else ""
+        text = path.read_text("utf-8") if path.exists() else ""
         # The last line may be cut off. Steps after the checkpoint are run again.
         whole = [json.loads(line) for line in text.split("\n")[:-1]]
         self.lines = [line for line in whole if line["step"] <= step]
         write_text(path, "".join(json.dumps(line) + "\n" for line in self.lines))
-        self._file = path.open("a", buffering=1)
+        self._file = path.open("a", buffering=1, encoding="utf-8")
 
     def close(self) -> None:
         """Closes the file."""
@@ -293,7 +293,7 @@ def _claim(directory: Path, resume: bool, about: dict[str, Any]) -> None:
         return
     if not resume:
         raise FileExistsError(f"{directory}: a run is there; go on with --resume, or remove it")
-    there = json.loads(path.read_text())
+    there = json.loads(path.read_text("utf-8"))
     for run in (there, about):  # another version of lordjax may word the summary differently
         run.get("recipe", {}).pop("summary", None)
     changes = list(differences(there, about))

@@ -87,7 +87,7 @@ def _manifest(directory: Path) -> dict[str, Any]:
     """Returns the manifest of a directory; raises ValueError if it is none."""
     file = directory / MANIFEST
     try:
-        manifest = json.loads(file.read_text())
+        manifest = json.loads(file.read_text("utf-8"))
         if manifest["format"] > FORMAT:
             raise ValueError(f"format {manifest['format']} is newer than {FORMAT}")
         if not all({"bytes", "sha256"} <= set(row) for row in manifest["files"].values()):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -48,12 +47,16 @@ class Clock:
             self._progress(stage, done, total)
 
 
-def peak_rss() -> int:
-    """Returns the peak resident memory of this process so far, in bytes."""
+def peak_rss() -> int | None:
+    """Returns the peak resident memory of this process so far, in bytes; None on Windows."""
     # On Linux, ru_maxrss starts at the value of the parent process; VmHWM does not.
     status = Path("/proc/self/status")
-    found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
+    found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text("utf-8")) if status.exists() else None
     if found is not None:
         return int(found[1]) * 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

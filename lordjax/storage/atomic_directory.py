@@ -19,7 +19,7 @@ def check_destination(directory: str | os.PathLike[str]) -> Path:
       FileExistsError: if the path exists and is not an empty directory, or cannot be replaced.
     """
     directory = Path(directory).resolve()
-    if directory.is_mount() or directory == Path.cwd():
+    if os.path.ismount(directory) or directory == Path.cwd():
         raise FileExistsError(
             f"{directory}: is a mount point or the working directory and cannot be replaced; "
             "name a directory inside it"
@@ -58,7 +58,7 @@ def sync(stage: Path) -> None:
     for file in stage.rglob("*"):
         if file.is_file():
             file.chmod(0o666 & ~_umask())  # safetensors creates files with mode 600
-            with file.open("rb") as handle:
+            with file.open("r+b" if os.name == "nt" else "rb") as handle:
                 os.fsync(handle.fileno())
     sync_directory(stage)
 

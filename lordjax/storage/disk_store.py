@@ -15,7 +15,6 @@ process that is killed loses only the entry that it was writing.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import os
 import re
@@ -24,6 +23,8 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import filelock
 
 from lordjax.storage.entry_reader import EntryReader
 from lordjax.storage.serialize import Types, to_json
@@ -82,7 +83,7 @@ class DiskStore:
             self._same(json.loads(json.dumps(identity)))
             self._read_journal()
         except BaseException:
-            os.close(self._lock)
+            self._lock.release()
             raise
 
     def __enter__(self) -> DiskStore:
@@ -95,12 +96,12 @@ class DiskStore:
         """Releases the directory; its files stay."""
         for writer in self._streams:
             writer.abandon()
-        if self._lock >= 0:
-            os.close(self._lock)
-        self._lock = -1
+        self._lock.release()
 
     def remove(self) -> None:
         """Removes the directory with all entries, and closes the store."""
+        if os.name == "nt":  # Windows does not remove files that are open
+            self.close()
         shutil.rmtree(self.directory)
         sync_directory(self.directory.parent)
         self.close()
@@ -113,7 +114,7 @@ class DiskStore:
     @property
     def open(self) -> bool:
         """Whether this process holds the directory's lock."""
-        return self._lock >= 0
+        return self._lock.is_locked
 
     def __contains__(self, key: str) -> bool:
         return key in self._entries
@@ -238,7 +239,7 @@ class DiskStore:
             write_json(path, identity)
             return
         try:
-            before = json.loads(path.read_text())
+            before = json.loads(path.read_text("utf-8"))
         except ValueError as error:
             self._broken(f"{path} is damaged ({error})")
         changes = list(differences(before, identity))
@@ -309,20 +310,18 @@ def _line(line: bytes) -> dict[str, Any] | None:
     return json.loads(text)
 
 
-def _locked(directory: Path) -> int:
-    """Locks a directory; returns the file handle, which holds the lock until it is closed."""
+def _locked(directory: Path) -> filelock.BaseFileLock:
+    """Locks a directory until the lock is released or the process ends."""
+    lock = filelock.FileLock(directory / LOCK, timeout=0, mode=0o666, thread_local=False)
     while True:
-        handle = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(handle)
+            lock.acquire()
+        except filelock.Timeout as error:
             raise BlockingIOError(
                 f"{directory}: another process works here; wait for it, or choose another output"
             ) from error
-        try:  # the process that held the lock before may have removed the file
-            if os.stat(directory / LOCK).st_ino == os.fstat(handle).st_ino:
-                return handle
-        except FileNotFoundError:
-            (directory / ENTRIES).mkdir(parents=True, exist_ok=True)
-        os.close(handle)
+        if (directory / LOCK).exists():
+            return lock
+        # The process that held the lock before has removed the directory.
+        lock.release()
+        (directory / ENTRIES).mkdir(parents=True, exist_ok=True)

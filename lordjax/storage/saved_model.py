@@ -68,7 +68,7 @@ def is_compressed(path: str | os.PathLike[str]) -> bool:
     """Whether ``path`` is a directory that `checkpoint.save` wrote."""
     file = Path(path) / "config.json"
     try:
-        config = json.loads(file.read_text())
+        config = json.loads(file.read_text("utf-8-sig"))
     except (OSError, ValueError):
         return False
     return isinstance(config, dict) and "lordjax" in config
@@ -194,7 +194,7 @@ class Saved:
     def report(self) -> dict[str, Any]:
         """Returns the contents of ``report.json``; empty if there is no such file."""
         file = self.directory / "report.json"
-        return json.loads(file.read_text()) if file.exists() else {}
+        return json.loads(file.read_text("utf-8")) if file.exists() else {}
 
     def plan(self) -> Plan | None:
         """Returns the compression plan; None if there is no ``plan.json``."""
@@ -215,7 +215,7 @@ def open_saved(directory: str | os.PathLike[str]) -> Saved:
             f'{directory}: no config.json with a "lordjax" entry; expected a model directory that '
             "lordjax wrote"
         )
-    hf_config = json.loads((directory / "config.json").read_text())
+    hf_config = json.loads((directory / "config.json").read_text("utf-8"))
     meta = hf_config.pop("lordjax")
     try:
         if meta["format"] > FORMAT:
@@ -236,7 +236,7 @@ def open_saved(directory: str | os.PathLike[str]) -> Saved:
             f"{directory / 'config.json'}: damaged lordjax entry ({error!r})"
         ) from error
     try:
-        files = dict(json.loads((directory / INDEX).read_text())["weight_map"])
+        files = dict(json.loads((directory / INDEX).read_text("utf-8"))["weight_map"])
         missing = sorted({f for f in files.values() if not (directory / f).is_file()})
     except (OSError, TypeError, ValueError, KeyError) as error:
         raise ValueError(f"{directory / INDEX}: unreadable index ({error!r})") from error

@@ -229,7 +229,7 @@ def write_text(path: Path, text: str) -> None:
       OSError: if the file cannot be written.
     """
     fresh = path.with_name(path.name + FRESH)
-    with fresh.open("w") as file:
+    with fresh.open("w", encoding="utf-8", newline="\n") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -238,7 +238,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Syncs the entries of a directory (its file names) to disk."""
+    """Syncs the entries of a directory (its file names) to disk; Windows has no way to."""
+    if os.name == "nt":
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -56,7 +56,7 @@ def main(model: str, bits: str, out: str | None) -> None:
         rows.append({**row, "table_seconds": built, "environment": environment()})
         click.echo(json.dumps(rows[-1]))
         if out is not None:
-            Path(out).write_text(json.dumps(rows, indent=1) + "\n")
+            Path(out).write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
     options = sum(len(t.candidates) for t in found) / len(found)
     click.echo(
         f"{len(found)} matrices, table in {built:.0f} s, {options:.0f} options each not beaten"

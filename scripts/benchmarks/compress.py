@@ -95,7 +95,7 @@ def main(
 ) -> None:
     """Measures MODEL with every combination of method, budget and domain."""
     if table is not None:
-        click.echo(markdown(json.loads(Path(table).read_text())))
+        click.echo(markdown(json.loads(Path(table).read_text("utf-8"))))
         return
     if model is None or data is None:
         raise click.UsageError("MODEL and --data are required; only --table works without them")
@@ -104,7 +104,7 @@ def main(
         row = measure(
             model, Path(data), domains, methods, budgets, calibration_windows, windows, time_forward
         )
-        Path(one).write_text(json.dumps(row))
+        Path(one).write_text(json.dumps(row), "utf-8")
         return
     rows: list[dict[str, Any]] = []
     for domain in domains.split(","):
@@ -116,7 +116,7 @@ def main(
             )
             click.echo(json.dumps({k: rows[-1][k] for k in ("domain", "method", "perplexity")}))
             if out is not None:
-                Path(out).write_text(json.dumps(rows, indent=1) + "\n")
+                Path(out).write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
     click.echo(markdown(rows))
 
 
@@ -146,7 +146,7 @@ def _in_process(
         words += ["--time-forward"] if time_forward else []
         command = [sys.executable, "-m", "lordjax.scripts.benchmarks.compress", model, *words]
         subprocess.run(command, check=True)
-        return json.loads(result.read_text())
+        return json.loads(result.read_text("utf-8"))
 
 
 def measure(

@@ -108,7 +108,7 @@ def main(families: str | None, model: str | None, out: str | None, **options: An
 
     def keep() -> None:
         if out is not None:
-            Path(out).write_text(json.dumps(results, indent=1) + "\n")
+            Path(out).write_text(json.dumps(results, indent=1) + "\n", "utf-8")
 
     for kind in families.split(",") if families else FAMILIES:
         results["tiny"] += tiny(kind)

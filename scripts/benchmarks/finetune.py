@@ -192,7 +192,7 @@ def recovery(
             f"| {row['tokens']} | {row['seconds']:.0f} |"
         )
         if out is not None:
-            Path(out).write_text(json.dumps(results, indent=1) + "\n")
+            Path(out).write_text(json.dumps(results, indent=1) + "\n", "utf-8")
 
 
 def _compressed(opened: Any, what: str, tokens: Any) -> Any:

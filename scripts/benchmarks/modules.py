@@ -104,7 +104,7 @@ def main(
         jax.clear_caches()  # compiled models of all variants would fill the memory
         click.echo(f"| {name} | " + " | ".join(f"{value:.2f}" for value in rows[name]) + " |")
         if out is not None:
-            Path(out).write_text(json.dumps(rows, indent=1) + "\n")
+            Path(out).write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

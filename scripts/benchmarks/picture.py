@@ -54,7 +54,7 @@ def read(path: Path) -> list[Point]:
       ValueError: if a row lacks a number, or no row is of the dense model.
     """
     points = []
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         for number, row in enumerate(csv.DictReader(file), start=2):
             try:
                 point = Point(

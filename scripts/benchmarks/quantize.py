@@ -97,7 +97,7 @@ def main(
             rows.append({**row, "environment": environment()})
             click.echo(json.dumps(row))
             if out is not None:
-                Path(out).write_text(json.dumps(rows, indent=1) + "\n")
+                Path(out).write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
     click.echo(markdown(rows))
 
 

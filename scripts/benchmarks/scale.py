@@ -143,7 +143,7 @@ def measure(
     runs, peaks = [], []
     for _ in range(repeats + 1):
         _alone(command, programs)
-        report = json.loads((folder / "out" / "report.json").read_text())
+        report = json.loads((folder / "out" / "report.json").read_text("utf-8"))
         shutil.rmtree(folder / "out")
         runs.append(report["happened"]["seconds"])
         peaks.append(report["peak_rss_bytes"])

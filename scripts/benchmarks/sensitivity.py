@@ -84,7 +84,7 @@ def main(
     lines = ["| weights | perplexity |", "|---|---|"]
     click.echo("\n".join([*lines, *(f"| {name} | {value:.2f} |" for name, value in rows.items())]))
     if out is not None:
-        Path(out).write_text(json.dumps(rows, indent=1) + "\n")
+        Path(out).write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
 
 
 def _mean_squared_gradients(prepared: Any) -> dict[str, float]:

@@ -111,7 +111,7 @@ def finished_rows(directory: Path, settings: dict[str, Any]) -> dict[str, dict[s
         return {}
     advice = f"give another --out, or remove {directory} to start over"
     try:
-        found = json.loads(file.read_text())
+        found = json.loads(file.read_text("utf-8"))
         before, rows = found["settings"], found["rows"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: not the record of a demo ({error!r}); {advice}") from error

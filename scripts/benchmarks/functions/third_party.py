@@ -47,7 +47,7 @@ def main(models: str | None, shapes: bool, out: str | None) -> None:
         click.echo(json.dumps(rows[-1]))
         if out is not None:
             found = [{**row, "environment": environment()} for row in rows]
-            Path(out).write_text(json.dumps(found, indent=1) + "\n")
+            Path(out).write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     click.echo(markdown(rows))
 
 
