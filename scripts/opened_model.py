@@ -43,6 +43,7 @@ class Model:
         the format allows it.
       stored_dtype: dtype that its weights are written in, unless a flag names another one; None:
         the dtype that they are read in.
+      base_path: of an adapter, file or directory of its base model; else None.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Model:
     generation_config: Callable[[], dict[str, Any]]
     leaves: Callable[[], dict[str, Any]]
     stored_dtype: str | None = None
+    base_path: Path | None = None
 
     def arrays(self) -> dict[str, Any]:
         """Returns all parameters on the device; they are read block by block to save memory."""
@@ -119,6 +121,7 @@ def _original(name: str) -> Model:
         generation_config=opened.generation_config,
         leaves=opened.leaves,
         stored_dtype=opened.stored_dtype,
+        base_path=opened.base_path,
     )
 
 
@@ -155,7 +158,7 @@ def _native(name: str, path: Path) -> Model:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """Returns the files that hold a model's weights."""
+    """Returns the files that hold a model's weights; of an adapter, its own."""
     if path.is_file():
         from lordjax.conversions.readers.gguf.shards import split_files
 
@@ -168,12 +171,17 @@ def file_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in weight_files(path))
 
 
-def model_checksums(path: Path) -> dict[str, str]:
-    """Returns file name -> sha256 of a model's weights and ``config.json``."""
+def model_checksums(model: Model) -> dict[str, str]:
+    """Returns file name -> sha256 of a model's weights and config, and of an adapter's base."""
     from lordjax.storage.tensor_files import checksum
 
-    files = [*weight_files(path), *path.glob("config.json")]
-    return {file.name: checksum(file).sha256 for file in files}
+    found = {}
+    folders = {"": model.path} | ({} if model.base_path is None else {"base/": model.base_path})
+    for prefix, path in folders.items():
+        configs = [path / name for name in ("config.json", "adapter_config.json")]
+        files = [*weight_files(path), *filter(Path.exists, configs)]
+        found |= {prefix + file.name: checksum(file).sha256 for file in files}
+    return found
 
 
 def directory_bytes(path: Path) -> int:

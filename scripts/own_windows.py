@@ -140,7 +140,7 @@ def cache_folder(model: Model, windows: int, length: int, seed: int) -> Path:
     from lordjax.generation.own_text import VERSION
 
     # The tokenizer decides where documents start and end; kinds of devices round differently.
-    facts = [model_checksums(model.path), _tokenizer_checksum(model), jax.devices()[0].device_kind]
+    facts = [model_checksums(model), _tokenizer_checksum(model), jax.devices()[0].device_kind]
     if generation := model.generation_config():  # it names end tokens
         facts.append(generation)
     checksum = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]

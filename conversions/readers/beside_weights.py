@@ -15,6 +15,7 @@ TOKENIZER_FILES = (
     *("vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja", "vocab.txt"),
     *("spiece.model", "sentencepiece.bpe.model", "chat_template.json"),
 )
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 GENERATION = "generation_config.json"
 # Metadata of a GGUF file -> keys of generation_config.json.
 _GGUF_SAMPLING = {
@@ -63,6 +64,11 @@ class DirectoryTokenizer:
                 f"{', '.join(TOKENIZER_FILES[3:6])}) into the directory of the model"
             )
         return present
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Returns whether a directory holds a whole tokenizer, and not only its settings."""
+    return any((directory / name).exists() for name in _VOCABULARIES)
 
 
 def read_generation_config(directory: Path) -> dict[str, Any]:

@@ -35,14 +35,20 @@ from lordjax.conversions.families.registry import (
     normalized,
     tensor_table,
 )
+from lordjax.conversions.readers.adapter import Merged, is_adapter
 from lordjax.conversions.readers.beside_weights import (
-    TOKENIZER_FILES,
     DirectoryTokenizer,
     gguf_generation_config,
+    has_tokenizer,
     read_generation_config,
     write_generation_config,
 )
+from lordjax.conversions.readers.foreign_quantization import (
+    refuse_quantized_config,
+    refuse_quantized_tensors,
+)
 from lordjax.conversions.readers.gguf.shards import is_gguf
+from lordjax.conversions.readers.hub import EXPECTED, base_of_adapter, download
 from lordjax.conversions.readers.tensor_check import (
     spelling,
     tensor_problems,
@@ -59,14 +65,14 @@ from lordjax.models.config import ModelConfig
 from lordjax.names import layer
 
 DTYPES = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
-_EXPECTED = "expected a checkpoint directory, a .gguf file or a hub id like 'owner/model'"
 
 
 class Checkpoint:
     """An opened checkpoint, as `open_checkpoint` returns it.
 
     Attributes:
-      path: checkpoint directory or file.
+      path: checkpoint directory or file; of an adapter, its directory.
+      base_path: of an adapter, directory or file of its base model; else None.
       hf_config: content of ``config.json``, with present names and of the text part only, see
         `families.config.normalize`; for a GGUF file, an equivalent config. The number of classes
         is added if the config does not name it.
@@ -91,6 +97,7 @@ class Checkpoint:
         where = str(path / "config.json") if path.is_dir() else str(path)
         self.path, several = path, is_multimodal(hf_config)
         self.hf_config = hf_config = with_class_count(normalized(hf_config), files, where)
+        self.base_path: Path | None = None
         self.config: ModelConfig = model_config(hf_config, where)
         self.table: dict[str, TensorSource] = tensor_table(hf_config, where)
         self.stored_dtype, self.notes = stored_dtype, tuple(notes)
@@ -176,6 +183,26 @@ class Checkpoint:
         other._dtype = None if self.stored_dtype is None else np.dtype(self.stored_dtype)
         return other
 
+    def with_adapter(self, path: Path) -> Checkpoint:
+        """Returns this checkpoint with a PEFT adapter merged in; see `readers.adapter`.
+
+        Args:
+          path: directory of the adapter. Its tokenizer, if it has one, replaces the base's.
+
+        Raises:
+          FileNotFoundError: if the adapter has no weights.
+          ValueError: if it is not supported, or does not fit this model.
+        """
+        other = copy.copy(self)
+        other.path, other.base_path = path, self.path
+        other._files = Merged(self._files, path)
+        if has_tokenizer(path):
+            other._tokens = DirectoryTokenizer(path)
+        if generation := read_generation_config(path):
+            other._generation_config = lambda: generation
+        other._check()
+        return other
+
     def tokenizer(self) -> Any:
         """Returns the tokenizer as a fast tokenizer of transformers."""
         return self._tokens.tokenizer()
@@ -245,8 +272,9 @@ def open_checkpoint(path_or_id: str | Path, *, ignore_keys: Iterable[str] = ()) 
 
     Args:
       path_or_id: a directory with ``config.json`` and safetensors or ``pytorch_model.bin`` files
-        (a single file, or shards with an index), a ``.gguf`` file, or a model id on the Hugging
-        Face hub. A model from the hub is downloaded into the hub's cache.
+        (a single file, or shards with an index), a directory with a PEFT adapter, which is merged
+        into its base model, a ``.gguf`` file, or a model id on the Hugging Face hub. A model from
+        the hub is downloaded into the hub's cache.
       ignore_keys: unknown keys of ``config.json`` that the model does not depend on. They are
         noted in `Checkpoint.hf_config`, and so in everything that is made from the model.
 
@@ -260,22 +288,23 @@ def open_checkpoint(path_or_id: str | Path, *, ignore_keys: Iterable[str] = ()) 
     """
     path = Path(path_or_id).expanduser()
     if not path.exists():
-        path = _download(str(path_or_id))
+        path = download(str(path_or_id))
     if path.is_file():
         if not is_gguf(path):
-            raise ValueError(f"{path}: cannot read this file; {_EXPECTED}")
+            raise ValueError(f"{path}: cannot read this file; {EXPECTED}")
         from lordjax.conversions.readers.gguf import Gguf
 
         file = Gguf(path)
         hf_config = rule_out(file.hf_config, ignore_keys, str(path))
         generation = functools.partial(gguf_generation_config, file.meta)
         return Checkpoint(path, hf_config, file, file, generation, file.stored_dtype, file.notes)
-    config = path / "config.json"
-    if not config.exists():
-        raise FileNotFoundError(f"{path}: no config.json in this directory; {_EXPECTED}")
-    hf_config = rule_out(read_json(config), ignore_keys, str(config))
+    if is_adapter(path):
+        base = open_checkpoint(base_of_adapter(path), ignore_keys=ignore_keys)
+        return base.with_adapter(path)
+    hf_config = _config_of(path, path / "config.json", ignore_keys)
     generation = functools.partial(read_generation_config, path)
     files, tokens = open_directory(path), DirectoryTokenizer(path)
+    refuse_quantized_tensors(files)
     return Checkpoint(path, hf_config, files, tokens, generation)
 
 
@@ -298,42 +327,23 @@ def read_config(
     """
     path = Path(path_or_id).expanduser()
     if not path.exists():
-        path = _download(str(path_or_id), ["config.json"])
+        path = download(str(path_or_id), ["config.json"])
     if is_gguf(path):
         from lordjax.conversions.readers.gguf import Gguf
 
         hf_config = rule_out(Gguf(path).hf_config, ignore_keys, str(path))
         return hf_config, model_config(hf_config, str(path))
+    if is_adapter(path):
+        return read_config(base_of_adapter(path), ignore_keys=ignore_keys)
     file = path / "config.json" if path.is_dir() else path
-    if not file.exists():
-        raise FileNotFoundError(f"{path}: no config.json in this directory; {_EXPECTED}")
-    hf_config = rule_out(read_json(file), ignore_keys, str(file))
-    hf_config = normalized(hf_config)
+    hf_config = normalized(_config_of(path, file, ignore_keys))
     return hf_config, model_config(hf_config, str(file))
 
 
-# Torch files are downloaded only without safetensors: both would double the download.
-_FILES = ["*.json", *TOKENIZER_FILES, "model*.safetensors"]
-
-
-def _download(name: str, patterns: list[str] = _FILES) -> Path:
-    """Downloads files of a model from the hub, or finds them in the hub's cache."""
-    if name.count("/") > 1 or name.startswith((".", "/", "~")) or name.lower().endswith(".gguf"):
-        raise FileNotFoundError(f"{name}: no such file or directory; {_EXPECTED}")
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        path = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
-        if patterns is _FILES and not any(path.glob("model*.safetensors")):
-            path = Path(
-                huggingface_hub.snapshot_download(
-                    name, allow_patterns=[*patterns, "pytorch_model*.bin"]
-                )
-            )
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"{name}: no such file or directory, and no model of this id from the Hugging Face "
-            f"hub ({type(error).__name__}: {str(error).splitlines()[0]}); {_EXPECTED}"
-        ) from error
-    return path
+def _config_of(path: Path, file: Path, ignore_keys: Iterable[str]) -> dict[str, Any]:
+    """Returns the content of ``config.json``, without keys that say nothing."""
+    if not file.exists():
+        raise FileNotFoundError(f"{path}: no config.json in this directory; {EXPECTED}")
+    hf_config = read_json(file)
+    refuse_quantized_config(hf_config, str(file))
+    return rule_out(hf_config, ignore_keys, str(file))

@@ -219,7 +219,7 @@ def _identity(
         "lordjax": __version__,
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
-        "model": model_checksums(model.path),
+        "model": model_checksums(model),
         "calibration": None if facts is None else _without_sources(facts),
         "settings": {key: value for key, value in settings.items() if key not in by_content},
     }
