@@ -20,6 +20,7 @@ import numpy as np
 
 from lordjax.data import documents, token_windows
 from lordjax.data.examples import VALIDATION, Data, Examples, hold_out, pad
+from lordjax.data.record_files import read_text
 
 
 class Columns(NamedTuple):
@@ -113,7 +114,7 @@ def classification(
 def _cells(path: Path, asked: Columns | None) -> tuple[list[tuple[str, ...]], list[str]]:
     """Returns the texts and the label of every row."""
     documents.located(path)
-    lines = enumerate(documents.read_text(path).split("\n"), 1)
+    lines = enumerate(read_text(path).split("\n"), 1)
     rows = [(n, line.rstrip("\r").split("\t")) for n, line in lines if line.strip()]
     if not rows:
         raise ValueError(f"{path}: no text; expected tab-separated rows with a text and a label")

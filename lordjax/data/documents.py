@@ -1,48 +1,60 @@
-"""Reads documents: text files and lines of ``.jsonl`` files, in order or shuffled."""
+"""Reads documents: text files and records of files of them, in order or shuffled."""
 
 from __future__ import annotations
 
 import dataclasses
-import gzip
-import hashlib
-import json
 import os
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lordjax.data.record_files import (
+    FIELD,
+    LINES,
+    RECORDS,
+    decoded,
+    parse_json,
+    read_records,
+    read_text,
+    record_text,
+    suffix_of,
+)
+
 _SUFFIXES = (
     ".c .cc .cfg .cpp .cs .css .csv .cu .go .h .hpp .hs .html .ini .java .jl .js .json .jsonl .jsx "
     ".kt .lua .md .ml .php .pl .py .pyi .r .raw .rb .rs .rst .scala .sh .sql .swift .tex .toml "
     ".ts .tsx .txt .xml .yaml .yml .zig"
 )
-TEXT_SUFFIXES = frozenset(_SUFFIXES.split())
+TEXT_SUFFIXES = frozenset(_SUFFIXES.split()) | RECORDS
 
 
-def documents(path: str | Path | Sequence[Path], seed: int | None = None) -> Iterator[str]:
+def documents(
+    path: str | Path | Sequence[Path], seed: int | None = None, field: str = FIELD
+) -> Iterator[str]:
     """Yields texts one by one, so that only the needed part of a large corpus is read.
 
     Args:
-      path: a text file, a ``.jsonl`` file, a directory, or a list of files, as for
+      path: a text file, a file of records, a directory, or a list of files, as for
         `token_windows.load_tokens`.
       seed: seed of a random order; None keeps the order of the paths and lines.
+      field: name of the text in a record.
 
     Raises:
       FileNotFoundError: if the path does not exist.
-      ValueError: if a file cannot be read as text or has no "text" in a line; says where.
+      ValueError: if a file cannot be read as text or a record has no such field; says where.
+      ImportError: if a file is parquet and pyarrow is not installed.
     """
     files = _files(path)
     shuffle = np.random.default_rng(seed).permutation
     for i in range(len(files)) if seed is None else shuffle(len(files)):
-        if files[i].suffix != ".jsonl":
+        if suffix_of(files[i]) not in RECORDS:
             yield read_text(files[i])
             continue
-        lines = json_lines(files[i])
-        for j in range(len(lines)) if seed is None else shuffle(len(lines)):
-            yield _jsonl_text(files[i], *lines[j])
+        corpus = Corpus.of(files[i : i + 1], field)
+        for j in range(len(corpus)) if seed is None else shuffle(len(corpus)):
+            yield corpus.text(j)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,32 +62,44 @@ class Corpus:
     """The documents of a path, each read by its number.
 
     Files are listed and lines of jsonl are counted; a document is parsed when it is asked for.
+    Records of compressed files and of parquet are held in memory.
 
     Attributes:
       files: the files.
-      places: ``[n, 4]`` int64, for every document: its file, its line from 1 (0: the whole file),
-        and the first byte and the end of that line.
+      places: ``[n, 4]`` int64, for every document: its file, its line or record from 1 (0: the
+        whole file), and the first byte and the end of that line.
+      field: name of the text in a record.
+      held: number of a file -> its records, each with its place in the file.
     """
 
     files: list[Path]
     places: np.ndarray
+    field: str = FIELD
+    held: dict[int, list[tuple[str, Any]]] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def of(cls, path: str | Path | Sequence[Path]) -> Corpus:
+    def of(cls, path: str | Path | Sequence[Path], field: str = FIELD) -> Corpus:
         """Returns the corpus of a path; see `documents`.
 
         Raises:
           FileNotFoundError: if the path does not exist.
-          ValueError: if there is no text file in a directory.
+          ValueError: if there is no text file in a directory, or a file cannot be read.
+          ImportError: if a file is parquet and pyarrow is not installed.
         """
-        files = _files(path)
-        places = [
-            np.array([(i, 0, 0, 0)])
-            if file.suffix != ".jsonl"
-            else np.insert(_line_places(file), 0, i, axis=1)
+        files, places = _files(path), []
+        kinds = [suffix_of(file) for file in files]
+        held = {
+            i: read_records(file)
             for i, file in enumerate(files)
-        ]
-        return cls(files, np.concatenate(places).astype(np.int64))
+            if kinds[i] in RECORDS and kinds[i] != LINES
+        }
+        for i, file in enumerate(files):
+            if i in held:
+                own = [(number, 0, 0) for number in range(1, len(held[i]) + 1)]
+            else:
+                own = _line_places(file) if kinds[i] == LINES else [(0, 0, 0)]
+            places.append(np.insert(np.array(own, np.int64).reshape(-1, 3), 0, i, axis=1))
+        return cls(files, np.concatenate(places), field, held)
 
     def __len__(self) -> int:
         return len(self.places)
@@ -84,15 +108,19 @@ class Corpus:
         """Returns a document.
 
         Raises:
-          ValueError: if it cannot be read as text, or has no "text" in a line; says where.
+          ValueError: if it cannot be read as text, or has no such field; says where.
         """
         file, line, start, end = self.places[i].tolist()
         path = self.files[file]
+        if file in self.held:
+            where, record = self.held[file][line - 1]
+            return record_text(record, self.field, where)
         if not line:
             return read_text(path)
         with path.open("rb") as opened:
             opened.seek(start)
-            return _jsonl_text(path, line, _decoded(opened.read(end - start), path, start))
+            where, text = f"{path}, line {line}", decoded(opened.read(end - start), path, start)
+        return record_text(parse_json(text, where), self.field, where)
 
 
 def _files(path: str | Path | Sequence[Path]) -> list[Path]:
@@ -104,15 +132,15 @@ def _files(path: str | Path | Sequence[Path]) -> list[Path]:
     return files
 
 
-def _line_places(path: Path) -> np.ndarray:
-    """Returns number, first byte and end ``[n, 3]`` of the non-empty lines of a jsonl file."""
+def _line_places(path: Path) -> list[tuple[int, int, int]]:
+    """Returns number, first byte and end of the non-empty lines of a jsonl file."""
     found, start = [], 0
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 found.append((number, start, start + len(line)))
             start += len(line)
-    return np.array(found, np.int64).reshape(-1, 3)
+    return found
 
 
 def walk(
@@ -128,7 +156,7 @@ def walk(
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".") and name not in skipped]
         for name in names:
-            if not name.startswith(".") and Path(name).suffix.lower() in suffixes:
+            if not name.startswith(".") and suffix_of(Path(name)) in suffixes:
                 yield Path(folder, name)
 
 
@@ -143,88 +171,3 @@ def located(path: str | Path | Sequence[Path]) -> tuple[list[Path], str]:
         if not p.exists():
             raise FileNotFoundError(f"{p}: no such file or directory; expected text or token ids")
     return paths, str(paths[0]) if len(paths) == 1 else f"{len(paths)} files"
-
-
-def read_text(path: Path) -> str:
-    """Returns the text of a file, without a byte order mark.
-
-    Raises:
-      ValueError: if the file is not UTF-8; names the first bad byte and its offset.
-    """
-    return _decoded(path.read_bytes(), path, 0)
-
-
-def _decoded(data: bytes, path: Path, offset: int) -> str:
-    """Decodes the bytes of a file from an offset on."""
-    try:
-        return data.decode("utf-8" if offset else "utf-8-sig")
-    except UnicodeDecodeError as error:
-        bad = f"byte {error.object[error.start]:#04x} at offset {offset + error.start}"
-        raise ValueError(
-            f"{path}: {bad} is not UTF-8; expected text (convert the file or leave it out)"
-        ) from error
-
-
-def json_lines(path: Path) -> list[tuple[int, str]]:
-    """Returns the non-empty lines of a ``.jsonl`` file, each with its line number from 1."""
-    return [(n, s) for n, s in enumerate(read_text(path).split("\n"), 1) if s.strip()]
-
-
-def parse_json(text: str, where: str) -> Any:
-    """Parses JSON.
-
-    Args:
-      text: the JSON text.
-      where: its file and line, for error messages.
-
-    Raises:
-      ValueError: if the text is not JSON; says where.
-    """
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error})") from error
-
-
-def records(path: str | Path, what: str) -> tuple[list[tuple[str, dict[str, Any]]], str]:
-    """Reads all records (JSON objects) of a ``.jsonl`` or ``.jsonl.gz`` file.
-
-    Args:
-      path: the file.
-      what: the expected contents, for error messages.
-
-    Returns:
-      A list of (file and line, record), and the SHA-256 of the uncompressed file.
-
-    Raises:
-      FileNotFoundError: if there is no such file.
-      ValueError: if the file cannot be read, is empty, or a line is not a JSON object; says where.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file ({what}, .jsonl or .jsonl.gz)")
-    data = path.read_bytes()
-    try:
-        data = gzip.decompress(data) if path.suffix == ".gz" else data
-        lines = data.decode("utf-8").split("\n")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read as .jsonl or .jsonl.gz ({error})") from error
-    found = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            where = f"{path}, line {number}"
-            record = parse_json(line, where)
-            if not isinstance(record, dict):
-                raise ValueError(f"{where}: {type(record).__name__}; expected a JSON object")
-            found.append((where, record))
-    if not found:
-        raise ValueError(f"{path}: empty; expected a JSON object per line")
-    return found, hashlib.sha256(data).hexdigest()
-
-
-def _jsonl_text(path: Path, number: int, line: str) -> str:
-    record = parse_json(line, f"{path}, line {number}")
-    text = record.get("text") if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        raise ValueError(f'{path}, line {number}: no "text"; expected {{"text": "…"}} in each line')
-    return text

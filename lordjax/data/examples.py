@@ -18,6 +18,7 @@ import numpy as np
 
 from lordjax.data import token_windows
 from lordjax.data.documents import documents, located
+from lordjax.data.record_files import FIELD
 from lordjax.models.config import ModelConfig
 
 VALIDATION = 0.05  # fraction of the documents that is held out
@@ -191,17 +192,19 @@ def packed(
     vocab_size: int,
     share: float = VALIDATION,
     seed: int = 0,
+    field: str = FIELD,
 ) -> Data:
     """Reads text or code for a causal language model, packed into windows of equal length.
 
     Args:
-      path: text files, ``.jsonl`` files, directories or a ``.npy`` array; see
+      path: text files, files of records, directories or a ``.npy`` array; see
         `token_windows.load_tokens`.
       tokenizer: converts text to token ids; not needed for an array.
       seq_len: tokens per window.
       vocab_size: size of the vocabulary; every token id must be below it.
       share: fraction of the documents that is held out; 0 leaves `Data.validation` empty.
       seed: seed of the split.
+      field: name of the text in a record.
 
     Returns:
       Training and validation examples.
@@ -219,7 +222,7 @@ def packed(
         held = split_documents(texts, share=share, seed=seed)
         sides = [tokens[~held], tokens[held]]
     else:
-        texts = [text for text in documents(path) if text]
+        texts = [text for text in documents(path, field=field) if text]
         held = split_documents(texts, share=share, seed=seed)
         sides = [np.zeros((0, seq_len), np.int32)] * 2
         for i, part in enumerate(("training", "validation")):

@@ -1,36 +1,27 @@
 """Instruction data for a causal language model: chats and questions, where answers are learned.
 
-The data is a ``.jsonl`` file or a ``.json`` list of records of these kinds (`_RECORDS`)::
-
-    {"instruction": "…", "input": "…", "output": "…"}                 Alpaca; input may be missing
-    {"messages": [{"role": "user", "content": "…"}, …]}               chats
-    {"conversations": [{"from": "human", "value": "…"}, …]}           ShareGPT
-
-The tokenizer's chat template formats the messages; without a template they get plain headings. The
-targets are the tokens of the answers, including the token that ends an answer. All other tokens are
-input only.
+`conversations` describes the formats of the data. The tokenizer's chat template formats the
+messages; without a template they get plain headings. The targets are the tokens of the answers,
+including the token that ends an answer. All other tokens are input only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lordjax.data import documents, token_windows
+from lordjax.data import token_windows
+from lordjax.data.conversations import ANSWER, Conversation, Message, conversations
 from lordjax.data.examples import VALIDATION, Data, Examples, hold_out, next_tokens, pad
 
-Message = dict[str, str]  # role and content
 Piece = tuple[str, bool]  # a piece of text, and whether its tokens are targets
 
-ANSWER = "assistant"
-# Names that data sets use for the three roles.
-_ROLES = {
-    "system": "system",
-    **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys((ANSWER, "gpt", "bot", "chatgpt"), ANSWER),
+_HEADINGS = {
+    "system": "### System:",
+    "user": "### Instruction:",
+    "tool": "### Tool:",
+    ANSWER: "### Response:",
 }
-_HEADINGS = {"system": "### System:", "user": "### Instruction:", ANSWER: "### Response:"}
 
 
 def instructions(
@@ -48,7 +39,7 @@ def instructions(
     after ``seq_len`` tokens is left out; a longer one is truncated.
 
     Args:
-      path: the file; the module's docstring describes its format.
+      path: the file; `conversations` describes its format.
       tokenizer: a tokenizer of transformers, with or without a chat template.
       seq_len: largest number of tokens of an example.
       vocab_size: size of the vocabulary; every token id must be below it.
@@ -70,9 +61,8 @@ def instructions(
     write = _by_template if chat else _under_headings
     rows, wanted, texts = [], [], []
     left_out = cut = 0
-    for where, record in _records(Path(path)):
-        messages = _messages(record, where)
-        for pieces in write(messages, tokenizer, where):
+    for conversation in conversations(Path(path)):
+        for pieces in write(conversation, tokenizer):
             ids, answers = _tokens(pieces, tokenizer, [] if chat else _beginning(tokenizer))
             if not any(answers[1:seq_len]):
                 left_out += 1
@@ -80,7 +70,7 @@ def instructions(
             cut += len(ids) > seq_len
             rows.append(ids[:seq_len])
             wanted.append(answers[:seq_len])
-            texts.append(_question(messages))
+            texts.append(_question(conversation.messages))
     if not rows:
         raise ValueError(
             f"{path}: no example of at most {seq_len} tokens, {left_out} left out because their "
@@ -94,99 +84,29 @@ def instructions(
     return hold_out(Examples(tokens, targets, mask), texts, share, seed, facts)
 
 
-def _records(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yields every record with its file and line (or number in the list), from 1."""
-    documents.located(path)
-    if path.suffix == ".jsonl":
-        for number, line in documents.json_lines(path):
-            where = f"{path}, line {number}"
-            yield where, documents.parse_json(line, where)
-        return
-    records = documents.parse_json(documents.read_text(path), str(path))
-    if not isinstance(records, list):
-        raise ValueError(f"{path}: {type(records).__name__}; expected a list, or a .jsonl file")
-    for number, record in enumerate(records, 1):
-        yield f"{path}, record {number}", record
-
-
-def _messages(record: Any, where: str) -> list[Message]:
-    """Returns the messages of a record up to its last answer."""
-    key = next((key for key in _RECORDS if isinstance(record, dict) and key in record), None)
-    if key is None:
-        known = " or ".join(f'"{key}"' for key in _RECORDS)
-        raise ValueError(f"{where}: expected a JSON object with {known}")
-    messages = _RECORDS[key](record, where)
-    roles = [message["role"] for message in messages]
-    if ANSWER not in roles[1:]:
-        raise ValueError(f"{where}: no answer; expected one (role {ANSWER}) after a question")
-    return messages[: len(roles) - roles[::-1].index(ANSWER)]
-
-
-def _alpaca(record: dict[str, Any], where: str) -> list[Message]:
-    question, answer = (_text(record, key, where) for key in ("instruction", "output"))
-    context = _text(record, "input", where) if record.get("input") else ""
-    question = f"{question}\n\n{context}" if context else question
-    return [{"role": "user", "content": question}, {"role": ANSWER, "content": answer}]
-
-
-def _chat(key: str, role: str, content: str) -> Callable[[dict[str, Any], str], list[Message]]:
-    """Returns a reader of the list of messages under a key.
-
-    Args:
-      key: the record's key.
-      role: a message's key for its role.
-      content: a message's key for its text.
-    """
-
-    def read(record: dict[str, Any], where: str) -> list[Message]:
-        if not isinstance(record[key], list):
-            raise ValueError(f'{where}: "{key}" is no list; expected a list of messages')
-        found = []
-        for number, message in enumerate(record[key], 1):
-            place = f"{where}, message {number}"
-            if not isinstance(message, dict) or message.get(role) not in _ROLES:
-                raise ValueError(f'{place}: expected "{role}", one of {", ".join(_ROLES)}')
-            own = _ROLES[message[role]]
-            found.append({"role": own, "content": _text(message, content, place)})
-        return found
-
-    return read
-
-
-# Readers of records by key; the first key that a record has chooses its reader.
-_RECORDS: dict[str, Callable[[dict[str, Any], str], list[Message]]] = {
-    "messages": _chat("messages", "role", "content"),
-    "conversations": _chat("conversations", "from", "value"),
-    "instruction": _alpaca,
-}
-
-
-def _text(record: dict[str, Any], key: str, where: str) -> str:
-    if not isinstance(text := record.get(key), str):
-        raise ValueError(f'{where}: "{key}" is {text!r}; expected text')
-    return text
-
-
 def _question(messages: list[Message]) -> str:
     """Returns the text before the first answer."""
     first = [message["role"] for message in messages].index(ANSWER, 1)
     return "\n\n".join(message["content"] for message in messages[:first])
 
 
-def _by_template(messages: list[Message], tokenizer: Any, where: str) -> list[list[Piece]]:
+def _by_template(conversation: Conversation, tokenizer: Any) -> list[list[Piece]]:
     """Formats messages by the tokenizer's chat template; returns the pieces of every example.
 
     A template may format an earlier answer differently from the last one, for instance without its
     reasoning. Then the text before the next answer does not begin with the text so far, and the
     next answer starts a new example.
     """
+    messages, tools = conversation.messages, conversation.tools
+    how = {"tools": tools} if tools else {}
 
     def render(count: int, prompt: bool) -> str:
         try:
             return tokenizer.apply_chat_template(
-                messages[:count], tokenize=False, add_generation_prompt=prompt
+                messages[:count], tokenize=False, add_generation_prompt=prompt, **how
             )
         except Exception as error:  # a template's code may raise anything
+            where = conversation.where
             raise ValueError(f"{where}: the chat template refuses this: {error}") from error
 
     found: list[list[Piece]] = []
@@ -213,11 +133,16 @@ def _common(a: str, b: str) -> int:
     return next(unlike, min(len(a), len(b)))
 
 
-def _under_headings(messages: list[Message], tokenizer: Any, where: str) -> list[list[Piece]]:
+def _under_headings(conversation: Conversation, tokenizer: Any) -> list[list[Piece]]:
     """Formats messages under plain headings; every answer ends with the end-of-text token."""
-    del where
     pieces: list[Piece] = []
     end = getattr(tokenizer, "eos_token", None) or ""
+    messages = conversation.messages
+    if conversation.tools or any("tool_calls" in message for message in messages):
+        raise ValueError(
+            f"{conversation.where}: calls of tools, but the tokenizer has no chat template that "
+            "says how they are written; use a chat model, or leave the record out"
+        )
     for i, message in enumerate(messages):
         gap = "\n\n" if i else ""
         heading, content = f"{gap}{_HEADINGS[message['role']]}\n", message["content"]

@@ -1,9 +1,9 @@
-"""Token windows for calibration and evaluation, from text, source trees, jsonl or arrays.
+"""Token windows for calibration and evaluation, from text, source trees, records or arrays.
 
-A *document* is one text file, one line of a ``.jsonl`` file, or one entry of a list. Documents are
-tokenized one by one without special tokens and joined by the tokenizer's end-of-text token (two
-line breaks if it has none). The tokens are cut into windows of equal length; a last, shorter window
-is dropped. The same arguments always give the same ids.
+A *document* is one text file, one record of a file, or one entry of a list. Documents are tokenized
+one by one without special tokens and joined by the tokenizer's end-of-text token (two line breaks
+if it has none). The tokens are cut into windows of equal length; a last, shorter window is dropped.
+The same arguments always give the same ids.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 
 from lordjax.data import spread_out
 from lordjax.data.documents import Corpus, documents, located, walk
+from lordjax.data.record_files import FIELD
 from lordjax.data.tokenizing import Tokenizer, first_ids, separator
 
 # Folders of the standard library without hand-written code: tests, packages, generated tables.
@@ -48,13 +49,15 @@ def load_tokens(
     document_tokens: int | None = None,
     seed: int = 0,
     spread: bool = False,
+    field: str = FIELD,
 ) -> np.ndarray:
     """Reads windows of token ids.
 
     Args:
-      path: a text file, a ``.jsonl`` file with ``text``, a directory of text or source files
-        (recursively, those with a suffix of `documents.TEXT_SUFFIXES`, not hidden), a list of such
-        files, or a ``.npy`` array of integer ids ``[n, len]`` with len ≥ ``seq_len``.
+      path: a text file, a file of records (``.jsonl``, ``.jsonl.gz`` or ``.parquet``), a directory
+        of text or source files (recursively, those with a suffix of `documents.TEXT_SUFFIXES`, not
+        hidden), a list of such files, or a ``.npy`` array of integer ids ``[n, len]`` with len ≥
+        ``seq_len``.
       tokenizer: converts text to token ids; not needed for an array.
       seq_len: tokens per window, 2 or more.
       vocab_size: size of the vocabulary; every id must be below it.
@@ -66,6 +69,7 @@ def load_tokens(
       spread: take the windows from as many documents, and as many places of a long document, as
         possible; see `spread_out`. It needs ``samples``, and changes nothing where
         ``document_tokens`` is given or the path is an array.
+      field: name of the text in a record.
 
     Returns:
       ``[n, seq_len]`` int32 token ids, n ≥ 1; fewer than ``samples`` windows if the text is short.
@@ -83,6 +87,7 @@ def load_tokens(
         document_tokens=document_tokens,
         seed=seed,
         spread=spread,
+        field=field,
     ).tokens
 
 
@@ -96,6 +101,7 @@ def load_windows(
     document_tokens: int | None = None,
     seed: int = 0,
     spread: bool = False,
+    field: str = FIELD,
 ) -> Windows:
     """Reads windows of token ids and counts their documents; arguments as for `load_tokens`.
 
@@ -117,11 +123,11 @@ def load_windows(
     tokenizer = _present(tokenizer, where)
     if spread and samples is not None and document_tokens is None:
         drawn = spread_out.draw(
-            Corpus.of(path), tokenizer, seq_len=seq_len, samples=samples, seed=seed
+            Corpus.of(path, field), tokenizer, seq_len=seq_len, samples=samples, seed=seed
         )
     else:
         limit = None if samples is None else samples * seq_len
-        texts = documents(path, None if samples is None else seed)
+        texts = documents(path, None if samples is None else seed, field)
         drawn = _pack(texts, tokenizer, limit, document_tokens)
     return Windows(_cut(drawn.tokens, seq_len, vocab_size, where), drawn.documents)
 

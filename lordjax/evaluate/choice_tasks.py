@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lordjax.data import documents
+from lordjax.data import record_files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,7 +245,7 @@ def read_questions(path: str | Path, task: str) -> QuestionSet:
     """
     if task not in TASKS:
         raise KeyError(f"no task {task!r}; expected one of {', '.join(TASKS)}")
-    records, sha256 = documents.records(path, "questions with choices")
+    records, sha256 = record_files.records(path, "questions with choices")
     found = [(where, _fields(Record(where, record), task)) for where, record in records]
     questions = []
     for where, fields in found:

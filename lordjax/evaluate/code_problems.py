@@ -17,7 +17,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from lordjax.data import documents
+from lordjax.data import record_files
 
 # Stop strings, which end a completion. The first five of HumanEval are from Chen et al. (section
 # 3.2); all others are from the BigCode evaluation harness.
@@ -84,7 +84,7 @@ def read_humaneval(path: str | Path, *, strip: bool = True) -> ProblemSet:
       FileNotFoundError: if there is no such file.
       ValueError: if a line lacks a field, or a task occurs twice; says where.
     """
-    records, sha256 = documents.records(path, WHAT)
+    records, sha256 = record_files.records(path, WHAT)
     problems = []
     for where, record in records:
         names = ("task_id", "prompt", "canonical_solution", "entry_point", "test")
@@ -111,7 +111,7 @@ def read_mbpp(path: str | Path) -> ProblemSet:
       FileNotFoundError: if there is no such file.
       ValueError: if a line lacks a field, or a task occurs twice; says where.
     """
-    records, sha256 = documents.records(path, WHAT)
+    records, sha256 = record_files.records(path, WHAT)
     problems = []
     for where, record in records:
         text, code, setup = (_text(record, n, where) for n in ("text", "code", "test_setup_code"))
@@ -131,7 +131,7 @@ def read_problems(path: str | Path) -> ProblemSet:
       FileNotFoundError: if there is no such file.
       ValueError: if the file is neither; says where.
     """
-    where, record = documents.records(path, WHAT)[0][0]
+    where, record = record_files.records(path, WHAT)[0][0]
     for key, read in {"entry_point": read_humaneval, "test_list": read_mbpp}.items():
         if key in record:
             return read(path)

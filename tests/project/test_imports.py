@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "lordjax.models": JAX | ARRAYS | {"flax"},
     "lordjax.methods": JAX | ARRAYS | {"flax.struct", "scipy"},
     "lordjax.storage": JAX | ARRAYS | {"filelock", "flax", "safetensors"},
-    "lordjax.data": ARRAYS,
+    "lordjax.data": ARRAYS | {"pyarrow"},
     "lordjax.generation": JAX | ARRAYS,
     "lordjax.calibration": JAX | ARRAYS | {"flax"},
     "lordjax.evaluate": JAX | ARRAYS,

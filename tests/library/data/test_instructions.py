@@ -19,6 +19,20 @@ SAME = [
         ],
         "id": 7,
     },
+    {"prompt": "Add.\n\n1 2", "completion": "3"},
+    {"prompt": "Add.\n\n1 2", "response": "3", "completion": None},
+    {"question": "Add.\n\n1 2", "answer": "3", "source": "made up"},
+    {"prompt": chat("Add.\n\n1 2"), "completion": chat("Add.\n\n1 2", "3")[1:]},
+    {"messages": None, "conversations": chat("Add.\n\n1 2", "3")},
+    {
+        "messages": [
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": "Add.\n\n"}, {"type": "text", "text": "1 2"}],
+            },
+            {"role": "assistant", "content": ["3"]},
+        ]
+    },
 ]
 
 
@@ -27,15 +41,15 @@ def test_the_answer_is_learned_with_its_end(tmp_path, suffix):
     tokenizer = make_tokenizer()
     messages = chat("Add.\n\n1 2", "3")
     train, facts = read(write(tmp_path / f"a{suffix}", SAME), tokenizer)
-    assert train.tokens.shape == (4, 64)
+    assert train.tokens.shape == (len(SAME), 64)
     assert facts["template"] == "chat"
     assert facts["left_out"] == facts["cut"] == 0
-    assert facts["targets"] == 4 * 2
+    assert facts["targets"] == len(SAME) * 2
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
     prompt = tokenizer.apply_chat_template(
         messages[:1], add_generation_prompt=True, return_dict=False
     )
-    for i in range(4):
+    for i in range(len(SAME)):
         assert tokenizer.decode(ids(train, i)) == whole.rstrip()
         assert list(ids(train, i)[: len(prompt)]) == prompt
         assert answers(train, i) == "3<|end|>"
@@ -130,7 +144,15 @@ def test_a_question_is_held_out_with_all_its_answers(tmp_path):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"question": "a"}, 'expected a JSON object with "messages" or'),
+        ({"query": "a"}, 'expected a JSON object with "messages" or'),
+        ({"question": "a"}, '"answer" is None; expected text'),
+        ({"prompt": "a", "completion": 3}, '"completion" is 3; expected text'),
+        ({"prompt": chat("a"), "completion": "b"}, '"completion" is no list'),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            "a part of type 'image'",
+        ),
+        ({"messages": chat("a", "b"), "tools": "{"}, '"tools": not JSON'),
         (["a"], 'expected a JSON object with "messages" or'),
         ({"instruction": "a"}, '"output" is None; expected text'),
         ({"instruction": "a", "input": 3, "output": "b"}, '"input" is 3; expected text'),
@@ -138,7 +160,10 @@ def test_a_question_is_held_out_with_all_its_answers(tmp_path):
         ({"messages": []}, "no answer"),
         ({"messages": chat("a")}, "no answer"),
         ({"messages": chat("a", "b")[1:]}, "no answer"),
-        ({"messages": [*chat("a", "b"), {"role": "tool"}]}, 'message 3: expected "role", one of'),
+        (
+            {"messages": [*chat("a", "b"), {"role": "narrator"}]},
+            'message 3: expected "role", one of',
+        ),
         ({"messages": [{"role": "user"}]}, 'message 1: "content" is None'),
         ({"conversations": [{"from": "user", "value": 1}]}, 'message 1: "value" is 1'),
     ],
@@ -164,3 +189,32 @@ def test_bad_files(tmp_path):
         read(write(tmp_path / "a.json", [ALPACA]), refusing)
     with pytest.raises(ValueError, match="expected 0 to 255"):
         read(tmp_path / "a.json", vocab_size=256)
+
+
+def test_tools_and_developers(tmp_path):
+    """A developer is a system; calls of tools are the template's to write."""
+    template = (
+        "{% for t in tools or [] %}{{ t['name'] }};{% endfor %}"
+        "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}"
+        "{% for c in m['tool_calls'] or [] %}!{{ c['name'] }}{% endfor %}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    calls = [{"name": "clock", "arguments": {}}]
+    messages = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": "Time?"},
+        {"role": "assistant", "content": None, "tool_calls": calls},
+        {"role": "tool", "content": "12:00", "name": "clock"},
+        {"role": "assistant", "content": "Noon."},
+    ]
+    record = {"messages": messages, "tools": '[{"name": "clock"}]'}
+    tokenizer = make_tokenizer(template)
+    train, _ = read(write(tmp_path / "a.jsonl", [record]), tokenizer)
+    text = tokenizer.decode(ids(train, 0))
+    assert text.startswith("clock;<|system|>Be brief.<|end|><|user|>Time?")
+    assert answers(train, 0) == "!clock<|end|>Noon.<|end|>"
+    with pytest.raises(ValueError, match=r"line 1: calls of tools, but the tokenizer has no chat"):
+        read(tmp_path / "a.jsonl", make_tokenizer(None))
+    plain = {"messages": [messages[1], messages[3], messages[4]]}
+    train, _ = read(write(tmp_path / "b.jsonl", [plain]), make_tokenizer(None))
+    assert "### Tool:\n12:00" in make_tokenizer(None).decode(ids(train, 0))
