@@ -5,10 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from lordjax.data.record_files import FIELD
 from lordjax.models.config import ModelConfig
 from lordjax.scripts.console import CALIBRATION, progress_report, say
 from lordjax.scripts.opened_model import Model
-from lordjax.scripts.token_inputs import WINDOW, read_windows, standard_library_name
+from lordjax.scripts.token_inputs import (
+    WINDOW,
+    check_length,
+    read_windows,
+    standard_library_name,
+)
 
 if TYPE_CHECKING:
     from lordjax.data.mixtures import Part
@@ -24,6 +30,7 @@ def read_calibration(
     seq_len: int | None,
     samples: int | None,
     seed: int,
+    field: str = FIELD,
 ) -> tuple[Any, dict[str, Any]]:
     """Reads calibration windows, of one source or of a mixture, see `mixtures`.
 
@@ -35,6 +42,7 @@ def read_calibration(
         sequence.
       samples: largest number of windows; None: as many as the model needs, see `token_count`.
       seed: seed that draws documents, and the tokens of the model's own text.
+      field: name of the text in a record.
 
     Returns:
       token ids ``[windows, length]``, and facts about them for a report.
@@ -48,15 +56,14 @@ def read_calibration(
     from lordjax.data import mixtures, token_count
     from lordjax.data.token_windows import fingerprint
 
-    given = calibration or default_calibration(model.config)
-    parts = mixtures.parse(given, (SELF, STANDARD_LIBRARY))
+    words = (SELF, STANDARD_LIBRARY)
+    parts = mixtures.parse(calibration or default_calibration(model.config), words)
     length = shared_length(parts, seq_len, model.config)
+    check_length(length, model.config)
     wanted = samples or token_count.default_windows(model.config, length)
     counts = mixtures.window_counts(parts, wanted)
-    read = [
-        _read_part(model, part, count, length=length, seed=seed)
-        for part, count in zip(parts, counts, strict=True)
-    ]
+    how: dict[str, Any] = {"length": length, "seed": seed, "field": field}
+    read = [_read_part(model, part, n, **how) for part, n in zip(parts, counts, strict=True)]
     there = [len(windows.tokens) for windows, _ in read]
     _note_short_parts(parts, counts, there)
     order = mixtures.interleaved(there)
@@ -120,7 +127,7 @@ def shared_length(parts: Sequence[Part], asked: int | None, config: ModelConfig)
 
 
 def _read_part(
-    model: Model, part: Part, count: int, *, length: int, seed: int
+    model: Model, part: Part, count: int, *, length: int, seed: int, field: str
 ) -> tuple[Windows, list[int]]:
     """Reads the windows of a part; returns them and the special tokens around each."""
     from lordjax.data.token_windows import Windows
@@ -132,7 +139,8 @@ def _read_part(
             tokens = own_windows(model, windows=count, length=length, seed=seed, progress=progress)
         return Windows(tokens, None), []
     path = None if part.source == STANDARD_LIBRARY else part.source
-    return read_windows(model, path, length=length, samples=count, seed=seed, spread=True)
+    how: dict[str, Any] = {"length": length, "samples": count, "seed": seed, "field": field}
+    return read_windows(model, path, **how, spread=True)
 
 
 def _name(part: Part) -> str:

@@ -28,6 +28,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from lordjax.evaluate import multiple_choice
 from lordjax.evaluate.likelihood import BATCH, Score, log_likelihoods
+from lordjax.generation.completion import encode
 from lordjax.generation.sampling import Sampling
 from lordjax.scripts.console import progress_report
 from lordjax.scripts.opened_model import open_model
@@ -127,7 +128,7 @@ class LordjaxLM(TemplateLM):
           **kwargs: ignored; the harness may pass more.
         """
         del kwargs
-        return multiple_choice.tokenize(self.tokenizer, string, special=add_special_tokens)
+        return encode(self.tokenizer, string, special=add_special_tokens)
 
     def _loglikelihood_tokens(
         self,

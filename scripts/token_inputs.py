@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lordjax.data.record_files import FIELD
 from lordjax.models.config import ModelConfig
+from lordjax.scripts.console import say
 from lordjax.scripts.opened_model import Model
 
 if TYPE_CHECKING:
@@ -35,8 +37,43 @@ def window_length(path: Any, asked: int | None, config: ModelConfig) -> int:
     return asked or own or min(WINDOW, config.max_positions)
 
 
+def check_length(length: int, config: ModelConfig) -> None:
+    """Checks windows against the model's longest sequence.
+
+    Rotary positions exist beyond it, but nobody trained them; so a note says it.
+
+    Args:
+      length: tokens of a window.
+      config: architecture of the model.
+
+    Raises:
+      ValueError: if the model has learned positions, and fewer of them.
+    """
+    from lordjax.runtime import multihost
+
+    most = config.max_positions
+    if length <= most:
+        return
+    if config.position_rows is not None:
+        raise ValueError(
+            f"windows of {length} tokens, but the model has learned {most} positions; choose "
+            f"--seq-len {most} or less"
+        )
+    if multihost.is_primary():
+        say(
+            f"note: windows of {length} tokens, but the model's longest sequence is {most}: it was "
+            f"not trained on positions beyond that; --seq-len {most} or less keeps to them"
+        )
+
+
 def read_tokens(
-    model: Model, path: str | None, *, seq_len: int | None, samples: int | None, seed: int
+    model: Model,
+    path: str | None,
+    *,
+    seq_len: int | None,
+    samples: int | None,
+    seed: int,
+    field: str = FIELD,
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Reads windows of tokens. Windows for an encoder begin and end with its special tokens.
 
@@ -46,6 +83,7 @@ def read_tokens(
       seq_len: tokens of a window; None: see `window_length`.
       samples: largest number of windows; None: all.
       seed: seed that draws the documents.
+      field: name of the text in a record.
 
     Returns:
       token ids ``[windows, length]``, and facts about them for a report.
@@ -53,8 +91,15 @@ def read_tokens(
     from lordjax.data.token_windows import fingerprint
 
     length = window_length(path, seq_len, model.config)
+    check_length(length, model.config)
     found, ends = read_windows(
-        model, path, length=length, samples=samples, seed=seed, document_tokens=DOCUMENT_TOKENS
+        model,
+        path,
+        length=length,
+        samples=samples,
+        seed=seed,
+        document_tokens=DOCUMENT_TOKENS,
+        field=field,
     )
     windows, length = found.tokens.shape
     facts = {"source": path or standard_library_name(), "windows": windows, "seq_len": length}
@@ -71,6 +116,7 @@ def read_windows(
     seed: int,
     document_tokens: int | None = None,
     spread: bool = False,
+    field: str = FIELD,
 ) -> tuple[Windows, list[int]]:
     """Reads windows, with the special tokens of an encoder around text.
 
@@ -82,6 +128,7 @@ def read_windows(
       seed: seed that draws the documents.
       document_tokens: first tokens of a standard library module that are read; None: all.
       spread: takes the windows from as many documents as possible; see `load_tokens`.
+      field: name of the text in a record.
 
     Returns:
       The windows, and the special tokens around each of them.
@@ -103,6 +150,7 @@ def read_windows(
         document_tokens=document_tokens if path is None else None,
         seed=seed,
         spread=spread,
+        field=field,
     )
     if ends:
         tokens = found.tokens

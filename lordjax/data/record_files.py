@@ -73,7 +73,11 @@ def read_records(path: Path) -> list[tuple[str, Any]]:
     if suffix_of(path) == PARQUET:
         rows = enumerate(_parquet_rows(path), 1)
         return [(f"{path}, row {number}", row) for number, row in rows]
-    lines = decoded(_uncompressed(path), path, 0).split("\n")
+    data = _uncompressed(path)
+    try:
+        lines = decoded(data, path, 0).split("\n")
+    except ValueError as error:
+        raise ValueError(f"{path}: cannot be read as lines of JSON ({error})") from error
     numbered = ((f"{path}, line {n}", line) for n, line in enumerate(lines, 1) if line.strip())
     return [(where, parse_json(line, where)) for where, line in numbered]
 

@@ -35,12 +35,14 @@ class Problem:
       prompt: the start of the program, which the model completes.
       solution: a right completion.
       tests: the end of the program, which tests the completion.
+      entry: name of the function that the prompt begins; None: the prompt begins none.
     """
 
     task_id: str
     prompt: str
     solution: str
     tests: str
+    entry: str | None = None
 
     def program(self, completion: str) -> str:
         """Returns the program's source, which runs to its end if the completion is right."""
@@ -91,7 +93,7 @@ def read_humaneval(path: str | Path, *, strip: bool = True) -> ProblemSet:
         task_id, prompt, solution, entry, test = (_text(record, n, where) for n in names)
         asked = prompt.strip() if strip else prompt
         gap = prompt[len(prompt.rstrip()) :] if strip else ""
-        problems.append(Problem(task_id, asked, gap + solution, f"{test}\ncheck({entry})"))
+        problems.append(Problem(task_id, asked, gap + solution, f"{test}\ncheck({entry})", entry))
     return _set(Path(path), "humaneval", problems, HUMANEVAL_STOPS, sha256)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from lordjax.evaluate.choice_tasks import TASKS, Question, QuestionSet
 from lordjax.evaluate.likelihood import BATCH, Pair, log_likelihoods
+from lordjax.generation.completion import encode
 from lordjax.models.config import ModelConfig
 from lordjax.runtime.progress import Progress
 
@@ -104,22 +105,6 @@ def _mean(values: list[bool]) -> dict[str, float | None]:
     return {"value": float(numbers.mean()), "stderr": error}
 
 
-def tokenize(tokenizer: Any, text: str, *, special: bool | None = None) -> list[int]:
-    """Returns the token ids of a text.
-
-    Args:
-      tokenizer: a tokenizer of transformers.
-      text: the text.
-      special: whether special tokens are added. None: as the tokenizer does by default, but not to
-        a text that already begins with the BOS token (EOS, if there is no BOS).
-    """
-    first = tokenizer.bos_token or tokenizer.eos_token
-    if special is None and first and text.startswith(first):
-        special = False
-    how = {} if special is None else {"add_special_tokens": special}
-    return list(tokenizer.encode(text, **how))
-
-
 def tokenize_pair(tokenizer: Any, context: str, continuation: str) -> Pair:
     """Returns the token ids of a context and of its continuation, tokenized as one text.
 
@@ -134,10 +119,10 @@ def tokenize_pair(tokenizer: Any, context: str, continuation: str) -> Pair:
     kept = context.rstrip()
     if not context:
         first = prefix_token(tokenizer)
-        ids = tokenize(tokenizer, continuation, special=False)
+        ids = encode(tokenizer, continuation, special=False)
         return ([first], ids) if ids[:1] != [first] else (ids[:1], ids[1:])
-    whole = tokenize(tokenizer, context + continuation)
-    start = tokenize(tokenizer, kept)
+    whole = encode(tokenizer, context + continuation)
+    start = encode(tokenizer, kept)
     return start, whole[len(start) :]
 
 

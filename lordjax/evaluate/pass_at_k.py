@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lordjax.evaluate import sandbox
+from lordjax.evaluate import chat_answers, sandbox
 from lordjax.evaluate.code_problems import Problem, ProblemSet
 from lordjax.evaluate.sandbox import Limits, Result
 from lordjax.runtime.progress import Progress
@@ -54,6 +54,7 @@ def evaluate(
     limits: Limits | None = None,
     workers: int | None = None,
     allow_execution: bool = False,
+    chat: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Generates completions of problems, and runs them.
@@ -67,10 +68,12 @@ def evaluate(
       limits: limits of every program; None: the defaults of `Limits`.
       workers: number of programs that run at the same time; see `sandbox.run_all`.
       allow_execution: must be True, because programs are run that nobody has read.
+      chat: whether the prompts are questions to a chat model, whose answers hold the programs; see
+        `chat_answers`. Stop strings are not used then.
       progress: called with ("run", programs done, number of programs).
 
     Returns:
-      The results of `judge`; ``protocol`` also has the stop strings.
+      The results of `judge`; ``protocol`` also has the stop strings and ``chat``.
 
     Raises:
       PermissionError: without ``allow_execution``, before anything is generated.
@@ -82,24 +85,22 @@ def evaluate(
     # Generation may take hours, so test the sandbox first.
     if (empty := sandbox.run("", limits)).outcome != sandbox.PASSED:
         raise ValueError(f"an empty program does not pass ({empty.error}); are limits too small?")
-    prompts = [problem.prompt for problem in problems.problems for _ in range(samples)]
+    asked = [problem for problem in problems.problems for _ in range(samples)]
+    prompts = [chat_answers.question(p) if chat else p.prompt for p in asked]
     completions = complete(prompts)
     if len(completions) != len(prompts):
         raise ValueError(
             f"{len(completions)} completions of {len(prompts)} prompts; expected one each"
         )
-    texts = [truncate(completion, problems.stops) for completion in completions]
+    stops = () if chat else problems.stops
+    if chat:
+        texts = list(map(chat_answers.completion, asked, completions))
+    else:
+        texts = [truncate(completion, stops) for completion in completions]
     rows = [texts[i : i + samples] for i in range(0, len(texts), samples)]
-    result = judge(
-        problems,
-        rows,
-        ks=ks,
-        limits=limits,
-        workers=workers,
-        allow_execution=allow_execution,
-        progress=progress,
-    )
-    result["protocol"]["stop_strings"] = list(problems.stops)
+    how: dict[str, Any] = {"ks": ks, "limits": limits, "workers": workers, "progress": progress}
+    result = judge(problems, rows, allow_execution=allow_execution, **how)
+    result["protocol"] |= {"stop_strings": list(stops), "chat": chat}
     return result
 
 

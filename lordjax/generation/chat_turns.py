@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 # Stand for a question and an answer in a rendered template; no tokenizer's text holds them.
@@ -55,6 +56,29 @@ def _parts(
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
     before, *behind = text.split(mark)
     return (before, behind[0]) if len(behind) == 1 and before else None
+
+
+def chat_ids(tokenizer: Any, messages: Sequence[Mapping[str, Any]], name: str) -> list[int]:
+    """Returns the token ids of messages and of the start of an answer, by the chat template.
+
+    Args:
+      tokenizer: a tokenizer of transformers.
+      messages: messages with role and content.
+      name: name of the model in error messages.
+
+    Raises:
+      ValueError: if the tokenizer has no chat template.
+    """
+    check_template(tokenizer, name)
+    return tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+
+
+def check_template(tokenizer: Any, name: str) -> None:
+    """Raises ValueError if the tokenizer of a model has no chat template."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError(f"{name}: the tokenizer has no chat template; leave --chat out")
 
 
 def special_ids(tokenizer: Any) -> frozenset[int]:

@@ -186,15 +186,30 @@ def tokenize(tokenizer: Any, text: str) -> list[int]:
     Raises:
       ValueError: if the prompt is empty, and the tokenizer has neither token.
     """
-    ids = tokenizer(text)["input_ids"]
-    if ids:
-        return list(ids)
+    if ids := encode(tokenizer, text):
+        return ids
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if first is None:
         raise ValueError(
             "empty prompt: the tokenizer has no BOS or EOS token to start with; give a prompt"
         )
     return [first]
+
+
+def encode(tokenizer: Any, text: str, *, special: bool | None = None) -> list[int]:
+    """Returns the token ids of a text.
+
+    Args:
+      tokenizer: a tokenizer of transformers.
+      text: the text.
+      special: whether special tokens are added. None: as the tokenizer does by default, but not to
+        a text that already begins with the BOS token (EOS, if there is no BOS).
+    """
+    first = tokenizer.bos_token or tokenizer.eos_token
+    if special is None and first and text.startswith(first):
+        special = False
+    how = {} if special is None else {"add_special_tokens": special}
+    return list(tokenizer.encode(text, **how))
 
 
 def _stops(given: Sequence[int] | None, tokenizer: Any) -> Sequence[int]:

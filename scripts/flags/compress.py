@@ -15,6 +15,7 @@ from lordjax.scripts.flags.options import (
     bit_widths,
     budget_options,
     code_options,
+    field_option,
     model_argument,
     output,
     shares,
@@ -36,13 +37,15 @@ from lordjax.scripts.flags.options import (
 @click.option(
     "--calibration",
     metavar="DATA",
-    help="Calibration data: a text file, a directory of text or source files, a .jsonl file with "
-    "the field 'text', or a .npy array of token ids [sequences, length]. stdlib: the sources of "
+    help="Calibration data: a text file, a directory of text or source files, a .jsonl, "
+    ".jsonl.gz or .parquet file (see --field), or a .npy array of token ids [sequences, length]. "
+    "stdlib: the sources of "
     "Python's standard library. self: text that MODEL writes at temperature 1, half of it chats "
     "for a chat model. A list such as a.txt:0.5,self:0.5 mixes these by shares of the sequences; "
     f"without shares they are equal.  [default: {CALIBRATION}; stdlib for a model that writes no "
     "text]",
 )
+@field_option
 @statistics_options
 @click.option(
     "--seed",

@@ -13,6 +13,7 @@ import click
 from lordjax.scripts.flags.options import (
     as_json_option,
     counts,
+    field_option,
     ignore_key_option,
     model_argument,
     output,
@@ -82,9 +83,10 @@ def generate(as_json: bool, **settings: Any) -> None:
     "--tokens",
     metavar="PATH",
     required=True,
-    help="Evaluation data: a text file, a directory of text or source files, a .jsonl file with "
-    "the field 'text', or a .npy array of token ids [windows, length].",
+    help="Evaluation data: a text file, a directory of text or source files, a .jsonl, .jsonl.gz "
+    "or .parquet file (see --field), or a .npy array of token ids [windows, length].",
 )
+@field_option
 @click.option(
     "--windows",
     type=click.IntRange(min=1),
@@ -167,6 +169,12 @@ def evaluate(as_json: bool, **settings: Any) -> None:
 )
 @click.option(
     "--first", type=click.IntRange(min=1), metavar="N", help="Use the first N problems only."
+)
+@click.option(
+    "--chat",
+    is_flag=True,
+    help="Ask with the tokenizer's chat template, and take the program from the answer's code "
+    "block.",
 )
 @click.option(
     "--run-generated-code",

@@ -224,6 +224,14 @@ stored_options = options(
     ),
 )
 
+field_option = click.option(
+    "--field",
+    metavar="NAME",
+    default="text",
+    show_default=True,
+    help="Field of the text in the records of .jsonl, .jsonl.gz and .parquet files.",
+)
+
 as_json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print the result as JSON on standard output."
 )

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from lordjax.scripts.flags.options import as_json_option, model_argument, output
+from lordjax.scripts.flags.options import as_json_option, field_option, model_argument, output
 
 
 @click.command()
@@ -19,10 +19,12 @@ from lordjax.scripts.flags.options import as_json_option, model_argument, output
     "--data",
     metavar="PATH",
     required=True,
-    help="Training data: text or code (a file, a directory, a .jsonl file with the field 'text', a "
-    ".npy array of token ids); instructions (.json or .jsonl with instruction and output, or with "
-    "messages); or labelled sentences (.tsv as in GLUE).",
+    help="Training data: text or code (a file, a directory, a .jsonl, .jsonl.gz or .parquet file, "
+    "see --field, or a .npy array of token ids); instructions (.json, or records as above, "
+    "with messages, conversations, instruction and output, prompt and completion, or question and "
+    "answer); or labelled sentences (.tsv as in GLUE).",
 )
+@field_option
 @click.option(
     "--recipe",
     metavar="NAME",

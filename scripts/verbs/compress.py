@@ -33,6 +33,7 @@ def compress_model(
     samples: int | None,
     seq_len: int | None,
     seed: int,
+    field: str,
     **options: Any,
 ) -> dict[str, Any]:
     """Compresses a model into a directory; arguments are the flags. Returns the summary.
@@ -43,8 +44,7 @@ def compress_model(
     from lordjax.compression.resumable_output import Output, partial
     from lordjax.runtime import multihost
 
-    directory = Path(out).expanduser()
-    # A run that was interrupted may have left a complete directory: see `Output`.
+    directory = Path(out).expanduser()  # complete, if a run was interrupted late: see `Output`
     if multihost.is_primary() and not partial(directory).exists():
         check_output(directory)
     _, settings, needs_tokens, share = job_of(method, options)
@@ -53,8 +53,8 @@ def compress_model(
     run, settings = _on_mesh(run, settings, options["mesh"])
     write_tokenizer = tokenizer_writer(opened) if multihost.is_primary() else None
     _note_calibration(opened, method, calibration, needs_tokens=needs_tokens)
-    reading = (calibration, samples, seq_len, seed)
-    data = _read_calibration(opened, *reading) if needs_tokens else Calibration(None, None, None)
+    how = {"samples": samples, "seq_len": seq_len, "seed": seed, "field": field}
+    data = _read_calibration(opened, calibration, how) if needs_tokens else NO_DATA
     settings = {
         "model": model,
         "method": method,
@@ -111,6 +111,9 @@ class Calibration(NamedTuple):
     mask_token: int | None
 
 
+NO_DATA = Calibration(None, None, None)
+
+
 def _note_calibration(
     opened: Model, method: str, calibration: str | None, *, needs_tokens: bool
 ) -> None:
@@ -128,16 +131,13 @@ def _note_calibration(
         )
 
 
-def _read_calibration(
-    opened: Model, calibration: str | None, samples: int | None, seq_len: int | None, seed: int
-) -> Calibration:
+def _read_calibration(opened: Model, calibration: str | None, how: dict[str, Any]) -> Calibration:
     """Reads the calibration sequences; says on stderr if they are too few for the model."""
     from lordjax.data.token_count import shortage
     from lordjax.models.objective import protocol
     from lordjax.runtime import multihost
 
     mask = mask_token(opened)
-    how = {"samples": samples, "seq_len": seq_len, "seed": seed}
     tokens, facts = read_calibration(opened, calibration, **how)
     warning = shortage(opened.config, tokens.size)
     if warning is not None and multihost.is_primary():

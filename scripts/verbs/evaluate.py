@@ -11,13 +11,14 @@ from lordjax.scripts.token_inputs import mask_token, read_tokens
 
 
 def evaluate_model(
-    model: str, tokens: str, *, windows: int | None, seq_len: int | None
+    model: str, tokens: str, *, field: str, windows: int | None, seq_len: int | None
 ) -> dict[str, Any]:
     """Measures the perplexity of a model; arguments are the flags."""
     if not Path(tokens).exists():
         raise FileNotFoundError(f"{tokens}: no such file or directory (--tokens)")
     opened = open_model(model)
-    ids, facts = read_tokens(opened, tokens, seq_len=seq_len, samples=windows, seed=0)
+    how: dict[str, Any] = {"seq_len": seq_len, "samples": windows, "seed": 0, "field": field}
+    ids, facts = read_tokens(opened, tokens, **how)
     from lordjax.evaluate import perplexity
 
     # The tokenizer of an array is not known.

@@ -30,6 +30,7 @@ def evaluate_code(
     seconds: float,
     workers: int | None,
     first: int | None,
+    chat: bool,
     run_generated_code: bool,
     out: str | None,
     reference: bool,
@@ -55,8 +56,9 @@ def evaluate_code(
             solutions = [[problem.solution] for problem in found.problems]
             result = pass_at_k.judge(found, solutions, progress=progress, **{**how, "ks": [1]})
         else:
-            complete = _completer(settings, found.stops, progress)
-            result = pass_at_k.evaluate(found, complete, samples=samples, progress=progress, **how)
+            complete = _completer(settings, () if chat else found.stops, progress)
+            how |= {"chat": chat, "progress": progress}
+            result = pass_at_k.evaluate(found, complete, samples=samples, **how)
     rows = result.pop("rows")
     if out is not None:
         write_rows(Path(out).expanduser(), rows)
@@ -105,6 +107,7 @@ def _completer(settings: dict[str, Any], stops: tuple[str, ...], progress: Progr
 
     def complete(prompts: list[str]) -> list[str]:
         from lordjax.generation import completion
+        from lordjax.generation.chat_turns import chat_ids
         from lordjax.generation.sampling import Sampling
 
         opened = open_model(settings["model"])
@@ -112,16 +115,20 @@ def _completer(settings: dict[str, Any], stops: tuple[str, ...], progress: Progr
             raise ValueError(
                 f"{settings['model']}: its head {opened.config.head!r} cannot generate text"
             )
-        tokenizer = opened.tokenizer()
+        tokenizer, chat = opened.tokenizer(), settings["chat"]
+        asked: list[Any] = prompts
+        if chat:
+            turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
+            asked = [chat_ids(tokenizer, messages, opened.name) for messages in turns]
         found = completion.complete(
             opened.arrays(),
             opened.config,
             tokenizer,
-            prompts,
+            asked,
             max_new_tokens=settings["max_new_tokens"],
             sampling=Sampling(settings["temperature"], top_p=settings["top_p"]),
             stop_strings=stops,
-            stop_tokens=opened.stop_tokens(tokenizer),
+            stop_tokens=opened.stop_tokens(tokenizer, chat=chat),
             seed=settings["seed"],
             batch_size=settings["batch"],
             progress=progress,

@@ -32,6 +32,7 @@ def finetune_model(
     data: str,
     recipe: str,
     task: str | None,
+    field: str,
     seq_len: int | None,
     validation: float,
     run: str | None,
@@ -56,15 +57,14 @@ def finetune_model(
     method = changed(named(recipe), rank=rank, **options)
     settings = _settings(options, teacher, distill)
     opened = open_model(model)
-    found, config, params, hf_config = _task(opened, data, task, seq_len, validation, settings.seed)
+    reading = (data, task, field, seq_len, validation, settings.seed)
+    found, config, params, hf_config = _task(opened, *reading)
     about = _about(opened, recipe, found, teacher)
     folder = Path(run).expanduser() if run else directory.with_name(f"{directory.name}.run")
-    job = config, params, found, method
+    job = config, params, found, method, settings, folder
     with _progress(settings.steps) as report:
         trained = train(
             *job,
-            settings,
-            folder,
             about=about,
             keeping=CheckpointPolicy(every, last),
             resume=resume,
@@ -130,10 +130,11 @@ def _save(
       report: content of ``report.json`` under ``finetune``.
     """
     from lordjax.finetune.training_run import METRICS
+    from lordjax.scripts.verbs.compress import tokenizer_writer
     from lordjax.storage import checkpoint
 
     def write_beside(stage: Path) -> None:
-        opened.write_tokenizer(stage)
+        tokenizer_writer(opened)(stage)
         for path in (folder / METRICS, folder / CURVE):
             shutil.copy(path, stage / path.name)
 
@@ -193,19 +194,17 @@ def _teacher(name: str | None, config: Any) -> Any:
 Task = tuple[Any, Any, Any, dict[str, Any]]  # examples; config, parameters and HF config of a model
 
 
-def _task(
-    opened: Model, path: str, task: str | None, seq_len: int | None, share: float, seed: int
-) -> Task:
-    """The examples, checked; and the model with the head that they need."""
+def _task(opened: Model, *reading: Any) -> Task:
+    """The examples, checked; and the model with the head that they need; see `_read_task`."""
     from lordjax.data import examples
 
-    found, config, params, hf_config = _read_task(opened, path, task, seq_len, share, seed)
+    found, config, params, hf_config = _read_task(opened, *reading)
     examples.check(config, found.train)
     return found, config, params, hf_config
 
 
 def _read_task(
-    opened: Model, path: str, task: str | None, seq_len: int | None, share: float, seed: int
+    opened: Model, path: str, task: Any, field: str, seq_len: Any, share: float, seed: int
 ) -> Task:
     import jax
 
@@ -213,7 +212,7 @@ def _read_task(
     from lordjax.data import classification, examples, instructions
     from lordjax.models.output_heads import with_classes
 
-    task = task or BY_SUFFIX.get(Path(path).suffix, "text")
+    task = task or BY_SUFFIX.get(Path(path).suffix.lower(), "text")
     config, params, hf_config = opened.config, opened.params(), opened.hf_config
     is_array = Path(path).suffix == ".npy"
     given = {
@@ -228,7 +227,7 @@ def _read_task(
             f"{opened.name}: its head {config.head!r} can only be trained with --task classes"
         )
     if task == "text":
-        return examples.packed(path, **given), config, params, hf_config
+        return examples.packed(path, **given, field=field), config, params, hf_config
     if task == "instructions":
         return instructions.instructions(path, **given), config, params, hf_config
     found = classification.classification(path, labels=_named_classes(config, hf_config), **given)

@@ -114,9 +114,11 @@ class Writer:
         *,
         chat: bool,
     ):
+        from lordjax.generation.chat_turns import check_template
+
         self._opened, self._tokenizer = opened, opened.tokenizer()
-        if chat and self._tokenizer.chat_template is None:
-            raise ValueError(f"{opened.name}: the tokenizer has no chat template; leave --chat out")
+        if chat:
+            check_template(self._tokenizer, opened.name)
         self._chat = chat
         self._params = opened.arrays()
         self._how = {
@@ -129,12 +131,11 @@ class Writer:
 
     def answer(self, messages: list[dict[str, str]]) -> Iterator[str]:
         """Yields the answer to the last message, piece by piece."""
+        from lordjax.generation.chat_turns import chat_ids
         from lordjax.generation.completion import pieces, tokenize
 
         if self._chat:
-            ids = self._tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=False
-            )
+            ids = chat_ids(self._tokenizer, messages, self._opened.name)
         else:
             ids = tokenize(self._tokenizer, "".join(m["content"] for m in messages))
         config = self._opened.config

@@ -269,6 +269,7 @@ SETTINGS = {
     "seconds": 10.0,
     "workers": None,
     "first": None,
+    "chat": False,
     "run_generated_code": True,
     "out": None,
     "reference": False,
@@ -290,6 +291,7 @@ def calls(monkeypatch):
         config=SimpleNamespace(head="causal"),
         arrays=lambda: "params",
         tokenizer=lambda: "tokenizer",
+        stop_tokens=lambda tokenizer, chat: [7],
     )
     monkeypatch.setattr(script, "open_model", lambda name: opened)
     return seen
@@ -305,6 +307,7 @@ def test_a_model_is_evaluated_and_its_rows_are_written(humaneval, tmp_path, call
     assert len(call["prompts"]) == 4 and call["seed"] == 5
     assert call["sampling"] == Sampling(0.8, top_p=0.9)
     assert call["max_new_tokens"] == 16 and call["stop_strings"] == HUMANEVAL_STOPS
+    assert call["stop_tokens"] == [7]
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(row["task_id"], row["correct"]) for row in rows] == [("Small/0", 2), ("Small/1", 0)]
     assert list(out.parent.iterdir()) == [out]

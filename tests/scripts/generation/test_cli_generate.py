@@ -118,6 +118,9 @@ def test_evaluate_code(tiny, problems, tmp_path):
     assert result["pass_at"] == {"1": 0.0}
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line["task_id"] for line in lines] == ["T/0", "T/1", "T/2"]
+    fails(
+        "no chat template; leave --chat out", "evaluate-code", tiny, *common[:2], *how[:5], "--chat"
+    )
     right = run("evaluate-code", *common, "--reference", "--run-generated-code")
     assert json.loads(right.stdout)["pass_at"] == {"1": 1.0}
 
