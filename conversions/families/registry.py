@@ -179,11 +179,10 @@ def tensor_table(
 
 
 def carried_table(hf_config: Values) -> dict[str, TensorSource]:
-    """Returns the rows of `Family.carried` whose tensors no other parameter takes."""
-    taken = {source.name for source in tensor_table(hf_config).values()}
-    family = family_of(hf_config)
-    rows = _sources(family.carried, family, model_config(hf_config))
-    return {path: source for path, source in rows.items() if source.name not in taken}
+    """Returns the rows of `Family.carried` whose tensors the head does not take."""
+    family, config = family_of(hf_config), model_config(hf_config)
+    taken = {row.name for row in family.heads.get(config.head, ())}
+    return _sources((row for row in family.carried if row.name not in taken), family, config)
 
 
 def carried_names(hf_config: Values) -> set[str]:
