@@ -1,7 +1,7 @@
 """The pre-tokenizers that a GGUF file names: how they cut a text before byte-pair encoding.
 
-The regular expressions are those of the models' own ``tokenizer.json``. The file ``default`` is
-llama.cpp's. The list of names is in llama.cpp's ``src/llama-vocab.cpp``.
+The regular expressions are those of the models' own ``tokenizer.json``. The name ``default``
+stands for llama.cpp's own. The list of names is in llama.cpp's ``src/llama-vocab.cpp``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]
 
 
 def _cased(after: str, digits: str) -> str:
-    """Words that end where small letters are followed by a capital one.
+    """Returns the expression of words that end where a capital letter follows small ones.
 
     Args:
       after: expression of what may follow a word.

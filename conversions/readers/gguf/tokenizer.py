@@ -16,6 +16,7 @@ from lordjax.conversions.readers.gguf.vocabulary import Vocabulary
 # Value of tokenizer.ggml.model -> function that builds the tokenizer.
 _KINDS = {"gpt2": byte_level, "llama": sentence_piece}
 _NAMES = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+_PHI3 = ("phi-3", "phi3")  # parts of the name of a model with Phi-3's tokenizer
 # Tokens of Phi-3 that leave the spaces behind them to the text; its other added tokens take them.
 _PHI3_PLAIN = ("<unk>", "<s>", "<|endoftext|>")
 
@@ -75,9 +76,6 @@ def _add_tokens(tokenizer: Any, vocabulary: Vocabulary) -> None:
             plain.append(AddedToken(token, normalized=False, rstrip=takes_spaces))
     tokenizer.add_special_tokens(special)
     tokenizer.add_tokens(plain)
-
-
-_PHI3 = ("phi-3", "phi3")  # parts of the name of a model with Phi-3's tokenizer
 
 
 def _add_ends(tokenizer: Any, tokens: list[str], ends: dict[str, int]) -> None:

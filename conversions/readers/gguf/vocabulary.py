@@ -40,14 +40,14 @@ class Vocabulary:
         )
 
     def items(self, key: str, kind: type) -> list[Any]:
-        """Returns a list of the metadata.
+        """Returns a list of the metadata; whole numbers are numbers, too.
 
         Raises:
           ValueError: if it is missing or has other values.
         """
-        full = f"tokenizer.ggml.{key}"
+        full, kinds = f"tokenizer.ggml.{key}", (int, float) if kind is float else (kind,)
         value = self.metadata.get(full)
-        if not isinstance(value, list) or not all(type(item) is kind for item in value):
+        if not isinstance(value, list) or not all(type(item) in kinds for item in value):
             found = "nothing" if value is None else "other values"
             raise self.wrong(f"{full}: expected a list of type {kind.__name__}, found {found}")
         return value

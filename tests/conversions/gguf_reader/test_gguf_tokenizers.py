@@ -319,7 +319,7 @@ def test_spaces_of_user_defined_tokens(tmp_path, model):
     types = [2, 3, 3, 1, 1, 1, 4]
 
     def fields(writer):
-        writer.add_token_scores([0.0, 0.0, 0.0, -9.0, -9.0, -1.0, 0.0])
+        writer.add_array("tokenizer.ggml.scores", [0, 0, 0, -9, -9, -1, 0])  # whole numbers
         writer.add_add_space_prefix(False)
 
     path = write_tokenizer(tmp_path / "model.gguf", "llama", tokens, model, types, fields)
