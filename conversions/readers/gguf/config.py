@@ -24,7 +24,10 @@ _KNOWN = ROPE_KEYS | frozenset(
 # Beginnings of the keys of images: the text part is read without them.
 _IMAGES = ("vision.", "mm.")
 # Features of other models -> the value that turns them off. 0, false and empty always do.
-_OFF = {"attention.causal": True, "logit_scale": 1.0, "residual_scale": 1.0, "embedding_scale": 1.0}
+_OFF = {
+    **{"expert_count": 0, "expert_used_count": 0, "attention.causal": True},
+    **{"logit_scale": 1.0, "residual_scale": 1.0, "embedding_scale": 1.0},
+}
 
 
 def architecture_of(facts: Facts) -> Architecture:

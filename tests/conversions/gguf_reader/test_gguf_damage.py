@@ -26,7 +26,7 @@ def test_gguf_problems_are_one_error(tmp_path, model):
     fails(
         path,
         "4 thing(s)",
-        "metadata llama.expert_count = 8: expected",
+        "metadata llama.expert_count = 8: expected 0",
         "metadata llama.logit_scale = 2.0: expected 1.0",
         "metadata llama.odd = 7: expected a key that is known",
         "type I32 (1 tensors, e.g. odd); supported: F32, F16",
