@@ -20,12 +20,12 @@ def download(name: str, patterns: list[str] = _FILES) -> Path:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        path = Path(huggingface_hub.snapshotdownload(name, allow_patterns=patterns))
+        path = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
         if patterns is _FILES and not any(
             file for kind in ("model*.safetensors", "adapter_model*") for file in path.glob(kind)
         ):
             path = Path(
-                huggingface_hub.snapshotdownload(
+                huggingface_hub.snapshot_download(
                     name, allow_patterns=[*patterns, "pytorch_model*.bin"]
                 )
             )

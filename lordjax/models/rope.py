@@ -101,7 +101,8 @@ def row_frequencies(
     stretch = rope.factor * beyond - (rope.factor - 1)
     size = rope.size or head_size
     powers = np.pad(np.arange(0, size, 2) / (size - 2), (0, (head_size - size) // 2))
-    return base[None] * stretch ** -jnp.asarray(powers, jnp.float32)[None], scale
+    exponents = -jnp.asarray(powers, jnp.float32)[None]
+    return jnp.asarray(base)[None] * stretch**exponents, scale
 
 
 def trained_length(ropes: Iterable[Rope | None], max_positions: int) -> int | None:
