@@ -53,8 +53,7 @@ def collect(
       loss: function ``(outputs, *batch) -> losses`` of the targets, 0 where there is none, of any
         shape. Their sum is differentiated by the outputs of all products, in one backward pass.
         A mean gives predicted errors in another unit than nats. None: no gradients.
-      weights: function ``(*batch) -> one weight per token``, such as an attention mask. None: all
-        tokens count.
+      weights: function ``(*batch) -> one weight per token``, such as a mask; None: all count.
       method: the methods that will read the statistics; None: all but those that need Fisher
         information (``fwsvd``).
       where: regular expression that is searched in the paths of the sites; None: all.

@@ -25,8 +25,12 @@ _KNOWN = ROPE_KEYS | frozenset(
 _IMAGES = ("vision.", "mm.")
 # Features of other models -> the value that turns them off. 0, false and empty always do.
 _OFF = {
-    **{"expert_count": 0, "expert_used_count": 0, "attention.causal": True},
-    **{"logit_scale": 1.0, "residual_scale": 1.0, "embedding_scale": 1.0},
+    "expert_count": 0,
+    "expert_used_count": 0,
+    "attention.causal": True,
+    "logit_scale": 1.0,
+    "residual_scale": 1.0,
+    "embedding_scale": 1.0,
 }
 
 

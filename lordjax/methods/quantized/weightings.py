@@ -59,7 +59,8 @@ def make_weights(kernel: Any, stats: Mapping[str, Any]) -> Weights:
     energies = jnp.diagonal(moment)
     ridge = SHRINKAGE * len(energies) / jnp.maximum(inputs.count, 1)
     shrunk = (moment + ridge * jnp.diag(energies)) / (1 + ridge)
-    return Weights(shrunk + DAMPING * inert_unit(jnp.mean(energies)) * jnp.eye(len(moment)), outputs)
+    unit = inert_unit(jnp.mean(energies))
+    return Weights(shrunk + DAMPING * unit * jnp.eye(len(moment)), outputs)
 
 
 def weighting_method(weighting: str) -> Method:

@@ -97,7 +97,6 @@ def compiled_bytes(
     import jax
     import jax.numpy as jnp
     import numpy as np
-    from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
     from lordjax.functions.collecting import Collection
@@ -105,10 +104,7 @@ def compiled_bytes(
     from lordjax.functions.site_statistics import needs_of
     from lordjax.scripts.benchmarks.functions.cost import block, loss, make_params
 
-    topology = topologies.get_topology_desc(
-        platform="cuda", target_config=H200, topology=f"1x1x{devices}"
-    )
-    mesh = Mesh(np.array(topology.devices), ("data",))
+    mesh = Mesh(np.array(gpus(devices)), ("data",))
 
     def shaped(a: Any, *spec: str | None) -> Any:
         sharding = NamedSharding(mesh, PartitionSpec(*spec))
@@ -128,7 +124,19 @@ def compiled_bytes(
     run = Collection(*given, where="blocks/")
     call = open_call(params, (ids,), {}, kernels=False)
     traced = run.program(call).trace(run.folds[0], run.leaves, call.inputs, run.bases)
-    compiled = traced.lower(lowering_platforms=("cuda",)).compile()
+    return analysis(traced.lower(lowering_platforms=("cuda",)).compile())
+
+
+def gpus(count: int) -> Any:
+    """Returns devices that programs can be compiled for, and that do not exist."""
+    from jax.experimental import topologies
+
+    given = {"platform": "cuda", "target_config": H200, "topology": f"1x1x{count}"}
+    return topologies.get_topology_desc(**given).devices
+
+
+def analysis(compiled: Any) -> dict[str, Any]:
+    """Returns the bytes per device of a compiled program, and the number of its collectives."""
     memory, text = compiled.memory_analysis(), compiled.as_text()
     kinds = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
     return {
@@ -136,9 +144,7 @@ def compiled_bytes(
         "results": memory.output_size_in_bytes,
         "donated": memory.alias_size_in_bytes,
         "besides": memory.temp_size_in_bytes,
-        "collectives": {
-            kind: text.count(f" {kind}(") + text.count(f" {kind}-start(") for kind in kinds
-        },
+        "collectives": {k: text.count(f" {k}(") + text.count(f" {k}-start(") for k in kinds},
     }
 
 
