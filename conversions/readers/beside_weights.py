@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +17,6 @@ TOKENIZER_FILES = (
 )
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 GENERATION = "generation_config.json"
-# Metadata of a GGUF file -> keys of generation_config.json.
-_GGUF_SAMPLING = {
-    "temp": "temperature",
-    "top_k": "top_k",
-    "top_p": "top_p",
-    "min_p": "min_p",
-    "penalty_repeat": "repetition_penalty",
-}
-_GGUF_ENDS = ("eos", "eot", "eom")  # of a text, of a turn, of a message to a tool
-# Control tokens that end a text or a turn wherever they exist. Files of older converters name one
-# end only; runtimes of GGUF find the others by these names.
-_END_NAMES = frozenset(
-    """<|endoftext|> <|end_of_text|> <|eot_id|> <|eom_id|> <|im_end|> <|end|> <end_of_turn> <EOT>
-    <|eot|> <|END_OF_TURN_TOKEN|> <|end_of_turn|>""".split()  # noqa: SIM905
-)
-_CONTROL = 3  # value of tokenizer.ggml.token_type
 
 
 class DirectoryTokenizer:
@@ -85,26 +69,3 @@ def write_generation_config(config: Mapping[str, Any], directory: Path) -> None:
     """Writes ``generation_config.json`` into a directory, unless there is nothing in it."""
     if config:
         write_json(directory / GENERATION, config)
-
-
-def gguf_generation_config(meta: Callable[..., Any]) -> dict[str, Any]:
-    """Returns what ``generation_config.json`` would say about a GGUF file.
-
-    Args:
-      meta: function from a key of the file's metadata, and a default, to its value.
-    """
-    tokens = meta("tokenizer.ggml.tokens") or []
-    types = meta("tokenizer.ggml.token_type") or []
-    ends = {meta(f"tokenizer.ggml.{name}_token_id") for name in _GGUF_ENDS} - {None}
-    ends |= {
-        i
-        for i, (token, kind) in enumerate(zip(tokens, types, strict=False))
-        if kind == _CONTROL and token in _END_NAMES
-    }
-    first = meta("tokenizer.ggml.bos_token_id")
-    config: dict[str, Any] = {"bos_token_id": None if first is None else int(first)}
-    config["eos_token_id"] = sorted(map(int, ends)) or None
-    sampling = {key: meta(f"general.sampling.{own}") for own, key in _GGUF_SAMPLING.items()}
-    if any(value is not None for value in sampling.values()):
-        config |= {"do_sample": True, **sampling}
-    return {key: value for key, value in config.items() if value is not None}

@@ -38,7 +38,6 @@ from lordjax.conversions.families.registry import (
 from lordjax.conversions.readers.adapter import Merged, is_adapter
 from lordjax.conversions.readers.beside_weights import (
     DirectoryTokenizer,
-    gguf_generation_config,
     has_tokenizer,
     read_generation_config,
     write_generation_config,
@@ -292,12 +291,11 @@ def open_checkpoint(path_or_id: str | Path, *, ignore_keys: Iterable[str] = ()) 
     if path.is_file():
         if not is_gguf(path):
             raise ValueError(f"{path}: cannot read this file; {EXPECTED}")
-        from lordjax.conversions.readers.gguf import Gguf
+        from lordjax.conversions.readers.gguf import open_gguf
 
-        file = Gguf(path)
-        hf_config = rule_out(file.hf_config, ignore_keys, str(path))
-        generation = functools.partial(gguf_generation_config, file.meta)
-        return Checkpoint(path, hf_config, file, file, generation, file.stored_dtype, file.notes)
+        file, hf_config = open_gguf(path, ignore_keys)
+        generation, dtype = file.generation_config, file.stored_dtype
+        return Checkpoint(path, hf_config, file, file, generation, dtype, file.notes)
     if is_adapter(path):
         base = open_checkpoint(base_of_adapter(path), ignore_keys=ignore_keys)
         return base.with_adapter(path)
@@ -329,9 +327,9 @@ def read_config(
     if not path.exists():
         path = download(str(path_or_id), ["config.json"])
     if is_gguf(path):
-        from lordjax.conversions.readers.gguf import Gguf
+        from lordjax.conversions.readers.gguf import open_gguf
 
-        hf_config = rule_out(Gguf(path).hf_config, ignore_keys, str(path))
+        hf_config = open_gguf(path, ignore_keys)[1]
         return hf_config, model_config(hf_config, str(path))
     if is_adapter(path):
         return read_config(base_of_adapter(path), ignore_keys=ignore_keys)

@@ -132,13 +132,16 @@ def _is_full(kinds: Any, values: Values) -> bool:
     return isinstance(kinds, list) and kinds == ["full_attention"] * len(kinds) == kinds[:count]
 
 
-def rule_out(hf_config: Values, names: Iterable[str], where: str) -> dict[str, Any]:
+def rule_out(
+    hf_config: Values, names: Iterable[str], where: str, others: Iterable[str] = ()
+) -> dict[str, Any]:
     """Returns the config with a note that the model does not depend on some of its keys.
 
     Args:
       hf_config: content of ``config.json``.
       names: names of keys, at the top level or of the rotary embedding.
       where: name of the file in error messages.
+      others: keys of other metadata of the model, which are noted only.
 
     Raises:
       ValueError: if the config has no such key.
@@ -150,5 +153,5 @@ def rule_out(hf_config: Values, names: Iterable[str], where: str) -> dict[str, A
         if name not in present:
             hint = did_you_mean(name, present)
             raise ValueError(f"--ignore-key {name}: {where} has no such key; {hint}")
-    kept = sorted({*ruled_out_keys(hf_config), *names})
+    kept = sorted({*ruled_out_keys(hf_config), *names, *others})
     return {**hf_config, IGNORED_KEYS: kept} if kept else dict(hf_config)

@@ -4,6 +4,6 @@
 another one, add a row there.
 """
 
-from lordjax.conversions.readers.gguf.reader import Gguf
+from lordjax.conversions.readers.gguf.reader import Gguf, open_gguf
 
-__all__ = ["Gguf"]
+__all__ = ["Gguf", "open_gguf"]

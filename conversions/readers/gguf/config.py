@@ -94,7 +94,8 @@ def _check_keys(facts: Facts, row: Architecture, ignored: Collection[str]) -> No
         if key in _OFF and value != _OFF[key]:
             facts.problem(full, value, f"{_OFF[key]!r}")
         elif key not in _OFF:
-            facts.problem(full, value, "a key that is known; this one may change the model")
+            advice = f"a key that is known; if the model does not depend on it: --ignore-key {full}"
+            facts.problem(full, value, advice)
 
 
 def _check_types(facts: Facts) -> None:

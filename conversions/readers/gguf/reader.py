@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from lordjax.conversions.families.config.keys import rule_out
 from lordjax.conversions.readers.gguf.architectures.row import Architecture
 from lordjax.conversions.readers.gguf.config import architecture_of, config_json
 from lordjax.conversions.readers.gguf.decode import FLOATS, difference, read_values, same_bytes
@@ -22,8 +23,10 @@ from lordjax.conversions.readers.gguf.facts import Facts
 from lordjax.conversions.readers.gguf.header import StoredTensor
 from lordjax.conversions.readers.gguf.layouts import Heads, transposed
 from lordjax.conversions.readers.gguf.shards import read_headers
+from lordjax.conversions.readers.gguf.special_tokens import generation_config
 from lordjax.conversions.readers.gguf.tokenizer import rebuild
 from lordjax.conversions.readers.gguf.vocabulary import read_vocabulary
+from lordjax.names import did_you_mean
 
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 _IMAGES = ("v.", "mm.")  # beginnings of the names of tensors of images
@@ -60,6 +63,10 @@ class Gguf:
             self._row = architecture_of(facts)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+        absent = [key for key in ignored if key not in header.metadata]
+        if absent:
+            hint = did_you_mean(absent[0], header.metadata)
+            raise ValueError(f"--ignore-key {absent[0]}: {path} has no such key; {hint}")
         self.hf_config = config_json(facts, self._row, ignored)
         if facts.problems:
             raise ValueError(
@@ -89,6 +96,10 @@ class Gguf:
         """
         kinds = {tensor.kind for tensor in self._tensors.values()}
         return "bfloat16" if kinds - set(FLOATS) else None
+
+    def generation_config(self) -> dict[str, Any]:
+        """Returns what ``generation_config.json`` would say about this file."""
+        return generation_config(self._metadata)
 
     def names(self) -> Iterable[str]:  # noqa: D102
         return self._tensors.keys()
@@ -177,3 +188,22 @@ def hf_name(name: str, row: Architecture) -> str:
     if (match[1] is None) == ("{i}" in template):
         return name
     return f"{template.format(i=match[1])}.{match[3]}"
+
+
+def open_gguf(path: Path, ignore_keys: Iterable[str]) -> tuple[Gguf, dict[str, Any]]:
+    """Opens a GGUF file without the keys that the user has ruled out.
+
+    Args:
+      path: the file.
+      ignore_keys: names of metadata, which have dots, and of the equivalent config.
+
+    Returns:
+      The file, and its config with a note of these keys.
+
+    Raises:
+      ValueError: if the file is damaged or not supported, or has no such key.
+    """
+    names = set(ignore_keys)
+    full = {name for name in names if "." in name}
+    file = Gguf(path, full)
+    return file, rule_out(file.hf_config, names - full, str(path), full)

@@ -15,6 +15,14 @@ _END_NAMES = frozenset(
     """<|endoftext|> <|end_of_text|> <|eot_id|> <|eom_id|> <|im_end|> <|end|> <|eot|>
     <end_of_turn> <|end_of_turn|> <|END_OF_TURN_TOKEN|> <EOT>""".split()  # noqa: SIM905
 )
+# Metadata -> keys of generation_config.json.
+_SAMPLING = {
+    "temp": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "penalty_repeat": "repetition_penalty",
+}
 
 
 def token_id(metadata: Mapping[str, Any], name: str) -> int | None:
@@ -55,6 +63,20 @@ def end_ids(metadata: Mapping[str, Any]) -> list[int]:
         if kind in (UNKNOWN, CONTROL, USER_DEFINED) and token in _END_NAMES
     )
     return [i for i in ids if i is not None]
+
+
+def generation_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what ``generation_config.json`` would say: special tokens and sampling defaults.
+
+    Raises:
+      ValueError: if an id is not one of the vocabulary.
+    """
+    first, ends = token_id(metadata, "bos"), end_ids(metadata)
+    config = {"bos_token_id": first, "eos_token_id": ends or None}
+    sampling = {key: metadata.get(f"general.sampling.{own}") for own, key in _SAMPLING.items()}
+    if any(value is not None for value in sampling.values()):
+        config |= {"do_sample": True, **sampling}
+    return {key: value for key, value in config.items() if value is not None}
 
 
 def special_ids_config(metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,12 +3,11 @@
 import json
 import shutil
 
-import numpy as np
 import pytest
 from commands import calibration, fails, run
 from tiny_gguf import write
 
-from lordjax.conversions.readers.beside_weights import gguf_generation_config
+from lordjax.conversions.readers.gguf.special_tokens import generation_config
 from lordjax.generation.completion import complete
 from lordjax.generation.sampling import Sampling
 from lordjax.scripts.opened_model import open_model
@@ -112,15 +111,15 @@ def test_ends_of_a_gguf_file():
     meta = {
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": [3, 3, 3, 1, 1],  # the last is text that looks like one
-        "tokenizer.ggml.bos_token_id": np.uint32(0),
-        "tokenizer.ggml.eos_token_id": np.uint32(1),
-        "tokenizer.ggml.eot_token_id": np.uint32(3),
+        "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 1,
+        "tokenizer.ggml.eot_token_id": 3,
         "general.sampling.temp": 0.5,
     }
-    found = gguf_generation_config(lambda key, default=None: meta.get(key, default))
+    found = generation_config(meta)
     assert found == {
         "bos_token_id": 0,
-        "eos_token_id": [1, 2, 3],
+        "eos_token_id": [1, 3, 2],  # the EOS of the file first
         "do_sample": True,
         "temperature": 0.5,
     }
