@@ -46,6 +46,7 @@ from lordjax.conversions.readers.foreign_quantization import (
     refuse_quantized_config,
     refuse_quantized_tensors,
 )
+from lordjax.conversions.readers.gguf import open_gguf
 from lordjax.conversions.readers.gguf.shards import is_gguf
 from lordjax.conversions.readers.hub import EXPECTED, base_of_adapter, download
 from lordjax.conversions.readers.tensor_check import (
@@ -112,8 +113,13 @@ class Checkpoint:
             if any(old in name for name in names):
                 self._rename(functools.partial(_replaced, new=new, old=old))
         self.left_out = tuple(n for n in names if several and re.fullmatch(OTHER_PARTS, n))
-        if problems := tensor_problems(self._family, self.config, self.table, files, self.left_out):
-            raise ValueError(f"{path}: {problems}")
+        self._check()
+
+    def _check(self) -> None:
+        """Raises ValueError if tensors are missing, unknown or of other shapes."""
+        given = self._family, self.config, self.table, self._files, self.left_out
+        if problems := tensor_problems(*given):
+            raise ValueError(f"{self.path}: {problems}")
 
     def read(self, path: str, dtype: Any = None) -> Float[np.ndarray, ...]:
         """Reads one parameter, e.g. ``"layer_0/attention/q/kernel"``.
@@ -291,8 +297,6 @@ def open_checkpoint(path_or_id: str | Path, *, ignore_keys: Iterable[str] = ()) 
     if path.is_file():
         if not is_gguf(path):
             raise ValueError(f"{path}: cannot read this file; {EXPECTED}")
-        from lordjax.conversions.readers.gguf import open_gguf
-
         file, hf_config = open_gguf(path, ignore_keys)
         generation, dtype = file.generation_config, file.stored_dtype
         return Checkpoint(path, hf_config, file, file, generation, dtype, file.notes)
@@ -327,8 +331,6 @@ def read_config(
     if not path.exists():
         path = download(str(path_or_id), ["config.json"])
     if is_gguf(path):
-        from lordjax.conversions.readers.gguf import open_gguf
-
         hf_config = open_gguf(path, ignore_keys)[1]
         return hf_config, model_config(hf_config, str(path))
     if is_adapter(path):
