@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -46,9 +46,11 @@ def compressed(apply: Apply) -> Apply:
       that are all arrays. Gradients of `LowRank` factors are arrays in the same places.
 
     Raises:
-      ValueError: when called, if the arrays of a kernel do not fit each other; names its path.
+      ValueError: when called, if the arrays of a kernel do not fit each other, or the function
+        fails with a tree that lacks leaves of the first call; names their paths.
     """
     programs: dict[Any, Callable[..., Any]] = {}
+    first: list[frozenset[str]] = []  # paths of the first call that succeeded
 
     @functools.wraps(apply)
     def run(params: Any, *args: Any, **kwargs: Any) -> Any:
@@ -56,9 +58,29 @@ def compressed(apply: Apply) -> Apply:
         for path, leaf in zip(call.paths, call.leaves, strict=True):
             check(leaf, path)
         program = _program(programs, apply, call)
-        return program(call.leaves, call.inputs)
+        try:
+            found = program(call.leaves, call.inputs)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            _check_structure(call.paths, first, error)
+            raise
+        first[:] = first or [frozenset(call.paths)]
+        return found
 
     return run
+
+
+def _check_structure(
+    paths: Collection[str], first: Collection[frozenset[str]], error: Exception
+) -> None:
+    """Raises ValueError if a function failed with a tree of another structure than before."""
+    for known in first:
+        if known != set(paths):
+            missing, new = (sorted(a)[:4] for a in (known - {*paths}, {*paths} - known))
+            raise ValueError(
+                f"the function fails with this tree ({type(error).__name__}: {error}); expected "
+                f"the structure of the first call: missing {', '.join(missing) or 'nothing'}, new "
+                f"{', '.join(new) or 'nothing'}"
+            ) from error
 
 
 def _program(programs: dict[Any, Any], apply: Apply, call: Call) -> Callable[..., Any]:

@@ -207,3 +207,14 @@ def test_float16_parameters_in_wide_products():
     assert found.dtype == jnp.float32
     pair = small["w"]
     close(found, x @ pair.left.astype(jnp.float32) @ pair.right.astype(jnp.float32), 1e-4)
+
+
+def test_a_tree_of_another_structure_is_named():
+    model = unrolled()
+    fast = compressed(model.apply)
+    fast(model.params, model.batches[0])
+    other = {"embed": model.params["embed"], "blocks": model.params["blocks"], "top": jnp.ones(3)}
+    with pytest.raises(ValueError, match=r"KeyError: 'head'.*missing head, new top"):
+        fast(other, model.batches[0])
+    with pytest.raises(KeyError, match="head"):  # nothing is known of the first call's tree
+        compressed(model.apply)(other, model.batches[0])
