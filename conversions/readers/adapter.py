@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from lordjax.conversions.readers.tensor_files import Safetensors, TensorFiles, TorchBin, read_json
+from lordjax.names import listed
 
 CONFIG = "adapter_config.json"
 _WEIGHTS = {"adapter_model.safetensors": Safetensors, "adapter_model.bin": TorchBin}
@@ -79,16 +80,17 @@ class Merged:
 
     def __init__(self, base: TensorFiles, path: Path):
         self._base, self._path = base, path
+        self._base_names = frozenset(base.names())
         self._config = _checked(read_json(path / CONFIG), path)
         self._files = _open(path)
         self._loras: dict[str, Lora] = {}
         self._whole: dict[str, str] = {}
         unknown = [name for name in self._files.names() if not self._place(name)]
         if unknown:
-            shown = ", ".join(sorted(unknown)[:10])
             raise ValueError(
                 f"{path}: {len(unknown)} tensors of the adapter fit none of the base model "
-                f"{base_of(path)}: {shown}; expected an adapter that was trained on it"
+                f"{base_of(path)}: {listed(sorted(unknown))}; expected an adapter that "
+                "was trained on it"
             )
 
     def names(self) -> Iterable[str]:  # noqa: D102
@@ -165,10 +167,9 @@ class Merged:
 
     def _named(self, name: str) -> str | None:
         """Returns the base's name of a tensor; a bare model omits the prefix of the family."""
-        names = set(self._base.names())
-        while name not in names and "." in name:
+        while name not in self._base_names and "." in name:
             name = name.partition(".")[2]
-        return name if name in names else None
+        return name if name in self._base_names else None
 
     def _number(self, key: str, layer: str) -> Any:
         """Returns rank or alpha of a layer: its own, or that of all."""

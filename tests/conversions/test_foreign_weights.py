@@ -89,7 +89,7 @@ def test_an_adapter_of_transposed_matrices(bases, tmp_path):
 
 
 def test_an_adapter_of_a_bare_model(bases, tmp_path):
-    """Of which the base omits the prefix of the family."""
+    """The names of the base omit the prefix of the family."""
     bare = shutil.copytree(bases / "llama", tmp_path / "bare")
     tensors = load_file(bare / "model.safetensors")
     save_file({n.removeprefix("model."): a for n, a in tensors.items()}, bare / "model.safetensors")

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from lordjax.conversions.readers.gguf.header import MAGIC, Header, StoredTensor, read_header
+from lordjax.names import listed
 
 _NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.gguf)", re.IGNORECASE)
 _NO, _COUNT, _TENSORS = "split.no", "split.count", "split.tensors.count"
@@ -54,10 +55,9 @@ def read_headers(path: Path) -> Header:
             f"{count:05}.gguf and so on; rename them"
         )
     if missing := [file.name for file in files if not file.exists()]:
-        more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
         raise FileNotFoundError(
             f"{path}: {len(missing)} of {count} files of the model are missing: "
-            f"{', '.join(missing[:10])}{more}; download them into the same directory"
+            f"{listed(missing)}; download them into the same directory"
         )
     return _joined([header if file == path else read_header(file) for file in files])
 
