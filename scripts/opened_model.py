@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -193,3 +194,20 @@ def quiet_transformers() -> None:
     """Silences warnings of transformers about long texts, which are cut into windows here."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def tokenizer_writer(model: Model) -> Callable[[Path], None]:
+    """Returns what writes the model's tokenizer and ``generation_config.json``.
+
+    Both are written once for a test, so that an error is found before the work begins. Without a
+    tokenizer, which is noted, only the latter is written.
+    """
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            model.write_tokenizer(Path(folder))
+    except FileNotFoundError as error:
+        from lordjax.conversions.readers.beside_weights import write_generation_config
+
+        say(f"note: the result will have no tokenizer ({error})")
+        return functools.partial(write_generation_config, model.generation_config())
+    return model.write_tokenizer

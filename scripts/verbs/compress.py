@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,7 +12,7 @@ from lordjax.forecast.predict import measured, predict_compression
 from lordjax.scripts.calibration_data import default_name, read_calibration
 from lordjax.scripts.console import check_output, format_bytes, progress_report, say
 from lordjax.scripts.jobs import Run, job_of
-from lordjax.scripts.opened_model import Model, model_checksums, open_model
+from lordjax.scripts.opened_model import Model, model_checksums, open_model, tokenizer_writer
 from lordjax.scripts.token_inputs import mask_token
 
 if TYPE_CHECKING:
@@ -253,23 +251,6 @@ def _open_original(name: str, directory: Path, keep: float, settings: dict[str, 
         dtype = model.stored_dtype
     check_room(directory, estimated_bytes(model, keep, dtype))
     return model
-
-
-def tokenizer_writer(model: Model) -> Callable[[Path], None]:
-    """Returns what writes the model's tokenizer and ``generation_config.json``.
-
-    Both are written once for a test, so that an error is found before the work begins. Without a
-    tokenizer, which is noted, only the latter is written.
-    """
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            model.write_tokenizer(Path(folder))
-    except FileNotFoundError as error:
-        from lordjax.conversions.readers.beside_weights import write_generation_config
-
-        say(f"note: the result will have no tokenizer ({error})")
-        return functools.partial(write_generation_config, model.generation_config())
-    return model.write_tokenizer
 
 
 def estimated_bytes(model: Model, keep: float, dtype: str | None) -> int:

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lordjax.scripts.console import check_output, format_bytes
-from lordjax.scripts.opened_model import Model, file_bytes, open_model
-from lordjax.scripts.verbs.compress import tokenizer_writer
+from lordjax.scripts.opened_model import Model, file_bytes, open_model, tokenizer_writer
 
 
 def convert_model(

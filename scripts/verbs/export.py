@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lordjax.scripts.console import check_output, format_bytes, progress_report, say
-from lordjax.scripts.opened_model import directory_bytes, open_model
+from lordjax.scripts.opened_model import directory_bytes, open_model, tokenizer_writer
 from lordjax.scripts.token_inputs import read_tokens
-from lordjax.scripts.verbs.compress import tokenizer_writer
 
 WINDOWS, WINDOW = 4, 256  # number and length of the windows of --verify, unless --tokens is given
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lordjax.kernels.base import nbytes
 from lordjax.scripts.console import check_output, format_bytes, say
-from lordjax.scripts.opened_model import Model, open_model
+from lordjax.scripts.opened_model import Model, open_model, tokenizer_writer
 from lordjax.scripts.token_inputs import window_length
 
 if TYPE_CHECKING:
@@ -130,7 +130,6 @@ def _save(
       report: content of ``report.json`` under ``finetune``.
     """
     from lordjax.finetune.training_run import METRICS
-    from lordjax.scripts.verbs.compress import tokenizer_writer
     from lordjax.storage import checkpoint
 
     def write_beside(stage: Path) -> None:

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lordjax.scripts.console import check_output, format_bytes
-from lordjax.scripts.opened_model import open_model
-from lordjax.scripts.verbs.compress import tokenizer_writer
+from lordjax.scripts.opened_model import open_model, tokenizer_writer
 
 
 def merge_model(model: str, out: str, *, to: str) -> dict[str, Any]:
