@@ -20,6 +20,8 @@ from typing import Any
 
 import click
 
+from lordjax.scripts.benchmarks.protocol import environment, out_option
+
 BITS = "2.5,2.75,3,3.25,3.5,3.75,4,4.13"
 
 
@@ -31,11 +33,10 @@ BITS = "2.5,2.75,3,3.25,3.5,3.75,4,4.13"
     show_default=True,
     help="Budgets in bits per block weight, separated by commas.",
 )
-@click.option("--out", type=click.Path(dir_okay=False), help="JSON file for the results.")
+@out_option
 def main(model: str, bits: str, out: str | None) -> None:
     """Times the choice of formats for the matrices of MODEL."""
     from lordjax.allocation.knapsack import SOLVERS
-    from lordjax.scripts.benchmarks.protocol import environment
     from lordjax.scripts.opened_model import open_model
 
     start = time.perf_counter()

@@ -27,6 +27,13 @@ from typing import Any
 
 import click
 
+from lordjax.scripts.benchmarks.protocol import (
+    environment,
+    out_option,
+    protocol_tokens,
+    token_options,
+)
+
 # Stages that `lordjax.prepare` runs.
 PREPARES = ("gradients", "statistics", "factors", "held-out check")
 DEFAULT_METHODS = (
@@ -37,17 +44,7 @@ DEFAULT_METHODS = (
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model", required=False)
-@click.option(
-    "--data",
-    type=click.Path(exists=True, file_okay=False),
-    help="Directory with token arrays calib_DOMAIN.npy and eval_DOMAIN.npy.",
-)
-@click.option(
-    "--domains",
-    default="wikitext2,pystdlib",
-    show_default=True,
-    help="Domains of the token arrays, separated by commas.",
-)
+@token_options(domains="wikitext2,pystdlib", calibration=64, windows=8, required=False)
 @click.option(
     "--methods",
     default=DEFAULT_METHODS,
@@ -62,13 +59,9 @@ DEFAULT_METHODS = (
     "weights to keep, and the format to which the factors are quantized.",
 )
 @click.option(
-    "--calibration-windows", default=64, show_default=True, help="Number of calibration sequences."
-)
-@click.option("--windows", default=8, show_default=True, help="Number of evaluation sequences.")
-@click.option(
     "--time-forward", is_flag=True, help="Also time calibration forward passes without statistics."
 )
-@click.option("--out", type=click.Path(dir_okay=False), help="JSON file for the results.")
+@out_option
 @click.option(
     "--table",
     type=click.Path(exists=True, dir_okay=False),
@@ -165,7 +158,6 @@ def measure(
     from lordjax.compression.low_rank import prepare
     from lordjax.evaluate import perplexity
     from lordjax.forecast import machine_rates
-    from lordjax.scripts.benchmarks.protocol import environment, protocol_tokens
     from lordjax.scripts.opened_model import open_model
 
     opened = open_model(model)

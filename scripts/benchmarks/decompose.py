@@ -23,6 +23,8 @@ from typing import Any
 
 import click
 
+from lordjax.scripts.benchmarks.protocol import environment, out_option
+
 OVERSAMPLING = 10
 SHAPES = {
     "llama-2-7b": {
@@ -59,7 +61,7 @@ SHAPES = {
 @click.option(
     "--repeats", default=3, show_default=True, help="Timed runs of each loop; the fastest counts."
 )
-@click.option("--out", type=click.Path(dir_okay=False), help="JSON file for the results.")
+@out_option
 def main(
     model: str,
     layer: int,
@@ -73,7 +75,6 @@ def main(
 ) -> None:
     """Compares the published loop and ours on the kernels of MODEL."""
     from lordjax.kernels import normal_float
-    from lordjax.scripts.benchmarks.protocol import environment
     from lordjax.scripts.opened_model import open_model
 
     rows = []

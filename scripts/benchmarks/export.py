@@ -28,6 +28,13 @@ from typing import Any
 
 import click
 
+from lordjax.scripts.benchmarks.protocol import (
+    environment,
+    out_option,
+    protocol_tokens,
+    token_options,
+)
+
 TINY = {  # fields of `ModelConfig`
     "vocab_size": 97,
     "hidden_size": 32,
@@ -73,18 +80,7 @@ with torch.no_grad():
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--families", help="Model families, separated by commas.  [default: all]")
 @click.option("--model", help="Real model to measure after the tiny ones: a directory or hub id.")
-@click.option(
-    "--data",
-    type=click.Path(exists=True, file_okay=False),
-    help="Directory with token arrays calib_DOMAIN.npy and eval_DOMAIN.npy (with --model).",
-)
-@click.option(
-    "--domain", default="wikitext2", show_default=True, help="Domain of the token arrays."
-)
-@click.option(
-    "--calibration-windows", default=16, show_default=True, help="Number of calibration sequences."
-)
-@click.option("--windows", default=8, show_default=True, help="Number of evaluation sequences.")
+@token_options(domain="wikitext2", calibration=16, windows=8, required=False)
 @click.option(
     "--methods",
     default=",".join(REAL),
@@ -92,11 +88,10 @@ with torch.no_grad():
     help="Methods that compress the real model, separated by commas.",
 )
 @click.option("--repeats", default=3, show_default=True, help="Timed starts of each program.")
-@click.option("--out", type=click.Path(dir_okay=False), help="JSON file for the results.")
+@out_option
 def main(families: str | None, model: str | None, out: str | None, **options: Any) -> None:
     """Compares exported models with the models that they were made from."""
     from lordjax.conversions.families.registry import FAMILIES
-    from lordjax.scripts.benchmarks.protocol import environment
     from lordjax.scripts.opened_model import quiet_transformers
 
     quiet_transformers()
@@ -229,7 +224,6 @@ def real(
     from lordjax.allocation.candidates import QUANTIZERS
     from lordjax.compression.low_rank import compress
     from lordjax.compression.quantized import quantize
-    from lordjax.scripts.benchmarks.protocol import protocol_tokens
     from lordjax.scripts.opened_model import open_model
 
     opened = open_model(model)

@@ -35,6 +35,13 @@ from typing import Any
 
 import click
 
+from lordjax.scripts.benchmarks.protocol import (
+    environment,
+    out_option,
+    protocol_tokens,
+    token_options,
+)
+
 BITS3 = "nf3"
 RANK = 32
 
@@ -46,15 +53,7 @@ def main() -> None:
 
 @main.command()
 @click.argument("model")
-@click.option(
-    "--data",
-    required=True,
-    type=click.Path(exists=True, file_okay=False),
-    help="Directory with token arrays calib_DOMAIN.npy and eval_DOMAIN.npy.",
-)
-@click.option(
-    "--domain", default="wikitext2", show_default=True, help="Domain of the token arrays."
-)
+@token_options(domain="wikitext2")
 @click.option("--batch", default=4, show_default=True, help="Number of sequences in a step.")
 @click.option("--seq-len", default=512, show_default=True, help="Number of tokens in a sequence.")
 @click.option("--repeats", default=5, show_default=True, help="Timed steps of every variant.")
@@ -63,7 +62,6 @@ def speed(
     model: str, data: str, domain: str, batch: int, seq_len: int, repeats: int, rank: int
 ) -> None:
     """Times a LoRA step on MODEL, in lordjax and in PEFT."""
-    from lordjax.scripts.benchmarks.protocol import environment, protocol_tokens
     from lordjax.scripts.opened_model import open_model
 
     opened = open_model(model)
@@ -132,13 +130,7 @@ def _their_steps(opened: Any, tokens: Any, rank: int, directory: Path) -> Any:
 
 @main.command()
 @click.argument("model")
-@click.option(
-    "--data",
-    required=True,
-    type=click.Path(exists=True, file_okay=False),
-    help="Directory with token arrays calib_DOMAIN.npy and eval_DOMAIN.npy.",
-)
-@click.option("--domain", default="pystdlib", show_default=True, help="Domain of the token arrays.")
+@token_options(domain="pystdlib", calibration=16, windows=4)
 @click.option(
     "--cases",
     required=True,
@@ -147,13 +139,6 @@ def _their_steps(opened: Any, tokens: Any, rank: int, directory: Path) -> Any:
 @click.option("--steps", default=50, show_default=True, help="Number of training steps.")
 @click.option("--batch", default=8, show_default=True, help="Number of sequences in a step.")
 @click.option("--seq-len", default=512, show_default=True, help="Number of tokens in a sequence.")
-@click.option(
-    "--calibration-windows",
-    default=16,
-    show_default=True,
-    help="Number of calibration sequences for the compression.",
-)
-@click.option("--windows", default=4, show_default=True, help="Number of evaluation sequences.")
 @click.option("--learning-rate", type=float, help="Learning rate.  [default: the recipe's]")
 @click.option(
     "--distill",
@@ -161,7 +146,7 @@ def _their_steps(opened: Any, tokens: Any, rank: int, directory: Path) -> Any:
     show_default=True,
     help="Weight of the distillation loss, with the original model as teacher; 0: none.",
 )
-@click.option("--out", type=click.Path(dir_okay=False), help="JSON file for the results.")
+@out_option
 def recovery(
     model: str,
     data: str,
@@ -173,7 +158,6 @@ def recovery(
     **options: Any,
 ) -> None:
     """Measures the perplexity of MODEL, compressed in each case, before and after training."""
-    from lordjax.scripts.benchmarks.protocol import environment, protocol_tokens
     from lordjax.scripts.opened_model import open_model
 
     opened = open_model(model)
@@ -291,7 +275,6 @@ def memory(config: str, batch: int, seq_len: int, rank: int, dtype: str, ranks: 
     from lordjax.finetune.step import Settings
     from lordjax.forecast.shapes import dense_shapes, outline
     from lordjax.kernels.kinds import astype
-    from lordjax.scripts.benchmarks.protocol import environment
 
     model = read_config(config)[1]
     cut = {name: int(r) for name, r in (part.split("=") for part in ranks.split(","))}

@@ -17,6 +17,13 @@ from typing import Any
 
 import click
 
+from lordjax.scripts.benchmarks.protocol import (
+    environment,
+    out_option,
+    protocol_tokens,
+    token_options,
+)
+
 
 def variants() -> dict[str, Any]:
     """Variants of MoDeGPT: `Method` by name."""
@@ -50,24 +57,14 @@ def variants() -> dict[str, Any]:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model")
-@click.option(
-    "--data",
-    required=True,
-    type=click.Path(exists=True, file_okay=False),
-    help="Directory with token arrays calib_DOMAIN.npy and eval_DOMAIN.npy.",
-)
-@click.option("--domain", default="pystdlib", show_default=True, help="Domain of the token arrays.")
+@token_options(domain="pystdlib", calibration=16, windows=4)
 @click.option(
     "--keeps",
     default="0.8,0.6",
     show_default=True,
     help="Fractions of the block weights to keep, separated by commas.",
 )
-@click.option(
-    "--calibration-windows", default=16, show_default=True, help="Number of calibration sequences."
-)
-@click.option("--windows", default=4, show_default=True, help="Number of evaluation sequences.")
-@click.option("--out", type=click.Path(dir_okay=False), help="JSON file for the results.")
+@out_option
 def main(
     model: str,
     data: str,
@@ -83,7 +80,6 @@ def main(
     from lordjax import prepare
     from lordjax.evaluate import perplexity
     from lordjax.methods import METHODS
-    from lordjax.scripts.benchmarks.protocol import environment, protocol_tokens
     from lordjax.scripts.opened_model import open_model
 
     protocol = {"domain": domain, "calibration": calibration_windows, "windows": windows}

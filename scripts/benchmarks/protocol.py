@@ -1,12 +1,63 @@
-"""Token sequences that all benchmarks use, and facts about the machine."""
+"""Token sequences and options that benchmarks share, and facts about the machine."""
 
 from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import click
 import numpy as np
+
+out_option = click.option(
+    "--out", type=click.Path(dir_okay=False), help="JSON file for the results."
+)
+
+
+def token_options(
+    *,
+    domain: str | None = None,
+    domains: str | None = None,
+    calibration: int | None = None,
+    windows: int | None = None,
+    required: bool = True,
+) -> Callable[[Any], Any]:
+    """Returns a decorator that adds the options of `protocol_tokens` to a command.
+
+    Args:
+      domain: default of ``--domain``; None: no such option.
+      domains: default of ``--domains``, which takes several; None: no such option.
+      calibration: default of ``--calibration-windows``; None: no such option.
+      windows: default of ``--windows``; None: no such option.
+      required: whether ``--data`` must be given.
+    """
+    contents = "Directory with token arrays calib_DOMAIN.npy and eval_DOMAIN.npy"
+    directory = click.Path(exists=True, file_okay=False)
+    options = [
+        click.option(
+            "--data",
+            required=required,
+            type=directory,
+            help=f"{contents}." if required else f"{contents} (with a model).",
+        )
+    ]
+    for flag, default, meaning in (
+        ("--domain", domain, "Domain of the token arrays."),
+        ("--domains", domains, "Domains of the token arrays, separated by commas."),
+        ("--calibration-windows", calibration, "Number of calibration sequences."),
+        ("--windows", windows, "Number of evaluation sequences."),
+    ):
+        if default is not None:
+            options.append(click.option(flag, default=default, show_default=True, help=meaning))
+
+    def add(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
 
 
 def protocol_tokens(
@@ -24,8 +75,6 @@ def protocol_tokens(
     Returns:
       Calibration tokens and evaluation tokens, each ``[sequences, length]``.
     """
-    import numpy as np
-
     counts = {"calib": calibration, "eval": windows}
     first, second = (np.load(Path(data) / f"{n}_{domain}.npy")[:k] for n, k in counts.items())
     return first, second

@@ -32,6 +32,12 @@ from typing import Any
 import click
 
 from lordjax.names import layer
+from lordjax.scripts.benchmarks.protocol import (
+    environment,
+    out_option,
+    protocol_tokens,
+    token_options,
+)
 
 BITS = ("4", "3.5", "3.25", "3", "2.75", "2.5")
 RANKS = (0, 16, 32, 64)
@@ -51,28 +57,13 @@ def default_cases() -> list[str]:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model")
-@click.option(
-    "--data",
-    required=True,
-    type=click.Path(exists=True, file_okay=False),
-    help="Directory with token arrays calib_DOMAIN.npy and eval_DOMAIN.npy.",
-)
-@click.option(
-    "--domains",
-    default="wikitext2,pystdlib",
-    show_default=True,
-    help="Domains of the token arrays, separated by commas.",
-)
+@token_options(domains="wikitext2,pystdlib", calibration=64, windows=8)
 @click.option(
     "--cases",
     help="Cases METHOD[:RANK][:WEIGHTING][:FACTORS][:no-feedback]@BUDGET, separated by commas.  "
     "[default: the whole grid]",
 )
-@click.option(
-    "--calibration-windows", default=64, show_default=True, help="Number of calibration sequences."
-)
-@click.option("--windows", default=8, show_default=True, help="Number of evaluation sequences.")
-@click.option("--out", type=click.Path(dir_okay=False), help="JSON file for the results.")
+@out_option
 def main(
     model: str,
     data: str,
@@ -83,7 +74,6 @@ def main(
     out: str | None,
 ) -> None:
     """Measures quantized versions of MODEL."""
-    from lordjax.scripts.benchmarks.protocol import environment, protocol_tokens
     from lordjax.scripts.opened_model import open_model
 
     opened, rows = open_model(model), []

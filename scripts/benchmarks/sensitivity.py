@@ -24,29 +24,18 @@ from typing import Any
 import click
 
 from lordjax.names import layer
+from lordjax.scripts.benchmarks.protocol import out_option, protocol_tokens, token_options
 
 METHOD = "lord-linear"
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model")
-@click.option(
-    "--data",
-    required=True,
-    type=click.Path(exists=True, file_okay=False),
-    help="Directory with token arrays calib_DOMAIN.npy and eval_DOMAIN.npy.",
-)
-@click.option(
-    "--domain", default="wikitext2", show_default=True, help="Domain of the token arrays."
-)
+@token_options(domain="wikitext2", calibration=8, windows=4)
 @click.option(
     "--keep", default=0.8, show_default=True, help="Fraction of the block weights to keep."
 )
-@click.option(
-    "--calibration-windows", default=8, show_default=True, help="Number of calibration sequences."
-)
-@click.option("--windows", default=4, show_default=True, help="Number of evaluation sequences.")
-@click.option("--out", type=click.Path(dir_okay=False), help="JSON file for the results.")
+@out_option
 def main(
     model: str,
     data: str,
@@ -59,7 +48,6 @@ def main(
     """Measures the perplexity of MODEL at one budget with different error weights."""
     from lordjax.compression.low_rank import prepare
     from lordjax.evaluate import perplexity
-    from lordjax.scripts.benchmarks.protocol import protocol_tokens
     from lordjax.scripts.opened_model import open_model
 
     opened = open_model(model)

@@ -26,19 +26,20 @@ from typing import Any
 
 import click
 
+from lordjax.scripts.benchmarks.protocol import (
+    environment,
+    out_option,
+    protocol_tokens,
+    token_options,
+)
+
 CASES = "lord@0.8,modegpt@0.8,auto@3.6bits"
 BLOCKS = "layers/"  # in the paths of the blocks' parameters
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model")
-@click.option(
-    "--data",
-    required=True,
-    type=click.Path(exists=True, file_okay=False),
-    help="Directory with token arrays calib_DOMAIN.npy and eval_DOMAIN.npy.",
-)
-@click.option("--domain", default="wikitext2", show_default=True, help="Domain of the tokens.")
+@token_options(domain="wikitext2", calibration=64, windows=8)
 @click.option(
     "--cases",
     default=CASES,
@@ -46,12 +47,8 @@ BLOCKS = "layers/"  # in the paths of the blocks' parameters
     help="Cases METHOD@BUDGET, separated by commas. BUDGET is a fraction of the block weights, or "
     "a number of bits per block weight, such as 3.6bits.",
 )
-@click.option(
-    "--calibration-windows", default=64, show_default=True, help="Number of calibration sequences."
-)
-@click.option("--windows", default=8, show_default=True, help="Number of evaluation sequences.")
 @click.option("--no-own", is_flag=True, help="Leave lordjax's own model out.")
-@click.option("--out", type=click.Path(dir_okay=False), help="JSON file for the results.")
+@out_option
 def main(
     model: str,
     data: str,
@@ -63,7 +60,6 @@ def main(
     out: str | None,
 ) -> None:
     """Compresses MODEL as transformers' FlaxLlama and as lordjax's own model."""
-    from lordjax.scripts.benchmarks.protocol import environment, protocol_tokens
     from lordjax.scripts.opened_model import open_model
 
     opened = open_model(model)

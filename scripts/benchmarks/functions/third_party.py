@@ -29,17 +29,18 @@ from typing import Any
 
 import click
 
+from lordjax.scripts.benchmarks.protocol import environment, out_option
+
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--models", help="Names of models, separated by commas.  [default: all]")
 @click.option("--shapes/--no-shapes", default=True, help="Also trace models by shapes alone.")
-@click.option("--out", type=click.Path(dir_okay=False), help="JSON file for the results.")
+@out_option
 def main(models: str | None, shapes: bool, out: str | None) -> None:
     """Compresses models of other libraries and prints what holds."""
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=2"  # for pmap
     from lordjax.scripts.benchmarks.functions.models import CASES, SHAPES
-    from lordjax.scripts.benchmarks.protocol import environment
 
     rows: list[dict[str, Any]] = []
     for name in models.split(",") if models else [*CASES, *(SHAPES if shapes else ())]:
