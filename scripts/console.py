@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from lordjax.runtime import json_files
 
 if TYPE_CHECKING:
     from lordjax.runtime.progress import Progress
@@ -60,7 +61,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     from lordjax.storage.tensor_files import write_text
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(path, "".join(json_files.dumps(row) + "\n" for row in rows))
 
 
 def printable_streams() -> None:

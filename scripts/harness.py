@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +29,7 @@ from lordjax.evaluate import multiple_choice
 from lordjax.evaluate.likelihood import BATCH, Score, log_likelihoods
 from lordjax.generation.completion import encode
 from lordjax.generation.sampling import Sampling
+from lordjax.runtime import json_files
 from lordjax.scripts.console import progress_report
 from lordjax.scripts.opened_model import open_model
 
@@ -177,7 +177,7 @@ class LordjaxLM(TemplateLM):
         """
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
-            groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)
+            groups.setdefault(json_files.dumps(request.args[1], sort_keys=True), []).append(i)
         answers = [""] * len(requests)
         for numbers in groups.values():
             prompts = [requests[i].args[0] for i in numbers]

@@ -15,7 +15,7 @@ from lordjax.models.config import ModelConfig
 from lordjax.models.source import Source
 from lordjax.names import layer
 from lordjax.scripts.console import say
-from lordjax.scripts.flags.options import ignored_keys
+from lordjax.scripts.flags.options import ignored_keys, verifies
 
 if TYPE_CHECKING:
     from lordjax.generation.defaults import Defaults
@@ -134,7 +134,9 @@ def _native(name: str, path: Path) -> Model:
     )
     from lordjax.storage import saved_model
 
-    saved = saved_model.open_saved(path)
+    saved = saved_model.open_saved(path, verify=verifies())
+    for note in saved.notes:
+        say(f"note: {note}")
     tokens = DirectoryTokenizer(path)
     generation = functools.partial(read_generation_config, path)
 

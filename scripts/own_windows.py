@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lordjax.runtime import json_files
 from lordjax.scripts.console import say
 from lordjax.scripts.opened_model import Model, model_checksums
 from lordjax.scripts.program_cache import cache_directory, writable
@@ -143,7 +143,7 @@ def cache_folder(model: Model, windows: int, length: int, seed: int) -> Path:
     facts = [model_checksums(model), _tokenizer_checksum(model), jax.devices()[0].device_kind]
     if generation := model.generation_config():  # it names end tokens
         facts.append(generation)
-    checksum = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+    checksum = hashlib.sha256(json_files.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
     name = f"{checksum}-seed{seed}-{windows}x{length}-v{VERSION}"
     return cache_directory() / "own_text" / name
 
@@ -151,7 +151,7 @@ def cache_folder(model: Model, windows: int, length: int, seed: int) -> Path:
 def _tokenizer_checksum(model: Model) -> str:
     tokenizer = model.tokenizer()
     facts = [tokenizer.get_vocab(), tokenizer.chat_template, tokenizer.encode("")]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json_files.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _kept(file: Path, shape: tuple[int, int]) -> np.ndarray | None:

@@ -23,7 +23,6 @@ from lordjax.conversions.exporters.hf_files import (
     outside,
     stored,
     write_config,
-    write_json,
     write_shards,
 )
 from lordjax.conversions.exporters.torch_layer import Layer, Part
@@ -33,6 +32,7 @@ from lordjax.kernels import trees
 from lordjax.kernels.base import Kernel, materialize
 from lordjax.kernels.quantized import LowRankPlusQuantized
 from lordjax.models import head_axes
+from lordjax.storage.tensor_files import write_json
 
 FORMAT = 1  # version of config.lordjax_export
 CODE = "modeling_lordjax"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +16,7 @@ from lordjax.kernels import trees
 from lordjax.models.config import ModelConfig
 from lordjax.names import layer
 from lordjax.storage.checkpoint import INDEX, SHARD_BYTES
+from lordjax.storage.tensor_files import write_json
 
 
 class Opened(Protocol):
@@ -146,11 +146,6 @@ def write_shards(stage: Path, tensors: Iterable[tuple[str, np.ndarray]], limit: 
         index |= dict.fromkeys(names, file)
     content = {"metadata": {"total_size": total}, "weight_map": index}
     write_json(stage / INDEX, content)
-
-
-def write_json(file: Path, value: Any) -> None:
-    """Writes a value as JSON."""
-    file.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
 
 
 # Keys that `write_config` drops: the old name of dtype, and the original's own code.

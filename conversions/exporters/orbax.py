@@ -9,7 +9,6 @@ A directory holds::
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,8 @@ from lordjax.conversions.readers.tensor_files import read_json
 from lordjax.kernels import trees
 from lordjax.models.config import ModelConfig
 from lordjax.names import layer
-from lordjax.storage import checkpoint, saved_model, shards
+from lordjax.storage import assembly, checkpoint, shards
+from lordjax.storage.tensor_files import write_json
 
 PARAMS, MANIFEST = "params", "manifest.json"
 
@@ -36,7 +36,7 @@ def orbax(job: ExportSpec, stage: Path) -> None:
         "lordjax": checkpoint.describe(source.config, params),
         "config": dict(source.hf_config),
     }
-    (stage / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
+    write_json(stage / MANIFEST, manifest)
 
 
 def restore_orbax(directory: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
@@ -58,6 +58,6 @@ def restore_orbax(directory: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
         tree = checkpointer.restore(directory / PARAMS)
     try:
         meta = manifest["lordjax"]
-        return ModelConfig.from_json(meta["model"]), saved_model.assemble(trees.flatten(tree), meta)
+        return ModelConfig.from_json(meta["model"]), assembly.assemble(trees.flatten(tree), meta)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{directory / MANIFEST}: damaged ({error!r}); export again") from error

@@ -63,6 +63,7 @@ from lordjax.conversions.readers.tensor_files import (
 from lordjax.kernels.trees import unflatten
 from lordjax.models.config import ModelConfig
 from lordjax.names import layer
+from lordjax.storage.tensor_check import check_finite
 
 DTYPES = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
 
@@ -242,13 +243,7 @@ class Checkpoint:
         return unflatten({path: self.read(path, dtype) for path in self.table if wanted(path)})
 
     def _check_finite(self, tensor: np.ndarray, path: str, verb: str) -> None:
-        finite = np.isfinite(tensor)
-        if not finite.all():
-            first = tuple(int(i) for i in np.argwhere(~finite)[0])
-            raise ValueError(
-                f"{self._files.where(self.table[path].name)} ({path}) {verb} "
-                f"{int((~finite).sum())} non-finite value(s), the first at {first}"
-            )
+        check_finite(tensor, f"{self._files.where(self.table[path].name)} ({path}) {verb}")
 
     def _check_tied(self, path: str, tensor: np.ndarray) -> None:
         """Raises ValueError if a tied head is stored with other values than the embedding.

@@ -12,6 +12,7 @@ from lordjax.conversions.families.registry import model_config, tensor_table
 from lordjax.conversions.readers.tensor_files import TensorFiles
 from lordjax.models.config import ModelConfig
 from lordjax.names import listed
+from lordjax.storage.tensor_check import mismatches
 
 
 def spelling(
@@ -78,27 +79,20 @@ def tensor_problems(
     """
     expected = {source.name: source.shape for source in table.values()}
     found = {name: files.shape(name) for name in files.names()}
-    missing = sorted(expected.keys() - found.keys())
-    unknown = [
-        name
-        for name in sorted(found.keys() - expected.keys() - set(left_out))
-        if not _is_skipped(name, family, config)
-    ]
-    lines = [f"missing: {name} {expected[name]}" for name in missing]
-    lines += [f"unknown: {files.where(name)} {found[name]}" for name in unknown]
-    lines += [
-        f"wrong shape: {files.where(name)} is {found[name]}, not {expected[name]}"
-        for name in sorted(found.keys() & expected.keys())
-        if found[name] != expected[name]
-    ]
+    read = {
+        name: shape
+        for name, shape in found.items()
+        if name in expected or not (name in left_out or _is_skipped(name, family, config))
+    }
+    lines = mismatches(expected, read, files.where)
     if not lines:
         return ""
-    advice = _guess(missing, found) or (
+    advice = _guess(sorted(expected.keys() - found.keys()), found) or (
         "Check that the config belongs to this model and that no file is missing"
     )
     return (
         f"{len(lines):,} tensor(s) do not match the config (family {family.model_type}, "
-        f"{config.num_layers} layers). {advice}:\n  {listed(_mixed(lines), chr(10) + '  ')}"
+        f"{config.num_layers} layers). {advice}:\n  {listed(lines, chr(10) + '  ')}"
     )
 
 
@@ -106,17 +100,6 @@ def _is_skipped(name: str, family: Family, config: ModelConfig) -> bool:
     """Returns whether the model does not need a tensor that is in the files."""
     copied = config.tie_embeddings and name in family.copies
     return copied or family.ignores(name) or family.ignores(family.prefix + name)
-
-
-def _mixed(lines: list[str]) -> list[str]:
-    """Orders the lines so that the first of them show every kind of problem."""
-    seen: Counter[str] = Counter()
-    ranked = []
-    for line in lines:
-        kind = line.partition(":")[0]
-        ranked.append((seen[kind], line))
-        seen[kind] += 1
-    return [line for _, line in sorted(ranked, key=lambda pair: pair[0])]
 
 
 def _guess(missing: Iterable[str], found: Iterable[str]) -> str | None:

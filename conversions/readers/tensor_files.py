@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import json
 import zipfile
 from collections import Counter
 from collections.abc import Iterable
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lordjax.names import listed
+from lordjax.runtime.json_files import read_object
 from lordjax.storage.saved_model import header
 
 BFLOAT16 = np.dtype(jnp.bfloat16)
@@ -211,10 +211,4 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
       ValueError: if the content is not a JSON object; the message names the file.
     """
-    try:
-        content = json.loads(file.read_text("utf-8-sig"))
-    except ValueError as error:
-        raise ValueError(f"{file}: not JSON ({error}); is the file complete?") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: expected a JSON object, found a {type(content).__name__}")
-    return content
+    return read_object(file)

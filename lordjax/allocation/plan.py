@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lordjax.kernels import normal_float
+from lordjax.runtime import json_files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +92,8 @@ class Plan:
         return sum(sizes[path].weights(rank) for path, rank in self.ranks.items())
 
     def write(self, path: Path) -> None:
-        """Writes the plan to a file as JSON."""
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", "utf-8")
+        """Writes the plan to a file as JSON; raises ValueError if a number is not finite."""
+        path.write_text(json_files.dumps(dataclasses.asdict(self), indent=1) + "\n", "utf-8")
 
     @classmethod
     def read(cls, path: Path) -> Plan:
@@ -104,7 +104,7 @@ class Plan:
             least 1; names the file and the sites.
         """
         try:
-            plan = cls(**json.loads(path.read_text("utf-8")))
+            plan = cls(**json_files.read_object(path))
             bad = {p: r for p, r in plan.ranks.items() if not _is_rank(r)}
             for text in [*plan.formats.values(), *([] if plan.factors is None else [plan.factors])]:
                 normal_float.Format.parse(text)

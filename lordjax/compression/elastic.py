@@ -15,7 +15,6 @@ that budget, bit for bit.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -36,59 +35,11 @@ from lordjax.models.config import ModelConfig
 from lordjax.models.source import InMemory, Materialized, Source
 from lordjax.runtime.progress import Progress
 from lordjax.storage import atomic_directory, checkpoint, saved_model
+from lordjax.storage.archive import DIRECTORY, FACTS, FORMAT, INDEX, Archive
 from lordjax.storage.disk_store import DiskStore
-from lordjax.storage.entry_reader import EntryReader
 from lordjax.storage.shards import Shards, names
 from lordjax.storage.store import Entries, MemoryStore
 from lordjax.storage.tensor_files import write_json
-
-DIRECTORY, INDEX = "elastic", "index.json"
-FACTS = "elastic"  # entry: everything besides the factors
-FORMAT = 1  # version of the directory `DIRECTORY`
-REMEDY = "the elastic model is damaged: make it again with lordjax compress --elastic"
-
-
-class Archive(MemoryStore):
-    """Entries that a `DiskStore` wrote, for reading only; new entries stay in memory.
-
-    Args:
-      directory: the directory `DIRECTORY` of an elastic model.
-
-    Raises:
-      ValueError: if the directory is no such archive, or is damaged.
-    """
-
-    def __init__(self, directory: Path):
-        super().__init__()
-        index = directory / INDEX
-        try:
-            content = json.loads(index.read_text("utf-8"))
-            self._rows: dict[str, dict[str, Any]] = content["entries"]
-            version = content["format"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{index}: unreadable ({error!r}); {REMEDY}") from error
-        if version > FORMAT:
-            raise ValueError(
-                f"{index}: format {version}; this version reads up to {FORMAT}, upgrade lordjax"
-            )
-        self._reader = EntryReader(directory, TYPES, REMEDY)
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._rows or super().__contains__(key)
-
-    def __getitem__(self, key: str) -> Any:
-        """Returns an entry; its arrays are mapped, not read.
-
-        Raises:
-          ValueError: if the entry's file is missing or is not what was written.
-        """
-        if key not in self._rows:
-            return super().__getitem__(key)
-        return self._reader.tree(self._rows[key])
-
-    def below(self, prefix: str) -> list[str]:
-        """Returns the keys that begin with a prefix, the oldest first."""
-        return [key for key in self._rows if key.startswith(prefix)] + super().below(prefix)
 
 
 def check_settings(method: str, prefix: str | None) -> None:
@@ -190,6 +141,7 @@ def cut(
     *,
     into: Any = None,
     progress: Progress | None = None,
+    verify: bool = True,
 ) -> Result:
     """Cuts an elastic model to one budget.
 
@@ -198,6 +150,7 @@ def cut(
       keep: fraction of the block linear weights to keep, in (0, 1].
       into: where the parts of the model go; see `Prepared.apply`.
       progress: called with (stage, done, total).
+      verify: whether checksums are checked.
 
     Returns:
       The model of that budget.
@@ -206,11 +159,11 @@ def cut(
       ValueError: if the directory is not elastic, or is damaged, or ``keep`` cannot be met.
     """
     check_elastic(directory)
-    archive = Archive(Path(directory) / DIRECTORY)
+    archive = Archive(Path(directory), TYPES, verify=verify)
     facts = archive[FACTS]
     mask = None if facts["mask"] is None else np.asarray(facts["mask"], bool)
     prepared = Prepared(
-        source=Materialized(saved_model.open_saved(directory)),
+        source=Materialized(saved_model.open_saved(directory, verify=verify)),
         calibration=Calibration(facts["tokens"], mask, facts["batch_size"], facts["mask_token"]),
         held_out=facts["held_out"],
         method=facts["method"],
@@ -233,13 +186,13 @@ def cut(
     )
 
 
-def factors_of(directory: str | os.PathLike[str]) -> Mapping[str, Any]:
+def factors_of(directory: str | os.PathLike[str], *, verify: bool = True) -> Mapping[str, Any]:
     """Site path -> factors at all ranks, of an elastic directory; read when they are asked for.
 
     Raises:
       ValueError: if the directory is damaged.
     """
-    return Entries(Archive(Path(directory) / DIRECTORY), "factors")
+    return Entries(Archive(Path(directory), TYPES, verify=verify), "factors")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,14 +210,15 @@ class Cut(InMemory):
         return trees.flatten(jax.eval_shape(dict, self.params))
 
 
-def open_cut(directory: str | os.PathLike[str], keep: float) -> Cut:
+def open_cut(directory: str | os.PathLike[str], keep: float, *, verify: bool = True) -> Cut:
     """Cuts an elastic model to one budget, as a source to evaluate or export; errors: see `cut`."""
-    result = cut(directory, keep)
-    return Cut(result.config, result.params, saved_model.open_saved(directory).hf_config)
+    result = cut(directory, keep, verify=verify)
+    saved = saved_model.open_saved(directory, verify=verify)
+    return Cut(result.config, result.params, saved.hf_config)
 
 
 def load(
-    directory: str | os.PathLike[str], keep: float | None = None
+    directory: str | os.PathLike[str], keep: float | None = None, *, verify: bool = True
 ) -> tuple[ModelConfig, dict[str, Any]]:
     """Loads a model directory.
 
@@ -272,6 +226,7 @@ def load(
       directory: directory that `save` or the command line wrote.
       keep: fraction of the block linear weights to keep, in (0, 1], for an elastic model; None: the
         model as it is stored (for an elastic one, the dense model).
+      verify: whether checksums are checked; everything else always is.
 
     Returns:
       The configuration, and the parameters as a nested dict of arrays and kernels.
@@ -280,9 +235,9 @@ def load(
       ValueError: if the directory is no such model or is damaged, or cannot be cut to ``keep``.
     """
     if keep is None:
-        saved = saved_model.open_saved(directory)
+        saved = saved_model.open_saved(directory, verify=verify)
         return saved.config, saved.params()
-    source = open_cut(directory, keep)
+    source = open_cut(directory, keep, verify=verify)
     return source.config, dict(source.params)
 
 
@@ -294,6 +249,7 @@ def export(
     write_tokenizer: Callable[[Path], Any] | None = None,
     also: Callable[[Path, Mapping[str, Any]], Any] | None = None,
     progress: Progress | None = None,
+    verify: bool = True,
 ) -> Path:
     """Writes the model of one budget as a directory of its own, a block at a time.
 
@@ -305,6 +261,7 @@ def export(
       also: called with the directory when everything else is in it, and with site path -> factors,
         to put more into it.
       progress: called with (stage, done, total).
+      verify: whether checksums are checked.
 
     Raises:
       FileExistsError: if ``out`` is not free.
@@ -313,11 +270,11 @@ def export(
     """
     check_elastic(directory)
     out = atomic_directory.check_destination(out)
-    saved = saved_model.open_saved(directory)
+    saved = saved_model.open_saved(directory, verify=verify)
     atomic_directory.check_room(out, saved.file_bytes())
     with atomic_directory.staged(out) as stage:
         shards = Shards(stage, MemoryStore())
-        result = cut(directory, keep, into=shards, progress=progress)
+        result = cut(directory, keep, into=shards, progress=progress, verify=verify)
         stored = saved.report()
         settings = dict(stored.get("settings", {}))
         settings.pop("elastic", None)
@@ -335,6 +292,8 @@ def export(
                 "settings": {**settings, "keep": keep},
             },
             write_tokenizer=write_tokenizer,
-            also=None if also is None else lambda stage: also(stage, factors_of(directory)),
+            also=None
+            if also is None
+            else lambda stage: also(stage, factors_of(directory, verify=verify)),
         )
     return out

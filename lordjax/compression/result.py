@@ -16,6 +16,7 @@ from lordjax.kernels.kinds import weights
 from lordjax.methods import METHODS, ModuleFactors
 from lordjax.models import ModelConfig
 from lordjax.models.sites import counted_sites
+from lordjax.storage.tensor_check import check_finite
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -113,7 +114,10 @@ def verify(params: Any, plan: Plan, sizes: Mapping[str, SiteSize], config: Model
         if have != expected:
             wrong.append(f"{path} has {have} weights, the plan says {expected}")
     for path, leaf in flat.items():
-        if not all(np.isfinite(np.asarray(a, np.float32)).all() for a in jax.tree.leaves(leaf)):
-            wrong.append(f"{path} is not finite (does it overflow in {leaf.dtype}?)")
+        try:
+            for array in jax.tree.leaves(leaf):
+                check_finite(np.asarray(array), f"{path} (does it overflow in {leaf.dtype}?) holds")
+        except ValueError as error:
+            wrong.append(str(error))
     if wrong:
         raise ValueError("the compressed model is not what was planned: " + "; ".join(wrong))

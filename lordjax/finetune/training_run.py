@@ -34,6 +34,7 @@ from lordjax.finetune.step import Settings, State
 from lordjax.kernels import trees
 from lordjax.kernels.kinds import astype
 from lordjax.models.config import ModelConfig
+from lordjax.runtime import json_files
 from lordjax.runtime.mesh import Mesh
 from lordjax.storage.disk_store import differences
 from lordjax.storage.tensor_files import write_json, write_text
@@ -263,7 +264,7 @@ class Log:
         # The last line may be cut off. Steps after the checkpoint are run again.
         whole = [json.loads(line) for line in text.split("\n")[:-1]]
         self.lines = [line for line in whole if line["step"] <= step]
-        write_text(path, "".join(json.dumps(line) + "\n" for line in self.lines))
+        write_text(path, "".join(json_files.dumps_measured(line) + "\n" for line in self.lines))
         self._file = path.open("a", buffering=1, encoding="utf-8")
 
     def close(self) -> None:
@@ -273,7 +274,7 @@ class Log:
     def write(self, **line: Any) -> None:
         """Appends a line to the file, and reports it."""
         self.lines.append(line)
-        self._file.write(json.dumps(line) + "\n")
+        self._file.write(json_files.dumps_measured(line) + "\n")
         if self._report is not None:
             self._report(line)
 
@@ -281,7 +282,7 @@ class Log:
 def _claim(directory: Path, resume: bool, about: dict[str, Any]) -> None:
     """Creates a run's directory, or checks that the directory holds a run of the same settings."""
     path = directory / "run.json"
-    about = json.loads(json.dumps(about))
+    about = json.loads(json_files.dumps(about))
     if not path.exists():
         if directory.exists() and any(directory.iterdir()):
             raise FileExistsError(

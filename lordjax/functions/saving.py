@@ -1,16 +1,17 @@
-"""Parameter trees with kernels on disk: one safetensors file and a manifest with checksums.
+"""Parameter trees with kernels on disk: one safetensors file, and checksums beside it.
 
 ::
 
     params.safetensors   all arrays by their "/"-paths; a kernel's arrays are below its path
-    params.json          format, checksum of the file, kinds and constants of the kernels
+    params.json          format, kinds and constants of the kernels
     plan.json            the plan, if there is one
+    checksums.json       checksums of every array and of the other files
 """
 
 from __future__ import annotations
 
-import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,17 @@ import numpy as np
 from lordjax.allocation.plan import Plan
 from lordjax.kernels import trees
 from lordjax.kernels.base import is_kernel, nbytes
+from lordjax.kernels.kinds import KINDS
+from lordjax.runtime import json_files
 from lordjax.storage import shards
+from lordjax.storage.assembly import assemble, check_fields
 from lordjax.storage.atomic_directory import check_destination, check_room, staged
-from lordjax.storage.saved_model import assemble
+from lordjax.storage.checksums import MANIFEST, Manifest, tensor_row
+from lordjax.storage.tensor_check import check_finite
 from lordjax.storage.tensor_files import TensorFile, checksum, write_json, write_tensors
 
-FORMAT = 1  # raised when an older reader would misread the new one
-TENSORS, MANIFEST, PLAN = "params.safetensors", "params.json", "plan.json"
+FORMAT = 2  # 1 had the checksum of the whole file in params.json
+TENSORS, ABOUT, PLAN = "params.safetensors", "params.json", "plan.json"
 
 
 def save_params(directory: str | os.PathLike[str], params: Any, plan: Plan | None = None) -> Path:
@@ -43,62 +48,90 @@ def save_params(directory: str | os.PathLike[str], params: Any, plan: Plan | Non
     Raises:
       FileExistsError: if the destination is not free.
       OSError: if there is not enough room on the disk.
-      ValueError: if two leaves have the same path, or a dtype is not supported; names the leaf.
+      ValueError: if two leaves have the same path, a value is not finite, or a dtype is not
+        supported; names the leaf.
     """
     directory = check_destination(directory)
     check_room(directory, nbytes(params))
     arrays = {name: np.asarray(array) for name, array in shards.tensors(params).items()}
+    for name, array in arrays.items():
+        check_finite(array, f"{directory}: {name} would hold")
     with staged(directory) as stage:
-        written = write_tensors(stage / TENSORS, arrays)
-        files = {TENSORS: {"bytes": written.bytes, "sha256": written.sha256}}
-        write_json(stage / MANIFEST, {"format": FORMAT, "files": files, **shards.describe(params)})
+        write_tensors(stage / TENSORS, arrays)
+        write_json(stage / ABOUT, {"format": FORMAT, **shards.describe(params)})
         if plan is not None:
             plan.write(stage / PLAN)
+        rows = {name: tensor_row(array) for name, array in arrays.items()}
+        write_json(stage / MANIFEST, Manifest.of(stage, rows).to_json())
     return directory
 
 
-def load_params(directory: str | os.PathLike[str], like: Any = None) -> Any:
+def load_params(directory: str | os.PathLike[str], like: Any = None, *, verify: bool = True) -> Any:
     """Returns the parameter tree that `save_params` wrote.
 
     Args:
       directory: the directory.
       like: a tree of the original's structure, of arrays or ``jax.ShapeDtypeStruct``; the result
         has this structure. None: nested dicts by the keys of the paths.
+      verify: whether checksums are checked; everything else always is.
 
     Returns:
       The tree, with NumPy arrays that are read from the file when they are used.
 
     Raises:
-      ValueError: if a file is missing, was changed or cut, or does not fit ``like``; names it.
+      ValueError: if a file is missing, was changed or cut, holds a value that is not finite, or
+        does not fit ``like``; names it.
     """
     directory = Path(directory)
-    manifest = _manifest(directory)
-    for name, wanted in manifest["files"].items():
-        file = directory / name
-        if not file.is_file() or file.stat().st_size != wanted["bytes"]:
-            raise ValueError(f"{file}: is missing or cut; expected {wanted['bytes']} bytes")
-        if checksum(file).sha256 != wanted["sha256"]:
-            raise ValueError(f"{file}: was changed after it was written; copy or save it again")
-    tree = assemble(dict(TensorFile(directory / TENSORS)), manifest)
+    about, file = _about(directory), directory / TENSORS
+    if not file.is_file():
+        raise ValueError(f"{file}: is missing; copy or save it again")
+    tensors = TensorFile(file)
+    check_fields(directory, about, dict.fromkeys(tensors, TENSORS))
+    arrays = dict(tensors)
+    if verify:
+        _verify(directory, about, arrays)
+    for name, array in arrays.items():
+        check_finite(array, f"{file}: {name} holds")
+    try:
+        tree = assemble(arrays, about)
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from error
     return tree if like is None else _shaped(trees.flatten(tree), like, directory)
 
 
-def _manifest(directory: Path) -> dict[str, Any]:
-    """Returns the manifest of a directory; raises ValueError if it is none."""
-    file = directory / MANIFEST
+def _verify(directory: Path, about: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+    """Raises ValueError if the directory is not what was written."""
+    file = directory / TENSORS
+    if about["format"] == 1:
+        if checksum(file).sha256 != about["files"][TENSORS]["sha256"]:
+            raise ValueError(f"{file}: was changed after it was written; copy or save it again")
+        return
+    manifest = Manifest.read(directory)
+    manifest.check_listed([ABOUT, *([PLAN] if (directory / PLAN).exists() else [])])
+    manifest.check_files()
+    manifest.check_headers(arrays)
+    for name, array in arrays.items():
+        manifest.check_tensor(name, array, file)
+
+
+def _about(directory: Path) -> dict[str, Any]:
+    """Returns the contents of `ABOUT`; raises ValueError if it is not what `save_params` wrote."""
+    file = directory / ABOUT
     try:
-        manifest = json.loads(file.read_text("utf-8"))
-        if manifest["format"] > FORMAT:
-            raise ValueError(f"format {manifest['format']} is newer than {FORMAT}")
-        if not all({"bytes", "sha256"} <= set(row) for row in manifest["files"].values()):
-            raise ValueError("the checksums of its files are missing")
-        if TENSORS not in manifest["files"]:
-            raise ValueError(f"{TENSORS} is not listed")
-        if not isinstance(manifest["kinds"], dict):
-            raise TypeError("the kinds of its kernels are no JSON object")
+        about = json_files.read_object(file)
+        if about["format"] not in range(1, FORMAT + 1):
+            raise ValueError(f"format {about['format']!r}; this version reads 1 to {FORMAT}")
+        if about["format"] == 1 and "sha256" not in about["files"][TENSORS]:
+            raise ValueError(f"the checksum of {TENSORS} is missing")
+        unknown = sorted(kind for kind in about["kinds"].values() if kind not in KINDS)
+        if unknown:
+            raise ValueError(f"unknown kernel kinds {unknown}; upgrade lordjax")
+        if not all(isinstance(c, dict) for c in about.get("constants", {}).values()):
+            raise TypeError("the constants of a kernel are no JSON object")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file}: not a manifest of save_params ({error})") from error
-    return manifest
+        raise ValueError(f"{file}: not written by save_params ({error})") from error
+    return about
 
 
 def _shaped(found: dict[str, Any], like: Any, directory: Path) -> Any:

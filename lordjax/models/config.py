@@ -7,6 +7,7 @@ All fields are plain numbers, strings and tuples. So a config is hashable, as a 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 
@@ -130,7 +131,8 @@ class ModelConfig:
         """Returns the config of `to_json`'s dicts.
 
         Raises:
-          TypeError: if a field is unknown or missing, or a size is impossible.
+          TypeError: if a field is unknown or missing, a size is impossible, or a value has another
+            type than the field or is not finite.
         """
         fields = dict(fields)
         for name in LARGEST.keys() & fields.keys():
@@ -139,13 +141,29 @@ class ModelConfig:
                 continue
             if (problem := size_problem(name, value)) is not None:
                 raise TypeError(f"{name} = {value!r}: {problem}")
+        _check_types(cls, fields)
         for name in ("rope", "local_rope"):
             if fields.get(name) is not None:
                 rope: dict[str, Any] = dict(fields[name])
                 factors: dict[str, Any] = {
                     k: tuple(v) for k, v in rope.items() if isinstance(v, list)
                 }
+                _check_types(Rope, rope)
                 fields[name] = Rope(**(rope | factors))
         if fields.get("windows") is not None:
             fields["windows"] = tuple(fields["windows"])
         return cls(**fields)
+
+
+def _check_types(kind: type[Any], values: dict[str, Any]) -> None:
+    """Raises TypeError if a value cannot be that of its field; unknown fields are left alone."""
+    known: dict[type, tuple[type, ...]] = {bool: (bool,), str: (str,), float: (float, int)}
+    for field in dataclasses.fields(kind):
+        if field.name not in values or type(field.default) not in known:
+            continue
+        value, types = values[field.name], known[type(field.default)]
+        if type(value) not in types or (type(value) is float and not math.isfinite(value)):
+            raise TypeError(
+                f"{field.name} = {value!r}: expected a {types[0].__name__}, as in the default "
+                f"{field.default!r}"
+            )

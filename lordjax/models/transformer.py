@@ -36,12 +36,16 @@ see `generation.decode`.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from lordjax.kernels import trees
 from lordjax.models.blocks import Block
 from lordjax.models.config import ModelConfig
 from lordjax.models.layers import NORMS, Bias, Linear, softcap
@@ -205,3 +209,23 @@ def init(config: ModelConfig, key: Array) -> dict[str, Any]:
     """Returns random parameters, for tests and shapes (``jax.eval_shape``)."""
     tokens = jnp.zeros((1, 2), jnp.int32)
     return dict(Transformer(config).init(key, tokens)["params"])
+
+
+@functools.cache
+def parameter_shapes(config: ModelConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the shapes of the original model's parameters; its blocks are all alike.
+
+    Args:
+      config: the architecture.
+
+    Returns:
+      path -> ``ShapeDtypeStruct`` of the parameters outside the blocks, and, by the path inside a
+      block, of those of any block.
+    """
+    windows = None if config.windows is None else config.windows[:1]
+    one = dataclasses.replace(config, num_layers=1, windows=windows)
+    table = trees.flatten(jax.eval_shape(functools.partial(init, one), jax.random.key(0)))
+    start = f"{layer(0)}/"
+    rest = {path: leaf for path, leaf in table.items() if not path.startswith(start)}
+    block = {path.removeprefix(start): table[path] for path in table if path.startswith(start)}
+    return rest, block

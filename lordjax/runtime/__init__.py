@@ -1,4 +1,4 @@
-"""Devices, processes, progress, scheduling and operation counts."""
+"""Devices, processes, progress, scheduling, operation counts, JSON files."""
 
 from __future__ import annotations
 

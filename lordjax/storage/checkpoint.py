@@ -6,6 +6,7 @@
     model.safetensors.index.json         tensor -> file
     config.json                          the original Hugging Face config, plus "lordjax": {...}
     plan.json, report.json               the compression plan, and what was measured
+    checksums.json                       checksums of every tensor and of the small files
     report.html                          the report as a web page, if the command line wrote it
     tokenizer files                      if a writer was given
 
@@ -23,14 +24,18 @@ from typing import Any
 from lordjax.allocation.plan import Plan
 from lordjax.kernels.base import nbytes
 from lordjax.models.config import ModelConfig
+from lordjax.runtime import json_files
 from lordjax.storage import shards
 from lordjax.storage.atomic_directory import check_destination, check_room, staged, sync
+from lordjax.storage.checksums import MANIFEST, Manifest
 from lordjax.storage.shards import SHARD_BYTES, Shards, split_blocks
 from lordjax.storage.store import MemoryStore
-from lordjax.storage.tensor_files import write_json
+from lordjax.storage.tensor_files import write_json, write_text
 
 FORMAT = 1  # version of the directory; raised when an older reader would misread the new one
 INDEX = "model.safetensors.index.json"
+PLAN, REPORT = "plan.json", "report.json"
+MANIFEST_KEY = "checksums"  # key of the "lordjax" entry: the name of the manifest
 
 
 def save(
@@ -63,6 +68,7 @@ def save(
       FileExistsError: if the destination is not free.
       OSError: if there is not enough room on the disk; says how much is needed and how much is
         free.
+      ValueError: if a value is not finite, or a dtype is not supported; names the parameter.
     """
     directory = check_destination(directory)
     check_room(directory, nbytes(params))
@@ -83,7 +89,7 @@ def save(
 
 
 def describe(config: ModelConfig, params: Any) -> dict[str, Any]:
-    """Returns the metadata for `saved_model.assemble`: kernel kinds, constants, architecture."""
+    """Returns the metadata for `assembly.assemble`: kernel kinds, constants, architecture."""
     return _about(config, shards.describe(params))
 
 
@@ -117,10 +123,11 @@ def write_about(
       plan: see `save`.
       report: see `save`.
       write_tokenizer: see `save`.
-      also: function that writes more files into the directory, after all others.
+      also: function that writes more files into the directory, after all others but the manifest.
     """
     lordjax = {
         **_about(config, found),
+        MANIFEST_KEY: MANIFEST,
         "method": None if plan is None else plan.method,
         "calibration": (report or {}).get("calibration"),
         "settings": (report or {}).get("settings"),
@@ -129,11 +136,13 @@ def write_about(
     write_json(stage / INDEX, {"metadata": total, "weight_map": found["index"]})
     write_json(stage / "config.json", {**hf_config, "lordjax": lordjax})
     if plan is not None:
-        plan.write(stage / "plan.json")
+        plan.write(stage / PLAN)
     if report is not None:
-        write_json(stage / "report.json", {**report, "file_bytes": found["file_bytes"]})
+        measured = {**report, "file_bytes": found["file_bytes"]}
+        write_text(stage / REPORT, json_files.dumps_measured(measured, indent=1) + "\n")
     if write_tokenizer is not None:
         write_tokenizer(stage)
     if also is not None:
         also(stage)
+    write_json(stage / MANIFEST, Manifest.of(stage, found["tensors"]).to_json())
     sync(stage)

@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -26,7 +25,8 @@ from typing import Any
 
 import filelock
 
-from lordjax.storage.entry_reader import EntryReader
+from lordjax.runtime import json_files
+from lordjax.storage.entry_reader import EntryReader, file_name
 from lordjax.storage.serialize import Types, to_json
 from lordjax.storage.tensor_files import (
     TensorFile,
@@ -80,7 +80,7 @@ class DiskStore:
         (self.directory / ENTRIES).mkdir(parents=True, exist_ok=True)
         self._lock = _locked(self.directory)
         try:
-            self._same(json.loads(json.dumps(identity)))
+            self._same(json.loads(json_files.dumps(identity)))
             self._read_journal()
         except BaseException:
             self._lock.release()
@@ -143,7 +143,7 @@ class DiskStore:
             self._record({"key": key, "value": value})
             return
         path = self._path(key)
-        self._file(key, path, write_tensors(path, arrays, {"tree": json.dumps(value)}))
+        self._file(key, path, write_tensors(path, arrays, {"tree": json_files.dumps(value)}))
 
     def below(self, prefix: str) -> list[str]:
         """Returns the keys with a prefix, oldest first."""
@@ -189,7 +189,7 @@ class DiskStore:
           shapes: one object with a shape and a dtype per array, in order.
         """
         path, names = self._path(key), [str(j) for j in range(len(shapes))]
-        value = json.dumps({"list": [{"array": name} for name in names]})
+        value = json_files.dumps({"list": [{"array": name} for name in names]})
         writer = TensorWriter(path, dict(zip(names, shapes, strict=True)), {"tree": value})
         self._streams = [each for each in self._streams if not each.closed] + [writer]
         return Stream(writer.add, lambda key: self._file(key, path, writer.close()))
@@ -199,8 +199,7 @@ class DiskStore:
 
     def _path(self, key: str) -> Path:
         self._count += 1
-        name = re.sub(r"[^\w.]+", "-", key)
-        return self.directory / ENTRIES / f"{self._count:06d}-{name}.safetensors"
+        return self.directory / ENTRIES / f"{self._count:06d}-{file_name(key)}"
 
     def _file(self, key: str, path: Path, written: Written) -> None:
         self._reader.intact.add(path.name)
@@ -209,7 +208,7 @@ class DiskStore:
 
     def _record(self, row: dict[str, Any]) -> None:
         """Appends a line to the journal, then removes the files of entries that it replaces."""
-        text = json.dumps(row).encode()
+        text = json_files.dumps(row).encode()
         path = self.directory / JOURNAL
         with path.open("ab", buffering=0) as journal:
             end = journal.tell()
@@ -299,7 +298,8 @@ def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
         for key in dict.fromkeys([*old, *new]):
             yield from differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
     elif old != new:
-        yield f"{path}: {json.dumps(old)} -> {json.dumps(new)}"
+        shown = [json_files.dumps_measured(value) for value in (old, new)]
+        yield f"{path}: {shown[0]} -> {shown[1]}"
 
 
 def _line(line: bytes) -> dict[str, Any] | None:

@@ -6,62 +6,29 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import safetensors
 
 from lordjax.allocation.plan import Plan
-from lordjax.kernels import base, normal_float, trees
+from lordjax.kernels import trees
 from lordjax.kernels.base import Kernel
-from lordjax.kernels.kinds import KINDS, check
-from lordjax.kernels.layout import Layout
+from lordjax.kernels.kinds import KINDS
 from lordjax.models.config import ModelConfig
+from lordjax.models.head_axes import ROPE_INDEX
 from lordjax.models.output_heads import CARRIED
-from lordjax.models.transformer import init
+from lordjax.models.transformer import parameter_shapes
 from lordjax.names import layer, listed
-from lordjax.storage.checkpoint import FORMAT, INDEX
-from lordjax.storage.tensor_files import DTYPES
-
-
-def _kernel(kind: str, tensors: Mapping[str, Any], constants: Mapping[str, Any]) -> Kernel:
-    """Returns a kernel from its tensors and the constants that `shards.describe` wrote."""
-    if "format" in constants:
-        constants = {**constants, "format": normal_float.Format.parse(constants["format"])}
-    if "layout" in constants:
-        constants = {**constants, "layout": Layout.parse(constants["layout"])}
-    return KINDS[kind](**tensors, **constants)
-
-
-def assemble(arrays: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Puts parameters together from tensors; the inverse of `shards.tensors`.
-
-    Args:
-      arrays: tensors by their names on disk; some or all, but with all tensors of each kernel.
-      meta: metadata from `checkpoint.describe`.
-
-    Returns:
-      The parameters as a nested dict with kernels.
-
-    Raises:
-      ValueError: if the tensors of a kernel do not fit together; names the kernel.
-    """
-    tree = trees.unflatten(arrays)
-    kinds, constants = meta["kinds"], meta.get("constants", {})
-    inside = {path for path in kinds if any(name.startswith(f"{path}/") for name in arrays)}
-    for path in sorted(inside, key=len, reverse=True):  # the innermost kernels first
-        *branches, name = path.split("/")
-        node = functools.reduce(lambda at, key: at[key], branches, tree)
-        try:
-            node[name] = _kernel(kinds[path], node[name], constants.get(path, {}))
-        except (AttributeError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: {error}") from error
-    for path, leaf in trees.flatten(tree).items():
-        check(leaf, path)
-    return tree
+from lordjax.runtime import json_files
+from lordjax.storage.assembly import assemble, check_fields
+from lordjax.storage.checkpoint import FORMAT, INDEX, MANIFEST_KEY, PLAN, REPORT
+from lordjax.storage.checksums import MANIFEST, Manifest
+from lordjax.storage.tensor_check import check_finite, check_parameters
+from lordjax.storage.tensor_files import DTYPES, TensorFile
 
 
 def is_compressed(path: str | os.PathLike[str]) -> bool:
@@ -101,6 +68,9 @@ class Saved:
       hf_config: contents of the original ``config.json``.
       meta: metadata of `checkpoint.describe`.
       files: name of the file that holds each tensor.
+      opened: the files by their names.
+      manifest: checksums of the tensors; None if they are not checked.
+      notes: what the user should know about the directory, one sentence each.
     """
 
     directory: Path
@@ -108,6 +78,9 @@ class Saved:
     hf_config: dict[str, Any]
     meta: dict[str, Any]
     files: dict[str, str]
+    opened: dict[str, TensorFile]
+    manifest: Manifest | None = None
+    notes: tuple[str, ...] = ()
 
     def read(self, prefix: str = "") -> dict[str, Any]:
         """Reads the parameters below a path as a nested dict with kernels.
@@ -117,8 +90,8 @@ class Saved:
 
         Raises:
           KeyError: if there is no parameter below the path.
-          ValueError: if a file is damaged, or the tensors of a kernel do not fit together; names
-            them.
+          ValueError: if a file is damaged, a value is not finite or not what was written, or the
+            tensors of a kernel do not fit together; names them.
         """
 
         def below(path: str) -> bool:
@@ -127,52 +100,65 @@ class Saved:
         wanted = [name for name in self.files if below(name)]
         if not wanted:
             raise KeyError(f"{self.directory}: no parameter below {prefix!r}")
-        tree = self._tree(wanted, lambda file, name: file.get_tensor(name))
+        tree = self._tree(self._values(wanted))
         return functools.reduce(lambda at, key: at[key], prefix.split("/") if prefix else [], tree)
 
     def leaves(self) -> dict[str, Any]:
         """Returns a ``ShapeDtypeStruct``, or a kernel of them, for every parameter path.
 
-        Reads only the headers of the files.
-
         Raises:
-          ValueError: as `read`.
+          ValueError: if the tensors of a kernel do not fit together; names it.
         """
-        return trees.flatten(self._tree(list(self.files), header))
+        return trees.flatten(self._tree(self.shapes()))
+
+    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns shape and dtype of every tensor by its name on disk."""
+        return {name: self.opened[file].shape(name) for name, file in self.files.items()}
 
     def is_original(self) -> bool:
         """Whether nothing is compressed: all parameters are dense and have the original shapes."""
-        make = functools.partial(init, self.config)
-        original = trees.flatten(jax.eval_shape(make, jax.random.key(0)))
+        rest, block = parameter_shapes(self.config)
+        blocks = (layer(i) for i in range(self.config.num_layers))
+        original = rest | {f"{name}/{path}": block[path] for name in blocks for path in block}
         leaves = {p: leaf for p, leaf in self.leaves().items() if p.split("/")[0] not in CARRIED}
         return leaves.keys() == original.keys() and all(
             not isinstance(leaf, Kernel) and leaf.shape == original[path].shape
             for path, leaf in leaves.items()
         )
 
-    def _tree(self, names: list[str], read: Callable[[Any, str], Any]) -> dict[str, Any]:
-        """Returns the named tensors as a nested dict with kernels."""
-        arrays = self._arrays(names, read)
+    def _tree(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns tensors as a nested dict with kernels."""
         try:
-            return assemble({name: arrays[name] for name in names}, self.meta)
+            return assemble(arrays, self.meta)
         except ValueError as error:
             raise ValueError(f"{self.directory}: {error}") from error
 
-    def _arrays(self, names: list[str], read: Callable[[Any, str], Any]) -> dict[str, Any]:
-        """Returns ``read(file, name)`` for every name; opens every file once."""
-        arrays = {}
-        for file in dict.fromkeys(self.files[name] for name in names):
-            try:
-                with safetensors.safe_open(self.directory / file, framework="numpy") as handle:
-                    for name in names:
-                        if self.files[name] == file:
-                            arrays[name] = read(handle, name)
-            except (OSError, safetensors.SafetensorError) as error:
-                raise ValueError(
-                    f"{self.directory / file}: cannot be read as a safetensors file with the "
-                    f"tensors of the index ({error}); write or download the model again"
-                ) from error
+    def _values(self, names: list[str]) -> dict[str, np.ndarray]:
+        """Reads tensors; each is checked in another thread while the next one is read."""
+        arrays, checks = {}, []
+        with ThreadPoolExecutor(1) as pool:
+            for name in names:
+                file = self.opened[self.files[name]]
+                try:
+                    arrays[name] = file.read(name)
+                except OSError as error:
+                    raise ValueError(
+                        f"{file.path}: cannot be read ({error}); write or download the model again"
+                    ) from error
+                checks.append(pool.submit(self._check, name, arrays[name]))
+            for check in checks:
+                check.result()
         return arrays
+
+    def _check(self, name: str, array: np.ndarray) -> None:
+        """Raises ValueError if the values of a tensor are not what they should be."""
+        file = self.directory / self.files[name]
+        if self.manifest is not None:
+            self.manifest.check_tensor(name, array, file)
+        check_finite(array, f"{file}: {name} holds")
+        pairs = self.config.head_size // 2
+        if name.endswith(ROPE_INDEX) and ((array < 0) | (array >= pairs)).any():
+            raise ValueError(f"{file}: {name} holds an index outside 0 to {pairs - 1}")
 
     def block(self, i: int) -> dict[str, Any]:
         """Returns the parameters of block ``i`` as a nested dict."""
@@ -189,25 +175,40 @@ class Saved:
 
     def file_bytes(self) -> int:
         """Returns the total size in bytes of the files that hold tensors."""
-        return sum((self.directory / file).stat().st_size for file in set(self.files.values()))
+        return sum(file.path.stat().st_size for file in self.opened.values())
 
     def report(self) -> dict[str, Any]:
-        """Returns the contents of ``report.json``; empty if there is no such file."""
-        file = self.directory / "report.json"
-        return json.loads(file.read_text("utf-8")) if file.exists() else {}
+        """Returns the contents of ``report.json``; empty if there is no such file.
+
+        Raises:
+          ValueError: if the file is no JSON object.
+        """
+        file = self.directory / REPORT
+        return json_files.read_object(file) if file.exists() else {}
 
     def plan(self) -> Plan | None:
-        """Returns the compression plan; None if there is no ``plan.json``."""
-        file = self.directory / "plan.json"
+        """Returns the compression plan; None if there is no ``plan.json``.
+
+        Raises:
+          ValueError: if the file is no plan.
+        """
+        file = self.directory / PLAN
         return Plan.read(file) if file.exists() else None
 
 
-def open_saved(directory: str | os.PathLike[str]) -> Saved:
-    """Opens a directory that `checkpoint.save` wrote, without reading tensors.
+def open_saved(directory: str | os.PathLike[str], *, verify: bool = True) -> Saved:
+    """Opens a directory that `checkpoint.save` wrote, without reading the values of tensors.
+
+    Names, shapes and dtypes of all tensors are compared with the config, and they and all small
+    files with their checksums. The values of a tensor are checked when it is read.
+
+    Args:
+      directory: the directory.
+      verify: whether checksums are checked; everything else always is.
 
     Raises:
-      ValueError: if the directory was not written by `checkpoint.save`, has a newer format, or is
-        incomplete.
+      ValueError: if the directory was not written by `checkpoint.save`, has a newer format, is
+        incomplete, or was changed after it was written.
     """
     directory = Path(directory)
     if not is_compressed(directory):
@@ -215,8 +216,31 @@ def open_saved(directory: str | os.PathLike[str]) -> Saved:
             f'{directory}: no config.json with a "lordjax" entry; expected a model directory that '
             "lordjax wrote"
         )
-    hf_config = json.loads((directory / "config.json").read_text("utf-8"))
+    hf_config = json_files.read_object(directory / "config.json")
     meta = hf_config.pop("lordjax")
+    config = _checked_entry(directory, meta)
+    index = _index(directory)
+    check_fields(directory, meta, index)
+    saved = Saved(directory, config, hf_config, meta, index, _open_files(directory, index))
+    leaves = saved.leaves()
+    try:
+        check_parameters(config, leaves)
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from error
+    if not verify:
+        return saved
+    if MANIFEST_KEY in meta or (directory / MANIFEST).exists():
+        return dataclasses.replace(saved, manifest=_checked_manifest(saved))
+    note = (
+        f"{directory} was written by lordjax {meta.get('version')}, which kept no checksums: "
+        "changed values are not noticed (lordjax convert writes it again with checksums)"
+    )
+    return dataclasses.replace(saved, notes=(note,))
+
+
+def _checked_entry(directory: Path, meta: Any) -> ModelConfig:
+    """Returns the architecture in the "lordjax" entry of ``config.json``; checks all of it."""
+    file = directory / "config.json"
     try:
         if meta["format"] > FORMAT:
             raise ValueError(
@@ -232,27 +256,51 @@ def open_saved(directory: str | os.PathLike[str]) -> Saved:
             raise TypeError("the constants of a kernel are no JSON object")
         config = ModelConfig.from_json(meta["model"])
     except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{directory / 'config.json'}: damaged lordjax entry ({error!r})"
-        ) from error
+        raise ValueError(f"{file}: damaged lordjax entry ({error!r})") from error
     try:
-        files = dict(json.loads((directory / INDEX).read_text("utf-8"))["weight_map"])
+        parameter_shapes(config)
+    except Exception as error:  # its type depends on the layer that cannot be built
+        raise ValueError(f"{file}: no model has these settings ({error!r})") from error
+    return config
+
+
+def _index(directory: Path) -> dict[str, str]:
+    """Returns the name of the file that holds each tensor."""
+    try:
+        files = dict(json_files.read_object(directory / INDEX)["weight_map"])
+        strange = sorted(f for f in files.values() if Path(f).name != f or "\\" in f)
         missing = sorted({f for f in files.values() if not (directory / f).is_file()})
     except (OSError, TypeError, ValueError, KeyError) as error:
         raise ValueError(f"{directory / INDEX}: unreadable index ({error!r})") from error
+    if strange:
+        raise ValueError(
+            f"{directory / INDEX}: names {strange[0]!r}; expected names of files in {directory}"
+        )
     if missing:
         raise ValueError(f"{directory}: files named in the index are missing: {listed(missing)}")
-    _check_fields(directory, meta, files)
-    return Saved(directory, config, hf_config, meta, files)
+    return files
 
 
-def _check_fields(directory: Path, meta: Mapping[str, Any], files: Mapping[str, str]) -> None:
-    """Raises ValueError if a kernel of the directory lacks a tensor or a constant."""
-    lacking, constants = [], meta.get("constants", {})
-    for path, kind in meta["kinds"].items():
-        tensors, others = base.kernel_fields(KINDS[kind])
-        there = files.keys() | meta["kinds"].keys()
-        lacking += [f"{path}/{name}" for name in tensors if f"{path}/{name}" not in there]
-        lacking += [f"{path}/{name}" for name in others if name not in constants.get(path, {})]
-    if lacking:
-        raise ValueError(f"{directory}: fields of kernels are missing: {listed(lacking)}")
+def _open_files(directory: Path, index: Mapping[str, str]) -> dict[str, TensorFile]:
+    """Opens the files of the tensors; checks that the index names exactly what they hold."""
+    opened = {file: TensorFile(directory / file) for file in sorted(set(index.values()))}
+    for name, file in index.items():
+        if name not in opened[file]:
+            raise ValueError(f"{directory / file}: has no tensor {name}, which the index names")
+    for file, there in opened.items():
+        if unlisted := sorted(name for name in there if index.get(name) != file):
+            raise ValueError(
+                f"{directory / file}: holds tensors that the index does not name: "
+                f"{listed(unlisted)}"
+            )
+    return opened
+
+
+def _checked_manifest(saved: Saved) -> Manifest:
+    """Returns the manifest, after everything but the values of tensors was compared with it."""
+    manifest = Manifest.read(saved.directory)
+    beside = [name for name in (PLAN, REPORT) if (saved.directory / name).exists()]
+    manifest.check_listed(["config.json", INDEX, *beside])
+    manifest.check_headers(saved.shapes())
+    manifest.check_files()
+    return manifest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,7 +40,9 @@ def to_json(tree: Any, arrays: dict[str, Any], types: Types) -> Any:
         fields = {field.name: getattr(tree, field.name) for field in dataclasses.fields(tree)}
         return {"type": type(tree).__name__, "fields": to_json(fields, arrays, types)}
     if isinstance(tree, np.generic):
-        return tree.item()
+        tree = tree.item()
+    if isinstance(tree, float) and not math.isfinite(tree):
+        return {"float": str(tree)}  # no number of JSON
     if tree is None or isinstance(tree, (bool, int, float, str)):
         return tree
     known = ", ".join(["arrays", "numbers", "strings", "dicts", "lists", "tuples", *types])
@@ -58,6 +61,8 @@ def from_json(value: Any, arrays: Mapping[str, Any], types: Types) -> Any:
         return value
     if "array" in value:
         return arrays[value["array"]]
+    if "float" in value:
+        return float(value["float"])
     if "dict" in value:
         return {key: from_json(inner, arrays, types) for key, inner in value["dict"]}
     if "type" in value:

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lordjax.allocation.plan import Plan
 from lordjax.kernels import base, normal_float, trees
 from lordjax.kernels.base import Kernel, nbytes
@@ -21,7 +23,9 @@ from lordjax.kernels.kinds import kind_of
 from lordjax.kernels.layout import Layout
 from lordjax.models.config import ModelConfig
 from lordjax.names import layer
+from lordjax.storage.checksums import tensor_row
 from lordjax.storage.store import Store, get_or_compute
+from lordjax.storage.tensor_check import check_finite
 from lordjax.storage.tensor_files import Written, checksum, sync_directory, write_tensors
 
 REST = "rest"  # name of the shard with the parameters outside the blocks
@@ -124,14 +128,19 @@ class Shards:
 
         Raises:
           OSError: if the disk is full.
+          ValueError: if a value is not finite, or a dtype is not supported; names the tensor.
         """
         tree = tree if name == REST else {name: tree}
+        rows = {}
+        for path, array in tensors(tree).items():
+            check_finite(array := np.asarray(array), f"{self.directory}: {path} would hold")
+            rows[path] = tensor_row(array)
         files = {}
         for k, arrays in enumerate(_files(tree, self._limit)):
             file = f"{name}-{k}.safetensors"
             written = write_tensors(self.directory / file, arrays, {"format": "lordjax"})
             self._own.add(file)
-            files[file] = {**written._asdict(), "tensors": list(arrays)}
+            files[file] = {**written._asdict(), "tensors": {path: rows[path] for path in arrays}}
         entry = {"files": files, **describe(tree), "nbytes": nbytes(tree)}
         self._store[f"parts/{name}"] = entry
 
@@ -142,15 +151,16 @@ class Shards:
           names: names of the shards, in the order of the files.
 
         Returns:
-          ``index`` (tensor -> file), ``kinds`` and ``constants`` (see `describe`), ``nbytes`` of
-          the tensors, and ``file_bytes`` of the files.
+          ``index`` (tensor -> file), ``tensors`` (see `checksums.tensor_row`), ``kinds`` and
+          ``constants`` (see `describe`), ``nbytes`` of the tensors, and ``file_bytes`` of the
+          files.
 
         Raises:
           ValueError: if a file that an earlier process wrote is damaged; names it.
         """
         entries = [self._store[f"parts/{name}"] for name in names]
         count = sum(len(entry["files"]) for entry in entries)
-        found: dict[str, Any] = {"index": {}, "kinds": {}, "constants": {}}
+        found: dict[str, Any] = {"index": {}, "tensors": {}, "kinds": {}, "constants": {}}
         found |= {"nbytes": sum(entry["nbytes"] for entry in entries), "file_bytes": 0}
         number = 0
         for entry in entries:
@@ -161,6 +171,7 @@ class Shards:
                 final = f"model-{number:05d}-of-{count:05d}.safetensors"
                 self._rename(file, final, Written(facts["bytes"], facts["sha256"]))
                 found["index"] |= dict.fromkeys(facts["tensors"], final)
+                found["tensors"] |= facts["tensors"]
                 found["file_bytes"] += facts["bytes"]
         sync_directory(self.directory)
         return found

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
+
+from lordjax.runtime import json_files
 
 
 class Store(Protocol):
@@ -93,4 +94,4 @@ def get_or_compute(store: Store, key: str, compute: Callable[[], Any]) -> Any:
 
 def digest(*values: Any) -> str:
     """Returns a short checksum of JSON values, to tell apart entries made with other options."""
-    return f"{zlib.crc32(json.dumps(values, sort_keys=True).encode()):08x}"
+    return f"{zlib.crc32(json_files.dumps(values, sort_keys=True).encode()):08x}"

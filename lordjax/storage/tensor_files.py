@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+
+from lordjax.runtime import json_files
 
 # Supported dtypes by their names in safetensors.
 DTYPES = {
@@ -31,6 +35,7 @@ DTYPES = {
 }
 _NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 FRESH = ".new"  # suffix of a file that is being written
+PIECE = 2**24  # bytes of one call that reads or writes; systems limit them to 2 GiB
 
 
 class Written(NamedTuple):
@@ -99,8 +104,8 @@ class TensorWriter:
     def _write(self, data: Any) -> None:
         data = memoryview(data)
         try:
-            for start in range(0, len(data), 2**24):  # one call writes at most 2 GiB
-                piece = data[start : start + 2**24]
+            for start in range(0, len(data), PIECE):
+                piece = data[start : start + PIECE]
                 while piece:
                     piece = piece[self._file.write(piece) :]
         except OSError as error:
@@ -137,7 +142,7 @@ def _header(shapes: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
         kind = _NAMES[np.dtype(a.dtype)]
         table[name] = {"dtype": kind, "shape": list(a.shape), "data_offsets": [start, end]}
         start = end
-    text = json.dumps(table, separators=(",", ":")).encode()
+    text = json_files.dumps(table, separators=(",", ":")).encode()
     return text + b" " * (-len(text) % 8)
 
 
@@ -173,34 +178,95 @@ class TensorFile(Mapping[str, np.ndarray]):
     """A safetensors file as a mapping; each array is memory-mapped separately when it is read.
 
     Raises:
-      ValueError: if the file is not a safetensors file.
+      ValueError: if the file is not a safetensors file; says what is wrong.
     """
 
     def __init__(self, path: Path):
         self.path = path
         try:
             with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
+                length, size = int.from_bytes(file.read(8), "little"), path.stat().st_size
+                if length > size - 8:
+                    raise ValueError(f"a header of {length} bytes in a file of {size}")
                 table = json.loads(file.read(length))
             self.metadata: dict[str, str] = table.pop("__metadata__", {})
-        except (OSError, ValueError, AttributeError, MemoryError, OverflowError) as error:
+            self._rows = {name: _row(row) for name, row in table.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}: not a safetensors file ({error})") from error
-        self._table, self._start = table, 8 + length
+        self._start = 8 + length
+        self._check_places(size - self._start)
+
+    def _check_places(self, size: int) -> None:
+        """Raises ValueError unless the arrays lie one behind the other, up to the file's end."""
+        at = 0
+        for name in sorted(self, key=lambda name: (self.start(name), self.nbytes(name))):
+            if (start := self.start(name)) != at:
+                raise ValueError(
+                    f"{self.path}: not a safetensors file (expected {name} at {at}, not {start})"
+                )
+            at += self.nbytes(name)
+        if at != size:
+            raise ValueError(
+                f"{self.path}: the arrays end at {at} of {size} bytes; is the file truncated?"
+            )
+
+    def shape(self, name: str) -> jax.ShapeDtypeStruct:
+        """Returns shape and dtype of an array, without reading its values."""
+        return self._rows[name][0]
+
+    def start(self, name: str) -> int:
+        """Returns where the values of an array begin, behind the header."""
+        return self._rows[name][1]
+
+    def nbytes(self, name: str) -> int:
+        """Returns the number of bytes of an array."""
+        shape = self.shape(name)
+        return math.prod(shape.shape) * shape.dtype.itemsize
+
+    def read(self, name: str) -> np.ndarray:
+        """Reads an array into memory.
+
+        Raises:
+          ValueError: if the file has become shorter.
+        """
+        array = np.empty(self.nbytes(name), np.uint8)
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self._start + self.start(name))
+            done, view = 0, memoryview(array)
+            while done < len(view):
+                if not (count := file.readinto(view[done : done + PIECE])):
+                    raise ValueError(f"{self.path}: ends within {name}; is it being written?")
+                done += count
+        return array.view(self.shape(name).dtype).reshape(self.shape(name).shape)
 
     def __getitem__(self, name: str) -> np.ndarray:
-        row = self._table[name]
-        dtype, (start, end) = np.dtype(DTYPES[row["dtype"]]), row["data_offsets"]
-        if start == end:
-            return np.zeros(row["shape"], dtype)
-        count = (end - start) // dtype.itemsize
-        flat = np.memmap(self.path, dtype, "r", self._start + start, (count,))
-        return np.asarray(flat).reshape(row["shape"])
+        shape, start = self._rows[name]
+        if not self.nbytes(name):
+            return np.zeros(shape.shape, shape.dtype)
+        count = math.prod(shape.shape)
+        flat = np.memmap(self.path, shape.dtype, "r", self._start + start, (count,))
+        return np.asarray(flat).reshape(shape.shape)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._table)
+        return iter(self._rows)
 
     def __len__(self) -> int:
-        return len(self._table)
+        return len(self._rows)
+
+
+def _row(row: Any) -> tuple[jax.ShapeDtypeStruct, int]:
+    """Returns shape and start of an array by its row in the header; raises if they do not fit."""
+    sizes, (start, end) = row["shape"], row["data_offsets"]
+    if row["dtype"] not in DTYPES:
+        raise ValueError(
+            f"dtype {row['dtype']} is not supported; expected one of {', '.join(DTYPES)}"
+        )
+    dtype = np.dtype(DTYPES[row["dtype"]])
+    if len(sizes) > 32 or not all(type(n) is int and n >= 0 for n in (*sizes, start, end)):
+        raise ValueError(f"sizes {sizes} at {start} to {end}; expected whole numbers")
+    if end - start != math.prod(sizes) * dtype.itemsize:
+        raise ValueError(f"{end - start} bytes for {row['dtype']} {sizes}")
+    return jax.ShapeDtypeStruct(tuple(sizes), dtype), start
 
 
 def checksum(path: Path) -> Written:
@@ -211,8 +277,16 @@ def checksum(path: Path) -> Written:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file atomically; see `write_text`."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
+    """Writes a JSON file atomically; see `write_text`.
+
+    Raises:
+      OSError: if the file cannot be written.
+      ValueError: if a number is not finite; names the file and the place of the number.
+    """
+    try:
+        write_text(path, json_files.dumps(value, indent=1) + "\n")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -31,6 +31,7 @@ from lordjax.compression.resumable_output import partial
 from lordjax.scripts.benchmarks.protocol import environment
 from lordjax.scripts.console import say
 from lordjax.scripts.report.page import PAGE, without_times
+from lordjax.storage.checksums import MANIFEST
 from lordjax.storage.disk_store import JOURNAL
 
 # Keys of report.json that may differ.
@@ -46,6 +47,10 @@ def contents(directory: Path) -> dict[str, str]:
         if file.name == "report.json":
             report = json.loads(data)
             data = json.dumps({k: v for k, v in report.items() if k not in TIMED}).encode()
+        if file.name == MANIFEST:
+            manifest = json.loads(data)
+            manifest["files"].pop("report.json", None)
+            data = json.dumps(manifest).encode()
         if file.name == PAGE:
             data = without_times(data.decode()).encode()
         found[file.name] = hashlib.sha256(data).hexdigest()

@@ -14,8 +14,8 @@ from lordjax.scripts.flags.options import (
     as_json_option,
     counts,
     field_option,
-    ignore_key_option,
     model_argument,
+    opening_options,
     output,
 )
 
@@ -111,7 +111,7 @@ def evaluate(as_json: bool, **settings: Any) -> None:
 
 @click.command()
 @click.argument("model", required=False)
-@ignore_key_option
+@opening_options
 @click.option(
     "--problems",
     required=True,
@@ -252,7 +252,7 @@ def evaluate_choices(as_json: bool, **settings: Any) -> None:
 
 @click.command()
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
-@ignore_key_option
+@opening_options
 @click.option(
     "--prefill",
     type=click.IntRange(min=1),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any
 
 import click
+
+from lordjax.runtime.json_files import dumps_measured, non_finite
+from lordjax.scripts.console import say
 
 
 def share(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
@@ -64,20 +66,24 @@ def ranks(
     return {name.strip(): int(rank) for name, _, rank in pairs}
 
 
-IGNORED = "lordjax.ignored_keys"  # where click keeps the names of --ignore-key
+def _keep(context: click.Context, parameter: click.Parameter, value: Any) -> None:
+    """Keeps a value that `open_model` reads, so that the commands need not hand it on."""
+    context.meta[f"lordjax.{parameter.name}"] = value
 
 
-def _keep_ignored(
-    context: click.Context, parameter: click.Parameter, value: tuple[str, ...]
-) -> None:
-    del parameter
-    context.meta[IGNORED] = value
+def _kept(name: str, default: Any) -> Any:
+    context = click.get_current_context(silent=True)
+    return default if context is None else context.meta.get(f"lordjax.{name}", default)
 
 
 def ignored_keys() -> tuple[str, ...]:
     """Returns the names that ``--ignore-key`` of the running command gives."""
-    context = click.get_current_context(silent=True)
-    return () if context is None else context.meta.get(IGNORED, ())
+    return _kept("ignore_key", ())
+
+
+def verifies() -> bool:
+    """Returns whether checksums are checked: unless the running command has ``--no-verify``."""
+    return not _kept("no_verify", False)
 
 
 def options(*each: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -92,16 +98,25 @@ def options(*each: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 # Of every command that opens a model.
+no_verify_option = click.option(
+    "--no-verify",
+    is_flag=True,
+    expose_value=False,
+    callback=_keep,
+    help="Open a lordjax directory without comparing its tensors and files with their checksums. "
+    "Shapes, dtypes and finite values are checked all the same.",
+)
 ignore_key_option = click.option(
     "--ignore-key",
     multiple=True,
     metavar="NAME",
     expose_value=False,
-    callback=_keep_ignored,
+    callback=_keep,
     help="Open the model although its config has the unknown key NAME, because it does not depend "
     "on it. The name is kept in the config of the result. May be given several times.",
 )
-model_argument = options(click.argument("model"), ignore_key_option)
+opening_options = options(ignore_key_option, no_verify_option)
+model_argument = options(click.argument("model"), opening_options)
 
 # Method and size of a compression: of `compress` and `plan`.
 budget_options = options(
@@ -246,6 +261,8 @@ def output(result: dict[str, Any], as_json: bool, show: Callable[[dict[str, Any]
       show: prints the result for people.
     """
     if as_json:
-        click.echo(json.dumps(result, indent=1))
+        for path, number in non_finite(result).items():
+            say(f"note: {path} is {number}; in JSON it is null")
+        click.echo(dumps_measured(result, indent=1))
     else:
         show(result)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from lordjax.runtime import json_files
 from lordjax.scripts.console import say
 from lordjax.scripts.report import figures
 from lordjax.scripts.report.grid import Grid, grid_of
@@ -74,7 +74,7 @@ def page_of(directory: Path, factors: Mapping[str, Any]) -> str:
     """
     from lordjax.storage.saved_model import open_saved
 
-    saved = open_saved(directory)
+    saved = open_saved(directory, verify=False)  # it was just written; its checksums come last
     plan, report, leaves = saved.plan(), saved.report(), saved.leaves()
     if plan is None:
         raise ValueError(f"{directory}: has no plan.json; a report is about a plan")
@@ -126,7 +126,7 @@ def page(
         sites(plan, report, rows),
         "</details>",
         "<h2>Settings</h2>",
-        f"<pre>{escape(json.dumps(report.get('settings', {}), indent=1))}</pre>",
+        f"<pre>{escape(json_files.dumps_measured(report.get('settings', {}), indent=1))}</pre>",
     ]
     return _document(title, "\n".join(sections))
 

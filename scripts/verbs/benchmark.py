@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lordjax.names import layer
+from lordjax.runtime import json_files
 from lordjax.scripts.benchmarks.protocol import environment
 from lordjax.scripts.console import format_bytes, progress_report
 from lordjax.scripts.opened_model import open_model
@@ -275,8 +276,10 @@ def show(result: dict[str, Any]) -> None:
             cells += [f"{row['perplexity']:.2f}"] if "perplexity" in row else []
         print("| " + " | ".join([*cells, *[""] * (len(columns) - len(cells))]) + " |")
     shown = {k: result["settings"][k] for k in ("prefill", "prompt", "new", "repeats")}
-    print("\nTokens per second, and the ratio to the first model. " + json.dumps(shown))
-    print(json.dumps(result["environment"]))
+    print(
+        "\nTokens per second, and the ratio to the first model. " + json_files.dumps_measured(shown)
+    )
+    print(json_files.dumps_measured(result["environment"]))
 
 
 def _speed(value: float, first: float) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lordjax.scripts.console import check_output, format_bytes, progress_report, say
+from lordjax.scripts.flags.options import verifies
 from lordjax.scripts.opened_model import directory_bytes, open_model, tokenizer_writer
 from lordjax.scripts.token_inputs import read_tokens
 
@@ -37,7 +38,7 @@ def export_model(
     if keep is not None:
         from lordjax.compression import elastic
 
-        source = elastic.open_cut(opened.path, keep)
+        source = elastic.open_cut(opened.path, keep, verify=verifies())
     from lordjax.conversions.exporters import verify as verification
     from lordjax.conversions.exporters.export import export
     from lordjax.conversions.exporters.factored import VLLM_RANK, adapter_rank
@@ -66,7 +67,13 @@ def _cut(model: str, directory: Path, keep: float, start: float) -> dict[str, An
     writer = tokenizer_writer(opened)
     with progress_report() as progress:
         elastic.export(
-            opened.path, directory, keep, write_tokenizer=writer, also=add_page, progress=progress
+            opened.path,
+            directory,
+            keep,
+            write_tokenizer=writer,
+            also=add_page,
+            progress=progress,
+            verify=verifies(),
         )
     return _summary(directory, "lordjax", start)
 

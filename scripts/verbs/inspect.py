@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lordjax.scripts.console import format_bytes, progress_report, say
+from lordjax.scripts.flags.options import verifies
 from lordjax.scripts.opened_model import Model, file_bytes, open_model
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def _spectra(opened: Model, leaves: dict[str, Any]) -> Spectra:
     from lordjax.scripts.report.spectra import affordable, of_factors, of_stored
 
     if elastic.is_elastic(opened.path):
-        factors = elastic.factors_of(opened.path)
+        factors = elastic.factors_of(opened.path, verify=verifies())
         return of_factors(factors, dict.fromkeys(factors), opened.config.num_layers)
     layers = affordable(opened.config, leaves, OPERATIONS) or [opened.config.num_layers // 2]
     with progress_report() as progress:

@@ -7,7 +7,6 @@ dequantised to float32 when they are read.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -27,6 +26,7 @@ from lordjax.conversions.readers.gguf.special_tokens import generation_config
 from lordjax.conversions.readers.gguf.tokenizer import rebuild
 from lordjax.conversions.readers.gguf.vocabulary import read_vocabulary
 from lordjax.names import did_you_mean
+from lordjax.runtime import json_files
 
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 _IMAGES = ("v.", "mm.")  # beginnings of the names of tensors of images
@@ -139,7 +139,7 @@ class Gguf:
         """Writes ``tokenizer.json`` and ``tokenizer_config.json`` with the chat template."""
         tokenizer, config = self._rebuild_tokenizer()
         tokenizer.save(str(directory / "tokenizer.json"))
-        text = json.dumps(config, indent=2, ensure_ascii=False)
+        text = json_files.dumps(config, indent=2, ensure_ascii=False)
         (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
     def _rebuild_tokenizer(self) -> tuple[Any, dict[str, Any]]:

@@ -1,5 +1,7 @@
 """Parameter trees with kernels on disk."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,12 @@ from lordjax import (
     load_params,
     save_params,
 )
+from lordjax.kernels.normal_float import Format
+from lordjax.kernels.quantized import NFQuantized
+from lordjax.storage import shards
+from lordjax.storage.tensor_files import checksum, write_tensors
+
+NF2 = Format(2, 2, "float16", 16, 4)
 
 
 def made(model, method="svd", **budget):
@@ -61,6 +69,13 @@ def test_nested_dicts_need_no_example(tmp_path):
     small = factorize(params, rank=2, where="w")
     back = load_params(save_params(tmp_path / "x", small))
     assert jax.tree.structure(back) == jax.tree.structure(small)
+    stack = {"stack": NFQuantized.encode(jax.random.normal(jax.random.key(1), (2, 3, 8, 6)), NF2)}
+    back = load_params(save_params(tmp_path / "stack", stack))
+    assert jax.tree.structure(back) == jax.tree.structure(stack)
+    jax.tree.map(np.testing.assert_array_equal, back, stack)
+    with pytest.raises(ValueError, match=r"a/w would hold 48 non-finite value"):
+        save_params(tmp_path / "nan", {"a": {"w": jnp.full((6, 8), jnp.nan)}})
+    assert not (tmp_path / "nan").exists()
 
 
 @pytest.mark.full
@@ -91,13 +106,39 @@ def test_files_that_were_changed_or_cut_are_refused(tmp_path):
         data[-1] ^= 1
         file.write_bytes(bytes(data))
 
-    refused(tmp_path / "1", cut, "params.safetensors: is missing or cut")
-    refused(tmp_path / "2", flip, "params.safetensors: was changed")
-    refused(tmp_path / "3", lambda w: (w / "params.safetensors").unlink(), "is missing or cut")
-    refused(tmp_path / "4", lambda w: (w / "params.json").unlink(), "not a manifest")
-    refused(tmp_path / "5", lambda w: (w / "params.json").write_text("{}"), "not a manifest")
+    def older(where):
+        """The same directory, as format 1 was."""
+        file = where / "params.json"
+        about = json.loads(file.read_text())
+        written = checksum(where / "params.safetensors")._asdict()
+        file.write_text(
+            json.dumps({**about, "format": 1, "files": {"params.safetensors": written}})
+        )
+        (where / "checksums.json").unlink()
+
+    def poison(where):
+        model = transposed()
+        small = jax.tree.map(np.array, encode(model.params, where="fc1/kernel"))
+        small["embed"][1, 2] = np.nan
+        write_tensors(where / "params.safetensors", shards.tensors(small))
+        older(where)
+
+    refused(tmp_path / "1", cut, "params.safetensors: the arrays end at .* is the file truncated")
+    refused(tmp_path / "2", flip, "params.safetensors: .* was changed")
+    refused(tmp_path / "3", lambda w: (w / "params.safetensors").unlink(), "is missing")
+    refused(tmp_path / "4", lambda w: (w / "params.json").unlink(), "not written by save_params")
+    refused(tmp_path / "5", lambda w: (w / "params.json").write_text("{}"), "not written by save")
     newer = '{"format": 99, "files": {}, "kinds": {}}'
-    refused(tmp_path / "6", lambda w: (w / "params.json").write_text(newer), "newer than 1")
+    refused(tmp_path / "6", lambda w: (w / "params.json").write_text(newer), "reads 1 to 2")
+    refused(tmp_path / "7", lambda w: (w / "checksums.json").unlink(), "checksums.json: is missing")
+    refused(tmp_path / "8", lambda w: (older(w), flip(w)), "params.safetensors: was changed")
+    refused(tmp_path / "9", poison, r"embed holds 1 non-finite .* at \(1, 2\)")
+    flip(tmp_path / "2" / "x")
+    assert load_params(tmp_path / "2" / "x").keys() == transposed().params.keys()
+    older(tmp_path / "2" / "x")
+    assert load_params(tmp_path / "2" / "x").keys() == transposed().params.keys()
+    flip(tmp_path / "2" / "x")
+    assert load_params(tmp_path / "2" / "x", verify=False).keys() == transposed().params.keys()
 
 
 @pytest.mark.full
