@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +34,7 @@ def is_compressed(path: str | os.PathLike[str]) -> bool:
     """Whether ``path`` is a directory that `checkpoint.save` wrote."""
     file = Path(path) / "config.json"
     try:
-        config = json.loads(file.read_text("utf-8-sig"))
+        config = json_files.read(file)
     except (OSError, ValueError):
         return False
     return isinstance(config, dict) and "lordjax" in config

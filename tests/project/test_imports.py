@@ -222,3 +222,24 @@ def test_files_and_functions_are_short(top):
     limits = {True: 60, False: 350}  # lines of a function, of a file
     long = [(what, n) for what, n in found if n > limits[": " in what]]
     assert {what for what, _ in long} <= LONG, long
+
+
+# What makes JSON without `json_files`: programs of their own, and messages between processes.
+OWN_JSON = {
+    "lordjax.evaluate.sandbox",
+    "lordjax.evaluate.sandbox_supervisor",
+    "lordjax.runtime.json_files",
+    "lordjax.runtime.multihost",
+    "lordjax.scripts.make_checkpoint",
+}
+
+
+def test_json_is_made_in_one_place():
+    """So no file and no output of a command holds a NaN or an infinite number."""
+    found = {
+        module
+        for module, tree in sources().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in ("json.dumps", "json.dump")
+    }
+    assert {m for m in found if not inside(m, "lordjax.scripts.benchmarks")} == OWN_JSON

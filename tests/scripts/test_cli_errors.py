@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 from commands import WINDOW, calibration, fails, run
 
+from lordjax.scripts.cli import cli
+from lordjax.scripts.flags.options import output
+
 
 def edit_config(model, **keys):
     path = model / "config.json"
@@ -56,6 +59,47 @@ def test_damaged_compressed_model(compressed, text, tmp_path):
     shard.write_bytes(shard.read_bytes()[:-100])
     fails(shard.name, "evaluate", model, "--tokens", text, "--seq-len", WINDOW)
     fails(shard.name, "inspect", model)
+
+
+def test_changed_values_are_refused_unless_someone_insists(compressed, text, tmp_path):
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(compressed[0], model)
+    shard = max(model.glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    evaluate = ("evaluate", model, "--tokens", text, "--seq-len", WINDOW)
+    for command in (evaluate, ("convert", model, out), ("export", model, out, "--to", "dense")):
+        fails("was changed after it was written", *command)
+        assert not out.exists()
+    found = run(*evaluate, "--no-verify", "--json")
+    assert found.exit_code == 0 and json.loads(found.stdout)["perplexity"] > 0
+    assert run("convert", model, out, "--no-verify").exit_code == 0
+    assert run("inspect", out).exit_code == 0
+    # Small files are compared as soon as the model is opened.
+    plan = json.loads((model / "plan.json").read_text())
+    (model / "plan.json").write_text(json.dumps({**plan, "keep": 0.6}))
+    fails("plan.json: was changed", "inspect", model)
+    assert run("inspect", model, "--no-verify").exit_code == 0
+
+
+def test_every_command_that_opens_a_model_can_insist():
+    opening = {
+        name
+        for name, verb in cli.commands.items()
+        if any(p.name in ("model", "models") for p in verb.params)
+    }
+    assert len(opening) == 12
+    for name in opening:
+        assert any(p.opts == ["--no-verify"] for p in cli.commands[name].params), name
+
+
+def test_results_that_are_not_finite_are_null_in_json(capsys):
+    found = {"perplexity": float("inf"), "rows": [{"nats": float("nan")}]}
+    output(found, True, lambda result: None)
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == {"perplexity": None, "rows": [{"nats": None}]}
+    assert "note: rows.0.nats is nan; in JSON it is null" in printed.err
 
 
 def test_bad_tokens(tiny, tmp_path):

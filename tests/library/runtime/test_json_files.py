@@ -1,0 +1,32 @@
+"""JSON that every program can read."""
+
+import json
+import math
+
+import pytest
+
+from lordjax.runtime import json_files
+
+VALUE = {"a": [1.0, {"b": math.inf}, (math.nan,)], "c": -math.inf, "d": None, "e": "NaN"}
+
+
+def test_what_is_not_finite_is_an_error_that_names_its_place():
+    with pytest.raises(ValueError, match=r"a\.1\.b is inf, which JSON cannot hold"):
+        json_files.dumps(VALUE)
+    with pytest.raises(ValueError, match="the value is nan"):
+        json_files.dumps(math.nan)
+    assert json.loads(json_files.dumps({"a": [1, 2.5]}, indent=1)) == {"a": [1, 2.5]}
+
+
+def test_measurements_that_are_not_finite_are_null():
+    found = json.loads(json_files.dumps_measured(VALUE))
+    assert found == {"a": [1.0, {"b": None}, [None]], "c": None, "d": None, "e": "NaN"}
+    assert list(json_files.non_finite(VALUE)) == ["a.1.b", "a.2.0", "c"]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"1" * 5000, b"[]"])
+def test_what_is_no_json_object_names_its_file(tmp_path, content):
+    file = tmp_path / "a.json"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.json: (not JSON|expected a JSON object)"):
+        json_files.read_object(file)
