@@ -101,6 +101,58 @@ def test_damage_is_found_and_named(models, tmp_path):
         load(broken, keep=0.7)
 
 
+def swap_sites(entries):
+    one, other = "factors/layer_0/mlp/up/kernel", "factors/layer_1/mlp/up/kernel"
+    entries[one], entries[other] = entries[other], entries[one]
+
+
+def leave(entries):
+    entries["elastic"]["file"] = "../../outside-elastic.safetensors"
+
+
+INDEX_DAMAGES = {
+    "swapped sites": (swap_sites, "index"),
+    "a file outside": (leave, "is not a file below"),
+    "no facts": (lambda entries: entries.pop("elastic"), "not a list of entries"),
+    "a row of text": (lambda entries: entries.update(elastic="x"), "index"),
+    "another checksum": (
+        lambda entries: entries["elastic"].update(sha256="0"),
+        "is not what was written",
+    ),
+}
+
+
+@pytest.mark.parametrize("older", [False, True])
+@pytest.mark.parametrize("damage", INDEX_DAMAGES)
+def test_a_changed_index_is_refused(models, tmp_path, damage, older):
+    broken, (change, message) = tmp_path / "broken", INDEX_DAMAGES[damage]
+    shutil.copytree(models["lord"], broken)
+    index = broken / "elastic" / "index.json"
+    content = json.loads(index.read_text())
+    change(content["entries"])
+    index.write_text(json.dumps(content))
+    if older:  # directories without checksums of their small files
+        (broken / "checksums.json").unlink()
+        config = json.loads((broken / "config.json").read_text())
+        config["lordjax"].pop("checksums")
+        (broken / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message if older else "index.json") as caught:
+        load(broken, keep=0.7)
+    assert str(broken) in str(caught.value)
+
+
+def test_the_dense_part_is_checked_too(models, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(models["lord"], broken)
+    file = max(broken.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
+    with pytest.raises(ValueError, match=f"{file.name}: layer_.* was changed"):
+        load(broken, keep=0.7)
+    factors = sorted((broken / "elastic" / "entries").glob("*factors*"))[0]
+    factors.write_bytes(factors.read_bytes()[:-1] + b"\x7f")
+    assert load(broken, keep=0.7, verify=False)[0] == load(models["lord"])[0]
+
+
 @pytest.mark.full
 def test_the_command_line_writes_the_files_of_a_direct_compression(tiny, text, tmp_path):
     whole, small, direct = (tmp_path / name for name in ("whole", "small", "direct"))
