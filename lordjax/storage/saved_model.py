@@ -133,7 +133,7 @@ class Saved:
             raise ValueError(f"{self.directory}: {error}") from error
 
     def _values(self, names: list[str]) -> dict[str, np.ndarray]:
-        """Reads tensors; each is checked in another thread while the next one is read."""
+        """Reads tensors; large ones are checked in another thread while the next one is read."""
         arrays, checks = {}, []
         with ThreadPoolExecutor(1) as pool:
             for name in names:
@@ -144,7 +144,10 @@ class Saved:
                     raise ValueError(
                         f"{file.path}: cannot be read ({error}); write or download the model again"
                     ) from error
-                checks.append(pool.submit(self._check, name, arrays[name]))
+                if arrays[name].nbytes < 2**16:  # handing it over would take longer
+                    self._check(name, arrays[name])
+                else:
+                    checks.append(pool.submit(self._check, name, arrays[name]))
             for check in checks:
                 check.result()
         return arrays
