@@ -151,7 +151,10 @@ class ModelConfig:
                 _check_types(Rope, rope)
                 fields[name] = Rope(**(rope | factors))
         if fields.get("windows") is not None:
-            fields["windows"] = tuple(fields["windows"])
+            fields["windows"] = windows = tuple(fields["windows"])
+            right = all(w is None or (type(w) is int and w >= 1) for w in windows)
+            if len(windows) != fields.get("num_layers") or not right:
+                raise TypeError("windows: expected a positive integer or null for every layer")
         return cls(**fields)
 
 

@@ -44,7 +44,7 @@ def assemble(arrays: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[str, An
         node = functools.reduce(lambda at, key: at[key], branches, tree)
         try:
             node[name] = _kernel(kinds[path], node[name], constants.get(path, {}))
-        except (AttributeError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from error
     for path, leaf in trees.flatten(tree).items():
         check(leaf, path)

@@ -43,7 +43,7 @@ def fingerprint(array: Any) -> str:
     Args:
       array: an array of any shape and dtype.
     """
-    return f"{zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8)):08x}"
+    return f"{zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data):08x}"
 
 
 def tensor_row(array: Any) -> dict[str, Any]:

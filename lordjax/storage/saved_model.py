@@ -256,9 +256,12 @@ def _checked_entry(directory: Path, meta: Any) -> ModelConfig:
             )
         if not all(isinstance(c, dict) for c in meta.get("constants", {}).values()):
             raise TypeError("the constants of a kernel are no JSON object")
-        config = ModelConfig.from_json(meta["model"])
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: damaged lordjax entry ({error!r})") from error
+    try:
+        config = ModelConfig.from_json(meta["model"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file}: damaged lordjax entry ({error})") from error
     try:
         parameter_shapes(config)
     except Exception as error:  # its type depends on the layer that cannot be built

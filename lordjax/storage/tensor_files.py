@@ -232,7 +232,7 @@ class TensorFile(Mapping[str, np.ndarray]):
         array = np.empty(self.nbytes(name), np.uint8)
         with self.path.open("rb", buffering=0) as file:
             file.seek(self._start + self.start(name))
-            done, view = 0, memoryview(array)
+            done, view = 0, array.data
             while done < len(view):
                 if not (count := file.readinto(view[done : done + PIECE])):
                     raise ValueError(f"{self.path}: ends within {name}; is it being written?")

@@ -226,6 +226,9 @@ CONFIGS = {
     "a norm that is a number": ({"norm": 3}, "norm = 3: expected a str"),
     "no number": ({"norm_eps": float("nan")}, "norm_eps = nan: expected a float"),
     "a text": ({"causal": "yes"}, "causal = 'yes': expected a bool"),
+    "windows of another model": ({"windows": [None]}, "windows: expected"),
+    "a rotary embedding of text": ({"rope": "x"}, "config.json: damaged"),
+    "no model": (None, "config.json: damaged"),
     "other heads": ({"num_kv_heads": 4}, "wrong shape: layer_0/attention/k/kernel"),
     "a bias": ({"qkv_bias": True}, "missing: layer_0/attention/k/bias"),
     "a tied head": ({"tie_embeddings": True}, "unknown: head/kernel"),
@@ -237,7 +240,10 @@ def test_another_config_is_refused_without_checksums(tmp_path, name):
     fields, message = CONFIGS[name]
     write(tmp_path / "out")
     without_checksums(tmp_path / "out")
-    changed(**fields)(tmp_path / "out")
+    if fields is None:
+        edit(tmp_path / "out" / "config.json", lambda c: c["lordjax"].update(model=[1]))
+    else:
+        changed(**fields)(tmp_path / "out")
     with pytest.raises(ValueError, match=message) as caught:
         open_saved(tmp_path / "out")
     assert str(tmp_path / "out") in str(caught.value)
