@@ -12,12 +12,15 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from lordjax.data import record_files
+from lordjax.evaluate.sandbox import Checks
 
 # Stop strings, which end a completion. The first five of HumanEval are from Chen et al. (section
 # 3.2); all others are from the BigCode evaluation harness.
@@ -45,8 +48,26 @@ class Problem:
     entry: str | None = None
 
     def program(self, completion: str) -> str:
-        """Returns the program's source, which runs to its end if the completion is right."""
-        return f"{self.prompt}{completion}\n\n{self.tests}\n"
+        """Returns the source of the program, which defines what the tests call."""
+        return f"{self.prompt}{completion}\n"
+
+    def checks(self) -> Checks:
+        """Returns the tests, for a process of their own.
+
+        What the prompt defines besides the function that is asked for is defined there again, so
+        that a completion cannot change it; so are modules that the reference solution imports.
+        """
+        given = _parsed(self.prompt)
+        reference = _parsed(self.prompt + self.solution)
+        setup = "" if given is None else self.prompt
+        imports = [
+            ast.unparse(node)
+            for node in (reference.body if reference else ())
+            if isinstance(node, ast.Import | ast.ImportFrom) and _is_standard(node)
+        ]
+        trusted = _defined(given) - {self.entry}
+        names = _defined(reference) - trusted | ({self.entry} if self.entry else set())
+        return Checks(self.tests, tuple(sorted(names)), "\n".join([setup, *imports]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +170,26 @@ def _set(
     if twice := [task for task, count in counts.items() if count > 1]:
         raise ValueError(f"{path}: task {twice[0]} is there twice; expected every task once")
     return ProblemSet(name, tuple(problems), stops, sha256)
+
+
+def _parsed(text: str) -> ast.Module | None:
+    """Returns the parsed text; None if it is no whole program."""
+    try:
+        return ast.parse(text)
+    except (SyntaxError, ValueError):  # the latter for characters that no source may hold
+        return None
+
+
+def _defined(tree: ast.Module | None) -> set[str]:
+    """Returns the names of functions and classes that a program defines."""
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    return {node.name for node in (tree.body if tree else ()) if isinstance(node, kinds)}
+
+
+def _is_standard(node: ast.Import | ast.ImportFrom) -> bool:
+    """Returns whether an import is one of the standard library, which the sandbox has."""
+    names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+    return all(name.split(".")[0] in sys.stdlib_module_names for name in names)
 
 
 def _text(record: dict[str, Any], key: str, where: str) -> str:

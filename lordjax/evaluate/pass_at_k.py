@@ -1,6 +1,7 @@
 """Functional correctness of generated programs: pass@k.
 
-A completion passes if the program of prompt, completion and tests runs to its end in the `sandbox`.
+A completion passes if the tests of its problem run to their end. They call the program of prompt
+and completion, which runs in the `sandbox`, from another process.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ def evaluate(
     limits: Limits | None = None,
     workers: int | None = None,
     allow_execution: bool = False,
+    allow_weak_isolation: bool = False,
     chat: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -68,6 +70,7 @@ def evaluate(
       limits: limits of every program; None: the defaults of `Limits`.
       workers: number of programs that run at the same time; see `sandbox.run_all`.
       allow_execution: must be True, because programs are run that nobody has read.
+      allow_weak_isolation: whether they run where a hostile program finds a way out; see `sandbox`.
       chat: whether the prompts are questions to a chat model, whose answers hold the programs; see
         `chat_answers`. Stop strings are not used then.
       progress: called with ("run", programs done, number of programs).
@@ -76,14 +79,14 @@ def evaluate(
       The results of `judge`; ``protocol`` also has the stop strings and ``chat``.
 
     Raises:
-      PermissionError: without ``allow_execution``, before anything is generated.
+      PermissionError: unless execution, and isolation as it is, are allowed; nothing is generated.
       ValueError: if k is larger than ``samples``, no program can run within the limits, or
         ``complete`` returns another number of completions than prompts.
       OSError: if the sandbox cannot be set up.
     """
     _check(samples, ks, allow_execution)
     # Generation may take hours, so test the sandbox first.
-    if (empty := sandbox.run("", limits)).outcome != sandbox.PASSED:
+    if (empty := sandbox.run("", limits, weak=allow_weak_isolation)).outcome != sandbox.PASSED:
         raise ValueError(f"an empty program does not pass ({empty.error}); are limits too small?")
     asked = [problem for problem in problems.problems for _ in range(samples)]
     prompts = [chat_answers.question(p) if chat else p.prompt for p in asked]
@@ -99,7 +102,8 @@ def evaluate(
         texts = [truncate(completion, stops) for completion in completions]
     rows = [texts[i : i + samples] for i in range(0, len(texts), samples)]
     how: dict[str, Any] = {"ks": ks, "limits": limits, "workers": workers, "progress": progress}
-    result = judge(problems, rows, allow_execution=allow_execution, **how)
+    how |= {"allow_execution": allow_execution, "allow_weak_isolation": allow_weak_isolation}
+    result = judge(problems, rows, **how)
     result["protocol"] |= {"stop_strings": list(stops), "chat": chat}
     return result
 
@@ -112,6 +116,7 @@ def judge(
     limits: Limits | None = None,
     workers: int | None = None,
     allow_execution: bool = False,
+    allow_weak_isolation: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Runs given completions, which are not truncated.
@@ -123,6 +128,7 @@ def judge(
       limits: as for `evaluate`.
       workers: as for `evaluate`.
       allow_execution: as for `evaluate`.
+      allow_weak_isolation: as for `evaluate`.
       progress: as for `evaluate`.
 
     Returns:
@@ -138,7 +144,9 @@ def judge(
     limits = limits or Limits()
     answers = list(zip(problems.problems, completions, strict=True))
     programs = [problem.program(text) for problem, texts in answers for text in texts]
-    results = sandbox.run_all(programs, limits, workers=workers, progress=progress)
+    checks = [problem.checks() for problem, texts in answers for _ in texts]
+    how: dict[str, Any] = {"workers": workers, "weak": allow_weak_isolation, "progress": progress}
+    results = sandbox.run_all(programs, limits, checks=checks, **how)
     rows = [
         _row(problem, texts, results[i * samples : (i + 1) * samples])
         for i, (problem, texts) in enumerate(answers)

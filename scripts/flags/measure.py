@@ -182,6 +182,12 @@ def evaluate(as_json: bool, **settings: Any) -> None:
     help="Confirm that programs which a model wrote may run on this machine, in a sandbox.",
 )
 @click.option(
+    "--allow-weak-isolation",
+    is_flag=True,
+    help="Run them even where a hostile program can leave the sandbox: it may read your files, "
+    "reach the network or stop your processes. For machines that hold nothing else.",
+)
+@click.option(
     "--out", metavar="FILE", help="Write a new .jsonl file with one line for each problem."
 )
 @click.option(

@@ -32,6 +32,7 @@ def evaluate_code(
     first: int | None,
     chat: bool,
     run_generated_code: bool,
+    allow_weak_isolation: bool,
     out: str | None,
     reference: bool,
 ) -> dict[str, Any]:
@@ -49,6 +50,7 @@ def evaluate_code(
         "limits": Limits(seconds=seconds, cpu_seconds=seconds),
         "workers": workers,
         "allow_execution": run_generated_code,
+        "allow_weak_isolation": allow_weak_isolation,
     }
     start = time.perf_counter()
     with progress_report() as progress:

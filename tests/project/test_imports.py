@@ -55,8 +55,6 @@ MAY_NOT_KNOW = {
     "lordjax.conversions": {"lordjax.scripts"},
 }
 COPIED = "lordjax.conversions.exporters.modeling_lordjax"  # into exports, for transformers
-# A program of its own, which cannot import the rest of the package.
-LONG = {"sandbox_supervisor.py"}
 # What runs beside ours in these benchmarks is torch's.
 TORCH_PEERS = {
     *(f"lordjax.scripts.benchmarks.{name}" for name in ("decompose", "export", "finetune")),
@@ -221,7 +219,7 @@ def test_files_and_functions_are_short(top):
     found = [pair for path in sorted((ROOT / top).rglob("*.py")) for pair in lines_of(path)]
     limits = {True: 60, False: 350}  # lines of a function, of a file
     long = [(what, n) for what, n in found if n > limits[": " in what]]
-    assert {what for what, _ in long} <= LONG, long
+    assert not long
 
 
 # What makes JSON without `json_files`: programs of their own, and messages between processes.

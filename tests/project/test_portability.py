@@ -10,8 +10,8 @@ from test_imports import ROOT, sources
 
 # Modules of the standard library that Windows lacks.
 POSIX = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty"}
-# A program of its own, which is started on Linux only.
-LINUX = {"lordjax.evaluate.sandbox_supervisor"}
+# Imported by a program of its own only, which is started on Linux only.
+LINUX = {m for m in sources() if m.startswith("lordjax.evaluate.isolation.")}
 HIDE = f"import sys; sys.modules.update(dict.fromkeys({sorted(POSIX - {'posix'})}))\n"
 
 

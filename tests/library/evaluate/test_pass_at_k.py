@@ -271,6 +271,7 @@ SETTINGS = {
     "first": None,
     "chat": False,
     "run_generated_code": True,
+    "allow_weak_isolation": False,
     "out": None,
     "reference": False,
 }
