@@ -60,6 +60,7 @@ def keep(
     first, second = (
         start(confinement, role, kept, part, pipes) for role, (kept, part) in parts.items()
     )
+    send(status, {"groups": [first, second]})
     confinement.enter("keeper")
     close_all_but({status, alive[1]})
     # A program of the same user may send signals, of which all but two can be blocked.
@@ -85,6 +86,7 @@ def start(
     """
 
     def confined() -> None:
+        os.setpgid(0, 0)
         os.dup2(pipes["output"], 1)
         os.dup2(pipes["output"], 2)
         if role == "program":  # the checks are unread in standard input
@@ -96,6 +98,7 @@ def start(
     child = os.fork()
     if not child:
         guarded(confined, pipes["status"])
+    os.setpgid(child, child)  # on both sides, so that the group is there when this returns
     return child
 
 

@@ -28,6 +28,7 @@ from lordjax.evaluate.isolation.peer import LINE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from typing import Any
 
 NEW_USER, NEW_NETWORK, NEW_PIDS, NEW_IPC, NEW_MOUNTS = 1 << 28, 1 << 30, 1 << 29, 1 << 27, 1 << 17
@@ -79,15 +80,16 @@ def supervise(request: dict[str, Any]) -> dict[str, Any]:
     output, messages, ended = watch(
         reading["output"], reading["status"], deadline, limits["output"]
     )
-    kill_all(keeper, spaces)
+    status: dict[str, Any] = {}
+    for message in messages.splitlines():
+        status |= json.loads(message)
+    kill_all(keeper, spaces, status.get("groups", ()))
     seconds = time.monotonic() - begin
     exhausted = group is not None and cgroup.ran_out(group)
     if group is not None:
         cgroup.remove(group)
     output = (output + drain(reading["output"]))[-limits["output"] :]
-    status: dict[str, Any] = {"verdict": drain(reading["verdict"]), "exhausted": exhausted}
-    for message in messages.splitlines():
-        status |= json.loads(message)
+    status |= {"verdict": drain(reading["verdict"]), "exhausted": exhausted}
     if "error" in status or "refused" in status:
         return {key: status[key] for key in ("error", "refused") if key in status}
     outcome, error = result(status, output, ended, limits)
@@ -180,17 +182,28 @@ def drain(pipe: int) -> bytes:
         return b""
 
 
-def kill_all(keeper: int, spaces: bool) -> None:
-    """Kills the keeper and all processes below it, and waits until they are gone."""
-    os.kill(keeper, signal.SIGKILL)  # by itself, because it may not lead its session yet
+def kill_all(keeper: int, spaces: bool, groups: Iterable[int]) -> None:
+    """Kills the keeper and all processes below it, and waits until they are gone.
+
+    Args:
+      keeper: the keeper's process.
+      spaces: whether namespaces are in force, which end with the keeper.
+      groups: process groups of program and checker, which the filter does not let them leave. A
+        group is killed at once, so no process of it can fork in time.
+    """
+    os.kill(keeper, signal.SIGKILL)
     if spaces:
         os.waitpid(keeper, 0)
         return
-    while True:
-        with open(f"/proc/self/task/{os.getpid()}/children") as file:
-            for child in file.read().split():
-                os.kill(int(child), signal.SIGKILL)
-        try:
-            os.waitpid(-1, 0)  # then its children become children of this process
-        except ChildProcessError:
-            return
+    for group in groups:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+    with contextlib.suppress(ChildProcessError):  # none are left
+        while True:
+            # The kernel's list may lack some while others end, so this never waits for one of them.
+            with open(f"/proc/self/task/{os.getpid()}/children") as file:
+                for child in file.read().split():
+                    os.kill(int(child), signal.SIGKILL)
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass  # then its children become children of this process
+            time.sleep(0.001)

@@ -61,7 +61,7 @@ ALLOWED = """
     rt_sigsuspend rt_sigtimedwait sigaltstack restart_syscall alarm setitimer getitimer pause
     nanosleep clock_nanosleep clock_gettime clock_getres gettimeofday time timer_create
     timer_settime timer_gettime timer_getoverrun timer_delete getpid getppid gettid getuid geteuid
-    getgid getegid getresuid getresgid getgroups getpgid getpgrp getsid setsid setpgid getpriority
+    getgid getegid getresuid getresgid getgroups getpgid getpgrp getsid getpriority
     sched_yield sched_getaffinity getcpu getrlimit setrlimit getrusage sysinfo times uname
     getrandom capget fork vfork wait4 waitid exit exit_group futex futex_waitv set_robust_list
     get_robust_list set_tid_address recvfrom sendmsg recvmsg shutdown getsockname getpeername
@@ -69,8 +69,8 @@ ALLOWED = """
 """
 # These change files that a program cannot open: Landlock does not know them.
 METADATA = "chmod fchmod fchmodat truncate utime utimes futimesat utimensat"
-# Signals to any process that it sees.
-SIGNALS = "kill tkill tgkill rt_sigqueueinfo"
+# Signals to any process that it sees, and leaving the group that is killed at its end.
+SIGNALS = "kill tkill tgkill rt_sigqueueinfo setsid setpgid"
 
 NAMESPACES = 0x7E020080  # flags of clone that make new ones
 UNIX, STREAM, KIND_OF_SOCKET = 1, 1, 0xF
