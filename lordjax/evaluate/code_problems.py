@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import dataclasses
 import sys
 from collections import Counter
@@ -65,8 +66,8 @@ class Problem:
             for node in (reference.body if reference else ())
             if isinstance(node, ast.Import | ast.ImportFrom) and _is_standard(node)
         ]
-        trusted = _defined(given) - {self.entry}
-        names = _defined(reference) - trusted | ({self.entry} if self.entry else set())
+        defined = _defined(reference) or _used(self.tests)  # there may be no solution
+        names = defined - _defined(given) | ({self.entry} if self.entry else set())
         return Checks(self.tests, tuple(sorted(names)), "\n".join([setup, *imports]))
 
 
@@ -184,6 +185,12 @@ def _defined(tree: ast.Module | None) -> set[str]:
     """Returns the names of functions and classes that a program defines."""
     kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
     return {node.name for node in (tree.body if tree else ()) if isinstance(node, kinds)}
+
+
+def _used(text: str) -> set[str]:
+    """Returns the names that a text reads, without those of Python itself."""
+    nodes = ast.walk(_parsed(text) or ast.Module([], []))
+    return {node.id for node in nodes if isinstance(node, ast.Name)} - set(dir(builtins))
 
 
 def _is_standard(node: ast.Import | ast.ImportFrom) -> bool:

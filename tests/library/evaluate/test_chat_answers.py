@@ -33,7 +33,7 @@ RIGHT = {
 
 def passes(problem, answer):
     """Runs the program here: the answers are ours."""
-    program = problem.program(completion(problem, answer))
+    program = problem.program(completion(problem, answer)) + problem.tests
     try:
         exec(compile(program, "answer", "exec"), {})
     except (AssertionError, SyntaxError, NameError, TypeError):
@@ -71,7 +71,7 @@ def test_answers_are_not_cut_at_stop_strings(monkeypatch):
     monkeypatch.setattr(
         pass_at_k.sandbox,
         "run",
-        lambda program, limits: pass_at_k.Result(pass_at_k.sandbox.PASSED, "", 0.0, "", {}),
+        lambda program, limits, weak: pass_at_k.Result(pass_at_k.sandbox.PASSED, "", 0.0, "", {}),
     )
     seen = []
 

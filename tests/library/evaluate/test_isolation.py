@@ -140,6 +140,7 @@ def test_what_a_prompt_defines_is_not_the_programs_to_change():
         "f",
     )
     assert problem.checks().names == ("f",)
+    assert Problem("T/1", "", "", "assert abs(g(1)) == 2").checks().names == ("g",)
     for completion, outcome in {
         "\n    return 0": PASSED,
         "\n    return 9\ndef zero(x): return 0": FAILED,

@@ -1,6 +1,7 @@
 """Small HumanEval and MBPP files: readers, pass@k, and results of right and wrong programs."""
 
 import dataclasses
+import functools
 import gzip
 import itertools
 import json
@@ -234,6 +235,28 @@ def test_nothing_is_generated_without_leave_to_run(humaneval):
         evaluate(found, complete, limits=Limits(seconds=1e-9), allow_execution=True)
     with pytest.raises(PermissionError, match="allow_execution=True"):
         judge(found, [["", ""]] * 2)
+
+
+def test_nothing_is_generated_where_isolation_is_weak(humaneval, monkeypatch):
+    found, asked = read_problems(humaneval), []
+
+    def complete(prompts):
+        asked.extend(prompts)
+        return [RIGHT] * len(prompts)
+
+    weaker = functools.partial(programs.sandbox.run, without=["filter"])
+    monkeypatch.setattr(programs.sandbox, "run", weaker)
+    with pytest.raises(
+        PermissionError, match=r"too weakly \(network: namespace.*system_calls: all"
+    ):
+        evaluate(found, complete, allow_execution=True)
+    assert not asked
+    how = {"allow_execution": True, "allow_weak_isolation": True}
+    monkeypatch.setattr(
+        programs.sandbox, "run_all", lambda texts, *a, **k: [weaker("", weak=True)] * 2
+    )
+    result = evaluate(found, complete, **how)
+    assert asked and result["protocol"]["isolation"]["system_calls"] == "all"
 
 
 def test_wrong_numbers_of_completions_are_errors(humaneval):
