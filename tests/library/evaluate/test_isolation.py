@@ -255,6 +255,7 @@ WORST = [
 ]
 
 
+@pytest.mark.quick("*-none")
 @pytest.mark.parametrize("without", [(), ("namespaces",)], ids=["namespaces", "none"])
 @pytest.mark.parametrize(("key", "name"), WORST, ids=[name for _, name in WORST])
 def test_the_worst_programs_are_contained(key, name, without):
