@@ -7,11 +7,13 @@ A mistake of the user is printed as one line ``error: …`` on stderr, with exit
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
+from lordjax.runtime.interruption import interruption, signals_end
 from lordjax.scripts.console import printable_streams
 from lordjax.scripts.flags.compress import compress, demo, plan
 from lordjax.scripts.flags.measure import (
@@ -20,8 +22,8 @@ from lordjax.scripts.flags.measure import (
     evaluate_choices,
     evaluate_code,
     generate,
-    inspect,
 )
+from lordjax.scripts.flags.show import inspect
 from lordjax.scripts.flags.write import convert, export, finetune, merge
 from lordjax.scripts.program_cache import keep_programs
 
@@ -41,6 +43,7 @@ VERBS = (
     inspect,
 )
 
+LESS = "choose smaller batches, fewer tokens, or a machine with more memory"
 USER_ERRORS = (ValueError, OSError, KeyError, ImportError, click.ClickException)
 
 
@@ -56,15 +59,29 @@ class Group(click.Group):
         except click.exceptions.NoArgsIsHelpError as error:
             click.echo(error.format_message(), err=True)
             sys.exit(2)
-        except click.Abort:
-            click.echo("interrupted", err=True)
-            sys.exit(130)
+        except click.Abort as error:  # where `main` has installed no handler
+            notes = getattr(error.__cause__, "__notes__", [])
+            click.echo(interruption(signal.SIGINT, notes, ["lordjax", *sys.argv[1:]]), err=True)
+            sys.exit(128 + signal.SIGINT)
+        except MemoryError as error:
+            _fail(f"out of memory ({one_line(error)}); {LESS}", error)
         except USER_ERRORS as error:
-            if os.environ.get("LORDJAX_TRACEBACK") or is_bug(error):
+            if is_bug(error):
                 raise
-            click.echo(f"error: {one_line(error)}", err=True)
-            sys.exit(2)
+            _fail(one_line(error), error)
+        except RuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):  # XLA's word
+                raise
+            _fail(f"out of memory ({one_line(error).split(';')[0]}); {LESS}", error)
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(text: str, error: BaseException) -> NoReturn:
+    """Prints an error as one line and exits; raises it if a traceback is asked for."""
+    if os.environ.get("LORDJAX_TRACEBACK"):
+        raise error
+    click.echo(f"error: {text}", err=True)
+    sys.exit(2)
 
 
 def is_bug(error: BaseException) -> bool:
@@ -109,6 +126,7 @@ for verb in VERBS:
 
 def main() -> None:
     """Entry point of the command."""
-    printable_streams()
-    keep_programs()
-    cli.main(prog_name="lordjax")
+    with signals_end(["lordjax", *sys.argv[1:]]):
+        printable_streams()
+        keep_programs()
+        cli.main(prog_name="lordjax")

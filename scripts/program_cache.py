@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -55,18 +56,21 @@ def processor() -> str:
 
 
 def prune(directory: Path, most: int) -> None:
-    """Removes the oldest files of a directory until at most ``most`` bytes are left."""
+    """Removes the oldest files of a directory until at most ``most`` bytes are left.
+
+    A clock that jumps changes which programs go, and so only what is compiled again.
+    """
     if not directory.is_dir():
         return
     facts = []
     for entry in os.scandir(directory):
-        try:
-            facts.append((entry.stat().st_mtime, entry.path, entry.stat().st_size))
-        except FileNotFoundError:  # another process has removed the file
-            continue
+        with contextlib.suppress(FileNotFoundError):  # another process has removed it
+            if entry.is_file(follow_symlinks=False):
+                facts.append((entry.stat().st_mtime, entry.path, entry.stat().st_size))
     total = sum(size for _, _, size in facts)
     for _, path, size in sorted(facts):
         if total <= most:
             return
-        Path(path).unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError, PermissionError):  # or another user's
+            Path(path).unlink()
         total -= size

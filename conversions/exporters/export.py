@@ -26,8 +26,9 @@ from lordjax.conversions.exporters.hf_files import ExportSpec, Opened
 from lordjax.conversions.exporters.orbax import orbax
 from lordjax.conversions.families.registry import model_config, tensor_table
 from lordjax.kernels.base import nbytes
-from lordjax.storage.atomic_directory import check_destination, check_room, staged
+from lordjax.storage.atomic_directory import check_destination, staged
 from lordjax.storage.checkpoint import SHARD_BYTES
+from lordjax.storage.room import check_room
 
 EXPORTS: dict[str, Callable[[ExportSpec, Path], None]] = {
     "dense": dense,
@@ -75,8 +76,9 @@ def export(
     dtype = np.dtype(dtype or leaves["embed/embedding"].dtype)
     job = ExportSpec(source, dtype, check_destination(out), shard_bytes)
     size = sum(np.prod(row.shape) for row in tensor_table(source.hf_config, leaves=leaves).values())
-    check_room(job.out, int(size) * dtype.itemsize if to == "dense" else nbytes(leaves))
-    with staged(job.out) as stage:
+    need = int(size) * dtype.itemsize if to == "dense" else nbytes(leaves)
+    check_room(job.out, need)
+    with staged(job.out, need) as stage:
         EXPORTS[to](job, stage)
         if write_tokenizer is not None:
             write_tokenizer(stage)

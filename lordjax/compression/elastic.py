@@ -37,6 +37,7 @@ from lordjax.runtime.progress import Progress
 from lordjax.storage import atomic_directory, checkpoint, saved_model
 from lordjax.storage.archive import DIRECTORY, FACTS, FORMAT, INDEX, Archive
 from lordjax.storage.disk_store import DiskStore
+from lordjax.storage.room import check_room
 from lordjax.storage.shards import Shards, names
 from lordjax.storage.store import Entries, MemoryStore
 from lordjax.storage.tensor_files import write_json
@@ -271,8 +272,9 @@ def export(
     check_elastic(directory)
     out = atomic_directory.check_destination(out)
     saved = saved_model.open_saved(directory, verify=verify)
-    atomic_directory.check_room(out, saved.file_bytes())
-    with atomic_directory.staged(out) as stage:
+    need = saved.file_bytes()
+    check_room(out, need)
+    with atomic_directory.staged(out, need) as stage:
         shards = Shards(stage, MemoryStore())
         result = cut(directory, keep, into=shards, progress=progress, verify=verify)
         stored = saved.report()

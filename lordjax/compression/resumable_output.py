@@ -25,9 +25,10 @@ from lordjax.allocation.plan import Plan
 from lordjax.calibration.statistics import AbsMean, HeadMoments, MeanSquare, Moments, SecondMoment
 from lordjax.compression.result import Result
 from lordjax.methods import Factors, ModuleFactors
-from lordjax.runtime import multihost
+from lordjax.runtime import multihost, unfinished
 from lordjax.storage import atomic_directory, checkpoint
 from lordjax.storage.disk_store import DiskStore, differences
+from lordjax.storage.room import RESERVE, naming_room
 from lordjax.storage.shards import Shards, names
 from lordjax.storage.store import Store
 
@@ -90,13 +91,14 @@ class Output:
         if multihost.is_primary() and not own.exists():
             atomic_directory.check_destination(directory)
         self.store = DiskStore(own, identity, TYPES)
+        unfinished.begin(own, self._leave)
         self._stage = self.store.directory / "model"
         try:
             self.finished = self._agree(identity)
             if multihost.is_primary() and self.finished is None:
                 atomic_directory.check_destination(directory)
                 self._stage.mkdir(exist_ok=True)
-        except (OSError, ValueError):
+        except BaseException:
             self._leave()
             raise
         self.shards = (
@@ -126,12 +128,14 @@ class Output:
     def __enter__(self) -> Output:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, *_: object
+    ) -> None:
         # The same command would end in the same error, so there is nothing to resume.
         useless = kind is not None and issubclass(kind, (ValueError, KeyError))
         if useless and not self.resumed and self.store.open:
             self.store.remove()
-        self._leave()
+        unfinished.tell(error, self._leave())
 
     def finish(
         self,
@@ -174,16 +178,17 @@ class Output:
     ) -> None:
         """Writes the files beside the shards."""
         assert isinstance(self.shards, Shards)
-        checkpoint.write_about(
-            self._stage,
-            self.shards.finish(names(result.config)),
-            result.config,
-            hf_config=hf_config,
-            plan=result.plan,
-            report=result.report if report is None else report,
-            write_tokenizer=write_tokenizer,
-            also=also,
-        )
+        with naming_room(self.directory, RESERVE):
+            checkpoint.write_about(
+                self._stage,
+                self.shards.finish(names(result.config)),
+                result.config,
+                hf_config=hf_config,
+                plan=result.plan,
+                report=result.report if report is None else report,
+                write_tokenizer=write_tokenizer,
+                also=also,
+            )
 
     def publish(self) -> None:
         """Gives the finished directory its final name and removes the intermediate results.
@@ -203,8 +208,12 @@ class Output:
         self.store.discard(*(key for key in self.store.below("") if key != FINISHED))
         self.store.remove()
 
-    def _leave(self) -> None:
-        """Closes the store; removes its directory if nothing is finished."""
+    def _leave(self) -> str | None:
+        """Closes the store; removes its directory if nothing is finished, else says where it is."""
+        unfinished.end(self.store.directory)
         if self.store.open and self.store.empty:
             self.store.remove()
         self.store.close()
+        if not self.store.directory.exists():
+            return None
+        return f"finished work is kept in {self.store.directory}"

@@ -2,6 +2,7 @@
 
 A run's directory::
 
+    lock               locked while a process trains here
     run.json           settings, recipe, data and model; a resumed run must have the same
     metrics.jsonl      a line per step, and per validation on the held-out examples
     checkpoints/N/     Orbax: the state after N steps (trained arrays, optimizer, step count)
@@ -30,14 +31,15 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from lordjax.data.examples import Data, Examples
 from lordjax.finetune import step
 from lordjax.finetune.recipes import Recipe
+from lordjax.finetune.run_directory import CHECKPOINTS, claimed
 from lordjax.finetune.step import Settings, State
 from lordjax.kernels import trees
+from lordjax.kernels.base import nbytes
 from lordjax.kernels.kinds import astype
 from lordjax.models.config import ModelConfig
 from lordjax.runtime import json_files
 from lordjax.runtime.mesh import Mesh
-from lordjax.storage.disk_store import differences
-from lordjax.storage.tensor_files import write_json, write_text
+from lordjax.storage.tensor_files import write_text
 
 METRICS = "metrics.jsonl"
 Report = Callable[[dict[str, Any]], None]
@@ -163,23 +165,24 @@ def train(
         them), or a loss is not finite.
     """
     settings.check()
-    params, paths, state, frozen, optimizer = step.prepare_training(
-        config, params, recipe, settings
-    )
+    prepared = step.prepare_training(config, params, recipe, settings)
+    params, paths, state, frozen, optimizer = prepared
     own = {"recipe": recipe, "settings": settings, "keeping": keeping}
-    fields = {name: dataclasses.asdict(value) for name, value in own.items()}
-    _claim(directory, resume, {**about, **fields})
+    about = {**about, **{name: dataclasses.asdict(value) for name, value in own.items()}}
     template = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
     validate = functools.partial(_validate, config, frozen, data.validation, settings)
-    with _opened(directory, keeping, state, report) as (checkpoints, log, state):
+    need = (keeping.last + 2) * nbytes(state)  # besides: the best one, and an unfinished one
+    with (
+        claimed(directory, resume, about, need),
+        _opened(directory, keeping, state, report) as (checkpoints, log, state),
+    ):
         if not int(state.step):
             log.write(step=0, **validate(state))
         steps = step.run(
             config, state, frozen, data.train, optimizer, settings, teacher=teacher, mesh=mesh
         )
         _record(steps, checkpoints, log, validate, lambda k: _is_due(k, keeping, settings))
-        best = checkpoints.best()
-        state = checkpoints.restore(template, best)
+        state = checkpoints.restore(template, best := checkpoints.best())
     return Trained(step.with_trained(state.params, params, paths), best, log.lines)
 
 
@@ -188,7 +191,7 @@ def _opened(
     directory: Path, policy: CheckpointPolicy, state: State, report: Report | None
 ) -> Iterator[tuple[_CheckpointStore, Log, State]]:
     """Opens the checkpoints and metrics of a run; also yields the state of the last checkpoint."""
-    with contextlib.closing(_CheckpointStore(directory / "checkpoints", policy)) as checkpoints:
+    with contextlib.closing(_CheckpointStore(directory / CHECKPOINTS, policy)) as checkpoints:
         if done := checkpoints.steps():
             template = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
             state = checkpoints.restore(template, max(done))
@@ -277,29 +280,3 @@ class Log:
         self._file.write(json_files.dumps_measured(line) + "\n")
         if self._report is not None:
             self._report(line)
-
-
-def _claim(directory: Path, resume: bool, about: dict[str, Any]) -> None:
-    """Creates a run's directory, or checks that the directory holds a run of the same settings."""
-    path = directory / "run.json"
-    about = json.loads(json_files.dumps(about))
-    if not path.exists():
-        if directory.exists() and any(directory.iterdir()):
-            raise FileExistsError(
-                f"{directory}: not empty, and not a run (it has no run.json); choose another "
-                "directory"
-            )
-        directory.mkdir(parents=True, exist_ok=True)
-        write_json(path, about)
-        return
-    if not resume:
-        raise FileExistsError(f"{directory}: a run is there; go on with --resume, or remove it")
-    there = json.loads(path.read_text("utf-8"))
-    for run in (there, about):  # another version of lordjax may word the summary differently
-        run.get("recipe", {}).pop("summary", None)
-    changes = list(differences(there, about))
-    if changes:
-        raise ValueError(
-            f"{directory}: this run was started with other settings (old -> new): "
-            f"{'; '.join(changes)}; give the same settings again, or choose another directory"
-        )

@@ -25,8 +25,9 @@ from lordjax.kernels.kinds import KINDS
 from lordjax.runtime import json_files
 from lordjax.storage import shards
 from lordjax.storage.assembly import assemble, check_fields
-from lordjax.storage.atomic_directory import check_destination, check_room, staged
+from lordjax.storage.atomic_directory import check_destination, staged
 from lordjax.storage.checksums import MANIFEST, Manifest, tensor_row
+from lordjax.storage.room import check_room
 from lordjax.storage.tensor_check import check_finite
 from lordjax.storage.tensor_files import TensorFile, checksum, write_json, write_tensors
 
@@ -51,12 +52,12 @@ def save_params(directory: str | os.PathLike[str], params: Any, plan: Plan | Non
       ValueError: if two leaves have the same path, a value is not finite, or a dtype is not
         supported; names the leaf.
     """
-    directory = check_destination(directory)
-    check_room(directory, nbytes(params))
+    directory, need = check_destination(directory), nbytes(params)
+    check_room(directory, need)
     arrays = {name: np.asarray(array) for name, array in shards.tensors(params).items()}
     for name, array in arrays.items():
         check_finite(array, f"{directory}: {name} would hold")
-    with staged(directory) as stage:
+    with staged(directory, need) as stage:
         write_tensors(stage / TENSORS, arrays)
         write_json(stage / ABOUT, {"format": FORMAT, **shards.describe(params)})
         if plan is not None:

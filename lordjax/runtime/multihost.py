@@ -127,6 +127,8 @@ def _check_arguments(
 
 
 def _initialize(coordinator: str, process_id: int | None, num_processes: int | None) -> None:
+    # Its handler of SIGTERM would replace that of the command line, and end nothing.
+    jax.config.update("jax_enable_preemption_service", False)
     if coordinator != AUTO:
         _check_address(coordinator, process_id == 0)
         jax.distributed.initialize(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from lordjax.runtime import unfinished
+from lordjax.storage.lock import lock_directory, remove_locked
+from lordjax.storage.room import naming_room, remove_tree
 from lordjax.storage.tensor_files import sync_directory
 
 
@@ -32,25 +33,40 @@ def check_destination(directory: str | os.PathLike[str]) -> Path:
 
 
 @contextlib.contextmanager
-def staged(directory: Path) -> Iterator[Path]:
+def staged(directory: Path, need: int = 0) -> Iterator[Path]:
     """Yields a fresh directory beside ``directory``, which takes its name when the block succeeds.
 
-    If the block raises, the fresh directory is removed.
+    If the block raises, the fresh directory is removed. What a killed process has left there is
+    removed by the next one.
+
+    Args:
+      directory: the destination.
+      need: about how many bytes are written, for the error about a full disk.
 
     Raises:
+      BlockingIOError: if another process is writing the same directory.
       FileExistsError: if the destination is not free; see `check_destination`.
+      NoRoomError: if the disk is full.
     """
     directory = check_destination(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    place = directory.with_name(f".{directory.name}.writing")
+    stage = place / "stage"
+
+    def leave() -> None:
+        remove_tree(place)
+
+    unfinished.begin(place, leave)
+    lock = lock_directory(place)
     try:
-        yield stage
-        sync(stage)
-        stage.chmod(0o777 & ~_umask())  # mkdtemp creates it with mode 700
+        remove_tree(stage)
+        stage.mkdir()
+        with naming_room(directory, need):
+            yield stage
+            sync(stage)
         publish(stage, directory)
-    except BaseException:
-        shutil.rmtree(stage, ignore_errors=True)
-        raise
+    finally:
+        remove_locked(place, lock)
+        unfinished.end(place)
 
 
 def sync(stage: Path) -> None:
@@ -80,22 +96,3 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def check_room(directory: Path, need: int) -> None:
-    """Checks that a disk has room for ``need`` bytes and 16 MiB.
-
-    Args:
-      directory: a path on the disk; need not exist.
-      need: bytes that will be written.
-
-    Raises:
-      OSError: if there is not enough room; says how much is needed and how much is free.
-    """
-    there = next(p for p in [directory, *directory.absolute().parents] if p.exists())
-    free = shutil.disk_usage(there).free
-    if free < need + 2**24:
-        raise OSError(
-            f"{directory}: needs about {need / 1e6:.0f} MB of disk, but {free / 1e6:.0f} MB are "
-            "free; make room or choose another output"
-        )

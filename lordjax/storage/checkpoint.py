@@ -26,8 +26,9 @@ from lordjax.kernels.base import nbytes
 from lordjax.models.config import ModelConfig
 from lordjax.runtime import json_files
 from lordjax.storage import shards
-from lordjax.storage.atomic_directory import check_destination, check_room, staged, sync
+from lordjax.storage.atomic_directory import check_destination, staged, sync
 from lordjax.storage.checksums import MANIFEST, Manifest
+from lordjax.storage.room import check_room
 from lordjax.storage.shards import SHARD_BYTES, Shards, split_blocks
 from lordjax.storage.store import MemoryStore
 from lordjax.storage.tensor_files import write_json, write_text
@@ -70,9 +71,9 @@ def save(
         free.
       ValueError: if a value is not finite, or a dtype is not supported; names the parameter.
     """
-    directory = check_destination(directory)
-    check_room(directory, nbytes(params))
-    with staged(directory) as stage:
+    directory, need = check_destination(directory), nbytes(params)
+    check_room(directory, need)
+    with staged(directory, need) as stage:
         writer, blocks = Shards(stage, MemoryStore(), shard_bytes), split_blocks(params)
         for name, block in blocks.items():
             writer[name] = block

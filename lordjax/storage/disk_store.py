@@ -15,6 +15,7 @@ process that is killed loses only the entry that it was writing.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -23,10 +24,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import filelock
-
 from lordjax.runtime import json_files
 from lordjax.storage.entry_reader import EntryReader, file_name
+from lordjax.storage.lock import LOCK, lock_directory, remove_locked
+from lordjax.storage.room import no_room
 from lordjax.storage.serialize import Types, to_json
 from lordjax.storage.tensor_files import (
     TensorFile,
@@ -37,7 +38,7 @@ from lordjax.storage.tensor_files import (
     write_tensors,
 )
 
-RUN, LOCK, JOURNAL, ENTRIES = "run.json", "lock", "journal.jsonl", "entries"
+RUN, JOURNAL, ENTRIES = "run.json", "journal.jsonl", "entries"
 
 
 class DiskStore:
@@ -77,13 +78,16 @@ class DiskStore:
                     f"{self.directory}: unfinished results are kept here, but it holds "
                     f"{sorted(others)[0]}, which is none; choose another output, or remove it"
                 )
-        (self.directory / ENTRIES).mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(self.directory)
+        self._lock = lock_directory(self.directory)
         try:
+            (self.directory / ENTRIES).mkdir(exist_ok=True)
             self._same(json.loads(json_files.dumps(identity)))
             self._read_journal()
         except BaseException:
-            self._lock.release()
+            if (self.directory / RUN).exists():
+                self._lock.release()
+            else:  # the disk is full, say, and nothing was here
+                self.remove()
             raise
 
     def __enter__(self) -> DiskStore:
@@ -100,10 +104,7 @@ class DiskStore:
 
     def remove(self) -> None:
         """Removes the directory with all entries, and closes the store."""
-        if os.name == "nt":  # Windows does not remove files that are open
-            self.close()
-        shutil.rmtree(self.directory)
-        sync_directory(self.directory.parent)
+        remove_locked(self.directory, self._lock, last=JOURNAL)
         self.close()
 
     @property
@@ -176,7 +177,7 @@ class DiskStore:
             if "file" in row:
                 path, other = self._reader.checked_path(row), directory / row["file"]
                 other.unlink(missing_ok=True)  # a killed process may have left it
-                os.link(path, other)
+                _link(path, other)
             rows[key] = row
         sync_directory(directory / ENTRIES)
         return rows
@@ -212,14 +213,14 @@ class DiskStore:
         path = self.directory / JOURNAL
         with path.open("ab", buffering=0) as journal:
             end = journal.tell()
+            line = b"%08x %s\n" % (zlib.crc32(text), text)
             try:
-                line = b"%08x %s\n" % (zlib.crc32(text), text)
                 if journal.write(line) < len(line):
                     raise OSError("no room for a whole line")
                 os.fsync(journal.fileno())
             except OSError as error:
                 os.truncate(path, end)
-                raise OSError(f"{path}: cannot be written ({error}); is the disk full?") from error
+                raise no_room(path, error, len(line)) from error
         for old in self._apply(row):
             (self.directory / old).unlink(missing_ok=True)
 
@@ -292,6 +293,16 @@ class Stream:
     close: Callable[[str], None]
 
 
+def _link(path: Path, other: Path) -> None:
+    """Hard-links a file; copies it where the file system has no hard links."""
+    try:
+        os.link(path, other)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EXDEV, errno.EMLINK):
+            raise
+        shutil.copyfile(path, other)
+
+
 def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
     """Yields a text ``path: old -> new`` for every place where two JSON values differ."""
     if isinstance(old, dict) and isinstance(new, dict):
@@ -308,20 +319,3 @@ def _line(line: bytes) -> dict[str, Any] | None:
     if not line.endswith(b"\n") or head != b"%08x" % zlib.crc32(text):
         return None
     return json.loads(text)
-
-
-def _locked(directory: Path) -> filelock.BaseFileLock:
-    """Locks a directory until the lock is released or the process ends."""
-    lock = filelock.FileLock(directory / LOCK, timeout=0, mode=0o666, thread_local=False)
-    while True:
-        try:
-            lock.acquire()
-        except filelock.Timeout as error:
-            raise BlockingIOError(
-                f"{directory}: another process works here; wait for it, or choose another output"
-            ) from error
-        if (directory / LOCK).exists():
-            return lock
-        # The process that held the lock before has removed the directory.
-        lock.release()
-        (directory / ENTRIES).mkdir(parents=True, exist_ok=True)

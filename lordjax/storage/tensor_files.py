@@ -7,6 +7,7 @@ they are read, so a file may be larger than memory.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lordjax.runtime import json_files
+from lordjax.storage.room import no_room
 
 # Supported dtypes by their names in safetensors.
 DTYPES = {
@@ -65,6 +67,8 @@ class TensorWriter:
         self._digest, self._size = hashlib.sha256(), 0
         self._left = [(n, tuple(a.shape), np.dtype(a.dtype)) for n, a in shapes.items()][::-1]
         header = _header(shapes, metadata or {})
+        arrays = sum(math.prod(shape) * dtype.itemsize for _, shape, dtype in self._left)
+        self._need = 8 + len(header) + arrays
         self._file = self._fresh.open("wb", buffering=0)
         self._write(len(header).to_bytes(8, "little") + header)
 
@@ -126,7 +130,7 @@ class TensorWriter:
 
     def _fail(self, error: OSError) -> None:
         self.abandon()
-        raise OSError(f"{self.path}: cannot be written ({error}); is the disk full?") from error
+        raise no_room(self.path, error, self._need) from error
 
 
 def _header(shapes: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
@@ -300,15 +304,20 @@ def write_text(path: Path, text: str) -> None:
       text: the whole contents.
 
     Raises:
-      OSError: if the file cannot be written.
+      OSError: if the file cannot be written; then nothing is left of it.
     """
-    fresh = path.with_name(path.name + FRESH)
-    with fresh.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(fresh, path)
-    sync_directory(path.parent)
+    fresh, data = path.with_name(path.name + FRESH), text.encode()
+    try:
+        with fresh.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(fresh, path)
+        sync_directory(path.parent)
+    except OSError as error:
+        raise no_room(path, error, len(data)) from error
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 def sync_directory(path: Path) -> None:
@@ -318,5 +327,8 @@ def sync_directory(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # network file systems know no way
+            raise
     finally:
         os.close(handle)

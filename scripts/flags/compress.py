@@ -12,30 +12,43 @@ import click
 from lordjax.scripts.console import CALIBRATION
 from lordjax.scripts.flags.options import (
     as_json_option,
-    bit_widths,
     budget_options,
     code_options,
     field_option,
     model_argument,
     output,
-    shares,
     statistics_options,
     stored_options,
 )
+from lordjax.scripts.flags.types import (
+    BITS,
+    COUNT,
+    PROCESSES,
+    RANK,
+    SEED,
+    SHARE,
+    Calibration,
+    Integer,
+    Listed,
+    OutputPath,
+    Text,
+)
+from lordjax.scripts.flags.verb import Verb
 
 
-@click.command()
+@click.command(cls=Verb)
 @model_argument
-@click.argument("out", type=click.Path(path_type=str))
+@click.argument("out", type=OutputPath())
 @budget_options
 @click.option(
     "--rank",
-    type=click.IntRange(min=1),
+    type=RANK,
     help="Rank of the low-rank term (method lq).  [default: 32]",
 )
 @code_options
 @click.option(
     "--calibration",
+    type=Calibration(),
     metavar="DATA",
     help="Calibration data: a text file, a directory of text or source files, a .jsonl, "
     ".jsonl.gz or .parquet file (see --field), or a .npy array of token ids [sequences, length]. "
@@ -49,7 +62,7 @@ from lordjax.scripts.flags.options import (
 @statistics_options
 @click.option(
     "--seed",
-    type=int,
+    type=SEED,
     default=0,
     show_default=True,
     help="Seed that draws the calibration documents, and the text of --calibration self.",
@@ -57,6 +70,7 @@ from lordjax.scripts.flags.options import (
 @stored_options
 @click.option(
     "--mesh",
+    type=Text(),
     metavar="AXES",
     help="Mesh of devices. data=4 splits calibration sequences and matrices over four devices; "
     "data=2,model=2 also splits every block over two, for models too large for one device.  "
@@ -64,12 +78,17 @@ from lordjax.scripts.flags.options import (
 )
 @click.option(
     "--coordinator",
+    type=Text(),
     metavar="HOST:PORT",
     help="Address of process 0, to work together with other processes that run the same command. "
     "auto: take it from the launcher (Slurm, Open MPI, Kubernetes, Cloud TPU).",
 )
-@click.option("--process-id", type=int, help="Number of this process, from 0 (with --coordinator).")
-@click.option("--num-processes", type=int, help="Number of processes (with --coordinator).")
+@click.option(
+    "--process-id",
+    type=Integer(0, 10**5 - 1),
+    help="Number of this process, from 0 (with --coordinator).",
+)
+@click.option("--num-processes", type=PROCESSES, help="Number of processes (with --coordinator).")
 @as_json_option
 def compress(
     as_json: bool,
@@ -91,19 +110,20 @@ def compress(
         output(result, as_json, show)
 
 
-@click.command()
+@click.command(cls=Verb)
 @model_argument
 @budget_options
 @code_options
 @stored_options
 @click.option(
     "--mesh",
+    type=Text(),
     metavar="data=N",
     help="Predict for a mesh of N devices, as compress --mesh uses it.  [default: one device]",
 )
 @click.option(
     "--num-processes",
-    type=click.IntRange(min=1),
+    type=PROCESSES,
     default=1,
     show_default=True,
     help="Number of processes with equally many devices of --mesh; memory and time are printed per "
@@ -119,25 +139,26 @@ def compress(
 @click.option(
     "--finetune",
     "recipe",
+    type=Text(),
     metavar="RECIPE",
     help="Also predict the memory of a fine-tuning step with this recipe, such as qlora.",
 )
 @click.option(
     "--batch",
-    type=click.IntRange(min=1),
+    type=COUNT,
     default=8,
     show_default=True,
     help="Examples of a fine-tuning step (with --finetune).",
 )
 @click.option(
     "--accumulate",
-    type=click.IntRange(min=1),
+    type=COUNT,
     help="Micro-batches of a fine-tuning step (with --finetune).  [default: 1; on CPU one for each "
     "example]",
 )
 @click.option(
     "--rank",
-    type=click.IntRange(min=1),
+    type=RANK,
     help="Rank of the low-rank term (method lq); with --finetune, rank of new adapters.  "
     "[default: 32; with --finetune the recipe's]",
 )
@@ -153,9 +174,10 @@ def plan(as_json: bool, **settings: Any) -> None:
     output(plan_model(**settings), as_json, show)
 
 
-@click.command()
+@click.command(cls=Verb)
 @click.option(
     "--out",
+    type=OutputPath(),
     default="lordjax-demo",
     show_default=True,
     help="Directory for everything that is written: the models, a picture, the table. It must be "
@@ -163,28 +185,28 @@ def plan(as_json: bool, **settings: Any) -> None:
 )
 @click.option(
     "--keeps",
+    type=Listed(SHARE, "0.9,0.8,0.7"),
     default="0.9,0.8,0.7",
     show_default=True,
-    callback=shares,
     help="Budgets of method modegpt: shares of the block linear weights that stay.",
 )
 @click.option(
     "--bits",
+    type=Listed(BITS, "4.1,3.1", empty=True),
     default="4.1,3.1",
     show_default=True,
-    callback=bit_widths,
     help="Budgets of method auto: bits per weight of the blocks. Empty: none.",
 )
 @click.option(
     "--samples",
-    type=click.IntRange(min=1),
+    type=COUNT,
     default=2,
     show_default=True,
     help="Calibration windows of 1024 tokens.",
 )
 @click.option(
     "--windows",
-    type=click.IntRange(min=1),
+    type=COUNT,
     default=2,
     show_default=True,
     help="Evaluation windows of 1024 tokens.",

@@ -1,69 +1,81 @@
-"""The commands that run, measure or show a model.
+"""The commands that run or measure a model.
 
 Each command imports its implementation when it runs, so that ``--help`` is instant.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import click
 
 from lordjax.scripts.flags.options import (
     as_json_option,
-    counts,
     field_option,
     model_argument,
     opening_options,
     output,
 )
+from lordjax.scripts.flags.types import (
+    COUNT,
+    LENGTH,
+    PROCESSES,
+    SECONDS,
+    SEED,
+    SHARE,
+    InputPath,
+    Listed,
+    OutputPath,
+    Real,
+    Temperature,
+    Text,
+)
+from lordjax.scripts.flags.verb import Verb
 
 
-@click.command()
+@click.command(cls=Verb)
 @model_argument
-@click.argument("prompt", required=False)
+@click.argument("prompt", required=False, type=Text(empty=True))
 @click.option(
     "--max-new-tokens",
-    type=click.IntRange(min=1),
+    type=COUNT,
     default=128,
     show_default=True,
     help="Largest number of generated tokens.",
 )
 @click.option(
     "--temperature",
-    type=click.FloatRange(min=0),
+    type=Temperature(),
     help="Sampling temperature; 0 always takes the most likely token.  [default: the model's, from "
     "generation_config.json; else 0]",
 )
 @click.option(
     "--top-k",
     metavar="K",
-    type=click.IntRange(min=1),
+    type=COUNT,
     help="Sample from the K most likely tokens only.  [default: the model's; else all]",
 )
 @click.option(
     "--top-p",
     metavar="P",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=SHARE,
     help="Sample from the most likely tokens whose probabilities add up to P (nucleus sampling).  "
     "[default: the model's; else 1]",
 )
 @click.option(
     "--repetition-penalty",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Real(0.01, 100),
     help="A value above 1 makes tokens that occurred before less likely.  [default: the model's; "
     "else 1]",
 )
 @click.option(
     "--stop",
+    type=Text(),
     multiple=True,
     metavar="TEXT",
     help="End before this text. May be given several times.",
 )
-@click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the sampling."
-)
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the sampling.")
 @click.option("--chat", is_flag=True, help="Format the turns with the tokenizer's chat template.")
 @click.option("--interactive", is_flag=True, help="Answer lines that are read from standard input.")
 @as_json_option
@@ -77,10 +89,11 @@ def generate(as_json: bool, **settings: Any) -> None:
     output(generate_model(**settings, quiet=as_json), as_json, show)
 
 
-@click.command()
+@click.command(cls=Verb)
 @model_argument
 @click.option(
     "--tokens",
+    type=InputPath(),
     metavar="PATH",
     required=True,
     help="Evaluation data: a text file, a directory of text or source files, a .jsonl, .jsonl.gz "
@@ -89,12 +102,12 @@ def generate(as_json: bool, **settings: Any) -> None:
 @field_option
 @click.option(
     "--windows",
-    type=click.IntRange(min=1),
+    type=COUNT,
     help="Largest number of windows that are evaluated.  [default: all]",
 )
 @click.option(
     "--seq-len",
-    type=click.IntRange(min=2),
+    type=LENGTH,
     help="Tokens of a window.  [default: 1024, or the length of the .npy array]",
 )
 @as_json_option
@@ -109,25 +122,26 @@ def evaluate(as_json: bool, **settings: Any) -> None:
     output(evaluate_model(**settings), as_json, show)
 
 
-@click.command()
-@click.argument("model", required=False)
+@click.command(cls=Verb)
+@click.argument("model", required=False, type=InputPath())
 @opening_options
 @click.option(
     "--problems",
+    type=InputPath(),
     required=True,
     metavar="PATH",
     help="File of problems: HumanEval (.jsonl or .jsonl.gz) or MBPP (.jsonl).",
 )
 @click.option(
     "--samples",
-    type=click.IntRange(min=1),
+    type=COUNT,
     default=1,
     show_default=True,
     help="Programs that are generated for each problem.",
 )
 @click.option(
     "--temperature",
-    type=click.FloatRange(min=0),
+    type=Temperature(),
     default=0.0,
     show_default=True,
     help="Sampling temperature; 0 always takes the most likely token.",
@@ -135,41 +149,37 @@ def evaluate(as_json: bool, **settings: Any) -> None:
 @click.option(
     "--top-p",
     metavar="P",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=SHARE,
     help="Sample from the most likely tokens whose probabilities add up to P (nucleus sampling).",
 )
 @click.option(
     "--max-new-tokens",
-    type=click.IntRange(min=1),
+    type=COUNT,
     default=512,
     show_default=True,
     help="Largest number of generated tokens of a program.",
 )
-@click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the sampling."
-)
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the sampling.")
 @click.option(
     "--batch",
-    type=click.IntRange(min=1),
+    type=COUNT,
     default=16,
     show_default=True,
     help="Programs that are generated at a time.",
 )
 @click.option(
     "--seconds",
-    type=click.FloatRange(min=0, min_open=True),
+    type=SECONDS,
     default=10.0,
     show_default=True,
     help="Time limit of a program, in seconds of wall time and of CPU time.",
 )
 @click.option(
     "--workers",
-    type=click.IntRange(min=1),
+    type=PROCESSES,
     help="Programs that run at a time.  [default: the number of cores]",
 )
-@click.option(
-    "--first", type=click.IntRange(min=1), metavar="N", help="Use the first N problems only."
-)
+@click.option("--first", type=COUNT, metavar="N", help="Use the first N problems only.")
 @click.option(
     "--chat",
     is_flag=True,
@@ -188,7 +198,10 @@ def evaluate(as_json: bool, **settings: Any) -> None:
     "reach the network or stop your processes. For machines that hold nothing else.",
 )
 @click.option(
-    "--out", metavar="FILE", help="Write a new .jsonl file with one line for each problem."
+    "--out",
+    type=OutputPath(file=True),
+    metavar="FILE",
+    help="Write a new .jsonl file with one line for each problem.",
 )
 @click.option(
     "--reference",
@@ -207,10 +220,11 @@ def evaluate_code(as_json: bool, **settings: Any) -> None:
     output(evaluate_code(**settings), as_json, show)
 
 
-@click.command()
+@click.command(cls=Verb)
 @model_argument
 @click.option(
     "--data",
+    type=InputPath(),
     required=True,
     metavar="PATH",
     help="A .jsonl file of questions in the format of its data set, or a directory of such files.",
@@ -218,6 +232,7 @@ def evaluate_code(as_json: bool, **settings: Any) -> None:
 @click.option(
     "--task",
     "tasks",
+    type=Text(),
     multiple=True,
     metavar="NAME",
     help="Task of the questions. May be given several times for a directory. An unknown name lists "
@@ -225,25 +240,28 @@ def evaluate_code(as_json: bool, **settings: Any) -> None:
 )
 @click.option(
     "--limit",
-    type=click.IntRange(min=1),
+    type=COUNT,
     metavar="N",
     help="Use the first N questions of each task only.",
 )
 @click.option(
     "--batch",
-    type=click.IntRange(min=1),
+    type=COUNT,
     default=16,
     show_default=True,
     help="Choices that are evaluated at a time.",
 )
 @click.option(
     "--max-length",
-    type=click.IntRange(min=1),
+    type=COUNT,
     help="Largest number of tokens of a question with a choice.  [default: the model's longest "
     "sequence]",
 )
 @click.option(
-    "--out", metavar="FILE", help="Write a new .jsonl file with one line for each question."
+    "--out",
+    type=OutputPath(file=True),
+    metavar="FILE",
+    help="Write a new .jsonl file with one line for each question.",
 )
 @as_json_option
 def evaluate_choices(as_json: bool, **settings: Any) -> None:
@@ -256,62 +274,65 @@ def evaluate_choices(as_json: bool, **settings: Any) -> None:
     output(evaluate_choices(**settings), as_json, show)
 
 
-@click.command()
-@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@click.command(cls=Verb)
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...", type=InputPath())
 @opening_options
 @click.option(
     "--prefill",
-    type=click.IntRange(min=1),
+    type=COUNT,
     default=1024,
     show_default=True,
     help="Tokens of the prompt that measures reading speed.",
 )
 @click.option(
     "--prompt",
-    type=click.IntRange(min=1),
+    type=COUNT,
     default=128,
     show_default=True,
     help="Tokens of the prompts that measure decoding speed.",
 )
 @click.option(
     "--new",
-    type=click.IntRange(min=2),
+    type=LENGTH,
     default=64,
     show_default=True,
     help="Tokens that are generated for each prompt.",
 )
 @click.option(
     "--batches",
+    type=Listed(COUNT, "1,8,32"),
     default="1,8,32",
     show_default=True,
-    callback=counts,
     help="Batch sizes of decoding, separated by commas.",
 )
 @click.option(
     "--repeats",
-    type=click.IntRange(min=1),
+    type=COUNT,
     default=5,
     show_default=True,
     help="Runs of each measurement; the median is printed.",
 )
 @click.option(
     "--transformers",
+    type=InputPath(),
     metavar="DIR",
     help="Also measure this Hugging Face directory with transformers and PyTorch.",
 )
 @click.option(
     "--tokens",
+    type=InputPath(),
     metavar="PATH",
     help="Also measure perplexity on this data: a text file, a directory, a .jsonl file or a .npy "
     "array of token ids.",
 )
 @click.option(
     "--windows",
-    type=click.IntRange(min=1),
+    type=COUNT,
     help="Largest number of windows of --tokens.  [default: all]",
 )
 @click.option(
     "--picture",
+    type=OutputPath(file=True),
     metavar="FILE",
     help="Draw perplexity against bytes and speed into this file (with --tokens).",
 )
@@ -325,23 +346,3 @@ def benchmark(as_json: bool, **settings: Any) -> None:
     from lordjax.scripts.verbs.benchmark import benchmark_model, show
 
     output(benchmark_model(**settings), as_json, show)
-
-
-@click.command()
-@model_argument
-@click.option("--full", is_flag=True, help="List every parameter of every block.")
-@click.option(
-    "--picture",
-    metavar="FILE",
-    help="Draw a map of the layers and matrices, coloured by share kept or bits, and the decay of "
-    "their spectra. FILE ends in .png, .svg or .pdf; an existing one is replaced.",
-)
-@as_json_option
-def inspect(as_json: bool, full: bool, **settings: Any) -> None:
-    """Show the parameters of MODEL.
-
-    Kinds, shapes, ranks, bytes, and the share of the weights that was kept.
-    """
-    from lordjax.scripts.verbs.inspect import inspect_model, show
-
-    output(inspect_model(**settings), as_json, functools.partial(show, full=full))

@@ -9,61 +9,17 @@ import click
 
 from lordjax.runtime.json_files import dumps_measured, non_finite
 from lordjax.scripts.console import say
-
-
-def share(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
-    """Checks that a fraction, if one is given, is in (0, 1]."""
-    del context
-    if value is not None and not 0 < value <= 1:
-        raise click.BadParameter(f"{value} is not in (0, 1]; give a fraction", param=parameter)
-    return value
-
-
-def shares(context: click.Context, parameter: click.Parameter, value: str) -> tuple[float, ...]:
-    """Reads fractions in (0, 1] that are separated by commas."""
-    try:
-        numbers = [float(part) for part in value.split(",")]
-    except ValueError as error:
-        raise click.BadParameter(
-            f"{value!r} is not a list of numbers like 0.9,0.8", param=parameter
-        ) from error
-    for number in numbers:
-        share(context, parameter, number)
-    return tuple(numbers)
-
-
-def bit_widths(context: click.Context, parameter: click.Parameter, value: str) -> tuple[float, ...]:
-    """Reads positive numbers of bits that are separated by commas; none of an empty text."""
-    del context
-    try:
-        numbers = [float(part) for part in value.split(",") if value]
-    except ValueError:
-        numbers = [0.0]
-    if not all(0 < number < float("inf") for number in numbers):
-        raise click.BadParameter(f"{value!r} is not a list like 4.1,3.1", param=parameter)
-    return tuple(numbers)
-
-
-def counts(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
-    """Reads positive integers that are separated by commas."""
-    del context
-    parts = value.split(",")
-    if not all(part.isdigit() and int(part) for part in parts):
-        raise click.BadParameter(f"{value!r} is not a list like 1,8,32", param=parameter)
-    return tuple(int(part) for part in parts)
-
-
-def ranks(
-    context: click.Context, parameter: click.Parameter, value: str | None
-) -> dict[str, int] | None:
-    """Reads pairs LAYER=RANK that are separated by commas."""
-    del context
-    if value is None:
-        return None
-    pairs = [part.rpartition("=") for part in value.split(",")]
-    if not all(name and rank.isdigit() for name, _, rank in pairs):
-        raise click.BadParameter(f"{value!r} is not like mlp/down=256,mlp/up=128", param=parameter)
-    return {name.strip(): int(rank) for name, _, rank in pairs}
+from lordjax.scripts.flags.types import (
+    BITS,
+    BYTES,
+    COUNT,
+    LENGTH,
+    SHARE,
+    InputPath,
+    Ranks,
+    Real,
+    Text,
+)
 
 
 def _keep(context: click.Context, parameter: click.Parameter, value: Any) -> None:
@@ -110,18 +66,20 @@ ignore_key_option = click.option(
     "--ignore-key",
     multiple=True,
     metavar="NAME",
+    type=Text(),
     expose_value=False,
     callback=_keep,
     help="Open the model although its config has the unknown key NAME, because it does not depend "
     "on it. The name is kept in the config of the result. May be given several times.",
 )
 opening_options = options(ignore_key_option, no_verify_option)
-model_argument = options(click.argument("model"), opening_options)
+model_argument = options(click.argument("model", type=InputPath()), opening_options)
 
 # Method and size of a compression: of `compress` and `plan`.
 budget_options = options(
     click.option(
         "--method",
+        type=Text(),
         metavar="NAME",
         default="modegpt",
         show_default=True,
@@ -130,33 +88,33 @@ budget_options = options(
     ),
     click.option(
         "--keep",
-        type=float,
-        callback=share,
+        type=SHARE,
         help="Fraction of the block linear weights that is kept, in (0, 1]; both factors of a "
         "low-rank pair count.  [default: 0.8]",
     ),
     click.option(
         "--ranks",
-        callback=ranks,
+        type=Ranks(),
         metavar="LAYER=RANK,…",
         help="Ranks by layer type, such as mlp/down=2304, instead of --keep. LAYER is a regular "
         "expression; layer_3/mlp/down is one layer. All other layers stay dense.",
     ),
     click.option(
         "--bits",
-        type=click.FloatRange(min=0, min_open=True),
+        type=BITS,
         help="Average bits per block weight (methods nf, lq, auto). nf and lq count the quantized "
         "weights, auto counts everything that is stored for the blocks' matrices.",
     ),
     click.option(
         "--budget-bytes",
-        type=click.IntRange(min=1),
+        type=BYTES,
         metavar="N",
         help="Bytes of the blocks' matrices, instead of --bits (methods nf, lq, auto).",
     ),
     click.option(
         "--format",
         "form",
+        type=Text(),
         metavar="NAME",
         help="Format of all quantized matrices, instead of --bits (methods nf, lq): nf4, or "
         "nf3-4-bfloat16-64-256 with bits of weights, bits of scales, dtype of the scales' scales, "
@@ -180,6 +138,7 @@ code_options = options(
     ),
     click.option(
         "--factors",
+        type=Text(),
         metavar="NAME",
         help="Format of low-rank factors, such as nf8. dense: they are stored in --dtype (methods "
         "lq, auto).  [default: not quantized; auto: nf8]",
@@ -190,17 +149,18 @@ code_options = options(
 statistics_options = options(
     click.option(
         "--samples",
-        type=click.IntRange(min=1),
+        type=COUNT,
         help="Largest number of calibration sequences.  [default: enough for the width of the "
         "model's MLPs, at least 65536 tokens]",
     ),
     click.option(
         "--seq-len",
-        type=click.IntRange(min=2),
+        type=LENGTH,
         help="Tokens of a calibration sequence.  [default: 1024, or the length of the .npy array]",
     ),
     click.option(
         "--allocation",
+        type=Text(),
         metavar="NAME",
         help="Policy that allocates the budget: uniform, global, block-influence, last-k and "
         "others; for methods nf, lq and auto bisection or milp. An unknown name lists them.  "
@@ -208,7 +168,7 @@ statistics_options = options(
     ),
     click.option(
         "--temperature",
-        type=click.FloatRange(min=0, min_open=True),
+        type=Real(1e-6, 1e6),
         help="Temperature of the policy block-influence: a small one compresses few blocks "
         "strongly.  [default: chosen on held-out calibration sequences]",
     ),
@@ -241,6 +201,7 @@ stored_options = options(
 
 field_option = click.option(
     "--field",
+    type=Text(),
     metavar="NAME",
     default="text",
     show_default=True,

@@ -10,13 +10,30 @@ from typing import Any
 import click
 
 from lordjax.scripts.flags.options import as_json_option, field_option, model_argument, output
+from lordjax.scripts.flags.types import (
+    BYTES,
+    COUNT,
+    FRACTION,
+    LENGTH,
+    POSITIVE,
+    PROCESSES,
+    RANK,
+    SEED,
+    SHARE,
+    InputPath,
+    OutputPath,
+    Real,
+    Text,
+)
+from lordjax.scripts.flags.verb import Verb
 
 
-@click.command()
+@click.command(cls=Verb)
 @model_argument
-@click.argument("out", type=click.Path(path_type=str))
+@click.argument("out", type=OutputPath())
 @click.option(
     "--data",
+    type=InputPath(),
     metavar="PATH",
     required=True,
     help="Training data: text or code (a file, a directory, a .jsonl, .jsonl.gz or .parquet file, "
@@ -27,6 +44,7 @@ from lordjax.scripts.flags.options import as_json_option, field_option, model_ar
 @field_option
 @click.option(
     "--recipe",
+    type=Text(),
     metavar="NAME",
     default="recovery",
     show_default=True,
@@ -40,21 +58,21 @@ from lordjax.scripts.flags.options import as_json_option, field_option, model_ar
 )
 @click.option(
     "--steps",
-    type=click.IntRange(min=1),
+    type=COUNT,
     default=200,
     show_default=True,
     help="Number of training steps.",
 )
 @click.option(
     "--batch",
-    type=click.IntRange(min=1),
+    type=COUNT,
     default=8,
     show_default=True,
     help="Examples of a training step.",
 )
 @click.option(
     "--accumulate",
-    type=click.IntRange(min=1),
+    type=COUNT,
     help="Micro-batches that a step is computed in, one after the other, to save memory.  "
     "[default: 1; on CPU one for each example]",
 )
@@ -67,13 +85,13 @@ from lordjax.scripts.flags.options import as_json_option, field_option, model_ar
 )
 @click.option(
     "--seq-len",
-    type=click.IntRange(min=2),
+    type=LENGTH,
     help="Largest number of tokens of an example.  [default: 1024, or the length of the .npy "
     "array]",
 )
 @click.option(
     "--learning-rate",
-    type=click.FloatRange(min=0, min_open=True),
+    type=POSITIVE,
     help="Peak of the learning rate.  [default: the recipe's]",
 )
 @click.option(
@@ -83,43 +101,44 @@ from lordjax.scripts.flags.options import as_json_option, field_option, model_ar
 )
 @click.option(
     "--warmup",
-    type=click.FloatRange(0, 1),
+    type=FRACTION,
     help="Fraction of the steps in which the learning rate rises to its peak.  [default: the "
     "recipe's]",
 )
 @click.option(
     "--weight-decay",
-    type=click.FloatRange(min=0),
+    type=Real(0, 1000),
     help="Weight decay of AdamW.  [default: the recipe's]",
 )
 @click.option(
     "--clip",
-    type=click.FloatRange(min=0, min_open=True),
+    type=POSITIVE,
     help="Largest norm of a gradient; larger gradients are scaled down.  [default: the recipe's]",
 )
 @click.option(
     "--rank",
-    type=click.IntRange(min=1),
+    type=RANK,
     help="Rank of new adapters.  [default: the recipe's]",
 )
 @click.option(
     "--alpha",
-    type=click.FloatRange(min=0, min_open=True),
+    type=POSITIVE,
     help="LoRA's alpha: adapters are scaled by alpha / rank.  [default: not scaled]",
 )
 @click.option(
     "--teacher",
+    type=InputPath(),
     metavar="MODEL",
     help="Distil from this model, usually the original one before compression.",
 )
 @click.option(
     "--distill",
-    type=click.FloatRange(0, 1),
+    type=FRACTION,
     help="Weight of the teacher's predictions in the loss (with --teacher).  [default: 0.5]",
 )
 @click.option(
     "--validation",
-    type=click.FloatRange(0, 1, max_open=True),
+    type=Real(0, 1, below=True),
     default=0.05,
     show_default=True,
     help="Fraction of the documents that is held out for validation; the state with the best "
@@ -127,21 +146,21 @@ from lordjax.scripts.flags.options import as_json_option, field_option, model_ar
 )
 @click.option(
     "--every",
-    type=click.IntRange(min=1),
+    type=COUNT,
     default=50,
     show_default=True,
     help="Steps between two checkpoints.",
 )
 @click.option(
     "--last",
-    type=click.IntRange(min=1),
+    type=COUNT,
     default=2,
     show_default=True,
     help="Number of checkpoints that are kept.",
 )
 @click.option(
     "--seed",
-    type=click.IntRange(min=0),
+    type=SEED,
     default=0,
     show_default=True,
     help="Seed of new adapters, of the held-out documents and of the order of the examples.",
@@ -155,11 +174,12 @@ from lordjax.scripts.flags.options import as_json_option, field_option, model_ar
 )
 @click.option(
     "--devices",
-    type=click.IntRange(min=1),
+    type=PROCESSES,
     help="Number of devices that batches and weights are split over (FSDP).  [default: 1]",
 )
 @click.option(
     "--run",
+    type=OutputPath(),
     metavar="DIR",
     help="Directory of checkpoints and metrics.  [default: OUT.run]",
 )
@@ -180,9 +200,9 @@ def finetune(as_json: bool, **settings: Any) -> None:
     output(finetune_model(**settings), as_json, show)
 
 
-@click.command()
+@click.command(cls=Verb)
 @model_argument
-@click.argument("out", type=click.Path(path_type=str))
+@click.argument("out", type=OutputPath())
 @click.option(
     "--to",
     type=click.Choice(["factors", "dense"]),
@@ -202,9 +222,9 @@ def merge(as_json: bool, **settings: Any) -> None:
     output(merge_model(**settings), as_json, show)
 
 
-@click.command()
+@click.command(cls=Verb)
 @model_argument
-@click.argument("out", type=click.Path(path_type=str))
+@click.argument("out", type=OutputPath())
 @click.option(
     "--to",
     type=click.Choice(["dense", "factored", "peft", "orbax"]),
@@ -215,7 +235,7 @@ def merge(as_json: bool, **settings: Any) -> None:
 )
 @click.option(
     "--keep",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=SHARE,
     metavar="SHARE",
     help="Fraction of the block linear weights that is kept (for a MODEL that compress --elastic "
     "wrote).",
@@ -227,6 +247,7 @@ def merge(as_json: bool, **settings: Any) -> None:
 )
 @click.option(
     "--tokens",
+    type=InputPath(),
     metavar="PATH",
     help="Data that --verify compares logits on: a text file, a directory, a .jsonl file or a .npy "
     "array of token ids.  [default: the sources of Python's standard library]",
@@ -249,9 +270,9 @@ def export(as_json: bool, **settings: Any) -> None:
         click.get_current_context().exit(1)
 
 
-@click.command()
+@click.command(cls=Verb)
 @model_argument
-@click.argument("out", type=click.Path(path_type=str))
+@click.argument("out", type=OutputPath())
 @click.option(
     "--to",
     type=click.Choice(["native", "hf"]),
@@ -267,7 +288,7 @@ def export(as_json: bool, **settings: Any) -> None:
 )
 @click.option(
     "--shard-bytes",
-    type=click.IntRange(min=1),
+    type=BYTES,
     metavar="N",
     help="Largest number of bytes of a file.  [default: 2 GiB]",
 )

@@ -24,6 +24,7 @@ from lordjax.runtime import json_files
 from lordjax.scripts.benchmarks.protocol import environment
 from lordjax.scripts.console import format_bytes, progress_report
 from lordjax.scripts.opened_model import open_model
+from lordjax.scripts.report.figures import check_picture
 from lordjax.scripts.token_inputs import read_tokens
 
 CHILD = "import sys; from lordjax.scripts.cli import main; main()"
@@ -109,6 +110,8 @@ def benchmark_model(
     settings = dict(locals())
     if picture is not None and tokens is None:
         raise ValueError("--picture draws perplexities; give --tokens, too")
+    if picture is not None:
+        check_picture(picture)
     import jax
 
     jax.config.update("jax_enable_compilation_cache", False)  # compilation is timed

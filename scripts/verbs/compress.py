@@ -232,16 +232,23 @@ def _without_sources(facts: dict[str, Any]) -> dict[str, Any]:
 def _predict(
     model: Model, data: Calibration, settings: dict[str, Any], directory: Path
 ) -> dict[str, Any] | None:
-    """The predicted cost; None with a mesh axis ``model``, whose cost cannot be predicted."""
+    """The predicted cost, if the disk has room for it.
+
+    None with a mesh axis ``model``, whose cost cannot be predicted.
+    """
+    from lordjax.storage.room import check_room
+
     if "model=" in settings.get("mesh", ""):
         return None
     shape = (0, 0) if data.tokens is None else data.tokens.shape
-    return predict_compression(model.config, model.leaves(), shape, settings, directory)
+    found = predict_compression(model.config, model.leaves(), shape, settings, directory)
+    check_room(directory, found["memory"]["with a work directory"]["disk"])
+    return found
 
 
 def _open_original(name: str, directory: Path, keep: float, settings: dict[str, Any]) -> Model:
     """Opens a model that is not compressed yet, if there is room for the result on disk."""
-    from lordjax.storage.atomic_directory import check_room
+    from lordjax.storage.room import check_room
 
     model = open_model(name)
     if model.kind == "compressed":

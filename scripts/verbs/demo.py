@@ -63,7 +63,8 @@ def run_demo(
       ValueError: if ``out`` belongs to a demo with other settings.
     """
     from lordjax.methods import DEFAULT_METHOD
-    from lordjax.storage.atomic_directory import check_room
+    from lordjax.runtime import unfinished
+    from lordjax.storage.room import check_room
 
     start, directory = time.perf_counter(), Path(out).expanduser()
     variants = [Variant(DENSE)]
@@ -76,16 +77,13 @@ def run_demo(
     model = open_model(str(fetch_model()))
     calibration, evaluation = corpora(model, samples, windows)
     write_record(directory, settings, rows)
-    try:
+    with unfinished.telling(f"what is finished is kept in {directory}"):
         make(model, calibration, todo, directory)
         tokenizer = model.tokenizer()
         for variant in variants:
             if variant.name not in rows:
                 rows[variant.name] = measured(variant, directory, evaluation, tokenizer)
                 write_record(directory, settings, rows)
-    except KeyboardInterrupt:
-        say(f"\nwhat is finished stays in {directory}; the same command goes on with the rest")
-        raise
     shown = [rows[variant.name] for variant in variants]
     draw_rows(shown, directory / PICTURE)
     return {

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lordjax.kernels.base import nbytes
 from lordjax.scripts.console import check_output, format_bytes, say
-from lordjax.scripts.opened_model import Model, open_model, tokenizer_writer
+from lordjax.scripts.opened_model import Model, model_checksums, open_model, tokenizer_writer
 from lordjax.scripts.token_inputs import window_length
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def finetune_model(
     from lordjax.finetune import adapters
     from lordjax.finetune.recipes import changed, named
     from lordjax.finetune.training_run import CheckpointPolicy, train
+    from lordjax.runtime import unfinished
 
     directory = Path(out).expanduser()
     check_output(directory)
@@ -62,21 +63,16 @@ def finetune_model(
     about = _about(opened, recipe, found, teacher)
     folder = Path(run).expanduser() if run else directory.with_name(f"{directory.name}.run")
     job = config, params, found, method, settings, folder
+    how: dict[str, Any] = {"keeping": CheckpointPolicy(every, last), "mesh": _mesh(devices)}
+    how |= {"resume": resume, "teacher": _teacher(teacher, config)}
     with _progress(settings.steps) as report:
-        trained = train(
-            *job,
-            about=about,
-            keeping=CheckpointPolicy(every, last),
-            resume=resume,
-            teacher=_teacher(teacher, config),
-            mesh=_mesh(devices),
-            report=report,
-        )
+        trained = train(*job, about=about, report=report, **how)
     new = trained.params if keep_adapters else adapters.merge(trained.params)
     summary = _summary(trained) | _scores(config, new, found.validation)
     details = {"settings": dataclasses.asdict(settings), "recipe": dataclasses.asdict(method)}
-    draw(trained.history, folder / CURVE)
-    _save(directory, (config, new, hf_config), opened, folder, {**about, **details, **summary})
+    with unfinished.telling(f"the run is kept in {folder}"):
+        draw(trained.history, folder / CURVE)
+        _save(directory, (config, new, hf_config), opened, folder, {**about, **details, **summary})
     return {
         "output": str(directory),
         "run": str(folder),
@@ -158,22 +154,10 @@ def _mesh(devices: int | None) -> Any:
 def _about(opened: Model, recipe: str, found: Any, teacher: str | None) -> dict[str, Any]:
     """What a run is about: a resumed run must have the same."""
     return {
-        "model": _identity(opened),
+        "model": {"name": opened.name, "files": model_checksums(opened)},
         "recipe_name": recipe,
         "data": found.facts,
         "teacher": teacher,
-    }
-
-
-def _identity(opened: Model) -> dict[str, Any]:
-    """What a resumed run must have in common: more than a path, which may hold another model."""
-    leaves = {path: list(leaf.shape) for path, leaf in opened.leaves().items()}
-    files = [opened.path] if opened.path.is_file() else sorted(opened.path.glob("*.safetensors"))
-    stats = [file.stat() for file in files]
-    return {
-        "name": opened.name,
-        "arrays": len(leaves),
-        "files": [[f.name, s.st_size, s.st_mtime_ns] for f, s in zip(files, stats, strict=True)],
     }
 
 

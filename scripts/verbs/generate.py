@@ -49,7 +49,7 @@ def generate_model(
     writer = Writer(opened, sampling, max_new_tokens, stop, seed, chat=chat)
     if interactive:
         return talk(writer)
-    text = sys.stdin.read() if prompt == "-" else str(prompt)
+    text = _standard_input() if prompt == "-" else str(prompt)
     start, parts = time.perf_counter(), []
     for piece in writer.answer([{"role": "user", "content": text}]):
         parts.append(piece)
@@ -64,6 +64,16 @@ def generate_model(
         "seconds": seconds,
         "peak_rss": peak_rss(),
     }
+
+
+def _standard_input() -> str:
+    """Returns the text on standard input; raises ValueError if it is not UTF-8."""
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"PROMPT - : standard input is not UTF-8 (byte {error.start}); write it in UTF-8"
+        ) from error
 
 
 def _sampling(opened: Model, given: dict[str, Any]) -> Sampling:

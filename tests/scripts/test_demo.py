@@ -90,7 +90,7 @@ def test_the_table_is_true_of_the_directories(runs, small):
 
 def test_an_interrupted_demo_goes_on(runs):
     assert runs.stopped.exit_code == 130
-    assert f"what is finished stays in {runs.out}; the same command goes on" in runs.stopped.stderr
+    assert f"what is finished is kept in {runs.out}" in runs.stopped.stderr
     assert {path.parent.name for path in runs.before} == set(NAMES)
     assert runs.done == NAMES[2:]  # and nothing in the third run
     assert times(runs.out) == runs.before

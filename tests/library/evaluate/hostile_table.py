@@ -1,7 +1,7 @@
 """Runs all hostile programs and prints what each one could do.
 
-``python tests/library/evaluate/hostile_table.py`` prints a row per program and a column per user, with and
-without namespaces. Started by root, it also runs as a user without privileges. ``--only TEXT`` runs
+``python tests/library/evaluate/hostile_table.py`` prints a row per program and a column per user,
+with and without namespaces. Started by root, it also runs as a user without privileges. ``--only TEXT`` runs
 programs with this text in their name. ``--without NAME`` (several times) takes mechanisms away in
 all columns. ``--json`` prints all results.
 
