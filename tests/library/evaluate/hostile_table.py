@@ -1,9 +1,9 @@
 """Runs all hostile programs and prints what each one could do.
 
 ``python tests/library/evaluate/hostile_table.py`` prints a row per program and a column per user,
-with and without namespaces. Started by root, it also runs as a user without privileges. ``--only TEXT`` runs
-programs with this text in their name. ``--without NAME`` (several times) takes mechanisms away in
-all columns. ``--json`` prints all results.
+with and without namespaces. Started by root, it also runs as a user without privileges. ``--only
+TEXT`` runs programs with this text in their name. ``--without NAME`` (several times) takes
+mechanisms away in all columns. ``--json`` prints all results.
 
 ``+`` is contained; ``-`` is not contained and the result says so by the value that is shown; ``!``
 is not contained and the result does not say so.
