@@ -175,7 +175,7 @@ def _kept(file: Path, shape: tuple[int, int]) -> np.ndarray | None:
 
 def _keep(file: Path, tokens: np.ndarray) -> None:
     from lordjax.data.token_windows import fingerprint
-    from lordjax.storage.lock import lock_directory
+    from lordjax.storage.lock import lock_directory, unlock_directory
     from lordjax.storage.tensor_files import write_tensors
 
     try:
@@ -185,4 +185,4 @@ def _keep(file: Path, tokens: np.ndarray) -> None:
     try:
         write_tensors(file, {"tokens": tokens}, {"sha256": fingerprint(tokens)})
     finally:
-        lock.release()
+        unlock_directory(file.parent, lock)

@@ -10,7 +10,7 @@ from typing import Any
 
 from lordjax.runtime import json_files, unfinished
 from lordjax.storage.disk_store import differences
-from lordjax.storage.lock import LOCK, lock_directory, remove_locked
+from lordjax.storage.lock import LOCK, lock_directory, remove_locked, unlock_directory
 from lordjax.storage.room import check_room, naming_room
 from lordjax.storage.tensor_files import write_json
 
@@ -40,8 +40,7 @@ def claimed(directory: Path, resume: bool, about: dict[str, Any], need: int) -> 
     def leave() -> str | None:
         unfinished.end(directory)
         if _has_checkpoint(directory) or resume:
-            lock.release()
-            (directory / LOCK).unlink(missing_ok=True)
+            unlock_directory(directory, lock)
             return f"the run is kept in {directory}"
         remove_locked(directory, lock)
         return None

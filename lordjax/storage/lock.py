@@ -45,6 +45,14 @@ def lock_directory(directory: Path) -> filelock.BaseFileLock:
         lock.release()  # the process that held the lock before has removed the directory
 
 
+def unlock_directory(directory: Path, lock: filelock.BaseFileLock) -> None:
+    """Releases the lock of a directory and leaves nothing of it there."""
+    if os.name == "nt":  # Windows does not remove files that are open
+        lock.release()
+    (directory / LOCK).unlink(missing_ok=True)
+    lock.release()
+
+
 def remove_locked(directory: Path, lock: filelock.BaseFileLock, last: str = LOCK) -> None:
     """Removes a locked directory and releases the lock.
 
@@ -83,9 +91,7 @@ def _try(kind: type[filelock.BaseFileLock], file: Path) -> filelock.BaseFileLock
     lock = kind(file, 0, mode=0o666, thread_local=False)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # filelock tells where it falls back to a file by itself
+            warnings.simplefilter("ignore")  # filelock says where it falls back to a file
             lock.acquire()
     except filelock.Timeout as error:
         raise _busy(file) from error

@@ -33,7 +33,7 @@ import click
 
 from lordjax.scripts.benchmarks.protocol import environment
 from lordjax.scripts.console import format_bytes, say
-from lordjax.scripts.flags.options import counts
+from lordjax.scripts.flags.types import COUNT, Listed
 from lordjax.scripts.make_checkpoint import CONFIGS, config_like, make
 
 AXES = ("width", "layers", "tokens")
@@ -227,21 +227,21 @@ def _pair(exponents: list[float | None]) -> str:
     "--shrinks",
     default="32,16,8",
     show_default=True,
-    callback=counts,
+    type=Listed(COUNT, "32,16,8"),
     help="Divisors of the model's widths, separated by commas.",
 )
 @click.option(
     "--depths",
     default="2,4,8",
     show_default=True,
-    callback=counts,
+    type=Listed(COUNT, "2,4,8"),
     help="Numbers of layers, separated by commas.",
 )
 @click.option(
     "--windows",
     default="8,16,32",
     show_default=True,
-    callback=counts,
+    type=Listed(COUNT, "8,16,32"),
     help="Numbers of calibration sequences, separated by commas.",
 )
 @click.option(

@@ -21,9 +21,10 @@ class Verb(click.Command):
         outputs = [(param, path) for param, path in given if isinstance(param.type, OutputPath)]
         for (param, path), (other, second) in itertools.product(outputs, given):
             if param is not other and (path == second or second in path.parents):
-                name = f"{second}, {other.get_error_hint(ctx)}"
+                where = "is" if path == second else f"lies inside {second},"
+                name = other.get_error_hint(ctx)
                 raise click.BadParameter(
-                    f"{path} lies inside {name}; choose an output apart from it", ctx, param
+                    f"{path} {where} {name}; choose an output apart from it", ctx, param
                 )
         return super().invoke(ctx)
 

@@ -133,7 +133,7 @@ def test_compress_inspect_evaluate(masked, text, tmp_path, method):
 
 
 def test_no_mask_token(masked, text, tmp_path):
-    other = save_model(tmp_path, "ForMaskedLM", ["<s>", "<pad>", "</s>", "<end>"])
+    other = save_model(tmp_path / "model", "ForMaskedLM", ["<s>", "<pad>", "</s>", "<end>"])
     fails("has no mask_token", "evaluate", other, *evaluation(text))
     fails("has no mask_token", "compress", other, tmp_path / "out", *calibration(text))
     bare = tmp_path / "no tokenizer"

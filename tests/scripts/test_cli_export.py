@@ -101,7 +101,8 @@ def test_wrong_exports(tiny, compressed, text, tmp_path, monkeypatch):
     shutil.copytree(model, bare)
     for file in bare.glob("tokenizer*"):
         file.unlink()
-    fails("no tokenizer", "export", bare, out, "--to", "dense", "--verify")
+    fails("tokenizer.json: is missing", "export", bare, out, "--to", "dense", "--verify")
+    fails("no tokenizer", "export", bare, out, "--to", "dense", "--verify", "--no-verify")
     find = verify.importlib.util.find_spec
     monkeypatch.setattr(
         verify.importlib.util, "find_spec", lambda name: None if name == "torch" else find(name)
@@ -170,7 +171,7 @@ def test_codes_keep_their_dtypes(quantized, tmp_path):
 
 def test_wrong_conversions(tiny, tmp_path):
     out = tmp_path / "out"
-    fails("not an empty directory", "convert", tiny, tiny)
+    fails("choose an output apart from it", "convert", tiny, tiny)
     fails("--dtype", "convert", tiny, out, "--dtype", "int8")
     fails("--shard-bytes", "convert", tiny, out, "--shard-bytes", 0)
     big = tmp_path / "big"

@@ -125,7 +125,7 @@ def test_bad_arguments(tiny, documents, tmp_path):
     ):
         fails(message, "finetune", tiny, out, *options)
         assert not out.exists(), message
-    fails("not an empty directory", "finetune", tiny, tiny, *data)
+    fails("choose an output apart from it", "finetune", tiny, tiny, *data)
 
 
 def _labelled(folder):
