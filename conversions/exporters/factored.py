@@ -27,11 +27,11 @@ from lordjax.conversions.exporters.hf_files import (
 )
 from lordjax.conversions.exporters.torch_layer import Layer, Part
 from lordjax.conversions.families.registry import TensorSource, family_of, tensor_table
-from lordjax.conversions.readers.tensor_files import read_json
 from lordjax.kernels import trees
 from lordjax.kernels.base import Kernel, materialize
 from lordjax.kernels.quantized import LowRankPlusQuantized
 from lordjax.models import head_axes
+from lordjax.runtime.input_files import read_json
 from lordjax.storage.tensor_files import write_json
 
 FORMAT = 1  # version of config.lordjax_export

@@ -15,10 +15,10 @@ from typing import Any
 import orbax.checkpoint as ocp
 
 from lordjax.conversions.exporters.hf_files import ExportSpec
-from lordjax.conversions.readers.tensor_files import read_json
 from lordjax.kernels import trees
 from lordjax.models.config import ModelConfig
 from lordjax.names import layer
+from lordjax.runtime.input_files import read_json
 from lordjax.storage import assembly, checkpoint, shards
 from lordjax.storage.tensor_files import write_json
 

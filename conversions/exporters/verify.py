@@ -21,12 +21,12 @@ from lordjax.conversions.exporters.factored import architecture_of, auto_class
 from lordjax.conversions.exporters.hf_files import Opened
 from lordjax.conversions.exporters.orbax import restore_orbax
 from lordjax.conversions.families.registry import carried_names
-from lordjax.conversions.readers.tensor_files import read_json
 from lordjax.kernels.kinds import astype
 from lordjax.models.config import ModelConfig
 from lordjax.models.source import InMemory
 from lordjax.models.transformer import Transformer
 from lordjax.names import layer, listed
+from lordjax.runtime.input_files import read_json
 
 TOLERANCE = 1e-3
 STEPS = 16

@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from lordjax.conversions.readers.tensor_files import Safetensors, TensorFiles, TorchBin, read_json
+from lordjax.conversions.readers.tensor_files import Safetensors, TensorFiles, TorchBin
 from lordjax.names import listed
+from lordjax.runtime.input_files import read_json, reading
 
 CONFIG = "adapter_config.json"
 _WEIGHTS = {"adapter_model.safetensors": Safetensors, "adapter_model.bin": TorchBin}
@@ -194,9 +195,27 @@ def _checked(config: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
                 "(merge_and_unload), save the model and open that"
             )
     for key in ("r", "lora_alpha"):
-        if not isinstance(config.get(key), int | float) or config[key] <= 0:
+        if not _is_positive(config.get(key)):
             raise ValueError(f"{where}: {key} is {config.get(key)!r}; expected a positive number")
+    for key in ("rank_pattern", "alpha_pattern"):
+        _check_patterns(config.get(key) or {}, f"{where}: {key}")
     return config
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and value > 0
+
+
+def _check_patterns(patterns: Any, where: str) -> None:
+    """Raises ValueError unless patterns of names of layers have a number each.
+
+    Repeated groups are refused, because they may take forever to match.
+    """
+    with reading(where, "not a number per pattern of names", "correct it"):
+        for pattern, value in patterns.items():
+            re.compile(pattern)
+            if not _is_positive(value) or re.search(r"\)[*+{]", pattern):
+                raise ValueError(f"{pattern[:80]!r}: {str(value)[:80]}")
 
 
 def _open(path: Path) -> TensorFiles:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lordjax.conversions.readers.tensor_files import read_json
+from lordjax.runtime.input_files import read_json, reading
 from lordjax.storage.tensor_files import write_json
 
 TOKENIZER_FILES = (
@@ -33,7 +33,18 @@ class DirectoryTokenizer:
         # AutoTokenizer of transformers 5 may replace the pre-tokenizer of tokenizer.json by the
         # default of the tokenizer's class, which changes the token ids.
         fast = (self.directory / "tokenizer.json").exists()
-        return (PreTrainedTokenizerFast if fast else AutoTokenizer).from_pretrained(self.directory)
+        opener = PreTrainedTokenizerFast if fast else AutoTokenizer
+        advice = (
+            "the files of the tokenizer are damaged or do not fit together; download them again"
+        )
+        with reading(self.directory, "no tokenizer can be opened", advice):
+            found = opener.from_pretrained(
+                self.directory, local_files_only=True, trust_remote_code=False
+            )
+            found.decode(found.encode("a"))  # some damage shows when a tokenizer is used
+            if not isinstance(found.chat_template, str | dict | None):
+                raise TypeError(f"chat_template is a {type(found.chat_template).__name__}")
+            return found
 
     def tokenizer_files(self, directory: Path) -> None:
         """Copies the tokenizer files into a directory."""

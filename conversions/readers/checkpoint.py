@@ -58,11 +58,11 @@ from lordjax.conversions.readers.tensor_files import (
     BFLOAT16,
     TensorFiles,
     open_directory,
-    read_json,
 )
 from lordjax.kernels.trees import unflatten
 from lordjax.models.config import ModelConfig
 from lordjax.names import layer
+from lordjax.runtime.input_files import read_json
 from lordjax.storage.tensor_check import check_finite
 
 DTYPES = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import re
 import zipfile
 from collections import Counter
 from collections.abc import Iterable
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lordjax.names import listed
-from lordjax.runtime.json_files import read_object
+from lordjax.runtime.input_files import inside, read_json, reading
 from lordjax.storage.saved_model import header
 
 BFLOAT16 = np.dtype(jnp.bfloat16)
@@ -54,6 +55,7 @@ class _Mapped(abc.ABC):
 
     def __init__(self, files: list[Path]):
         self._mapped = {file for file in files if self._maps(file)}
+        self._intact: set[Path] = set()  # files whose checksums were compared
         self._handle = {file: self._open(file) for file in files}
         self._file: dict[str, Path] = {}
         for file, handle in self._handle.items():
@@ -100,24 +102,25 @@ class Safetensors(_Mapped):
     """One or several safetensors files."""
 
     def _open(self, file: Path) -> Any:
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
 
-        try:
+        advice = f"its {file.stat().st_size} bytes are truncated or corrupt, download it again"
+        with reading(file, "not a complete safetensors file", advice):
             return safe_open(file, framework="numpy")
-        except SafetensorError as error:
-            raise ValueError(
-                f"{file}: not a complete safetensors file ({error}); its "
-                f"{file.stat().st_size} bytes are truncated or corrupt, download it again"
-            ) from error
 
     def _values(self, name: str) -> np.ndarray:
-        return self._tensors(name).get_tensor(name)
+        with reading(self._file[name], "not a safetensors file"):
+            return self._tensors(name).get_tensor(name)
 
     def shape(self, name: str) -> tuple[int, ...]:  # noqa: D102
-        return header(self._tensors(name), name).shape
+        return self._header(name).shape
 
     def dtype(self, name: str) -> np.dtype:  # noqa: D102
-        return header(self._tensors(name), name).dtype
+        return self._header(name).dtype
+
+    def _header(self, name: str) -> Any:
+        with reading(self._file[name], "not a safetensors file"):
+            return header(self._tensors(name), name)
 
 
 class TorchBin(_Mapped):
@@ -134,16 +137,19 @@ class TorchBin(_Mapped):
                 f"{file}: reading a torch file needs torch, which is not installed; "
                 "install torch (pip install torch), or save the model as safetensors"
             ) from error
-        try:
-            mapped = file in self._mapped
+        advice = (
+            "the file is truncated or corrupt, or holds other objects; download it again, or save "
+            "the model as safetensors"
+        )
+        with reading(file, "torch cannot load it as plain tensors", advice):
+            if mapped := file in self._mapped:
+                _check_stored(file)
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-            return {name: tensor.detach() for name, tensor in state.items()}
-        except Exception as error:  # the exception type depends on the damage
-            raise ValueError(
-                f"{file}: torch cannot load it as plain tensors ({_first_line(error)}). The file "
-                "is truncated or corrupt, or holds other objects; download it again, or save the "
-                "model as safetensors"
-            ) from error
+            size = file.stat().st_size
+            found = {name: _plain(name, tensor, size) for name, tensor in state.items()}
+            if mapped:
+                _check_storages(file, found.values())
+            return found
 
     def _maps(self, file: Path) -> bool:
         return zipfile.is_zipfile(
@@ -153,21 +159,78 @@ class TorchBin(_Mapped):
     def _values(self, name: str) -> np.ndarray:
         import torch
 
-        tensor = self._tensors(name)[name]
+        tensor, file = self._tensors(name)[name], self._file[name]
+        if file in self._mapped and file not in self._intact:
+            with reading(file, "damaged", "download it again"):
+                _check_sums(file)
+            self._intact.add(file)
         is_bfloat16 = tensor.dtype == torch.bfloat16  # NumPy has no such dtype; same bits
-        values = tensor.view(torch.int16).numpy().view(BFLOAT16) if is_bfloat16 else tensor.numpy()
-        return values.copy() if self._file[name] in self._mapped else values
+        with reading(file, "not a torch file of plain tensors"):
+            values = (
+                tensor.view(torch.int16).numpy().view(BFLOAT16) if is_bfloat16 else tensor.numpy()
+            )
+        return values.copy() if file in self._mapped else values
 
     def shape(self, name: str) -> tuple[int, ...]:  # noqa: D102
         return tuple(self._tensors(name)[name].shape)
 
     def dtype(self, name: str) -> np.dtype:  # noqa: D102
-        return np.dtype(jnp.dtype(str(self._tensors(name)[name].dtype).removeprefix("torch.")))
+        with reading(self._file[name], "not a torch file of plain tensors"):
+            return np.dtype(jnp.dtype(str(self._tensors(name)[name].dtype).removeprefix("torch.")))
 
 
-def _first_line(error: Exception) -> str:
-    """Returns the first line of an exception's message, or its type if it has no message."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _check_stored(file: Path) -> None:
+    """Raises ValueError if a member of a zip file is compressed, which torch never writes.
+
+    So no member is larger than the file.
+    """
+    with zipfile.ZipFile(file) as members:
+        packed = [m.filename for m in members.infolist() if m.compress_type != zipfile.ZIP_STORED]
+    if packed:
+        raise ValueError(f"{packed[0]} is compressed")
+
+
+def _check_storages(file: Path, tensors: Iterable[Any]) -> None:
+    """Compares the storages of mapped tensors with the members of the zip file.
+
+    torch maps as many bytes as the pickle says, beyond the end of the member if need be.
+
+    Raises:
+      ValueError: if a storage has another size than its member.
+    """
+    storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}
+    with zipfile.ZipFile(file) as members:
+        data = [m for m in members.infolist() if re.search(r"(^|/)data/\d+$", m.filename)]
+    data.sort(key=lambda member: member.header_offset)
+    sizes = [member.file_size for member in data if member.file_size]
+    if [storages[at] for at in sorted(storages) if storages[at]] != sizes:
+        raise ValueError("its members have other sizes than its tensors")
+
+
+def _check_sums(file: Path) -> None:
+    """Compares the members of a zip file with their checksums, which torch does not.
+
+    Raises:
+      BadZipFile: if a member is damaged.
+    """
+    with zipfile.ZipFile(file) as members:
+        for member in members.infolist():
+            with members.open(member) as stream:
+                while stream.read(PAGES):  # compares the checksum at the end
+                    pass
+
+
+def _plain(name: Any, tensor: Any, size: int) -> Any:
+    """Returns a tensor of a torch file; raises TypeError or ValueError if it is no plain one."""
+    import torch
+
+    if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{str(name)[:80]} is a {type(tensor).__name__}, expected a tensor")
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+        raise TypeError(f"{name[:80]} is no plain tensor in memory")
+    if tensor.numel() * tensor.element_size() > size:
+        raise ValueError(f"{name[:80]} {tuple(tensor.shape)} is larger than the file")
+    return tensor.detach()
 
 
 def open_directory(path: Path) -> TensorFiles:
@@ -196,19 +259,11 @@ def _shards(index: Path) -> list[Path]:
             f"{index}: expected a key weight_map, an object from tensor names to file names, found "
             f"{weight_map!r}; download the index again"
         )
-    files = [index.parent / name for name in sorted(set(weight_map.values()))]
+    names = {str(name): name for name in weight_map.values()}
+    files = [inside(index.parent, names[key], index) for key in sorted(names)]
     if missing := [file.name for file in files if not file.exists()]:
         raise FileNotFoundError(
             f"{index}: {len(missing)} of {len(files)} shards are missing: {listed(missing)}; "
             "download them into the same directory"
         )
     return files
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Reads the object in a JSON file.
-
-    Raises:
-      ValueError: if the content is not a JSON object; the message names the file.
-    """
-    return read_object(file)

@@ -9,6 +9,7 @@ from typing import Any
 
 from lordjax.kernels import normal_float
 from lordjax.runtime import json_files
+from lordjax.runtime.input_files import read_json, reading
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,18 +104,33 @@ class Plan:
           ValueError: if the file is not a plan, or a rank is neither null nor a whole number of at
             least 1; names the file and the sites.
         """
-        try:
-            plan = cls(**json_files.read_object(path))
+        content = read_json(path)
+        with reading(path, "not a plan", "correct it, or write it again"):
+            plan = cls(**content)
+            _check_types(plan)
             bad = {p: r for p, r in plan.ranks.items() if not _is_rank(r)}
             for text in [*plan.formats.values(), *([] if plan.factors is None else [plan.factors])]:
                 normal_float.Format.parse(text)
-        except (TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"{path}: not a plan ({error})") from error
         if bad:
             raise ValueError(
                 f"{path}: ranks must be whole numbers of at least 1, or null for dense, got {bad}"
             )
         return plan
+
+
+def _check_types(plan: Plan) -> None:
+    """Raises TypeError if a field of a plan holds no value of its kind."""
+    number, text = int | float | None, str | None
+    kinds: dict[str, Any] = {"method": str, "policy": str, "factors": text}
+    kinds |= {"ranks": dict, "formats": dict, "predicted": dict | None}
+    kinds |= dict.fromkeys(("keep", "gap", "temperature", "bits"), number)
+    for name, kind in kinds.items():
+        value = getattr(plan, name)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise TypeError(f"{name} is {str(value)[:80]!r}; expected {kind}")
+    for name, value in {**plan.formats, **(plan.predicted or {})}.items():
+        if not isinstance(value, str if name in plan.formats else int | float):
+            raise TypeError(f"{name} is {str(value)[:80]!r}")
 
 
 def _is_rank(value: Any) -> bool:

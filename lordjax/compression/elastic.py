@@ -33,9 +33,10 @@ from lordjax.kernels import trees
 from lordjax.methods import METHODS
 from lordjax.models.config import ModelConfig
 from lordjax.models.source import InMemory, Materialized, Source
+from lordjax.runtime.input_files import reading
 from lordjax.runtime.progress import Progress
 from lordjax.storage import atomic_directory, checkpoint, saved_model
-from lordjax.storage.archive import DIRECTORY, FACTS, FORMAT, INDEX, Archive
+from lordjax.storage.archive import DIRECTORY, FACTS, FORMAT, INDEX, REMEDY, Archive
 from lordjax.storage.disk_store import DiskStore
 from lordjax.storage.room import check_room
 from lordjax.storage.shards import Shards, names
@@ -160,7 +161,14 @@ def cut(
       ValueError: if the directory is not elastic, or is damaged, or ``keep`` cannot be met.
     """
     check_elastic(directory)
-    archive = Archive(Path(directory), TYPES, verify=verify)
+    with reading(directory, f"cannot be cut to {keep}", f"if that is possible at all, {REMEDY}"):
+        return _cut(Path(directory), keep, into, progress, verify)
+
+
+def _cut(
+    directory: Path, keep: float, into: Any, progress: Progress | None, verify: bool
+) -> Result:
+    archive = Archive(directory, TYPES, verify=verify)
     facts = archive[FACTS]
     mask = None if facts["mask"] is None else np.asarray(facts["mask"], bool)
     prepared = Prepared(

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from lordjax.data import documents, record_files
+from lordjax.runtime.input_files import parse_json
 
 Message = dict[str, Any]  # role and content; with calls of tools also other keys
 
@@ -63,7 +64,7 @@ def conversations(path: Path) -> Iterator[Conversation]:
     if record_files.suffix_of(path) in record_files.RECORDS:
         found = record_files.read_records(path)
     else:
-        listed = record_files.parse_json(record_files.read_text(path), str(path))
+        listed = parse_json(record_files.read_text(path), str(path))
         if not isinstance(listed, list):
             raise ValueError(f"{path}: {type(listed).__name__}; expected a list, or a .jsonl file")
         found = [(f"{path}, record {number}", record) for number, record in enumerate(listed, 1)]
@@ -89,7 +90,7 @@ def _tools(record: Mapping[str, Any], where: str) -> list[Any]:
     """Returns the descriptions of tools of a record: a list, or a text that holds it as JSON."""
     tools = record.get("tools") or []
     if isinstance(tools, str):
-        tools = record_files.parse_json(tools, f'{where}, "tools"')
+        tools = parse_json(tools, f'{where}, "tools"')
     if not isinstance(tools, list):
         raise ValueError(f'{where}: "tools" is a {type(tools).__name__}; expected a list')
     return tools

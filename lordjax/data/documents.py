@@ -15,12 +15,12 @@ from lordjax.data.record_files import (
     LINES,
     RECORDS,
     decoded,
-    parse_json,
     read_records,
     read_text,
     record_text,
     suffix_of,
 )
+from lordjax.runtime.input_files import parse_json
 
 _SUFFIXES = (
     ".c .cc .cfg .cpp .cs .css .csv .cu .go .h .hpp .hs .html .ini .java .jl .js .json .jsonl .jsx "

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import json
-import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from lordjax.runtime.input_files import parse_json, reading, size_of
 
 FIELD = "text"  # of a record that is a document, unless another one is named
 LINES, COMPRESSED, PARQUET = ".jsonl", ".jsonl.gz", ".parquet"
 RECORDS = frozenset((LINES, COMPRESSED, PARQUET))
+# A file may grow when it is read: to so many times its bytes, or to so many bytes if it is small.
+# Text of a compressed file has about 4 times its bytes, the most regular records 30 times.
+_GROWTH, _SMALL, _PIECE = 50, 2**24, 2**20
 
 
 def suffix_of(path: Path) -> str:
@@ -32,8 +36,14 @@ def read_text(path: Path) -> str:
     return decoded(path.read_bytes(), path, 0).replace("\r\n", "\n")
 
 
-def decoded(data: bytes, path: Path, offset: int) -> str:
+def decoded(data: bytes, path: Path, offset: int, what: str = "text") -> str:
     """Decodes the bytes of a file from an offset on.
+
+    Args:
+      data: the bytes.
+      path: the file, for error messages.
+      offset: place of the bytes in the file.
+      what: the expected contents, for error messages.
 
     Raises:
       ValueError: if they are not UTF-8; names the first bad byte and its offset.
@@ -43,56 +53,70 @@ def decoded(data: bytes, path: Path, offset: int) -> str:
     except UnicodeDecodeError as error:
         bad = f"byte {error.object[error.start]:#04x} at offset {offset + error.start}"
         raise ValueError(
-            f"{path}: {bad} is not UTF-8; expected text (convert the file or leave it out)"
+            f"{path}: {bad} is not UTF-8; expected {what} (convert the file or leave it out)"
         ) from error
-
-
-def parse_json(text: str, where: str) -> Any:
-    """Parses JSON.
-
-    Args:
-      text: the JSON text.
-      where: its file and line, for error messages.
-
-    Raises:
-      ValueError: if the text is not JSON; says where.
-    """
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error})") from error
 
 
 def read_records(path: Path) -> list[tuple[str, Any]]:
     """Reads all records of a file, each with its file and line or row, from 1.
 
     Raises:
-      ValueError: if the file cannot be read, or a line is not JSON; says where.
+      ValueError: if the file cannot be read, is packed too much, or a line is not JSON; says where.
       ImportError: if it is a parquet file and pyarrow is not installed.
     """
+    return list(_records(path))
+
+
+def _records(path: Path, digest: Any = None) -> Iterator[tuple[str, Any]]:
+    """Yields what `read_records` reads; ``digest`` gets the bytes of the uncompressed file."""
     if suffix_of(path) == PARQUET:
-        rows = enumerate(_parquet_rows(path), 1)
-        return [(f"{path}, row {number}", row) for number, row in rows]
-    data = _uncompressed(path)
-    try:
-        lines = decoded(data, path, 0).split("\n")
-    except ValueError as error:
-        raise ValueError(f"{path}: cannot be read as lines of JSON ({error})") from error
-    numbered = ((f"{path}, line {n}", line) for n, line in enumerate(lines, 1) if line.strip())
-    return [(where, parse_json(line, where)) for where, line in numbered]
+        if digest is not None:
+            digest.update(path.read_bytes())
+        for number, row in enumerate(_parquet_rows(path), 1):
+            yield f"{path}, row {number}", row
+        return
+    offset = 0
+    for number, line in enumerate(_lines(path), 1):
+        if digest is not None:
+            digest.update(line)
+        text = decoded(line, path, offset, "lines of JSON")
+        offset += len(line)
+        if text.strip():
+            where = f"{path}, line {number}"
+            yield where, parse_json(text, where)
 
 
-def _uncompressed(path: Path) -> bytes:
-    data = path.read_bytes()
+def _lines(path: Path) -> Iterator[bytes]:
+    """Yields the lines of a file, which may be compressed, with their ends."""
+    size_of(path)
     if path.suffix.lower() != ".gz":
-        return data
-    try:
-        return gzip.decompress(data)
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: cannot be read as .jsonl.gz ({error})") from error
+        with path.open("rb") as stream:
+            yield from stream
+        return
+    with reading(path, f"cannot be read as {COMPRESSED}"):
+        _check_growth(path)
+        with gzip.open(path) as stream:
+            yield from stream
 
 
-def _parquet_rows(path: Path) -> list[dict[str, Any]]:
+def _check_growth(path: Path) -> None:
+    """Raises ValueError if a gzip file is packed so much that it would fill the memory."""
+    most = max(_SMALL, _GROWTH * path.stat().st_size)
+    with gzip.open(path) as stream:
+        while piece := stream.read(_PIECE):
+            most -= len(piece)
+            if most < 0:
+                raise ValueError(_too_large(path))
+
+
+def _too_large(path: Path) -> str:
+    return (
+        f"{path}: holds more than {_GROWTH} times its {path.stat().st_size:,} bytes; expected "
+        f"data that is packed less (unpack it, or save it as {LINES})"
+    )
+
+
+def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
     try:
         from pyarrow import parquet
     except ImportError as error:
@@ -100,10 +124,13 @@ def _parquet_rows(path: Path) -> list[dict[str, Any]]:
             f'{path}: reading parquet needs pyarrow (pip install "lordjax[parquet]"), or save the '
             "data as .jsonl"
         ) from error
-    try:
-        return parquet.read_table(path).to_pylist()
-    except (OSError, ValueError) as error:  # pyarrow's own errors are kinds of these
-        raise ValueError(f"{path}: cannot be read as parquet ({error})") from error
+    most = max(_SMALL, _GROWTH * size_of(path))
+    with reading(path, "cannot be read as parquet"), parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=1024):
+            most -= batch.nbytes
+            if most < 0:
+                raise ValueError(_too_large(path))
+            yield from batch.to_pylist()
 
 
 def record_text(record: Any, field: str, where: str) -> str:
@@ -148,10 +175,11 @@ def records(path: str | Path, what: str) -> tuple[list[tuple[str, dict[str, Any]
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file ({what}, .jsonl, .jsonl.gz or .parquet)")
-    found = read_records(path)
-    for where, record in found:
+    found, digest = [], hashlib.sha256()
+    for where, record in _records(path, digest):
         if not isinstance(record, dict):
             raise ValueError(f"{where}: {type(record).__name__}; expected a JSON object")
+        found.append((where, record))
     if not found:
         raise ValueError(f"{path}: empty; expected a JSON object per line")
-    return found, hashlib.sha256(_uncompressed(path)).hexdigest()
+    return found, digest.hexdigest()

@@ -20,6 +20,7 @@ from lordjax.data import spread_out
 from lordjax.data.documents import Corpus, documents, located, walk
 from lordjax.data.record_files import FIELD
 from lordjax.data.tokenizing import Tokenizer, first_ids, separator
+from lordjax.runtime.input_files import reading
 
 # Folders of the standard library without hand-written code: tests, packages, generated tables.
 _NOT_LIBRARY = frozenset(
@@ -241,10 +242,8 @@ def standard_library(first: str = "a", last: str = "z") -> list[Path]:
 
 def _open_array(path: Path) -> np.ndarray:
     expected = "expected a .npy array of integer token ids [n, len]"
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); {expected}") from error
+    with reading(path, "cannot be read", expected):
+        array = np.lib.format.open_memmap(path, "r")
     if array.ndim != 2 or not np.issubdtype(array.dtype, np.integer) or not array.size:
         raise ValueError(f"{path}: {array.dtype} {list(array.shape)}; {expected}")
     return array

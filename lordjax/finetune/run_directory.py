@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lordjax.runtime import json_files, unfinished
+from lordjax.runtime.input_files import read_json
 from lordjax.storage.disk_store import differences
 from lordjax.storage.lock import LOCK, lock_directory, remove_locked, unlock_directory
 from lordjax.storage.room import check_room, naming_room
@@ -77,7 +78,7 @@ def _check_same(path: Path, about: dict[str, Any]) -> None:
     if not path.exists():
         write_json(path, about)
         return
-    there = json.loads(path.read_text("utf-8"))
+    there = read_json(path, "remove the directory to start over")
     for run in (there, about):  # another version of lordjax may word the summary differently
         run.get("recipe", {}).pop("summary", None)
     changes = list(differences(there, about))

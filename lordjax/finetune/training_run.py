@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -38,6 +37,7 @@ from lordjax.kernels.base import nbytes
 from lordjax.kernels.kinds import astype
 from lordjax.models.config import ModelConfig
 from lordjax.runtime import json_files
+from lordjax.runtime.input_files import parse_json, reading
 from lordjax.runtime.mesh import Mesh
 from lordjax.storage.tensor_files import write_text
 
@@ -263,10 +263,11 @@ class Log:
 
     def __init__(self, path: Path, step: int, report: Report | None):
         self._report = report
-        text = path.read_text("utf-8") if path.exists() else ""
+        text = path.read_text("utf-8", "replace") if path.exists() else ""
         # The last line may be cut off. Steps after the checkpoint are run again.
-        whole = [json.loads(line) for line in text.split("\n")[:-1]]
-        self.lines = [line for line in whole if line["step"] <= step]
+        with reading(path, "no lines of metrics", "remove it; the checkpoints do not need it"):
+            whole = [parse_json(line, str(path)) for line in text.split("\n")[:-1]]
+            self.lines = [line for line in whole if line["step"] <= step]
         write_text(path, "".join(json_files.dumps_measured(line) + "\n" for line in self.lines))
         self._file = path.open("a", buffering=1, encoding="utf-8")
 

@@ -21,10 +21,9 @@ import numpy as np
 from lordjax.allocation.plan import Plan
 from lordjax.kernels import trees
 from lordjax.kernels.base import is_kernel, nbytes
-from lordjax.kernels.kinds import KINDS
-from lordjax.runtime import json_files
+from lordjax.runtime.input_files import read_json, reading
 from lordjax.storage import shards
-from lordjax.storage.assembly import assemble, check_fields
+from lordjax.storage.assembly import assemble, check_fields, check_kernels
 from lordjax.storage.atomic_directory import check_destination, staged
 from lordjax.storage.checksums import MANIFEST, Manifest, tensor_row
 from lordjax.storage.room import check_room
@@ -87,17 +86,15 @@ def load_params(directory: str | os.PathLike[str], like: Any = None, *, verify: 
     about, file = _about(directory), directory / TENSORS
     if not file.is_file():
         raise ValueError(f"{file}: is missing; copy or save it again")
-    tensors = TensorFile(file)
-    check_fields(directory, about, dict.fromkeys(tensors, TENSORS))
-    arrays = dict(tensors)
-    if verify:
-        _verify(directory, about, arrays)
-    for name, array in arrays.items():
-        check_finite(array, f"{file}: {name} holds")
-    try:
+    with reading(directory, "not a tree of save_params"):
+        tensors = TensorFile(file)
+        check_fields(directory, about, dict.fromkeys(tensors, TENSORS))
+        arrays = dict(tensors)
+        if verify:
+            _verify(directory, about, arrays)
+        for name, array in arrays.items():
+            check_finite(array, f"{file}: {name} holds")
         tree = assemble(arrays, about)
-    except ValueError as error:
-        raise ValueError(f"{directory}: {error}") from error
     return tree if like is None else _shaped(trees.flatten(tree), like, directory)
 
 
@@ -119,19 +116,13 @@ def _verify(directory: Path, about: Mapping[str, Any], arrays: Mapping[str, np.n
 def _about(directory: Path) -> dict[str, Any]:
     """Returns the contents of `ABOUT`; raises ValueError if it is not what `save_params` wrote."""
     file = directory / ABOUT
-    try:
-        about = json_files.read_object(file)
+    with reading(file, "not written by save_params"):
+        about = read_json(file)
         if about["format"] not in range(1, FORMAT + 1):
             raise ValueError(f"format {about['format']!r}; this version reads 1 to {FORMAT}")
         if about["format"] == 1 and "sha256" not in about["files"][TENSORS]:
             raise ValueError(f"the checksum of {TENSORS} is missing")
-        unknown = sorted(kind for kind in about["kinds"].values() if kind not in KINDS)
-        if unknown:
-            raise ValueError(f"unknown kernel kinds {unknown}; upgrade lordjax")
-        if not all(isinstance(c, dict) for c in about.get("constants", {}).values()):
-            raise TypeError("the constants of a kernel are no JSON object")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file}: not written by save_params ({error})") from error
+        check_kernels(about)
     return about
 
 

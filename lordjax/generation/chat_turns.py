@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from lordjax.runtime.input_files import reading
+
 # Stand for a question and an answer in a rendered template; no tokenizer's text holds them.
 _QUESTION, _ANSWER = "\ue0f1", "\ue0f2"
 
@@ -53,7 +55,9 @@ def _parts(
     tokenizer: Any, messages: list[dict[str, str]], mark: str, *, prompt: bool
 ) -> tuple[str, str] | None:
     """Returns the rendered text before and behind a mark; None if it is not there once."""
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+    where = getattr(tokenizer, "name_or_path", "tokenizer")
+    with reading(where, "the chat template cannot be used", "correct it"):
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
     before, *behind = text.split(mark)
     return (before, behind[0]) if len(behind) == 1 and before else None
 
@@ -70,9 +74,10 @@ def chat_ids(tokenizer: Any, messages: Sequence[Mapping[str, Any]], name: str) -
       ValueError: if the tokenizer has no chat template.
     """
     check_template(tokenizer, name)
-    return tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=False
-    )
+    with reading(name, "the chat template cannot be used for these messages", "correct it"):
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
 
 
 def check_template(tokenizer: Any, name: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import typing
 from typing import Any
 
 
@@ -141,32 +142,42 @@ class ModelConfig:
                 continue
             if (problem := size_problem(name, value)) is not None:
                 raise TypeError(f"{name} = {value!r}: {problem}")
-        _check_types(cls, fields)
         for name in ("rope", "local_rope"):
             if fields.get(name) is not None:
                 rope: dict[str, Any] = dict(fields[name])
                 factors: dict[str, Any] = {
                     k: tuple(v) for k, v in rope.items() if isinstance(v, list)
                 }
-                _check_types(Rope, rope)
                 fields[name] = Rope(**(rope | factors))
+                _check_types(Rope, vars(fields[name]), f"{name}.")
         if fields.get("windows") is not None:
-            fields["windows"] = windows = tuple(fields["windows"])
-            right = all(w is None or (type(w) is int and w >= 1) for w in windows)
-            if len(windows) != fields.get("num_layers") or not right:
+            fields["windows"] = tuple(fields["windows"])
+        config = cls(**fields)
+        _check_types(cls, vars(config), "")
+        if (windows := config.windows) is not None:
+            right = all(window is None or window >= 1 for window in windows)
+            if len(windows) != config.num_layers or not right:
                 raise TypeError("windows: expected a positive integer or null for every layer")
-        return cls(**fields)
+        return config
 
 
-def _check_types(kind: type[Any], values: dict[str, Any]) -> None:
-    """Raises TypeError if a value cannot be that of its field; unknown fields are left alone."""
-    known: dict[type, tuple[type, ...]] = {bool: (bool,), str: (str,), float: (float, int)}
-    for field in dataclasses.fields(kind):
-        if field.name not in values or type(field.default) not in known:
-            continue
-        value, types = values[field.name], known[type(field.default)]
-        if type(value) not in types or (type(value) is float and not math.isfinite(value)):
-            raise TypeError(
-                f"{field.name} = {value!r}: expected a {types[0].__name__}, as in the default "
-                f"{field.default!r}"
-            )
+def _check_types(cls: type, fields: dict[str, Any], prefix: str) -> None:
+    """Raises TypeError if a field has another type than the class says, or is not finite."""
+    for name, kind in typing.get_type_hints(cls).items():
+        if not _fits(fields[name], kind):
+            raise TypeError(f"{prefix}{name} = {repr(fields[name])[:80]}: expected {_named(kind)}")
+
+
+def _named(kind: Any) -> str:
+    return f"a {kind.__name__}" if isinstance(kind, type) else str(kind)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    options = typing.get_args(kind)
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_fits(item, options[0]) for item in value)
+    if options:
+        return any(_fits(value, option) for option in options)
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is kind

@@ -98,7 +98,7 @@ def _kill_children() -> None:
     """Kills the processes that this one has started, such as those that run generated programs."""
     for task in Path("/proc/self/task").glob("*/children"):  # Linux; elsewhere none are started
         with contextlib.suppress(OSError):  # the thread or the process has just ended
-            for child in task.read_text("utf-8").split():
+            for child in task.read_bytes().split():
                 os.kill(int(child), signal.SIGKILL)
 
 

@@ -1,6 +1,6 @@
 """JSON that every program can read: without NaN and Infinity, which are no JSON.
 
-This is the only module that makes JSON. Reading turns all damage into one error with the path.
+This is the only module that makes JSON; `input_files` reads it.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 
@@ -65,29 +64,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _finite(each) for key, each in value.items()}
     return [_finite(each) for each in value] if isinstance(value, list | tuple) else value
-
-
-def read(file: Path) -> Any:
-    """Returns the value in a JSON file.
-
-    Raises:
-      FileNotFoundError: if there is no such file.
-      ValueError: if the content is not JSON, or nested too deeply; names the file.
-    """
-    try:
-        return json.loads(file.read_text("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not JSON ({error}); is the file complete?") from error
-
-
-def read_object(file: Path) -> dict[str, Any]:
-    """Returns the object in a JSON file.
-
-    Raises:
-      FileNotFoundError: if there is no such file.
-      ValueError: if the content is not a JSON object; names the file.
-    """
-    content = read(file)
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: expected a JSON object, found a {type(content).__name__}")
-    return content

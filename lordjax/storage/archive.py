@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lordjax.runtime import json_files
+from lordjax.runtime.input_files import read_json, reading
 from lordjax.storage.checksums import MANIFEST, Manifest
-from lordjax.storage.entry_reader import EntryReader, file_name
+from lordjax.storage.entry_reader import EntryReader, check_entry, file_name
 from lordjax.storage.serialize import Types
 from lordjax.storage.store import MemoryStore
 
@@ -32,18 +33,18 @@ class Archive(MemoryStore):
     def __init__(self, directory: Path, types: Types, *, verify: bool = True):
         super().__init__()
         index = directory / DIRECTORY / INDEX
-        try:
-            content = json_files.read_object(index)
-            self._rows: dict[str, dict[str, Any]] = content["entries"]
+        with reading(index, "unreadable", REMEDY):
+            content = read_json(index, REMEDY)
             version = content["format"]
-            if not self._rows.keys() >= {FACTS} or not all(map(_is_row, self._rows.items())):
+            if type(version) is not int or version > FORMAT:
+                raise ValueError(
+                    f"{index}: format {version}; this version reads up to {FORMAT}, upgrade lordjax"
+                )
+            self._rows: dict[str, dict[str, Any]] = content["entries"]
+            if FACTS not in self._rows:
                 raise ValueError("not a list of entries")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{index}: unreadable ({error!r}); {REMEDY}") from error
-        if type(version) is not int or version > FORMAT:
-            raise ValueError(
-                f"{index}: format {version}; this version reads up to {FORMAT}, upgrade lordjax"
-            )
+            for key, row in self._rows.items():
+                _check_row(key, row)
         if verify and (directory / MANIFEST).exists():
             manifest = Manifest.read(directory)
             manifest.check_listed([f"{DIRECTORY}/{INDEX}"])
@@ -68,7 +69,8 @@ class Archive(MemoryStore):
         return [key for key in self._rows if key.startswith(prefix)] + super().below(prefix)
 
 
-def _is_row(item: tuple[str, Any]) -> bool:
-    """Whether a key of the index has a value, or a file that was written for this key."""
-    key, row = item
-    return "value" in row or str(row["file"]).endswith(f"-{file_name(key)}")
+def _check_row(key: str, row: Mapping[str, Any]) -> None:
+    """Raises an error unless a key has a value, or a file that was written for this key."""
+    check_entry(row)
+    if "file" in row and not row["file"].endswith(f"-{file_name(key)}"):
+        raise ValueError(f"the file of {key[:80]} is {row['file']}, which is not its own")

@@ -51,6 +51,14 @@ def assemble(arrays: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[str, An
     return tree
 
 
+def check_kernels(meta: Mapping[str, Any]) -> None:
+    """Raises an error if the metadata of `shards.describe` has an unknown kind, or is damaged."""
+    if unknown := sorted({kind for kind in meta["kinds"].values() if kind not in KINDS}):
+        raise ValueError(f"unknown kernel kinds {unknown}; upgrade lordjax")
+    if not all(isinstance(c, dict) for c in meta.get("constants", {}).values()):
+        raise TypeError("the constants of a kernel are no JSON object")
+
+
 def check_fields(directory: Path, meta: Mapping[str, Any], files: Mapping[str, str]) -> None:
     """Raises ValueError if a kernel of the directory lacks a tensor or a constant."""
     lacking, constants = [], meta.get("constants", {})

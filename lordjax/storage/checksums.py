@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from lordjax.names import listed
-from lordjax.runtime import json_files
+from lordjax.runtime.input_files import inside, read_json, reading
 
 MANIFEST = "checksums.json"
 FORMAT = 1  # version of the manifest
@@ -107,26 +107,22 @@ class Manifest:
           ValueError: if it is missing or damaged, or has a newer format.
         """
         file = directory / MANIFEST
-        try:
-            content = json_files.read_object(file)
+        if not file.exists():
+            raise ValueError(f"{file}: is missing; {REMEDY}")
+        with reading(file, "not a list of checksums", REMEDY):
+            content = read_json(file, REMEDY)
             version, tensors, files = (content[key] for key in ("format", "tensors", "files"))
             if type(version) is not int or version > FORMAT:
                 raise ValueError(f"{file}: format {version!r}, expected {FORMAT}; upgrade lordjax")
             rows = [set(row) >= {"dtype", "shape", "crc32"} for row in tensors.values()]
             if not all(rows) or not all(isinstance(value, str) for value in files.values()):
-                raise ValueError(f"{file}: not a list of checksums; {REMEDY}")
-        except FileNotFoundError as error:
-            raise ValueError(f"{file}: is missing; {REMEDY}") from error
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{file}: not a list of checksums ({error!r}); {REMEDY}") from error
+                raise TypeError("a row of it is none")
         return cls(directory, tensors, files)
 
     def check_files(self) -> None:
         """Raises ValueError if a listed file is missing or was changed; names it."""
         for name, expected in self.files.items():
-            file = self.directory / name
-            if not file.resolve().is_relative_to(self.directory.resolve()):
-                raise ValueError(f"{self.directory / MANIFEST}: {name!r} is outside the directory")
+            file = inside(self.directory, name, self.directory / MANIFEST)
             if not file.is_file():
                 raise ValueError(f"{file}: is missing, but {MANIFEST} lists it; {REMEDY}")
             if file_checksum(file) != expected:

@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from lordjax.runtime import json_files
-from lordjax.storage.entry_reader import EntryReader, file_name
+from lordjax.runtime.input_files import check_no_links, parse_json, read_json, reading
+from lordjax.storage.entry_reader import EntryReader, check_entry, file_name
 from lordjax.storage.lock import LOCK, lock_directory, remove_locked
 from lordjax.storage.room import no_room
 from lordjax.storage.serialize import Types, to_json
@@ -65,11 +66,12 @@ class DiskStore:
     ):
         self.directory = Path(directory).absolute()
         self._types: Types = types or {}
-        remedy = f"remove {self.directory} to start over"
-        self._reader = EntryReader(self.directory, self._types, remedy)
+        self._remedy = f"remove {self.directory} to start over"
+        self._reader = EntryReader(self.directory, self._types, self._remedy)
         self._entries: dict[str, dict[str, Any]] = {}
         self._streams: list[TensorWriter] = []
         self._count = 0
+        check_no_links(self.directory, self._remedy)
         known = {RUN, LOCK, JOURNAL, ENTRIES}
         if self.directory.exists() and not (self.directory / RUN).exists():
             others = {path.name for path in self.directory.iterdir()} - known - {f"{RUN}.new"}
@@ -82,7 +84,9 @@ class DiskStore:
         try:
             (self.directory / ENTRIES).mkdir(exist_ok=True)
             self._same(json.loads(json_files.dumps(identity)))
-            self._read_journal()
+            journal = self.directory / JOURNAL
+            with reading(journal, "not a journal of finished results", self._remedy):
+                self._read_journal()
         except BaseException:
             if (self.directory / RUN).exists():
                 self._lock.release()
@@ -196,7 +200,7 @@ class DiskStore:
         return Stream(writer.add, lambda key: self._file(key, path, writer.close()))
 
     def _broken(self, what: str) -> None:
-        raise ValueError(f"{what}; remove {self.directory} to start over")
+        raise ValueError(f"{what}; {self._remedy}")
 
     def _path(self, key: str) -> Path:
         self._count += 1
@@ -238,10 +242,7 @@ class DiskStore:
         if not path.exists():
             write_json(path, identity)
             return
-        try:
-            before = json.loads(path.read_text("utf-8"))
-        except ValueError as error:
-            self._broken(f"{path} is damaged ({error})")
+        before = read_json(path, f"{path} is damaged; {self._remedy}")
         changes = list(differences(before, identity))
         if changes:
             raise ValueError(
@@ -256,13 +257,14 @@ class DiskStore:
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         good = 0
         for number, line in enumerate(lines, 1):
-            row = _line(line)
+            row = _line(line, f"{path}, line {number}")
             if row is None:
                 if number < len(lines):
                     self._broken(f"{path}: line {number} of {len(lines)} is damaged")
                 os.truncate(path, good)  # the process was killed while it wrote this line
                 break
             good += len(line)
+            _check_row(row)
             self._apply(row)
         self._count = len(lines)
         for row in self._entries.values():
@@ -313,9 +315,18 @@ def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
         yield f"{path}: {shown[0]} -> {shown[1]}"
 
 
-def _line(line: bytes) -> dict[str, Any] | None:
+def _check_row(row: Mapping[str, Any]) -> None:
+    """Raises an error if a line of the journal neither adds an entry nor removes some."""
+    keys = row["removed"] if "removed" in row else [row["key"]]
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise TypeError(f"the keys {str(keys)[:80]} are no texts")
+    if "key" in row:
+        check_entry(row)
+
+
+def _line(line: bytes, where: str) -> dict[str, Any] | None:
     """Returns the contents of a line of the journal; None if its checksum is wrong."""
     head, _, text = line.rstrip(b"\n").partition(b" ")
     if not line.endswith(b"\n") or head != b"%08x" % zlib.crc32(text):
         return None
-    return json.loads(text)
+    return parse_json(text.decode(), where)

@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lordjax.runtime.input_files import inside, parse_json, reading
 from lordjax.storage.serialize import Types, from_json
 from lordjax.storage.tensor_files import TensorFile, Written, checksum
+
+_FILE = re.compile(r"entries[/\\]\d{6,}-[\w.-]+\.safetensors")
+
+
+def check_entry(row: Mapping[str, Any]) -> None:
+    """Checks that a line of a journal describes an entry, whose file is where entries are.
+
+    Raises:
+      KeyError: if a part is missing.
+      TypeError: if a part has another type.
+      ValueError: if the file has another name than a `DiskStore` gives.
+    """
+    if "file" not in row:
+        row["value"]
+        return
+    if not _FILE.fullmatch(row["file"]):
+        raise ValueError(f"{row['file'][:80]!r} is no file of an entry")
+    if type(row["bytes"]) is not int or not isinstance(row["sha256"], str):
+        raise TypeError(f"{row['file']} has no size and checksum")
 
 
 def file_name(key: str) -> str:
@@ -41,17 +60,13 @@ class EntryReader:
         Raises:
           ValueError: if the entry's file is missing, or the entry is not what was written.
         """
-        file = self.arrays(row) if "file" in row else {}
-        try:
-            value = (
-                json.loads(file.metadata["tree"]) if isinstance(file, TensorFile) else row["value"]
-            )
-            return from_json(value, file, self._types)
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            where = row.get("file", "an entry")
-            raise ValueError(
-                f"{self.directory}: {where} is damaged ({error!r}); {self._remedy}"
-            ) from error
+        where = row.get("file", "an entry")
+        with reading(self.directory, f"{where} is damaged", self._remedy):
+            if "file" not in row:
+                return from_json(row["value"], {}, self._types)
+            file = self.arrays(row)
+            text = file.metadata["tree"]
+            return from_json(parse_json(text, str(file.path), self._remedy), file, self._types)
 
     def arrays(self, row: Mapping[str, Any]) -> TensorFile:
         """Returns the file with the arrays of an entry; raises as `tree` does."""
@@ -59,9 +74,7 @@ class EntryReader:
 
     def checked_path(self, row: Mapping[str, Any]) -> Path:
         """Returns the path of an entry's file; raises as `tree` does."""
-        path = self.directory / str(row["file"])
-        if not path.resolve().is_relative_to(self.directory.resolve()):
-            raise ValueError(f"{path}: is not a file below {self.directory}; {self._remedy}")
+        path = inside(self.directory, row["file"], self.directory)
         if path.name in self.intact:
             return path
         if not path.is_file():

@@ -18,6 +18,10 @@ FULL_TEXTS = ("no space left", "quota exceeded", "file too large", "os error 28"
 class NoRoomError(OSError):
     """A write that failed; the message says how much was needed and how much is free."""
 
+    def __str__(self) -> str:
+        """Returns the message alone, which names the file already."""
+        return str(self.args[0])
+
 
 def free_bytes(path: Path) -> int:
     """Returns the bytes that are free on the disk of a path, which need not exist."""
@@ -59,10 +63,12 @@ def no_room(path: Path, error: BaseException, need: int) -> NoRoomError:
       need: bytes of all that was to be written there.
     """
     reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return NoRoomError(
+    full = NoRoomError(
         f"{path}: cannot be written ({reason}); is the disk full? {megabytes(need)} are needed, "
         f"{megabytes(free_bytes(path.parent))} are free"
     )
+    full.filename = str(path)  # so that no reader takes it for damage of what it reads
+    return full
 
 
 def is_full(error: BaseException) -> bool:

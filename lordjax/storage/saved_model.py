@@ -16,14 +16,13 @@ import numpy as np
 from lordjax.allocation.plan import Plan
 from lordjax.kernels import trees
 from lordjax.kernels.base import Kernel
-from lordjax.kernels.kinds import KINDS
 from lordjax.models.config import ModelConfig
 from lordjax.models.head_axes import ROPE_INDEX
 from lordjax.models.output_heads import CARRIED
 from lordjax.models.transformer import parameter_shapes
 from lordjax.names import layer, listed
-from lordjax.runtime import json_files
-from lordjax.storage.assembly import assemble, check_fields
+from lordjax.runtime.input_files import inside, read_json, reading
+from lordjax.storage.assembly import assemble, check_fields, check_kernels
 from lordjax.storage.checkpoint import FORMAT, INDEX, MANIFEST_KEY, PLAN, REPORT
 from lordjax.storage.checksums import MANIFEST, Manifest
 from lordjax.storage.tensor_check import check_finite, check_parameters
@@ -32,12 +31,10 @@ from lordjax.storage.tensor_files import DTYPES, TensorFile
 
 def is_compressed(path: str | os.PathLike[str]) -> bool:
     """Whether ``path`` is a directory that `checkpoint.save` wrote."""
-    file = Path(path) / "config.json"
     try:
-        config = json_files.read(file)
+        return "lordjax" in read_json(Path(path) / "config.json")
     except (OSError, ValueError):
         return False
-    return isinstance(config, dict) and "lordjax" in config
 
 
 def header(file: Any, name: str) -> jax.ShapeDtypeStruct:
@@ -127,10 +124,8 @@ class Saved:
 
     def _tree(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
         """Returns tensors as a nested dict with kernels."""
-        try:
+        with reading(self.directory, "its tensors do not fit together"):
             return assemble(arrays, self.meta)
-        except ValueError as error:
-            raise ValueError(f"{self.directory}: {error}") from error
 
     def _values(self, names: list[str]) -> dict[str, np.ndarray]:
         """Reads tensors; large ones are checked in another thread while the next one is read."""
@@ -186,7 +181,7 @@ class Saved:
           ValueError: if the file is no JSON object.
         """
         file = self.directory / REPORT
-        return json_files.read_object(file) if file.exists() else {}
+        return read_json(file) if file.exists() else {}
 
     def plan(self) -> Plan | None:
         """Returns the compression plan; None if there is no ``plan.json``.
@@ -213,22 +208,20 @@ def open_saved(directory: str | os.PathLike[str], *, verify: bool = True) -> Sav
         incomplete, or was changed after it was written.
     """
     directory = Path(directory)
-    if not is_compressed(directory):
+    file = directory / "config.json"
+    hf_config = read_json(file) if file.exists() else {}
+    if "lordjax" not in hf_config:
         raise ValueError(
             f'{directory}: no config.json with a "lordjax" entry; expected a model directory that '
             "lordjax wrote"
         )
-    hf_config = json_files.read_object(directory / "config.json")
     meta = hf_config.pop("lordjax")
-    config = _checked_entry(directory, meta)
+    config = _checked_entry(file, meta)
     index = _index(directory)
-    check_fields(directory, meta, index)
-    saved = Saved(directory, config, hf_config, meta, index, _open_files(directory, index))
-    leaves = saved.leaves()
-    try:
-        check_parameters(config, leaves)
-    except ValueError as error:
-        raise ValueError(f"{directory}: {error}") from error
+    with reading(directory, "its tensors are not those of its config"):
+        check_fields(directory, meta, index)
+        saved = Saved(directory, config, hf_config, meta, index, _open_files(directory, index))
+        check_parameters(config, saved.leaves())
     if not verify:
         return saved
     if MANIFEST_KEY in meta or (directory / MANIFEST).exists():
@@ -240,47 +233,27 @@ def open_saved(directory: str | os.PathLike[str], *, verify: bool = True) -> Sav
     return dataclasses.replace(saved, notes=(note,))
 
 
-def _checked_entry(directory: Path, meta: Any) -> ModelConfig:
+def _checked_entry(file: Path, meta: Any) -> ModelConfig:
     """Returns the architecture in the "lordjax" entry of ``config.json``; checks all of it."""
-    file = directory / "config.json"
-    try:
+    with reading(file, "damaged lordjax entry"):
         if meta["format"] > FORMAT:
             raise ValueError(
-                f"{directory}: format {meta['format']}, written by lordjax {meta['version']}; this "
+                f"{file}: format {meta['format']}, written by lordjax {meta['version']}; this "
                 f"version reads formats up to {FORMAT}; upgrade lordjax"
             )
-        unknown = {kind for kind in meta["kinds"].values() if kind not in KINDS}
-        if unknown:
-            raise ValueError(
-                f"{directory}: unknown kernel kinds {sorted(unknown)}; upgrade lordjax"
-            )
-        if not all(isinstance(c, dict) for c in meta.get("constants", {}).values()):
-            raise TypeError("the constants of a kernel are no JSON object")
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{file}: damaged lordjax entry ({error!r})") from error
-    try:
+        check_kernels(meta)
         config = ModelConfig.from_json(meta["model"])
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file}: damaged lordjax entry ({error})") from error
-    try:
+    with reading(file, "no model has these settings"):
         parameter_shapes(config)
-    except Exception as error:  # its type depends on the layer that cannot be built
-        raise ValueError(f"{file}: no model has these settings ({error!r})") from error
     return config
 
 
 def _index(directory: Path) -> dict[str, str]:
     """Returns the name of the file that holds each tensor."""
-    try:
-        files = dict(json_files.read_object(directory / INDEX)["weight_map"])
-        strange = sorted(f for f in files.values() if Path(f).name != f or "\\" in f)
-        missing = sorted({f for f in files.values() if not (directory / f).is_file()})
-    except (OSError, TypeError, ValueError, KeyError) as error:
-        raise ValueError(f"{directory / INDEX}: unreadable index ({error!r})") from error
-    if strange:
-        raise ValueError(
-            f"{directory / INDEX}: names {strange[0]!r}; expected names of files in {directory}"
-        )
+    with reading(directory / INDEX, "unreadable index"):
+        files = dict(read_json(directory / INDEX)["weight_map"])
+        found = {name: inside(directory, name, directory / INDEX) for name in set(files.values())}
+        missing = sorted(name for name, file in found.items() if not file.is_file())
     if missing:
         raise ValueError(f"{directory}: files named in the index are missing: {listed(missing)}")
     return files

@@ -23,6 +23,7 @@ from lordjax.kernels.kinds import kind_of
 from lordjax.kernels.layout import Layout
 from lordjax.models.config import ModelConfig
 from lordjax.names import layer
+from lordjax.runtime.input_files import reading
 from lordjax.storage.checksums import tensor_row
 from lordjax.storage.store import Store, get_or_compute
 from lordjax.storage.tensor_check import check_finite
@@ -115,6 +116,7 @@ class Shards:
     def __init__(self, directory: Path, store: Store, limit: int = SHARD_BYTES):
         self.directory, self._store, self._limit = directory, store, limit
         self._own: set[str] = set()
+        self._remedy = f"remove {directory.parent} to start over"
 
     def __contains__(self, name: str) -> bool:
         return f"parts/{name}" in self._store
@@ -137,7 +139,7 @@ class Shards:
             rows[path] = tensor_row(array)
         files = {}
         for k, arrays in enumerate(_files(tree, self._limit)):
-            file = f"{name}-{k}.safetensors"
+            file = _file_name(name, k)
             written = write_tensors(self.directory / file, arrays, {"format": "lordjax"})
             self._own.add(file)
             files[file] = {**written._asdict(), "tensors": {path: rows[path] for path in arrays}}
@@ -158,16 +160,23 @@ class Shards:
         Raises:
           ValueError: if a file that an earlier process wrote is damaged; names it.
         """
+        with reading(self.directory.parent, "damaged results", self._remedy):
+            return self._named(list(names))
+
+    def _named(self, names: list[str]) -> dict[str, Any]:
+        """Renames the files; returns what `finish` does."""
         entries = [self._store[f"parts/{name}"] for name in names]
         count = sum(len(entry["files"]) for entry in entries)
         found: dict[str, Any] = {"index": {}, "tensors": {}, "kinds": {}, "constants": {}}
         found |= {"nbytes": sum(entry["nbytes"] for entry in entries), "file_bytes": 0}
         number = 0
-        for entry in entries:
+        for name, entry in zip(names, entries, strict=True):
             found["kinds"] |= entry["kinds"]
             found["constants"] |= entry["constants"]
-            for file, facts in entry["files"].items():
+            for k, (file, facts) in enumerate(entry["files"].items()):
                 number += 1
+                if file != _file_name(name, k):
+                    raise ValueError(f"{str(file)[:80]!r} is no file of a shard")
                 final = f"model-{number:05d}-of-{count:05d}.safetensors"
                 self._rename(file, final, Written(facts["bytes"], facts["sha256"]))
                 found["index"] |= dict.fromkeys(facts["tensors"], final)
@@ -181,11 +190,13 @@ class Shards:
         old, new = self.directory / file, self.directory / final
         path = old if old.exists() else new  # an earlier process may have renamed it already
         if file not in self._own and (not path.exists() or checksum(path) != written):
-            raise ValueError(
-                f"{path} is missing or damaged (its checksum differs); remove "
-                f"{self.directory.parent} to start over"
-            )
+            raise ValueError(f"{path} is missing or damaged (its checksum differs); {self._remedy}")
         os.replace(path, new)
+
+
+def _file_name(name: str, k: int) -> str:
+    """Name of file ``k`` of a shard before all shards exist."""
+    return f"{name}-{k}.safetensors"
 
 
 def open_shards(into: Any, store: Store, plan: Plan) -> Any:

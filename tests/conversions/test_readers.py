@@ -2,6 +2,7 @@
 
 import json
 import weakref
+import zipfile
 
 import jax.numpy as jnp
 import numpy as np
@@ -275,3 +276,74 @@ def test_hub(directory, monkeypatch):
     assert open_checkpoint("owner/model").path == directory
     fails("owner/away", "no connection", "hub", kind=FileNotFoundError)
     assert asked == ["owner/model", "owner/away"]
+
+
+@pytest.mark.parametrize("name", ["../other/a.safetensors", "/etc/hostname", "link", 3])
+def test_shards_stay_in_the_directory(directory, tmp_path_factory, name):
+    other = tmp_path_factory.mktemp("outside") / "a.safetensors"
+    (directory / "model.safetensors").rename(other)
+    (directory / "link").symlink_to(other)
+    index = {"weight_map": {"model.norm.weight": name}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    fails(directory, "model.safetensors.index.json: ")
+
+
+def test_the_cache_of_the_hub_opens(directory, tmp_path_factory):
+    """Its directories hold links to files beside them."""
+    expected = open_checkpoint(directory).params()
+    hub = tmp_path_factory.mktemp("hub") / "models--owner--name"
+    snapshot, blobs = hub / "snapshots" / "0123abc", hub / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    names = list(load_file(directory / "model.safetensors"))
+    index = {"weight_map": dict.fromkeys(names, "shard.safetensors")}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    (directory / "model.safetensors").rename(directory / "shard.safetensors")
+    for file in directory.iterdir():
+        file.rename(blobs / file.name.replace(".", ""))
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name.replace('.', '')}")
+    assert same(open_checkpoint(snapshot).params(), expected)
+
+
+def _flip(data):
+    at = len(data) // 2
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
+def test_values_of_torch_files_are_compared_with_checksums(model, tmp_path):
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), file := tmp_path / "pytorch_model.bin")
+    file.write_bytes(_flip(file.read_bytes()))
+    fails(tmp_path, "pytorch_model.bin: damaged (BadZipFile", then=lambda c: c.params())
+
+
+def test_members_of_torch_files_have_the_sizes_of_their_tensors(model, tmp_path):
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "whole")
+    for name, size, packed, message in (
+        ("short", -16, zipfile.ZIP_STORED, "its members have other sizes than its tensors"),
+        ("packed", None, zipfile.ZIP_DEFLATED, "is compressed"),
+    ):
+        (folder := tmp_path / name).mkdir()
+        model.config.save_pretrained(folder)
+        with (
+            zipfile.ZipFile(tmp_path / "whole") as old,
+            zipfile.ZipFile(folder / "pytorch_model.bin", "w", packed) as new,
+        ):
+            for member in old.namelist():
+                cut = size if member.endswith("data/3") else None
+                new.writestr(member, old.read(member)[:cut])
+        fails(folder, "pytorch_model.bin: torch cannot load it as plain tensors", message)
+
+
+def test_a_view_larger_than_the_file_is_refused(model, tmp_path):
+    model.config.save_pretrained(tmp_path)
+    state = {"model.norm.weight": torch.zeros(1).expand(10**12)}
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    fails(tmp_path, "model.norm.weight (1000000000000,) is larger than the file")
+
+
+@pytest.mark.parametrize("damage", ["[1]", '{"model": ', '{"added_tokens": true}', '"x"'])
+def test_damaged_tokenizer(directory, damage):
+    (directory / "tokenizer.json").write_text(damage)
+    fails(directory, "no tokenizer can be opened", then=lambda c: c.tokenizer())

@@ -27,6 +27,7 @@ from lordjax.conversions.readers.gguf.tokenizer import rebuild
 from lordjax.conversions.readers.gguf.vocabulary import read_vocabulary
 from lordjax.names import did_you_mean
 from lordjax.runtime import json_files
+from lordjax.runtime.input_files import reading
 
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 _IMAGES = ("v.", "mm.")  # beginnings of the names of tensors of images
@@ -133,7 +134,8 @@ class Gguf:
 
         tokenizer, config = self._rebuild_tokenizer()
         del config["tokenizer_class"]
-        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **config)
+        with reading(self.path, "no tokenizer can be made"):
+            return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **config)
 
     def tokenizer_files(self, directory: Path) -> None:
         """Writes ``tokenizer.json`` and ``tokenizer_config.json`` with the chat template."""
@@ -145,8 +147,9 @@ class Gguf:
     def _rebuild_tokenizer(self) -> tuple[Any, dict[str, Any]]:
         pre = self.meta("tokenizer.ggml.pre") or self._row.pre_tokenizer
         rows = self.hf_config["vocab_size"]
-        vocabulary = read_vocabulary(self.path, self._metadata, pre, rows)
-        return rebuild(vocabulary, self.hf_config[self._row.max_positions])
+        with reading(self.path, "no tokenizer can be made"):
+            vocabulary = read_vocabulary(self.path, self._metadata, pre, rows)
+            return rebuild(vocabulary, self.hf_config[self._row.max_positions])
 
     def _layout(self, name: str) -> Any:
         match = re.fullmatch(r"(?:blk\.\d+\.)?(\w+)\.\w+", self._tensors[name].name)

@@ -97,7 +97,7 @@ def test_damage_is_found_and_named(models, tmp_path):
     with pytest.raises(ValueError, match="upgrade lordjax"):
         load(broken, keep=0.7)
     index.write_text("{")
-    with pytest.raises(ValueError, match=r"index\.json: unreadable"):
+    with pytest.raises(ValueError, match=r"index\.json: not JSON"):
         load(broken, keep=0.7)
 
 
@@ -112,7 +112,7 @@ def leave(entries):
 
 INDEX_DAMAGES = {
     "swapped sites": (swap_sites, "index"),
-    "a file outside": (leave, "is not a file below"),
+    "a file outside": (leave, "is no file of an entry"),
     "no facts": (lambda entries: entries.pop("elastic"), "not a list of entries"),
     "a row of text": (lambda entries: entries.update(elastic="x"), "index"),
     "another checksum": (

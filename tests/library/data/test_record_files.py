@@ -1,5 +1,6 @@
 """Files of records: jsonl, compressed or not, and parquet; marks of Windows are no text."""
 
+import contextlib
 import gzip
 import json
 import sys
@@ -81,13 +82,16 @@ def test_parquet_needs_pyarrow(tmp_path, monkeypatch):
 
 def test_rows_of_parquet_are_records(tmp_path, monkeypatch):
     """By a stand-in for pyarrow, which is an extra."""
+    batch = types.SimpleNamespace(nbytes=2**24, to_pylist=lambda: RECORDS)
 
-    def read_table(path):
-        if path.read_bytes() != b"PAR1":
+    @contextlib.contextmanager
+    def parquet_file(path):
+        if path.read_bytes()[:4] != b"PAR1":
             raise ValueError("no magic bytes")
-        return types.SimpleNamespace(to_pylist=lambda: RECORDS)
+        count = len(path.read_bytes()) - 3
+        yield types.SimpleNamespace(iter_batches=lambda batch_size: [batch] * count)
 
-    parquet = types.SimpleNamespace(read_table=read_table)
+    parquet = types.SimpleNamespace(ParquetFile=parquet_file)
     monkeypatch.setitem(sys.modules, "pyarrow", types.SimpleNamespace(parquet=parquet))
     path = tmp_path / "a.Parquet"
     path.write_bytes(b"PAR1")
@@ -95,6 +99,17 @@ def test_rows_of_parquet_are_records(tmp_path, monkeypatch):
     assert list(documents(path)) == TEXTS
     with pytest.raises(ValueError, match=r"a\.Parquet, row 1: no \"n\" with a text"):
         list(documents(path, field="n"))
+    path.write_bytes(b"PAR1more")
+    with pytest.raises(ValueError, match=r"a\.Parquet: holds more than 50 times its 8 bytes"):
+        list(documents(path))
     path.write_bytes(b"x")
     with pytest.raises(ValueError, match=r"a\.Parquet: cannot be read as parquet \(no magic"):
         list(documents(path))
+
+
+def test_packed_files_are_bounded(tmp_path):
+    """One line, and many records, of which a small file holds 100 times its bytes and more."""
+    for content in (b" " * 2**20, b'{"text": "a"}\n' * 2**16):
+        (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(content, 9) * 64)
+        with pytest.raises(ValueError, match=r"a\.jsonl\.gz: holds more than 50 times its"):
+            read_records(tmp_path / "a.jsonl.gz")

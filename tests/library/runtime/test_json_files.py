@@ -22,11 +22,3 @@ def test_measurements_that_are_not_finite_are_null():
     found = json.loads(json_files.dumps_measured(VALUE))
     assert found == {"a": [1.0, {"b": None}, [None]], "c": None, "d": None, "e": "NaN"}
     assert list(json_files.non_finite(VALUE)) == ["a.1.b", "a.2.0", "c"]
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"1" * 5000, b"[]"])
-def test_what_is_no_json_object_names_its_file(tmp_path, content):
-    file = tmp_path / "a.json"
-    file.write_bytes(content)
-    with pytest.raises(ValueError, match=r"a\.json: (not JSON|expected a JSON object)"):
-        json_files.read_object(file)

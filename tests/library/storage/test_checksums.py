@@ -151,7 +151,7 @@ CHANGES = {
     ),
     "a file outside": (
         lambda d: edit(d / MANIFEST, lambda c: c["files"].update({"../../x": "0"})),
-        "outside the directory",
+        "expected the name of a file in",
     ),
 }
 
@@ -224,7 +224,10 @@ CONFIGS = {
     "more layers": ({"num_layers": 9_999, "windows": None}, "the config says 9999 layers"),
     "no such norm": ({"norm": "median"}, "config.json: no model has these settings"),
     "a norm that is a number": ({"norm": 3}, "norm = 3: expected a str"),
-    "no number": ({"norm_eps": float("nan")}, "norm_eps = nan: expected a float"),
+    "no number": (
+        {"norm_eps": float("nan")},
+        "config.json: not JSON .number NaN; expected",
+    ),
     "a text": ({"causal": "yes"}, "causal = 'yes': expected a bool"),
     "windows of another model": ({"windows": [None]}, "windows: expected"),
     "a rotary embedding of text": ({"rope": "x"}, "config.json: damaged"),

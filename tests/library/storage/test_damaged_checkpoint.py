@@ -74,8 +74,8 @@ DAMAGES = {
     "unknown model field": (in_config(model={"rope": {}, "colour": 1}), "config.json"),
     "entry is no table": (write_text("config.json", '{"lordjax": null}'), "config.json"),
     "no entry": (write_text("config.json", json.dumps(HF_CONFIG)), "no config.json with"),
-    "broken config": (write_text("config.json", '{"lordjax": {'), "no config.json with"),
-    "config is a number": (write_text("config.json", "3"), "no config.json with"),
+    "broken config": (write_text("config.json", '{"lordjax": {'), "config.json: not JSON"),
+    "config is a number": (write_text("config.json", "3"), "config.json: expected a JSON object"),
     "no config": (lambda d: (d / "config.json").unlink(), "no config.json with"),
 }
 

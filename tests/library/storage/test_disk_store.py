@@ -1,7 +1,9 @@
 """The store on disk: named entries are complete, damage is named, one process works at a time."""
 
 import errno
+import json
 import os
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ from lordjax.compression.resumable_output import TYPES
 from lordjax.methods import Factors, ModuleFactors
 from lordjax.storage.disk_store import JOURNAL, DiskStore
 from lordjax.storage.store import Entries, MemoryStore, get_or_compute
-from lordjax.storage.tensor_files import TensorFile, TensorWriter, write_tensors
+from lordjax.storage.tensor_files import TensorFile, TensorWriter, write_json, write_tensors
 
 IDENTITY = {"method": "lord", "settings": {"keep": 0.8}, "tokens": "ab"}
 
@@ -237,3 +239,95 @@ def test_states_are_kept_for_the_way_back(tmp_path):
             states.back(at)
             assert states.at == at and float(states[1][0, 2]) == at
         states.close()
+
+
+def forge(directory, change):
+    """Changes the rows of a journal, with right checksums."""
+    file = directory / "journal.jsonl"
+    rows = [json.loads(line.split(b" ", 1)[1]) for line in file.read_bytes().splitlines()]
+    texts = [json.dumps(row).encode() for row in change(rows)]
+    file.write_bytes(b"".join(b"%08x %s\n" % (zlib.crc32(text), text) for text in texts))
+
+
+@pytest.mark.parametrize("name", ["../../victim", "{}/victim", "entries/../../victim", "lock", 3])
+def test_a_forged_journal_touches_nothing_outside(tmp_path, name):
+    (victim := tmp_path / "victim").write_text("precious")
+    with opened(tmp_path) as store:
+        store["a"] = np.ones(3)
+    file = name.format(tmp_path) if isinstance(name, str) else name
+    size = victim.stat().st_size
+    forge(
+        store.directory,
+        lambda rows: [{"key": "b", "file": file, "bytes": size, "sha256": ""}, {"removed": ["b"]}],
+    )
+    with pytest.raises(ValueError, match=r"journal\.jsonl: not a journal .*remove .* start over"):
+        opened(tmp_path)
+    assert victim.read_text() == "precious"
+
+
+ROWS = {
+    "no object": [3],
+    "no key": [{"value": 1}],
+    "a number as key": [{"key": 3, "value": 1}],
+    "no value": [{"key": "a"}],
+    "a list as file": [{"key": "a", "file": []}],
+    "no size": [{"key": "a", "file": "entries/000001-a.safetensors"}],
+    "removed is a number": [{"removed": 3}],
+    "removed is no text": [{"removed": [[]]}],
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_lines_that_are_no_entries(tmp_path, name):
+    with opened(tmp_path) as store:
+        store["a"] = 1
+    forge(store.directory, lambda rows: ROWS[name])
+    with pytest.raises(ValueError, match=r"journal\.jsonl: not a journal"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["journal.jsonl", "run.json", "lock", "entries", "entries/x"])
+def test_links_are_refused_before_anything_is_written(tmp_path, name):
+    (outside := tmp_path / "outside").mkdir()
+    (victim := outside / "victim").write_text("precious")
+    with opened(tmp_path) as store:
+        store["a"] = 1
+    place = store.directory / name
+    if place.is_dir():
+        place.rmdir()
+    place.unlink(missing_ok=True)
+    place.symlink_to(outside if name == "entries" else victim)
+    with pytest.raises(ValueError, match=r"a symbolic link.*remove .* to start over"):
+        opened(tmp_path)
+    assert [file.read_text() for file in outside.iterdir()] == ["precious"]
+
+
+def test_what_is_written_goes_through_no_link(tmp_path):
+    (victim := tmp_path / "victim").write_text("precious")
+    for name in ("a.json.new", "b.safetensors.new"):
+        (tmp_path / name).symlink_to(victim)
+    write_json(tmp_path / "a.json", {})
+    write_tensors(tmp_path / "b.safetensors", {"x": np.ones(2)})
+    assert victim.read_text() == "precious"
+    assert not (tmp_path / "a.json").is_symlink()
+
+
+HEADERS = {
+    "longer than the file": (2**40, b"{}"),
+    "beyond the data": (None, b'{"x": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}'),
+    "other size": (None, b'{"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 8]}}'),
+    "negative": (None, b'{"x": {"dtype": "F32", "shape": [-1, -2], "data_offsets": [0, 8]}}'),
+    "text": (None, b'{"x": {"dtype": "F32", "shape": ["2"], "data_offsets": [0, 8]}}'),
+    "no dtype": (None, b'{"x": {"dtype": "F33", "shape": [2], "data_offsets": [0, 8]}}'),
+    "a list": (None, b"[]"),
+    "deep": (None, b"[" * 10_000),
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_headers_of_tensor_files_are_checked(tmp_path, name):
+    length, text = HEADERS[name]
+    data = (len(text) if length is None else length).to_bytes(8, "little") + text + b"\0" * 8
+    (tmp_path / "x").write_bytes(data)
+    with pytest.raises(ValueError, match=r"x: (not (a safetensors file|JSON)|the arrays end)"):
+        TensorFile(tmp_path / "x")
