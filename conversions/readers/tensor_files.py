@@ -152,9 +152,8 @@ class TorchBin(_Mapped):
             return found
 
     def _maps(self, file: Path) -> bool:
-        return zipfile.is_zipfile(
-            file
-        )  # files of torch < 1.6 are no zip files and cannot be mapped
+        with reading(file, "not a torch file"):  # damaged zip files raise errors
+            return zipfile.is_zipfile(file)  # not of torch < 1.6, whose files cannot be mapped
 
     def _values(self, name: str) -> np.ndarray:
         import torch

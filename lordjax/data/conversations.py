@@ -145,7 +145,7 @@ def _message(message: Any, where: str) -> Message:
     """Returns a message with the names of its role and its content as chat templates know them."""
     known = message if isinstance(message, dict) else {}
     role, content = ("from", "value") if "from" in known and "role" not in known else _KEYS
-    if known.get(role) not in _ROLES:
+    if not isinstance(known.get(role), str) or known[role] not in _ROLES:
         raise ValueError(f'{where}: expected "{role}", one of {", ".join(_ROLES)}')
     calls = {key: known[key] for key in _CALLS if known.get(key)}
     if "tool_calls" in calls and known.get(content) is None:

@@ -336,6 +336,13 @@ def test_members_of_torch_files_have_the_sizes_of_their_tensors(model, tmp_path)
         fails(folder, "pytorch_model.bin: torch cannot load it as plain tensors", message)
 
 
+def test_a_zip_file_of_several_disks_is_refused(model, tmp_path):
+    model.config.save_pretrained(tmp_path)
+    locator = b"PK\6\7" + bytes(12) + b"\2" + bytes(3)
+    (tmp_path / "pytorch_model.bin").write_bytes(bytes(64) + locator + b"PK\5\6" + bytes(18))
+    fails(tmp_path, "pytorch_model.bin: not a torch file (BadZipFile")
+
+
 def test_a_view_larger_than_the_file_is_refused(model, tmp_path):
     model.config.save_pretrained(tmp_path)
     state = {"model.norm.weight": torch.zeros(1).expand(10**12)}

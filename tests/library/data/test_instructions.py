@@ -164,6 +164,7 @@ def test_a_question_is_held_out_with_all_its_answers(tmp_path):
             {"messages": [*chat("a", "b"), {"role": "narrator"}]},
             'message 3: expected "role", one of',
         ),
+        ({"messages": [{"role": ["user"], "content": "a"}]}, 'message 1: expected "role", one of'),
         ({"messages": [{"role": "user"}]}, 'message 1: "content" is None'),
         ({"conversations": [{"from": "user", "value": 1}]}, 'message 1: "value" is 1'),
     ],

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from lordjax.runtime import unfinished
+from lordjax.runtime.input_files import reading
 from lordjax.storage.atomic_directory import staged
 from lordjax.storage.disk_store import DiskStore
 from lordjax.storage.lock import LOCK
-from lordjax.storage.room import RESERVE, NoRoomError, check_room
+from lordjax.storage.room import RESERVE, NoRoomError, check_room, no_room
 from lordjax.storage.tensor_files import write_tensors, write_text
 
 
@@ -116,3 +117,12 @@ def test_what_is_unfinished_is_left_when_the_process_must_end(tmp_path):
     assert unfinished.leave_all() == ["it is kept"]
     assert not names(tmp_path)
     assert not context.__exit__(RuntimeError, RuntimeError("end"), None)
+
+
+def test_a_full_disk_is_no_damage_of_what_is_read(tmp_path):
+    """As a model is read, another one may be written."""
+    full = no_room(tmp_path / "out", OSError(errno.ENOSPC, "No space left on device"), 5)
+    expected = pytest.raises(NoRoomError, match=r"out: cannot be written .* 5 bytes are needed")
+    with expected, reading(tmp_path / "model", "damaged"):
+        raise full
+    assert str(full).startswith(f"{tmp_path / 'out'}: cannot be written")
