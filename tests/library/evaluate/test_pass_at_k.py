@@ -187,10 +187,14 @@ def test_files_that_are_none_are_errors(tmp_path):
         with pytest.raises(ValueError, match=r"bad\.jsonl") as caught:
             read_problems(path)
         assert message in str(caught.value)
-    for data in (b"no gzip", gzip.compress(b"text")[:-4], gzip.compress(b"\xff")):
+    for data, message in (
+        (b"no gzip", "cannot be read as"),
+        (gzip.compress(b"text")[:-4], "cannot be read as"),
+        (gzip.compress(b"\xff"), "byte 0xff at offset 0 is not UTF-8"),
+    ):
         packed = tmp_path / "bad.jsonl.gz"
         packed.write_bytes(data)
-        with pytest.raises(ValueError, match="cannot be read as"):
+        with pytest.raises(ValueError, match=rf"bad\.jsonl\.gz: {message}"):
             read_problems(packed)
 
 
