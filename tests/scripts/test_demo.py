@@ -119,7 +119,7 @@ def test_other_settings_and_other_directories_are_refused(small, tmp_path, monke
     assert "windows was 2, is 3" in refused.stderr
     assert f"remove {out} to start over" in refused.stderr
     (out / "demo.json").write_text("{")
-    assert "not the record of a demo" in run(out).stderr
+    assert f"{out / 'demo.json'}: not JSON" in run(out).stderr
     (out / "demo.json").unlink()
     (out / "mine.txt").write_text("precious")
     assert "not an empty directory" in run(out).stderr

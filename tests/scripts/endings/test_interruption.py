@@ -16,6 +16,8 @@ from pathlib import Path
 from lordjax.runtime import interruption
 from lordjax.storage.atomic_directory import staged
 interruption.GRACE = 0.5
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a job in the background inherits that they are
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, and then they stay so
 kind, out = sys.argv[1:]
 other = threading.Thread(target=time.sleep, args=(60,), daemon=True)
 other.start()
