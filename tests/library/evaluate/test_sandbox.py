@@ -17,6 +17,7 @@ from lordjax.evaluate.sandbox import (
     OUT_OF_MEMORY,
     PASSED,
     TIMED_OUT,
+    Checks,
     Limits,
     run,
     run_all,
@@ -114,8 +115,8 @@ def test_a_program_that_ends_before_its_last_line_fails(without):
         assert result.outcome == FAILED and result.error, program
 
 
-def test_the_token_is_not_in_the_memory_of_the_program():
-    # In a frame or an object it would be a text of 32 hexadecimal digits.
+def test_the_checks_are_not_in_the_memory_of_the_program():
+    token = "f0e1d2c3b4a5968778695a4b3c2d1e0f"
     program = """
 import gc, re, sys
 seen, frame = [], sys._getframe()
@@ -125,10 +126,15 @@ while frame:
 seen += [v for o in gc.get_objects() if isinstance(o, dict) for v in list(o.values())]
 texts = [o.decode("latin-1") if isinstance(o, bytes) else o for o in seen]
 texts = [t for t in texts if isinstance(t, str)]
-assert len(texts) > 100 and not any(re.fullmatch("[0-9a-f]{32}", t) for t in texts)
+assert len(texts) > 100
+def found(first):
+    return any(re.search(first + "[0-9a-f]{28}", t) for t in texts)
 """
-    result = run(program)
+    text = f"token = {token!r}; assert not found('f0e1')"
+    result = run(program, checks=Checks(text, ("found",)))
     assert (result.outcome, result.error) == (PASSED, "")
+    planted = program.replace("def found", f"texts.append({token!r})\ndef found")
+    assert run(planted, checks=Checks(text, ("found",))).outcome == FAILED
 
 
 def test_what_a_program_replaces_does_not_keep_it_from_passing():
