@@ -5,6 +5,7 @@ Each command imports its implementation when it runs, so that ``--help`` is inst
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -31,6 +32,16 @@ from lordjax.scripts.flags.types import (
     Text,
 )
 from lordjax.scripts.flags.verb import Verb
+
+
+def lines_option(what: str) -> Callable[[Any], Any]:
+    """Returns the option ``--out`` of a command that writes a line for each ``what``."""
+    return click.option(
+        "--out",
+        type=OutputPath(file=True),
+        metavar="FILE",
+        help=f"Write a new .jsonl file with one line for each {what}.",
+    )
 
 
 @click.command(cls=Verb)
@@ -197,12 +208,7 @@ def evaluate(as_json: bool, **settings: Any) -> None:
     help="Run them even where a hostile program can leave the sandbox: it may read your files, "
     "reach the network or stop your processes. For machines that hold nothing else.",
 )
-@click.option(
-    "--out",
-    type=OutputPath(file=True),
-    metavar="FILE",
-    help="Write a new .jsonl file with one line for each problem.",
-)
+@lines_option("problem")
 @click.option(
     "--reference",
     is_flag=True,
@@ -257,12 +263,7 @@ def evaluate_code(as_json: bool, **settings: Any) -> None:
     help="Largest number of tokens of a question with a choice.  [default: the model's longest "
     "sequence]",
 )
-@click.option(
-    "--out",
-    type=OutputPath(file=True),
-    metavar="FILE",
-    help="Write a new .jsonl file with one line for each question.",
-)
+@lines_option("question")
 @as_json_option
 def evaluate_choices(as_json: bool, **settings: Any) -> None:
     """Measure accuracy on multiple-choice tasks.
