@@ -218,9 +218,9 @@ def _record(
         log.write(step=count, **metrics, seconds=now - start)
         if is_due(count):
             found = validate(state)
-            checkpoints.save(state, found.get("validation", metrics["nll"]))
-            if found:
+            if found:  # before the checkpoint: a run that goes on after it never writes this line
                 log.write(step=count, **found)
+            checkpoints.save(state, found.get("validation", metrics["nll"]))
         start = time.perf_counter()
 
 
@@ -264,10 +264,11 @@ class Log:
     def __init__(self, path: Path, step: int, report: Report | None):
         self._report = report
         text = path.read_text("utf-8", "replace") if path.exists() else ""
-        # The last line may be cut off. Steps after the checkpoint are run again.
+        # The last line may be cut off. What comes after the checkpoint is run again; without one,
+        # that is everything.
         with reading(path, "no lines of metrics", "remove it; the checkpoints do not need it"):
             whole = [parse_json(line, str(path)) for line in text.split("\n")[:-1]]
-            self.lines = [line for line in whole if line["step"] <= step]
+            self.lines = [line for line in whole if line["step"] <= step] if step else []
         write_text(path, "".join(json_files.dumps_measured(line) + "\n" for line in self.lines))
         self._file = path.open("a", buffering=1, encoding="utf-8")
 

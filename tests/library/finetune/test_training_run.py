@@ -15,7 +15,7 @@ import pytest
 from tuning import CONFIG, examples
 
 from lordjax.data.examples import Data
-from lordjax.finetune import step, training_run
+from lordjax.finetune import run_directory, step, training_run
 from lordjax.finetune.recipes import RECIPES
 from lordjax.finetune.step import Settings
 from lordjax.finetune.training_run import CheckpointPolicy, train
@@ -52,7 +52,11 @@ def finished(directory):
 
 def metrics_of(directory):
     lines = map(json.loads, (directory / training_run.METRICS).read_text().splitlines())
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+    return [untimed(line) for line in lines]
+
+
+def untimed(line):
+    return {key: value for key, value in line.items() if key != "seconds"}
 
 
 @pytest.mark.full
@@ -120,3 +124,27 @@ def test_a_finished_run_is_resumed_to_the_same(params, tmp_path):
     again = short_run(params, tmp_path / "run", 6, resume=True)
     jax.tree.map(np.testing.assert_array_equal, first.params, again.params)
     assert first.history == again.history
+
+
+@pytest.mark.parametrize("after", ["a step", "a checkpoint"])
+def test_every_line_of_metrics_is_written_once(params, tmp_path, monkeypatch, after):
+    whole = short_run(params, tmp_path / "whole", 6)
+    store = training_run._CheckpointStore
+    saved = store.save
+
+    def save(self, state, nll):
+        saved(self, state, nll)
+        raise KeyboardInterrupt
+
+    def stop(line):
+        if line["step"]:
+            raise KeyboardInterrupt
+
+    options = {"report": stop} if after == "a step" else {}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(store, "save", save)
+        # A process that is killed leaves what is there.
+        patch.setattr(run_directory, "remove_locked", run_directory.unlock_directory)
+        short_run(params, tmp_path / "broken", 6, **options)
+    again = short_run(params, tmp_path / "broken", 6, resume=True)
+    assert [untimed(line) for line in again.history] == [untimed(line) for line in whole.history]
