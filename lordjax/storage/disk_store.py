@@ -168,18 +168,21 @@ class DiskStore:
 
         Args:
           keys: keys of the entries.
-          directory: the other directory; the files keep their relative paths.
+          directory: the other directory. Files are numbered in the order of the keys there, so that
+            their names do not tell how often the run was interrupted.
 
         Returns:
-          The journal's line of each key: ``file`` (relative to either directory), ``bytes`` and
-          ``sha256``; or ``value`` for an entry without arrays.
+          A line like the journal's for each key: ``file`` (relative to the other directory),
+          ``bytes`` and ``sha256``; or ``value`` for an entry without arrays.
         """
         (directory / ENTRIES).mkdir(exist_ok=True)
         rows = {}
-        for key in keys:
+        for number, key in enumerate(keys, 1):
             row = {name: value for name, value in self._entries[key].items() if name != "key"}
             if "file" in row:
-                path, other = self._reader.checked_path(row), directory / row["file"]
+                path = self._reader.checked_path(row)
+                row["file"] = f"{ENTRIES}/{_numbered(number, key)}"
+                other = directory / row["file"]
                 other.unlink(missing_ok=True)  # a killed process may have left it
                 _link(path, other)
             rows[key] = row
@@ -204,7 +207,7 @@ class DiskStore:
 
     def _path(self, key: str) -> Path:
         self._count += 1
-        return self.directory / ENTRIES / f"{self._count:06d}-{file_name(key)}"
+        return self.directory / ENTRIES / _numbered(self._count, key)
 
     def _file(self, key: str, path: Path, written: Written) -> None:
         self._reader.intact.add(path.name)
@@ -293,6 +296,11 @@ class Stream:
 
     add: Callable[[Any], None]
     close: Callable[[str], None]
+
+
+def _numbered(number: int, key: str) -> str:
+    """Returns the name of an entry's file."""
+    return f"{number:06d}-{file_name(key)}"
 
 
 def _link(path: Path, other: Path) -> None:

@@ -70,6 +70,23 @@ def test_an_entry_is_overwritten_and_its_old_file_goes(tmp_path):
         assert store.below("") == []
 
 
+def test_linked_files_are_named_alike_after_an_interruption(tmp_path):
+    def linked(name, *, interrupted):
+        with opened(tmp_path / name) as store:
+            if interrupted:
+                store.stream("lost", [np.zeros(3)])
+                store["overwritten"] = np.zeros(3)
+            store["overwritten"], store["b"], store["plain"] = np.ones(3), np.arange(4), 7
+            (tmp_path / name / "there").mkdir()
+            return store.link(["b", "plain", "overwritten"], tmp_path / name / "there")
+
+    whole = linked("whole", interrupted=False)
+    assert linked("resumed", interrupted=True) == whole
+    file = whole["overwritten"]["file"]
+    read = [(tmp_path / name / "there" / file).read_bytes() for name in ("whole", "resumed")]
+    assert read[0] == read[1]
+
+
 def test_once_computes_once(tmp_path):
     calls = []
     for store in (MemoryStore(), opened(tmp_path)):
