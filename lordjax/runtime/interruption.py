@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from lordjax.runtime import unfinished
 
@@ -38,6 +38,7 @@ class Interrupted(BaseException):
 
 
 _received: list[int] = []  # the first signal; others change nothing
+_swallowed = threading.Event()  # its exception came in a destructor, where Python drops it
 _once = threading.Lock()
 
 
@@ -56,6 +57,15 @@ def signals_end(command: list[str]) -> Iterator[None]:
     signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     watch = (reader, set(ours), command)
     threading.Thread(target=_watch, args=watch, daemon=True, name="signals").start()
+    before = sys.unraisablehook
+
+    def dropped(args: Any) -> None:
+        if isinstance(args.exc_value, Interrupted):
+            _swallowed.set()
+        else:
+            before(args)
+
+    sys.unraisablehook = dropped
     for number in ours:
         signal.signal(number, _raise_once)
     try:
@@ -66,6 +76,7 @@ def signals_end(command: list[str]) -> Iterator[None]:
             raise
         _end(_received[0], getattr(error, "__notes__", []), command)
     finally:
+        sys.unraisablehook = before
         signal.set_wakeup_fd(-1)
         writer.close()
     if _received:  # or have swallowed it
@@ -74,7 +85,8 @@ def signals_end(command: list[str]) -> Iterator[None]:
 
 def _raise_once(number: int, frame: Any) -> None:
     del frame
-    if not _received:
+    if not _received or _swallowed.is_set():
+        _swallowed.clear()
         _received.append(number)
         raise Interrupted(number)
 
@@ -91,6 +103,8 @@ def _watch(reader: socket.socket, ours: set[int], command: list[str]) -> None:
     while time.monotonic() < end:
         _kill_children()  # threads wait for them, and start others until the main thread reacts
         time.sleep(0.2)
+        if _swallowed.is_set() and hasattr(signal, "pthread_kill"):  # not on Windows
+            signal.pthread_kill(cast(int, threading.main_thread().ident), number)
     _end(number, [], command)
 
 

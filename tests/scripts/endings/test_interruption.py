@@ -9,7 +9,8 @@ import pytest
 
 from lordjax.runtime.interruption import interruption
 
-# The main thread waits in Python, or where no handler runs: as in compiled code.
+# The main thread waits in Python; where no handler runs, as in compiled code; or in a destructor,
+# where Python drops exceptions.
 PROGRAM = """
 import ctypes, os, signal, sys, threading, time
 from pathlib import Path
@@ -19,11 +20,17 @@ interruption.GRACE = 0.5
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a job in the background inherits that they are
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, and then they stay so
 kind, out = sys.argv[1:]
+class Slow:
+    def __del__(self):
+        print("ready", flush=True)
+        time.sleep(60)
 other = threading.Thread(target=time.sleep, args=(60,), daemon=True)
 other.start()
 with interruption.signals_end(["lordjax", "compress", "a b"]):
     with staged(Path(out)) as stage:
         (stage / "half").write_text("x")
+        if kind == "destructor":
+            Slow()
         print("ready", flush=True)
         try:
             if kind == "compiled":
@@ -40,7 +47,7 @@ with interruption.signals_end(["lordjax", "compress", "a b"]):
 @pytest.mark.parametrize(
     ("kind", "name"),
     [("waiting", name) for name in ("SIGTERM", "SIGHUP", "SIGINT")]
-    + [(kind, "SIGTERM") for kind in ("wrapped", "compiled")],
+    + [(kind, "SIGTERM") for kind in ("wrapped", "compiled", "destructor")],
 )
 def test_a_signal_ends_a_command(tmp_path, kind, name):
     command = [sys.executable, "-c", PROGRAM, kind, tmp_path / "out"]
