@@ -113,13 +113,17 @@ def wait(process: int, seconds: float | None = None) -> int | None:
 def contents(directory: Path) -> dict[str, str]:
     """Returns SHA-256 by file name, without times."""
     from lordjax.scripts.report.page import PAGE, without_times
+    from lordjax.storage.checksums import MANIFEST
 
     found = {}
     for file in sorted(path for path in directory.rglob("*") if path.is_file()):
         data = file.read_bytes()
         if file.suffix in (".json", ".jsonl"):
             rows = data.decode().splitlines() if file.suffix == ".jsonl" else [data.decode()]
-            data = json.dumps([untimed(json.loads(row)) for row in rows]).encode()
+            values = [untimed(json.loads(row)) for row in rows]
+            if file.name == MANIFEST:  # checksums of files with times, which are compared without
+                values[0]["files"] = sorted(values[0]["files"])
+            data = json.dumps(values).encode()
         if file.name == PAGE:
             data = without_times(data.decode()).encode()
         found[str(file.relative_to(directory))] = hashlib.sha256(data).hexdigest()
