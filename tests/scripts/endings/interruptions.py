@@ -113,21 +113,43 @@ def wait(process: int, seconds: float | None = None) -> int | None:
 def contents(directory: Path) -> dict[str, str]:
     """Returns SHA-256 by file name, without times."""
     from lordjax.scripts.report.page import PAGE, without_times
+    from lordjax.storage.archive import DIRECTORY, FACTS, INDEX
     from lordjax.storage.checksums import MANIFEST
+    from lordjax.storage.entry_reader import file_name
 
     found = {}
     for file in sorted(path for path in directory.rglob("*") if path.is_file()):
         data = file.read_bytes()
-        if file.suffix in (".json", ".jsonl"):
-            rows = data.decode().splitlines() if file.suffix == ".jsonl" else [data.decode()]
-            values = [untimed(json.loads(row)) for row in rows]
+        if file.suffix == ".json":
+            value = untimed(json.loads(data))
             if file.name == MANIFEST:  # checksums of files with times, which are compared without
-                values[0]["files"] = sorted(values[0]["files"])
-            data = json.dumps(values).encode()
-        if file.name == PAGE:
+                value["files"] = sorted(value["files"])
+            if file.name == INDEX and file.parent.name == DIRECTORY:  # checksum of one with times
+                value["entries"][FACTS] = value["entries"][FACTS]["file"]
+            data = json.dumps(value).encode()
+        elif file.suffix == ".jsonl":
+            data = json.dumps([untimed(json.loads(row)) for row in data.splitlines()]).encode()
+        elif file.name.endswith(f"-{file_name(FACTS)}"):
+            data = without_times_of_facts(data)
+        elif file.name == PAGE:
             data = without_times(data.decode()).encode()
         found[str(file.relative_to(directory))] = hashlib.sha256(data).hexdigest()
     return found
+
+
+def without_times_of_facts(data: bytes) -> bytes:
+    """Returns a file of tensors without the times in the tree of its header."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            pairs = value["dict"] if "dict" in value else value.items()
+            return {key: plain(inner) for key, inner in pairs}
+        return [plain(each) for each in value] if isinstance(value, list) else value
+
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"]["tree"] = untimed(plain(json.loads(header["__metadata__"]["tree"])))
+    return json.dumps(header).encode() + data[end:]
 
 
 def untimed(value: Any) -> Any:
