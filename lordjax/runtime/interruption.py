@@ -122,7 +122,7 @@ def _end(number: int, notes: list[str], command: list[str]) -> NoReturn:
     Nothing runs after it: threads of libraries would be waited for.
     """
     with _once:
-        kept = [*notes, *unfinished.leave_all()]
+        kept = list(dict.fromkeys([*notes, *unfinished.leave_all()]))
         print(interruption(number, kept, command), file=sys.stderr, flush=True)
         with contextlib.suppress(OSError):  # the reader of stdout may be gone
             sys.stdout.flush()

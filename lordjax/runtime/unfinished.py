@@ -53,10 +53,22 @@ def tell(error: BaseException | None, text: str | None) -> None:
 
 
 @contextlib.contextmanager
-def telling(text: str) -> Iterator[None]:
-    """Says what is kept if the block is ended from outside; see `tell`."""
+def telling(text: str, path: Path) -> Iterator[None]:
+    """Says what is kept if the block is ended from outside.
+
+    Args:
+      text: what to say.
+      path: the text is said if this is there.
+    """
+
+    def leave() -> str | None:
+        return text if path.exists() else None
+
+    begin(path, leave)
     try:
         yield
     except BaseException as error:
-        tell(error, text)
+        tell(error, leave())
         raise
+    finally:
+        end(path)

@@ -77,7 +77,7 @@ def run_demo(
     model = open_model(str(fetch_model()))
     calibration, evaluation = corpora(model, samples, windows)
     write_record(directory, settings, rows)
-    with unfinished.telling(f"what is finished is kept in {directory}"):
+    with unfinished.telling(f"what is finished is kept in {directory}", directory):
         make(model, calibration, todo, directory)
         tokenizer = model.tokenizer()
         for variant in variants:

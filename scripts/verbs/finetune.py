@@ -50,6 +50,7 @@ def finetune_model(
     start = time.perf_counter()
     from lordjax.finetune import adapters
     from lordjax.finetune.recipes import changed, named
+    from lordjax.finetune.run_directory import RUN
     from lordjax.finetune.training_run import CheckpointPolicy, train
     from lordjax.runtime import unfinished
 
@@ -65,12 +66,12 @@ def finetune_model(
     job = config, params, found, method, settings, folder
     how: dict[str, Any] = {"keeping": CheckpointPolicy(every, last), "mesh": _mesh(devices)}
     how |= {"resume": resume, "teacher": _teacher(teacher, config)}
-    with _progress(settings.steps) as report:
-        trained = train(*job, about=about, report=report, **how)
-    new = trained.params if keep_adapters else adapters.merge(trained.params)
-    summary = _summary(trained) | _scores(config, new, found.validation)
-    details = {"settings": dataclasses.asdict(settings), "recipe": dataclasses.asdict(method)}
-    with unfinished.telling(f"the run is kept in {folder}"):
+    with unfinished.telling(f"the run is kept in {folder}", folder / RUN):
+        with _progress(settings.steps) as report:
+            trained = train(*job, about=about, report=report, **how)
+        new = trained.params if keep_adapters else adapters.merge(trained.params)
+        summary = _summary(trained) | _scores(config, new, found.validation)
+        details = {"settings": dataclasses.asdict(settings), "recipe": dataclasses.asdict(method)}
         draw(trained.history, folder / CURVE)
         _save(directory, (config, new, hf_config), opened, folder, {**about, **details, **summary})
     return {
