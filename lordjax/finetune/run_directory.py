@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lordjax.runtime import json_files, unfinished
-from lordjax.runtime.input_files import read_json
+from lordjax.runtime.input_files import check_no_links, read_json
 from lordjax.storage.disk_store import differences
 from lordjax.storage.lock import LOCK, lock_directory, remove_locked, unlock_directory
 from lordjax.storage.room import check_room, naming_room
@@ -32,9 +32,10 @@ def claimed(directory: Path, resume: bool, about: dict[str, Any], need: int) -> 
       BlockingIOError: if another process trains in the directory.
       FileExistsError: if the directory is not free.
       OSError: if the disk has not enough room.
-      ValueError: if the directory holds a run of another JSON; says what differs.
+      ValueError: if the directory holds a run of another JSON (says what differs), or a link.
     """
     _check_free(directory, resume)
+    check_no_links(directory, "remove it, or choose another directory")
     check_room(directory, need)
     lock = lock_directory(directory)
 
