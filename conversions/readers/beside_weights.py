@@ -17,6 +17,7 @@ TOKENIZER_FILES = (
 )
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 GENERATION = "generation_config.json"
+PROBE = "a \u16a0"  # a text with a character that is in no vocabulary
 
 
 class DirectoryTokenizer:
@@ -41,7 +42,7 @@ class DirectoryTokenizer:
             found = opener.from_pretrained(
                 self.directory, local_files_only=True, trust_remote_code=False
             )
-            found.decode(found.encode("a"))  # some damage shows when a tokenizer is used
+            found.decode(found.encode(PROBE))  # some damage shows when a tokenizer is used
             if not isinstance(found.chat_template, str | dict | None):
                 raise TypeError(f"chat_template is a {type(found.chat_template).__name__}")
             return found
