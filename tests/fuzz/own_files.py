@@ -1,7 +1,9 @@
 """Tiny directories as lordjax writes them, finished and not, and how they are read."""
 
+import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import shutil
 import zlib
@@ -174,3 +176,20 @@ def read_plan(directory):
     from lordjax.allocation.plan import Plan
 
     return repr(Plan.read(directory / "plan.json"))
+
+
+SETTINGS = {"model": "a", "samples": 2, "windows": 3}
+
+
+def demo(directory):
+    from lordjax.scripts.verbs.demo import write_record
+
+    row = {"name": "dense", "bytes": 10, "perplexity": 3.5}
+    write_record(directory, SETTINGS, {"dense": row})
+
+
+def read_demo(directory):
+    from lordjax.scripts.verbs.demo import finished_rows
+
+    with contextlib.redirect_stderr(io.StringIO()):  # it says that it goes on
+        return finished_rows(directory, SETTINGS)
