@@ -15,11 +15,6 @@ from typing import Any
 
 from lordjax.runtime.input_files import reading
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
-
 SECONDS, BYTES = 5.0, 7 * 10**8  # most that a template takes
 AGAIN = 0.1  # seconds after which the time limit is said again, if the template swallowed it
 # Characters of a text: so many, or so many times those of the messages if they are long.
@@ -72,8 +67,8 @@ def limited(seconds: float, memory: int) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread():
             stack.enter_context(_limited_time(seconds))
-        if resource is not None and STATUS.exists():
-            stack.enter_context(_limited_memory(resource, memory))
+        if STATUS.exists():
+            stack.enter_context(_limited_memory(memory))
         yield
 
 
@@ -92,15 +87,16 @@ def _limited_time(seconds: float) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _limited_memory(module: Any, memory: int) -> Iterator[None]:
-    limit = module.RLIMIT_AS
-    soft, hard = module.getrlimit(limit)
-    used = int(STATUS.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    most = used + memory
-    if soft != module.RLIM_INFINITY:
+def _limited_memory(memory: int) -> Iterator[None]:
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(STATUS.read_text("utf-8").split()[0])
+    most = pages * os.sysconf("SC_PAGE_SIZE") + memory
+    if soft != resource.RLIM_INFINITY:
         most = min(most, soft)
-    module.setrlimit(limit, (most, hard))
+    resource.setrlimit(resource.RLIMIT_AS, (most, hard))
     try:
         yield
     finally:
-        module.setrlimit(limit, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
