@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lordjax.runtime.input_files import read_json, reading
+from lordjax.runtime.input_files import inside, read_json, reading
 from lordjax.storage.tensor_files import write_json
 
 TOKENIZER_FILES = (
@@ -53,7 +53,7 @@ class DirectoryTokenizer:
             shutil.copyfile(file, directory / file.name)
 
     def _present(self) -> list[Path]:
-        files = [self.directory / name for name in TOKENIZER_FILES]
+        files = [inside(self.directory, name, self.directory) for name in TOKENIZER_FILES]
         if not (present := [file for file in files if file.exists()]):
             raise FileNotFoundError(
                 f"{self.directory}: no tokenizer; copy tokenizer.json (or one of "
@@ -71,9 +71,9 @@ def read_generation_config(directory: Path) -> dict[str, Any]:
     """Returns the content of a model's ``generation_config.json``; empty if it has none.
 
     Raises:
-      ValueError: if the file is no JSON object.
+      ValueError: if the file is no JSON object, or a link out of the directory.
     """
-    file = directory / GENERATION
+    file = inside(directory, GENERATION, directory)
     return read_json(file) if file.exists() else {}
 
 

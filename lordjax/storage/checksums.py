@@ -112,7 +112,7 @@ class Manifest:
         Raises:
           ValueError: if it is missing or damaged, or has a newer format.
         """
-        file = directory / MANIFEST
+        file = inside(directory, MANIFEST, directory)
         if not file.exists():
             raise ValueError(f"{file}: is missing; {remedy}")
         with reading(file, "not a list of checksums", remedy):
