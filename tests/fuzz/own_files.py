@@ -1,9 +1,7 @@
 """Tiny directories as lordjax writes them, finished and not, and how they are read."""
 
-import contextlib
 import dataclasses
 import hashlib
-import io
 import json
 import shutil
 import zlib
@@ -191,5 +189,4 @@ def demo(directory):
 def read_demo(directory):
     from lordjax.scripts.verbs.demo import finished_rows
 
-    with contextlib.redirect_stderr(io.StringIO()):  # it says that it goes on
-        return finished_rows(directory, SETTINGS)
+    return finished_rows(directory, SETTINGS)
