@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,7 @@ def claimed(directory: Path, resume: bool, about: dict[str, Any], need: int) -> 
     unfinished.begin(directory, leave)
     try:
         with naming_room(directory, need):
-            _check_same(directory / RUN, json.loads(json_files.dumps(about)))
+            _check_same(directory / RUN, json_files.as_read(about))
             yield
     except BaseException as error:
         unfinished.tell(error, leave())
