@@ -32,7 +32,7 @@ from lordjax.storage.tensor_files import DTYPES, TensorFile
 def is_compressed(path: str | os.PathLike[str]) -> bool:
     """Whether ``path`` is a directory that `checkpoint.save` wrote."""
     try:
-        return "lordjax" in read_json(inside(Path(path), "config.json", path))
+        return "lordjax" in read_json(inside(Path(path), "config.json", Path(path)))
     except (OSError, ValueError):
         return False
 
