@@ -18,7 +18,7 @@ def may_mount():
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("job", ["compress", "convert", "export", "finetune"])
+@pytest.mark.parametrize("job", ["convert", "export"])
 def test_a_command_without_room_ends_in_one_line_and_goes_on_later(job):
     if sys.platform != "linux" or os.getuid() or not may_mount():
         pytest.skip("needs root on Linux, and the right to mount")
