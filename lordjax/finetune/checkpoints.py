@@ -6,6 +6,9 @@ array. So the files are checked before Orbax opens them.
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +87,8 @@ class CheckpointStore:
         """Writes a state; ``nll``, in nats per target, decides which checkpoint is the best."""
         count, before = int(state.step), self.steps()
         facts = {NLL: nll, LEAST: min([nll, *before.values()])}
-        self._manager.save(count, args=ocp.args.StandardSave(_named(state)), metrics=facts)
+        with _unlogged():
+            self._manager.save(count, args=ocp.args.StandardSave(_named(state)), metrics=facts)
         self._check(self._directory / str(count))
         remove_tree(self._directory / _REMOVED)
         there = self._manager.all_steps()
@@ -116,6 +120,17 @@ class CheckpointStore:
     def close(self) -> None:
         """Closes Orbax's checkpoint manager."""
         self._manager.close()
+
+
+@contextlib.contextmanager
+def _unlogged() -> Iterator[None]:
+    """Keeps Orbax from logging tracebacks of errors that it raises as well."""
+    logger = logging.getLogger("absl")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _named(state: State) -> dict[str, Any]:

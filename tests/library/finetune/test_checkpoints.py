@@ -1,6 +1,7 @@
 """Checkpoints on disk: damage is named, and what a killed process left is no damage."""
 
 import re
+import resource
 import shutil
 
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 from lordjax.finetune.checkpoints import CheckpointStore
 from lordjax.finetune.step import State
 from lordjax.storage.checksums import MANIFEST
+from lordjax.storage.room import is_full
 
 NLL = {2: 3.0, 4: 2.0, 6: 2.5}
 
@@ -52,6 +54,20 @@ def test_a_changed_array_is_named(directory):
         CheckpointStore(directory, 1)
     shutil.rmtree(directory / "6")
     assert CheckpointStore(directory, 1).steps() == {4: 2.0}
+
+
+def test_a_full_disk_is_one_error_without_a_traceback(directory, capfd):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    store = CheckpointStore(directory, 1)
+    params = {"a": jnp.asarray(np.random.default_rng(0).random((200, 200)))}
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        with pytest.raises(Exception, match="too large") as found:
+            store.save(State(jnp.int32(8), params, []), 1.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert is_full(found.value)
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_missing_best_checkpoint_is_an_error(directory):
