@@ -30,6 +30,7 @@ from lordjax.evaluate.likelihood import BATCH, Score, log_likelihoods
 from lordjax.generation.completion import encode
 from lordjax.generation.sampling import Sampling
 from lordjax.runtime import json_files
+from lordjax.runtime.chat_template import render
 from lordjax.scripts.console import progress_report
 from lordjax.scripts.opened_model import open_model
 
@@ -110,9 +111,11 @@ class LordjaxLM(TemplateLM):
             the last message open, so that the model continues it.
         """
         self._chat = True
-        return self.tokenizer.apply_chat_template(
+        return render(
+            self.tokenizer,
             chat_history,
-            tokenize=False,
+            self._name,
+            "the chat template cannot be used for these messages",
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )

@@ -4,6 +4,7 @@ A directory holds::
 
     params/         nested dicts of arrays, for ocp.StandardCheckpointer().restore(...)
     manifest.json   kinds and static fields of kernels, `ModelConfig`, the original config.json
+    checksums.json  checksums of these files
     tokenizer files
 """
 
@@ -18,11 +19,12 @@ from lordjax.conversions.exporters.hf_files import ExportSpec
 from lordjax.kernels import trees
 from lordjax.models.config import ModelConfig
 from lordjax.names import layer
-from lordjax.runtime.input_files import read_json
-from lordjax.storage import assembly, checkpoint, shards
+from lordjax.runtime.input_files import read_json, reading
+from lordjax.storage import assembly, checkpoint, checksums, shards
 from lordjax.storage.tensor_files import write_json
 
 PARAMS, MANIFEST = "params", "manifest.json"
+_ADVICE = "export again"
 
 
 def orbax(job: ExportSpec, stage: Path) -> None:
@@ -37,6 +39,7 @@ def orbax(job: ExportSpec, stage: Path) -> None:
         "config": dict(source.hf_config),
     }
     write_json(stage / MANIFEST, manifest)
+    write_json(stage / checksums.MANIFEST, checksums.Manifest.of(stage, {}).to_json())
 
 
 def restore_orbax(directory: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
@@ -53,11 +56,13 @@ def restore_orbax(directory: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
       ValueError: if the manifest or a kernel is damaged.
     """
     directory = Path(directory).resolve()
-    manifest = read_json(directory / MANIFEST)
-    with ocp.StandardCheckpointer() as checkpointer:
-        tree = checkpointer.restore(directory / PARAMS)
-    try:
+    if (directory / checksums.MANIFEST).exists():  # older versions wrote none
+        checksums.Manifest.read(directory, _ADVICE).check_files()
+    manifest = read_json(directory / MANIFEST, _ADVICE)
+    damage = reading(directory / PARAMS, "damaged parameters", _ADVICE)
+    with damage, ocp.StandardCheckpointer() as checkpointer:
+        tree = trees.flatten(checkpointer.restore(directory / PARAMS))
+    with reading(directory / MANIFEST, "damaged, or of other parameters", _ADVICE):
         meta = manifest["lordjax"]
-        return ModelConfig.from_json(meta["model"]), assembly.assemble(trees.flatten(tree), meta)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{directory / MANIFEST}: damaged ({error!r}); export again") from error
+        assembly.check_kernels(meta)
+        return ModelConfig.from_json(meta["model"]), assembly.assemble(tree, meta)

@@ -21,7 +21,7 @@ import numpy as np
 
 from lordjax.conversions.readers.tensor_files import Safetensors, TensorFiles, TorchBin
 from lordjax.names import listed
-from lordjax.runtime.input_files import read_json, reading
+from lordjax.runtime.input_files import inside, read_json, reading
 
 CONFIG = "adapter_config.json"
 _WEIGHTS = {"adapter_model.safetensors": Safetensors, "adapter_model.bin": TorchBin}
@@ -48,7 +48,7 @@ def base_of(path: Path) -> str:
     Raises:
       ValueError: if the adapter does not name one.
     """
-    name = read_json(path / CONFIG).get("base_model_name_or_path")
+    name = read_json(inside(path, CONFIG, path)).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise ValueError(
             f"{path / CONFIG}: base_model_name_or_path is {name!r}; expected the directory or hub "
@@ -82,7 +82,7 @@ class Merged:
     def __init__(self, base: TensorFiles, path: Path):
         self._base, self._path = base, path
         self._base_names = frozenset(base.names())
-        self._config = _checked(read_json(path / CONFIG), path)
+        self._config = _checked(read_json(inside(path, CONFIG, path)), path)
         self._files = _open(path)
         self._loras: dict[str, Lora] = {}
         self._whole: dict[str, str] = {}
@@ -220,8 +220,8 @@ def _check_patterns(patterns: Any, where: str) -> None:
 
 def _open(path: Path) -> TensorFiles:
     for name, reader in _WEIGHTS.items():
-        if (path / name).exists():
-            return reader([path / name])
+        if (file := inside(path, name, path)).exists():
+            return reader([file])
     raise FileNotFoundError(
         f"{path}: an adapter without weights; expected one of {', '.join(_WEIGHTS)}"
     )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lordjax.runtime.input_files import read_json, reading
+from lordjax.runtime.input_files import inside, read_json, reading
 from lordjax.storage.tensor_files import write_json
 
 TOKENIZER_FILES = (
@@ -17,6 +17,7 @@ TOKENIZER_FILES = (
 )
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 GENERATION = "generation_config.json"
+PROBE = "a \u16a0"  # a text with a character that is in no vocabulary
 
 
 class DirectoryTokenizer:
@@ -41,7 +42,7 @@ class DirectoryTokenizer:
             found = opener.from_pretrained(
                 self.directory, local_files_only=True, trust_remote_code=False
             )
-            found.decode(found.encode("a"))  # some damage shows when a tokenizer is used
+            found.decode(found.encode(PROBE))  # some damage shows when a tokenizer is used
             if not isinstance(found.chat_template, str | dict | None):
                 raise TypeError(f"chat_template is a {type(found.chat_template).__name__}")
             return found
@@ -52,7 +53,7 @@ class DirectoryTokenizer:
             shutil.copyfile(file, directory / file.name)
 
     def _present(self) -> list[Path]:
-        files = [self.directory / name for name in TOKENIZER_FILES]
+        files = [inside(self.directory, name, self.directory) for name in TOKENIZER_FILES]
         if not (present := [file for file in files if file.exists()]):
             raise FileNotFoundError(
                 f"{self.directory}: no tokenizer; copy tokenizer.json (or one of "
@@ -70,9 +71,9 @@ def read_generation_config(directory: Path) -> dict[str, Any]:
     """Returns the content of a model's ``generation_config.json``; empty if it has none.
 
     Raises:
-      ValueError: if the file is no JSON object.
+      ValueError: if the file is no JSON object, or a link out of the directory.
     """
-    file = directory / GENERATION
+    file = inside(directory, GENERATION, directory)
     return read_json(file) if file.exists() else {}
 
 

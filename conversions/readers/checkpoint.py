@@ -62,7 +62,7 @@ from lordjax.conversions.readers.tensor_files import (
 from lordjax.kernels.trees import unflatten
 from lordjax.models.config import ModelConfig
 from lordjax.names import layer
-from lordjax.runtime.input_files import read_json, reading
+from lordjax.runtime.input_files import inside, read_json, reading
 from lordjax.storage.tensor_check import check_finite
 
 DTYPES = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
@@ -300,7 +300,7 @@ def open_checkpoint(path_or_id: str | Path, *, ignore_keys: Iterable[str] = ()) 
         with reading(path, f"cannot read the base model {name}", "correct the adapter's config"):
             base = open_checkpoint(name, ignore_keys=ignore_keys)
         return base.with_adapter(path)
-    hf_config = _config_of(path, path / "config.json", ignore_keys)
+    hf_config = _config_of(path, inside(path, "config.json", path), ignore_keys)
     generation = functools.partial(read_generation_config, path)
     files, tokens = open_directory(path), DirectoryTokenizer(path)
     refuse_quantized_tensors(files)
@@ -334,7 +334,7 @@ def read_config(
         name = base_of_adapter(path)
         with reading(path, f"cannot read the base model {name}", "correct the adapter's config"):
             return read_config(name, ignore_keys=ignore_keys)
-    file = path / "config.json" if path.is_dir() else path
+    file = inside(path, "config.json", path) if path.is_dir() else path
     hf_config = normalized(_config_of(path, file, ignore_keys))
     return hf_config, model_config(hf_config, str(file))
 

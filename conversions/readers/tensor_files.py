@@ -237,13 +237,13 @@ def open_directory(path: Path) -> TensorFiles:
 
     Raises:
       FileNotFoundError: if the directory has no weights, or a shard is missing.
-      ValueError: if a file is damaged.
+      ValueError: if a file is damaged, or a link out of the directory.
       ImportError: if the weights are torch files and torch is not installed.
     """
     for name, reader in (("model.safetensors", Safetensors), ("pytorch_model.bin", TorchBin)):
-        if (path / name).exists():
-            return reader([path / name])
-        if (index := path / f"{name}.index.json").exists():
+        if (file := inside(path, name, path)).exists():
+            return reader([file])
+        if (index := inside(path, f"{name}.index.json", path)).exists():
             return reader(_shards(index))
     raise FileNotFoundError(
         f"{path}: no weights in this directory; expected model.safetensors or pytorch_model.bin, "

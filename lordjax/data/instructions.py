@@ -13,6 +13,7 @@ from typing import Any
 from lordjax.data import token_windows
 from lordjax.data.conversations import ANSWER, Conversation, Message, conversations
 from lordjax.data.examples import VALIDATION, Data, Examples, hold_out, next_tokens, pad
+from lordjax.runtime import chat_template
 
 Piece = tuple[str, bool]  # a piece of text, and whether its tokens are targets
 
@@ -101,13 +102,10 @@ def _by_template(conversation: Conversation, tokenizer: Any) -> list[list[Piece]
     how = {"tools": tools} if tools else {}
 
     def render(count: int, prompt: bool) -> str:
-        try:
-            return tokenizer.apply_chat_template(
-                messages[:count], tokenize=False, add_generation_prompt=prompt, **how
-            )
-        except Exception as error:  # a template's code may raise anything
-            where = conversation.where
-            raise ValueError(f"{where}: the chat template refuses this: {error}") from error
+        where, problem = conversation.where, "the chat template refuses this"
+        return chat_template.render(
+            tokenizer, messages[:count], where, problem, add_generation_prompt=prompt, **how
+        )
 
     found: list[list[Piece]] = []
     done = None

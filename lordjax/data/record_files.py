@@ -19,6 +19,7 @@ RECORDS = frozenset((LINES, COMPRESSED, PARQUET))
 # A file may grow when it is read: to so many times its bytes, or to so many bytes if it is small.
 # Text of a compressed file has about 4 times its bytes, the most regular records 30 times.
 _GROWTH, _SMALL, _PIECE = 50, 2**24, 2**20
+_ROWS = 32  # of parquet that are unpacked at a time; they may share one large value
 
 
 def suffix_of(path: Path) -> str:
@@ -126,7 +127,10 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
         ) from error
     most = max(_SMALL, _GROWTH * size_of(path))
     with reading(path, "cannot be read as parquet"), parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=1024):
+        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+        if sum(group.total_byte_size for group in groups) > most:
+            raise ValueError(_too_large(path))
+        for batch in file.iter_batches(batch_size=_ROWS):
             most -= batch.nbytes
             if most < 0:
                 raise ValueError(_too_large(path))

@@ -50,6 +50,7 @@ machine or in a container that holds nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -68,6 +69,15 @@ PASSED, FAILED, TIMED_OUT, OUT_OF_MEMORY = "passed", "failed", "timed out", "out
 SUPERVISOR = Path(__file__).with_name("sandbox_supervisor.py")
 MECHANISMS = ("namespaces", "landlock", "filter", "cgroup")
 GRACE = 60  # extra seconds for the supervisor, to start and to kill a program
+KILLING = 10  # seconds that a killed supervisor has to end
+# What a process does, by the letter that the kernel has for it.
+STATES = {
+    "T": "stopped",
+    "t": "stopped",
+    "D": "waiting for the kernel",
+    "S": "waiting",
+    "Z": "gone",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,7 +216,9 @@ def _check_accepted(report: dict[str, Any]) -> None:
         )
 
 
-def _supervise(request: dict[str, Any], checks: Checks, directory: str, seconds: float) -> Any:
+def _supervise(
+    request: dict[str, Any], checks: Checks, directory: str, seconds: float
+) -> subprocess.CompletedProcess[str]:
     """Starts the supervisor and waits for it; raises OSError if it takes too long."""
     # Bytecode is written: compiling the supervisor's modules takes as long as starting Python.
     command = [sys.executable, "-P", "-s", "-S", "-u", "-X", "utf8", str(SUPERVISOR), directory]
@@ -214,23 +226,41 @@ def _supervise(request: dict[str, Any], checks: Checks, directory: str, seconds:
     # texts, and so the results of programs, the same order in every process.
     kept = {k: v for k, v in os.environ.items() if k == "LD_LIBRARY_PATH"}
     first, second = json.dumps(request), json.dumps(dataclasses.asdict(checks))
+    supervisor = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        env={"PYTHONHASHSEED": "0", **kept},
+        cwd=directory,
+        start_new_session=True,
+    )
     try:
-        return subprocess.run(
-            command,
-            input=f"{len(first)}\n{first}{second}",
-            capture_output=True,
-            text=True,
-            encoding="utf-8",
-            env={"PYTHONHASHSEED": "0", **kept},
-            cwd=directory,
-            start_new_session=True,
-            timeout=seconds,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
+        output, errors = supervisor.communicate(f"{len(first)}\n{first}{second}", seconds)
+    except BaseException as error:
+        state = _kill(supervisor)
+        if not isinstance(error, subprocess.TimeoutExpired):
+            raise
         raise OSError(
-            f"the sandbox returned no result within {seconds:g} s; is the machine overloaded?"
+            f"the sandbox returned no result within {seconds:g} s (its supervisor was {state}); is "
+            "the machine overloaded?"
         ) from error
+    return subprocess.CompletedProcess(command, supervisor.returncode, output, errors)
+
+
+def _kill(supervisor: subprocess.Popen[str]) -> str:
+    """Kills a supervisor, and waits for its end, but not for ever; returns what it was doing."""
+    try:
+        line = Path(f"/proc/{supervisor.pid}/stat").read_text("utf-8", "replace")
+        state = STATES.get(line.rpartition(")")[2].split()[0], "at work")
+    except OSError:
+        state = "gone"
+    supervisor.kill()
+    with contextlib.suppress(subprocess.TimeoutExpired):  # the kernel may not let go of it
+        supervisor.communicate(timeout=KILLING)
+    return state
 
 
 def run_all(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lordjax.runtime import json_files, unfinished
-from lordjax.runtime.input_files import read_json
+from lordjax.runtime.input_files import check_no_links, read_json
 from lordjax.storage.disk_store import differences
 from lordjax.storage.lock import LOCK, lock_directory, remove_locked, unlock_directory
 from lordjax.storage.room import check_room, naming_room
@@ -32,9 +31,10 @@ def claimed(directory: Path, resume: bool, about: dict[str, Any], need: int) -> 
       BlockingIOError: if another process trains in the directory.
       FileExistsError: if the directory is not free.
       OSError: if the disk has not enough room.
-      ValueError: if the directory holds a run of another JSON; says what differs.
+      ValueError: if the directory holds a run of another JSON (says what differs), or a link.
     """
     _check_free(directory, resume)
+    check_no_links(directory, "remove it, or choose another directory")
     check_room(directory, need)
     lock = lock_directory(directory)
 
@@ -49,7 +49,7 @@ def claimed(directory: Path, resume: bool, about: dict[str, Any], need: int) -> 
     unfinished.begin(directory, leave)
     try:
         with naming_room(directory, need):
-            _check_same(directory / RUN, json.loads(json_files.dumps(about)))
+            _check_same(directory / RUN, json_files.as_read(about))
             yield
     except BaseException as error:
         unfinished.tell(error, leave())

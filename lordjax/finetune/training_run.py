@@ -25,10 +25,10 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from lordjax.data.examples import Data, Examples
 from lordjax.finetune import step
+from lordjax.finetune.checkpoints import CheckpointStore
 from lordjax.finetune.recipes import Recipe
 from lordjax.finetune.run_directory import CHECKPOINTS, claimed
 from lordjax.finetune.step import Settings, State
@@ -37,7 +37,7 @@ from lordjax.kernels.base import nbytes
 from lordjax.kernels.kinds import astype
 from lordjax.models.config import ModelConfig
 from lordjax.runtime import json_files
-from lordjax.runtime.input_files import parse_json, reading
+from lordjax.runtime.input_files import parse_json, reading, size_of
 from lordjax.runtime.mesh import Mesh
 from lordjax.storage.tensor_files import write_text
 
@@ -56,57 +56,6 @@ class CheckpointPolicy:
 
     every: int = 50
     last: int = 2
-
-
-class _CheckpointStore:
-    """The checkpoints of a run."""
-
-    def __init__(self, directory: Path, policy: CheckpointPolicy):
-        def nll(metrics: Any) -> float:
-            return metrics["nll"]
-
-        best = BestN(get_metric_fn=nll, reverse=True, n=1)
-        options = ocp.CheckpointManagerOptions(
-            best_fn=nll,  # without it Orbax writes no metrics
-            best_mode="min",
-            preservation_policy=AnyPreservationPolicy([best, LatestN(policy.last)]),
-            enable_async_checkpointing=False,  # the process may be killed at any moment
-            cleanup_tmp_directories=True,
-        )
-        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
-
-    def save(self, state: State, nll: float) -> None:
-        """Writes a state; ``nll``, in nats per target, decides which checkpoint is the best."""
-        leaves = _named(state)
-        self._manager.save(
-            int(state.step), args=ocp.args.StandardSave(leaves), metrics={"nll": nll}
-        )
-
-    def steps(self) -> dict[int, float]:
-        """Returns the nats per target of every checkpoint, by its number of steps."""
-        found = ((count, self._manager.metrics(count)) for count in self._manager.all_steps())
-        return {count: metrics["nll"] for count, metrics in found if metrics is not None}
-
-    def best(self) -> int:
-        """Returns the step count of the checkpoint with the fewest nats; on a tie the earliest."""
-        steps = self.steps()
-        return min(steps, key=lambda count: (steps[count], count))
-
-    def restore(self, template: State, count: int) -> State:
-        """Returns the state after ``count`` steps, with the shapes and placement of a template."""
-        leaves = _named(template)
-        found = self._manager.restore(count, args=ocp.args.StandardRestore(leaves))
-        return jax.tree.unflatten(jax.tree.structure(template), [found[name] for name in leaves])
-
-    def close(self) -> None:
-        """Closes Orbax's checkpoint manager."""
-        self._manager.close()
-
-
-def _named(state: State) -> dict[str, Any]:
-    """Returns the arrays of a state by name; Orbax cannot store kernels with missing fields."""
-    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
-    return {f"{i:05d}{jax.tree_util.keystr(keys)}": leaf for i, (keys, leaf) in enumerate(leaves)}
 
 
 @dataclasses.dataclass
@@ -174,7 +123,7 @@ def train(
     need = (keeping.last + 2) * nbytes(state)  # besides: the best one, and an unfinished one
     with (
         claimed(directory, resume, about, need),
-        _opened(directory, keeping, state, report) as (checkpoints, log, state),
+        opened(directory, keeping.last, state, report) as (checkpoints, log, state),
     ):
         if not int(state.step):
             log.write(step=0, **validate(state))
@@ -187,11 +136,11 @@ def train(
 
 
 @contextlib.contextmanager
-def _opened(
-    directory: Path, policy: CheckpointPolicy, state: State, report: Report | None
-) -> Iterator[tuple[_CheckpointStore, Log, State]]:
+def opened(
+    directory: Path, last: int, state: State, report: Report | None
+) -> Iterator[tuple[CheckpointStore, Log, State]]:
     """Opens the checkpoints and metrics of a run; also yields the state of the last checkpoint."""
-    with contextlib.closing(_CheckpointStore(directory / CHECKPOINTS, policy)) as checkpoints:
+    with contextlib.closing(CheckpointStore(directory / CHECKPOINTS, last)) as checkpoints:
         if done := checkpoints.steps():
             template = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
             state = checkpoints.restore(template, max(done))
@@ -206,7 +155,7 @@ def _is_due(count: int, policy: CheckpointPolicy, settings: Settings) -> bool:
 
 def _record(
     steps: Iterator[tuple[State, dict[str, float]]],
-    checkpoints: _CheckpointStore,
+    checkpoints: CheckpointStore,
     log: Log,
     validate: Callable[[State], dict[str, float]],
     is_due: Callable[[int], bool],
@@ -263,10 +212,11 @@ class Log:
 
     def __init__(self, path: Path, step: int, report: Report | None):
         self._report = report
-        text = path.read_text("utf-8", "replace") if path.exists() else ""
         # The last line may be cut off. What comes after the checkpoint is run again; without one,
         # that is everything.
         with reading(path, "no lines of metrics", "remove it; the checkpoints do not need it"):
+            there = path.exists() and size_of(path)
+            text = path.read_text("utf-8", "replace") if there else ""
             whole = [parse_json(line, str(path)) for line in text.split("\n")[:-1]]
             self.lines = [line for line in whole if line["step"] <= step] if step else []
         write_text(path, "".join(json_files.dumps_measured(line) + "\n" for line in self.lines))

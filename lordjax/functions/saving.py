@@ -21,7 +21,7 @@ import numpy as np
 from lordjax.allocation.plan import Plan
 from lordjax.kernels import trees
 from lordjax.kernels.base import is_kernel, nbytes
-from lordjax.runtime.input_files import read_json, reading
+from lordjax.runtime.input_files import inside, read_json, reading
 from lordjax.storage import shards
 from lordjax.storage.assembly import assemble, check_fields, check_kernels
 from lordjax.storage.atomic_directory import check_destination, staged
@@ -83,7 +83,7 @@ def load_params(directory: str | os.PathLike[str], like: Any = None, *, verify: 
         does not fit ``like``; names it.
     """
     directory = Path(directory)
-    about, file = _about(directory), directory / TENSORS
+    about, file = _about(directory), inside(directory, TENSORS, directory)
     if not file.is_file():
         raise ValueError(f"{file}: is missing; copy or save it again")
     with reading(directory, "not a tree of save_params"):
@@ -115,7 +115,7 @@ def _verify(directory: Path, about: Mapping[str, Any], arrays: Mapping[str, np.n
 
 def _about(directory: Path) -> dict[str, Any]:
     """Returns the contents of `ABOUT`; raises ValueError if it is not what `save_params` wrote."""
-    file = directory / ABOUT
+    file = inside(directory, ABOUT, directory)
     with reading(file, "not written by save_params"):
         about = read_json(file)
         if about["format"] not in range(1, FORMAT + 1):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lordjax.runtime.input_files import reading
+from lordjax.runtime.chat_template import render
 
 # Stand for a question and an answer in a rendered template; no tokenizer's text holds them.
 _QUESTION, _ANSWER = "\ue0f1", "\ue0f2"
@@ -56,8 +56,8 @@ def _parts(
 ) -> tuple[str, str] | None:
     """Returns the rendered text before and behind a mark; None if it is not there once."""
     where = getattr(tokenizer, "name_or_path", "tokenizer")
-    with reading(where, "the chat template cannot be used", "correct it"):
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+    problem = "the chat template cannot be used"
+    text = render(tokenizer, messages, where, problem, add_generation_prompt=prompt)
     before, *behind = text.split(mark)
     return (before, behind[0]) if len(behind) == 1 and before else None
 
@@ -71,13 +71,12 @@ def chat_ids(tokenizer: Any, messages: Sequence[Mapping[str, Any]], name: str) -
       name: name of the model in error messages.
 
     Raises:
-      ValueError: if the tokenizer has no chat template.
+      ValueError: if the tokenizer has no chat template, or it cannot be used.
     """
     check_template(tokenizer, name)
-    with reading(name, "the chat template cannot be used for these messages", "correct it"):
-        return tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=False
-        )
+    problem = "the chat template cannot be used for these messages"
+    text = render(tokenizer, messages, name, problem, add_generation_prompt=True)
+    return tokenizer.encode(text, add_special_tokens=False)
 
 
 def check_template(tokenizer: Any, name: str) -> None:

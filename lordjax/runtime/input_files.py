@@ -159,7 +159,7 @@ def _depth(value: Any) -> int:
 
 
 def inside(directory: Path, name: Any, where: str | Path) -> Path:
-    """Returns the path of a file that another file names, which must not leave the directory.
+    """Returns the path of a file in a directory, which must not leave it.
 
     A link may lead to another file of the directory, or into the cache of the Hugging Face hub,
     whose directories link to files ``models--OWNER--NAME/blobs/HASH``.
@@ -167,7 +167,7 @@ def inside(directory: Path, name: Any, where: str | Path) -> Path:
     Args:
       directory: the directory.
       name: name of the file, relative to it.
-      where: the file that names it, for the error message.
+      where: the file that names it, or the directory, for the error message.
 
     Raises:
       ValueError: if the name is no relative path, has "..", or is a link that leads elsewhere.

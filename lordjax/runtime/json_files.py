@@ -42,6 +42,18 @@ def dumps_measured(value: Any, **options: Any) -> str:
     return json.dumps(_finite(value), allow_nan=False, **options)
 
 
+def as_read(value: Any) -> Any:
+    """Returns a value as it is after it was written and read: tuples are lists, keys are texts.
+
+    Args:
+      value: what JSON can hold.
+
+    Raises:
+      ValueError: if a number is not finite; names its place.
+    """
+    return json.loads(dumps(value))
+
+
 def non_finite(value: Any) -> dict[str, float]:
     """Returns path -> number of every NaN and infinite number in a JSON value."""
     return dict(_non_finite(value, ""))

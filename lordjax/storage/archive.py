@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lordjax.runtime.input_files import read_json, reading
+from lordjax.runtime.input_files import inside, read_json, reading
 from lordjax.storage.checksums import MANIFEST, Manifest
 from lordjax.storage.entry_reader import EntryReader, check_entry, file_name
 from lordjax.storage.serialize import Types
@@ -32,7 +32,7 @@ class Archive(MemoryStore):
 
     def __init__(self, directory: Path, types: Types, *, verify: bool = True):
         super().__init__()
-        index = directory / DIRECTORY / INDEX
+        index = inside(directory, f"{DIRECTORY}/{INDEX}", directory)
         with reading(index, "unreadable", REMEDY):
             content = read_json(index, REMEDY)
             version = content["format"]

@@ -70,11 +70,13 @@ class Manifest:
       directory: the directory.
       tensors: name -> what `tensor_row` returned.
       files: path in the directory, with "/" -> SHA-256.
+      remedy: advice at the end of an error message.
     """
 
     directory: Path
     tensors: Mapping[str, Mapping[str, Any]]
     files: Mapping[str, str]
+    remedy: str = REMEDY
 
     @classmethod
     def of(cls, directory: Path, tensors: Mapping[str, Mapping[str, Any]]) -> Manifest:
@@ -100,42 +102,46 @@ class Manifest:
         return {"format": FORMAT, "tensors": dict(self.tensors), "files": dict(self.files)}
 
     @classmethod
-    def read(cls, directory: Path) -> Manifest:
+    def read(cls, directory: Path, remedy: str = REMEDY) -> Manifest:
         """Returns the manifest in a directory.
+
+        Args:
+          directory: the directory.
+          remedy: advice at the end of an error message.
 
         Raises:
           ValueError: if it is missing or damaged, or has a newer format.
         """
-        file = directory / MANIFEST
+        file = inside(directory, MANIFEST, directory)
         if not file.exists():
-            raise ValueError(f"{file}: is missing; {REMEDY}")
-        with reading(file, "not a list of checksums", REMEDY):
-            content = read_json(file, REMEDY)
+            raise ValueError(f"{file}: is missing; {remedy}")
+        with reading(file, "not a list of checksums", remedy):
+            content = read_json(file, remedy)
             version, tensors, files = (content[key] for key in ("format", "tensors", "files"))
             if type(version) is not int or version > FORMAT:
                 raise ValueError(f"{file}: format {version!r}, expected {FORMAT}; upgrade lordjax")
             rows = [set(row) >= {"dtype", "shape", "crc32"} for row in tensors.values()]
             if not all(rows) or not all(isinstance(value, str) for value in files.values()):
                 raise TypeError("a row of it is none")
-        return cls(directory, tensors, files)
+        return cls(directory, tensors, files, remedy)
 
     def check_files(self) -> None:
         """Raises ValueError if a listed file is missing or was changed; names it."""
         for name, expected in self.files.items():
             file = inside(self.directory, name, self.directory / MANIFEST)
             if not file.is_file():
-                raise ValueError(f"{file}: is missing, but {MANIFEST} lists it; {REMEDY}")
+                raise ValueError(f"{file}: is missing, but {MANIFEST} lists it; {self.remedy}")
             if file_checksum(file) != expected:
                 raise ValueError(
                     f"{file}: was changed after it was written (its checksum in {MANIFEST} "
-                    f"differs); {REMEDY}"
+                    f"differs); {self.remedy}"
                 )
 
     def check_listed(self, names: Iterable[str]) -> None:
         """Raises ValueError unless small files are listed; the caller reads them."""
         if lacking := [name for name in names if name not in self.files]:
             raise ValueError(
-                f"{self.directory / MANIFEST}: has no checksum of {listed(lacking)}; {REMEDY}"
+                f"{self.directory / MANIFEST}: has no checksum of {listed(lacking)}; {self.remedy}"
             )
 
     def check_headers(self, found: Mapping[str, Any]) -> None:
@@ -158,7 +164,7 @@ class Manifest:
         if wrong:
             raise ValueError(
                 f"{self.directory}: the tensors are not those of {MANIFEST}: "
-                f"{listed(sorted(wrong))}; {REMEDY}"
+                f"{listed(sorted(wrong))}; {self.remedy}"
             )
 
     def check_tensor(self, name: str, array: np.ndarray, file: Path) -> None:
@@ -172,5 +178,5 @@ class Manifest:
         if fingerprint(array) != self.tensors[name]["crc32"]:
             raise ValueError(
                 f"{file}: {name} was changed after it was written (its checksum in {MANIFEST} "
-                f"differs); {REMEDY}"
+                f"differs); {self.remedy}"
             )

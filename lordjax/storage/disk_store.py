@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import json
 import os
 import shutil
 import zlib
@@ -83,7 +82,7 @@ class DiskStore:
         self._lock = lock_directory(self.directory)
         try:
             (self.directory / ENTRIES).mkdir(exist_ok=True)
-            self._same(json.loads(json_files.dumps(identity)))
+            self._same(json_files.as_read(identity))
             journal = self.directory / JOURNAL
             with reading(journal, "not a journal of finished results", self._remedy):
                 self._read_journal()

@@ -11,10 +11,12 @@ import contextlib
 import errno
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import filelock
 
+from lordjax.runtime import unfinished
 from lordjax.storage.room import remove_tree
 from lordjax.storage.tensor_files import sync_directory
 
@@ -51,6 +53,37 @@ def unlock_directory(directory: Path, lock: filelock.BaseFileLock) -> None:
         lock.release()
     (directory / LOCK).unlink(missing_ok=True)
     lock.release()
+
+
+@contextlib.contextmanager
+def locked(directory: Path, kept: str) -> Iterator[None]:
+    """Locks a directory whose files stay, and leaves nothing of the lock there.
+
+    Args:
+      directory: the directory; is created, and then removed again if it is empty in the end.
+      kept: what to say if the block is ended from outside.
+
+    Raises:
+      BlockingIOError: if another process works in the directory.
+    """
+    there = directory.exists()
+    lock = lock_directory(directory)
+
+    def leave() -> str:
+        unlock_directory(directory, lock)
+        if not there and not any(directory.iterdir()):
+            directory.rmdir()
+        return kept
+
+    unfinished.begin(directory, leave)
+    try:
+        yield
+    except BaseException as error:
+        unfinished.tell(error, kept)
+        raise
+    finally:
+        unfinished.end(directory)
+        leave()
 
 
 def remove_locked(directory: Path, lock: filelock.BaseFileLock, last: str = LOCK) -> None:

@@ -32,7 +32,7 @@ from lordjax.storage.tensor_files import DTYPES, TensorFile
 def is_compressed(path: str | os.PathLike[str]) -> bool:
     """Whether ``path`` is a directory that `checkpoint.save` wrote."""
     try:
-        return "lordjax" in read_json(Path(path) / "config.json")
+        return "lordjax" in read_json(inside(Path(path), "config.json", Path(path)))
     except (OSError, ValueError):
         return False
 
@@ -180,7 +180,7 @@ class Saved:
         Raises:
           ValueError: if the file is no JSON object.
         """
-        file = self.directory / REPORT
+        file = inside(self.directory, REPORT, self.directory)
         return read_json(file) if file.exists() else {}
 
     def plan(self) -> Plan | None:
@@ -189,7 +189,7 @@ class Saved:
         Raises:
           ValueError: if the file is no plan.
         """
-        file = self.directory / PLAN
+        file = inside(self.directory, PLAN, self.directory)
         return Plan.read(file) if file.exists() else None
 
 
@@ -208,7 +208,7 @@ def open_saved(directory: str | os.PathLike[str], *, verify: bool = True) -> Sav
         incomplete, or was changed after it was written.
     """
     directory = Path(directory)
-    file = directory / "config.json"
+    file = inside(directory, "config.json", directory)
     hf_config = read_json(file) if file.exists() else {}
     if "lordjax" not in hf_config:
         raise ValueError(
@@ -251,7 +251,7 @@ def _checked_entry(file: Path, meta: Any) -> ModelConfig:
 def _index(directory: Path) -> dict[str, str]:
     """Returns the name of the file that holds each tensor."""
     with reading(directory / INDEX, "unreadable index"):
-        files = dict(read_json(directory / INDEX)["weight_map"])
+        files = dict(read_json(inside(directory, INDEX, directory))["weight_map"])
         found = {name: inside(directory, name, directory / INDEX) for name in set(files.values())}
         missing = sorted(name for name, file in found.items() if not file.is_file())
     if missing:

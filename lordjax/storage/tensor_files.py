@@ -279,7 +279,7 @@ def checksum(path: Path) -> Written:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file atomically; see `write_text`.
+    """Writes a JSON file atomically; see `write_bytes`.
 
     Raises:
       OSError: if the file cannot be written.
@@ -292,19 +292,24 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file atomically.
+    """Writes a text file atomically; see `write_bytes`."""
+    write_bytes(path, text.encode())
 
-    The text goes to a file beside ``path``, which is synced to disk and then renamed. A process
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a file atomically.
+
+    The data go to a file beside ``path``, which is synced to disk and then renamed. A process
     that is killed leaves the old file or the new one, never a part of it.
 
     Args:
       path: the file; is replaced if it exists.
-      text: the whole contents.
+      data: the whole contents.
 
     Raises:
       OSError: if the file cannot be written; then nothing is left of it.
     """
-    fresh, data = path.with_name(path.name + FRESH), text.encode()
+    fresh = path.with_name(path.name + FRESH)
     fresh.unlink(missing_ok=True)  # never through a link that somebody has put there
     try:
         with fresh.open("xb") as file:

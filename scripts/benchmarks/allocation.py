@@ -13,14 +13,13 @@ bisection uses.
 
 from __future__ import annotations
 
-import json
 import time
-from pathlib import Path
 from typing import Any
 
 import click
 
-from lordjax.scripts.benchmarks.protocol import environment, out_option
+from lordjax.runtime import json_files
+from lordjax.scripts.benchmarks.protocol import environment, out_option, write_results
 
 BITS = "2.5,2.75,3,3.25,3.5,3.75,4,4.13"
 
@@ -55,9 +54,9 @@ def main(model: str, bits: str, out: str | None) -> None:
             row[f"{name}_bits"] = 8 * used / count
         row["over_milp"] = row["bisection_error"] / row["milp_error"] - 1
         rows.append({**row, "table_seconds": built, "environment": environment()})
-        click.echo(json.dumps(rows[-1]))
-        if out is not None:
-            Path(out).write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
+        click.echo(json_files.dumps_measured(rows[-1]))
+        write_results(out, rows, complete=False)
+    write_results(out, rows)
     options = sum(len(t.candidates) for t in found) / len(found)
     click.echo(
         f"{len(found)} matrices, table in {built:.0f} s, {options:.0f} options each not beaten"

@@ -17,7 +17,6 @@ need (`lordjax.forecast.low_rank_cost`), divided by their time.
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import tempfile
@@ -27,12 +26,17 @@ from typing import Any
 
 import click
 
+from lordjax.data.record_files import read_text
+from lordjax.runtime import json_files
+from lordjax.runtime.input_files import parse_json, reading
 from lordjax.scripts.benchmarks.protocol import (
     environment,
     out_option,
     protocol_tokens,
     token_options,
+    write_results,
 )
+from lordjax.scripts.flags.types import InputPath, OutputPath
 
 # Stages that `lordjax.prepare` runs.
 PREPARES = ("gradients", "statistics", "factors", "held-out check")
@@ -64,13 +68,13 @@ DEFAULT_METHODS = (
 @out_option
 @click.option(
     "--table",
-    type=click.Path(exists=True, dir_okay=False),
+    type=InputPath(),
     help="JSON file of an earlier run; print its table and measure nothing.",
 )
 @click.option(
     "--one",
     hidden=True,
-    type=click.Path(dir_okay=False),
+    type=OutputPath(file=True),
     help="File for the single result of a worker process.",
 )
 def main(
@@ -88,7 +92,8 @@ def main(
 ) -> None:
     """Measures MODEL with every combination of method, budget and domain."""
     if table is not None:
-        click.echo(markdown(json.loads(Path(table).read_text("utf-8"))))
+        with reading(table, "not the results of an earlier run", "name another file"):
+            click.echo(markdown(parse_json(read_text(Path(table)), table)))
         return
     if model is None or data is None:
         raise click.UsageError("MODEL and --data are required; only --table works without them")
@@ -97,7 +102,7 @@ def main(
         row = measure(
             model, Path(data), domains, methods, budgets, calibration_windows, windows, time_forward
         )
-        Path(one).write_text(json.dumps(row), "utf-8")
+        Path(one).write_text(json_files.dumps_measured(row), "utf-8")
         return
     rows: list[dict[str, Any]] = []
     for domain in domains.split(","):
@@ -107,9 +112,13 @@ def main(
                     model, data, domain, method, keeps, calibration_windows, windows, time_forward
                 )
             )
-            click.echo(json.dumps({k: rows[-1][k] for k in ("domain", "method", "perplexity")}))
-            if out is not None:
-                Path(out).write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
+            click.echo(
+                json_files.dumps_measured(
+                    {k: rows[-1][k] for k in ("domain", "method", "perplexity")}
+                )
+            )
+            write_results(out, rows, complete=False)
+    write_results(out, rows)
     click.echo(markdown(rows))
 
 
@@ -139,7 +148,7 @@ def _in_process(
         words += ["--time-forward"] if time_forward else []
         command = [sys.executable, "-m", "lordjax.scripts.benchmarks.compress", model, *words]
         subprocess.run(command, check=True)
-        return json.loads(result.read_text("utf-8"))
+        return parse_json(read_text(result), str(result))
 
 
 def measure(

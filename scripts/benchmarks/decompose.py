@@ -15,15 +15,14 @@ norm. The factors count with 16 bits per number.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import click
 
-from lordjax.scripts.benchmarks.protocol import environment, out_option
+from lordjax.runtime import json_files
+from lordjax.scripts.benchmarks.protocol import environment, out_option, write_results
 
 OVERSAMPLING = 10
 SHAPES = {
@@ -85,9 +84,8 @@ def main(
             both = (steps, published_steps)
             row |= measure(kernel, normal_float.Format.parse(name), rank, both, repeats)
             rows.append({**row, "environment": environment()})
-            click.echo(json.dumps(row))
-    if out is not None:
-        Path(out).write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
+            click.echo(json_files.dumps_measured(row))
+    write_results(out, rows)
     click.echo(markdown(rows))
 
 

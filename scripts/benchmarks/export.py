@@ -17,7 +17,6 @@ model, alternately in lordjax and in transformers. Needs torch and peft.
 
 from __future__ import annotations
 
-import json
 import statistics
 import subprocess
 import sys
@@ -28,11 +27,13 @@ from typing import Any
 
 import click
 
+from lordjax.runtime import json_files
 from lordjax.scripts.benchmarks.protocol import (
     environment,
     out_option,
     protocol_tokens,
     token_options,
+    write_results,
 )
 
 TINY = {  # fields of `ModelConfig`
@@ -102,8 +103,7 @@ def main(families: str | None, model: str | None, out: str | None, **options: An
     results: dict[str, Any] = {"environment": environment(), "tiny": []}
 
     def keep() -> None:
-        if out is not None:
-            Path(out).write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+        write_results(out, results, complete=False)
 
     for kind in families.split(",") if families else FAMILIES:
         results["tiny"] += tiny(kind)
@@ -113,7 +113,8 @@ def main(families: str | None, model: str | None, out: str | None, **options: An
         results |= {"real": [], "start": {}}
         real(model, results, keep, **options)
         click.echo(real_table(results["real"]))
-        click.echo(json.dumps(results["start"]))
+        click.echo(json_files.dumps_measured(results["start"]))
+    write_results(out, results)
 
 
 def tiny(kind: str) -> list[dict[str, Any]]:

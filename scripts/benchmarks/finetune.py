@@ -26,7 +26,6 @@ with the rank of its strongest compression of StarCoder. No array is allocated.
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 import tempfile
 import time
@@ -35,11 +34,13 @@ from typing import Any
 
 import click
 
+from lordjax.runtime import json_files
 from lordjax.scripts.benchmarks.protocol import (
     environment,
     out_option,
     protocol_tokens,
     token_options,
+    write_results,
 )
 
 BITS3 = "nf3"
@@ -88,7 +89,11 @@ def speed(
     for name, took in found.items():
         rate, ratio = tokens.size / took, found["peft"] / took
         click.echo(f"| {name} | {first[name]:.1f} | {took:.2f} | {rate:.0f} | {ratio:.2f} |")
-    click.echo(json.dumps({**environment(), "batch": batch, "seq_len": seq_len, "rank": rank}))
+    click.echo(
+        json_files.dumps_measured(
+            {**environment(), "batch": batch, "seq_len": seq_len, "rank": rank}
+        )
+    )
 
 
 def _our_steps(opened: Any, tokens: Any, recipe: str, rank: int, *, remat: bool) -> Any:
@@ -175,8 +180,8 @@ def recovery(
             f"| {case} | {row['bytes'] / 1e6:.0f} MB | {row['before']:.2f} | {row['after']:.2f} "
             f"| {row['tokens']} | {row['seconds']:.0f} |"
         )
-        if out is not None:
-            Path(out).write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+        write_results(out, results, complete=False)
+    write_results(out, results)
 
 
 def _compressed(opened: Any, what: str, tokens: Any) -> Any:
@@ -302,7 +307,11 @@ def memory(config: str, batch: int, seq_len: int, rank: int, dtype: str, ranks: 
         )
     ]
     click.echo(f"saved: {saved[0]:.1%} of the base, {saved[1]:.1%} of the compiled step")
-    click.echo(json.dumps({**environment(), "batch": batch, "seq_len": seq_len, "rank": rank}))
+    click.echo(
+        json_files.dumps_measured(
+            {**environment(), "batch": batch, "seq_len": seq_len, "rank": rank}
+        )
+    )
 
 
 if __name__ == "__main__":

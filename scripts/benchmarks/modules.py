@@ -11,17 +11,17 @@ fraction of every module: they differ in their computation, not in the allocatio
 from __future__ import annotations
 
 import dataclasses
-import json
-from pathlib import Path
 from typing import Any
 
 import click
 
+from lordjax.runtime import json_files
 from lordjax.scripts.benchmarks.protocol import (
     environment,
     out_option,
     protocol_tokens,
     token_options,
+    write_results,
 )
 
 
@@ -83,7 +83,7 @@ def main(
     from lordjax.scripts.opened_model import open_model
 
     protocol = {"domain": domain, "calibration": calibration_windows, "windows": windows}
-    click.echo(json.dumps({**environment(), **protocol}) + "\n")
+    click.echo(json_files.dumps_measured({**environment(), **protocol}) + "\n")
     opened = open_model(model)
     tokens, held_out = protocol_tokens(data, domain, calibration_windows, windows)
     budgets = [float(keep) for keep in keeps.split(",")]
@@ -99,8 +99,8 @@ def main(
             rows[name].append(perplexity(opened.config, params, held_out)["perplexity"])
         jax.clear_caches()  # compiled models of all variants would fill the memory
         click.echo(f"| {name} | " + " | ".join(f"{value:.2f}" for value in rows[name]) + " |")
-        if out is not None:
-            Path(out).write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
+        write_results(out, rows, complete=False)
+    write_results(out, rows)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,17 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import itertools
 from pathlib import Path
 from typing import Any
 
 import click
+
+from lordjax.data.record_files import read_text
+from lordjax.runtime.input_files import reading
+from lordjax.scripts.flags.types import InputPath, OutputPath
+from lordjax.scripts.report.figures import check_picture, save_figure
 
 FOLDER = Path("docs/pages/pictures")
 DENSE, BITS = "dense", 16.0  # bits per bfloat16 weight
@@ -54,8 +60,9 @@ def read(path: Path) -> list[Point]:
       ValueError: if a row lacks a number, or no row is of the dense model.
     """
     points = []
-    with path.open(newline="", encoding="utf-8") as file:
-        for number, row in enumerate(csv.DictReader(file), start=2):
+    with reading(path, "not a table of results", "correct it"):
+        rows = list(csv.DictReader(io.StringIO(read_text(path), newline="")))
+        for number, row in enumerate(rows, start=2):
             try:
                 point = Point(
                     row["method"], float(row["bits_per_weight"]), float(row["perplexity"])
@@ -124,7 +131,7 @@ def draw(points: list[Point], path: Path) -> None:
         share = axes.secondary_xaxis("top", functions=(_percent, _bits))
         share.set_xlabel("bytes of the blocks' matrices (% of bfloat16)")
         figure.legend(loc="outside right upper", fontsize=8, handlelength=3.2)
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+        save_figure(figure, path)
 
 
 def _curves(axes: Any, methods: dict[str, list[Point]]) -> None:
@@ -150,26 +157,25 @@ def _bits(percent: Any) -> Any:
 @click.command()
 @click.option(
     "--data",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    default=FOLDER / "results.csv",
+    type=InputPath(),
+    default=str(FOLDER / "results.csv"),
     show_default=True,
     help="Measured numbers: a .csv file with columns method, bits_per_weight and perplexity.",
 )
 @click.option(
     "--out",
-    type=click.Path(path_type=Path, dir_okay=False),
-    default=FOLDER / "perplexity.svg",
+    type=OutputPath(file=True),
+    default=str(FOLDER / "perplexity.svg"),
     show_default=True,
     help="File for the plot; its suffix (.svg, .png) selects the format.",
 )
-def main(data: Path, out: Path) -> None:
+def main(data: str, out: str) -> None:
     """Plots perplexity against size for every method, and prints the numbers."""
-    points = read(data)
+    path, points = check_picture(out), read(Path(data))
     for name, own in by_method(points).items():
         print(f"{name:20}", *(f"{point.bits:g}: {point.perplexity:g}" for point in own), sep="  ")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    draw(points, out)
-    print(out)
+    draw(points, path)
+    print(path)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,39 @@ from typing import Any
 import click
 import numpy as np
 
+from lordjax.data.token_windows import array_length, load_tokens
+from lordjax.runtime import json_files
+from lordjax.scripts.flags.types import OutputPath
+from lordjax.storage.tensor_files import write_text
+
 out_option = click.option(
-    "--out", type=click.Path(dir_okay=False), help="JSON file for the results."
+    "--out",
+    type=OutputPath(file=True),
+    help="JSON file for the results; until they are complete, OUT.partial. An existing file is "
+    "replaced then.",
 )
+
+
+def write_results(out: str | None, results: Any, *, complete: bool = True) -> None:
+    """Writes the results of a benchmark atomically; an older file stays until they are complete.
+
+    Args:
+      out: the file; None writes nothing.
+      results: what JSON can hold.
+      complete: whether it is all of them; else they go into ``OUT.partial``.
+
+    Raises:
+      OSError: if the file cannot be written.
+    """
+    if out is None:
+        return
+    path = Path(out).expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.partial")
+    text = json_files.dumps_measured(results, indent=1) + "\n"
+    write_text(path if complete else unfinished, text)
+    if complete:
+        unfinished.unlink(missing_ok=True)
 
 
 def token_options(
@@ -74,10 +104,19 @@ def protocol_tokens(
 
     Returns:
       Calibration tokens and evaluation tokens, each ``[sequences, length]``.
+
+    Raises:
+      FileNotFoundError: if a file is missing.
+      ValueError: if a file is no array of token ids.
     """
     counts = {"calib": calibration, "eval": windows}
-    first, second = (np.load(Path(data) / f"{n}_{domain}.npy")[:k] for n, k in counts.items())
+    first, second = (_rows(Path(data) / f"{n}_{domain}.npy", k) for n, k in counts.items())
     return first, second
+
+
+def _rows(path: Path, most: int) -> np.ndarray:
+    length = array_length(path) or 2  # of a file that is missing; the reader says so
+    return load_tokens(path, tokenizer=None, seq_len=length, vocab_size=2**31 - 1, samples=most)
 
 
 def environment() -> dict[str, str]:

@@ -23,20 +23,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import json
 import math
 import time
-from pathlib import Path
 from typing import Any
 
 import click
 
 from lordjax.names import layer
+from lordjax.runtime import json_files
 from lordjax.scripts.benchmarks.protocol import (
     environment,
     out_option,
     protocol_tokens,
     token_options,
+    write_results,
 )
 
 BITS = ("4", "3.5", "3.25", "3", "2.75", "2.5")
@@ -85,9 +85,9 @@ def main(
         for case in cases.split(",") if cases else default_cases():
             row = {"domain": domain, "case": case, **measure(quantizers, judge, held_out, case)}
             rows.append({**row, "environment": environment()})
-            click.echo(json.dumps(row))
-            if out is not None:
-                Path(out).write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
+            click.echo(json_files.dumps_measured(row))
+            write_results(out, rows, complete=False)
+    write_results(out, rows)
     click.echo(markdown(rows))
 
 

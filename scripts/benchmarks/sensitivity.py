@@ -17,14 +17,17 @@ different weights, and with the same factors and budget, and prints the perplexi
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import click
 
 from lordjax.names import layer
-from lordjax.scripts.benchmarks.protocol import out_option, protocol_tokens, token_options
+from lordjax.scripts.benchmarks.protocol import (
+    out_option,
+    protocol_tokens,
+    token_options,
+    write_results,
+)
 
 METHOD = "lord-linear"
 
@@ -71,8 +74,7 @@ def main(
     rows["loss metric"] = perplexity(result.config, result.params, held_out)["perplexity"]
     lines = ["| weights | perplexity |", "|---|---|"]
     click.echo("\n".join([*lines, *(f"| {name} | {value:.2f} |" for name, value in rows.items())]))
-    if out is not None:
-        Path(out).write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
+    write_results(out, rows)
 
 
 def _mean_squared_gradients(prepared: Any) -> dict[str, float]:

@@ -65,10 +65,28 @@ def write_picture(path: Path, title: str, grid: Grid, spectra: Spectra) -> None:
         draw_spectra(right, spectra, across=2)
         right.supxlabel(wrapped(caption(spectra), BESIDE), fontsize=8)
         figure.suptitle(title)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=120, metadata=TIMELESS[path.suffix.lower()])
-    if path.suffix.lower() == ".svg":
-        path.write_text(_renumbered(path.read_text("utf-8")), "utf-8")
+        save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Writes a figure atomically; makes the directory if there is none.
+
+    Args:
+      figure: the figure of Matplotlib.
+      path: see `check_picture`.
+
+    Raises:
+      OSError: if the file cannot be written.
+    """
+    from lordjax.storage.tensor_files import write_bytes
+
+    kind, file = path.suffix.lower(), io.BytesIO()
+    figure.savefig(file, format=kind[1:], dpi=120, metadata=TIMELESS[kind])
+    data = file.getvalue()
+    if kind == ".svg":
+        data = _renumbered(data.decode()).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, data)
 
 
 def map_svg(grid: Grid) -> str:

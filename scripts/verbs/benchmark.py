@@ -24,7 +24,7 @@ from lordjax.runtime import json_files
 from lordjax.scripts.benchmarks.protocol import environment
 from lordjax.scripts.console import format_bytes, progress_report
 from lordjax.scripts.opened_model import open_model
-from lordjax.scripts.report.figures import check_picture
+from lordjax.scripts.report.figures import check_picture, save_figure
 from lordjax.scripts.token_inputs import read_tokens
 
 CHILD = "import sys; from lordjax.scripts.cli import main; main()"
@@ -255,8 +255,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     left.set(xlabel="weights (MB)", ylabel="perplexity")
     right.set(xlabel=f"decoding speed (tokens per second, batch {batch})")
     figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def show(result: dict[str, Any]) -> None:

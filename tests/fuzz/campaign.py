@@ -14,6 +14,7 @@ watches: one that takes more than 10 s, more than 1 GB more than before, or cras
 import argparse
 import collections
 import hashlib
+import importlib.util
 import multiprocessing
 import os
 import resource
@@ -164,6 +165,12 @@ def numbers(arrays):
     return collections.Counter(hashlib.sha256((array + 0.0).tobytes()).digest() for array in flat)
 
 
+def installed(name):
+    """Whether the packages are there that a format needs."""
+    needs = FORMATS[name].needs
+    return needs is None or importlib.util.find_spec(needs) is not None
+
+
 def cases(count, formats, kind=None):
     """``count`` cases, shared out evenly: format, kind and number of each."""
     pairs = [(name, k) for name in formats for k in FORMATS[name].kinds if kind in (None, k)]
@@ -240,7 +247,10 @@ def main():
     parse = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parse.add_argument("--cases", type=int, default=10_000)
     parse.add_argument("--seed", default="0")
-    parse.add_argument("--formats", default=",".join(FORMATS))
+    there = [name for name in FORMATS if installed(name)]
+    for name in FORMATS.keys() - there:
+        print(f"{name}: left out, because {FORMATS[name].needs} is not installed")
+    parse.add_argument("--formats", default=",".join(there))
     parse.add_argument("--kind")
     parse.add_argument("--case", type=int, help="run this number of a format and kind alone")
     asked = parse.parse_args()

@@ -10,6 +10,7 @@ import data_files as data
 import model_files as models
 import mutations as m
 import own_files as own
+import run_files as runs
 import tiny_gguf
 from mutations import on, on_bytes, on_json
 
@@ -25,6 +26,7 @@ class Format:
       checked: kinds of mutation after which no other value may be read, because checksums tell.
       says: arrays of the parameters as another program reads them, in any order and layout. What is
         read must be the same numbers wherever the format has no checksums. None: not compared.
+      needs: package that must be installed.
     """
 
     build: Callable[[Path], Any]
@@ -32,6 +34,7 @@ class Format:
     kinds: dict[str, Callable[[Any, Path], None]]
     checked: frozenset[str] = frozenset()
     says: Callable[[Path], list[Any]] | None = None
+    needs: str | None = None
 
 
 MODEL_FILES = {
@@ -45,6 +48,19 @@ MODEL_FILES = {
 def lines(name, rows, read):
     kinds = {**on_bytes(name), "records": on(name, m.edit_lines)}
     return Format(data.write(name, rows), read, kinds)
+
+
+def parquet(name, rows, read):
+    kinds = {**on_bytes(name), "records": on(name, data.repack)}
+    return Format(data.write(name, data.parquet(rows)), read, kinds, needs="pyarrow")
+
+
+def tokenizer(build, *names):
+    """A tokenizer without ``tokenizer.json``."""
+    kinds = {"config": MODEL_FILES["tokenizer config"]}
+    for name in names:
+        kinds |= {f"{kind} in {name}": change for kind, change in on_bytes(name).items()}
+    return Format(build, models.read_tokenizer, kinds)
 
 
 FORMATS = {
@@ -90,6 +106,28 @@ FORMATS = {
         {**on_bytes("*.gguf"), "header edits": on("*.gguf", m.edit_gguf)},
         says=models.of_gguf,
     ),
+    "gguf parts": Format(
+        models.gguf_parts,
+        lambda directory: models.read_model(directory, "model-00001-of-00002.gguf"),
+        {**on_bytes("*.gguf"), "header edits": on("*.gguf", m.edit_gguf)},
+        says=models.of_gguf,
+    ),
+    "pair tokenizer": tokenizer(models.pair_tokenizer, "vocab.json", "merges.txt"),
+    "word tokenizer": tokenizer(models.word_tokenizer, "vocab.txt"),
+    "chat template": Format(
+        models.chat_template,
+        models.read_chat,
+        {
+            **on_bytes("chat_template.jinja"),
+            "programs": on("chat_template.jinja", models.edit_template),
+        },
+    ),
+    "orbax": Format(
+        models.orbax,
+        models.read_orbax,
+        {**on_bytes("params/**/*"), "manifest": on_json("manifest.json")},
+        frozenset({*on_bytes(""), "manifest"}),
+    ),
     "own": Format(
         own.own,
         own.read_own,
@@ -110,9 +148,10 @@ FORMATS = {
             **on_bytes("elastic/entries/*"),
             "index": on("elastic/index.json", m.edit_json, m.swap_values),
             "entries": own.forge_entry,
+            "dense part": on("*.safetensors", m.flip_bits, m.edit_safetensors, m.truncate),
             "config": on_json("config.json"),
         },
-        frozenset({*on_bytes(""), "config", "index"}),
+        frozenset({*on_bytes(""), "config", "index", "dense part"}),
     ),
     "journal": Format(
         own.journal,
@@ -126,6 +165,20 @@ FORMATS = {
             "identity": on_json("out.partial/run.json"),
         },
         frozenset({*on_bytes(""), "links", "entries", "shards"}),
+    ),
+    "run": Format(
+        runs.run,
+        runs.read_run,
+        {
+            **on_bytes("out.run/checkpoints/**/*"),
+            "metadata": on("out.run/checkpoints/**/*META*", m.edit_json),
+            "facts": on("out.run/checkpoints/*/metrics/metrics", m.edit_json, m.swap_values),
+            "identity": on_json("out.run/run.json"),
+            "metrics": on("out.run/metrics.jsonl", m.edit_lines, m.flip_bits, m.truncate),
+            "lost checkpoints": runs.lose,
+            "links": runs.plant_links,
+        },
+        frozenset({*on_bytes(""), "metadata", "facts", "identity", "lost checkpoints", "links"}),
     ),
     "parameters": Format(
         own.parameters,
@@ -153,9 +206,24 @@ FORMATS = {
         {**on_bytes("*.gz"), "content": on("*.gz", data.regzip)},
         frozenset(on_bytes("")) - {"bytes"},  # a file twice is a valid file of two members
     ),
-    "conversations": lines("chats.jsonl", data.chats_lines, data.read_chats),
+    "parquet": parquet("a.parquet", data.records, data.read_windows("a.parquet")),
+    "text": Format(
+        data.write("a.txt", "\n".join(data.TEXTS * 3).encode()),
+        data.read_windows("a.txt"),
+        on_bytes("a.txt"),
+    ),
+    "conversations": lines("chats.jsonl", data.chats_lines, data.read_chats("chats.jsonl")),
+    "conversations list": Format(
+        data.write("chats.json", data.chats_list),
+        data.read_chats("chats.json"),
+        {**on_bytes("chats.json"), "values": on_json("chats.json")},
+    ),
+    "conversations parquet": parquet(
+        "chats.parquet", data.chat_records, data.read_chats("chats.parquet")
+    ),
     "questions": lines("boolq.jsonl", data.questions, data.read_tasks),
     "problems": lines("problems.jsonl", data.problems, data.read_programs),
     "labels": Format(data.labelled, data.read_labelled, on_bytes("labels.tsv")),
+    "demo": Format(own.demo, own.read_demo, {**on_bytes("*.json"), "values": on_json("*.json")}),
     "plan": Format(own.plan, own.read_plan, {**on_bytes("*.json"), "values": on_json("*.json")}),
 }

@@ -86,6 +86,67 @@ def bombs():
     return piece * 64, gzip.compress(lines, 9) * 64
 
 
+def parquet(rows):
+    """Records as a parquet file of several row groups."""
+
+    def make():
+        from pyarrow import Table
+        from pyarrow.parquet import write_table
+
+        file = io.BytesIO()
+        write_table(Table.from_pylist(rows()), file, row_group_size=2)
+        return file.getvalue()
+
+    return make
+
+
+def repack(rng, data):
+    """Other records in an intact parquet file: of other types, without a field, or a bomb."""
+    from pyarrow import Table
+    from pyarrow.parquet import read_table, write_table
+
+    if (kind := rng.randrange(40)) < 2:
+        return parquet_bombs()[kind]
+    rows, file = read_table(io.BytesIO(data)).to_pylist(), io.BytesIO()
+    name = rng.choice(list(rows[0]))
+    value = rng.choice((None, 3, 1.5, b"\xff", ["a"], [[]], {"a": 1}, {}, True, "x"))
+    for row in rows[:: rng.choice((1, 1, 9))] if value is None else rows:
+        row[rng.choice((name, name, f"{name}x"))] = value
+    try:
+        write_table(Table.from_pylist(rows), file)
+    except Exception:  # parquet has no such type
+        return data[: rng.randrange(len(data))]
+    return file.getvalue()
+
+
+@functools.cache
+def parquet_bombs():
+    """Small files of large values: packed, and one of 8 MB that a thousand records share."""
+    import pyarrow
+    from pyarrow.parquet import write_table
+
+    large = pyarrow.array(["x" * 2**23])
+    shared = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 1000), large)
+    found = []
+    for texts, how in ((pyarrow.concat_arrays([large] * 20), False), (shared, True)):
+        table = pyarrow.table({"text": texts})
+        write_table(table, file := io.BytesIO(), compression="zstd", use_dictionary=how)
+        found.append(file.getvalue())
+    return found
+
+
+def records():
+    return [json.loads(line) for line in LINES.splitlines()]
+
+
+def chat_records():
+    return [json.loads(line) for line in chats_lines().splitlines()[:1]] * 3
+
+
+def chats_list():
+    return json.dumps([json.loads(line) for line in chats_lines().splitlines()]).encode()
+
+
 def chats_lines():
     rows = [
         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
@@ -96,10 +157,13 @@ def chats_lines():
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
-def read_chats(directory):
-    from lordjax.data.conversations import conversations
+def read_chats(name):
+    def read(directory):
+        from lordjax.data.conversations import conversations
 
-    return [repr(found) for found in conversations(directory / "chats.jsonl")]
+        return [repr(found) for found in conversations(directory / name)]
+
+    return read
 
 
 def questions():

@@ -2,12 +2,14 @@
 
 import io
 import json
+import re
 import zipfile
 
 import mutations as m
 import numpy as np
 import tiny_gguf
 from chats import make_tokenizer
+from hostile_templates import TEMPLATES
 from safetensors.numpy import save_file
 
 TEXTS = ("one word", "two words\nhere", "drei W\u00f6rter, noch eins")
@@ -150,6 +152,105 @@ def gguf_sentence_piece(directory):
     file.unlink()
 
 
+def gguf_parts(directory):
+    """A model of two files."""
+    import gguf
+
+    file = tiny_gguf.write(directory / "plain.gguf", "Q4_0")
+    reader = gguf.GGUFReader(file)
+    for part in range(2):
+        writer = gguf.GGUFWriter(directory / f"model-0000{part + 1}-of-00002.gguf", "llama")
+        for key, field in reader.fields.items():
+            if part == 0 and not key.startswith("GGUF.") and key != "general.architecture":
+                sub = field.types[-1] if len(field.types) > 1 else None
+                writer.add_key_value(key, field.contents(), field.types[0], sub_type=sub)
+        writer.add_uint16("split.no", part)
+        writer.add_uint16("split.count", 2)
+        writer.add_int32("split.tensors.count", len(reader.tensors))
+        for tensor in reader.tensors[part::2]:
+            writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    file.unlink()
+
+
+def pair_tokenizer(directory):
+    """Byte pairs in ``vocab.json`` and ``merges.txt``, as GPT-2 has them."""
+    vocab = json.loads(make_tokenizer().backend_tokenizer.to_str())["model"]["vocab"]
+    vocab |= {"ab": len(vocab), "<|endoftext|>": len(vocab) + 1}
+    (directory / "vocab.json").write_text(json.dumps(vocab))
+    (directory / "merges.txt").write_text("#version: 0.2\na b\n")
+    settings = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": 64}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def word_tokenizer(directory):
+    """Pieces of words in ``vocab.txt``, as BERT has them."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "one", "two", "word", "##s", "##e"]
+    (directory / "vocab.txt").write_text("\n".join([*words, *"abcdehinortw"]) + "\n")
+    settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": True}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def read_tokenizer(directory):
+    from lordjax.conversions.readers.beside_weights import DirectoryTokenizer
+
+    tokenizer = DirectoryTokenizer(directory).tokenizer()
+    return [tokenizer.encode(text) for text in TEXTS]
+
+
+def chat_template(directory):
+    make_tokenizer().save_pretrained(directory)
+
+
+def read_chat(directory):
+    from lordjax.conversions.readers.beside_weights import DirectoryTokenizer
+    from lordjax.generation.chat_turns import chat_ids, turns_of
+
+    tokenizer = DirectoryTokenizer(directory).tokenizer()
+    messages = [{"role": "user", "content": "one word"}]
+    return [turns_of(tokenizer), chat_ids(tokenizer, messages, str(directory))]
+
+
+def edit_template(rng, data):
+    """Another word of the language in the place of one, or a template that does harm."""
+    if rng.random() < 0.05:
+        return rng.choice(list(TEMPLATES.values())).encode()
+    words = re.findall(rb"\w+|\W", data)
+    at = rng.randrange(len(words))
+    words[at] = rng.choice((*words, *_WORDS))
+    return b"".join(words)
+
+
+_WORDS = (
+    *(b"{{", b"{%", b"}}", b"%}", b"{#", b"for", b"if", b"set", b"in", b"is", b"not", b"1", b"-"),
+    *(b"(", b")", b"[", b"]", b"|", b"~", b"*", b"**", b"'", b"loop", b"range(9)", b"messages"),
+    *(b"none", b"true", b"x", b"raise_exception('a')", b"|tojson", b"|first", b"\xff", b"include"),
+)
+
+
+def orbax(directory):
+    from saved_models import CONFIG as OWN
+    from saved_models import model
+
+    from lordjax.conversions.exporters import hf_files
+    from lordjax.conversions.exporters.orbax import orbax as export
+    from lordjax.models.source import InMemory
+
+    source = InMemory(OWN, model())
+    object.__setattr__(source, "hf_config", {"model_type": "llama"})
+    export(hf_files.ExportSpec(source, np.dtype("float32"), directory), directory)
+
+
+def read_orbax(directory):
+    from lordjax.conversions.exporters.orbax import restore_orbax
+
+    config, params = restore_orbax(directory)
+    return {"config": repr(config), "params": params}
+
+
 # What other programs read in the same files
 
 
@@ -176,5 +277,6 @@ def of_torch(directory):
 def of_gguf(directory):
     import gguf
 
-    tensors = gguf.GGUFReader(directory / "model.gguf").tensors
+    files = sorted(directory.glob("*.gguf"))
+    tensors = [tensor for file in files for tensor in gguf.GGUFReader(file).tensors]
     return [gguf.dequantize(np.array(t.data), t.tensor_type) for t in tensors]

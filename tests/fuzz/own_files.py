@@ -174,3 +174,19 @@ def read_plan(directory):
     from lordjax.allocation.plan import Plan
 
     return repr(Plan.read(directory / "plan.json"))
+
+
+SETTINGS = {"model": "a", "samples": 2, "windows": 3}
+
+
+def demo(directory):
+    from lordjax.scripts.verbs.demo import write_record
+
+    row = {"name": "dense", "bytes": 10, "perplexity": 3.5}
+    write_record(directory, SETTINGS, {"dense": row})
+
+
+def read_demo(directory):
+    from lordjax.scripts.verbs.demo import finished_rows
+
+    return finished_rows(directory, SETTINGS)

@@ -13,6 +13,8 @@ QUICK = ("plan", "npy", "conversations", "parameters")
 @pytest.mark.quick(*QUICK)
 @pytest.mark.parametrize("name", FORMATS)
 def test_mutated_files(name, tmp_path):
+    if FORMATS[name].needs is not None:
+        pytest.importorskip(FORMATS[name].needs)
     bench = Bench(name, tmp_path)
     for case in cases(CASES * len(FORMATS[name].kinds), [name]):
         outcome, detail = bench.run(case[1], "pytest", case[2])

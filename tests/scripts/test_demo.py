@@ -13,6 +13,7 @@ from lordjax.kernels import trees
 from lordjax.scripts import demo_model
 from lordjax.scripts.cli import cli
 from lordjax.scripts.verbs import demo, demo_rows
+from lordjax.storage.lock import locked
 
 pytestmark = pytest.mark.full
 
@@ -124,6 +125,21 @@ def test_other_settings_and_other_directories_are_refused(small, tmp_path, monke
     (out / "mine.txt").write_text("precious")
     assert "not an empty directory" in run(out).stderr
     assert (out / "mine.txt").read_text() == "precious"
+
+
+def test_one_demo_at_a_time(small, tmp_path, monkeypatch):
+    """Even one that has not written its record yet."""
+    del small
+    monkeypatch.setattr(demo, "make", lambda *_: None)
+    monkeypatch.setattr(demo, "measured", lambda *_: {})
+    monkeypatch.setattr(demo, "draw_rows", lambda *_: None)
+    with locked(out := tmp_path / "out", "kept"):
+        refused = run(out)
+    assert refused.exit_code == 2
+    assert f"{out}: another process works here" in refused.stderr
+    assert not out.exists()
+    assert run(out, "--json").exit_code == 0
+    assert [path.name for path in out.iterdir()] == ["demo.json"]
 
 
 def test_another_form_of_the_model_may_read_the_prompt(monkeypatch):

@@ -135,7 +135,8 @@ class Gguf:
         tokenizer, config = self._rebuild_tokenizer()
         del config["tokenizer_class"]
         with reading(self.path, "no tokenizer can be made"):
-            return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **config)
+            name = str(self.path)  # for error messages
+            return PreTrainedTokenizerFast(tokenizer_object=tokenizer, name_or_path=name, **config)
 
     def tokenizer_files(self, directory: Path) -> None:
         """Writes ``tokenizer.json`` and ``tokenizer_config.json`` with the chat template."""

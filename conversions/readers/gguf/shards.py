@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lordjax.conversions.readers.gguf.header import MAGIC, Header, StoredTensor, read_header
 from lordjax.names import listed
+from lordjax.runtime.input_files import inside
 
 _NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.gguf)", re.IGNORECASE)
 _NO, _COUNT, _TENSORS = "split.no", "split.count", "split.tensors.count"
@@ -42,7 +43,7 @@ def read_headers(path: Path) -> Header:
 
     Raises:
       FileNotFoundError: if files of a split model are missing.
-      ValueError: if a file is damaged, or the files do not belong together.
+      ValueError: if a file is damaged or a link elsewhere, or the files do not belong together.
     """
     header = read_header(path)
     count = header.metadata.get(_COUNT, 0)
@@ -59,7 +60,8 @@ def read_headers(path: Path) -> Header:
             f"{path}: {len(missing)} of {count} files of the model are missing: "
             f"{listed(missing)}; download them into the same directory"
         )
-    return _joined([header if file == path else read_header(file) for file in files])
+    others = {file: inside(path.parent, file.name, path.parent) for file in files if file != path}
+    return _joined([read_header(others[file]) if file in others else header for file in files])
 
 
 def _joined(headers: list[Header]) -> Header:

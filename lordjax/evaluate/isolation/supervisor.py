@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from typing import Any
 
+KILLING = 10.0  # seconds that killed processes have to end
 NEW_USER, NEW_NETWORK, NEW_PIDS, NEW_IPC, NEW_MOUNTS = 1 << 28, 1 << 30, 1 << 29, 1 << 27, 1 << 17
 
 
@@ -43,14 +44,24 @@ def read_request() -> dict[str, Any]:
     """Reads the request from standard input, and leaves the checks behind it unread.
 
     So they are in the memory of the checker only.
+
+    Raises:
+      EOFError: if the caller ended before it had written the request.
     """
     digits = b""
     while not digits.endswith(b"\n"):
-        digits += os.read(0, 1)
+        digits += read(1)
     text, length = b"", int(digits)
     while len(text) < length:
-        text += os.read(0, length - len(text))
+        text += read(length - len(text))
     return json.loads(text)
+
+
+def read(most: int) -> bytes:
+    """Reads some bytes of standard input."""
+    if not (data := os.read(0, most)):
+        raise EOFError("the request ends too early")
+    return data
 
 
 def supervise(request: dict[str, Any]) -> dict[str, Any]:
@@ -65,6 +76,7 @@ def supervise(request: dict[str, Any]) -> dict[str, Any]:
     writing = {name: pair[1] for name, pair in pipes.items()}
 
     def inside() -> None:
+        prctl(kernel_calls.DEATH_SIGNAL, signal.SIGKILL)  # it never outlives the supervisor
         os.setsid()
         in_group = group is not None and cgroup.enter(group)
         keep(request, spaces, users, in_group, writing)
@@ -83,13 +95,15 @@ def supervise(request: dict[str, Any]) -> dict[str, Any]:
     status: dict[str, Any] = {}
     for message in messages.splitlines():
         status |= json.loads(message)
-    kill_all(keeper, spaces, status.get("groups", ()))
+    gone = kill_all(keeper, spaces, status.get("groups", ()))
     seconds = time.monotonic() - begin
     exhausted = group is not None and cgroup.ran_out(group)
     if group is not None:
         cgroup.remove(group)
     output = (output + drain(reading["output"]))[-limits["output"] :]
     status |= {"verdict": drain(reading["verdict"]), "exhausted": exhausted}
+    if not gone:
+        status["error"] = f"killed processes of the program were still there after {KILLING:g} s"
     if "error" in status or "refused" in status:
         return {key: status[key] for key in ("error", "refused") if key in status}
     outcome, error = result(status, output, ended, limits)
@@ -182,7 +196,7 @@ def drain(pipe: int) -> bytes:
         return b""
 
 
-def kill_all(keeper: int, spaces: bool, groups: Iterable[int]) -> None:
+def kill_all(keeper: int, spaces: bool, groups: Iterable[int]) -> bool:
     """Kills the keeper and all processes below it, and waits until they are gone.
 
     Args:
@@ -190,20 +204,28 @@ def kill_all(keeper: int, spaces: bool, groups: Iterable[int]) -> None:
       spaces: whether namespaces are in force, which end with the keeper.
       groups: process groups of program and checker, which the filter does not let them leave. A
         group is killed at once, so no process of it can fork in time.
+
+    Returns:
+      Whether they were gone within `KILLING` seconds.
     """
     os.kill(keeper, signal.SIGKILL)
-    if spaces:
-        os.waitpid(keeper, 0)
-        return
-    for group in groups:
+    for group in () if spaces else groups:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(group, signal.SIGKILL)
+    end = time.monotonic() + KILLING
     with contextlib.suppress(ChildProcessError):  # none are left
-        while True:
-            # The kernel's list may lack some while others end, so this never waits for one of them.
-            with open(f"/proc/self/task/{os.getpid()}/children") as file:
-                for child in file.read().split():
-                    os.kill(int(child), signal.SIGKILL)
+        while time.monotonic() < end:
+            if not spaces:
+                kill_children()
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass  # then its children become children of this process
             time.sleep(0.001)
+        return False
+    return True
+
+
+def kill_children() -> None:
+    """Kills the children that the kernel lists, which may lack some while others end."""
+    with open(f"/proc/self/task/{os.getpid()}/children") as file:
+        for child in file.read().split():
+            os.kill(int(child), signal.SIGKILL)

@@ -88,8 +88,11 @@ def test_rows_of_parquet_are_records(tmp_path, monkeypatch):
     def parquet_file(path):
         if path.read_bytes()[:4] != b"PAR1":
             raise ValueError("no magic bytes")
-        count = len(path.read_bytes()) - 3
-        yield types.SimpleNamespace(iter_batches=lambda batch_size: [batch] * count)
+        content = path.read_bytes()
+        batches = [batch] * (1 + content.endswith(b"twice"))
+        group = types.SimpleNamespace(total_byte_size=2**24 + content.endswith(b"says"))
+        about = types.SimpleNamespace(num_row_groups=1, row_group=lambda i: group)
+        yield types.SimpleNamespace(metadata=about, iter_batches=lambda batch_size: batches)
 
     parquet = types.SimpleNamespace(ParquetFile=parquet_file)
     monkeypatch.setitem(sys.modules, "pyarrow", types.SimpleNamespace(parquet=parquet))
@@ -99,9 +102,10 @@ def test_rows_of_parquet_are_records(tmp_path, monkeypatch):
     assert list(documents(path)) == TEXTS
     with pytest.raises(ValueError, match=r"a\.Parquet, row 1: no \"n\" with a text"):
         list(documents(path, field="n"))
-    path.write_bytes(b"PAR1more")
-    with pytest.raises(ValueError, match=r"a\.Parquet: holds more than 50 times its 8 bytes"):
-        list(documents(path))
+    for content in (b"PAR1says", b"PAR1twice"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"a\.Parquet: holds more than 50 times its \d bytes"):
+            list(documents(path))
     path.write_bytes(b"x")
     with pytest.raises(ValueError, match=r"a\.Parquet: cannot be read as parquet \(no magic"):
         list(documents(path))

@@ -129,7 +129,7 @@ def test_a_finished_run_is_resumed_to_the_same(params, tmp_path):
 @pytest.mark.parametrize("after", ["a step", "a checkpoint"])
 def test_every_line_of_metrics_is_written_once(params, tmp_path, monkeypatch, after):
     whole = short_run(params, tmp_path / "whole", 6)
-    store = training_run._CheckpointStore
+    store = training_run.CheckpointStore
     saved = store.save
 
     def save(self, state, nll):

@@ -22,3 +22,9 @@ def test_measurements_that_are_not_finite_are_null():
     found = json.loads(json_files.dumps_measured(VALUE))
     assert found == {"a": [1.0, {"b": None}, [None]], "c": None, "d": None, "e": "NaN"}
     assert list(json_files.non_finite(VALUE)) == ["a.1.b", "a.2.0", "c"]
+
+
+def test_a_value_as_it_is_read_equals_what_a_file_says():
+    assert json_files.as_read({1: (2, [3.5]), "a": None}) == {"1": [2, [3.5]], "a": None}
+    with pytest.raises(ValueError, match=r"a\.1 is nan"):
+        json_files.as_read({"a": [1, math.nan]})

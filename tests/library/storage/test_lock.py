@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from lordjax.storage.lock import LOCK, lock_directory, remove_locked
+from lordjax.storage.lock import LOCK, lock_directory, locked, remove_locked
 
 fcntl = pytest.importorskip("fcntl")
 WITHOUT = [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP]
@@ -44,6 +44,20 @@ def test_one_process_at_a_time(tmp_path, flock):
     lock.release()
     remove_locked(tmp_path / "a", lock_directory(tmp_path / "a"))
     assert not (tmp_path / "a").exists()
+
+
+def test_a_lock_leaves_what_was_there(tmp_path, flock):
+    (tmp_path / "mine").mkdir()
+    with locked(tmp_path / "mine", "kept"), locked(tmp_path / "new", "kept"):
+        for name in ("mine", "new"):
+            with pytest.raises(BlockingIOError, match="another process works here"):
+                lock_directory(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    with pytest.raises(KeyboardInterrupt) as found, locked(tmp_path / "new", "kept"):
+        (tmp_path / "new" / "file").touch()
+        raise KeyboardInterrupt
+    assert found.value.__notes__ == ["kept"]
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["file"]
 
 
 @pytest.mark.full

@@ -26,7 +26,9 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +62,12 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A command line, the directory it writes into, and its number of devices."""
+    """A command line, the directory it writes into, its number of devices, and what runs before."""
 
     arguments: tuple[str, ...]
     folder: Path
     devices: int
+    before: Callable[[], None] = lambda: None
 
     def start(self) -> int:
         """Starts the command in a forked process; returns its number."""
@@ -78,11 +81,19 @@ class Command:
             os.dup2(os.open(self.log(name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         flag = f"--xla_force_host_platform_device_count={self.devices}"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
-        sys.argv = ["lordjax", *self.arguments]
-        from lordjax.scripts.cli import main
+        sys.argv, code = ["lordjax", *self.arguments], 1
+        try:
+            self.before()
+            from lordjax.scripts.cli import main
 
-        main()
-        os._exit(0)
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        except BaseException:
+            traceback.print_exc()
+        finally:  # nothing of the caller runs in this process
+            sys.stdout.flush()
+            os._exit(code)
 
     def log(self, name: str) -> Path:
         """Returns the file of a stream."""
