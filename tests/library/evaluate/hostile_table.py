@@ -11,6 +11,7 @@ is not contained and the result does not say so.
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import resource
@@ -111,8 +112,18 @@ def python_for_all():
     return None
 
 
-def column(user, without, only):
-    """Runs all programs as a user, in a process of its own; None: nobody can run Python here."""
+def column(without, only):
+    """Runs all programs; returns their results by name."""
+    return {
+        name: outcome(name, key, without)
+        for key, group in hostile_programs.GROUPS.items()
+        for name in group
+        if only in name
+    }
+
+
+def as_user(user, work):
+    """Returns what ``work()`` returns in a process of a user; None: nobody can run Python here."""
     python = python_for_all() if user == "user" and not os.getuid() else sys.executable
     if python is None:
         return None
@@ -125,11 +136,8 @@ def column(user, without, only):
                 os.setgroups([])
                 os.setresgid(NOBODY, NOBODY, NOBODY)
                 os.setresuid(NOBODY, NOBODY, NOBODY)
-            sys.executable, found = python, {}
-            for key, group in hostile_programs.GROUPS.items():
-                for name in group:
-                    if only in name:
-                        found[name] = outcome(name, key, without)
+            sys.executable = python
+            found = work()
             with open(writing, "w") as file:
                 json.dump(found, file)
             code = 0
@@ -145,16 +153,21 @@ def column(user, without, only):
     return json.loads(text)
 
 
-def table(without=(), only=""):
-    """Returns ``{column: {program: result}}`` for both users, with and without namespaces."""
+def columns(run, without=()):
+    """Returns ``{column: run(mechanisms to leave out)}`` by user, with and without namespaces."""
     users = ("user",) if os.getuid() else ("root", "user")
     found = {}
     for user in users:
         for name, less in {"namespaces": (), "none": ("namespaces",)}.items():
-            result = column(user, sorted({*without, *less}), only)
+            result = as_user(user, functools.partial(run, sorted({*without, *less})))
             if result is not None:
                 found[f"{user}, {name}"] = result
     return found
+
+
+def table(without=(), only=""):
+    """Returns ``{column: {program: result}}``."""
+    return columns(lambda less: column(less, only), without)
 
 
 def main():
