@@ -3,13 +3,13 @@
 ::
 
     checksums.json   {"format": 1,
-                      "tensors": {name: {"dtype", "shape", "crc32"}},
+                      "tensors": {name: {"dtype", "shape", "xxh3"}},
                       "files": {name: SHA-256}}
 
 A tensor has a checksum of its own, so that reading one tensor checks that tensor only, and a model
-that is read block by block is read once. It is a CRC-32, because that is the fastest checksum of
-the standard library (``docs/pages/large_models.md``), and accidents are what it has to find: no
-checksum that lies beside a model protects from somebody who can write both.
+that is read block by block is read once. It is an XXH3, which takes less time than copying the
+tensor (``docs/pages/large_models.md``), and accidents are what it has to find: no checksum that
+lies beside a model protects from somebody who can write both.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from lordjax.names import listed
 from lordjax.runtime.input_files import inside, read_json, reading
@@ -34,26 +35,41 @@ REMEDY = (
 )
 
 
-def fingerprint(array: Any) -> str:
-    """Returns the CRC-32 of an array's bytes, 8 hexadecimal digits.
+def _xxh3(data: Any) -> str:
+    return xxhash.xxh3_64_hexdigest(data)
 
-    A change within 32 consecutive bits always changes it; another one is missed with a probability
-    of 2⁻³².
+
+def _crc32(data: Any) -> str:
+    return f"{zlib.crc32(data):08x}"
+
+
+# By their names in the manifest. The first is written; manifests of before have the second.
+_CHECKSUMS = {"xxh3": _xxh3, "crc32": _crc32}
+
+
+def fingerprint(array: Any, name: str = "xxh3") -> str:
+    """Returns a checksum of an array's bytes, in hexadecimal digits.
 
     Args:
       array: an array of any shape and dtype.
+      name: ``xxh3`` (64 bits: it misses a change with a probability of 2⁻⁶⁴) or ``crc32``.
     """
-    return f"{zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data):08x}"
+    return _CHECKSUMS[name](np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def tensor_row(array: Any) -> dict[str, Any]:
     """Returns what the manifest says about a tensor: its dtype, its shape and its checksum."""
     array = np.asarray(array)
-    return {**_kind(array), "crc32": fingerprint(array)}
+    return {**_kind(array), "xxh3": fingerprint(array)}
 
 
 def _kind(array: Any) -> dict[str, Any]:
     return {"dtype": np.dtype(array.dtype).name, "shape": list(array.shape)}
+
+
+def _used(row: Mapping[str, Any]) -> str:
+    """Returns the name of the checksum that a row has; empty if it has none."""
+    return next((name for name in _CHECKSUMS if isinstance(row.get(name), str)), "")
 
 
 def file_checksum(path: Path) -> str:
@@ -120,7 +136,7 @@ class Manifest:
             version, tensors, files = (content[key] for key in ("format", "tensors", "files"))
             if type(version) is not int or version > FORMAT:
                 raise ValueError(f"{file}: format {version!r}, expected {FORMAT}; upgrade lordjax")
-            rows = [set(row) >= {"dtype", "shape", "crc32"} for row in tensors.values()]
+            rows = [{"dtype", "shape"} <= set(row) and _used(row) for row in tensors.values()]
             if not all(rows) or not all(isinstance(value, str) for value in files.values()):
                 raise TypeError("a row of it is none")
         return cls(directory, tensors, files, remedy)
@@ -175,7 +191,8 @@ class Manifest:
           array: its values.
           file: where they come from, for the message.
         """
-        if fingerprint(array) != self.tensors[name]["crc32"]:
+        row = self.tensors[name]
+        if fingerprint(array, used := _used(row)) != row[used]:
             raise ValueError(
                 f"{file}: {name} was changed after it was written (its checksum in {MANIFEST} "
                 f"differs); {self.remedy}"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from contextlib import nullcontext
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from saved_models import CONFIG, HF_CONFIG, dense, edit, model, write
 from lordjax import Plan, load, save
 from lordjax.kernels import trees
 from lordjax.storage.checkpoint import INDEX
-from lordjax.storage.checksums import MANIFEST, fingerprint
+from lordjax.storage.checksums import MANIFEST, Manifest, fingerprint
 from lordjax.storage.saved_model import open_saved
 from lordjax.storage.tensor_check import check_finite
 from lordjax.storage.tensor_files import TensorFile, write_tensors
@@ -42,9 +43,20 @@ def rewrite(directory, change):
 
 
 def test_a_checksum_stays_what_it_is():
-    """Directories on disk have these numbers; the first is the check value of CRC-32."""
-    assert fingerprint(np.frombuffer(b"123456789", np.int8)) == "cbf43926"
-    assert fingerprint(np.zeros((0, 3))) == "00000000"
+    """Directories on disk have these numbers, which are the check values of the algorithms."""
+    assert fingerprint(np.zeros((0, 3))) == "2d06800538d394c2"
+    assert fingerprint(np.frombuffer(b"123456789", np.int8), "crc32") == "cbf43926"
+
+
+@pytest.mark.parametrize("change", [False, True])
+def test_checksums_of_before_are_read(tmp_path, change):
+    array = np.arange(12.0).reshape(3, 4)
+    row = {"dtype": "float64", "shape": [3, 4], "crc32": fingerprint(array, "crc32")}
+    content = {"format": 1, "tensors": {"x": row}, "files": {}}
+    (tmp_path / "checksums.json").write_text(json.dumps(content))
+    manifest = Manifest.read(tmp_path)
+    with pytest.raises(ValueError, match="x was changed") if change else nullcontext():
+        manifest.check_tensor("x", array + change, tmp_path / "file")
 
 
 def test_every_change_has_another_checksum():
