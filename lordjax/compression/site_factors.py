@@ -201,13 +201,15 @@ def site_work(
       folds: number of folds of the statistics; with two of them errors are cross-fitted.
     """
     leaves, tree = jax.tree.flatten((kernels, stats))
-    return _site_work(method, site, meshed, folds, tree, tuple(leaves))
+    given = method, site, meshed, folds, tree, tuple(leaves)
+    return _site_work(*given, (target.platform(), flops.is_recording()))
 
 
 @functools.cache
 def _site_work(
-    method: str, site: Site, meshed: bool, folds: int, tree: Any, leaves: Any
+    method: str, site: Site, meshed: bool, folds: int, tree: Any, leaves: Any, counted: Any
 ) -> flops.OpCounts:
+    del counted  # what else the result depends on
     kernels, stats = jax.tree.unflatten(tree, leaves)
     module = None if meshed else on_host(method, site.kind)
     if module is not None and module.host_work is not None:
