@@ -73,6 +73,7 @@ def environment(compiler: Path) -> dict[str, str]:
     own = {
         "JAX_PLATFORMS": "cpu",
         "JAX_ENABLE_COMPILATION_CACHE": "false",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "false",  # a fast compilation is not what would run
         "XLA_FLAGS": " ".join([os.environ.get("XLA_FLAGS", ""), *flags]),
         "TF_CPP_MIN_LOG_LEVEL": "2",
     }
