@@ -17,8 +17,10 @@ from lordjax.runtime.cards import Card
 from lordjax.runtime.flops import OpCounts, Program
 from lordjax.runtime.hlo import ProgramFacts
 
-# What is on the device in a stage beside the arguments and results of its programs; `StageMemory`.
+# Parts of `StageMemory` that are on the device in a stage beside its programs, and parts of which a
+# program's arguments are some: one fold's statistics, one site's kernels.
 RESIDENT = ("device: hidden states", "device: gradient statistics")
+HELD = ("device: a block", "device: statistics")
 
 
 def operations(spec: CalibrationSpec, count: int) -> dict[str, OpCounts]:
@@ -71,13 +73,15 @@ def _stage(
     count = compiler.mesh.size
     own = {part: n for part, n in parts.items() if part.startswith("device")}
     split = {part: n / (count if part in peak_memory.SPLIT else 1) for part, n in own.items()}
-    total = _Total(card)
+    held = sum(split.get(part, 0.0) for part in HELD)
+    total = _Total(card, held)
     for program, times in runs:
         made, shared = compiler.compiled(program), compiler.splits(program.args)
         # Devices factorize different sites of low-rank methods; one of them quantizes.
         parallel = count if shared or isinstance(spec, CompressionSpec) else 1
         total.add(program, made, times / parallel)
     resident = sum(split.get(part, 0.0) for part in RESIDENT)
+    resident += max(0.0, held - total.peak.arguments)
     return total.report() | {
         "bytes": round(total.peak.nbytes + resident),
         "resident": round(resident),
@@ -87,10 +91,10 @@ def _stage(
 
 
 class _Total:
-    """Sums over the programs of a stage, on one device."""
+    """Sums over the programs of a stage, on one device; ``held`` bytes are always on it."""
 
-    def __init__(self, card: Card):
-        self.card, self.peak = card, Compiled(0, 0, 0, ProgramFacts())
+    def __init__(self, card: Card, held: float):
+        self.card, self.held, self.peak = card, held, Compiled(0, 0, 0, ProgramFacts())
         self.name, self.seconds, self.launches, self.unknown = "", 0.0, 0.0, 0
         self.sent: dict[str, float] = {}
         self.calls: dict[str, float] = {}
@@ -98,7 +102,7 @@ class _Total:
     def add(self, program: Program, made: Compiled, times: float) -> None:
         """Adds ``times`` runs of a program."""
         facts = made.facts
-        if made.nbytes > self.peak.nbytes:
+        if self._at_once(made) > self._at_once(self.peak):
             self.peak, self.name = made, program_name(program)
         least = least_seconds(self.card, program.ops, facts.nbytes, facts.sent)
         self.seconds += times * least
@@ -107,6 +111,10 @@ class _Total:
         for table, counted in ((self.sent, facts.sent), (self.calls, facts.calls)):
             for kind, n in counted.items():
                 table[kind] = table.get(kind, 0.0) + times * n
+
+    def _at_once(self, made: Compiled) -> float:
+        """Bytes while a program runs, whose arguments are some of what is held."""
+        return made.nbytes + max(0.0, self.held - made.arguments)
 
     def report(self) -> dict[str, Any]:
         """Returns the sums, and the parts of the peak."""

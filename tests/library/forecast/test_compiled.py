@@ -10,8 +10,8 @@ from blocks import SMALL
 from lordjax.finetune.recipes import named
 from lordjax.finetune.step import Settings
 from lordjax.forecast.compiled import roofline
-from lordjax.forecast.compiled.programs import extrapolated
-from lordjax.forecast.compiled.stages import program_name
+from lordjax.forecast.compiled.programs import Compiled, extrapolated
+from lordjax.forecast.compiled.stages import _Total, program_name
 from lordjax.forecast.compiled.whole_models import begun_shapes, shallow
 from lordjax.forecast.compiled.worker import Task
 from lordjax.forecast.job import CompressionSpec
@@ -20,6 +20,7 @@ from lordjax.forecast.low_rank_cost import stages
 from lordjax.forecast.shapes import dense_shapes, outline
 from lordjax.runtime import flops, gpu_compiler
 from lordjax.runtime.cards import CARDS
+from lordjax.runtime.hlo import ProgramFacts
 
 WORKER = "lordjax.forecast.compiled.worker"
 CARD = CARDS["h200"]
@@ -111,3 +112,15 @@ def test_a_job_is_compiled_in_a_process_of_its_own(count):
     assert set(sent) == (set() if count == 1 else {"all-reduce"})
     assert stages["factors"]["collectives"] == {}
     assert jnp.ones(1).devices().pop().platform == "cpu"
+
+
+def test_what_is_held_counts_where_a_program_takes_less_of_it():
+    """One fold's statistics are arguments of a program; those of the others stay beside it."""
+    program = flops.Program(len, (), False, None, flops.OpCounts())
+    facts = ProgramFacts()
+    total = _Total(CARD, held=100.0)
+    total.add(program, Compiled(90, 0, 5, facts), 1.0)
+    total.add(program, Compiled(20, 0, 30, facts), 1.0)  # 100 held and 30
+    assert total.report()["temporaries"] == 30
+    total.add(program, Compiled(150, 0, 1, facts), 1.0)
+    assert total.report()["arguments"] == 150
