@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from blocks import SMALL
 
-from lordjax.finetune.recipes import named
+from lordjax.finetune.recipes import changed, named
 from lordjax.finetune.step import Settings
 from lordjax.forecast.compiled import roofline
 from lordjax.forecast.compiled.programs import Compiled, extrapolated
@@ -93,7 +93,7 @@ def task(method, count):
     spec = job(method)
     plan, _ = plan_or_estimate(spec.config, method, 0.7, None, "uniform")
     params = dense_shapes(spec.config).params
-    tuned = named("lora"), Settings(1, 2, 1)
+    tuned = changed(named("lora"), rank=4), Settings(1, 2, 1)
     return Task(spec, CARD, count, params, outline(spec.config, plan), 2, tuned)
 
 

@@ -19,7 +19,7 @@ from lordjax.kernels.low_rank import LowRank
 from lordjax.kernels.nf_gpu import Tile
 from lordjax.kernels.normal_float import BITS, Format
 from lordjax.kernels.quantized import LowRankPlusQuantized, NFQuantized
-from lordjax.scripts.benchmarks.kernels import main
+from lordjax.scripts.benchmarks.gpu.kernels import main
 
 # Unit roundoff; a result in bfloat16 is rounded once, and so are the weights and x @ left.
 TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-2, "float16": 1e-3}
