@@ -148,9 +148,12 @@ def _decodes_in_tiles(kernel: NFQuantized) -> bool:
     return target.platform() == "cpu" and nf_cpu.supported(kernel)
 
 
-def _gpu_product(x: Array, base: NFQuantized, low_rank: LowRank | None = None) -> Array | None:
-    """Returns ``x @ base + x @ low_rank`` by `nf_gpu` where that is measured faster, else None."""
-    if target.platform() != "gpu" or not _has_triton():
+def _gpu_product(x: Array, base: Any, low_rank: LowRank | None = None) -> Array | None:
+    """Returns ``x @ base + x @ low_rank`` by `nf_gpu` where that is measured faster, else None.
+
+    It is for quantized matrices; an adapter's base can be of any kind.
+    """
+    if target.platform() != "gpu" or not isinstance(base, NFQuantized) or not _has_triton():
         return None
     from lordjax.kernels import nf_gpu_autotune  # Pallas is slow to import
 
