@@ -201,15 +201,13 @@ def site_work(
       folds: number of folds of the statistics; with two of them errors are cross-fitted.
     """
     leaves, tree = jax.tree.flatten((kernels, stats))
-    given = method, site, meshed, folds, tree, tuple(leaves)
-    return _site_work(*given, (target.platform(), flops.is_recording()))
+    return _site_work(method, site, meshed, folds, tree, tuple(leaves), flops.mode())
 
 
 @functools.cache
 def _site_work(
-    method: str, site: Site, meshed: bool, folds: int, tree: Any, leaves: Any, counted: Any
+    method: str, site: Site, meshed: bool, folds: int, tree: Any, leaves: Any, _: Any
 ) -> flops.OpCounts:
-    del counted  # what else the result depends on
     kernels, stats = jax.tree.unflatten(tree, leaves)
     module = None if meshed else on_host(method, site.kind)
     if module is not None and module.host_work is not None:

@@ -35,6 +35,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lordjax.runtime import target
+
 OpCounts = Counter[str]  # kind -> number of operations
 THIN = 128
 # Kinds that are not floating-point operations.
@@ -76,9 +78,12 @@ def recorded() -> Iterator[dict[str, Program]]:
         _recording = before
 
 
-def is_recording() -> bool:
-    """Returns whether programs are recorded; what is counted is then remembered separately."""
-    return _recording
+def mode() -> tuple[str, bool]:
+    """Returns what counts depend on besides the program: the platform, and whether it is recorded.
+
+    What remembers counts remembers them by this, too.
+    """
+    return target.platform(), _recording
 
 
 def count_ops(fn: Callable[..., Any], *args: Any) -> OpCounts:

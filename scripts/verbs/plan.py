@@ -87,12 +87,9 @@ def plan_model(
       KeyError: if the method, the policy or a layer of ``ranks`` is unknown.
       ValueError: if ranks do not fit, or the budget cannot be met.
     """
-    from lordjax.storage.saved_model import is_compressed
-
     card = None if device is None else asked_card(device, mesh)
     quiet_transformers()
-    if is_compressed(Path(model).expanduser()):
-        raise ValueError(f"{model}: is compressed already; give the original model")
+    _check_original(model)
     options = dict.fromkeys(COMPRESSION_OPTIONS) | options
     options |= {"rank": None if recipe is not None else rank}
     job_of(method, options)  # finds wrong options before a model is opened
@@ -123,6 +120,13 @@ def plan_model(
             config, method, _exact_plan(method, plan, sure), step, length, dtype
         )
     return found
+
+
+def _check_original(model: str) -> None:
+    from lordjax.storage.saved_model import is_compressed
+
+    if is_compressed(Path(model).expanduser()):
+        raise ValueError(f"{model}: is compressed already; give the original model")
 
 
 def _sequences(config: ModelConfig, samples: int | None, length: int) -> int:

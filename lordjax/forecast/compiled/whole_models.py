@@ -54,8 +54,7 @@ def decoding(
 
     def trace(few: ModelConfig, params: Any) -> tuple[Any, Any, tuple[Any, ...]]:
         state, settings = begun_shapes(few, params, batch, length)
-        steps = jax.ShapeDtypeStruct((), jnp.int32)
-        args = compiler.placed((params, state, settings, steps))
+        args = compiler.placed((params, state, settings, _ids()))
         same = {"config": few, "kind": GREEDY.kind}
         counted = _one_token(few)
         return decode.decode.trace(*args, **same), counted, (params, state, settings)
@@ -67,17 +66,20 @@ def begun_shapes(
     config: ModelConfig, params: Any, batch: int, length: int
 ) -> tuple[decode.State, decode.RunSettings]:
     """Returns the shapes of a state of greedy decoding, and of its settings."""
-    number, ids = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((4,), jnp.int32)
+    number, ids = jax.ShapeDtypeStruct((), jnp.float32), _ids(4)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
     values = jax.tree.map(lambda _: number, GREEDY.values)
-    settings = decode.RunSettings(values, ids, keys, jax.ShapeDtypeStruct((), jnp.int32))
-    tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
-    lengths = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    settings = decode.RunSettings(values, ids, keys, _ids())
+    tokens, lengths = _ids(batch, length), _ids(batch)
 
     def read(*args: Any) -> decode.State:
         return decode.prefill(*args, config=config, kind=GREEDY.kind)
 
     return jax.eval_shape(read, params, tokens, lengths, settings), settings
+
+
+def _ids(*shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
 
 
 def _one_token(config: ModelConfig) -> Callable[..., Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lordjax.allocation.candidates import Candidate
 from lordjax.data.examples import Examples
@@ -121,7 +122,7 @@ def fine_tuning(sizes: Sizes) -> Line:
         shapes = variants(dataclasses.replace(sizes, llama=config))[f"NF4 + rank {sizes.rank}"]
         settings = step.Settings(2 + CHUNKS, 1, 1, dtype="bfloat16")
         setup = step.prepare_training(config, random_arrays(shapes, 0), named("lq-lora"), settings)
-        tokens = jnp.zeros((1, 1, sizes.length), jnp.int32)
+        tokens = np.zeros((1, 1, sizes.length), np.int32)
         update, found = step.make_step(config, setup.optimizer, dtype="bfloat16"), []
         state = setup.state
         for _ in range(1 + CHUNKS):
