@@ -28,6 +28,7 @@ from lordjax.models.config import ModelConfig
 from lordjax.models.layers import PERTURBATIONS, TAPS
 from lordjax.models.sites import LINEAR_SITES, Site
 from lordjax.models.transformer import Transformer, default_positions
+from lordjax.runtime import target
 
 Stats = dict[str, Any]
 # Parameters that are used before the first block.
@@ -75,7 +76,7 @@ def sequences_per_step(sequences: int, length: int) -> int:
     Returns:
       Sequences of a batch, at least 1.
     """
-    most = max(1, (1024 if jax.default_backend() == "cpu" else 8192) // length)
+    most = max(1, (1024 if target.platform() == "cpu" else 8192) // length)
     even = [n for n in range(most, most // 2, -1) if sequences % n == 0]
     return even[0] if even else most
 

@@ -21,7 +21,7 @@ from lordjax.models.config import ModelConfig
 from lordjax.models.head_axes import gather, scatter, widen
 from lordjax.models.sites import Site, counted_sites, site_path, sites_for
 from lordjax.models.source import Source
-from lordjax.runtime import flops
+from lordjax.runtime import flops, target
 from lordjax.storage.store import Store, get_or_compute
 
 AnyFactors = Factors | ModuleFactors
@@ -99,7 +99,7 @@ def held_out_errors(
 def on_host(method: str, kind: str) -> Module | None:
     """Returns the module of a kind of site if it is factored on the host (CPU only), else None."""
     module = METHODS[method].modules.get(kind)
-    if module is None or module.host is None or jax.default_backend() != "cpu":
+    if module is None or module.host is None or target.platform() != "cpu":
         return None
     return module
 
@@ -201,12 +201,12 @@ def site_work(
       folds: number of folds of the statistics; with two of them errors are cross-fitted.
     """
     leaves, tree = jax.tree.flatten((kernels, stats))
-    return _site_work(method, site, meshed, folds, tree, tuple(leaves))
+    return _site_work(method, site, meshed, folds, tree, tuple(leaves), flops.mode())
 
 
 @functools.cache
 def _site_work(
-    method: str, site: Site, meshed: bool, folds: int, tree: Any, leaves: Any
+    method: str, site: Site, meshed: bool, folds: int, tree: Any, leaves: Any, _: Any
 ) -> flops.OpCounts:
     kernels, stats = jax.tree.unflatten(tree, leaves)
     module = None if meshed else on_host(method, site.kind)

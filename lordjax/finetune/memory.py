@@ -29,6 +29,7 @@ from lordjax.kernels import base, quantized, trees
 from lordjax.models.config import ModelConfig
 from lordjax.models.objective import CHUNK
 from lordjax.names import layer
+from lordjax.runtime import target
 
 COPIES = 7  # float32 copies of each trained parameter; see the module's docstring
 
@@ -77,7 +78,7 @@ def predict(
     dequantized = max(largest, default=0)
     hidden = rows * seq_len * config.mlp_size * size * (3 if config.gated else 2)
     # On CPU, attention runs one sequence and key head at a time; see `models.attention.attend`.
-    at_once = 1 if jax.default_backend() == "cpu" else rows * config.num_kv_heads
+    at_once = 1 if target.platform() == "cpu" else rows * config.num_kv_heads
     heads = at_once * config.num_heads // config.num_kv_heads
     scores = 2 * heads * seq_len**2 * 4
     logits = 3 * rows * min(CHUNK, seq_len) * config.vocab_size * 4

@@ -37,6 +37,7 @@ from lordjax.models.config import ModelConfig
 from lordjax.models.output_heads import CARRIED
 from lordjax.models.transformer import Transformer, default_positions
 from lordjax.names import layer
+from lordjax.runtime import target
 from lordjax.runtime.mesh import Mesh, batch_shardings, fsdp_shardings, put
 from lordjax.runtime.xla_scheduling import block_by_block
 
@@ -82,7 +83,7 @@ class Settings:
     @property
     def micro_batches(self) -> int:
         """Micro-batches per step."""
-        alone = self.batch if jax.default_backend() == "cpu" else 1
+        alone = self.batch if target.platform() == "cpu" else 1
         return alone if self.accumulate is None else self.accumulate
 
     def check(self) -> None:

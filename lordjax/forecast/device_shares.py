@@ -14,15 +14,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-
 from lordjax.calibration.observers import observe, observe_gradients, sequences_per_step
 from lordjax.forecast.calibration_cost import forward_work, gradient_shapes, per_layer
 from lordjax.forecast.job import CalibrationSpec, CompressionSpec
 from lordjax.forecast.low_rank_cost import all_factors, site_factors
 from lordjax.forecast.quantized_cost import QuantizationSpec
 from lordjax.models.sites import Site
-from lordjax.runtime import flops
+from lordjax.runtime import flops, target
 from lordjax.runtime.flops import OpCounts
 from lordjax.runtime.mesh import assign_tasks
 
@@ -91,7 +89,7 @@ def busiest(each: Sequence[OpCounts], processes: int = 1) -> OpCounts:
       each: operation counts of every device.
       processes: number of processes, each with equally many devices.
     """
-    if jax.default_backend() == "cpu":
+    if target.platform() == "cpu":
         own = len(each) // processes
         each = [flops.merged(each[k : k + own]) for k in range(0, len(each), own or 1)]
     return max(each, key=flops.total)

@@ -17,11 +17,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-
 from lordjax.forecast.job import CalibrationSpec, CompressionSpec
 from lordjax.forecast.quantized_cost import QuantizationSpec
 from lordjax.forecast.stage_memory import LowRankMemory, Parts, QuantizedMemory, StageMemory
+from lordjax.runtime import target
 from lordjax.runtime.flops import OpCounts
 
 PROCESS = 600e6  # bytes of Python with JAX, the rest of the library and a tokenizer
@@ -79,7 +78,7 @@ def _stage_memory(spec: CalibrationSpec, *others: Any) -> StageMemory:
 
 def _peak(stages: Mapping[str, Parts], devices: int, processes: int) -> MemoryReport:
     """The largest stage on the host and on a device."""
-    on_cpu = jax.default_backend() == "cpu"
+    on_cpu = target.platform() == "cpu"
     sums = {}
     for name, parts in stages.items():
         own = {part: n for part, n in parts.items() if part.startswith("device")}

@@ -22,6 +22,7 @@ from lordjax.kernels.low_rank import LowRank
 from lordjax.models.head_axes import LAST_NAME
 from lordjax.models.objective import CHUNK
 from lordjax.models.sites import Site
+from lordjax.runtime import target
 
 # Float64 arrays of a factorization beside its inputs, each as large as the largest input. XLA was
 # seen to hold fewer than 3.5.
@@ -119,7 +120,7 @@ class StageMemory:
         heads = config.head_size * (config.num_heads + 2 * config.num_kv_heads)
         width = 4 * config.hidden_size + 2 * heads + (2 + config.gated) * config.mlp_size
         parallel_heads = config.num_heads // config.num_kv_heads
-        if jax.default_backend() != "cpu":
+        if target.platform() != "cpu":
             parallel_heads = batch * config.num_heads
         attention = 2 * parallel_heads * min(256, self.spec.length) * self.spec.length
         tokens = batch * self.spec.length

@@ -11,7 +11,7 @@ the words. Two levels are read at a time, as the halves of one 64-bit number: 0.
 weight and core (Zen 3, AVX2), where one level at a time takes 1.3. The remaining cost is one lookup
 per two weights, for which x86 has no fast vector instruction.
 
-``scripts/benchmarks/kernels.py`` measures these numbers.
+``scripts/benchmarks/gpu/kernels.py`` measures these numbers.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from jaxtyping import Array
 
 from lordjax.kernels import nf_gpu
 from lordjax.kernels.nf_gpu import Tile
-from lordjax.runtime import xla_scheduling
+from lordjax.runtime import target, xla_scheduling
 
 MARGIN = 1.05  # required speed-up of the kernel; times vary by less from run to run
 ROWS = 4096  # largest number of rows of x that is timed; time is proportional beyond
@@ -40,11 +40,13 @@ def product(x: Array, quantized: Any, low_rank: Any = None) -> Array | None:
       quantized: the matrix, an `NFQuantized`.
       low_rank: the low-rank term, a `LowRank`, or None.
     """
-    if jax.default_backend() != "gpu" or jax.device_count() > 1:
+    if target.platform() != "gpu" or target.device_count() > 1:
         return None
     if nf_gpu.unsupported(x, quantized, low_rank):
         return None
-    tile = fastest(Case.for_operands(x, quantized, low_rank))
+    case = Case.for_operands(x, quantized, low_rank)
+    # A GPU that is not here cannot be timed.
+    tile = nf_gpu.default_tile(case.rows) if target.is_absent() else fastest(case)
     if tile is None:
         return None
     return nf_gpu.matmul(x, quantized, low_rank, tile=tile)

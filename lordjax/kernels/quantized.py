@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from lordjax.kernels import nf_cpu, normal_float
 from lordjax.kernels.base import Kernel, materialize, matmul
 from lordjax.kernels.low_rank import LowRank
-from lordjax.runtime import xla_scheduling
+from lordjax.runtime import target, xla_scheduling
 
 
 @flax.struct.dataclass
@@ -145,12 +145,15 @@ _decoded_product.defvjp(_forwards, _backwards)
 
 
 def _decodes_in_tiles(kernel: NFQuantized) -> bool:
-    return jax.default_backend() == "cpu" and nf_cpu.supported(kernel)
+    return target.platform() == "cpu" and nf_cpu.supported(kernel)
 
 
-def _gpu_product(x: Array, base: NFQuantized, low_rank: LowRank | None = None) -> Array | None:
-    """Returns ``x @ base + x @ low_rank`` by `nf_gpu` where that is measured faster, else None."""
-    if jax.default_backend() != "gpu" or not _has_triton():
+def _gpu_product(x: Array, base: Any, low_rank: LowRank | None = None) -> Array | None:
+    """Returns ``x @ base + x @ low_rank`` by `nf_gpu` where that is measured faster, else None.
+
+    It is for quantized matrices; an adapter's base can be of any kind.
+    """
+    if target.platform() != "gpu" or not isinstance(base, NFQuantized) or not _has_triton():
         return None
     from lordjax.kernels import nf_gpu_autotune  # Pallas is slow to import
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lordjax.models.config import ModelConfig, Rope
 from lordjax.models.layers import Linear, RMSNorm, softcap, tap
 from lordjax.models.rope import rotate, row_frequencies
+from lordjax.runtime import target
 
 
 def attend(
@@ -70,7 +71,7 @@ def attend(
     # The backward pass computes logits again: this is cheaper than writing and reading them.
     attend_one = jax.checkpoint(attend_one)
     # CPU: one key head at a time. An accelerator is faster with all of them at once.
-    one_by_one = jax.default_backend() == "cpu"
+    one_by_one = target.platform() == "cpu"
     out = (
         jax.lax.map(attend_one, split_inputs) if one_by_one else jax.vmap(attend_one)(split_inputs)
     )

@@ -19,23 +19,71 @@ Also counted, but not added to the total of operations::
 
 The body of a ``scan`` counts once per iteration. ``while`` loops are ignored: here they only retry
 failed factorizations.
+
+Inside `recorded`, every counted program is kept, and its runs are counted like an operation. So the
+same code that counts a job's operations says which programs the job compiles.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from lordjax.runtime import target
 
 OpCounts = Counter[str]  # kind -> number of operations
 THIN = 128
 # Kinds that are not floating-point operations.
 COUNTS = ("exp", "select", "gather", "steps", "equations", "read", "put", "write")
 EXPONENTIALS = ("exp", "logistic", "tanh", "erf", "exp2")
+RUNS = "runs of "  # before the name of a recorded program
+
+
+class Program(NamedTuple):
+    """A program that was counted.
+
+    Attributes:
+      fn: the function.
+      args: shapes of its arguments.
+      x64: whether it has 64-bit numbers.
+      precision: JAX's default precision of matrix products.
+      ops: its operations in one run.
+    """
+
+    fn: Callable[..., Any]
+    args: tuple[Any, ...]
+    x64: bool
+    precision: str | None
+    ops: OpCounts
+
+
+_programs: dict[str, Program] = {}
+_recording = False
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[dict[str, Program]]:
+    """Inside, `count_ops` also counts one run of its program, under a name of the yielded table."""
+    global _recording
+    before, _recording = _recording, True
+    try:
+        yield _programs
+    finally:
+        _recording = before
+
+
+def mode() -> tuple[str, bool]:
+    """Returns what counts depend on besides the program: the platform, and whether it is recorded.
+
+    What remembers counts remembers them by this, too.
+    """
+    return target.platform(), _recording
 
 
 def count_ops(fn: Callable[..., Any], *args: Any) -> OpCounts:
@@ -46,7 +94,13 @@ def count_ops(fn: Callable[..., Any], *args: Any) -> OpCounts:
       *args: its arguments: arrays or ``ShapeDtypeStruct``.
     """
     closed = jax.make_jaxpr(fn)(*args)
-    return _count_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
+    found = _count_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
+    if _recording:
+        name, config = f"{RUNS}{len(_programs)}", jax.config
+        modes = bool(config.jax_enable_x64), config.jax_default_matmul_precision
+        _programs[name] = Program(fn, args, *modes, Counter(found))
+        found[name] = 1
+    return found
 
 
 def count_loop_ops(fn: Callable[..., Any], *args: Any) -> OpCounts:
@@ -60,7 +114,8 @@ def count_loop_ops(fn: Callable[..., Any], *args: Any) -> OpCounts:
 
 def total(ops: OpCounts) -> float:
     """Returns the number of floating-point operations of all kinds."""
-    return float(sum(count for kind, count in ops.items() if kind not in COUNTS))
+    others = [kind for kind in ops if kind in COUNTS or kind.startswith(RUNS)]
+    return float(sum(ops.values()) - sum(ops[kind] for kind in others))
 
 
 def scaled(ops: OpCounts, factor: float) -> OpCounts:

@@ -129,6 +129,20 @@ def compress(
     help="Number of processes with equally many devices of --mesh; memory and time are printed per "
     "process.",
 )
+@click.option(
+    "--device",
+    type=Text(),
+    metavar="CARD[:N]",
+    help="Compile every program for N GPUs of a kind (h200, h100, a100, l4), which need not be "
+    "here, and print memory and least time of every stage. Needs the extra gpu-plan.",
+)
+@click.option(
+    "--decode-batch",
+    type=COUNT,
+    default=1,
+    show_default=True,
+    help="Rows that are decoded together (with --device).",
+)
 @statistics_options
 @click.option(
     "--measure/--no-measure",

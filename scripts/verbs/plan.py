@@ -17,9 +17,12 @@ from lordjax.scripts.flags.options import ignored_keys
 from lordjax.scripts.jobs import QUANTIZED, job_of
 from lordjax.scripts.opened_model import quiet_transformers
 from lordjax.scripts.token_inputs import WINDOW
+from lordjax.scripts.verbs.plan_device import asked_card, on_device, show_device
 
 if TYPE_CHECKING:
     from lordjax.allocation.plan import Plan
+    from lordjax.finetune.recipes import Recipe
+    from lordjax.finetune.step import Settings
     from lordjax.forecast.job import CalibrationSpec
     from lordjax.models.config import ModelConfig
     from lordjax.models.source import InMemory
@@ -47,6 +50,15 @@ class FineTuning:
     batch: int
     accumulate: int | None
 
+    def asked(self, dtype: str) -> tuple[Recipe, Settings]:
+        """Returns the recipe and the settings of the step; raises as these do."""
+        from lordjax.finetune.recipes import changed, named
+        from lordjax.finetune.step import Settings
+
+        settings = Settings(1, self.batch, self.accumulate, dtype=dtype)
+        settings.check()
+        return changed(named(self.recipe), rank=self.rank), settings
+
 
 def plan_model(
     model: str,
@@ -61,6 +73,8 @@ def plan_model(
     measure: bool = True,
     mesh: str | None = None,
     num_processes: int = 1,
+    device: str | None = None,
+    decode_batch: int = 1,
     **options: Any,
 ) -> dict[str, Any]:
     """Counts weights, bytes, operations, memory and seconds; arguments are the flags.
@@ -69,14 +83,13 @@ def plan_model(
     `COMPRESSION_OPTIONS`, where ``rank`` is one if no recipe is given.
 
     Raises:
+      ImportError: if ``device`` is given and what compiles for a GPU is not installed.
       KeyError: if the method, the policy or a layer of ``ranks`` is unknown.
       ValueError: if ranks do not fit, or the budget cannot be met.
     """
-    from lordjax.storage.saved_model import is_compressed
-
+    card = None if device is None else asked_card(device, mesh)
     quiet_transformers()
-    if is_compressed(Path(model).expanduser()):
-        raise ValueError(f"{model}: is compressed already; give the original model")
+    _check_original(model)
     options = dict.fromkeys(COMPRESSION_OPTIONS) | options
     options |= {"rank": None if recipe is not None else rank}
     job_of(method, options)  # finds wrong options before a model is opened
@@ -98,13 +111,22 @@ def plan_model(
         "ranks_are": sure,
         "cost": cost(job, source, after, rates, mesh, num_processes),
     }
-    if recipe is not None:
-        step = FineTuning(recipe, rank, batch, accumulate)
+    step = None if recipe is None else FineTuning(recipe, rank, batch, accumulate)
+    if card is not None:
+        found["device"] = on_device(card, job, source.params, after, decode_batch, step)
+    if step is not None:
         dtype = options["dtype"] or "float32"
         found["finetune"] = _fine_tuning_memory(
             config, method, _exact_plan(method, plan, sure), step, length, dtype
         )
     return found
+
+
+def _check_original(model: str) -> None:
+    from lordjax.storage.saved_model import is_compressed
+
+    if is_compressed(Path(model).expanduser()):
+        raise ValueError(f"{model}: is compressed already; give the original model")
 
 
 def _sequences(config: ModelConfig, samples: int | None, length: int) -> int:
@@ -184,12 +206,8 @@ def _fine_tuning_memory(
     """Bytes of a fine-tuning step of the original and of the compressed model."""
     from lordjax.allocation.plan import Plan
     from lordjax.finetune.memory import predict
-    from lordjax.finetune.recipes import changed, named
-    from lordjax.finetune.step import Settings
 
-    settings = Settings(1, step.batch, step.accumulate, dtype=dtype)
-    settings.check()
-    recipe = changed(named(step.recipe), rank=step.rank)
+    recipe, settings = step.asked(dtype)
     original = Plan(method, dict.fromkeys(plan.ranks), 1.0, "uniform")
     return dataclasses.asdict(step) | {
         name: predict(config, outline(config, ranks), recipe, settings, seq_len)
@@ -235,6 +253,8 @@ def show(result: dict[str, Any]) -> None:
             print(f"{key:30}{count:>22,}{memory['after'][key]:>22,}{ratio:>8.4f}")
     _show_ranks(result)
     _show_cost(result["cost"], settings)
+    if "device" in result:
+        show_device(result["device"])
 
 
 def _show_ranks(result: dict[str, Any]) -> None:

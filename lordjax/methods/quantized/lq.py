@@ -57,6 +57,7 @@ from lordjax.methods.quantized.best_product import (
 )
 from lordjax.methods.quantized.error_feedback import quantize
 from lordjax.methods.quantized.weightings import Weights
+from lordjax.runtime import target
 
 # Alternations. The first five gain most; at 2 bits more of them do harm (theory/lq_lora §2.5).
 STEPS = 10
@@ -176,7 +177,7 @@ def runs_stacked() -> bool:
     A batch fills an accelerator. One matrix already fills a CPU; batched factorizations are slow
     there, and every batch size would be compiled again.
     """
-    return jax.default_backend() != "cpu"
+    return target.platform() != "cpu"
 
 
 def decompose_all(

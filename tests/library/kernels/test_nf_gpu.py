@@ -19,7 +19,8 @@ from lordjax.kernels.low_rank import LowRank
 from lordjax.kernels.nf_gpu import Tile
 from lordjax.kernels.normal_float import BITS, Format
 from lordjax.kernels.quantized import LowRankPlusQuantized, NFQuantized
-from lordjax.scripts.benchmarks.kernels import main
+from lordjax.runtime import target
+from lordjax.scripts.benchmarks.gpu.kernels import main
 
 # Unit roundoff; a result in bfloat16 is rounded once, and so are the weights and x @ left.
 TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-2, "float16": 1e-3}
@@ -261,6 +262,22 @@ def test_products_without_a_kernel_are_decoded(one_gpu):
     one_gpu.setattr(nf_gpu_autotune, "fastest", lambda case: pytest.fail("timed"))
     x, base = normal(3, (2, 12)), quantized(shape=(12, 8))
     assert_near(matmul(x, base), exact(x, base))
+
+
+@pytest.mark.parametrize("base", [normal(4, (96, 40)), low_rank(7)], ids=["dense", "low rank"])
+def test_adapters_on_other_matrices_have_no_kernel(one_gpu, base):
+    one_gpu.setattr(nf_gpu_autotune, "fastest", lambda case: pytest.fail("timed"))
+    x = normal(3, (2, 96))
+    assert_near(matmul(x, LowRankPlusQuantized(base, low_rank())), exact(x, base, low_rank()))
+
+
+def test_the_default_tile_is_taken_for_a_gpu_that_is_absent(monkeypatch):
+    monkeypatch.setattr(nf_gpu_autotune, "fastest", lambda case: pytest.fail("timed"))
+    x, kernel = normal(3, (2, 96)), quantized()
+    with target.absent_gpus():
+        assert "triton" in lowered_for_cuda(lambda x, k: matmul(x, k), x, kernel)
+    with target.absent_gpus(2):  # XLA cannot partition the kernel
+        assert "triton" not in lowered_for_cuda(lambda x, k: matmul(x, k), x, kernel)
 
 
 def test_the_fastest_is_chosen_and_must_be_faster_by_a_margin(one_gpu):

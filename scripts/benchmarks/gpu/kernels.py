@@ -2,8 +2,8 @@
 
 Run::
 
-    python -m lordjax.scripts.benchmarks.kernels                    on a GPU or a CPU
-    python -m lordjax.scripts.benchmarks.kernels --interpret        the GPU kernel, small shapes
+    python -m lordjax.scripts.benchmarks.gpu.kernels                    on a GPU or a CPU
+    python -m lordjax.scripts.benchmarks.gpu.kernels --interpret        the GPU kernel, small shapes
 
 For every shape and number of rows it measures the dense product, XLA's product with the whole
 dequantized matrix and, on a CPU, the product in tiles or, on a GPU, the kernel with its fastest
@@ -130,7 +130,7 @@ def measure(
     from lordjax.kernels.base import matmul as product
     from lordjax.kernels.quantized import LowRankPlusQuantized
 
-    x, quantized, low_rank = _operands(shape, rows, form, rank, dtype)
+    x, quantized, low_rank = operands(shape, rows, form, rank, dtype)
     w = materialize(quantized)
     w = w if low_rank is None else w + materialize(low_rank).astype(w.dtype)
     exact = jnp.matmul(x.astype(w.dtype), w, precision="highest")
@@ -168,7 +168,7 @@ def measure(
     ]
 
 
-def _operands(
+def operands(
     shape: tuple[int, ...], rows: int, form: str, rank: int, dtype: str
 ) -> tuple[Any, Any, Any]:
     """Returns random activations, a quantized matrix, and its low-rank term or None."""
