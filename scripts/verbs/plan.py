@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 STORED = ("float32", "bfloat16", "float16")
 COMPRESSION_OPTIONS = (
     *("keep", "ranks", "allocation", "temperature", "prefix", "elastic"),
-    *("dtype", "factors", *QUANTIZED),
+    *("dtype", "factors", *QUANTIZED, "shape", "multiple"),
 )
 
 
@@ -84,7 +84,9 @@ def plan_model(
     _, settings, needs_tokens, _ = job_of(method, options, stored_dtype)
     length = seq_len or min(WINDOW, config.max_positions)
     calibration = (_sequences(config, samples, length) if needs_tokens else 0, length)
-    settings = {"method": method, **settings} | ({} if mesh is None else {"mesh": mesh})
+    settings = {"method": method, **settings}
+    method = settings["method"]  # the one of the shape that was asked for
+    settings |= {} if mesh is None else {"mesh": mesh}
     job, after, sure, plan = parse_settings(config, source, calibration, settings)
     rates = machine_rates.measure_rates() if measure else None
     found = {
