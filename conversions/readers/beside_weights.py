@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ TOKENIZER_FILES = (
 )
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 GENERATION = "generation_config.json"
+_CARD_LINES = 200  # lines of a model card in which its head ends
 
 
 class DirectoryTokenizer:
@@ -74,6 +76,20 @@ def read_generation_config(directory: Path) -> dict[str, Any]:
     """
     file = directory / GENERATION
     return read_json(file) if file.exists() else {}
+
+
+def read_license(directory: Path) -> dict[str, str]:
+    """Returns the licence in the head of a model's ``README.md``, as a key of a config; or {}."""
+    file = directory / "README.md"
+    if not file.is_file():
+        return {}
+    with file.open(encoding="utf-8", errors="replace") as stream:
+        lines = [line.strip() for line in itertools.islice(stream, _CARD_LINES)]
+    if not lines or lines[0] != "---" or "---" not in lines[1:]:
+        return {}
+    found = (line for line in lines[1 : lines.index("---", 1)] if line.startswith("license:"))
+    text = next(found, "").removeprefix("license:").strip().strip("\"'")
+    return {"license": text} if text else {}
 
 
 def write_generation_config(config: Mapping[str, Any], directory: Path) -> None:
