@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lordjax.allocation.plan import SiteSize
+from lordjax.allocation.plan import Plan, SiteSize
 from lordjax.allocation.policies import TILE
 from lordjax.calibration.calibration_set import Calibration
 from lordjax.compression.low_rank import check_method, prepare
@@ -229,9 +229,21 @@ class Cut(InMemory):
 
     Attributes:
       hf_config: the original ``config.json``, with the model's sizes.
+      made: the plan.
+      about: the report.
     """
 
     hf_config: dict[str, Any]
+    made: Plan
+    about: dict[str, Any]
+
+    def plan(self) -> Plan:
+        """Returns the compression plan, as `saved_model.Saved.plan` does."""
+        return self.made
+
+    def report(self) -> dict[str, Any]:
+        """Returns the report, as `saved_model.Saved.report` does."""
+        return self.about
 
     def leaves(self) -> dict[str, Any]:
         """Returns parameter path -> ``ShapeDtypeStruct``, or a kernel of them."""
@@ -249,7 +261,17 @@ def open_cut(
     result = cut(directory, keep, shape=shape, verify=verify)
     saved = saved_model.open_saved(directory, verify=verify)
     hf_config = described(result, saved.hf_config)
-    return Cut(result.config, result.params, hf_config)
+    return Cut(result.config, result.params, hf_config, result.plan, _report(saved, result, keep))
+
+
+def _report(saved: saved_model.Saved, result: Result, keep: float) -> dict[str, Any]:
+    """Returns the report of a budget: its own, with the settings of the elastic model."""
+    stored = saved.report()
+    settings = dict(stored.get("settings", {}))
+    settings.pop("elastic", None)
+    dtype = settings.pop("cut_dtype", None)
+    settings |= {"keep": keep} | ({} if dtype is None else {"dtype": dtype})
+    return {**result.report, "calibration": stored.get("calibration"), "settings": settings}
 
 
 def load(
@@ -313,22 +335,13 @@ def export(
     with atomic_directory.staged(out, need) as stage:
         shards = Shards(stage, MemoryStore())
         result = cut(directory, keep, shape=shape, into=shards, progress=progress, verify=verify)
-        stored = saved.report()
-        settings = dict(stored.get("settings", {}))
-        settings.pop("elastic", None)
-        if (dtype := settings.pop("cut_dtype", None)) is not None:
-            settings["dtype"] = dtype
         checkpoint.write_about(
             stage,
             shards.finish(names(result.config)),
             result.config,
             hf_config=described(result, saved.hf_config),
             plan=result.plan,
-            report={
-                **result.report,
-                "calibration": stored.get("calibration"),
-                "settings": {**settings, "keep": keep},
-            },
+            report=_report(saved, result, keep),
             write_tokenizer=write_tokenizer,
             also=None
             if also is None
