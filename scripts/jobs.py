@@ -62,10 +62,10 @@ def job_of(
         return _quantized_job(method, options, stored_dtype)
     method = method_of_shape(method, options["shape"] or SHAPES[0])
     job = _elastic_job if options["elastic"] else _low_rank_job
-    run, settings, *facts = job(method, options, stored_dtype)
+    run, settings, needs_tokens, share = job(method, options, stored_dtype)
     if (multiple := options["multiple"]) is not None:
         run, settings = functools.partial(run, multiple=multiple), settings | {"multiple": multiple}
-    return run, settings | {"method": method}, *facts
+    return run, settings | {"method": method}, needs_tokens, share
 
 
 def _low_rank_job(

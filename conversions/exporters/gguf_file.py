@@ -216,8 +216,10 @@ def _type(kind: str, shape: tuple[int, ...]) -> Any:
     """Returns the type of a tensor: vectors are F32, rows of no whole blocks F16."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    qtype = GGMLQuantizationType[kind if len(shape) > 1 else "F32"]
-    return qtype if shape[-1] % GGML_QUANT_SIZES[qtype][0] == 0 else GGMLQuantizationType.F16
+    if len(shape) < 2:
+        return GGMLQuantizationType.F32
+    qtype, columns = GGMLQuantizationType[kind], shape[-1]
+    return qtype if columns % GGML_QUANT_SIZES[qtype][0] == 0 else GGMLQuantizationType.F16
 
 
 def _add_info(writer: Any, name: str, shape: tuple[int, ...], qtype: Any) -> None:
