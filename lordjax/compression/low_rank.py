@@ -132,8 +132,7 @@ def prepare(
     if METHODS[method].stock:
         multiple = STOCK_MULTIPLE if multiple is None else multiple
         _check_stock(dense, policy, prefix, multiple)
-    prepared = _take_statistics(dense, settings, method, policy, prefix)
-    return dataclasses.replace(prepared, tile=multiple or TILE)
+    return _take_statistics(dense, settings, method, policy, prefix, multiple or TILE)
 
 
 def _check_stock(source: Source, policy: str, prefix: str, multiple: int) -> None:
@@ -189,7 +188,12 @@ def _describes(source: Materialized, config: ModelConfig) -> bool:
 
 
 def _take_statistics(
-    source: Materialized, settings: CalibrationSettings, method: str, policy: str, prefix: str
+    source: Materialized,
+    settings: CalibrationSettings,
+    method: str,
+    policy: str,
+    prefix: str,
+    tile: int,
 ) -> Prepared:
     """Runs the passes over the original model that a method, a policy and a prefix need."""
     config, clock, store = source.config, Clock(settings.progress), settings.store()
@@ -237,6 +241,7 @@ def _take_statistics(
         sizes=_stock_sizes(source, sizes) if METHODS[method].stock else sizes,
         progress=settings.progress,
         store=store,
+        tile=tile,
     )
     if checked:
         check(prepared, removes_blocks=_removes_blocks(source, method))
