@@ -278,7 +278,8 @@ class Correction:
 
     Attributes:
       whole: the ratio of a whole plan, whose errors are corrected already.
-      removal: number of a block -> measured loss of removing it.
+      removal: number of a block -> loss of removing it: the larger one of what was predicted and
+        measured, because a measurement of few tokens can be far too low.
     """
 
     def __init__(self, rows: Sequence[Mapping[str, Any]], places: Mapping[str, Place]):
@@ -286,7 +287,8 @@ class Correction:
         self._measured: dict[str, dict[int, list[tuple[float, float]]]] = {}
         self._trust = {row["group"]: row["trust"] for row in rows}
         self.whole = next((row["ratio"] for row in rows if row["layer"] is None), 1.0)
-        self.removal = {row["layer"]: row["measured"] for row in rows if row["group"] == BLOCK}
+        blocks = (row for row in rows if row["group"] == BLOCK)
+        self.removal = {row["layer"]: max(row["predicted"], row["measured"]) for row in blocks}
         for row in rows:
             for path, error in row["parts"].items():
                 blocks = self._measured.setdefault(places[path].kind, {})

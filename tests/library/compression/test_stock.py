@@ -85,7 +85,8 @@ def test_the_removal_of_blocks_is_measured(prepared):
     curves = prepared.curves()
     for path, curve in curves.items():
         known = path.startswith(f"layer_{own}/")
-        assert curve.removal == (rows[0]["measured"] / 2 if known else np.inf)
+        loss = max(rows[0]["measured"], rows[0]["predicted"])  # few tokens may say too little
+        assert curve.removal == (loss / 2 if known else np.inf)
     # The measured loss is that of the model without the block.
     config = dataclasses.replace(SMALL, num_layers=2)
     left = [i for i in range(3) if i != own]
