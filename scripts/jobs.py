@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ from lordjax.scripts.console import KEEP
 
 # Options of quantizing methods only, and of low-rank methods only.
 QUANTIZED = ("bits", "budget_bytes", "form", "rank", "weighting", "feedback")
-UNQUANTIZED = ("keep", "ranks", "temperature", "prefix", "elastic")
+UNQUANTIZED = ("keep", "ranks", "temperature", "prefix", "elastic", "shape", "multiple")
 FLAGS = {"form": "--format"}  # option -> flag, where their names differ
 # What to do instead of giving an option together with --elastic.
 ELASTIC_HINTS = {
@@ -43,7 +44,7 @@ def job_of(
       ValueError: if options do not go together.
     """
     from lordjax.allocation.candidates import QUANTIZERS
-    from lordjax.methods import METHODS
+    from lordjax.methods import METHODS, SHAPES, method_of_shape
     from lordjax.names import did_you_mean
 
     if method not in METHODS and method not in QUANTIZERS:
@@ -57,8 +58,14 @@ def job_of(
             raise ValueError(
                 f"method {method!r} does not take {flag}, which is for {kind} methods; leave it out"
             )
-    job = _elastic_job if options["elastic"] else _quantized_job if quantized else _low_rank_job
-    return job(method, options, stored_dtype)
+    if quantized:
+        return _quantized_job(method, options, stored_dtype)
+    method = method_of_shape(method, options["shape"] or SHAPES[0])
+    job = _elastic_job if options["elastic"] else _low_rank_job
+    run, settings, needs_tokens, share = job(method, options, stored_dtype)
+    if (multiple := options["multiple"]) is not None:
+        run, settings = functools.partial(run, multiple=multiple), settings | {"multiple": multiple}
+    return run, settings | {"method": method}, needs_tokens, share
 
 
 def _low_rank_job(

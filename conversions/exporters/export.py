@@ -4,10 +4,12 @@
 dense     dense matrices in their original shapes, for stock transformers
 factored  low-rank factors, pruned layers and quantized weights, with the torch code that runs them
 peft      as ``factored``, with the low-rank terms as a PEFT adapter in ``adapter/``
+gguf      ``model.gguf`` for llama.cpp with its tokenizer, of models with the shapes of their config
 orbax     parameters as nested dicts of arrays in ``params/``, and ``manifest.json``
 ========  ==========================================================================================
 
-Exporting does not need torch; `verify` does.
+Every export has a model card, ``README.md``. Nothing is sent anywhere. Exporting does not need
+torch; `verify` does.
 """
 
 from __future__ import annotations
@@ -21,8 +23,15 @@ import numpy as np
 
 from lordjax import names
 from lordjax.conversions.exporters.dense import dense
-from lordjax.conversions.exporters.factored import factored, peft
+from lordjax.conversions.exporters.factored import (
+    architecture_of,
+    auto_class,
+    factored,
+    peft,
+)
+from lordjax.conversions.exporters.gguf_file import gguf
 from lordjax.conversions.exporters.hf_files import ExportSpec, Opened
+from lordjax.conversions.exporters.model_card import write_card
 from lordjax.conversions.exporters.orbax import orbax
 from lordjax.conversions.families.registry import model_config, tensor_table
 from lordjax.kernels.base import nbytes
@@ -34,8 +43,10 @@ EXPORTS: dict[str, Callable[[ExportSpec, Path], None]] = {
     "dense": dense,
     "factored": factored,
     "peft": peft,
+    "gguf": gguf,
     "orbax": orbax,
 }
+SELF_CONTAINED = ("gguf",)  # exports with the tokenizer inside
 
 
 def export(
@@ -46,6 +57,7 @@ def export(
     dtype: Any = None,
     write_tokenizer: Callable[[Path], Any] | None = None,
     shard_bytes: int = SHARD_BYTES,
+    gguf_type: str | None = None,
 ) -> Path:
     """Exports a model into a directory that another program can open.
 
@@ -53,11 +65,13 @@ def export(
       source: model from `saved_model.open_saved` or `open_checkpoint`.
       out: output directory; must not exist or be empty.
       to: kind of export, a key of `EXPORTS`.
-      dtype: dtype of the tensors of a ``dense`` export; None means the dtype of the embedding. The
-        other kinds keep the stored dtypes.
+      dtype: dtype of the tensors of a ``dense`` export, and of the matrices of a ``gguf`` export;
+        None means the dtype of the embedding. The other kinds keep the stored dtypes.
       write_tokenizer: function that writes tokenizer files into a given directory; None writes
         none.
       shard_bytes: largest number of tensor bytes per file.
+      gguf_type: type of the matrices of a ``gguf`` export: F32, F16, BF16 or Q8_0; None: that of
+        ``dtype``.
 
     Returns:
       The output directory.
@@ -74,13 +88,15 @@ def export(
     check_source(source)
     leaves = source.leaves()
     dtype = np.dtype(dtype or leaves["embed/embedding"].dtype)
-    job = ExportSpec(source, dtype, check_destination(out), shard_bytes)
+    out = check_destination(out)
+    job = ExportSpec(source, dtype, out, shard_bytes, write_tokenizer, gguf_type)
     size = sum(np.prod(row.shape) for row in tensor_table(source.hf_config, leaves=leaves).values())
     need = int(size) * dtype.itemsize if to == "dense" else nbytes(leaves)
     check_room(job.out, need)
     with staged(job.out, need) as stage:
         EXPORTS[to](job, stage)
-        if write_tokenizer is not None:
+        write_card(stage, source, to, auto_class(architecture_of(source.hf_config)))
+        if write_tokenizer is not None and to not in SELF_CONTAINED:
             write_tokenizer(stage)
     return job.out
 

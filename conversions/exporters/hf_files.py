@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,8 +12,11 @@ import safetensors
 import safetensors.numpy
 
 from lordjax.conversions.families.family import TensorSource
+from lordjax.conversions.families.registry import family_of, tensor_table
 from lordjax.kernels import trees
+from lordjax.kernels.base import is_kernel
 from lordjax.models.config import ModelConfig
+from lordjax.models.head_axes import ROPE_INDEX
 from lordjax.names import layer
 from lordjax.storage.checkpoint import INDEX, SHARD_BYTES
 from lordjax.storage.tensor_files import write_json
@@ -54,12 +57,46 @@ class ExportSpec:
       dtype: dtype in ``config.json``, and of the tensors of a dense export.
       out: final path of the export; until it is complete it has another name.
       shard_bytes: largest number of tensor bytes per file.
+      write_tokenizer: function that writes tokenizer files into a directory; None: there are none.
+      gguf_type: type of the matrices of a ``gguf`` export; None: that of ``dtype``.
     """
 
     source: Opened
     dtype: np.dtype
     out: Path
     shard_bytes: int = SHARD_BYTES
+    write_tokenizer: Callable[[Path], Any] | None = None
+    gguf_type: str | None = None
+
+
+def check_plain(source: Opened, to: str) -> None:
+    """Checks that a model has exactly the parameters that its config says, all of them dense.
+
+    Args:
+      source: the model.
+      to: kind of export, for messages.
+
+    Raises:
+      ValueError: if a parameter is a low-rank pair or quantized, has another shape, or is one that
+        the family's models do not have; names an export that can hold it.
+    """
+    leaves, hf_config = source.leaves(), source.hf_config
+    table = tensor_table(hf_config, leaves=leaves)
+    kernels = [path for path, leaf in leaves.items() if is_kernel(leaf)]
+    added = sorted(leaves.keys() - table.keys())
+    other = [p for p in table.keys() & leaves.keys() if leaves[p].shape != table[p].loaded_shape]
+    what = (
+        ("low-rank pairs or quantized matrices", kernels),
+        ("narrower layers or parts of heads", [p for p in added if p.endswith(ROPE_INDEX)]),
+        (f"parameters that {family_of(hf_config).model_type} models do not have", added),
+        ("narrower layers or parts of heads", sorted(other)),
+    )
+    for name, paths in what:
+        if paths:
+            raise ValueError(
+                f"a {to} export cannot hold {name} ({len(paths)} of them, the first is "
+                f"{paths[0]}); export with --to factored, or compress with --shape stock"
+            )
 
 
 def of_block(flat: Mapping[str, Any], i: int) -> dict[str, Any]:

@@ -18,9 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from lordjax.conversions.exporters.factored import architecture_of, auto_class
+from lordjax.conversions.exporters.gguf_file import FILE, epsilon
 from lordjax.conversions.exporters.hf_files import Opened
 from lordjax.conversions.exporters.orbax import restore_orbax
 from lordjax.conversions.families.registry import carried_names
+from lordjax.conversions.readers.checkpoint import open_checkpoint
 from lordjax.kernels.kinds import astype
 from lordjax.models.config import ModelConfig
 from lordjax.models.source import InMemory
@@ -58,6 +60,11 @@ def peft_logits(directory: Path) -> Logits:
     return _run_torch(PeftModel.from_pretrained(base, directory / "adapter"))
 
 
+def gguf_logits(directory: Path) -> Logits:
+    """Opens a GGUF export with lordjax's own reader; llama.cpp is not needed."""
+    return our_logits(open_checkpoint(directory / FILE))
+
+
 def orbax_logits(directory: Path) -> Logits:
     """Opens a directory with Orbax."""
     return our_logits(InMemory(*restore_orbax(directory)))
@@ -68,6 +75,7 @@ RELOAD: dict[str, tuple[Callable[[Path], Logits], tuple[str, ...]]] = {
     "dense": (functools.partial(torch_logits, remote=False), ("torch",)),
     "factored": (functools.partial(torch_logits, remote=True), ("torch",)),
     "peft": (peft_logits, ("torch", "peft")),
+    "gguf": (gguf_logits, ()),
     "orbax": (orbax_logits, ()),
 }
 
@@ -166,7 +174,8 @@ def verify(source: Opened, directory: Path, to: str, tokens: np.ndarray) -> dict
         spread.append(float(b.std()))
         if source.config.head == "causal":
             nlls.append([_nll(logits, window) for logits in (a, b)])
-    tolerance = max(TOLERANCE, STEPS * float(jnp.finfo(dtype).eps)) * float(np.mean(spread))
+    step = max(float(jnp.finfo(dtype).eps), epsilon(directory) if to == "gguf" else 0.0)
+    tolerance = max(TOLERANCE, STEPS * step) * float(np.mean(spread))
     result = {
         "logit_difference": largest,
         "tolerance": tolerance,

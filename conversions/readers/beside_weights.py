@@ -18,6 +18,7 @@ TOKENIZER_FILES = (
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 GENERATION = "generation_config.json"
 PROBE = "a \u16a0"  # a text with a character that is in no vocabulary
+_CARD_BYTES = 2**16  # of a model card in which its head ends
 
 
 class DirectoryTokenizer:
@@ -75,6 +76,21 @@ def read_generation_config(directory: Path) -> dict[str, Any]:
     """
     file = inside(directory, GENERATION, directory)
     return read_json(file) if file.exists() else {}
+
+
+def read_license(directory: Path) -> dict[str, str]:
+    """Returns the licence in the head of a model's ``README.md``, as a key of a config; or {}."""
+    file = directory / "README.md"
+    if not file.is_file():
+        return {}
+    with file.open("rb") as stream:
+        head = stream.read(_CARD_BYTES).decode("utf-8", "replace")
+    lines = [line.strip() for line in head.splitlines()]
+    if not lines or lines[0] != "---" or "---" not in lines[1:]:
+        return {}
+    found = (line for line in lines[1 : lines.index("---", 1)] if line.startswith("license:"))
+    text = next(found, "").removeprefix("license:").strip().strip("\"'")
+    return {"license": text} if text else {}
 
 
 def write_generation_config(config: Mapping[str, Any], directory: Path) -> None:

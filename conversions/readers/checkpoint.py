@@ -40,6 +40,7 @@ from lordjax.conversions.readers.beside_weights import (
     DirectoryTokenizer,
     has_tokenizer,
     read_generation_config,
+    read_license,
     write_generation_config,
 )
 from lordjax.conversions.readers.foreign_quantization import (
@@ -300,7 +301,8 @@ def open_checkpoint(path_or_id: str | Path, *, ignore_keys: Iterable[str] = ()) 
         with reading(path, f"cannot read the base model {name}", "correct the adapter's config"):
             base = open_checkpoint(name, ignore_keys=ignore_keys)
         return base.with_adapter(path)
-    hf_config = _config_of(path, inside(path, "config.json", path), ignore_keys)
+    config = _config_of(path, inside(path, "config.json", path), ignore_keys)
+    hf_config = read_license(path) | config
     generation = functools.partial(read_generation_config, path)
     files, tokens = open_directory(path), DirectoryTokenizer(path)
     refuse_quantized_tensors(files)

@@ -23,12 +23,15 @@ class Curve:
         policy compares sites, their errors need a common unit.
       extra: weights that a compressed site adds whatever its rank (a new bias).
       influence: block influence of the site's block, for `block_influence`.
+      removal: the site's part of the error of removing its whole block; infinite where that is not
+        known or not possible.
     """
 
     size: SiteSize
     errors: np.ndarray
     extra: int = 0
     influence: float = 0.0
+    removal: float = math.inf
 
     @property
     def break_even(self) -> float:
@@ -42,18 +45,25 @@ class Curve:
         return most // self.size.step * self.size.step
 
     def cost(self, rank: int | None) -> int:
-        """Returns the number of weights at a rank; None means dense."""
-        return self.size.weights(rank) + (0 if rank is None else self.extra)
+        """Returns the number of weights at a rank; None means dense, 0 a removed block."""
+        return self.size.weights(rank) + (self.extra if rank else 0)
+
+    def error(self, rank: int | None) -> float:
+        """Returns the predicted error at a rank; None means dense, 0 a removed block."""
+        if rank is None:
+            return 0.0
+        return float(self.errors[rank]) if rank else self.removal
 
     def candidates(self, tile: int) -> tuple[list[int | None], np.ndarray, np.ndarray]:
         """Returns ranks (None: dense), costs ``[n]`` and errors ``[n]``, by rising cost.
 
         Args:
-          tile: ranks are multiples of this and of the site's step.
+          tile: ranks are multiples of this and of the site's step, if the site has ``tiles``.
         """
-        step = self.size.step
+        step, tile = self.size.step, tile if self.size.tiles else 1
         # (step, number of candidates it must leave): wide sites go up by several tiles at a time.
-        tiles = ((math.lcm(step, tile), 1), (math.lcm(step, tile * self.size.tiles), FINE))
+        wide = tile * max(self.size.tiles, 1)
+        tiles = ((math.lcm(step, tile), 1), (math.lcm(step, wide), FINE))
         for coarser, least in tiles:
             step = coarser if self.largest >= coarser * least else step
         ranks = list(range(step, self.largest + 1, step))

@@ -35,6 +35,8 @@ OTHERS = 3  # checked blocks besides the last ones, evenly spread
 SIGNIFICANT = 4.0
 MOST, LEAST = 1e3, 0.02  # range of the ratio of measured and predicted loss
 WHOLE_KEPT = 0.8  # of the plan that is measured as a whole
+BLOCK = "block"  # group of the rows that measure the removal of a whole block
+REMOVED = 4  # one in so many blocks is measured without: those whose predicted loss is least
 WARNING = 3.0  # ratio from which a site is named in a warning
 
 
@@ -145,25 +147,45 @@ def points(
     return found
 
 
+def removals(layers: int) -> int:
+    """Returns how many blocks of a model are measured without."""
+    return max(1, layers // REMOVED)
+
+
+def _removed_blocks(in_sample: Mapping[str, Curve], places: Mapping[str, Place]) -> list[Point]:
+    """Returns the blocks whose removal is measured: all of their sites have rank 0."""
+    blocks: dict[int, dict[str, float]] = {}
+    for path, place in places.items():
+        blocks.setdefault(place.block, {})[path] = float(in_sample[path].errors[0])
+    order = sorted(blocks, key=lambda i: sum(blocks[i].values()))
+    return [
+        Point(i, BLOCK, dict.fromkeys(blocks[i], 0), blocks[i], blocks[i])
+        for i in order[: removals(len(blocks))]
+    ]
+
+
 def _rank(curve: Curve, fraction: float) -> int:
     """Returns the rank that keeps about a fraction of a site's weights; 0 if none does."""
     step = curve.size.step
     return min(int(fraction * curve.break_even) // step * step, curve.largest)
 
 
-def check(model: Checked, measure: Measure) -> None:
+def check(model: Checked, measure: Measure, *, removes_blocks: bool = False) -> None:
     """Measures the losses of some sites, and of a whole plan, on held-out data.
 
     The result is ``model.checked``: a row for each `Point`, with ``layer``, ``group``, ``ranks``;
     in nats the ``in_sample``, the ``predicted`` and the ``measured`` loss; the ``ratio`` of the
     last two; ``parts``, site path -> its part of the predicted loss; and ``trust`` (`_trust`). The
-    row of the plan has the layer None and no parts.
+    row of the plan has the layer None. It has no parts, nor have rows of removed blocks (`BLOCK`).
 
     Args:
       model: the model.
       measure: function that measures variants of it; called twice.
+      removes_blocks: whether the removal of whole blocks is measured, too.
     """
-    chosen = points(model.curves(), model.curves(in_sample=True), model.places)
+    in_sample = model.curves(in_sample=True)
+    chosen = points(model.curves(), in_sample, model.places)
+    chosen += _removed_blocks(in_sample, model.places) if removes_blocks else []
     model.checked = _rows(chosen, measure([point.ranks for point in chosen]))
     plan = model.plan(WHOLE_KEPT)
     ranks = {path: rank for path, rank in plan.ranks.items() if rank is not None}
@@ -186,11 +208,7 @@ def predicted_loss(model: Checked, ranks: Mapping[str, int | None]) -> dict[str,
     whole = Correction(model.checked, model.places).whole
     return {
         name: factor
-        * sum(
-            float(curve.errors[rank])
-            for path, curve in model.curves(in_sample=in_sample).items()
-            if (rank := ranks[path]) is not None
-        )
+        * sum(curve.error(ranks[path]) for path, curve in model.curves(in_sample=in_sample).items())
         for name, in_sample, factor in (("in_sample", True, 1.0), ("held_out", False, whole))
     }
 
@@ -205,7 +223,8 @@ def _rows(chosen: Sequence[Point], losses: Sequence[float]) -> list[dict[str, An
             for path in point.ranks
         }
         row = {"layer": point.layer, "group": point.group, "ranks": point.ranks}
-        row |= {"in_sample": sum(point.in_sample.values()), "parts": parts, "trust": share}
+        row |= {"in_sample": sum(point.in_sample.values()), "trust": share}
+        row |= {"parts": {} if point.group == BLOCK else parts}
         rows.append(row | _compared(sum(parts.values()), loss))
     return rows
 
@@ -259,6 +278,8 @@ class Correction:
 
     Attributes:
       whole: the ratio of a whole plan, whose errors are corrected already.
+      removal: number of a block -> loss of removing it: the larger one of what was predicted and
+        measured, because a measurement of few tokens can be far too low.
     """
 
     def __init__(self, rows: Sequence[Mapping[str, Any]], places: Mapping[str, Place]):
@@ -266,6 +287,8 @@ class Correction:
         self._measured: dict[str, dict[int, list[tuple[float, float]]]] = {}
         self._trust = {row["group"]: row["trust"] for row in rows}
         self.whole = next((row["ratio"] for row in rows if row["layer"] is None), 1.0)
+        blocks = (row for row in rows if row["group"] == BLOCK)
+        self.removal = {row["layer"]: max(row["predicted"], row["measured"]) for row in blocks}
         for row in rows:
             for path, error in row["parts"].items():
                 blocks = self._measured.setdefault(places[path].kind, {})
@@ -300,16 +323,17 @@ class Correction:
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> str:
     """Returns a sentence about what `check` found."""
-    pairs = [(row["layer"], row["measured"] / row["predicted"]) for row in rows if row["predicted"]]
-    cuts = sorted(ratio for layer, ratio in pairs if layer is not None) or [1.0]
+    cuts = [row for row in rows if row["group"] != BLOCK]
+    pairs = [(row["layer"], row["measured"] / row["predicted"]) for row in cuts if row["predicted"]]
+    ratios = sorted(ratio for layer, ratio in pairs if layer is not None) or [1.0]
     wholes = [f"{ratio:.2f} of a whole plan" for layer, ratio in pairs if layer is None]
-    found = [f"{cuts[0]:.2f} to {cuts[-1]:.2f} of single blocks", *wholes]
+    found = [f"{ratios[0]:.2f} to {ratios[-1]:.2f} of single blocks", *wholes]
     return f"checked on held-out sequences: measured over predicted loss is {', '.join(found)}"
 
 
 def warning(rows: Sequence[Mapping[str, Any]]) -> str | None:
     """Returns a warning that names the sites whose loss is far above the prediction; or None."""
-    cuts = [row for row in rows if row["layer"] is not None]
+    cuts = [row for row in rows if row["layer"] is not None and row["group"] != BLOCK]
     far = [row for row in cuts if row["measured"] > WARNING * row["predicted"]]
     if not far:
         return None

@@ -23,7 +23,7 @@ class SiteSize:
       moved: length of a bias that appears when the site is compressed, whatever the method.
       step: ranks are multiples of this (2 where rotary pairs stay together).
       tiles: policies that optimize offer multiples of this many tiles if that leaves enough
-        candidates (`curves.FINE`): wide sites need no finer choice.
+        candidates (`curves.FINE`): wide sites need no finer choice. 0: every rank is offered.
     """
 
     dense: int
@@ -49,7 +49,7 @@ class SiteSize:
         return self.limit <= 1
 
     def weights(self, rank: int | None) -> int:
-        """Returns the number of weights at a rank; None means dense."""
+        """Returns the number of weights at a rank; None means dense, 0 a removed block."""
         return self.dense if rank is None else rank * self.unit
 
 
@@ -59,7 +59,8 @@ class Plan:
 
     Attributes:
       method: a key of `METHODS` or `QUANTIZERS`.
-      ranks: site path -> rank (kept width, for a module); None leaves the site as it is.
+      ranks: site path -> rank (kept width, for a module); None leaves the site as it is; 0 at all
+        sites of a block removes the block.
       keep: requested fraction of the block linear weights, in (0, 1]; None if none was requested.
       policy: a key of `POLICIES`, a solver of `knapsack.SOLVERS`, ``uniform``, or ``given`` where
         the caller gave the ranks.
@@ -102,7 +103,7 @@ class Plan:
 
         Raises:
           ValueError: if the file is not a plan, or a rank is neither null nor a whole number of at
-            least 1; names the file and the sites.
+            least 0; names the file and the sites.
         """
         content = read_json(path)
         with reading(path, "not a plan", "correct it, or write it again"):
@@ -113,7 +114,8 @@ class Plan:
                 normal_float.Format.parse(text)
         if bad:
             raise ValueError(
-                f"{path}: ranks must be whole numbers of at least 1, or null for dense, got {bad}"
+                f"{path}: ranks must be whole numbers of at least 1, null for dense, or 0 for a "
+                f"removed block, got {bad}"
             )
         return plan
 
@@ -134,7 +136,7 @@ def _check_types(plan: Plan) -> None:
 
 
 def _is_rank(value: Any) -> bool:
-    return value is None or (type(value) is int and value >= 1)
+    return value is None or (type(value) is int and value >= 0)
 
 
 def summary(plan: Plan, sizes: Mapping[str, SiteSize]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ budget. `knapsack` solves it and reports the gap to the optimum.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -21,6 +20,7 @@ import numpy as np
 from lordjax.allocation.block_influence import block_influence
 from lordjax.allocation.curves import Curves, Ranks, dense_weights, planned_weights
 from lordjax.allocation.knapsack import choose
+from lordjax.allocation.per_type import per_type, stock
 from lordjax.allocation.plan import SiteSize
 from lordjax.names import did_you_mean, layer_index, layer_type, listed
 
@@ -87,33 +87,6 @@ def last_k(curves: Curves, keep: float, tile: int) -> tuple[Ranks, float | None]
     return {**dict.fromkeys(curves, None), **_by_ratio(inside, ratio)}, None
 
 
-def per_type(curves: Curves, keep: float, tile: int) -> tuple[Ranks, float | None]:
-    """Chooses one rank per layer type for all blocks (LoRD), from the types' summed errors.
-
-    Raises:
-      ValueError: if the sites of a type differ in size.
-    """
-    types: dict[str, list[str]] = {}
-    for path in curves:
-        types.setdefault(layer_type(path), []).append(path)
-    uneven = [n for n, paths in types.items() if len({curves[path].size for path in paths}) > 1]
-    if uneven:
-        raise ValueError(
-            f"policy 'per-type' gives one rank per type, but sizes differ between blocks at "
-            f"{', '.join(uneven)} (compressed before?); use another policy"
-        )
-    merged = {}
-    for name, paths in types.items():
-        errors = np.sum([curves[path].errors for path in paths], axis=0)
-        merged[name] = (dataclasses.replace(curves[paths[0]], errors=errors), len(paths))
-    candidates = {name: curve.candidates(tile) for name, (curve, _) in merged.items()}
-    costs = [candidates[name][1] * count for name, (_, count) in merged.items()]
-    errors = [candidates[name][2] for name in merged]
-    choices = choose(costs, errors, keep * dense_weights(curves))
-    chosen = {name: candidates[name][0][i] for name, i in zip(merged, choices.index, strict=True)}
-    return {path: chosen[layer_type(path)] for path in curves}, choices.gap
-
-
 def energy(curves: Curves, keep: float, tile: int) -> tuple[Ranks, float | None]:
     """Gives every kernel the smallest rank that keeps a fraction τ of its energy.
 
@@ -160,6 +133,7 @@ POLICIES: dict[str, Policy] = {
     "energy": energy,
     "global": global_,
     "block-influence": block_influence,
+    "stock": stock,
 }
 
 
@@ -167,6 +141,8 @@ POLICIES: dict[str, Policy] = {
 CURVELESS = ("uniform", "last-k")
 # Policies that read the block influence.
 INFLUENCED = ("block-influence",)
+# Policies that may remove whole blocks, fixed sites included.
+REMOVING = ("stock",)
 
 
 def check_policy(name: str, temperature: float | None = None) -> None:
@@ -232,7 +208,9 @@ def allocate(
         )
     if keep == 1:
         return dict.fromkeys(curves, None), None
-    ranks, gap = POLICIES[policy](*_without_fixed(curves, keep), tile, **options)
+    removes = policy in REMOVING and any(np.isfinite(c.removal) for c in curves.values())
+    free = (curves, keep) if removes else _without_fixed(curves, keep)
+    ranks, gap = POLICIES[policy](*free, tile, **options)
     ranks = {path: ranks.get(path) for path in curves}
     # The least rank (1 or the tile) and matrices too small to factor can exceed the budget.
     spent, dense = planned_weights(curves, ranks), dense_weights(curves)

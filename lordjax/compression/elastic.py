@@ -23,14 +23,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from lordjax.allocation.plan import SiteSize
+from lordjax.allocation.plan import Plan, SiteSize
+from lordjax.allocation.policies import TILE
 from lordjax.calibration.calibration_set import Calibration
 from lordjax.compression.low_rank import check_method, prepare
 from lordjax.compression.prepared import Prepared
 from lordjax.compression.result import Result
-from lordjax.compression.resumable_output import TYPES
+from lordjax.compression.resumable_output import TYPES, described
 from lordjax.kernels import trees
-from lordjax.methods import METHODS
+from lordjax.methods import METHODS, SHAPES, method_of_shape
 from lordjax.models.config import ModelConfig
 from lordjax.models.source import InMemory, Materialized, Source
 from lordjax.runtime.input_files import reading
@@ -70,6 +71,7 @@ def compress(
     allocation: str | None = None,
     temperature: float | None = None,
     prefix: str | None = None,
+    shape: str = "free",
     cut_dtype: str | None = None,
     **options: Any,
 ) -> Result:
@@ -85,6 +87,7 @@ def compress(
       temperature: temperature of ``block-influence`` for all budgets; None: every budget chooses
         its own on held-out sequences, which are kept.
       prefix: ``dense``, or None.
+      shape: shapes of all budgets; see `low_rank.compress`.
       cut_dtype: dtype of the models that are cut from this one; None: that of ``source``.
       **options: keyword arguments of `prepare`.
 
@@ -93,6 +96,7 @@ def compress(
       ValueError: see `check_settings` and `prepare`.
     """
     check_settings(method, prefix)
+    method = method_of_shape(method, shape)
     prepared = prepare(
         source, tokens, method=method, allocation=allocation, prefix=prefix, work=work, **options
     )
@@ -111,6 +115,7 @@ def compress(
         "mask_token": kept.mask_token,
         "held_out": prepared.held_out,
         "checked": prepared.checked,
+        "tile": prepared.tile,
     }
     return prepared.compress(1.0, allocation, temperature=temperature, into=into)
 
@@ -141,6 +146,7 @@ def cut(
     directory: str | os.PathLike[str],
     keep: float,
     *,
+    shape: str | None = None,
     into: Any = None,
     progress: Progress | None = None,
     verify: bool = True,
@@ -150,6 +156,7 @@ def cut(
     Args:
       directory: elastic model, made by `compress` and `keep_entries`.
       keep: fraction of the block linear weights to keep, in (0, 1].
+      shape: ``free`` or ``stock``, see `low_rank.compress`; None: that of the factors.
       into: where the parts of the model go; see `Prepared.apply`.
       progress: called with (stage, done, total).
       verify: whether checksums are checked.
@@ -162,14 +169,25 @@ def cut(
     """
     check_elastic(directory)
     with reading(directory, f"cannot be cut to {keep}", f"if that is possible at all, {REMEDY}"):
-        return _cut(Path(directory), keep, into, progress, verify)
+        return _cut(Path(directory), keep, shape, into, progress, verify)
 
 
 def _cut(
-    directory: Path, keep: float, into: Any, progress: Progress | None, verify: bool
+    directory: Path,
+    keep: float,
+    shape: str | None,
+    into: Any,
+    progress: Progress | None,
+    verify: bool,
 ) -> Result:
     archive = Archive(directory, TYPES, verify=verify)
     facts = archive[FACTS]
+    own = SHAPES[METHODS[facts["method"]].stock]
+    if shape not in (None, own):
+        raise ValueError(
+            f"its factors are those of {own} shapes; leave --shape out, or compress the original "
+            f"model with --elastic --shape {shape}"
+        )
     mask = None if facts["mask"] is None else np.asarray(facts["mask"], bool)
     prepared = Prepared(
         source=Materialized(saved_model.open_saved(directory, verify=verify)),
@@ -185,6 +203,7 @@ def _cut(
         progress=progress,
         store=archive,
         checked=facts.get("checked", []),
+        tile=facts.get("tile", TILE),
     )
     return prepared.compress(
         keep,
@@ -206,24 +225,53 @@ def factors_of(directory: str | os.PathLike[str], *, verify: bool = True) -> Map
 
 @dataclasses.dataclass(frozen=True)
 class Cut(InMemory):
-    """The model of one budget, with the original ``config.json``.
+    """The model of one budget, with its ``config.json``.
 
     Attributes:
-      hf_config: the original ``config.json``.
+      hf_config: the original ``config.json``, with the model's sizes.
+      made: the plan.
+      about: the report.
     """
 
     hf_config: dict[str, Any]
+    made: Plan
+    about: dict[str, Any]
+
+    def plan(self) -> Plan:
+        """Returns the compression plan, as `saved_model.Saved.plan` does."""
+        return self.made
+
+    def report(self) -> dict[str, Any]:
+        """Returns the report, as `saved_model.Saved.report` does."""
+        return self.about
 
     def leaves(self) -> dict[str, Any]:
         """Returns parameter path -> ``ShapeDtypeStruct``, or a kernel of them."""
         return trees.flatten(jax.eval_shape(dict, self.params))
 
 
-def open_cut(directory: str | os.PathLike[str], keep: float, *, verify: bool = True) -> Cut:
-    """Cuts an elastic model to one budget, as a source to evaluate or export; errors: see `cut`."""
-    result = cut(directory, keep, verify=verify)
+def open_cut(
+    directory: str | os.PathLike[str],
+    keep: float,
+    *,
+    shape: str | None = None,
+    verify: bool = True,
+) -> Cut:
+    """Cuts an elastic model to one budget, as a source to evaluate or export; see `cut`."""
+    result = cut(directory, keep, shape=shape, verify=verify)
     saved = saved_model.open_saved(directory, verify=verify)
-    return Cut(result.config, result.params, saved.hf_config)
+    hf_config = described(result, saved.hf_config)
+    return Cut(result.config, result.params, hf_config, result.plan, _report(saved, result, keep))
+
+
+def _report(saved: saved_model.Saved, result: Result, keep: float) -> dict[str, Any]:
+    """Returns the report of a budget: its own, with the settings of the elastic model."""
+    stored = saved.report()
+    settings = dict(stored.get("settings", {}))
+    settings.pop("elastic", None)
+    dtype = settings.pop("cut_dtype", None)
+    settings |= {"keep": keep} | ({} if dtype is None else {"dtype": dtype})
+    return {**result.report, "calibration": stored.get("calibration"), "settings": settings}
 
 
 def load(
@@ -255,6 +303,7 @@ def export(
     out: str | os.PathLike[str],
     keep: float,
     *,
+    shape: str | None = None,
     write_tokenizer: Callable[[Path], Any] | None = None,
     also: Callable[[Path, Mapping[str, Any]], Any] | None = None,
     progress: Progress | None = None,
@@ -266,6 +315,7 @@ def export(
       directory: elastic model.
       out: directory to write; must be free.
       keep: fraction of the block linear weights to keep, in (0, 1].
+      shape: see `cut`.
       write_tokenizer: see `checkpoint.save`.
       also: called with the directory when everything else is in it, and with site path -> factors,
         to put more into it.
@@ -284,23 +334,14 @@ def export(
     check_room(out, need)
     with atomic_directory.staged(out, need) as stage:
         shards = Shards(stage, MemoryStore())
-        result = cut(directory, keep, into=shards, progress=progress, verify=verify)
-        stored = saved.report()
-        settings = dict(stored.get("settings", {}))
-        settings.pop("elastic", None)
-        if (dtype := settings.pop("cut_dtype", None)) is not None:
-            settings["dtype"] = dtype
+        result = cut(directory, keep, shape=shape, into=shards, progress=progress, verify=verify)
         checkpoint.write_about(
             stage,
             shards.finish(names(result.config)),
             result.config,
-            hf_config=saved.hf_config,
+            hf_config=described(result, saved.hf_config),
             plan=result.plan,
-            report={
-                **result.report,
-                "calibration": stored.get("calibration"),
-                "settings": {**settings, "keep": keep},
-            },
+            report=_report(saved, result, keep),
             write_tokenizer=write_tokenizer,
             also=None
             if also is None

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from lordjax.allocation import measured_errors
 from lordjax.allocation.measured_errors import Place, mean_loss
 from lordjax.compression.site_factors import replace_kernels
 from lordjax.compression.variants import compare
+from lordjax.kernels import trees
 from lordjax.names import layer_index, layer_type
 from lordjax.runtime import multihost
 from lordjax.runtime.progress import Clock
@@ -29,12 +32,31 @@ def places_of(paths: Iterable[str]) -> dict[str, Place]:
     return {path: Place(layer_index(path), group_of(path), layer_type(path)) for path in paths}
 
 
-def check(prepared: Prepared) -> None:
-    """Measures the losses of some sites, and of a whole plan, on the held-out sequences."""
+def check(prepared: Prepared, *, removes_blocks: bool = False) -> None:
+    """Measures the losses of some sites, and of a whole plan, on the held-out sequences.
+
+    Args:
+      prepared: the model, its factors and the held-out sequences.
+      removes_blocks: whether the removal of whole blocks is measured, too.
+    """
     clock = Clock(prepared.progress)
     names = iter(("held-out losses", "held-out loss of a plan"))
-    measured_errors.check(prepared, lambda ranks: _measured(prepared, ranks, next(names), clock))
+    measured_errors.check(
+        prepared,
+        lambda ranks: _measured(prepared, ranks, next(names), clock),
+        removes_blocks=removes_blocks,
+    )
     prepared.report["seconds"] |= clock.seconds
+
+
+def _silent(block: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a block of the same shapes that adds nothing to its input."""
+    flat = trees.flatten(block)
+    last = (
+        f"{layer}/{name}" for layer in ("attention/o", "mlp/down") for name in ("kernel", "bias")
+    )
+    zeros = {path: np.zeros_like(np.asarray(flat[path])) for path in last if path in flat}
+    return trees.unflatten(flat | zeros)
 
 
 def _measured(
@@ -44,7 +66,8 @@ def _measured(
 
     Args:
       prepared: the model, its factors and the held-out sequences.
-      variants: for each, site path -> rank of the sites that are compressed.
+      variants: for each, site path -> rank of the sites that are compressed; 0 at all sites of a
+        block: it is removed.
       name: name of the result in the store.
       clock: reports progress.
     """
@@ -53,6 +76,8 @@ def _measured(
     def change(block: dict[str, Any], i: int, j: int) -> dict[str, Any]:
         if i not in layers[j]:
             return block
+        if all(rank == 0 for path, rank in variants[j].items() if layer_index(path) == i):
+            return _silent(block)
         factors, method, config = prepared.factors, prepared.method, prepared.source.config
         return replace_kernels(block, i, factors, variants[j], method, config, padded=True)
 

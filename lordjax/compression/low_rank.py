@@ -13,24 +13,39 @@ of those blocks are fixed. For them ``Prepared.compress`` runs over the model ag
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from lordjax import names
-from lordjax.allocation.plan import Plan
-from lordjax.allocation.policies import CURVELESS, GIVEN, INFLUENCED, check_policy, ranks_by_pattern
+from lordjax.allocation.plan import Plan, SiteSize
+from lordjax.allocation.policies import (
+    CURVELESS,
+    GIVEN,
+    INFLUENCED,
+    TILE,
+    check_policy,
+    ranks_by_pattern,
+)
 from lordjax.calibration.backward_pass import few_gradients
-from lordjax.compression.calibration_settings import GRADIENT_WINDOWS, CalibrationSettings
+from lordjax.compression.calibration_settings import (
+    GRADIENT_WINDOWS,
+    CalibrationSettings,
+    check_positive,
+)
 from lordjax.compression.held_out import check
 from lordjax.compression.prepared import Prepared
 from lordjax.compression.result import Result
 from lordjax.compression.single_pass import factor_all
 from lordjax.compression.site_factors import AnyFactors, site_sizes
-from lordjax.kernels import normal_float
-from lordjax.methods import DEFAULT_METHOD, METHODS
+from lordjax.conversions.families.config.resize import can_describe
+from lordjax.kernels import normal_float, trees
+from lordjax.methods import DEFAULT_METHOD, METHODS, STOCK, method_of_shape
+from lordjax.models.config import ModelConfig
 from lordjax.models.source import InMemory, Materialized, Source
+from lordjax.models.stock import HEADS, MLP, blocks_are_alike
 from lordjax.runtime.mesh import Mesh
 from lordjax.runtime.progress import Clock, Progress
 from lordjax.storage.store import Store
@@ -38,6 +53,8 @@ from lordjax.storage.store import Store
 # Calibration sequences that choose a temperature, and that check predicted errors; 4 choose the
 # same temperature (docs, tried).
 HELD_OUT = 2
+STOCK_MULTIPLE = 64  # stock widths are multiples of this, which engines want
+WIDTHS = 4  # fewest multiples that an MLP's width must have
 LEAST_CHECKED = 8  # with fewer calibration sequences predicted errors are not checked
 PREFIXES = ("dense", "compressed", "corrective")
 
@@ -72,6 +89,7 @@ def prepare(
     mask_token: int | None = None,
     batch_size: int | None = None,
     gradient_windows: int | None = GRADIENT_WINDOWS,
+    multiple: int | None = None,
     progress: Progress | None = None,
     work: Store | None = None,
     mesh: Mesh | None = None,
@@ -89,6 +107,8 @@ def prepare(
       mask_token: id of the mask token, for a model that predicts masked tokens; see `objective`.
       batch_size: sequences per step; None: as many as this backend is fastest with.
       gradient_windows: number of sequences in the backward pass, spread evenly; None: all.
+      multiple: ranks are multiples of this, in policies that optimize; None: 8, and 64 for stock
+        shapes.
       progress: called with (stage, done, total).
       work: where finished work is kept; None: in memory. With a `DiskStore` memory holds one
         block, and a run that was killed does not repeat what it finished.
@@ -107,11 +127,73 @@ def prepare(
     policy, prefix = allocation or METHODS[method].allocation, prefix or METHODS[method].prefix
     check_policy(policy)
     _check_prefix(method, prefix)
-    return _take_statistics(Materialized(source), settings, method, policy, prefix)
+    check_positive(multiple=multiple)
+    dense = Materialized(source)
+    if METHODS[method].stock:
+        multiple = STOCK_MULTIPLE if multiple is None else multiple
+        _check_stock(dense, policy, prefix, multiple)
+    return _take_statistics(dense, settings, method, policy, prefix, multiple or TILE)
+
+
+def _check_stock(source: Source, policy: str, prefix: str, multiple: int) -> None:
+    """Raises ValueError if stock shapes do not go with other settings, or with the model."""
+    config = source.config
+    for name, value, only in (("allocation", policy, STOCK), ("prefix", prefix, "dense")):
+        if value != only:
+            raise ValueError(f"stock shapes need {name} {only!r}, got {value!r}; leave it out")
+    if multiple * WIDTHS > config.mlp_size:
+        raise ValueError(
+            f"multiple {multiple}: MLPs have width {config.mlp_size}, and stock shapes need at "
+            f"least {WIDTHS} widths to choose from; expected a multiple of at most "
+            f"{config.mlp_size // WIDTHS}"
+        )
+    block = trees.flatten(source.block(0))
+    width, values = block["mlp/down/kernel"].shape[0], block["attention/o/kernel"].shape[0]
+    if (width, values) != (config.mlp_size, config.num_heads * config.head_size):
+        raise ValueError(
+            "the model has other widths than its config says, because it was compressed before; "
+            "compress the original model to stock shapes"
+        )
+
+
+def _stock_sizes(source: Materialized, sizes: dict[str, SiteSize]) -> dict[str, SiteSize]:
+    """Returns the sizes of sites; those that the family's config cannot describe are fixed."""
+    config, fixed = source.config, set()
+    fewer = config.num_heads // config.num_kv_heads
+    trials = {
+        MLP: dataclasses.replace(config, mlp_size=1),
+        HEADS: dataclasses.replace(config, num_kv_heads=1, num_heads=fewer),
+    }
+    for name, trial in trials.items():
+        if not _describes(source, trial):
+            fixed.add(name)
+    return {
+        path: SiteSize(size.dense, size.dense) if names.layer_type(path) in fixed else size
+        for path, size in sizes.items()
+    }
+
+
+def _removes_blocks(source: Materialized, method: str) -> bool:
+    """Returns whether whole blocks may be removed."""
+    if not METHODS[method].stock or not blocks_are_alike(source.config):
+        return False
+    fewer = dataclasses.replace(source.config, num_layers=source.config.num_layers - 1)
+    return _describes(source, fewer)
+
+
+def _describes(source: Materialized, config: ModelConfig) -> bool:
+    """Returns whether the config of a model's family, if it has one, can describe new sizes."""
+    hf_config = getattr(source.source, "hf_config", None)
+    return hf_config is None or can_describe(hf_config, config)
 
 
 def _take_statistics(
-    source: Source, settings: CalibrationSettings, method: str, policy: str, prefix: str
+    source: Materialized,
+    settings: CalibrationSettings,
+    method: str,
+    policy: str,
+    prefix: str,
+    tile: int,
 ) -> Prepared:
     """Runs the passes over the original model that a method, a policy and a prefix need."""
     config, clock, store = source.config, Clock(settings.progress), settings.store()
@@ -145,6 +227,7 @@ def _take_statistics(
         "calibration": settings.summary(config, len(held_out)),
         "seconds": clock.seconds,
     }
+    sizes = site_sizes(source, method, store)
     prepared = Prepared(
         source=source,
         calibration=calibration,
@@ -155,12 +238,13 @@ def _take_statistics(
         influences=influences,
         gradients=gradients,
         report=report,
-        sizes=site_sizes(source, method, store),
+        sizes=_stock_sizes(source, sizes) if METHODS[method].stock else sizes,
         progress=settings.progress,
         store=store,
+        tile=tile,
     )
     if checked:
-        check(prepared)
+        check(prepared, removes_blocks=_removes_blocks(source, method))
     return prepared
 
 
@@ -183,6 +267,8 @@ def compress(
     source: Source,
     tokens: np.ndarray,
     *,
+    method: str = DEFAULT_METHOD,
+    shape: str = "free",
     keep: float = 0.8,
     ranks: Mapping[str, int] | None = None,
     allocation: str | None = None,
@@ -197,6 +283,10 @@ def compress(
     Args:
       source: the model.
       tokens: calibration ids ``[sequences, length]``.
+      method: a key of `METHODS`.
+      shape: ``free``, or ``stock``: one MLP width and one number of heads for all blocks, and
+        blocks removed, so that the family's own ``config.json`` can describe the result.
+        `Result.config` has the new sizes; `conversions.resized` makes the ``config.json``.
       keep: fraction of the block linear weights to keep, in (0, 1].
       ranks: pattern -> rank, instead of a budget; see `ranks_by_pattern`.
       allocation: a key of `POLICIES`; None: the method's own.
@@ -218,15 +308,16 @@ def compress(
         raise ValueError(f"keep must be in (0, 1], got {keep}")
     if factors is not None:
         normal_float.Format.parse(factors)
+    method = method_of_shape(method, shape)
     if ranks is not None:
-        method = options.get("method", DEFAULT_METHOD)
         check_method(method)
         chosen = ranks_by_pattern(site_sizes(source, method), ranks)
         plan = Plan(method, chosen, None, GIVEN, factors=factors)
         # This policy needs no statistics, so that none are taken for it.
-        prepared = prepare(source, tokens, allocation="uniform", **options)
+        policy = STOCK if METHODS[method].stock else "uniform"
+        prepared = prepare(source, tokens, method=method, allocation=policy, **options)
         return prepared.apply(plan, dtype=dtype, into=into)
-    prepared = prepare(source, tokens, allocation=allocation, **options)
+    prepared = prepare(source, tokens, method=method, allocation=allocation, **options)
     return prepared.compress(
         keep, allocation, temperature=temperature, dtype=dtype, factors=factors, into=into
     )

@@ -32,9 +32,11 @@ from lordjax.kernels import normal_float
 from lordjax.kernels.base import nbytes
 from lordjax.kernels.convert import cast, quantize_pairs
 from lordjax.methods import METHODS, Method, corrects_bias
+from lordjax.models.config import ModelConfig
 from lordjax.models.sites import counted_sites
 from lordjax.models.source import Source
-from lordjax.names import layer_index, layer_type
+from lordjax.models.stock import reshaped
+from lordjax.names import layer, layer_index, layer_type
 from lordjax.runtime.progress import Clock, Progress, peak_rss
 from lordjax.storage import shards
 from lordjax.storage.shards import REST, join_blocks, open_shards, write_shard_once
@@ -58,6 +60,7 @@ class Prepared:
       influences: layer -> block influence; empty unless the policy needs it.
       checked: measured against predicted losses of some sites and of a plan (`held_out.check`);
         they correct the predicted errors.
+      tile: ranks are multiples of this, in policies that optimize.
       gradients: layer -> gradient statistics of each fold; kept for a sequential pass only.
       report: entries of the report that are known so far.
       sizes: site path -> its size.
@@ -78,6 +81,7 @@ class Prepared:
     progress: Progress | None = None
     store: Store = dataclasses.field(default_factory=MemoryStore)
     checked: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    tile: int = TILE
 
     @property
     def definition(self) -> Method:
@@ -124,14 +128,16 @@ class Prepared:
                     errors = errors * sensitivity[path]
             bias = corrects_bias(self.method, site.kind, layer_type(path))
             influence = self.influences.get(layer_index(path), 0.0)
-            curves[path] = Curve(size, errors, max(size.moved, size.bias if bias else 0), influence)
+            extra = max(size.moved, size.bias if bias else 0)
+            removal = correction.removal.get(layer_index(path), np.inf) / len(sites)
+            curves[path] = Curve(size, errors, extra, influence, removal)
         return curves
 
     def plan(
         self,
         keep: float,
         allocation: str | None = None,
-        tile: int = TILE,
+        tile: int | None = None,
         sensitivity: Mapping[str, float] | None = None,
         temperature: float | None = None,
     ) -> Plan:
@@ -140,7 +146,7 @@ class Prepared:
         Args:
           keep: fraction of the block linear weights to keep, in (0, 1].
           allocation: a key of `POLICIES`; None: the method's own.
-          tile: ranks are multiples of this, in policies that optimize.
+          tile: ranks are multiples of this, in policies that optimize; None: ``self.tile``.
           sensitivity: site path -> factor on its errors; None: 1 for all.
           temperature: temperature of ``block-influence``; None: the one of `TEMPERATURES` whose
             model has the least loss on the held-out calibration sequences.
@@ -155,6 +161,7 @@ class Prepared:
         """
         policy = allocation or METHODS[self.method].allocation
         check_policy(policy, temperature)
+        tile = self.tile if tile is None else tile
         no_errors = not self.factors and policy not in CURVELESS
         if no_errors or (policy in INFLUENCED and not self.influences):
             raise ValueError(
@@ -186,7 +193,7 @@ class Prepared:
         keep: float,
         allocation: str | None = None,
         *,
-        tile: int = TILE,
+        tile: int | None = None,
         temperature: float | None = None,
         dtype: Any = None,
         factors: str | None = None,
@@ -237,7 +244,7 @@ class Prepared:
         """
         start = time.perf_counter()
         self._check(plan)
-        clock, config = Clock(self.progress), self.source.config
+        clock, (config, layers) = Clock(self.progress), self._shape(plan)
         parts = open_shards(into, self.store, plan)
         factors, kernels = self.factors, None
         if self.prefix != "dense":
@@ -253,7 +260,8 @@ class Prepared:
             )
 
         def make(name: str) -> Any:
-            return self._part(name, plan, factors, kernels, dtype)
+            old = name if name == REST else layer(layers[layer_index(name)])
+            return self._part(old, plan, factors, kernels, dtype)
 
         size, names = 0, shards.names(config)
         for k in clock.run("writing", range(len(names))):
@@ -266,11 +274,19 @@ class Prepared:
             | {"gap": plan.gap, "policy": plan.policy, "temperature": plan.temperature}
             | ({} if plan.predicted is None else {"predicted_nats": dict(plan.predicted)}),
             **({"held_out_check": self.checked} if self.checked else {}),
+            **({"original_config": self.source.config.to_json()} if self.definition.stock else {}),
             "bytes": size,
             "layers": layer_report(factors, plan),
             "peak_rss_bytes": peak_rss(),
         }
         return Result(config, join_blocks(parts) if into is None else into, plan, report)
+
+    def _shape(self, plan: Plan) -> tuple[ModelConfig, Sequence[int]]:
+        """Returns the architecture of a plan's result, and the original numbers of its blocks."""
+        config = self.source.config
+        if self.definition.stock:
+            return reshaped(config, plan.ranks)
+        return config, range(config.num_layers)
 
     def _part(
         self,
@@ -303,7 +319,9 @@ class Prepared:
         wrong += [f"{path} is missing" for path in set(self.sizes) - set(plan.ranks)]
         for path in set(plan.ranks) & set(self.sizes):
             rank, size = plan.ranks[path], self.sizes[path]
-            if rank is not None and (not 1 <= rank < size.limit or rank % size.step):
+            if rank is None or (rank == 0 and self.definition.stock):
+                continue
+            if not 1 <= rank < size.limit or rank % size.step:
                 multiple = f" or no multiple of {size.step}" if size.step > 1 else ""
                 wrong.append(
                     f"{path}: rank {rank} is not in [1, {size.limit:.0f}){multiple}; null keeps it "

@@ -24,7 +24,8 @@ from typing import Any
 from lordjax.allocation.plan import Plan
 from lordjax.calibration.statistics import AbsMean, HeadMoments, MeanSquare, Moments, SecondMoment
 from lordjax.compression.result import Result
-from lordjax.methods import Factors, ModuleFactors
+from lordjax.conversions.families.config.resize import resized
+from lordjax.methods import METHODS, Factors, ModuleFactors
 from lordjax.runtime import multihost, unfinished
 from lordjax.storage import atomic_directory, checkpoint
 from lordjax.storage.disk_store import DiskStore, differences
@@ -49,6 +50,21 @@ def partial(directory: str | os.PathLike[str], process: int = 0) -> Path:
     """Returns the directory where a process keeps its intermediate results for a model."""
     directory = Path(directory).resolve()
     return directory.with_name(directory.name + PARTIAL + (f".{process}" if process else ""))
+
+
+def described(result: Result, hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the ``config.json`` of a result: the original one, with the sizes that changed.
+
+    Args:
+      result: the compressed model.
+      hf_config: ``config.json`` of the original model.
+
+    Raises:
+      ValueError: if the family's config cannot describe the new sizes.
+    """
+    method = METHODS.get(result.plan.method)
+    stock = method is not None and method.stock
+    return resized(hf_config, result.config) if stock else dict(hf_config)
 
 
 class Unwritten:
@@ -151,7 +167,7 @@ class Output:
 
         Args:
           result: result whose parts are in ``shards``.
-          hf_config: the original ``config.json``.
+          hf_config: the original ``config.json``; sizes that the result changed are replaced.
           report: report to write; None: the result's own.
           write_tokenizer: see `checkpoint.save`.
           also: called with the directory when everything else is in it, to put more files into it
@@ -183,7 +199,7 @@ class Output:
                 self._stage,
                 self.shards.finish(names(result.config)),
                 result.config,
-                hf_config=hf_config,
+                hf_config=described(result, hf_config),
                 plan=result.plan,
                 report=result.report if report is None else report,
                 write_tokenizer=write_tokenizer,

@@ -337,14 +337,14 @@ def site_size(site: Site, block: Mapping[str, Any], config: ModelConfig) -> Site
         "mlp": flat["mlp/down/kernel"].shape[0],
         "qk": flat["attention/q/kernel"].shape[1] // config.num_heads,
         "vo": flat["attention/o/kernel"].shape[0] // config.num_heads,
+        "heads": config.num_kv_heads,
     }
-    rotary = site.kind == "qk" and config.rope is not None
     moved = site.kind == "vo" and "attention/v/bias" in flat and "attention/o/bias" not in flat
     return SiteSize(
         dense,
         dense // widths[site.kind],
         bias=shapes[-1][1],
         moved=shapes[-1][1] if moved else 0,
-        step=2 if rotary else 1,
-        tiles=4 if site.kind == "mlp" else 1,
+        step=2 if site.kind == "qk" and config.rope is not None else 1,
+        tiles={"mlp": 4, "heads": 0}.get(site.kind, 1),
     )

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lordjax.allocation.measured_errors import trials
+from lordjax.allocation.measured_errors import BLOCK, removals, trials
 from lordjax.allocation.policies import CURVELESS, INFLUENCED
 from lordjax.calibration.backward_pass import needs_gradients
 from lordjax.calibration.observers import sequences_per_step
@@ -21,6 +21,7 @@ from lordjax.forecast import shapes
 from lordjax.methods import METHODS, Method, Module
 from lordjax.models.config import ModelConfig
 from lordjax.models.sites import Site, site_path, sites_for
+from lordjax.models.stock import blocks_are_alike
 
 STAGES = (
     *("gradients", "statistics", "factors", "held-out check", "comparison", "sequential"),
@@ -198,7 +199,12 @@ class CompressionSpec(CalibrationSpec):
         """What the check of predicted errors measures; see `measured_errors.trials`."""
         layers = self.config.num_layers
         paths = [site_path(i, site) for i in range(layers) for site in self.sites]
-        return trials(places_of(paths)) if self.checks_errors else []
+        if not self.checks_errors:
+            return []
+        # Which blocks are measured without is not known yet: some in the middle.
+        removes = self.definition.stock and blocks_are_alike(self.config)
+        removed = [(layers // 2, BLOCK, [], 0.0)] * (removals(layers) if removes else 0)
+        return trials(places_of(paths)) + removed
 
     @property
     def cross_fits(self) -> bool:

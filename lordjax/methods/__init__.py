@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from lordjax.methods.base import Factors, Method, Module, ModuleFactors, truncate
+from lordjax.methods.base import STOCK, Factors, Method, Module, ModuleFactors, truncate
 from lordjax.methods.low_rank import LOW_RANK_METHODS
+from lordjax.methods.modular.heads import heads_module
 from lordjax.methods.modular.mlp import SHRINKAGE, mlp_module
 from lordjax.methods.modular.query_key import query_key_module
 from lordjax.methods.modular.value_output import value_output_module
@@ -30,6 +31,12 @@ METHODS: dict[str, Method] = {
         errors=LOW_RANK_METHODS["lord"].errors,
         modules={"mlp": _LOSS_MLP},
         allocation="global",
+    ),
+    "modegpt-stock": Method(
+        "prunes MLP neurons and whole heads alike in all blocks, and removes blocks",
+        None,
+        modules={"mlp": _LOSS_MLP, "heads": heads_module()},
+        allocation=STOCK,
     ),
     "modegpt-cr": Method(
         "prunes MLPs, values, queries and keys (smaller cache), in the metric of the loss",
@@ -58,7 +65,33 @@ METHODS: dict[str, Method] = {
 }
 
 
+# Method -> the method that fits as it does, in shapes that a family's own config can say.
+STOCK_METHODS = {"modegpt": "modegpt-stock"}
+SHAPES = ("free", "stock")
+
 DEFAULT_METHOD = "modegpt"  # loses least at every budget measured (docs/pages/results)
+
+
+def method_of_shape(name: str, shape: str) -> str:
+    """Returns the name of the method that compresses as ``name`` does, to shapes of a kind.
+
+    Args:
+      name: name of the method.
+      shape: ``free``, or ``stock``: the same shapes in all blocks, which a config can say.
+
+    Raises:
+      ValueError: if the shape is unknown, or the method has no such shapes.
+    """
+    if shape not in SHAPES:
+        raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {shape!r}")
+    if shape == "free" or name in STOCK_METHODS.values():
+        return name
+    if name not in STOCK_METHODS:
+        raise ValueError(
+            f"method {name!r} has no stock shapes; expected {' or '.join(STOCK_METHODS)}, or leave "
+            "the shape out"
+        )
+    return STOCK_METHODS[name]
 
 
 def method_at(name: str, layer: str) -> str:
@@ -88,11 +121,14 @@ def corrects_bias(name: str, kind: str, layer: str) -> bool:
 __all__ = [
     "DEFAULT_METHOD",
     "METHODS",
+    "SHAPES",
+    "STOCK",
     "Factors",
     "Method",
     "Module",
     "ModuleFactors",
     "corrects_bias",
     "method_at",
+    "method_of_shape",
     "truncate",
 ]

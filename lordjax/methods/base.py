@@ -16,6 +16,8 @@ from jaxtyping import Array, Float
 from lordjax.kernels.low_rank import LowRank
 from lordjax.methods.linalg import mm
 
+STOCK = "stock"  # allocation policy of methods whose results a family's own config can describe
+
 
 @flax.struct.dataclass
 class Factors:
@@ -129,6 +131,11 @@ class Method:
         """The kinds of sites that the method compresses; ``linear`` stands for single layers."""
         alone = () if self.factor is None else ("linear",)
         return frozenset((*self.modules, *alone))
+
+    @property
+    def stock(self) -> bool:
+        """Whether the result is a model of the same class with smaller sizes."""
+        return self.allocation == STOCK
 
     @property
     def in_nats(self) -> bool:

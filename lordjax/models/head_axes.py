@@ -13,6 +13,7 @@ import numpy as np
 from lordjax.models.config import ModelConfig
 from lordjax.models.sites import LAST_LAYER
 
+_ATTENTION = {"q": "h", "k": "k", "v": "k", "o": "H"}
 # Name in head form -> parameter path, and the axis that is split into heads. ``h``: the last axis
 # into query heads; ``k``: the last into key heads; ``H``: the one before the last into query heads.
 _LEAVES: dict[str, dict[str, tuple[str, str]]] = {
@@ -27,6 +28,10 @@ _LEAVES: dict[str, dict[str, tuple[str, str]]] = {
         "o": ("attention/o/kernel", "H"),
         "v_bias": ("attention/v/bias", "k"),
     },
+    "heads": {
+        **{name: (f"attention/{name}/kernel", axes) for name, axes in _ATTENTION.items()},
+        **{f"{name}_bias": (f"attention/{name}/bias", _ATTENTION[name]) for name in "qkv"},
+    },
     "mlp": {
         "gate": ("mlp/gate/kernel", ""),
         "up": ("mlp/up/kernel", ""),
@@ -35,7 +40,7 @@ _LEAVES: dict[str, dict[str, tuple[str, str]]] = {
         "up_bias": ("mlp/up/bias", ""),
     },
 }
-LAST_NAME = {"vo": "o", "mlp": "down"}  # the name of `sites.LAST_LAYER` in head form
+LAST_NAME = {"vo": "o", "heads": "o", "mlp": "down"}  # the name of `sites.LAST_LAYER` in head form
 ROPE_INDEX = "attention/rope_index"
 
 
@@ -43,7 +48,7 @@ def gather(kind: str, flat: Mapping[str, Any], config: ModelConfig) -> dict[str,
     """Returns a module's arrays in head form.
 
     Args:
-      kind: kind of the module: ``qk``, ``vo`` or ``mlp``.
+      kind: kind of the module: ``qk``, ``vo``, ``heads`` or ``mlp``.
       flat: parameters of the block by path.
       config: the architecture, for the numbers of heads.
 
@@ -77,7 +82,7 @@ def scatter(kind: str, new: Mapping[str, Any], flat: Mapping[str, Any]) -> dict[
     """Returns the block's parameters with a module's arrays replaced; dtypes stay the same.
 
     Args:
-      kind: kind of the module: ``qk``, ``vo`` or ``mlp``.
+      kind: kind of the module: ``qk``, ``vo``, ``heads`` or ``mlp``.
       new: arrays in head form; ``out_bias`` is added to the last layer's bias.
       flat: parameters of the block by path; they are not changed.
     """
@@ -106,7 +111,7 @@ def widen(kind: str, new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str
     """Zero-pads a pruned module to its original shapes; it computes the same function.
 
     Args:
-      kind: kind of the module: ``qk``, ``vo`` or ``mlp``.
+      kind: kind of the module: ``qk``, ``vo``, ``heads`` or ``mlp``.
       new: arrays of the pruned module, in head form.
       old: arrays of the original module, in head form.
     """
@@ -138,9 +143,9 @@ def narrowed(
     """Returns shape and dtype of the parameters that `scatter` writes for a pruned module.
 
     Args:
-      kind: kind of the module: ``qk``, ``vo`` or ``mlp``.
+      kind: kind of the module: ``qk``, ``vo``, ``heads`` or ``mlp``.
       flat: parameters of the block by path, or their shapes.
-      width: new width of a head, or of the MLP.
+      width: new width of a head, or of the MLP; for ``heads``, the number of key/value heads.
       config: the architecture, for the numbers of heads.
       bias: whether the method corrects the last layer's bias.
 
@@ -151,8 +156,9 @@ def narrowed(
     new: dict[str, tuple[tuple[int, ...], Any]] = {}
     for name, (path, axes) in _LEAVES[kind].items():
         if path in flat:
-            shape, inner = list(flat[path].shape), heads[axes] * width
-            shape[0 if name == LAST_NAME.get(kind) else -1] = inner
+            shape, at = list(flat[path].shape), 0 if name == LAST_NAME.get(kind) else -1
+            whole = kind == "heads"  # heads of the original width; `width` counts them
+            shape[at] = (shape[at] // config.num_kv_heads if whole else heads[axes]) * width
             new[path] = tuple(shape), flat[path].dtype
     if kind == "qk" and config.rope is not None:
         new[ROPE_INDEX] = (config.num_kv_heads, width // 2), np.int32
@@ -178,7 +184,7 @@ def places(
     heads = {"h": config.num_heads, "k": config.num_kv_heads}
     found = {}
     for kind, leaves in _LEAVES.items():
-        for name, (path, axes) in leaves.items():
+        for name, (path, axes) in leaves.items() if kind != "heads" else ():
             if path not in flat or not path.endswith("/kernel"):
                 continue
             is_last = name == LAST_NAME.get(kind)

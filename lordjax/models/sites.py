@@ -6,11 +6,14 @@ A *site* is one entry of a plan. Its kind says what it holds, and what its rank 
 * ``qk``      queries and keys; the width of a head in the product ``q @ k.T``;
 * ``vo``      values and the output projection; the width of a head's value;
 * ``mlp``     up, gate (if there is one) and down; the width of the MLP;
+* ``heads``   queries, keys, values and the output projection; the number of key/value heads, each
+              with its query heads;
 * ``dense``   one kernel that the method does not compress; it counts for the budget.
 
-``qk``, ``vo`` and ``mlp`` are *modules*: layers that share an inner width. A compressed module has
-the same layers with a smaller width. There is no ``qk`` where a norm runs over each head of the
-queries and keys, because pruning columns of a head changes its norm.
+``qk``, ``vo``, ``mlp`` and ``heads`` are *modules*: layers that share an inner width. A compressed
+module has the same layers with a smaller width. There is no ``qk`` where a norm runs over each head
+of the queries and keys, because pruning columns of a head changes its norm; and no ``heads`` where
+a norm runs over all of them at once.
 """
 
 from __future__ import annotations
@@ -32,6 +35,11 @@ class Architecture(Protocol):
     @property
     def qk_norm(self) -> bool:
         """Whether a norm runs over each head of the queries and keys."""
+        ...
+
+    @property
+    def wide_qk_norm(self) -> bool:
+        """Whether that norm runs over all heads at once."""
         ...
 
 
@@ -96,6 +104,13 @@ MODULE_SITES: tuple[Site, ...] = (
         "attention/attention_out",
     ),
     Site(
+        "attention",
+        1,
+        "heads",
+        tuple(f"attention/{name}/kernel" for name in "qkvo"),
+        "attention/attention_out",
+    ),
+    Site(
         "mlp",
         3,
         "mlp",
@@ -105,7 +120,11 @@ MODULE_SITES: tuple[Site, ...] = (
 )
 
 # The last layer of a module. The module is linear in it, so it can be refitted by least squares.
-LAST_LAYER = {"vo": "attention/o/kernel", "mlp": "mlp/down/kernel"}
+LAST_LAYER = {
+    "vo": "attention/o/kernel",
+    "heads": "attention/o/kernel",
+    "mlp": "mlp/down/kernel",
+}
 
 
 def sites_for(kinds: frozenset[str], config: Architecture) -> tuple[Site, ...]:
@@ -139,7 +158,7 @@ def counted_sites(kinds: frozenset[str], config: Architecture) -> dict[str, Site
 
 
 def _modules(kinds: frozenset[str], config: Architecture) -> tuple[Site, ...]:
-    absent = {"qk"} if config.qk_norm else set()
+    absent = ({"qk"} if config.qk_norm else set()) | ({"heads"} if config.wide_qk_norm else set())
     return tuple(site for site in MODULE_SITES if site.kind in kinds - absent)
 
 

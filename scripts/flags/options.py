@@ -75,6 +75,15 @@ ignore_key_option = click.option(
 opening_options = options(ignore_key_option, no_verify_option)
 model_argument = options(click.argument("model", type=InputPath()), opening_options)
 
+# Of `compress`, `plan` and `export`.
+shape_option = click.option(
+    "--shape",
+    type=click.Choice(["free", "stock"]),
+    help="free: every layer has its own rank or width. stock: one MLP width and one number of "
+    "heads for all blocks, or fewer blocks, so that any program that runs MODEL's family runs the "
+    "result (method modegpt).  [default: free]",
+)
+
 # Method and size of a compression: of `compress` and `plan`.
 budget_options = options(
     click.option(
@@ -85,6 +94,14 @@ budget_options = options(
         show_default=True,
         help="Compression method. Low-rank: modegpt, lord, svd and others; quantizing: nf, lq, "
         "auto. An unknown name lists all methods.",
+    ),
+    shape_option,
+    click.option(
+        "--multiple",
+        type=COUNT,
+        metavar="N",
+        help="Ranks and widths are multiples of N, in policies that optimize (low-rank methods).  "
+        "[default: 8; 64 with --shape stock]",
     ),
     click.option(
         "--keep",

@@ -9,7 +9,13 @@ from typing import Any
 
 import click
 
-from lordjax.scripts.flags.options import as_json_option, field_option, model_argument, output
+from lordjax.scripts.flags.options import (
+    as_json_option,
+    field_option,
+    model_argument,
+    output,
+    shape_option,
+)
 from lordjax.scripts.flags.types import (
     BYTES,
     COUNT,
@@ -227,10 +233,11 @@ def merge(as_json: bool, **settings: Any) -> None:
 @click.argument("out", type=OutputPath())
 @click.option(
     "--to",
-    type=click.Choice(["dense", "factored", "peft", "orbax"]),
+    type=click.Choice(["dense", "factored", "peft", "gguf", "orbax"]),
     help="dense: all matrices dense, for stock transformers. factored: low-rank factors and "
     "quantized weights as they are, with remote code. peft: quantized weights, with the low-rank "
-    "terms as a PEFT adapter. orbax: arrays.  [default: with --keep a lordjax directory; else "
+    "terms as a PEFT adapter. gguf: a file for llama.cpp, of models that compress --shape stock "
+    "made. orbax: arrays.  [default: with --keep a lordjax directory; else "
     "required]",
 )
 @click.option(
@@ -239,6 +246,13 @@ def merge(as_json: bool, **settings: Any) -> None:
     metavar="SHARE",
     help="Fraction of the block linear weights that is kept (for a MODEL that compress --elastic "
     "wrote).",
+)
+@shape_option
+@click.option(
+    "--type",
+    "gguf_type",
+    type=click.Choice(["F32", "F16", "BF16", "Q8_0"]),
+    help="Type of the matrices in a GGUF file.  [default: as in MODEL]",
 )
 @click.option(
     "--verify",
@@ -254,7 +268,7 @@ def merge(as_json: bool, **settings: Any) -> None:
 )
 @as_json_option
 def export(as_json: bool, **settings: Any) -> None:
-    """Write MODEL for transformers, PEFT or Orbax.
+    """Write MODEL for transformers, PEFT, llama.cpp or Orbax.
 
     The result is written into OUT. With --keep an elastic MODEL is first cut to a budget.
     """

@@ -8,11 +8,16 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from lordjax.models.config import ModelConfig
+from lordjax.models.stock import reshaped
+from lordjax.names import is_block_linear, layer, layer_index
 from lordjax.runtime import json_files
 from lordjax.scripts.console import say
 from lordjax.scripts.report import figures
 from lordjax.scripts.report.grid import Grid, grid_of
-from lordjax.scripts.report.parameters import block_linear, parameter_rows
+from lordjax.scripts.report.parameters import block_linear, original_shapes, parameter_rows
 from lordjax.scripts.report.spectra import Spectra, affordable, of_factors, of_stored
 from lordjax.scripts.report.tables import measured, numbers, sites, table
 
@@ -78,11 +83,39 @@ def page_of(directory: Path, factors: Mapping[str, Any]) -> str:
     plan, report, leaves = saved.plan(), saved.report(), saved.leaves()
     if plan is None:
         raise ValueError(f"{directory}: has no plan.json; a report is about a plan")
+    config = saved.config
+    if (original := report.get("original_config")) is not None:
+        config = ModelConfig.from_json(original)
+        leaves = _by_original_numbers(config, plan.ranks, leaves)
     if factors:
-        spectra = of_factors(factors, plan.ranks, saved.config.num_layers)
+        spectra = of_factors(factors, plan.ranks, config.num_layers)
     else:
         spectra = of_stored(saved, affordable(saved.config, leaves, OPERATIONS, MOST))
-    return page(saved.config, plan, report, leaves, spectra)
+    return page(config, plan, report, leaves, spectra)
+
+
+def _by_original_numbers(
+    config: ModelConfig, ranks: Mapping[str, int | None], leaves: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns the parameters of a stock-shaped model under their original paths.
+
+    Args:
+      config: the architecture before compression.
+      ranks: site path -> rank; 0: removed.
+      leaves: parameter path -> array, or its shape. Matrices of removed blocks become empty ones.
+    """
+    _, left = reshaped(config, ranks)
+    found = {path: leaf for path, leaf in leaves.items() if not path.startswith("layer_")}
+    found |= {
+        path: jax.ShapeDtypeStruct((0, 0), leaf.dtype)
+        for path, leaf in original_shapes(config).items()
+        if is_block_linear(path) and layer_index(path) not in left
+    }
+    for path, leaf in leaves.items():
+        if path.startswith("layer_"):
+            number, inside = path.split("/", 1)
+            found[f"{layer(left[layer_index(number)])}/{inside}"] = leaf
+    return found
 
 
 def page(

@@ -69,7 +69,7 @@ def sites(plan: Any, report: Mapping[str, Any], rows: Mapping[str, Row]) -> str:
         lines.append(
             (
                 path,
-                "as it was" if rank is None and path not in plan.formats else f"{rank or '-'}",
+                "removed" if rank == 0 else _rank(rank, left=path not in plan.formats),
                 plan.formats.get(path, "-"),
                 f"{total['weights'] / max(total['dense_weights'], 1):.3f}",
                 f"{bits:.2f}",
@@ -77,6 +77,11 @@ def sites(plan: Any, report: Mapping[str, Any], rows: Mapping[str, Row]) -> str:
             )
         )
     return table(lines, ("site", "rank or width", "format", "kept", "bits", "relative error"))
+
+
+def _rank(rank: int | None, *, left: bool) -> str:
+    """What a site has become; ``left`` means that it was not quantized."""
+    return f"{rank}" if rank is not None else "as it was" if left else "-"
 
 
 def measured(report: Mapping[str, Any]) -> str:

@@ -20,6 +20,8 @@ def export_model(
     *,
     to: str | None,
     keep: float | None,
+    shape: str | None,
+    gguf_type: str | None,
     verify: bool,
     tokens: str | None,
 ) -> dict[str, Any]:
@@ -29,16 +31,20 @@ def export_model(
     check_output(directory)
     if tokens is not None and not verify:
         raise ValueError("--tokens is used by --verify only; give both or none")
+    if shape is not None and keep is None:
+        raise ValueError("--shape is used with --keep, of an elastic MODEL; give both or none")
+    if gguf_type is not None and to != "gguf":
+        raise ValueError("--type is used with --to gguf only; leave it out")
     if to is None:
         if keep is None or verify:
-            raise ValueError("--to is missing; expected dense, factored, peft or orbax")
-        return _cut(model, directory, keep, start)
+            raise ValueError("--to is missing; expected dense, factored, peft, gguf or orbax")
+        return _cut(model, directory, keep, shape, start)
     opened = open_model(model)
     source = opened.stored
     if keep is not None:
         from lordjax.compression import elastic
 
-        source = elastic.open_cut(opened.path, keep, verify=verifies())
+        source = elastic.open_cut(opened.path, keep, shape=shape, verify=verifies())
     from lordjax.conversions.exporters import verify as verification
     from lordjax.conversions.exporters.export import export
     from lordjax.conversions.exporters.factored import VLLM_RANK, adapter_rank
@@ -48,7 +54,8 @@ def export_model(
         verification.check_installed(to)
         length = None if tokens else min(WINDOW, opened.config.max_positions)
         ids, _ = read_tokens(opened, tokens, seq_len=length, samples=WINDOWS, seed=0)
-    export(source, directory, to, write_tokenizer=tokenizer_writer(opened))
+    writer = tokenizer_writer(opened)
+    export(source, directory, to, write_tokenizer=writer, gguf_type=gguf_type)
     notes = []
     if to == "peft" and (rank := adapter_rank(directory)) > VLLM_RANK:
         notes.append(f"vLLM needs --max-lora-rank {rank} for this adapter")
@@ -58,7 +65,9 @@ def export_model(
     return _summary(directory, to, start) | {"notes": notes, "verify": verified}
 
 
-def _cut(model: str, directory: Path, keep: float, start: float) -> dict[str, Any]:
+def _cut(
+    model: str, directory: Path, keep: float, shape: str | None, start: float
+) -> dict[str, Any]:
     """Cuts an elastic model to one budget and writes it as a lordjax directory."""
     from lordjax.compression import elastic
     from lordjax.scripts.report.page import add_page
@@ -70,6 +79,7 @@ def _cut(model: str, directory: Path, keep: float, start: float) -> dict[str, An
             opened.path,
             directory,
             keep,
+            shape=shape,
             write_tokenizer=writer,
             also=add_page,
             progress=progress,

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 STORED = ("float32", "bfloat16", "float16")
 COMPRESSION_OPTIONS = (
     *("keep", "ranks", "allocation", "temperature", "prefix", "elastic"),
-    *("dtype", "factors", *QUANTIZED),
+    *("dtype", "factors", *QUANTIZED, "shape", "multiple"),
 )
 
 
@@ -98,13 +98,13 @@ def plan_model(
     length = seq_len or min(WINDOW, config.max_positions)
     calibration = (_sequences(config, samples, length) if needs_tokens else 0, length)
     settings = {"method": method, **settings} | ({} if mesh is None else {"mesh": mesh})
+    method = settings["method"]  # the one of the shape that was asked for
     job, after, sure, plan = parse_settings(config, source, calibration, settings)
     rates = machine_rates.measure_rates() if measure else None
+    chosen = {"policy": _policy(settings, plan, sure), "samples": calibration[0], "seq_len": length}
     found = {
         "model": model,
-        "settings": settings
-        | {"policy": _policy(settings, plan, sure)}
-        | {"samples": calibration[0], "seq_len": length},
+        "settings": settings | chosen,
         "before": _counts(source.params, config, length),
         "after": _counts(after, config, length),
         **_ranks_and_formats(job, plan),

@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "lordjax.allocation": ARRAYS | {"scipy"},
     "lordjax.models": JAX | ARRAYS | {"flax"},
     "lordjax.methods": JAX | ARRAYS | {"flax.struct", "scipy"},
-    "lordjax.storage": JAX | ARRAYS | {"filelock", "flax", "safetensors"},
+    "lordjax.storage": JAX | ARRAYS | {"filelock", "flax", "safetensors", "xxhash"},
     "lordjax.data": ARRAYS | {"pyarrow"},
     "lordjax.generation": JAX | ARRAYS,
     "lordjax.calibration": JAX | ARRAYS | {"flax"},

@@ -149,7 +149,13 @@ def problems():
     x, qk_kernels = qk_problem()
     vo_kernels, vx, probabilities = vo_problem()
     values = mixed(vo_kernels, vx, probabilities)
+    mixing = {"moments": moments(values.reshape(len(values), -1)), "gradients": gradients(16)}
+    heads_kernels = {n: vo_kernels[n] for n in ("v", "o", "v_bias")} | {
+        "q": np.zeros((16, 4, 6)),
+        "k": np.ones((16, 2, 6)),
+    }
     return {
+        "heads": (heads_kernels, mixing),
         "mlp": (mlp_kernels, {"moments": moments(z), "gradients": gradients(10)}),
         "qk": (
             qk_kernels,
@@ -161,11 +167,7 @@ def problems():
         ),
         "vo": (
             vo_kernels,
-            {
-                "moments": moments(values.reshape(len(values), -1)),
-                "values": heads(np.einsum("tm,mkd->tkd", vx, vo_kernels["v"])),
-                "gradients": gradients(16),
-            },
+            mixing | {"values": heads(np.einsum("tm,mkd->tkd", vx, vo_kernels["v"]))},
         ),
     }
 
@@ -174,7 +176,7 @@ def degenerate_modules(kind):
     """What is wrong -> the kernels of a module, and its statistics."""
     kernels, stats = problems()[kind]
     zeros = {name: np.zeros_like(a) if name != "rope_index" else a for name, a in kernels.items()}
-    outward = {"mlp": "down", "vo": "o", "qk": "k"}[kind]
+    outward = {"mlp": "down", "vo": "o", "heads": "o", "qk": "k"}[kind]
 
     def nothing(given, *names):
         """Statistics that saw zeros, or of ``names`` alone."""

@@ -80,6 +80,8 @@ def config_json(facts: Facts, row: Architecture, ignored: Collection[str]) -> di
         config |= special_ids_config(facts.metadata)
     except ValueError as error:
         facts.problems.append(str(error))
+    if isinstance(license_ := facts.metadata.get("general.license"), str):
+        config["license"] = license_  # a note, for the model cards of exports
     return config | {"dtype": "float32"}
 
 

@@ -1,11 +1,12 @@
 """Turns tensors from llama.cpp's layout into Hugging Face's.
 
 Every function takes the values of a tensor and the numbers of heads, and returns the values in
-Hugging Face's layout. The inverses are in llama.cpp's ``convert_hf_to_gguf.py``.
+Hugging Face's layout. `INVERSES` do what llama.cpp's ``convert_hf_to_gguf.py`` does.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -49,3 +50,16 @@ def minus_one(values: np.ndarray, heads: Heads) -> np.ndarray:
     """Subtracts the 1 that Gemma's norms add to their scale."""
     del heads
     return values - np.float32(1)
+
+
+def _neighbours(values: np.ndarray, heads: int) -> np.ndarray:
+    halves = values.reshape(heads, 2, -1, *values.shape[1:])  # [head, first/second, pair, in]
+    return halves.swapaxes(1, 2).reshape(values.shape)
+
+
+# Layout -> what turns Hugging Face's values into llama.cpp's.
+INVERSES: dict[Callable[..., np.ndarray], Callable[[np.ndarray, Heads], np.ndarray]] = {
+    query_halves: lambda values, heads: _neighbours(values, heads.queries),
+    key_halves: lambda values, heads: _neighbours(values, heads.keys),
+    minus_one: lambda values, heads: values + np.float32(1),
+}

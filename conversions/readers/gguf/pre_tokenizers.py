@@ -50,8 +50,9 @@ _ASCII_SIGNS = r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~]"
 # Stops and commas of several scripts end a word, as spaces, brackets and bars do.
 _BLOOM = " ?[^(\\s|.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c)]+"
 
-_WORDS = PreTokenizer((_GPT2 + r"|\s+",))
-_DIGITS_AND_WORDS = PreTokenizer((r"\p{N}", _GPT2 + r"|\s+"))
+WORDS = _GPT2 + r"|\s+"  # how byte-level BPE splits by default
+_WORDS = PreTokenizer((WORDS,))
+_DIGITS_AND_WORDS = PreTokenizer((r"\p{N}", WORDS))
 _THREE_DIGITS = PreTokenizer((rf"{_SHORT_FORMS}|{_WORD}|\p{{N}}{{1,3}}|{_REST}",))
 _LLAMA3 = _THREE_DIGITS._replace(adds_bos=True, whole_words=True)
 _ONE_DIGIT = PreTokenizer((rf"{_SHORT_FORMS}|{_WORD}|\p{{N}}|{_REST}",))

@@ -122,7 +122,7 @@ def test_budget_of_llama_is_met_within_a_fifth_of_a_percent(policy, keep):
     config = ModelConfig(32_000, 4096, 11008, 1, 32, 32, 128, 4096)
     block = jax.eval_shape(lambda: init(config, jax.random.key(0)))["layer_0"]
     curves = {}
-    for site in MODULE_SITES:
+    for site in (site for site in MODULE_SITES if site.kind != "heads"):  # overlaps with two
         size = site_size(site, block, config)
         errors = np.exp(-4 * np.linspace(0, 1, int(size.limit) + 1))
         for i, score in enumerate(LLAMA_INFLUENCE):

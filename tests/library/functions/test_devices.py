@@ -11,7 +11,7 @@ import pytest
 @pytest.mark.full
 def test_functions_on_emulated_devices():
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    file = Path(__file__).parents[2] / "support" / "meshed_functions.py"
+    file = Path(__file__).with_name("meshed_functions.py")
     found = subprocess.run(
         [sys.executable, str(file)],
         env=os.environ | flags,

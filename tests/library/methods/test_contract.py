@@ -154,7 +154,7 @@ def test_a_kernel_that_the_loss_does_not_depend_on_costs_little(name):
 @pytest.mark.parametrize("name", sorted(n for n, m in METHODS.items() if m.modules))
 def test_degenerate_modules_have_finite_factors_and_widths(name):
     for kind, module in METHODS[name].modules.items():
-        width = 4 if kind == "qk" else 3
+        width = {"qk": 4, "heads": 1}.get(kind, 3)
         for what, (kernels, stats) in degenerate_modules(kind).items():
             given = {need: stats[need] for need in module.needs}
             arrays = {n: jnp.asarray(a) for n, a in kernels.items()}

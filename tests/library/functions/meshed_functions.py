@@ -4,16 +4,12 @@ Run by `test_devices` in a process of its own, which has 8 emulated devices. Pri
 """
 
 import functools
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "library" / "functions"))
 from plain import loss, scanned, tokens, transposed
 
 from lordjax import collect, compress_params, compressed, materialize
