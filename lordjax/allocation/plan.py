@@ -102,20 +102,25 @@ class Plan:
         """Returns the plan in a JSON file.
 
         Raises:
-          ValueError: if the file is not a plan, or a rank is neither null nor a whole number of at
-            least 0; names the file and the sites.
+          ValueError: if the file is not a plan, a rank is neither null nor a whole number of at
+            least 0, or some sites of a block but not all have rank 0; names the file and the sites.
         """
         content = read_json(path)
         with reading(path, "not a plan", "correct it, or write it again"):
             plan = cls(**content)
             _check_types(plan)
-            bad = {p: r for p, r in plan.ranks.items() if not _is_rank(r)}
+            whole = {p.split("/", 1)[0] for p, r in plan.ranks.items() if r != 0}
+            bad = {
+                p: r
+                for p, r in plan.ranks.items()
+                if not _is_rank(r) or (r == 0 and p.split("/", 1)[0] in whole)
+            }
             for text in [*plan.formats.values(), *([] if plan.factors is None else [plan.factors])]:
                 normal_float.Format.parse(text)
         if bad:
             raise ValueError(
-                f"{path}: ranks must be whole numbers of at least 1, null for dense, or 0 for a "
-                f"removed block, got {bad}"
+                f"{path}: ranks must be whole numbers of at least 1, null for dense, or 0 at "
+                f"all sites of a removed block, got {bad}"
             )
         return plan
 

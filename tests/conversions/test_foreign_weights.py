@@ -104,6 +104,7 @@ def rename(adapter, **settings):
     file.write_text(json.dumps(json.loads(file.read_text()) | settings))
 
 
+@pytest.mark.full
 def test_commands_open_an_adapter(bases, tiny, tmp_path, text):
     base = shutil.copytree(bases / "llama", tmp_path / "base")
     out, small = tmp_path / "adapter", tmp_path / "small"

@@ -134,6 +134,7 @@ def _labelled(folder):
     return path
 
 
+@pytest.mark.full
 def test_plan_counts_a_step(tiny):
     options = ("--method", "svd", "--keep", 0.5, "--allocation", "uniform", "--seq-len", WINDOW)
     result = run("plan", tiny, *options, "--finetune", "qlora", "--rank", 4, "--json")

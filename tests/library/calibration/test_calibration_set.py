@@ -130,6 +130,7 @@ def test_folds_together_have_the_statistics_of_the_set(masked):
         assert any(not np.allclose(*pair) for pair in zip(*map(jax.tree.leaves, two), strict=True))
 
 
+@pytest.mark.full
 def test_the_basis_of_gradients_is_no_sum():
     """The MLP of this model widens: its gradients are kept in coordinates."""
     calibration = Calibration(TOKENS, None, 4).split()

@@ -56,6 +56,7 @@ def test_every_budget_is_that_of_a_compression_to_it(models, method):
     assert not partial(models[method]).exists()
 
 
+@pytest.mark.full
 def test_a_temperature_is_chosen_for_every_budget_unless_it_is_named(tmp_path):
     """The held-out sequences are those on which a compression would have chosen it."""
     chosen = made(tmp_path / "chosen", method="modegpt-published")

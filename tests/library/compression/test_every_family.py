@@ -65,9 +65,7 @@ def pairs(methods, often):
         yield pytest.param(method, block, marks=[] if quick else pytest.mark.slow)
 
 
-@pytest.mark.quick(
-    "modegpt-gpt2", "modegpt-codegen", "modegpt-gpt_neox", "modegpt-gemma2", "modegpt-opt-350m"
-)
+@pytest.mark.quick("modegpt-gpt2", "modegpt-gemma2", "modegpt-opt-350m")
 @pytest.mark.parametrize(("method", "block"), list(pairs(METHODS, ["modegpt"])))
 def test_compression(method, block, tmp_path):
     original = source(block)

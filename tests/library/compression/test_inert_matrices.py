@@ -53,7 +53,7 @@ def test_low_rank_methods(what, method):
     check(prepare(model(what), TOKENS, method=method).compress(0.5), model(what))
 
 
-@pytest.mark.quick("block-nf-both")
+@pytest.mark.full
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 @pytest.mark.parametrize("method", QUANTIZERS)
 @pytest.mark.parametrize("what", ZEROS)

@@ -48,7 +48,7 @@ def by_hand(prepared, **widths):
     return Plan(prepared.method, ranks, 0.5, "by hand")
 
 
-@pytest.mark.quick("modegpt-cr-plain")
+@pytest.mark.full
 @pytest.mark.parametrize("config", [CONFIG, BIASED, STATIC], ids=["plain", "biased", "static"])
 @pytest.mark.parametrize("method", ["modegpt-published", "modegpt-cr"])
 def test_pruned_modules_work(config, method):

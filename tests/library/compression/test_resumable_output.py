@@ -74,7 +74,7 @@ QUICK = ("lord", "modegpt-published", "rom", "ranks", "mesh")
 KILLED = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in RUNS]
 
 
-@pytest.mark.quick("rom", "ranks")
+@pytest.mark.quick("ranks")
 @pytest.mark.parametrize("name", KILLED)
 def test_killed_at_random_writes_it_goes_on_to_the_same_bits(name, tmp_path, monkeypatch):
     """The result is that of a run that was not killed, and of a run in memory."""

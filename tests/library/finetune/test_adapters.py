@@ -95,7 +95,7 @@ def test_adapters_that_do_not_fit(params):
         adapters.add_adapters(params, rank=17, key=jax.random.key(0))
 
 
-@pytest.mark.quick("*codes")
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["over matrices", "over pairs", "over codes"])
 def test_merging_is_the_same_model(params, kind):
     new, _ = made(params, kind)

@@ -126,6 +126,7 @@ def test_a_finished_run_is_resumed_to_the_same(params, tmp_path):
     assert first.history == again.history
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("after", ["a step", "a checkpoint"])
 def test_every_line_of_metrics_is_written_once(params, tmp_path, monkeypatch, after):
     whole = short_run(params, tmp_path / "whole", 6)

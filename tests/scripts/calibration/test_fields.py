@@ -54,6 +54,7 @@ def test_compress_and_finetune_read_the_field(tiny, data, tmp_path):
     assert found.exit_code == 0, found.stderr
 
 
+@pytest.mark.full
 def test_windows_beyond_rotary_positions_are_said(tiny, tmp_path):
     """The tiny model has 64 positions."""
     np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(1, 200, (4, 80)))

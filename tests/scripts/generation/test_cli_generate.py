@@ -134,6 +134,13 @@ def test_codes_multiply_as_often_as_what_they_stand_for(opened):
     assert operations(config, thin, 2, 16) < dense
 
 
+def test_benchmark_of_one_model(tiny):
+    how = ["--prefill", 8, "--prompt", 4, "--new", 4, "--batches", "1", "--repeats", 1]
+    (row,) = json.loads(run("benchmark", tiny, *how, "--json").stdout)["models"]
+    assert row["model"] == str(tiny) and row["prefill"] > 0 and set(row["decode"]) == {"1"}
+
+
+@pytest.mark.full
 def test_benchmark(tiny, text, tmp_path):
     small = tmp_path / "small"
     options = ("--calibration", text, "--seq-len", 32, "--method", "lord", "--keep", 0.5)

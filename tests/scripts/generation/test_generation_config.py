@@ -91,6 +91,7 @@ def test_it_goes_along(model, text, tmp_path):
     assert open_model(str(small)).generation_defaults().ends == (0, 7)
 
 
+@pytest.mark.full
 def test_it_goes_along_without_a_tokenizer(model, tmp_path):
     for file in model.glob("*token*"):
         file.unlink()
