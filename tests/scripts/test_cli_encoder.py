@@ -110,7 +110,7 @@ def test_windows_begin_and_end_like_sequences(masked, text):
     "method",
     [
         ("modegpt", "--keep", 0.6),
-        pytest.param(("lord", "--keep", 0.6), marks=pytest.mark.full),
+        ("lord", "--keep", 0.6),
         pytest.param(("auto", "--bits", 6), marks=pytest.mark.slow),
     ],
 )
