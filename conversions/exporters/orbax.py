@@ -20,6 +20,7 @@ from lordjax.kernels import trees
 from lordjax.models.config import ModelConfig
 from lordjax.names import layer
 from lordjax.runtime.input_files import read_json, reading
+from lordjax.runtime.orbax_log import unlogged
 from lordjax.storage import assembly, checkpoint, checksums, shards
 from lordjax.storage.tensor_files import write_json
 
@@ -32,7 +33,7 @@ def orbax(job: ExportSpec, stage: Path) -> None:
     source = job.source
     blocks = {layer(i): source.block(i) for i in range(source.config.num_layers)}
     params = {**source.non_block_params(), **blocks}
-    with ocp.StandardCheckpointer() as checkpointer:
+    with unlogged(), ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(stage / PARAMS, trees.unflatten(shards.tensors(params)))
     manifest = {
         "lordjax": checkpoint.describe(source.config, params),

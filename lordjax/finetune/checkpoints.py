@@ -6,9 +6,6 @@ array. So the files are checked before Orbax opens them.
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from lordjax.finetune.step import State
 from lordjax.runtime.input_files import reading
+from lordjax.runtime.orbax_log import unlogged
 from lordjax.storage.checksums import MANIFEST, Manifest
 from lordjax.storage.room import remove_tree
 from lordjax.storage.tensor_files import write_json
@@ -87,7 +85,7 @@ class CheckpointStore:
         """Writes a state; ``nll``, in nats per target, decides which checkpoint is the best."""
         count, before = int(state.step), self.steps()
         facts = {NLL: nll, LEAST: min([nll, *before.values()])}
-        with _unlogged():
+        with unlogged():
             self._manager.save(count, args=ocp.args.StandardSave(_named(state)), metrics=facts)
         self._check(self._directory / str(count))
         remove_tree(self._directory / _REMOVED)
@@ -120,17 +118,6 @@ class CheckpointStore:
     def close(self) -> None:
         """Closes Orbax's checkpoint manager."""
         self._manager.close()
-
-
-@contextlib.contextmanager
-def _unlogged() -> Iterator[None]:
-    """Keeps Orbax from logging tracebacks of errors that it raises as well."""
-    logger = logging.getLogger("absl")
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
 
 
 def _named(state: State) -> dict[str, Any]:
