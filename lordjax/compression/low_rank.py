@@ -108,7 +108,7 @@ def prepare(
       batch_size: sequences per step; None: as many as this backend is fastest with.
       gradient_windows: number of sequences in the backward pass, spread evenly; None: all.
       multiple: ranks are multiples of this, in policies that optimize; None: 8, and 64 for stock
-        shapes.
+        shapes (less for MLPs narrower than 256).
       progress: called with (stage, done, total).
       work: where finished work is kept; None: in memory. With a `DiskStore` memory holds one
         block, and a run that was killed does not repeat what it finished.
@@ -130,9 +130,17 @@ def prepare(
     check_positive(multiple=multiple)
     dense = Materialized(source)
     if METHODS[method].stock:
-        multiple = STOCK_MULTIPLE if multiple is None else multiple
+        multiple = multiple or _stock_multiple(dense.config.mlp_size)
         _check_stock(dense, policy, prefix, multiple)
     return _take_statistics(dense, settings, method, policy, prefix, multiple or TILE)
+
+
+def _stock_multiple(width: int) -> int:
+    """Returns the largest power of two up to `STOCK_MULTIPLE` that leaves an MLP enough widths."""
+    multiple = STOCK_MULTIPLE
+    while multiple > 1 and multiple * WIDTHS > width:
+        multiple //= 2
+    return multiple
 
 
 def _check_stock(source: Source, policy: str, prefix: str, multiple: int) -> None:

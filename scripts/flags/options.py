@@ -101,7 +101,7 @@ budget_options = options(
         type=COUNT,
         metavar="N",
         help="Ranks and widths are multiples of N, in policies that optimize (low-rank methods).  "
-        "[default: 8; 64 with --shape stock]",
+        "[default: 8; up to 64 with --shape stock]",
     ),
     click.option(
         "--keep",

@@ -66,7 +66,8 @@ def read_run(directory):
 
 def after(found, count):
     """The state that so many steps make of one: they add their number to every array."""
-    moved = jax.tree.map(lambda a: (a + count).astype(a.dtype), found[1:])
+    with jax.numpy_dtype_promotion("standard"):
+        moved = jax.tree.map(lambda a: (a + count).astype(a.dtype), found[1:])
     return found._replace(step=found.step + count, params=moved[0], optimizer=moved[1])
 
 

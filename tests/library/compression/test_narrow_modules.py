@@ -94,10 +94,10 @@ def test_modegpt_is_a_pruned_mlp_and_low_rank_attention(config):
 @pytest.mark.parametrize("method", MODULAR)
 def test_round_trip_with_rotary_indices(tmp_path, method):
     result = compress(InMemory(CONFIG, shifted(CONFIG)), TOKENS, method=method, keep=0.6)
-    checkpoint.save(tmp_path / "m", CONFIG, result.params, hf_config={}, plan=result.plan)
+    checkpoint.save(tmp_path / "m", result.config, result.params, hf_config={}, plan=result.plan)
     config, params = elastic.load(tmp_path / "m")
     jax.tree.map(np.testing.assert_array_equal, params, result.params)
-    np.testing.assert_array_equal(logits(config, params), logits(CONFIG, result.params))
+    np.testing.assert_array_equal(logits(config, params), logits(result.config, result.params))
     assert nbytes(params) == result.report["bytes"]
     index = [a for p, a in trees.flatten(params).items() if p.endswith("rope_index")]
     assert bool(index) == ("qk" in METHODS[method].modules)

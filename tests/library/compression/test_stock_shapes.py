@@ -139,7 +139,7 @@ def test_errors_before_any_work():
             lordjax.compress(model, TOKENS, shape="stock", **options)
 
     error("method 'svd' has no stock shapes; expected modegpt", method="svd")
-    error("multiple 64: MLPs have width 80, .* a multiple of at most 20")
+    error("multiple 64: MLPs have width 80, .* a multiple of at most 20", multiple=64)
     error("stock shapes need allocation 'stock', got 'uniform'", multiple=8, allocation="uniform")
     error("stock shapes need prefix 'dense'", multiple=8, prefix="compressed")
     with pytest.raises(ValueError, match="shape must be one of free, stock, got 'round'"):
