@@ -39,22 +39,15 @@ def claimed(directory: Path, resume: bool, about: dict[str, Any], need: int) -> 
     lock = lock_directory(directory)
 
     def leave() -> str | None:
-        unfinished.end(directory)
         if _has_checkpoint(directory) or resume:
             unlock_directory(directory, lock)
             return f"the run is kept in {directory}"
         remove_locked(directory, lock)
         return None
 
-    unfinished.begin(directory, leave)
-    try:
-        with naming_room(directory, need):
-            _check_same(directory / RUN, json_files.as_read(about))
-            yield
-    except BaseException as error:
-        unfinished.tell(error, leave())
-        raise
-    leave()
+    with unfinished.leaving(directory, leave), naming_room(directory, need):
+        _check_same(directory / RUN, json_files.as_read(about))
+        yield
 
 
 def _has_checkpoint(directory: Path) -> bool:

@@ -53,22 +53,29 @@ def tell(error: BaseException | None, text: str | None) -> None:
 
 
 @contextlib.contextmanager
-def telling(text: str, path: Path) -> Iterator[None]:
+def leaving(directory: Path, leave: Leave) -> Iterator[None]:
+    """Leaves a directory when the block ends in any way; says what is kept if that is from outside.
+
+    Args:
+      directory: the directory, or a file that stands for it.
+      leave: see `begin`.
+    """
+    begin(directory, leave)
+    try:
+        yield
+    except BaseException as error:
+        end(directory)
+        tell(error, leave())
+        raise
+    end(directory)
+    leave()
+
+
+def telling(text: str, path: Path) -> contextlib.AbstractContextManager[None]:
     """Says what is kept if the block is ended from outside.
 
     Args:
       text: what to say.
       path: the text is said if this is there.
     """
-
-    def leave() -> str | None:
-        return text if path.exists() else None
-
-    begin(path, leave)
-    try:
-        yield
-    except BaseException as error:
-        tell(error, leave())
-        raise
-    finally:
-        end(path)
+    return leaving(path, lambda: text if path.exists() else None)

@@ -75,15 +75,8 @@ def locked(directory: Path, kept: str) -> Iterator[None]:
             directory.rmdir()
         return kept
 
-    unfinished.begin(directory, leave)
-    try:
+    with unfinished.leaving(directory, leave):
         yield
-    except BaseException as error:
-        unfinished.tell(error, kept)
-        raise
-    finally:
-        unfinished.end(directory)
-        leave()
 
 
 def remove_locked(directory: Path, lock: filelock.BaseFileLock, last: str = LOCK) -> None:

@@ -143,13 +143,18 @@ def gguf_sentence_piece(directory):
     writer.add_token_list(tokens)
     writer.add_token_scores([0.0] * len(tokens))
     writer.add_token_types([2, 3, 3, *[6] * 256, 1])
-    for tensor in reader.tensors:
+    finish(writer, reader.tensors)
+    file.unlink()
+
+
+def finish(writer, tensors):
+    """Writes tensors that a reader has found, and closes the file."""
+    for tensor in tensors:
         writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    file.unlink()
 
 
 def gguf_parts(directory):
@@ -167,12 +172,7 @@ def gguf_parts(directory):
         writer.add_uint16("split.no", part)
         writer.add_uint16("split.count", 2)
         writer.add_int32("split.tensors.count", len(reader.tensors))
-        for tensor in reader.tensors[part::2]:
-            writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        finish(writer, reader.tensors[part::2])
     file.unlink()
 
 

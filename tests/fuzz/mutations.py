@@ -4,6 +4,7 @@ import copy
 import json
 import random
 import re
+import shutil
 import struct
 
 # Numbers that overflow, wrap round or ask for more than a machine has.
@@ -208,3 +209,13 @@ def on_bytes(pattern):
 
 def on_json(pattern):
     return on(pattern, edit_json, edit_json, edit_json, flip_bits, truncate)
+
+
+def plant_link(path, outside):
+    """Puts a link to something outside where a file or a directory is."""
+    if path.is_dir():
+        shutil.rmtree(path)
+        path.symlink_to(outside)
+        return
+    path.unlink(missing_ok=True)
+    path.symlink_to(outside / "victim")

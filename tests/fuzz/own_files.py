@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import shutil
 import zlib
 
 import jax
@@ -140,13 +139,7 @@ def plant_links(rng, directory):
     name = rng.choice(
         ("journal.jsonl", "run.json", "lock", "entries", "model", "run.json.new", "entries/x")
     )
-    target = partial / name
-    if target.is_dir():
-        shutil.rmtree(target)
-        target.symlink_to(outside)
-        return
-    target.unlink(missing_ok=True)
-    target.symlink_to(outside / "victim")
+    m.plant_link(partial / name, outside)
 
 
 def parameters(directory):

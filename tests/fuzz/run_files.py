@@ -6,6 +6,7 @@ import shutil
 
 import jax
 import numpy as np
+from mutations import plant_link
 
 RUN = "out.run"
 STEPS, BEST = 6, 4
@@ -90,9 +91,4 @@ def plant_links(rng, directory):
     outside, folder = directory.parent / "outside", directory / RUN
     there = sorted(path for path in folder.rglob("*") if path.name != "lock")
     path = rng.choice([*there, folder / "metrics.jsonl.new", folder / "lock"])
-    if path.is_dir():
-        shutil.rmtree(path)
-        path.symlink_to(outside)
-        return
-    path.unlink(missing_ok=True)
-    path.symlink_to(outside / "victim")
+    plant_link(path, outside)
