@@ -182,6 +182,8 @@ def check_end(command: Command, number: int, code: int, outcome: Outcome) -> Non
     if len(lines) != (not early) or "Traceback" in command.error():
         outcome.wrong.append(f"stderr after signal {number}: {command.error()[-300:]!r}")
     kept = {name for name in names if lines and f"/{name}" in lines[0].split("; go on")[0]}
+    if OUT in names:  # it had just finished, and a finished result has its run beside it
+        kept.add(f"{OUT}.run")
     # An earlier SIGKILL may have left a directory that this process did not come to.
     if left := names - kept - {OUT, *outcome.before}:
         outcome.wrong.append(f"left after signal {number}: {sorted(left)}")
