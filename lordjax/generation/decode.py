@@ -5,7 +5,8 @@ needed. Cached padding is overwritten before a query can see it. Lengths of prom
 rounded up to few sizes (`prompt_batch`), each of which is compiled once.
 
 The answer of a row depends on its prompt, the settings, the seed and the row's number. It does not
-depend on the other rows, except for rounding errors where the batch size changes the computation.
+depend on the other rows, except for rounding errors where the batch size changes the computation:
+a large batch becomes smaller when most of its rows have ended.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ from lordjax.models.transformer import Transformer
 
 CHUNK = 16  # tokens that are decoded before control returns to the host
 NOTHING = -1  # stands for a token after a row has ended
+# A batch of at least this many rows is cut to a quarter as soon as that holds all unfinished rows.
+# Below it a step mostly reads weights, so fewer rows would not pay for another compilation.
+CUT_ROWS = 16
 
 
 class State(NamedTuple):
@@ -190,6 +194,12 @@ def decode(
     return state, out
 
 
+@jax.jit
+def _taken(batch: Any, places: Int[Array, "n"]) -> Any:
+    """Returns some rows of every array."""
+    return jax.tree.map(lambda a: a[places], batch)
+
+
 def begin(
     config: ModelConfig,
     params: Any,
@@ -262,13 +272,22 @@ def stream(
     how = {"max_new_tokens": max_new_tokens, "sampling": sampling, "seed": seed}
     state, settings = begin(config, params, prompts, stop_tokens=stop_tokens, rows=rows, **how)
     out, growing = np.asarray(state.token)[:, None], LongRows(config, params, prompts)
+    places = np.arange(len(prompts))  # of the state's rows in the batch
     while True:
         growing.append(out)
-        ended = yield out
+        new = np.full((len(prompts), out.shape[1]), NOTHING, out.dtype)
+        new[places] = out
+        ended = yield new
         if ended is not None:
-            state = state._replace(done=state.done | jnp.asarray(ended))
-        if bool(jnp.all(state.done)):
+            state = state._replace(done=state.done | jnp.asarray(ended[places]))
+        done = np.asarray(state.done)
+        if done.all():
             return
+        if len(done) >= CUT_ROWS and (~done).sum() <= len(done) // 4:
+            kept = np.argsort(done, kind="stable")[: len(done) // 4]
+            state, keys = _taken((state, settings.keys), jnp.asarray(kept))
+            settings, places = settings._replace(keys=keys), places[kept]
+            growing.keep(kept)
         state = state._replace(cache=growing.renewed(state.cache))
         steps = growing.steps(chunk)
         state, out = decode(params, state, settings, jnp.asarray(steps, jnp.int32), **same)

@@ -54,6 +54,11 @@ class LongRows:
             self._rows[i] += [token for token in new if token >= 0]
             self._open[i] = new[-1] >= 0
 
+    def keep(self, places: np.ndarray) -> None:
+        """Keeps the rows at these places of the batch only."""
+        self._rows = [self._rows[i] for i in places]
+        self._open = [self._open[i] for i in places]
+
     def steps(self, most: int) -> int:
         """Returns how many tokens can be decoded before a row outgrows the trained length."""
         if self._trained is None:

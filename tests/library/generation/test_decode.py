@@ -347,6 +347,25 @@ def test_long_rotary_frequencies_depend_on_no_limit_and_no_neighbour(longrope):
 
 
 @pytest.mark.full
+def test_a_batch_is_cut_when_most_rows_have_ended(longrope):
+    """The rows that go on draw what they draw alone, also beyond the trained length."""
+    config, params = longrope
+    draw = np.random.default_rng(9)
+    prompts = [draw.integers(0, 61, 3 + i).tolist() for i in range(decode.CUT_ROWS)]
+    open_rows = (2, 7, 15)  # all outgrow the trained length after the cut
+    how = {"max_new_tokens": 30, "sampling": Sampling(temperature=1.5)}
+    cuts = decode._taken._cache_size()
+    found = decode.generate(
+        config, params, prompts, **how, ended=lambda row, tokens: row not in open_rows
+    )
+    assert decode._taken._cache_size() == cuts + 1
+    assert [i for i, answer in enumerate(found) if answer.reason == "length"] == list(open_rows)
+    for i in open_rows:
+        (alone,) = decode.generate(config, params, [prompts[i]], **how, rows=[i])
+        assert found[i].tokens == alone.tokens
+
+
+@pytest.mark.full
 def test_dynamic_rotary_frequencies_end_at_the_trained_length():
     rope = Rope(kind="dynamic", factor=2.0, original_max_positions=TRAINED)
     dynamic = dataclasses.replace(BLOCKS["starcoder2"], windows=None, rope=rope)
