@@ -19,6 +19,7 @@ import scipy.linalg
 from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Float, Int
 
+from lordjax.methods.greedy import removed
 from lordjax.methods.linalg import (
     Ridge,
     inverse_corners,
@@ -213,26 +214,17 @@ def elimination_order(
     floor = jnp.where(index >= n, -2.0, jnp.where(jnp.diagonal(gram) <= 0, -1.0, 0.0))
     inverse = inverse_psd(gram, ridge)
 
-    def costs(inverse: Array, kernel: Array, floor: Array, alive: Array) -> Array:
-        diagonal = jnp.where(alive, jnp.diagonal(inverse), 1)
-        cost = jnp.where(floor < 0, floor, jnp.sum(kernel**2, axis=1) / diagonal)
-        return jnp.where(alive, cost, jnp.inf)
-
-    def remove(i: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
-        inverse, kernel, floor, alive, dropped = state
-        at = jnp.argmin(costs(inverse, kernel, floor, alive))  # ties: the first
-        share = inverse[:, at] / inverse[at, at]
-        kernel = kernel - jnp.outer(share, kernel[at])
-        inverse = inverse - jnp.outer(share, inverse[at])
-        return inverse, kernel, floor, alive.at[at].set(False), dropped.at[i].set(at)
-
     def step(i: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
         inverse, kernel, alive, order = state
-        near = jnp.argsort(costs(inverse, kernel, floor, alive))[: 2 * block]
-        parts = (inverse[near][:, near], kernel[near], floor[near], alive[near])
-        start = (*parts, jnp.zeros(block, near.dtype))
-        drop = near[jax.lax.fori_loop(0, block, remove, start)[-1]]
-        shares = jnp.linalg.solve(inverse[drop][:, drop], inverse[drop])
+        costs = jnp.sum(kernel**2, axis=1) / jnp.where(alive, jnp.diagonal(inverse), 1)
+        costs = jnp.where(alive, jnp.where(floor < 0, floor, costs), jnp.inf)
+        near = jnp.argsort(costs)[: 2 * block]
+        rows = kernel[near]
+        parts = (inverse[near][:, near], mm(rows, rows.T), floor[near], alive[near])
+        places, upper = removed(*parts, block)
+        drop = near[places]
+        half = solve_triangular(upper, inverse[drop], trans=1) * jnp.diagonal(upper)[:, None]
+        shares = solve_triangular(upper, half)
         kernel = kernel - mm(shares.T, kernel[drop])
         inverse = _subtract_product(inverse, inverse[:, drop], shares)
         at = n + pad - (i + 1) * block

@@ -224,13 +224,14 @@ def _moved(
     for parameter in (i for i in inner if i.opcode == "parameter"):
         whole = operands[int(parameter.arguments)]
         users = [i for i in inner if parameter.name in i.operands]
-        if users and all(_replaces(i, parameter.name) for i in users):
-            # In place: the rest of the array is neither read nor written.
-            total += 2.0 * sum(_size(inner, i.operands[1]) for i in users) - whole
-        elif users and all(i.opcode in SLICES and i.operands[0] == parameter.name for i in users):
-            total += min(whole, sum(i.nbytes for i in users))
-        else:
+        replaced = [i for i in users if _replaces(i, parameter.name)]
+        sliced = [i for i in users if i.opcode in SLICES and i.operands[0] == parameter.name]
+        if not users or len(replaced) + len(sliced) < len(users):
             total += whole
+            continue
+        total += min(whole, sum(i.nbytes for i in sliced))
+        if replaced:  # in place: of the result only the slices are written
+            total += sum(_size(inner, i.operands[1]) for i in replaced) - whole
     return max(total, 0.0)
 
 

@@ -60,11 +60,24 @@ def test_everything_of_a_written_program_is_counted():
     assert facts.sent == {"all-reduce": 64 * 8 * 4}
     assert facts.copied_bytes == 4 * 4 * 8
     assert facts.unknown_loops == facts.host_transfers == 0
-    # An iteration reads and writes a row, then replaces a row: reads it twice with its index.
+    # An iteration reads and writes a row, then reads it with its index and writes it in place.
     row, whole, square = 8 * 4, 64 * 8 * 4, 4 * 4 * 8
-    iteration = 2 * row + (row + 4) + 2 * row
+    iteration = 2 * row + (row + 4) + row
     assert facts.nbytes == 64 * iteration + 2 * whole + (2 * square + 4) + 2 * square
     assert facts.wide_bytes == (2 * square + 4) + 2 * square
+
+
+def test_a_fusion_that_reads_and_replaces_a_row_moves_it_twice():
+    body = """  %p0 = f32[64,8]{1,0} parameter(0)
+  %p1 = f32[1,8]{1,0} parameter(1)
+  %p2 = s32[] parameter(2)
+  %old = f32[1,8]{1,0} dynamic-slice(%p0, %p2, %p2), dynamic_slice_sizes={1,8}
+  %add = f32[1,8]{1,0} add(%old, %p1)
+  ROOT %put = f32[64,8]{1,0} dynamic-update-slice(%p0, %add, %p2, %p2)
+"""
+    plain = WRITTEN[WRITTEN.index("  %p0") : WRITTEN.index("}\n\n%body")]
+    more = hlo.read(WRITTEN.replace(plain, body)).nbytes - hlo.read(WRITTEN).nbytes
+    assert more == 64 * 8 * 4  # a row in each of 64 iterations
 
 
 @pytest.mark.parametrize(
