@@ -40,7 +40,11 @@ def one_by_one(inverse, w, floor, alive):
 def test_columns_are_removed_by_their_costs(problem, dtype, interpret):
     inverse, w, floor, alive = problem
     with jax.enable_x64(dtype == "float64"):
-        small = [jnp.asarray(a, dtype) for a in (inverse, w @ w.T, floor)]
+        small = (
+            jnp.asarray(inverse, dtype),
+            jnp.asarray(w @ w.T, dtype),
+            jnp.asarray(floor, dtype),
+        )
         places, upper = removed(*small, jnp.asarray(alive), COUNT, interpret=interpret)
     assert places.tolist() == one_by_one(*problem)
     assert places[:2].tolist() == [5, 3] and 7 not in places.tolist()
