@@ -22,6 +22,7 @@ from lordjax.conversions.exporters.hf_files import (
     of_block,
     outside,
     stored,
+    table_of_width,
     write_config,
     write_shards,
 )
@@ -123,7 +124,7 @@ def _write(job: ExportSpec, stage: Path, change: Callable[[str, Layer], Layer]) 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
         source, hf_config = job.source, job.source.hf_config
         whole = tensor_table(hf_config, leaves=source.leaves())
-        of_width = functools.cache(functools.partial(_table_of_width, hf_config))
+        of_width = functools.cache(functools.partial(table_of_width, hf_config))
         rest = materialize(trees.flatten(source.non_block_params()))
         names = family_of(hf_config).module_names
         for name, array in stored(outside(whole), rest):
@@ -225,8 +226,3 @@ def _layer(
         if bias is not None and biases[path] in flat:
             bias[theirs] = np.asarray(flat[biases[path]])
     return Layer(found, (first.loaded_shape[0], size), bias)
-
-
-def _table_of_width(hf_config: Mapping[str, Any], width: int) -> dict[str, TensorSource]:
-    """Returns the tensor table of the model with MLPs of this width."""
-    return tensor_table({**hf_config, family_of(hf_config).fields["mlp_size"]: width})
