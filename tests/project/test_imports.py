@@ -59,7 +59,8 @@ COPIED = {  # into exports, for transformers
 }
 # What runs beside ours in these benchmarks is torch's.
 TORCH_PEERS = {
-    *(f"lordjax.scripts.benchmarks.{name}" for name in ("decompose", "export", "finetune")),
+    *(f"lordjax.scripts.benchmarks.{name}" for name in ("decompose", "finetune")),
+    *(f"lordjax.scripts.benchmarks.export.{name}" for name in ("models", "speed")),
     "lordjax.scripts.verbs.benchmark",
 }
 
