@@ -3,6 +3,7 @@
 ============  ======================================================================================
 dense         dense matrices in their original shapes, for stock transformers
 factored      low-rank factors, pruned layers, quantized weights, with the torch code that runs them
+vllm          as ``factored``, with the stock class and a quantization config, for vLLM's plugin
 peft          as ``factored``, with the low-rank terms as a PEFT adapter in ``adapter/``
 nemotron-nas  dense matrices with an MLP width for each block, for vLLM, TensorRT-LLM and SGLang
 gguf          ``model.gguf`` for llama.cpp with its tokenizer, of models with dense matrices
@@ -29,6 +30,7 @@ from lordjax.conversions.exporters.factored import (
     auto_class,
     factored,
     peft,
+    vllm,
 )
 from lordjax.conversions.exporters.gguf_file import gguf
 from lordjax.conversions.exporters.hf_files import ExportSpec, Opened
@@ -46,6 +48,7 @@ EXPORTS: dict[str, Callable[[ExportSpec, Path], None]] = {
     "factored": factored,
     "peft": peft,
     "nemotron-nas": nemotron_nas,
+    "vllm": vllm,
     "gguf": gguf,
     "orbax": orbax,
 }

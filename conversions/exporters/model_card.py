@@ -30,6 +30,7 @@ _OPEN: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "nemotron-nas": ("python", _TRANSFORMERS),
+    "vllm": ("bash", ('pip install "lordjax[vllm]"', "vllm serve .")),
     "gguf": ("bash", ("llama-cli -m model.gguf",)),
     "orbax": (
         "python",

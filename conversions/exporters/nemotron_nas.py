@@ -132,7 +132,7 @@ def _keys(source: Opened, widths: Sequence[int]) -> dict[str, Any]:
         }
         for width in widths
     ]
-    keys = {
+    keys: dict[str, Any] = {
         "architectures": ["DeciLMForCausalLM"],
         "auto_map": {
             "AutoConfig": f"{CODE}.DeciLMConfig",

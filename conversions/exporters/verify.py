@@ -127,6 +127,11 @@ def target_of(to: str) -> str:
 
 def check_installed(to: str) -> None:
     """Raises ImportError if a package that opens this kind of export is not installed."""
+    if to not in RELOAD:
+        raise ImportError(
+            f"--verify does not run {to}; leave it out, and verify the same model with --to "
+            "factored, which holds the same tensors"
+        )
     needs = RELOAD[to].needs
     missing = [name for name in needs if importlib.util.find_spec(name) is None]
     if missing:

@@ -233,13 +233,13 @@ def merge(as_json: bool, **settings: Any) -> None:
 @click.argument("out", type=OutputPath())
 @click.option(
     "--to",
-    type=click.Choice(["dense", "factored", "peft", "nemotron-nas", "gguf", "orbax"]),
+    type=click.Choice(["dense", "factored", "peft", "nemotron-nas", "vllm", "gguf", "orbax"]),
     help="dense: all matrices dense, for stock transformers. factored: low-rank factors and "
     "quantized weights as they are, with remote code. peft: quantized weights, with the low-rank "
     "terms as a PEFT adapter. nemotron-nas: an MLP width for each block, of models that compress "
-    "--shape per-layer made, for vLLM, TensorRT-LLM and SGLang. gguf: a file for llama.cpp, of "
-    "models that compress --shape stock or per-layer made. orbax: arrays.  [default: with --keep a "
-    "lordjax directory; else required]",
+    "--shape per-layer made, for vLLM, TensorRT-LLM and SGLang. vllm: as factored, for vLLM with "
+    "lordjax's plugin. gguf: a file for llama.cpp, of models that compress --shape stock or "
+    "per-layer made. orbax: arrays.  [default: with --keep a lordjax directory; else required]",
 )
 @click.option(
     "--keep",
