@@ -69,7 +69,7 @@ def main(model: str, small: str, data: str | None, out: str | None, **options: A
             results["rows"] += measured(program, pair, ids, results, options)
             write_results(out, results, complete=False)
         if data is not None:
-            counts = 0, options["windows"]
+            counts = 1, options["windows"]  # no calibration is read, but one window is loaded
             tokens = protocol_tokens(data, options["domain"], *counts)[1]
             results["perplexity"] = perplexities(opened["small"], folder / "small", tokens)
     click.echo(table(results))
