@@ -8,9 +8,7 @@ from __future__ import annotations
 
 def register() -> None:
     """Registers the quantization config ``lordjax`` with vLLM."""
-    from vllm.model_executor.layers.quantization import (  # pyright: ignore
-        register_quantization_config,
-    )
+    from vllm.model_executor.layers.quantization import register_quantization_config
 
     from lordjax.conversions.vllm_plugin.config import LordjaxConfig
 

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from vllm.model_executor.layers.linear import (  # pyright: ignore
+from vllm.model_executor.layers.linear import (
     LinearBase,
     LinearMethodBase,
     UnquantizedLinearMethod,
 )
-from vllm.model_executor.layers.quantization.base_config import (  # pyright: ignore
+from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
 )
 
@@ -152,7 +152,7 @@ class LordjaxLinearMethod(LinearMethodBase):
                 layer.add_module(step, nn.Module())
             layer = layer.get_submodule(step)
         parameter = nn.Parameter(torch.empty(0), requires_grad=False)
-        parameter.weight_loader = functools.partial(self._load, name)  # pyright: ignore
+        parameter.weight_loader = functools.partial(self._load, name)
         layer.register_parameter(last, parameter)
 
     def _load(
