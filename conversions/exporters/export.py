@@ -1,12 +1,14 @@
 """Exports a model into a directory that other programs can open.
 
-========  ==========================================================================================
-dense     dense matrices in their original shapes, for stock transformers
-factored  low-rank factors, pruned layers and quantized weights, with the torch code that runs them
-peft      as ``factored``, with the low-rank terms as a PEFT adapter in ``adapter/``
-gguf      ``model.gguf`` for llama.cpp with its tokenizer, of models with the shapes of their config
-orbax     parameters as nested dicts of arrays in ``params/``, and ``manifest.json``
-========  ==========================================================================================
+============  ======================================================================================
+dense         dense matrices in their original shapes, for stock transformers
+factored      low-rank factors, pruned layers, quantized weights, with the torch code that runs them
+vllm          as ``factored``, with the stock class and a quantization config, for vLLM's plugin
+peft          as ``factored``, with the low-rank terms as a PEFT adapter in ``adapter/``
+nemotron-nas  dense matrices with an MLP width for each block, for vLLM, TensorRT-LLM and SGLang
+gguf          ``model.gguf`` for llama.cpp with its tokenizer, of models with dense matrices
+orbax         parameters as nested dicts of arrays in ``params/``, and ``manifest.json``
+============  ======================================================================================
 
 Every export has a model card, ``README.md``. Nothing is sent anywhere. Exporting does not need
 torch; `verify` does.
@@ -28,10 +30,12 @@ from lordjax.conversions.exporters.factored import (
     auto_class,
     factored,
     peft,
+    vllm,
 )
 from lordjax.conversions.exporters.gguf_file import gguf
 from lordjax.conversions.exporters.hf_files import ExportSpec, Opened
 from lordjax.conversions.exporters.model_card import write_card
+from lordjax.conversions.exporters.nemotron_nas import nemotron_nas
 from lordjax.conversions.exporters.orbax import orbax
 from lordjax.conversions.families.registry import model_config, tensor_table
 from lordjax.kernels.base import nbytes
@@ -43,6 +47,8 @@ EXPORTS: dict[str, Callable[[ExportSpec, Path], None]] = {
     "dense": dense,
     "factored": factored,
     "peft": peft,
+    "nemotron-nas": nemotron_nas,
+    "vllm": vllm,
     "gguf": gguf,
     "orbax": orbax,
 }
@@ -65,8 +71,9 @@ def export(
       source: model from `saved_model.open_saved` or `open_checkpoint`.
       out: output directory; must not exist or be empty.
       to: kind of export, a key of `EXPORTS`.
-      dtype: dtype of the tensors of a ``dense`` export, and of the matrices of a ``gguf`` export;
-        None means the dtype of the embedding. The other kinds keep the stored dtypes.
+      dtype: dtype of the tensors of a ``dense`` or ``nemotron-nas`` export, and of the matrices of
+        a ``gguf`` export; None means the dtype of the embedding. The other kinds keep the stored
+        dtypes.
       write_tokenizer: function that writes tokenizer files into a given directory; None writes
         none.
       shard_bytes: largest number of tensor bytes per file.

@@ -22,6 +22,7 @@ from lordjax.conversions.exporters.hf_files import (
     of_block,
     outside,
     stored,
+    table_of_width,
     write_config,
     write_shards,
 )
@@ -51,9 +52,43 @@ AUTO_CLASSES = {
 VLLM_RANK = 16  # vLLM's default for --max-lora-rank
 
 
+VLLM_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # whose layers vLLM merges by the same names
+
+
 def factored(job: ExportSpec, stage: Path) -> None:
     """Writes the factored model into the directory ``stage``."""
-    _write(job, stage, lambda name, layer: layer)
+    linears = _tensors(job, stage, lambda name, layer: layer)
+    _with_code(job, stage, linears)
+
+
+def vllm(job: ExportSpec, stage: Path) -> None:
+    """Writes the factored model for `vllm_plugin`: the stock class, with a quantization config.
+
+    Every linear layer of a block has a description, because vLLM merges some of them.
+
+    Raises:
+      ValueError: if it is a model of another family, or has biases that the family has not.
+    """
+    source, family = job.source, family_of(job.source.hf_config).model_type
+    if family not in VLLM_FAMILIES or source.config.head != "causal":
+        raise ValueError(
+            f"vllm exports are those of language models of {', '.join(VLLM_FAMILIES)}, not "
+            f"{family} with head {source.config.head!r}; export with --to dense"
+        )
+    table = tensor_table(source.hf_config, leaves=source.leaves())
+    added = sorted(p for p in source.leaves().keys() - table.keys() if p.endswith("/bias"))
+    if added:
+        raise ValueError(
+            f"{family} models in vLLM have no place for {len(added)} biases that compression "
+            f"added (the first is {added[0]}); export with --to factored"
+        )
+    linears = _tensors(job, stage, lambda name, layer: layer, every=True)
+    for i in range(source.config.num_layers):
+        for path, row in of_block(table, i).items():
+            if path.endswith("/kernel"):
+                linears[_module(row)]["whole"] = list(row.loaded_shape)
+    found = {"quant_method": "lordjax", "format": FORMAT, "linears": linears}
+    write_config(stage, source.hf_config, job.dtype, quantization_config=found)
 
 
 def peft(job: ExportSpec, stage: Path) -> None:
@@ -74,7 +109,7 @@ def peft(job: ExportSpec, stage: Path) -> None:
             adapters[name] = pair
         return layer.without_products()
 
-    _write(job, stage, split)
+    _with_code(job, stage, _tensors(job, stage, split))
     (stage / "adapter").mkdir()
     named = {}
     for name, pair in adapters.items():
@@ -110,20 +145,27 @@ def adapter_rank(directory: Path) -> int:
     return read_json(directory / "adapter" / "adapter_config.json")["r"]
 
 
-def _write(job: ExportSpec, stage: Path, change: Callable[[str, Layer], Layer]) -> None:
-    """Writes weights, code and config.
+def _tensors(
+    job: ExportSpec,
+    stage: Path,
+    change: Callable[[str, Layer], Layer],
+    *,
+    every: bool = False,
+) -> dict[str, Any]:
+    """Writes the weights; returns the descriptions of the replaced layers by their names.
 
     Args:
       job: the export.
       stage: directory to write into.
       change: function of the name and the content of a replaced layer; its result is written.
+      every: whether all linear layers of a block are replaced, not only those that changed.
     """
     linears: dict[str, Any] = {}
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
         source, hf_config = job.source, job.source.hf_config
         whole = tensor_table(hf_config, leaves=source.leaves())
-        of_width = functools.cache(functools.partial(_table_of_width, hf_config))
+        of_width = functools.cache(functools.partial(table_of_width, hf_config))
         rest = materialize(trees.flatten(source.non_block_params()))
         names = family_of(hf_config).module_names
         for name, array in stored(outside(whole), rest):
@@ -132,9 +174,8 @@ def _write(job: ExportSpec, stage: Path, change: Callable[[str, Layer], Layer]) 
             flat = flat_block(source, i)
             width = flat["mlp/down/kernel"].shape[0]
             rows = of_block(of_width(width), i)
-            layers = _replaced(
-                flat, rows, of_block(whole, i), head_axes.places(flat, source.config)
-            )
+            old = None if every else of_block(whole, i)
+            layers = _replaced(flat, rows, old, head_axes.places(flat, source.config))
             others = {p: row for p, row in rows.items() if _module(row) not in layers}
             yield from stored(others, flat)
             for name, layer in layers.items():
@@ -144,6 +185,11 @@ def _write(job: ExportSpec, stage: Path, change: Callable[[str, Layer], Layer]) 
                     yield f"{name}.{below}", array
 
     write_shards(stage, tensors(), job.shard_bytes)
+    return linears
+
+
+def _with_code(job: ExportSpec, stage: Path, linears: dict[str, Any]) -> None:
+    """Writes the config with the descriptions of replaced layers, and the code that reads them."""
     base = architecture_of(job.source.hf_config)
     code = Path(__file__).with_name(f"{CODE}.py").read_text("utf-8")
     (stage / f"{CODE}.py").write_text(code.replace(TEMPLATE, base), "utf-8")
@@ -175,7 +221,7 @@ def _module(row: TensorSource) -> str:
 def _replaced(
     flat: Mapping[str, Any],
     rows: Mapping[str, TensorSource],
-    whole: Mapping[str, TensorSource],
+    whole: Mapping[str, TensorSource] | None,
     places: Mapping[str, tuple[np.ndarray, np.ndarray]],
 ) -> dict[str, Layer]:
     """Returns the linear layers of a block that the stock class cannot hold, by name.
@@ -183,7 +229,7 @@ def _replaced(
     Args:
       flat: parameters of the block by path.
       rows: tensor table of the block with the present MLP width.
-      whole: tensor table of the block with the original MLP width.
+      whole: tensor table of the block with the original MLP width; None: all layers are returned.
       places: inputs and outputs of every kernel, from `head_axes.places`.
     """
     ours: dict[str, list[str]] = {}
@@ -192,7 +238,7 @@ def _replaced(
     return {
         name: _layer(paths, flat, rows, places)
         for name, paths in ours.items()
-        if any(_is_changed(path, flat, whole) for path in paths)
+        if whole is None or any(_is_changed(path, flat, whole) for path in paths)
     }
 
 
@@ -225,8 +271,3 @@ def _layer(
         if bias is not None and biases[path] in flat:
             bias[theirs] = np.asarray(flat[biases[path]])
     return Layer(found, (first.loaded_shape[0], size), bias)
-
-
-def _table_of_width(hf_config: Mapping[str, Any], width: int) -> dict[str, TensorSource]:
-    """Returns the tensor table of the model with MLPs of this width."""
-    return tensor_table({**hf_config, family_of(hf_config).fields["mlp_size"]: width})

@@ -1,7 +1,10 @@
-"""Exports a model with the shapes of its config as one GGUF file, for llama.cpp.
+"""Exports a model as one GGUF file, for llama.cpp.
 
 The rows of the reader (`readers.gguf.architectures`) are read backwards: names, keys and layouts of
 tensors. A file that the reader would open as another model is not written.
+
+Llama-like models whose blocks have MLPs of their own widths are written as llama.cpp's architecture
+``deci``, which has Llama's tensors and a width for every block (``src/models/deci.cpp``, 75dc8f6).
 """
 
 from __future__ import annotations
@@ -19,14 +22,18 @@ from lordjax.conversions.exporters.hf_files import (
     Opened,
     check_plain,
     flat_block,
+    mlp_widths,
     of_block,
     outside,
+    own_table,
     stored,
 )
-from lordjax.conversions.families.registry import family_of, tensor_table
+from lordjax.conversions.families.registry import family_of, model_config
 from lordjax.conversions.readers.checkpoint import open_checkpoint
 from lordjax.conversions.readers.gguf.architectures.registry import ARCHITECTURES
 from lordjax.conversions.readers.gguf.architectures.row import Architecture
+from lordjax.conversions.readers.gguf.config import config_json
+from lordjax.conversions.readers.gguf.facts import Facts
 from lordjax.conversions.readers.gguf.layouts import INVERSES, Heads
 from lordjax.conversions.readers.gguf.shards import read_headers
 from lordjax.kernels import trees
@@ -34,6 +41,7 @@ from lordjax.models.config import UNLIMITED, ModelConfig, Rope
 from lordjax.models.rope import rope_frequencies
 
 FILE = "model.gguf"
+LLAMA, DECI = "llama", "deci"
 # Family -> architecture in GGUF.
 NAMES = {
     "llama": "llama",
@@ -63,7 +71,7 @@ def gguf(job: ExportSpec, stage: Path) -> None:
 
     source = job.source
     name = architecture_name(source)
-    row, kind = ARCHITECTURES[name], job.gguf_type or _OF_DTYPE.get(str(job.dtype), "F32")
+    row, kind = _row(name), job.gguf_type or _OF_DTYPE.get(str(job.dtype), "F32")
     writer = GGUFWriter(stage / FILE, name)
     for key, value in _keys(source, row, name).items():
         _add(writer, key, value)
@@ -90,7 +98,7 @@ def architecture_name(source: Opened) -> str:
       ValueError: if the model has another shape than its config says, or llama.cpp would compute
         another function.
     """
-    check_plain(source, "gguf")
+    check_plain(source, "gguf", own_table(source))
     family, config = family_of(source.hf_config).model_type, source.config
     if family not in NAMES or config.head != "causal":
         raise ValueError(
@@ -100,7 +108,19 @@ def architecture_name(source: Opened) -> str:
     name = NAMES[family]
     if (problem := _other_in_llama_cpp(config, name)) is not None:
         raise ValueError(f"llama.cpp runs {name} models {problem}; export with --to dense")
-    return name
+    if set(mlp_widths(source)) == {config.mlp_size}:
+        return name
+    if name != LLAMA:
+        raise ValueError(
+            f"gguf files of {name} models have one MLP width for all blocks; export with --to "
+            "factored, or compress with --shape stock"
+        )
+    return DECI
+
+
+def _row(name: str) -> Architecture:
+    """Returns the row of an architecture; that of ``deci`` is Llama's."""
+    return ARCHITECTURES[LLAMA if name == DECI else name]
 
 
 def _other_in_llama_cpp(config: ModelConfig, name: str) -> str | None:
@@ -138,6 +158,8 @@ def _keys(source: Opened, row: Architecture, name: str) -> dict[str, Any]:
     sizes = ("attention.key_length", "attention.value_length", "rope.dimension_count")
     found |= dict.fromkeys((f"{name}.{key}" for key in sizes), config.head_size)
     found |= {f"{name}.vocab_size": config.vocab_size}
+    if name == DECI:
+        found[f"{name}.feed_forward_length"] = list(mlp_widths(source))
     found |= {f"{name}.{key}": value for key, value in _rope_keys(config.rope).items()}
     if config.local_rope is not None:
         found[f"{name}.rope.freq_base_swa"] = float(config.local_rope.theta)
@@ -171,7 +193,7 @@ def _matrices(source: Opened, row: Architecture) -> dict[str, str]:
 
 def _infos(source: Opened, row: Architecture, kind: str) -> Iterator[tuple[str, Any, Any]]:
     """Yields name, shape and type of the tensors, in the order of `_values`."""
-    table, names = tensor_table(source.hf_config, leaves=source.leaves()), _matrices(source, row)
+    table, names = own_table(source), _matrices(source, row)
     for rows in (outside(table), *(of_block(table, i) for i in range(source.config.num_layers))):
         shapes = {each.name: each.shape for each in rows.values()}
         for name, shape in shapes.items():
@@ -184,7 +206,7 @@ def _values(source: Opened, row: Architecture, kind: str) -> Iterator[np.ndarray
     """Yields the values of the tensors as they are stored, block by block."""
     from gguf.quants import quantize
 
-    table, names = tensor_table(source.hf_config, leaves=source.leaves()), _matrices(source, row)
+    table, names = own_table(source), _matrices(source, row)
     heads = Heads(source.config.num_heads, source.config.num_kv_heads)
 
     def encoded(rows: Mapping[str, Any], flat: Mapping[str, Any]) -> Iterator[np.ndarray]:
@@ -253,11 +275,31 @@ def epsilon(directory: Path) -> float:
     return _EPSILONS[read_headers(directory / FILE).metadata["general.file_type"]]
 
 
+def has_widths(file: Path) -> bool:
+    """Returns whether a file has an MLP width for every block."""
+    return read_headers(file).metadata["general.architecture"] == DECI
+
+
 def _compare(source: Opened, file: Path) -> None:
     """Raises ValueError if a file describes another model than the one that it was made from."""
-    found, config = vars(open_checkpoint(file).config), vars(source.config)
+    found, config = vars(_described(source, file)), vars(source.config)
     other = [name for name, value in config.items() if found[name] != value]
     if other:
         raise ValueError(
             f"gguf files cannot say the model's {', '.join(other)}; export with --to dense"
         )
+
+
+def _described(source: Opened, file: Path) -> ModelConfig:
+    """Returns the architecture that a file describes; widths of single blocks are left out."""
+    if not has_widths(file):
+        return open_checkpoint(file).config
+    header = read_headers(file)
+    metadata = {key.replace(f"{DECI}.", f"{LLAMA}.", 1): v for key, v in header.metadata.items()}
+    metadata |= {"general.architecture": LLAMA}
+    metadata |= {f"{LLAMA}.feed_forward_length": source.config.mlp_size}
+    facts = Facts(metadata, header.tensors)
+    hf_config = config_json(facts, ARCHITECTURES[LLAMA], ())
+    if facts.problems:
+        raise ValueError(f"{facts.problems[0]}; export with --to dense")
+    return model_config(hf_config)

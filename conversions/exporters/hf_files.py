@@ -54,7 +54,7 @@ class ExportSpec:
 
     Attributes:
       source: model to export.
-      dtype: dtype in ``config.json``, and of the tensors of a dense export.
+      dtype: dtype in ``config.json``, and of the tensors of an export of dense matrices.
       out: final path of the export; until it is complete it has another name.
       shard_bytes: largest number of tensor bytes per file.
       write_tokenizer: function that writes tokenizer files into a directory; None: there are none.
@@ -69,26 +69,27 @@ class ExportSpec:
     gguf_type: str | None = None
 
 
-def check_plain(source: Opened, to: str) -> None:
-    """Checks that a model has exactly the parameters that its config says, all of them dense.
+def check_plain(source: Opened, to: str, table: Mapping[str, TensorSource]) -> None:
+    """Checks that a model has exactly the parameters of a table, all of them dense.
 
     Args:
       source: the model.
       to: kind of export, for messages.
+      table: parameter path -> tensor, such as `own_table`.
 
     Raises:
       ValueError: if a parameter is a low-rank pair or quantized, has another shape, or is one that
         the family's models do not have; names an export that can hold it.
     """
-    leaves, hf_config = source.leaves(), source.hf_config
-    table = tensor_table(hf_config, leaves=leaves)
+    leaves = source.leaves()
     kernels = [path for path, leaf in leaves.items() if is_kernel(leaf)]
     added = sorted(leaves.keys() - table.keys())
     other = [p for p in table.keys() & leaves.keys() if leaves[p].shape != table[p].loaded_shape]
+    family = family_of(source.hf_config).model_type
     what = (
         ("low-rank pairs or quantized matrices", kernels),
         ("narrower layers or parts of heads", [p for p in added if p.endswith(ROPE_INDEX)]),
-        (f"parameters that {family_of(hf_config).model_type} models do not have", added),
+        (f"parameters that {family} models do not have", added),
         ("narrower layers or parts of heads", sorted(other)),
     )
     for name, paths in what:
@@ -97,6 +98,34 @@ def check_plain(source: Opened, to: str) -> None:
                 f"a {to} export cannot hold {name} ({len(paths)} of them, the first is "
                 f"{paths[0]}); export with --to factored, or compress with --shape stock"
             )
+
+
+def mlp_widths(source: Opened) -> tuple[int, ...]:
+    """Returns the width of the MLP of every block."""
+    leaves = source.leaves()
+    return tuple(
+        leaves[f"{layer(i)}/mlp/down/kernel"].shape[0] for i in range(source.config.num_layers)
+    )
+
+
+def table_of_width(hf_config: Mapping[str, Any], width: int) -> dict[str, TensorSource]:
+    """Returns the tensor table of the model with MLPs of this width."""
+    return tensor_table({**hf_config, family_of(hf_config).fields["mlp_size"]: width})
+
+
+def own_table(source: Opened) -> dict[str, TensorSource]:
+    """Returns the tensor of every parameter path, where every block has an MLP width of its own."""
+    hf_config = source.hf_config
+    table = tensor_table(hf_config, leaves=source.leaves())
+    widths = mlp_widths(source)
+    tables = {width: table_of_width(hf_config, width) for width in set(widths)}
+    of_block_i = {f"{layer(i)}/": tables[width] for i, width in enumerate(widths)}
+    return table | {
+        path: own[path]
+        for start, own in of_block_i.items()
+        for path in table
+        if path.startswith(start)
+    }
 
 
 def of_block(flat: Mapping[str, Any], i: int) -> dict[str, Any]:

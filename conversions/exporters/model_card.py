@@ -12,6 +12,7 @@ from typing import Any
 from lordjax.conversions.exporters.hf_files import Opened
 
 README = "README.md"
+WITH_CODE = ("factored", "peft", "nemotron-nas")  # exports with torch code beside the weights
 # Kind of export -> lines of code that open it in the directory of the card.
 _TRANSFORMERS = (
     "from transformers import {auto}",
@@ -28,6 +29,8 @@ _OPEN: dict[str, tuple[str, tuple[str, ...]]] = {
             'PeftModel.from_pretrained(model, "adapter")',
         ),
     ),
+    "nemotron-nas": ("python", _TRANSFORMERS),
+    "vllm": ("bash", ('pip install "lordjax[vllm]"', "vllm serve .")),
     "gguf": ("bash", ("llama-cli -m model.gguf",)),
     "orbax": (
         "python",
@@ -56,7 +59,7 @@ def write_card(stage: Path, source: Opened, to: str, auto: str) -> None:
     rows = [("base model", base), *_rows(plan, report)]
     lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows), ""]
     language, code = _OPEN[to]
-    more = ", trust_remote_code=True" if to in ("factored", "peft") else ""
+    more = ", trust_remote_code=True" if to in WITH_CODE else ""
     code = tuple(line.format(auto=auto, more=more) for line in code)
     lines += ["## Open it", "", f"```{language}", *code, "```", ""]
     lines += ["Made with lordjax."]

@@ -1,8 +1,12 @@
 """Opens an export with the program that it is for, and compares it with the original model.
 
 Both run in float32 on the same tokens, so that a difference comes from the stored weights and not
-from half-precision arithmetic. The tolerance is relative to the standard deviation of the logits:
-the larger of `TOLERANCE` and `STEPS` times the machine epsilon of the stored dtype.
+from half-precision arithmetic. Some of llama.cpp's products are of half precision all the same. The
+tolerance is relative to the standard deviation of the logits: the larger of `TOLERANCE` and `STEPS`
+times the machine epsilon of the stored dtype.
+
+A GGUF file is opened by llama.cpp where that is installed, else by lordjax's own reader, and the
+result says by which one.
 """
 
 from __future__ import annotations
@@ -11,14 +15,15 @@ import functools
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lordjax.conversions.exporters import llama_cpp
 from lordjax.conversions.exporters.factored import architecture_of, auto_class
-from lordjax.conversions.exporters.gguf_file import FILE, epsilon
+from lordjax.conversions.exporters.gguf_file import FILE, epsilon, has_widths
 from lordjax.conversions.exporters.hf_files import Opened
 from lordjax.conversions.exporters.orbax import restore_orbax
 from lordjax.conversions.families.registry import carried_names
@@ -32,6 +37,8 @@ from lordjax.runtime.input_files import read_json
 
 TOLERANCE = 1e-3
 STEPS = 16
+LLAMA_CPP = 2.0**-9  # twice the machine epsilon of half precision
+OWN_READER = "lordjax's own reader, because llama.cpp is not installed"
 
 Logits = Callable[[np.ndarray], np.ndarray]  # tokens [1, L] -> float32 [L, vocab]
 
@@ -61,8 +68,21 @@ def peft_logits(directory: Path) -> Logits:
 
 
 def gguf_logits(directory: Path) -> Logits:
-    """Opens a GGUF export with lordjax's own reader; llama.cpp is not needed."""
-    return our_logits(open_checkpoint(directory / FILE))
+    """Opens a GGUF export with llama.cpp where that is installed, else with lordjax's own reader.
+
+    Raises:
+      ImportError: if llama.cpp is not installed, and our reader does not open such files.
+    """
+    file = directory / FILE
+    if llama_cpp.is_installed():
+        model = llama_cpp.LlamaCpp(file)
+        return lambda tokens: model.logits(tokens[0])
+    if has_widths(file):
+        raise ImportError(
+            f"{file}: a file with an MLP width for every block is verified by llama.cpp only; pip "
+            "install 'lordjax[llamacpp]', or leave out --verify"
+        )
+    return our_logits(open_checkpoint(file))
 
 
 def orbax_logits(directory: Path) -> Logits:
@@ -70,19 +90,49 @@ def orbax_logits(directory: Path) -> Logits:
     return our_logits(InMemory(*restore_orbax(directory)))
 
 
-# Kind of export -> function that opens it, packages that the function needs.
-RELOAD: dict[str, tuple[Callable[[Path], Logits], tuple[str, ...]]] = {
-    "dense": (functools.partial(torch_logits, remote=False), ("torch",)),
-    "factored": (functools.partial(torch_logits, remote=True), ("torch",)),
-    "peft": (peft_logits, ("torch", "peft")),
-    "gguf": (gguf_logits, ()),
-    "orbax": (orbax_logits, ()),
+class Target(NamedTuple):
+    """How a kind of export is opened.
+
+    Attributes:
+      logits: function that opens a directory.
+      needs: packages that the function needs.
+      name: what opens it, for the result.
+    """
+
+    logits: Callable[[Path], Logits]
+    needs: tuple[str, ...]
+    name: str
+
+
+RELOAD: dict[str, Target] = {
+    "dense": Target(functools.partial(torch_logits, remote=False), ("torch",), "transformers"),
+    "factored": Target(
+        functools.partial(torch_logits, remote=True), ("torch",), "transformers, with its own code"
+    ),
+    "peft": Target(peft_logits, ("torch", "peft"), "PEFT"),
+    "nemotron-nas": Target(
+        functools.partial(torch_logits, remote=True), ("torch",), "transformers, with its own code"
+    ),
+    "gguf": Target(gguf_logits, (), "llama.cpp"),
+    "orbax": Target(orbax_logits, (), "Orbax"),
 }
+
+
+def target_of(to: str) -> str:
+    """Returns the name of the program that opens a kind of export on this machine."""
+    if to == "gguf" and not llama_cpp.is_installed():
+        return OWN_READER
+    return RELOAD[to].name
 
 
 def check_installed(to: str) -> None:
     """Raises ImportError if a package that opens this kind of export is not installed."""
-    needs = RELOAD[to][1]
+    if to not in RELOAD:
+        raise ImportError(
+            f"--verify does not run {to}; leave it out, and verify the same model with --to "
+            "factored, which holds the same tensors"
+        )
+    needs = RELOAD[to].needs
     missing = [name for name in needs if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(
@@ -156,15 +206,16 @@ def verify(source: Opened, directory: Path, to: str, tokens: np.ndarray) -> dict
       tokens: token ids ``[sequences, length]``.
 
     Returns:
-      A dict with ``logit_difference`` (the largest absolute one), ``tolerance``, ``windows`` (the
-      number of sequences) and ``passed``. For a causal model also ``perplexity`` of the export, and
-      ``perplexity_difference``, the export's minus the model's.
+      A dict with ``target`` (what opened the export), ``logit_difference`` (the largest absolute
+      one), ``tolerance``, ``windows`` (the number of sequences) and ``passed``. For a causal model
+      also ``perplexity`` of the export, and ``perplexity_difference``, the export's minus the
+      model's.
 
     Raises:
       ImportError: if a package that opens the export is not installed; see `check_installed`.
       ValueError: if the export does not open correctly.
     """
-    theirs, ours = RELOAD[to][0](directory), our_logits(source)
+    theirs, ours = RELOAD[to].logits(directory), our_logits(source)
     dtype = np.dtype(source.leaves()["embed/embedding"].dtype)
     largest, spread, nlls = 0.0, [], []
     for window in tokens:
@@ -174,9 +225,12 @@ def verify(source: Opened, directory: Path, to: str, tokens: np.ndarray) -> dict
         spread.append(float(b.std()))
         if source.config.head == "causal":
             nlls.append([_nll(logits, window) for logits in (a, b)])
-    step = max(float(jnp.finfo(dtype).eps), epsilon(directory) if to == "gguf" else 0.0)
+    step = float(jnp.finfo(dtype).eps)
+    if to == "gguf":
+        step = max(step, epsilon(directory), LLAMA_CPP if llama_cpp.is_installed() else 0.0)
     tolerance = max(TOLERANCE, STEPS * step) * float(np.mean(spread))
     result = {
+        "target": target_of(to),
         "logit_difference": largest,
         "tolerance": tolerance,
         "windows": len(tokens),

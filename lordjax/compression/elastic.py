@@ -31,7 +31,7 @@ from lordjax.compression.prepared import Prepared
 from lordjax.compression.result import Result
 from lordjax.compression.resumable_output import TYPES, described
 from lordjax.kernels import trees
-from lordjax.methods import METHODS, SHAPES, method_of_shape
+from lordjax.methods import METHODS, method_of_shape, shape_of
 from lordjax.models.config import ModelConfig
 from lordjax.models.source import InMemory, Materialized, Source
 from lordjax.runtime.input_files import reading
@@ -156,7 +156,7 @@ def cut(
     Args:
       directory: elastic model, made by `compress` and `keep_entries`.
       keep: fraction of the block linear weights to keep, in (0, 1].
-      shape: ``free`` or ``stock``, see `low_rank.compress`; None: that of the factors.
+      shape: see `low_rank.compress`; None: that of the factors.
       into: where the parts of the model go; see `Prepared.apply`.
       progress: called with (stage, done, total).
       verify: whether checksums are checked.
@@ -182,7 +182,7 @@ def _cut(
 ) -> Result:
     archive = Archive(directory, TYPES, verify=verify)
     facts = archive[FACTS]
-    own = SHAPES[METHODS[facts["method"]].stock]
+    own = shape_of(facts["method"])
     if shape not in (None, own):
         raise ValueError(
             f"its factors are those of {own} shapes; leave --shape out, or compress the original "

@@ -42,7 +42,7 @@ from lordjax.compression.single_pass import factor_all
 from lordjax.compression.site_factors import AnyFactors, site_sizes
 from lordjax.conversions.families.config.resize import can_describe
 from lordjax.kernels import normal_float, trees
-from lordjax.methods import DEFAULT_METHOD, METHODS, STOCK, method_of_shape
+from lordjax.methods import DEFAULT_METHOD, METHODS, SHAPES, method_of_shape, shape_of
 from lordjax.models.config import ModelConfig
 from lordjax.models.source import InMemory, Materialized, Source
 from lordjax.models.stock import HEADS, MLP, blocks_are_alike
@@ -53,8 +53,10 @@ from lordjax.storage.store import Store
 # Calibration sequences that choose a temperature, and that check predicted errors; 4 choose the
 # same temperature (docs, tried).
 HELD_OUT = 2
-STOCK_MULTIPLE = 64  # stock widths are multiples of this, which engines want
 WIDTHS = 4  # fewest multiples that an MLP's width must have
+# With fewer multiples than this in an MLP's width, stock widths are multiples of 32: the least that
+# every engine's blocks of weights divide (those of GGUF's Q8_0 have 32).
+FINE_WIDTHS, NARROW_MULTIPLE = 64, 32
 LEAST_CHECKED = 8  # with fewer calibration sequences predicted errors are not checked
 PREFIXES = ("dense", "compressed", "corrective")
 
@@ -107,8 +109,9 @@ def prepare(
       mask_token: id of the mask token, for a model that predicts masked tokens; see `objective`.
       batch_size: sequences per step; None: as many as this backend is fastest with.
       gradient_windows: number of sequences in the backward pass, spread evenly; None: all.
-      multiple: ranks are multiples of this, in policies that optimize; None: 8, and 64 for stock
-        shapes (less for MLPs narrower than 256).
+      multiple: ranks are multiples of this, in policies that optimize; None: 8; for stock shapes
+        64, and 32 for MLPs narrower than 4096; for per-layer shapes 256; less for MLPs narrower
+        than four times that.
       progress: called with (stage, done, total).
       work: where finished work is kept; None: in memory. With a `DiskStore` memory holds one
         block, and a run that was killed does not repeat what it finished.
@@ -129,29 +132,38 @@ def prepare(
     _check_prefix(method, prefix)
     check_positive(multiple=multiple)
     dense = Materialized(source)
-    if METHODS[method].stock:
-        multiple = multiple or _stock_multiple(dense.config.mlp_size)
-        _check_stock(dense, policy, prefix, multiple)
+    if shape_of(method) != SHAPES[0]:
+        multiple = multiple or default_multiple(method, dense.config.mlp_size)
+        _check_shape(dense, method, policy, prefix, multiple)
     return _take_statistics(dense, settings, method, policy, prefix, multiple or TILE)
 
 
-def _stock_multiple(width: int) -> int:
-    """Returns the largest power of two up to `STOCK_MULTIPLE` that leaves an MLP enough widths."""
-    multiple = STOCK_MULTIPLE
+def default_multiple(method: str, width: int) -> int:
+    """Returns the default multiple of ranks: a power of two that leaves an MLP enough widths.
+
+    One width for all blocks leaves up to a multiple of neurons in every block unspent.
+
+    Args:
+      method: a key of `METHODS`.
+      width: width of the MLP.
+    """
+    multiple = METHODS[method].multiple or TILE
+    if METHODS[method].stock and multiple * FINE_WIDTHS > width:
+        multiple = NARROW_MULTIPLE
     while multiple > 1 and multiple * WIDTHS > width:
         multiple //= 2
     return multiple
 
 
-def _check_stock(source: Source, policy: str, prefix: str, multiple: int) -> None:
-    """Raises ValueError if stock shapes do not go with other settings, or with the model."""
-    config = source.config
-    for name, value, only in (("allocation", policy, STOCK), ("prefix", prefix, "dense")):
+def _check_shape(source: Source, method: str, policy: str, prefix: str, multiple: int) -> None:
+    """Raises ValueError if a method's shapes do not go with other settings, or with the model."""
+    config, shape, allocation = source.config, shape_of(method), METHODS[method].allocation
+    for name, value, only in (("allocation", policy, allocation), ("prefix", prefix, "dense")):
         if value != only:
-            raise ValueError(f"stock shapes need {name} {only!r}, got {value!r}; leave it out")
+            raise ValueError(f"{shape} shapes need {name} {only!r}, got {value!r}; leave it out")
     if multiple * WIDTHS > config.mlp_size:
         raise ValueError(
-            f"multiple {multiple}: MLPs have width {config.mlp_size}, and stock shapes need at "
+            f"multiple {multiple}: MLPs have width {config.mlp_size}, and {shape} shapes need at "
             f"least {WIDTHS} widths to choose from; expected a multiple of at most "
             f"{config.mlp_size // WIDTHS}"
         )
@@ -160,7 +172,7 @@ def _check_stock(source: Source, policy: str, prefix: str, multiple: int) -> Non
     if (width, values) != (config.mlp_size, config.num_heads * config.head_size):
         raise ValueError(
             "the model has other widths than its config says, because it was compressed before; "
-            "compress the original model to stock shapes"
+            f"compress the original model to {shape} shapes"
         )
 
 
@@ -292,8 +304,9 @@ def compress(
       source: the model.
       tokens: calibration ids ``[sequences, length]``.
       method: a key of `METHODS`.
-      shape: ``free``, or ``stock``: one MLP width and one number of heads for all blocks, and
-        blocks removed, so that the family's own ``config.json`` can describe the result.
+      shape: ``free``; ``stock``: one MLP width and one number of heads for all blocks, and
+        blocks removed, so that the family's own ``config.json`` can describe the result; or
+        ``per-layer``: one MLP width for each block, attention as it is. With ``stock``
         `Result.config` has the new sizes; `conversions.resized` makes the ``config.json``.
       keep: fraction of the block linear weights to keep, in (0, 1].
       ranks: pattern -> rank, instead of a budget; see `ranks_by_pattern`.
@@ -321,8 +334,9 @@ def compress(
         check_method(method)
         chosen = ranks_by_pattern(site_sizes(source, method), ranks)
         plan = Plan(method, chosen, None, GIVEN, factors=factors)
-        # This policy needs no statistics, so that none are taken for it.
-        policy = STOCK if METHODS[method].stock else "uniform"
+        # Without given shapes: a policy that needs no statistics, so that none are taken for it.
+        free = shape_of(method) == SHAPES[0]
+        policy = "uniform" if free else METHODS[method].allocation
         prepared = prepare(source, tokens, method=method, allocation=policy, **options)
         return prepared.apply(plan, dtype=dtype, into=into)
     prepared = prepare(source, tokens, method=method, allocation=allocation, **options)

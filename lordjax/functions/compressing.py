@@ -13,7 +13,7 @@ from lordjax.functions.fitting.quantized import Quantization
 from lordjax.functions.held_out import Comparison
 from lordjax.functions.sites import FunctionSite, Sites
 from lordjax.functions.statistics import Fold, Statistics
-from lordjax.methods import DEFAULT_METHOD, METHODS
+from lordjax.methods import DEFAULT_METHOD, METHODS, SHAPES, shape_of
 from lordjax.names import did_you_mean
 from lordjax.runtime.progress import Progress
 
@@ -93,8 +93,10 @@ def _check_method(method: str, options: Collection[str]) -> None:
             f"{', '.join(QUANTIZERS)}"
         )
     others = METHODS[method].kinds - {"linear", "mlp"}
-    if others or METHODS[method].prefix != "dense":
-        why = "attention modules" if others else "a model that is run block by block"
+    shaped = shape_of(method) != SHAPES[0]
+    if others or shaped or METHODS[method].prefix != "dense":
+        why = "a model that is run block by block"
+        why = "attention modules" if others else "the blocks of a model" if shaped else why
         raise ValueError(
             f"method {method!r} needs {why}, which the equations of a function do not show; use "
             "modegpt or lord"

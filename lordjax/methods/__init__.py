@@ -37,6 +37,14 @@ METHODS: dict[str, Method] = {
         None,
         modules={"mlp": _LOSS_MLP, "heads": heads_module()},
         allocation=STOCK,
+        multiple=64,
+    ),
+    "modegpt-per-layer": Method(
+        "prunes MLP neurons, with a width for each block; attention stays as it is",
+        None,
+        modules={"mlp": _LOSS_MLP},
+        allocation="global",
+        multiple=256,
     ),
     "modegpt-cr": Method(
         "prunes MLPs, values, queries and keys (smaller cache), in the metric of the loss",
@@ -65,11 +73,19 @@ METHODS: dict[str, Method] = {
 }
 
 
-# Method -> the method that fits as it does, in shapes that a family's own config can say.
-STOCK_METHODS = {"modegpt": "modegpt-stock"}
-SHAPES = ("free", "stock")
+# Shape -> method -> the method that fits as it does, in shapes that engines run with the gain.
+SHAPED = {
+    "stock": {"modegpt": "modegpt-stock"},
+    "per-layer": {"modegpt": "modegpt-per-layer"},
+}
+SHAPES = ("free", *SHAPED)
 
 DEFAULT_METHOD = "modegpt"  # loses least at every budget measured (docs/pages/results)
+
+
+def shape_of(name: str) -> str:
+    """Returns the kind of shapes that a method compresses to, one of `SHAPES`."""
+    return next((shape for shape, own in SHAPED.items() if name in own.values()), SHAPES[0])
 
 
 def method_of_shape(name: str, shape: str) -> str:
@@ -77,21 +93,22 @@ def method_of_shape(name: str, shape: str) -> str:
 
     Args:
       name: name of the method.
-      shape: ``free``, or ``stock``: the same shapes in all blocks, which a config can say.
+      shape: ``free``; ``stock``: the same shapes in all blocks, which a config can say; or
+        ``per-layer``: one MLP width for each block.
 
     Raises:
       ValueError: if the shape is unknown, or the method has no such shapes.
     """
     if shape not in SHAPES:
         raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {shape!r}")
-    if shape == "free" or name in STOCK_METHODS.values():
+    if shape == SHAPES[0] or name in SHAPED[shape].values():
         return name
-    if name not in STOCK_METHODS:
+    if name not in SHAPED[shape]:
         raise ValueError(
-            f"method {name!r} has no stock shapes; expected {' or '.join(STOCK_METHODS)}, or leave "
-            "the shape out"
+            f"method {name!r} has no {shape} shapes; expected {' or '.join(SHAPED[shape])}, or "
+            "leave the shape out"
         )
-    return STOCK_METHODS[name]
+    return SHAPED[shape][name]
 
 
 def method_at(name: str, layer: str) -> str:
@@ -130,5 +147,6 @@ __all__ = [
     "corrects_bias",
     "method_at",
     "method_of_shape",
+    "shape_of",
     "truncate",
 ]

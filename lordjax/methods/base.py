@@ -114,6 +114,8 @@ class Method:
         by statistics of other tokens; pure and jittable.
       exceptions: layer in the block (``attention/v``) -> name of the method that is used there
         instead. Its ``needs`` must be among this method's.
+      multiple: ranks are multiples of this by default, because engines want such widths; None:
+        the default of `allocate`.
     """
 
     summary: str
@@ -125,6 +127,7 @@ class Method:
     prefix: str = "dense"
     exceptions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     errors: Callable[[Array, Factors, Mapping[str, Any]], Any] | None = None
+    multiple: int | None = None
 
     @property
     def kinds(self) -> frozenset[str]:

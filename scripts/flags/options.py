@@ -78,10 +78,11 @@ model_argument = options(click.argument("model", type=InputPath()), opening_opti
 # Of `compress`, `plan` and `export`.
 shape_option = click.option(
     "--shape",
-    type=click.Choice(["free", "stock"]),
+    type=click.Choice(["free", "stock", "per-layer"]),
     help="free: every layer has its own rank or width. stock: one MLP width and one number of "
     "heads for all blocks, or fewer blocks, so that any program that runs MODEL's family runs the "
-    "result (method modegpt).  [default: free]",
+    "result. per-layer: one MLP width for each block, for export --to nemotron-nas or gguf. The "
+    "last two are shapes of method modegpt.  [default: free]",
 )
 
 # Method and size of a compression: of `compress` and `plan`.
@@ -101,7 +102,7 @@ budget_options = options(
         type=COUNT,
         metavar="N",
         help="Ranks and widths are multiples of N, in policies that optimize (low-rank methods).  "
-        "[default: 8; up to 64 with --shape stock]",
+        "[default: 8; up to 64 with --shape stock, 256 with per-layer]",
     ),
     click.option(
         "--keep",

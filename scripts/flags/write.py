@@ -233,12 +233,13 @@ def merge(as_json: bool, **settings: Any) -> None:
 @click.argument("out", type=OutputPath())
 @click.option(
     "--to",
-    type=click.Choice(["dense", "factored", "peft", "gguf", "orbax"]),
+    type=click.Choice(["dense", "factored", "peft", "nemotron-nas", "vllm", "gguf", "orbax"]),
     help="dense: all matrices dense, for stock transformers. factored: low-rank factors and "
     "quantized weights as they are, with remote code. peft: quantized weights, with the low-rank "
-    "terms as a PEFT adapter. gguf: a file for llama.cpp, of models that compress --shape stock "
-    "made. orbax: arrays.  [default: with --keep a lordjax directory; else "
-    "required]",
+    "terms as a PEFT adapter. nemotron-nas: an MLP width for each block, of models that compress "
+    "--shape per-layer made, for vLLM, TensorRT-LLM and SGLang. vllm: as factored, for vLLM with "
+    "lordjax's plugin. gguf: a file for llama.cpp, of models that compress --shape stock or "
+    "per-layer made. orbax: arrays.  [default: with --keep a lordjax directory; else required]",
 )
 @click.option(
     "--keep",
@@ -257,7 +258,8 @@ def merge(as_json: bool, **settings: Any) -> None:
 @click.option(
     "--verify",
     is_flag=True,
-    help="Open the result in its target library and compare logits; exit code 1 if they differ.",
+    help="Open the result in its target and compare logits; exit code 1 if they differ. Needs "
+    "torch; of gguf llama.cpp where that is installed, else lordjax's own reader opens it.",
 )
 @click.option(
     "--tokens",

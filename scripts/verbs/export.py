@@ -35,9 +35,11 @@ def export_model(
         raise ValueError("--shape is used with --keep, of an elastic MODEL; give both or none")
     if gguf_type is not None and to != "gguf":
         raise ValueError("--type is used with --to gguf only; leave it out")
+    from lordjax.conversions.exporters.export import EXPORTS, export
+
     if to is None:
         if keep is None or verify:
-            raise ValueError("--to is missing; expected dense, factored, peft, gguf or orbax")
+            raise ValueError(f"--to is missing; expected {' or '.join(EXPORTS)}")
         return _cut(model, directory, keep, shape, start)
     opened = open_model(model)
     source = opened.stored
@@ -46,7 +48,6 @@ def export_model(
 
         source = elastic.open_cut(opened.path, keep, shape=shape, verify=verifies())
     from lordjax.conversions.exporters import verify as verification
-    from lordjax.conversions.exporters.export import export
     from lordjax.conversions.exporters.factored import VLLM_RANK, adapter_rank
 
     ids = None
@@ -105,8 +106,9 @@ def show(result: dict[str, Any]) -> None:
     print(f"{result['output']}: {result['to']}, {format_bytes(result['bytes'])}, {seconds}")
     if (found := result["verify"]) is not None:
         print(
-            f"largest difference of logits {found['logit_difference']:.2e}, allowed "
-            f"{found['tolerance']:.2e}, on {found['windows']} windows"
+            f"opened by {found['target']}: largest difference of logits "
+            f"{found['logit_difference']:.2e}, allowed {found['tolerance']:.2e}, on "
+            f"{found['windows']} windows"
         )
         if "perplexity" in found:
             change = f"relative difference {found['perplexity_difference']:+.1e}"

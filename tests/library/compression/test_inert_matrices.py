@@ -50,7 +50,8 @@ def check(result):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("what", ZEROS)
 def test_low_rank_methods(what, method):
-    check(prepare(model(what), TOKENS, method=method).compress(0.5))
+    keep = 0.75 if method == "modegpt-per-layer" else 0.5  # attention is half of the weights
+    check(prepare(model(what), TOKENS, method=method).compress(keep))
 
 
 @pytest.mark.full

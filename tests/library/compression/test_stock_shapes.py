@@ -10,6 +10,7 @@ from blocks import BLOCKS, SMALL, random_model
 
 import lordjax
 from lordjax.allocation.measured_errors import BLOCK
+from lordjax.compression.low_rank import default_multiple
 from lordjax.compression.site_factors import replace_kernels
 from lordjax.conversions import resized
 from lordjax.conversions.families.config.resize import can_describe
@@ -142,11 +143,43 @@ def test_errors_before_any_work():
     error("multiple 64: MLPs have width 80, .* a multiple of at most 20", multiple=64)
     error("stock shapes need allocation 'stock', got 'uniform'", multiple=8, allocation="uniform")
     error("stock shapes need prefix 'dense'", multiple=8, prefix="compressed")
-    with pytest.raises(ValueError, match="shape must be one of free, stock, got 'round'"):
+    with pytest.raises(ValueError, match="shape must be one of free, stock, per-layer, got 'round"):
         lordjax.compress(model, TOKENS, shape="round")
     pruned = lordjax.compress(model, TOKENS, method="modegpt-random", ranks={"mlp": 40})
     model = lordjax.InMemory(SMALL, pruned.params)
     error("other widths than its config says, because it was compressed before", multiple=8)
+
+
+@pytest.mark.full
+def test_a_width_for_each_block():
+    """Multiples, within the budget, where attention and the config stay as they are."""
+    model = random_model(SMALL)
+    prepared = lordjax.prepare(model, TOKENS, method="modegpt-per-layer", multiple=8)
+    result = prepared.compress(0.8)
+    assert result.config == SMALL and result.plan.policy == "global"
+    widths = [result.plan.ranks[f"layer_{i}/mlp"] for i in range(SMALL.num_layers)]
+    assert all(width is None or width % 8 == 0 for width in widths) and len(set(widths)) > 1
+    assert result.report["plan"]["kept"] <= 0.8
+    old, new = trees.flatten(dict(model.params)), trees.flatten(result.params)
+    for path, leaf in old.items():
+        if "/mlp/" not in path:
+            np.testing.assert_array_equal(new[path], leaf)
+    found = lordjax.compress(model, TOKENS, shape="per-layer", multiple=8, keep=0.8)
+    assert found.plan.ranks == result.plan.ranks
+    wide = lordjax.compress(model, TOKENS, shape="per-layer", ranks={"layer_1/mlp": 24})
+    assert wide.params["layer_1"]["mlp"]["down"]["kernel"].shape[0] == 24
+    with pytest.raises(ValueError, match="per-layer shapes need allocation 'global', got 'unif"):
+        lordjax.compress(model, TOKENS, shape="per-layer", multiple=8, allocation="uniform")
+    with pytest.raises(ValueError, match="multiple 256: MLPs have width 80, and per-layer shapes"):
+        lordjax.compress(model, TOKENS, shape="per-layer", multiple=256)
+
+
+def test_default_multiples():
+    """Narrow MLPs have finer stock widths; per-layer widths are those of the engines."""
+    widths = {16384: (64, 256), 4096: (64, 256), 1536: (32, 256), 96: (16, 16), 3: (1, 1)}
+    for width, expected in widths.items():
+        methods = ("modegpt-stock", "modegpt-per-layer")
+        assert tuple(default_multiple(method, width) for method in methods) == expected
 
 
 def test_reshaped_configs():

@@ -66,6 +66,26 @@ def test_a_budget_is_the_same_from_an_elastic_model_and_at_once(tiny, elastic, t
     assert again.exit_code == 0, again.stderr  # a plain model: it is compressed as any other
 
 
+def test_a_width_for_each_block(tiny, text, tmp_path):
+    """From an elastic model, in one step; multiples of 256 are the engines' own."""
+    options = ("--shape", "per-layer", "--multiple", 4, *calibration(text))
+    result = run("compress", tiny, tmp_path / "elastic", *options, "--elastic")
+    assert result.exit_code == 0, result.stderr
+    cut = ("export", tmp_path / "elastic", tmp_path / "out", "--keep", 0.6, "--to")
+    found = run(*cut, "gguf", "--json")
+    assert found.exit_code == 0, found.stderr
+    fails(
+        "nemotron-nas widths are multiples of 256",
+        *cut[:2],
+        tmp_path / "b",
+        *cut[3:],
+        "nemotron-nas",
+    )
+    wrong = (*cut[:2], tmp_path / "b", *cut[3:5], "--shape", "stock")
+    fails("its factors are those of per-layer shapes; leave --shape out", *wrong)
+    assert not (tmp_path / "b").exists()
+
+
 def test_a_report_about_removed_blocks(tiny, text, tmp_path):
     """A plan as `compress` makes it where a block costs little: its rows say so."""
     import dataclasses

@@ -1,0 +1,1 @@
+"""Benchmarks of exported models: what opens them, what they compute there, and how fast."""
