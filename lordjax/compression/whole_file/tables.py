@@ -144,7 +144,8 @@ class Tables:
           path: path of the table.
           formats: NormalFloat formats to choose from.
         """
-        key = f"tables/{digest(path, list(map(str, formats)), str(self.leaves[path].dtype))}"
+        names = list(map(str, formats))
+        key = f"tables/{digest(path, names, str(self.leaves[path].dtype), self.feedback)}"
         rows = get_or_compute(self.store, key, lambda: self._candidates(path, formats).rows())
         return Table.parse(rows)
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from blocks import shifted
+from blocks import BLOCKS, shifted
 
 from lordjax.allocation.plan import Plan
 from lordjax.calibration.calibration_set import Calibration
@@ -20,7 +20,7 @@ from lordjax.kernels.layout import Rearranged
 from lordjax.kernels.quantized import NFQuantized
 from lordjax.models import ModelConfig, Transformer
 from lordjax.models.source import InMemory
-from lordjax.models.tables import EMBED, HEAD, table_paths
+from lordjax.models.tables import EMBED, HEAD, POSITIONS, table_paths
 from lordjax.storage import checkpoint, saved_model
 from lordjax.storage.store import MemoryStore
 
@@ -180,3 +180,27 @@ def test_the_least_bytes_of_the_error_can_be_met():
     assert ready.plan(file_bytes=least).tables
     with pytest.raises(ValueError, match="need at least"):
         ready.plan(file_bytes=least - 1)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["gpt2", "opt-350m", "roberta"])
+def test_tables_of_other_blocks(name):
+    """Learned positions, embeddings of another width, heads that predict masked tokens."""
+    config = BLOCKS[name]
+    model = InMemory(config, shifted(config))
+    tokens = np.random.default_rng(3).integers(0, config.vocab_size, (4, 16)).astype(np.int32)
+    mask_token = 1 if config.head == "masked" else None
+    given = Calibration(tokens, None, 2, mask_token)
+    tables = Tables(model, given, None, MemoryStore(), {})
+    forms = tables.all_in("nf4")
+    assert set(forms) == set(table_paths(config)) >= {EMBED, POSITIONS}
+    for stats in tables.statistics.values():
+        assert np.trace(np.asarray(stats["weighted_inputs"].total)) > 0
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(stats))
+    new, report = tables.stored(model.non_block_params(), forms)
+    assert all(0 < row["relative_error"] < 0.1 for row in report.values())
+    params = {**model.params, **new}
+    ours, theirs = (
+        Transformer(config).apply({"params": p}, tokens) for p in (params, materialize(params))
+    )
+    np.testing.assert_allclose(ours, theirs, atol=2e-4)
