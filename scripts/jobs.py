@@ -10,6 +10,7 @@ from lordjax.scripts.console import KEEP
 
 # Options of quantizing methods only, and of low-rank methods only.
 QUANTIZED = ("bits", "budget_bytes", "form", "rank", "weighting", "feedback")
+WHOLE_FILE = ("embeddings", "file_bytes")  # of all methods
 UNQUANTIZED = ("keep", "ranks", "temperature", "prefix", "elastic", "shape", "multiple")
 FLAGS = {"form": "--format"}  # option -> flag, where their names differ
 # What to do instead of giving an option together with --elastic.
@@ -18,6 +19,8 @@ ELASTIC_HINTS = {
     "ranks": "leave --ranks out, or compress without --elastic",
     "factors": "leave --factors out, or compress without --elastic",
     "dtype": "choose the dtype later with `lordjax convert --dtype`",
+    "embeddings": "leave --embeddings out, or compress without --elastic",
+    "file_bytes": "leave --file-bytes out, or compress without --elastic",
 }
 ELASTIC_BYTES = 5.0  # bytes of an elastic model on disk, at most, per byte of block linear weights
 
@@ -68,18 +71,25 @@ def job_of(
     return run, settings | {"method": method}, needs_tokens, share
 
 
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of `WHOLE_FILE` that are given; older reports do not name them."""
+    return {name: options[name] for name in WHOLE_FILE if options[name] is not None}
+
+
 def _low_rank_job(
     method: str, options: dict[str, Any], stored_dtype: str | None
 ) -> tuple[Run, dict[str, Any], bool, float]:
     from lordjax.allocation.policies import check_policy
     from lordjax.compression.low_rank import compress
-    from lordjax.kernels import normal_float
+    from lordjax.compression.whole_file.budget import check_stored
     from lordjax.methods import METHODS
 
     definition = METHODS[method]
     ranks = options["ranks"]
     if ranks is not None and any(options[name] is not None for name in ("keep", "allocation")):
         raise ValueError("--ranks gives every rank; leave --keep and --allocation out")
+    if options["file_bytes"] is not None and options["keep"] is not None:
+        raise ValueError("give one of --keep and --file-bytes; both are budgets")
     settings = {
         "keep": KEEP if options["keep"] is None else options["keep"],
         "ranks": ranks,
@@ -88,10 +98,11 @@ def _low_rank_job(
         "prefix": options["prefix"] or definition.prefix,
         "factors": options["factors"],
         "dtype": options["dtype"] or stored_dtype,
+        **_given(options),
     }
     check_policy(settings["allocation"], settings["temperature"])
-    if settings["factors"] is not None:
-        normal_float.Format.parse(settings["factors"])
+    given = (options["embeddings"], options["file_bytes"])
+    check_stored(settings["keep"], settings["factors"], *given, ranks)
 
     def run(source: Any, tokens: Any, **given: Any) -> Any:
         return compress(source, tokens, method=method, **given, **settings)
@@ -108,8 +119,9 @@ def _elastic_job(
 
     for name in ELASTIC_HINTS:
         if options[name] is not None:
+            flag = f"--{name.replace('_', '-')}"
             raise ValueError(
-                f"--{name} cannot be combined with --elastic: an elastic model stores the dense "
+                f"{flag} cannot be combined with --elastic: an elastic model stores the dense "
                 f"model and factors for all budgets; {ELASTIC_HINTS[name]}"
             )
     elastic.check_settings(method, options["prefix"])
@@ -146,6 +158,7 @@ def _quantized_job(
         "factors": options["factors"],
         "dtype": options["dtype"] or stored_dtype,
         **{name: options[name] for name in QUANTIZED},
+        **_given(options),
     }
     needs_tokens = quantized.check_settings(method, **settings)
 

@@ -17,6 +17,7 @@ from lordjax.kernels import trees
 from lordjax.kernels.base import is_kernel
 from lordjax.models.config import ModelConfig
 from lordjax.models.head_axes import ROPE_INDEX
+from lordjax.models.tables import table_paths
 from lordjax.names import layer
 from lordjax.storage.checkpoint import INDEX, SHARD_BYTES
 from lordjax.storage.tensor_files import write_json
@@ -70,7 +71,7 @@ class ExportSpec:
 
 
 def check_plain(source: Opened, to: str, table: Mapping[str, TensorSource]) -> None:
-    """Checks that a model has exactly the parameters of a table, all of them dense.
+    """Checks that a model has exactly the parameters that its config says, in its blocks dense.
 
     Args:
       source: the model.
@@ -82,7 +83,8 @@ def check_plain(source: Opened, to: str, table: Mapping[str, TensorSource]) -> N
         the family's models do not have; names an export that can hold it.
     """
     leaves = source.leaves()
-    kernels = [path for path, leaf in leaves.items() if is_kernel(leaf)]
+    tables = table_paths(source.config)  # are decoded
+    kernels = [p for p, leaf in leaves.items() if is_kernel(leaf) and p not in tables]
     added = sorted(leaves.keys() - table.keys())
     other = [p for p in table.keys() & leaves.keys() if leaves[p].shape != table[p].loaded_shape]
     family = family_of(source.hf_config).model_type

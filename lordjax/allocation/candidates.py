@@ -7,7 +7,7 @@ and quantized with a low-rank term are one problem.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -69,10 +69,12 @@ class Candidate:
     Attributes:
       form: quantization format; None: the matrix has no quantized weights.
       rank: rank of the low-rank term; None: the matrix has none.
+      dtype: dtype of a table outside the blocks that stays dense; None: that of the model.
     """
 
     form: normal_float.Format | None
     rank: int | None
+    dtype: str | None = None
 
 
 def candidate_bytes(
@@ -93,13 +95,29 @@ def candidate_bytes(
       low_rank: whether the low-rank term counts.
     """
     fan_in, fan_out = shape
-    if candidate == Candidate(None, None):
-        return fan_in * fan_out * itemsize
+    if candidate.form is None and candidate.rank is None:
+        own = None if candidate.dtype is None else np.dtype(candidate.dtype).itemsize
+        return fan_in * fan_out * (own or itemsize)
     quantized = 0 if candidate.form is None else candidate.form.nbytes(fan_in * fan_out)
     if candidate.rank is None or not low_rank:
         return quantized
     counts = (fan_in * candidate.rank, candidate.rank * fan_out)
     return quantized + sum(n * itemsize if factors is None else factors.nbytes(n) for n in counts)
+
+
+def array_count(candidate: Candidate, factors: normal_float.Format | None) -> int:
+    """Returns the number of arrays that a matrix is stored as.
+
+    Args:
+      candidate: how the matrix is stored.
+      factors: format of the low-rank factors; None: they are not quantized.
+    """
+    of_quantized = 4  # codes, scales, scales of scales, offset
+    if candidate.form is None and candidate.rank is None:
+        return 1
+    factor = 1 if factors is None else of_quantized
+    pair = 0 if candidate.rank is None else 2 * factor
+    return pair + (0 if candidate.form is None else of_quantized)
 
 
 def ranks_tried(
@@ -137,10 +155,11 @@ class Table:
         return cls([candidate for _, _, candidate in best], sizes, errors)
 
     def rows(self) -> list[list[Any]]:
-        """Returns the table as JSON: a list ``[size, error, format, rank]`` per candidate."""
+        """Returns the table as JSON: ``[size, error, format, rank, dtype]`` per candidate."""
         forms = [None if each.form is None else str(each.form) for each in self.candidates]
         ranks = [each.rank for each in self.candidates]
-        columns = self.sizes.tolist(), self.errors.tolist(), forms, ranks
+        dtypes = [each.dtype for each in self.candidates]
+        columns = self.sizes.tolist(), self.errors.tolist(), forms, ranks, dtypes
         return [list(row) for row in zip(*columns, strict=True)]
 
     @classmethod
@@ -150,10 +169,19 @@ class Table:
             (
                 size,
                 error,
-                Candidate(None if form is None else normal_float.Format.parse(form), rank),
+                Candidate(None if form is None else normal_float.Format.parse(form), rank, dtype),
             )
-            for size, error, form, rank in rows
+            for size, error, form, rank, dtype in rows
         )
+
+    def resized(self, size: Callable[[Candidate], int]) -> Table:
+        """Returns the table for a budget that counts other bytes.
+
+        Args:
+          size: bytes of a candidate.
+        """
+        pairs = zip(self.candidates, self.errors, strict=True)
+        return Table.pareto((size(each), float(error), each) for each, error in pairs)
 
 
 def check_solver(name: str) -> None:
@@ -178,7 +206,7 @@ def choose(
       Site path -> candidate, and the gap to the best possible error.
 
     Raises:
-      ValueError: if the budget cannot be met.
+      ValueError: if the budget cannot be met, or a predicted error is not finite.
     """
     least = sum(table.sizes[0] for table in tables.values())
     if least > budget:
@@ -186,6 +214,16 @@ def choose(
             f"{8 * budget / count:.4g} bits per weight cannot be met: method {method!r} needs at "
             f"least {8 * least / count:.4g}; ask for more"
         )
+    return solve(tables, budget, solver)
+
+
+def solve(
+    tables: Mapping[str, Table], budget: float, solver: str
+) -> tuple[dict[str, Candidate], float]:
+    """Does the same as `choose`, for a budget that can be met."""
+    bad = [path for path, table in tables.items() if not np.isfinite(table.errors).all()]
+    if bad:
+        raise ValueError(f"broken weights: predicted errors are not finite at {', '.join(bad)}")
     columns = [t.sizes for t in tables.values()], [t.errors for t in tables.values()]
     found = SOLVERS[solver](*columns, budget)
     pairs = zip(tables.items(), found.index, strict=True)

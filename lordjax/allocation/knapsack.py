@@ -36,6 +36,18 @@ class Choices:
         return 0.0 if self.error <= 0 else max(0.0, (self.error - self.bound) / self.error)
 
 
+class UnmetBudgetError(ValueError):
+    """A budget that cannot be met.
+
+    Attributes:
+      least: least cost that is possible, in the unit of the budget.
+    """
+
+    def __init__(self, message: str, least: float):
+        super().__init__(message)
+        self.least = least
+
+
 def choose(costs: list[np.ndarray], errors: list[np.ndarray], budget: float) -> Choices:
     """Picks one candidate per item: least Σ error with Σ cost ≤ budget, up to the returned gap.
 
@@ -52,9 +64,10 @@ def choose(costs: list[np.ndarray], errors: list[np.ndarray], budget: float) -> 
     """
     least = sum(c[0] for c in costs)
     if least > budget:
-        raise ValueError(
+        raise UnmetBudgetError(
             f"budget {budget:.0f} is below the least possible size {least:.0f}; "
-            "ask for a larger keep"
+            "ask for a larger keep",
+            float(least),
         )
 
     def at(multiplier: float) -> np.ndarray:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lordjax.kernels import normal_float
+from lordjax.kernels import normal_float, table
 from lordjax.runtime import json_files
 from lordjax.runtime.input_files import read_json, reading
 
@@ -72,6 +72,9 @@ class Plan:
       bits: requested average bits per block weight; None if ``keep`` was requested.
       predicted: predicted loss in nats, ``in_sample`` on the calibration tokens and ``held_out`` on
         others; None if the method's errors have another unit.
+      tables: path of an embedding or head -> its format (`kernels.table.parse`); those that stay as
+        they are are absent.
+      file_bytes: requested bytes of all files with weights; None if none were requested.
     """
 
     method: str
@@ -84,6 +87,8 @@ class Plan:
     factors: str | None = None
     bits: float | None = None
     predicted: Mapping[str, float] | None = None
+    tables: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    file_bytes: int | None = None
 
     def weights(self, sizes: Mapping[str, SiteSize]) -> int:
         """Returns the number of linear weights after the plan, both factors of a pair counted.
@@ -117,6 +122,8 @@ class Plan:
             }
             for text in [*plan.formats.values(), *([] if plan.factors is None else [plan.factors])]:
                 normal_float.Format.parse(text)
+            for text in plan.tables.values():
+                table.parse(text)
         if bad:
             raise ValueError(
                 f"{path}: ranks must be whole numbers of at least 1, null for dense, or 0 at "
@@ -129,14 +136,15 @@ def _check_types(plan: Plan) -> None:
     """Raises TypeError if a field of a plan holds no value of its kind."""
     number, text = int | float | None, str | None
     kinds: dict[str, Any] = {"method": str, "policy": str, "factors": text}
-    kinds |= {"ranks": dict, "formats": dict, "predicted": dict | None}
-    kinds |= dict.fromkeys(("keep", "gap", "temperature", "bits"), number)
+    kinds |= {"ranks": dict, "formats": dict, "tables": dict, "predicted": dict | None}
+    kinds |= dict.fromkeys(("keep", "gap", "temperature", "bits", "file_bytes"), number)
     for name, kind in kinds.items():
         value = getattr(plan, name)
         if not isinstance(value, kind) or isinstance(value, bool):
             raise TypeError(f"{name} is {str(value)[:80]!r}; expected {kind}")
-    for name, value in {**plan.formats, **(plan.predicted or {})}.items():
-        if not isinstance(value, str if name in plan.formats else int | float):
+    texts = {**plan.formats, **plan.tables}
+    for name, value in {**texts, **(plan.predicted or {})}.items():
+        if not isinstance(value, str if name in texts else int | float):
             raise TypeError(f"{name} is {str(value)[:80]!r}")
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from lordjax.allocation.block_influence import block_influence
 from lordjax.allocation.curves import Curves, Ranks, dense_weights, planned_weights
-from lordjax.allocation.knapsack import choose
+from lordjax.allocation.knapsack import UnmetBudgetError, choose
 from lordjax.allocation.per_type import per_type, stock
 from lordjax.allocation.plan import SiteSize
 from lordjax.names import did_you_mean, layer_index, layer_type, listed
@@ -171,9 +171,10 @@ def _without_fixed(curves: Curves, keep: float) -> tuple[Curves, float]:
     total, within = dense_weights(curves), dense_weights(free)
     fixed = total - within
     if keep * total <= fixed:
-        raise ValueError(
+        raise UnmetBudgetError(
             f"keep {keep} cannot be met: {fixed / total:.4g} of the weights are in layers that "
-            "this method leaves as they are; ask for a larger keep or choose another method"
+            "this method leaves as they are; ask for a larger keep or choose another method",
+            fixed,
         )
     return free, keep if not fixed else (keep * total - fixed) / within
 
@@ -210,14 +211,19 @@ def allocate(
         return dict.fromkeys(curves, None), None
     removes = policy in REMOVING and any(np.isfinite(c.removal) for c in curves.values())
     free = (curves, keep) if removes else _without_fixed(curves, keep)
-    ranks, gap = POLICIES[policy](*free, tile, **options)
+    try:
+        ranks, gap = POLICIES[policy](*free, tile, **options)
+    except UnmetBudgetError as error:
+        error.least += dense_weights(curves) - dense_weights(free[0])
+        raise
     ranks = {path: ranks.get(path) for path in curves}
     # The least rank (1 or the tile) and matrices too small to factor can exceed the budget.
     spent, dense = planned_weights(curves, ranks), dense_weights(curves)
     if spent > keep * dense * (1 + 1e-12):
-        raise ValueError(
+        raise UnmetBudgetError(
             f"keep {keep} cannot be met by policy {policy!r}: it needs at least "
-            f"{spent / dense:.4g}; ask for a larger keep"
+            f"{spent / dense:.4g}; ask for a larger keep",
+            spent,
         )
     return ranks, gap
 

@@ -21,6 +21,7 @@ from lordjax.calibration.forward_pass import QUERIES, on_device, state_shapes
 from lordjax.calibration.hidden_states import States, open_states
 from lordjax.calibration.observers import embed, observe, observe_gradients
 from lordjax.calibration.statistics import HeadMoments, MeanSquare, SecondMoment, merged
+from lordjax.calibration.table_statistics import Ends
 from lordjax.kernels import trees
 from lordjax.methods import Method, linalg
 from lordjax.models import objective
@@ -83,6 +84,7 @@ def gradient_statistics(
     method: Method,
     clock: Clock,
     store: Store | None = None,
+    ends: Ends | None = None,
 ) -> Mapping[int, list[dict[str, dict[str, Any]]]]:
     """Collects statistics of loss gradients in every block, by sweeps over the blocks.
 
@@ -97,6 +99,8 @@ def gradient_statistics(
       method: says which statistics are collected, and at which sites.
       clock: reports progress.
       store: finished results of this and earlier processes; None: results stay in memory.
+      ends: sees what comes out of the last block and what goes back into the first one; a run that
+        was killed does not show it again.
 
     Returns:
       layer -> statistics of each fold, as `gradient_updates` describes.
@@ -107,9 +111,8 @@ def gradient_statistics(
         sweeps = [calibration] if store.durable else _sweeps(calibration, source.config)
         read = functools.partial(_read_non_block_params, source)
         # With a store on disk memory is short, so these parameters are read again for every use.
-        run = _Sweeps(
-            source, method, clock, store, read if store.durable else functools.cache(read)
-        )
+        outer = read if store.durable else functools.cache(read)
+        run = _Sweeps(source, method, clock, store, outer, ends)
         for number, sweep in enumerate(sweeps):
             run.sweep(sweep, number, len(sweeps))
     return found
@@ -138,6 +141,7 @@ class _Sweeps:
       clock: reports progress.
       store: where the statistics are stored.
       non_block_params: function that reads the parameters outside the blocks.
+      ends: sees both ends of the model; None: nothing does.
       bases: layer -> bases in which its gradients are stored, for the next sweeps.
     """
 
@@ -146,6 +150,7 @@ class _Sweeps:
     clock: Clock
     store: Store
     non_block_params: Callable[[], Any]
+    ends: Ends | None = None
     bases: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     def sweep(self, calibration: Calibration, number: int, count: int) -> None:
@@ -164,6 +169,8 @@ class _Sweeps:
                 goals = objective.targets(config, *batch)
                 gradient = step(outer, states[j], goals, batch[1], config=config)
                 back[j] = shard_batch(gradient, calibration.mesh)
+                if self.ends is not None:
+                    self.ends.last(outer, states[j], goals)
             del outer
             back.commit(layers)
         start = layers if back.at is None else back.at
@@ -172,6 +179,11 @@ class _Sweeps:
             states.back(i)
             self._backward(i, calibration, states, back, more=number > 0)
             back.commit(i)
+        if self.ends is not None:
+            outer = self.non_block_params()
+            for j, (tokens, mask) in enumerate(calibration.batches()):
+                x = calibration.read(config, tokens, mask)
+                self.ends.first(outer, x, mask, back[j])
         states.close()
         back.close()
 

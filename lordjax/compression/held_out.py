@@ -9,7 +9,7 @@ import numpy as np
 
 from lordjax.allocation import measured_errors
 from lordjax.allocation.measured_errors import Place, mean_loss
-from lordjax.compression.site_factors import replace_kernels
+from lordjax.compression.site_factors import AnyFactors, replace_kernels
 from lordjax.compression.variants import compare
 from lordjax.kernels import trees
 from lordjax.names import layer_index, layer_type
@@ -95,3 +95,18 @@ def _measured(
         return multihost.all_gather_json(found)[0]  # all processes must arrive at the same plan
 
     return get_or_compute(prepared.store, name, measured)
+
+
+def predicted_errors(factors: AnyFactors) -> tuple[np.ndarray, np.ndarray]:
+    """Returns a site's errors at every rank: on tokens that it is fitted to, and on others.
+
+    Let the error on any tokens be b. Fitted to n tokens, it is b - c/n on these and b + c/n on
+    others, to first order. Cross-fitting with two folds gives b + 2c/n. So a third of the first and
+    two thirds of the last are the error of the factors, which all tokens are fitted to.
+    """
+    # Added from small to large.
+    fitted = np.append(np.cumsum(np.asarray(factors.spectrum, float)[::-1])[::-1], 0.0)
+    if factors.held_out is None:
+        return fitted, fitted
+    errors = (fitted + 2 * np.asarray(factors.held_out, float)) / 3
+    return fitted, np.maximum.accumulate(errors[::-1])[::-1]

@@ -30,7 +30,7 @@ from lordjax.allocation.policies import (
     ranks_by_pattern,
 )
 from lordjax.calibration.backward_pass import few_gradients
-from lordjax.compression.calibration_settings import (
+from lordjax.calibration.calibration_settings import (
     GRADIENT_WINDOWS,
     CalibrationSettings,
     check_positive,
@@ -40,12 +40,14 @@ from lordjax.compression.prepared import Prepared
 from lordjax.compression.result import Result
 from lordjax.compression.single_pass import factor_all
 from lordjax.compression.site_factors import AnyFactors, site_sizes
+from lordjax.compression.whole_file.budget import check_stored
 from lordjax.conversions.families.config.resize import can_describe
-from lordjax.kernels import normal_float, trees
+from lordjax.kernels import trees
 from lordjax.methods import DEFAULT_METHOD, METHODS, SHAPES, method_of_shape, shape_of
 from lordjax.models.config import ModelConfig
 from lordjax.models.source import InMemory, Materialized, Source
 from lordjax.models.stock import HEADS, MLP, blocks_are_alike
+from lordjax.models.tables import table_paths
 from lordjax.runtime.mesh import Mesh
 from lordjax.runtime.progress import Clock, Progress
 from lordjax.storage.store import Store
@@ -295,6 +297,8 @@ def compress(
     temperature: float | None = None,
     dtype: Any = None,
     factors: str | None = None,
+    embeddings: str | None = None,
+    file_bytes: int | None = None,
     into: Any = None,
     **options: Any,
 ) -> Result:
@@ -314,6 +318,8 @@ def compress(
       temperature: temperature of policy ``block-influence``; see `Prepared.plan`.
       dtype: dtype of the result; None: that of the source.
       factors: quantization format of factor pairs; see `Prepared.compress`.
+      embeddings: format of embeddings and head; see `Prepared.compress`.
+      file_bytes: bytes of all files with weights, instead of ``keep``; see `Prepared.compress`.
       into: where finished parts of the model go; see `Prepared.apply`. `Output` writes a directory.
       **options: keyword arguments of `prepare`.
 
@@ -325,21 +331,19 @@ def compress(
       ValueError: if an option is out of range; see also `prepare`, `Prepared.plan` and
         `ranks_by_pattern`.
     """
-    if not 0 < keep <= 1:
-        raise ValueError(f"keep must be in (0, 1], got {keep}")
-    if factors is not None:
-        normal_float.Format.parse(factors)
+    check_stored(keep, factors, embeddings, file_bytes, ranks)
     method = method_of_shape(method, shape)
     if ranks is not None:
         check_method(method)
         chosen = ranks_by_pattern(site_sizes(source, method), ranks)
-        plan = Plan(method, chosen, None, GIVEN, factors=factors)
+        tables = dict.fromkeys(table_paths(source.config), embeddings) if embeddings else {}
+        plan = Plan(method, chosen, None, GIVEN, factors=factors, tables=tables)
         # Without given shapes: a policy that needs no statistics, so that none are taken for it.
         free = shape_of(method) == SHAPES[0]
         policy = "uniform" if free else METHODS[method].allocation
         prepared = prepare(source, tokens, method=method, allocation=policy, **options)
         return prepared.apply(plan, dtype=dtype, into=into)
     prepared = prepare(source, tokens, method=method, allocation=allocation, **options)
-    return prepared.compress(
-        keep, allocation, temperature=temperature, dtype=dtype, factors=factors, into=into
-    )
+    how: dict[str, Any] = {"temperature": temperature, "dtype": dtype, "factors": factors}
+    how |= {"embeddings": embeddings, "file_bytes": file_bytes, "into": into}
+    return prepared.compress(keep, allocation, **how)

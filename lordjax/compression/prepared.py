@@ -23,11 +23,13 @@ from lordjax.allocation.measured_errors import Correction, Place, predicted_loss
 from lordjax.allocation.plan import Plan, SiteSize, summary
 from lordjax.allocation.policies import CURVELESS, INFLUENCED, TILE, allocate, check_policy
 from lordjax.calibration.calibration_set import Calibration
-from lordjax.compression.held_out import places_of
+from lordjax.compression.held_out import places_of, predicted_errors
 from lordjax.compression.result import Result, layer_report, verify
 from lordjax.compression.sequential import sequential
 from lordjax.compression.site_factors import AnyFactors, replace_kernels
 from lordjax.compression.temperature import best_plan
+from lordjax.compression.whole_file.budget import plan_in_file
+from lordjax.compression.whole_file.tables import Tables
 from lordjax.kernels import normal_float
 from lordjax.kernels.base import nbytes
 from lordjax.kernels.convert import cast, quantize_pairs
@@ -197,18 +199,22 @@ class Prepared:
         temperature: float | None = None,
         dtype: Any = None,
         factors: str | None = None,
+        embeddings: str | None = None,
+        file_bytes: int | None = None,
         into: Any = None,
     ) -> Result:
         """Compresses to one budget; the original model is not changed.
 
         Args:
-          keep: fraction of the block linear weights to keep, in (0, 1].
+          keep: fraction of the block linear weights to keep, in (0, 1]; with ``file_bytes`` unused.
           allocation: see `plan`.
           tile: see `plan`.
           temperature: see `plan`.
           dtype: dtype of the result; None: that of the source.
           factors: quantization format of factor pairs (`normal_float.Format.parse`); None: plain
             arrays.
+          embeddings: format of embeddings and head (`kernels.table.parse`); None: as they are.
+          file_bytes: bytes of all files with weights, instead of ``keep``.
           into: see `apply`.
 
         Returns:
@@ -218,13 +224,23 @@ class Prepared:
           KeyError: see `plan`.
           ValueError: see `plan` and `apply`.
         """
+        forms = self._tables(dtype).all_in(embeddings)
 
         def planned() -> Plan:
-            return self.plan(keep, allocation, tile, temperature=temperature)
+            if file_bytes is None:
+                return self.plan(keep, allocation, tile, temperature=temperature)
+            given = {"allocation": allocation, "tile": tile, "temperature": temperature}
+            return plan_in_file(self, self._tables(dtype), forms, file_bytes, **given)
 
         # A run that was killed goes on with the plan that it began with.
         plan = get_or_compute(self.store, "plan", planned) if self.store.durable else planned()
-        return self.apply(dataclasses.replace(plan, factors=factors), dtype=dtype, into=into)
+        plan = dataclasses.replace(plan, factors=factors, tables=forms, file_bytes=file_bytes)
+        return self.apply(plan, dtype=dtype, into=into)
+
+    def _tables(self, dtype: Any) -> Tables:
+        """Returns the matrices outside the blocks, of a result in a dtype."""
+        kept = self.store, self.report["seconds"], self.progress
+        return Tables(self.source, self.calibration, dtype, *kept)
 
     def apply(self, plan: Plan, *, dtype: Any = None, into: Any = None) -> Result:
         """Builds the model of a plan that `plan` made or a person edited.
@@ -308,6 +324,8 @@ class Prepared:
             part = jax.tree.map(lambda a: cast(a, dtype), part)
         if plan.factors is not None:
             part = quantize_pairs(part, normal_float.Format.parse(plan.factors))
+        if name == REST:
+            part, _ = self._tables(dtype).stored(part, plan.tables)
         own = {path: rank for path, rank in plan.ranks.items() if path.startswith(f"{name}/")}
         whole = part if name == REST else {name: part}
         verify(whole, dataclasses.replace(plan, ranks=own), self.sizes, config)
@@ -329,18 +347,3 @@ class Prepared:
                 )
         if wrong:
             raise ValueError("the plan does not fit the model: " + "; ".join(sorted(wrong)))
-
-
-def predicted_errors(factors: AnyFactors) -> tuple[np.ndarray, np.ndarray]:
-    """Returns a site's errors at every rank: on tokens that it is fitted to, and on others.
-
-    Let the error on any tokens be b. Fitted to n tokens, it is b - c/n on these and b + c/n on
-    others, to first order. Cross-fitting with two folds gives b + 2c/n. So a third of the first and
-    two thirds of the last are the error of the factors, which all tokens are fitted to.
-    """
-    # Added from small to large.
-    fitted = np.append(np.cumsum(np.asarray(factors.spectrum, float)[::-1])[::-1], 0.0)
-    if factors.held_out is None:
-        return fitted, fitted
-    errors = (fitted + 2 * np.asarray(factors.held_out, float)) / 3
-    return fitted, np.maximum.accumulate(errors[::-1])[::-1]

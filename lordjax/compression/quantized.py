@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -22,19 +23,22 @@ from lordjax.allocation.candidates import FORMATS, QUANTIZERS
 from lordjax.allocation.knapsack import SOLVERS
 from lordjax.calibration.backward_pass import few_gradients
 from lordjax.calibration.calibration_set import Calibration
-from lordjax.compression.calibration_settings import (
+from lordjax.calibration.calibration_settings import (
     GRADIENT_WINDOWS,
     CalibrationSettings,
     check_positive,
 )
 from lordjax.compression.quantizer import Quantizer
 from lordjax.compression.result import Result
+from lordjax.compression.whole_file.budget import check_outer
+from lordjax.compression.whole_file.tables import check_format
 from lordjax.kernels import normal_float, trees
 from lordjax.methods.quantized.lq import STEPS
 from lordjax.methods.quantized.weightings import MOMENTS, WEIGHTINGS, weighting_method
 from lordjax.models.sites import LINEAR_SITES, site_path
 from lordjax.models.source import Materialized, Source
-from lordjax.names import did_you_mean
+from lordjax.models.tables import table_paths
+from lordjax.names import did_you_mean, layer
 from lordjax.runtime.mesh import Mesh
 from lordjax.runtime.progress import Clock, Progress
 from lordjax.storage.store import Store
@@ -52,6 +56,7 @@ def prepare_quantized(
     dtype: Any | None = None,
     steps: int = STEPS,
     feedback: bool | None = None,
+    embeddings: str | None = None,
     mask: np.ndarray | None = None,
     mask_token: int | None = None,
     batch_size: int | None = None,
@@ -74,6 +79,8 @@ def prepare_quantized(
       steps: number of alternations between quantized weights and low-rank term.
       feedback: whether later weights compensate for errors of earlier ones (GPTQ); None: if
         the weighting has a second moment of inputs, which this needs.
+      embeddings: format of embeddings and head: a NormalFloat format or a dtype; None: they stay
+        as they are, unless a budget of bytes of the files chooses their formats.
       mask: ``[sequences, length]``, False at padding.
       mask_token: id of the mask token, for a model that predicts masked tokens.
       batch_size: sequences per step; None: as many as this backend is fastest with.
@@ -90,8 +97,9 @@ def prepare_quantized(
         tokens, mask, mask_token, batch_size, gradient_windows, progress, work, mesh
     )
     check_positive(steps=steps)
+    check_format(embeddings)
     options = method_options(method, weighting, rank, factors, feedback)
-    options |= {"formats": tuple(formats), "dtype": dtype, "steps": steps}
+    options |= {"formats": tuple(formats), "dtype": dtype, "steps": steps, "embeddings": embeddings}
     return _take_gradients(Materialized(source), settings, options)
 
 
@@ -129,10 +137,7 @@ def _take_gradients(
     config, clock, store = source.config, Clock(settings.progress), settings.store()
     weighting = options["weighting"]
     report = {"method": options["method"], "weighting": weighting, "seconds": clock.seconds}
-    shapes = {}
-    for i in range(config.num_layers):
-        flat = trees.flatten(source.block(i))
-        shapes |= {site_path(i, s): flat[s.path].shape for s in LINEAR_SITES if s.path in flat}
+    shapes, others = _shapes(source)
     check_rank(options["rank"], shapes)
     calibration: Calibration | None = None
     gradients: Mapping[int, Sequence[Mapping[str, Mapping[str, Any]]]] = {}
@@ -151,11 +156,29 @@ def _take_gradients(
         calibration=calibration,
         gradients=gradients,
         shapes=shapes,
+        others=others,
         report=report,
         store=store,
         progress=settings.progress,
         **options,
     )
+
+
+def _shapes(source: Source) -> tuple[dict[str, tuple[int, int]], dict[str, Any]]:
+    """Returns the shapes of all sites, and of the parameters that are neither sites nor tables."""
+    shapes, names = {}, table_paths(source.config)
+    outside = trees.flatten(source.non_block_params()).items()
+    others = {path: _shape(leaf) for path, leaf in outside if path not in names}
+    for i in range(source.config.num_layers):
+        flat = trees.flatten(source.block(i))
+        shapes |= {site_path(i, s): flat[s.path].shape for s in LINEAR_SITES if s.path in flat}
+        here = {f"{layer(i)}/{path}": leaf for path, leaf in flat.items()}
+        others |= {path: _shape(leaf) for path, leaf in here.items() if path not in shapes}
+    return shapes, others
+
+
+def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
 
 def _check_names(
@@ -205,6 +228,8 @@ def check_settings(
     *,
     bits: float | None = None,
     budget_bytes: int | None = None,
+    file_bytes: int | None = None,
+    embeddings: str | None = None,
     form: str | None = None,
     solver: str = "bisection",
     weighting: str | None = None,
@@ -219,6 +244,8 @@ def check_settings(
       method: see `quantize`.
       bits: see `quantize`.
       budget_bytes: see `quantize`.
+      file_bytes: see `quantize`.
+      embeddings: see `prepare_quantized`.
       form: see `quantize`.
       solver: see `quantize`.
       weighting: see `prepare_quantized`.
@@ -238,13 +265,16 @@ def check_settings(
     own = QUANTIZERS[method]
     if bits is not None and not 0 < bits < np.inf:
         raise ValueError(f"bits must be positive, got {bits}")
-    if sum(given is not None for given in (bits, budget_bytes, form)) != 1:
+    if sum(given is not None for given in (bits, budget_bytes, file_bytes, form)) != 1:
         raise ValueError(
-            "give exactly one of bits, budget_bytes and format, got "
-            f"{bits}, {budget_bytes} and {form}"
+            "give exactly one of bits, budget_bytes, file_bytes and format, got "
+            f"{bits}, {budget_bytes}, {file_bytes} and {form}"
         )
     if own.counts_low_rank and form is not None:
-        raise ValueError(f"method {method!r} chooses formats itself; give bits or budget_bytes")
+        raise ValueError(
+            f"method {method!r} chooses formats itself; give bits, budget_bytes or file_bytes"
+        )
+    check_outer(weighting or own.weighting, embeddings, file_bytes)
     if solver not in SOLVERS:
         raise KeyError(f"no solver {solver!r}; {did_you_mean(solver, SOLVERS)}")
     if form is not None:
@@ -261,6 +291,7 @@ def quantize(
     method: str = "lq",
     bits: float | None = None,
     budget_bytes: int | None = None,
+    file_bytes: int | None = None,
     form: str | None = None,
     solver: str = "bisection",
     into: Any = None,
@@ -274,6 +305,7 @@ def quantize(
       method: a key of `QUANTIZERS`.
       bits: budget in average bits per block weight; see `Quantizer.plan`.
       budget_bytes: budget in bytes of all block kernels; see `Quantizer.plan`.
+      file_bytes: budget in bytes of all files with weights; see `Quantizer.plan`.
       form: format of all matrices, instead of a budget (`normal_float.Format.parse`).
       solver: a key of `knapsack.SOLVERS`.
       into: where finished parts of the model go; see `Prepared.apply`.
@@ -285,10 +317,10 @@ def quantize(
     Raises:
       KeyError: see `prepare_quantized` and `Quantizer.plan`.
       ValueError: see `prepare_quantized` and `Quantizer.plan`; or if not exactly one of bits,
-        budget_bytes and form is given.
+        budget_bytes, file_bytes and form is given.
     """
-    budget: dict[str, Any] = {"bits": bits, "budget_bytes": budget_bytes}
-    names = ("weighting", "rank", "factors", "feedback", "dtype")
+    budget: dict[str, Any] = {"bits": bits, "budget_bytes": budget_bytes, "file_bytes": file_bytes}
+    names = ("weighting", "rank", "factors", "feedback", "dtype", "embeddings")
     shared = {name: options[name] for name in names if name in options}
     check_settings(method, form=form, solver=solver, **budget, **shared)
     prepared = prepare_quantized(source, tokens, method=method, **options)

@@ -17,6 +17,7 @@ from lordjax.allocation.candidates import (
     candidate_bytes,
     ranks_tried,
 )
+from lordjax.allocation.plan import Plan
 from lordjax.kernels import normal_float, trees
 from lordjax.kernels.base import materialize, nbytes
 from lordjax.kernels.convert import cast, quantize_pair
@@ -79,6 +80,30 @@ def measures(kernel: Any, new: Any, weights: Weights) -> tuple[Any, Any]:
 def dense_dtype(dtype: Any | None) -> Any:
     """Returns the dtype of block matrices and factors that are not quantized."""
     return jnp.dtype(dtype or "float16")
+
+
+def planned_candidates(plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Candidate]:
+    """Returns the candidates of a plan.
+
+    Args:
+      plan: rank and format of every matrix.
+      shapes: site path -> shape of the matrix.
+
+    Raises:
+      ValueError: if the plan does not fit the model; names the matrices.
+    """
+    wrong = [f"{p} is no matrix of a block" for p in {*plan.ranks, *plan.formats} - shapes.keys()]
+    wrong += [f"{path} is missing" for path in shapes.keys() - plan.ranks]
+    for path, rank in plan.ranks.items():
+        if path in shapes and rank is not None and not 1 <= rank < min(shapes[path]):
+            wrong.append(
+                f"{path}: rank {rank} is not in [1, {min(shapes[path])}); null means no low-rank "
+                "term"
+            )
+    if wrong:
+        raise ValueError("the plan does not fit the model: " + "; ".join(sorted(wrong)))
+    forms = {path: normal_float.Format.parse(text) for path, text in plan.formats.items()}
+    return {path: Candidate(forms.get(path), rank) for path, rank in plan.ranks.items()}
 
 
 def candidate_table(*given: Any) -> Table:
@@ -223,7 +248,9 @@ def check_finite(params: Any, layers: Mapping[str, Mapping[str, Any]]) -> None:
     # Quantized weights can hide a broken matrix: minima and maxima may ignore NaN.
     errors = ("relative_error", "weighted_error")
     broken = [
-        path for path, row in layers.items() if not np.isfinite([row[e] for e in errors]).all()
+        path
+        for path, row in layers.items()
+        if not np.isfinite([row[e] for e in errors if e in row]).all()
     ]
     wrong = [f"{path} is not finite (broken in the model?)" for path in broken]
     wrong += [

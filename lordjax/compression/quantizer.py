@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from lordjax.allocation.candidates import Candidate, Table, check_solver, choose
 from lordjax.allocation.plan import Plan
@@ -33,14 +32,17 @@ from lordjax.compression.quantized_matrix import (
     check_finite,
     dense_dtype,
     matrix_weights,
+    planned_candidates,
     replaced_matrices,
     solved_together,
 )
 from lordjax.compression.result import Result
+from lordjax.compression.whole_file.budget import chosen_in_file, formats_of
+from lordjax.compression.whole_file.tables import Tables
 from lordjax.kernels import normal_float, trees
 from lordjax.kernels.base import nbytes
 from lordjax.kernels.convert import cast
-from lordjax.methods.quantized.weightings import Weights, weighting_method
+from lordjax.methods.quantized.weightings import WEIGHTINGS, Weights, weighting_method
 from lordjax.models.sites import LINEAR_SITES, Site, site_path
 from lordjax.models.source import Source
 from lordjax.names import layer, layer_index
@@ -65,8 +67,11 @@ class Quantizer:
         other parameters as they are.
       steps: number of alternations between quantized weights and low-rank term.
       feedback: whether later weights compensate for the errors of earlier ones (GPTQ).
+      embeddings: format of embeddings and head (`kernels.table.parse`); None: they stay as they
+        are, unless a budget of bytes of the files chooses their formats.
       gradients: layer -> gradient statistics of each fold.
       shapes: site path -> ``(in, out)``.
+      others: path -> shape and dtype of the parameters that are neither sites nor tables.
       report: entries of the report that are known so far.
       store: where finished work is kept.
       progress: called with (stage, done, total).
@@ -82,8 +87,10 @@ class Quantizer:
     dtype: Any | None
     steps: int
     feedback: bool
+    embeddings: str | None
     gradients: Mapping[int, Sequence[Mapping[str, Mapping[str, Any]]]]
     shapes: dict[str, tuple[int, int]]
+    others: dict[str, Any]
     report: dict[str, Any]
     store: Store
     progress: Progress | None = None
@@ -92,6 +99,13 @@ class Quantizer:
     def count(self) -> int:
         """Number of block weights of the original model."""
         return sum(fan_in * fan_out for fan_in, fan_out in self.shapes.values())
+
+    @functools.cached_property
+    def outer(self) -> Tables:
+        """The matrices outside the blocks."""
+        tokens = self.calibration if WEIGHTINGS[self.weighting] else None
+        kept = self.store, self.report["seconds"], self.progress
+        return Tables(self.source, tokens, self.dtype, *kept, feedback=self.feedback)
 
     @functools.cached_property
     def tables(self) -> dict[str, Table]:
@@ -120,6 +134,7 @@ class Quantizer:
         *,
         bits: float | None = None,
         budget_bytes: int | None = None,
+        file_bytes: int | None = None,
         solver: str = "bisection",
     ) -> Plan:
         """Chooses a candidate for every matrix: least predicted error within the budget.
@@ -128,6 +143,8 @@ class Quantizer:
           bits: average bits per block weight; `QuantizationMethod.counts_low_rank` says whether
             low-rank terms count.
           budget_bytes: the same budget as bytes of all block kernels together.
+          file_bytes: bytes of all files with weights. Tables get a format within it, unless
+            ``embeddings`` is given.
           solver: a key of `knapsack.SOLVERS`.
 
         Returns:
@@ -137,18 +154,17 @@ class Quantizer:
           KeyError: if the solver is unknown.
           ValueError: if not exactly one budget is given, or it cannot be met.
         """
-        if bits is not None and budget_bytes is None:
-            budget = bits * self.count / 8
-        elif budget_bytes is not None and bits is None:
-            budget = float(budget_bytes)
-        else:
+        if sum(given is not None for given in (bits, budget_bytes, file_bytes)) != 1:
             raise ValueError(
-                f"give exactly one of bits and budget_bytes, got {bits} and {budget_bytes}"
+                f"give exactly one of bits, budget_bytes and file_bytes, got {bits}, "
+                f"{budget_bytes} and {file_bytes}"
             )
         check_solver(solver)
-        bad = [path for path, table in self.tables.items() if not np.isfinite(table.errors).all()]
-        if bad:
-            raise ValueError(f"broken weights: predicted errors are not finite at {', '.join(bad)}")
+        if file_bytes is not None:
+            chosen, gap = chosen_in_file(self, file_bytes, solver)
+            plan = self._plan({path: chosen[path] for path in self.shapes}, solver, gap, None)
+            return dataclasses.replace(plan, tables=formats_of(chosen), file_bytes=file_bytes)
+        budget = float(budget_bytes or 0) if bits is None else bits * self.count / 8
         chosen, gap = choose(self.tables, budget, self.count, self.method, solver)
         return self._plan(chosen, solver, gap, 8 * budget / self.count)
 
@@ -191,13 +207,13 @@ class Quantizer:
           ValueError: if the plan does not fit the model, or a number is not finite.
         """
         start = time.perf_counter()
-        candidates = self._candidates(plan)
+        candidates = planned_candidates(plan, self.shapes)
         factors = None if plan.factors is None else normal_float.Format.parse(plan.factors)
         if factors != self.factors:  # an edited plan
             return dataclasses.replace(self, factors=factors).apply(plan, into=into)
         width = max((c.rank for c in candidates.values() if c.rank is not None), default=1)
         clock, parts = Clock(self.progress), open_shards(into, self.store, plan)
-        abouts = [write_shard_once(parts, self.store, REST, lambda _: self._rest())]
+        abouts = [write_shard_once(parts, self.store, REST, lambda _: self._rest(plan.tables))]
 
         def done(i: int) -> bool:
             return layer(i) in parts
@@ -218,16 +234,17 @@ class Quantizer:
             },
             "bytes": sum(about["bytes"] for about in abouts),
             "layers": {path: row for about in abouts for path, row in about["layers"].items()},
+            "tables": abouts[0]["tables"],
             "peak_rss_bytes": peak_rss(),
         }
         params = join_blocks(parts) if into is None else into
         return Result(self.source.config, params, plan, report)
 
-    def _rest(self) -> tuple[Any, dict[str, Any]]:
+    def _rest(self, tables: Mapping[str, str]) -> tuple[Any, dict[str, Any]]:
         """Returns the parameters outside the blocks as they are stored, and their report."""
-        part = self._stored(self.source.non_block_params())
-        check_finite(part, {})
-        return part, {"bytes": nbytes(part), "matrices": 0, "layers": {}}
+        part, layers = self.outer.stored(self._stored(self.source.non_block_params()), tables)
+        check_finite(part, layers)
+        return part, {"bytes": nbytes(part), "matrices": 0, "layers": {}, "tables": layers}
 
     def _block(
         self, chosen: Mapping[Site, Candidate], matrix: Matrices, width: int, name: str
@@ -320,20 +337,5 @@ class Quantizer:
             formats={path: str(c.form) for path, c in chosen.items() if c.form is not None},
             factors=None if self.factors is None else str(self.factors),
             bits=bits,
+            tables=self.outer.all_in(self.embeddings),
         )
-
-    def _candidates(self, plan: Plan) -> dict[str, Candidate]:
-        """Returns the candidates of a plan; raises ValueError if it does not fit the model."""
-        named = {*plan.ranks, *plan.formats}
-        wrong = [f"{path} is no matrix of a block" for path in named - self.shapes.keys()]
-        wrong += [f"{path} is missing" for path in self.shapes.keys() - plan.ranks]
-        for path, rank in plan.ranks.items():
-            if path in self.shapes and rank is not None and not 1 <= rank < min(self.shapes[path]):
-                wrong.append(
-                    f"{path}: rank {rank} is not in [1, {min(self.shapes[path])}); null means no "
-                    "low-rank term"
-                )
-        if wrong:
-            raise ValueError("the plan does not fit the model: " + "; ".join(sorted(wrong)))
-        forms = {path: normal_float.Format.parse(text) for path, text in plan.formats.items()}
-        return {path: Candidate(forms.get(path), rank) for path, rank in plan.ranks.items()}

@@ -40,7 +40,9 @@ class Result:
     def __repr__(self) -> str:
         """The model, the plan and the sizes in a few lines, without arrays."""
         plan, config = self.plan, self.config
-        budget = f"keep={plan.keep}" if plan.bits is None else f"bits={plan.bits}"
+        asked = ("keep", "bits", "file_bytes")
+        named = [f"{n}={getattr(plan, n)}" for n in asked if getattr(plan, n) is not None]
+        budget = ", ".join(named) or "keep=None"
         dense = sum(rank is None and path not in plan.formats for path, rank in plan.ranks.items())
         lines = [
             f"Result(method={plan.method!r}, {budget}, policy={plan.policy!r})",
@@ -53,6 +55,7 @@ class Result:
             lines.append(f"  kept: {counts} block linear weights ({found['kept']:.4f})")
         if "bits_per_weight" in found:
             lines.append(f"  bits: {found['bits_per_weight']:.3f} per block linear weight")
+        lines += [f"  {path}: {form}" for path, form in plan.tables.items()]
         if "bytes" in self.report:
             lines.append(f"  bytes: {self.report['bytes']:,}")
         return "\n".join(lines)

@@ -153,6 +153,10 @@ class Output:
             self.store.remove()
         unfinished.tell(error, self._leave())
 
+    def file_bytes(self) -> int | None:
+        """Returns the bytes of the files with weights; None in a process that writes no model."""
+        return self.shards.file_bytes() if isinstance(self.shards, Shards) else None
+
     def finish(
         self,
         result: Result,

@@ -81,7 +81,7 @@ def perplexity(
             "windows": len(ids),
             "token_count": ids.size,
             # Activations have the dtype of the embedding.
-            "dtype": str(jax.tree.leaves(params["embed"])[0].dtype),
+            "dtype": str(params["embed"]["embedding"].dtype),
             "matmul_precision": "highest",
             "tokens_sha256": fingerprint(ids),
             **objective.protocol(config, mask_token),

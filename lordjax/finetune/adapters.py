@@ -163,7 +163,7 @@ def _merged(leaf: Any) -> Any:
     if isinstance(leaf, Rearranged):
         inner = _merged(leaf.kernel)
         same = leaf.replace(kernel=inner)
-        return same if is_kernel(inner) else same.materialize()
+        return same if is_kernel(inner) or inner is leaf.kernel else same.materialize()
     if not isinstance(leaf, LowRankPlusQuantized):
         return leaf
     base, adapter = leaf.base, leaf.low_rank

@@ -23,6 +23,13 @@ from lordjax.forecast.shapes import (
     quantized_outline,
     quantized_pairs,
     stored,
+    stored_tables,
+)
+from lordjax.forecast.whole_file import (
+    estimated_tables,
+    keep_by_shapes,
+    matrix_bytes,
+    tables_of,
 )
 from lordjax.kernels import normal_float, trees
 from lordjax.methods.quantized.weightings import MOMENTS
@@ -66,15 +73,49 @@ def parse_settings(
     method, dtype = settings["method"], settings["dtype"]
     if method in QUANTIZERS:
         given = {name: settings[name] for name in QUANTIZATION_SETTINGS}
+        given |= _left_for_matrices(config, before, settings)
         job, exact = quantized_spec(config, method, *calibration, given)
         after = quantized_outline(config, job.options, before, dtype, job.factors)
-        return job, after, EXACT if exact else MIXED, None
-    spec, plan, exact = _low_rank_spec(config, calibration, settings)
+        forms = estimated_tables(config, before, *_whole_file(settings))
+        return job, stored_tables(after, forms), EXACT if exact else MIXED, None
     source = stored(config, trees.flatten(before.params), dtype)
+    embeddings, budget = _whole_file(settings)
+    if budget is not None:
+        sizes = site_sizes(dense_shapes(config), method)
+        keep = keep_by_shapes(source, method, sizes, embeddings, budget)
+        settings = {**settings, "keep": keep}
+    spec, plan, exact = _low_rank_spec(config, calibration, settings)
     after = outline(config, plan, source)
+    after = stored_tables(after, tables_of(source).all_in(embeddings))
     if settings.get("factors") is not None:
         after = quantized_pairs(after, normal_float.Format.parse(settings["factors"]))
     return spec, after, EXACT if exact else ESTIMATED, plan
+
+
+def _whole_file(settings: Mapping[str, Any]) -> tuple[str | None, int | None]:
+    """The format of the tables, and the budget of the files' bytes, if they are given."""
+    return settings.get("embeddings"), settings.get("file_bytes")
+
+
+def _left_for_matrices(
+    config: ModelConfig, before: InMemory, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The budget of a quantizing method's matrices, if one of the files' bytes is given."""
+    embeddings, budget = _whole_file(settings)
+    if budget is None:
+        return {}
+    method, dtype = settings["method"], settings["dtype"]
+    defaults = QUANTIZERS[method]
+    given = {
+        "method": method,
+        "rank": defaults.rank if settings["rank"] is None else settings["rank"],
+        "factors": _factor_format(defaults.factors, settings["factors"]),
+        "itemsize": jnp.dtype(dtype or "float16").itemsize,
+    }
+    source = stored(config, trees.flatten(before.params), dtype)
+    forms = estimated_tables(config, source, embeddings, budget)
+    left = matrix_bytes(source, _linear_shapes(config), forms, given, budget)
+    return {"budget_bytes": left}
 
 
 def _low_rank_spec(

@@ -26,11 +26,13 @@ from lordjax.kernels.base import is_kernel
 from lordjax.kernels.kinds import weights
 from lordjax.kernels.low_rank import LowRank
 from lordjax.kernels.quantized import LowRankPlusQuantized, NFQuantized
+from lordjax.kernels.table import parse, quantized_table, smaller_table
 from lordjax.methods import METHODS, corrects_bias
 from lordjax.models.config import ModelConfig
 from lordjax.models.head_axes import narrowed
 from lordjax.models.sites import Site, counted_sites, site_path, sites_for
 from lordjax.models.source import InMemory
+from lordjax.models.tables import HEAD
 from lordjax.models.transformer import init
 from lordjax.names import is_block_linear, layer, layer_type
 
@@ -186,6 +188,29 @@ def _quantized(shape: tuple[int, ...], form: normal_float.Format) -> NFQuantized
     return jax.eval_shape(
         functools.partial(NFQuantized.encode, form=form), jax.ShapeDtypeStruct(shape, jnp.float32)
     )
+
+
+def stored_tables(tree: Any, forms: Mapping[str, str]) -> Any:
+    """Returns parameters, as shapes, with tables in some formats.
+
+    The counterpart on arrays is `lordjax.compression.whole_file.tables.Tables.stored`.
+
+    Args:
+      tree: parameters as shapes.
+      forms: path of a table -> its format (`kernels.table.parse`).
+    """
+
+    def store(path: str, leaf: Any) -> Any:
+        form = parse(forms[path])
+        if isinstance(form, str) and path == HEAD:
+            return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(form))
+        if isinstance(form, str):
+            return jax.eval_shape(functools.partial(smaller_table, dtype=form), leaf)
+        kernel = _quantized(leaf.shape if path == HEAD else leaf.shape[::-1], form)
+        return kernel if path == HEAD else quantized_table(kernel, leaf.dtype)
+
+    flat = trees.flatten(tree)
+    return trees.update(tree, {path: store(path, flat[path]) for path in forms})
 
 
 def quantized_pairs(tree: Any, form: normal_float.Format) -> Any:

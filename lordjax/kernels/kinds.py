@@ -28,15 +28,19 @@ KINDS: dict[str, type[Kernel]] = {
 def astype(tree: Any, dtype: Any) -> Any:
     """Converts the floating-point arrays of a tree to another dtype.
 
-    Low-rank factors are converted. Quantized matrices and integer arrays stay as they are.
+    Low-rank factors are converted. Quantized matrices and integer arrays stay as they are. A
+    `Rearranged` kernel stands for a parameter, which is converted, too.
     """
 
     def cast(leaf: Any) -> Any:
         if isinstance(leaf, NFQuantized) or not jnp.issubdtype(leaf.dtype, jnp.floating):
             return leaf
+        if isinstance(leaf, Rearranged):
+            own = None if leaf.leaf_dtype is None else jnp.dtype(dtype).name
+            return leaf.replace(kernel=astype(leaf.kernel, dtype), leaf_dtype=own)
         return leaf.astype(dtype)
 
-    return jax.tree.map(cast, tree, is_leaf=lambda leaf: isinstance(leaf, NFQuantized))
+    return jax.tree.map(cast, tree, is_leaf=lambda leaf: isinstance(leaf, NFQuantized | Rearranged))
 
 
 def weights(leaf: Any) -> int:

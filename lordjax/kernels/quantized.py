@@ -10,9 +10,10 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, Int
 
-from lordjax.kernels import nf_cpu, normal_float
+from lordjax.kernels import nf_cpu, nf_gather, normal_float
 from lordjax.kernels.base import Kernel, materialize, matmul
 from lordjax.kernels.low_rank import LowRank
 from lordjax.runtime import target, xla_scheduling
@@ -108,6 +109,22 @@ class NFQuantized(Kernel):
             lead, lambda p: normal_float.dequantize_packed(p, self.format, fan_in * fan_out)
         )(packed)
         return jax.lax.stop_gradient(values).reshape(*lead, fan_out, fan_in).mT
+
+    def columns(self, index: Int[Array, "..."]) -> Float[Array, "... in"]:
+        """Returns columns of one matrix, float32; only these are decoded.
+
+        Args:
+          index: indices of columns. A column that is not there is NaN.
+        """
+        fan_in = np.uint32(self.fan_in)
+        there = ((index >= 0) & (index < self.fan_out))[..., None]
+        first = jnp.where(there, index[..., None], 0).astype(jnp.uint32) * fan_in
+        arrays = self.codes, self.scales, self.supers, self.offset
+        packed = normal_float.Packed(*map(jnp.asarray, arrays))
+        within = jnp.arange(self.fan_in, dtype=jnp.uint32)
+        places = first + jnp.broadcast_to(within, (*index.shape, self.fan_in))
+        values = nf_gather.values_at(packed, self.format, places)
+        return jax.lax.stop_gradient(jnp.where(there, values, jnp.nan))
 
     def materialize_after(self, x: Float[Array, "..."]) -> Float[Array, "... in out"]:
         """Returns W in the dtype of ``x``, decoded after ``x`` was computed.

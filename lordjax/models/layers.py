@@ -12,9 +12,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from lordjax.kernels.base import Kernel, matmul
+from lordjax.kernels.table import scores, take_rows
 
 # The keys are Hugging Face's names.
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -69,6 +70,35 @@ class Linear(nn.Module):
         if self.has_variable("params", name):
             return self.get_variable("params", name)
         return self.param(name, init, shape)
+
+
+class Embedding(nn.Module):
+    """Rows of a table by their indices. The table is an array or a kernel; see `kernels.table`.
+
+    The rows are tapped as ``"out"``, their indices as ``"ids"``.
+
+    Attributes:
+      rows: number of rows.
+      columns: number of columns.
+    """
+
+    rows: int
+    columns: int
+
+    def setup(self) -> None:
+        """Makes a random table if there is none."""
+        if not self.has_variable("params", "embedding"):
+            init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)
+            self.param("embedding", init, (self.rows, self.columns))
+
+    def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... columns"]:
+        """Returns rows, in the table's dtype."""
+        tap(self, "ids", ids)
+        return tap(self, "out", take_rows(self.get_variable("params", "embedding"), ids))
+
+    def scores(self, x: Float[Array, "... columns"]) -> Float[Array, "... rows"]:
+        """Returns the products of ``x`` with all rows: logits of a tied head."""
+        return scores(x, self.get_variable("params", "embedding"))
 
 
 class Bias(nn.Module):

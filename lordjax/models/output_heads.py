@@ -94,7 +94,7 @@ def with_classes(
     new = dataclasses.replace(
         config, head="classes", num_classes=num_classes, tie_embeddings=False, head_bias=True
     )
-    dtype = jax.tree.leaves(params["embed"])[0].dtype
+    dtype = params["embed"]["embedding"].dtype
     size = config.hidden_size
 
     def linear(outputs: int, key: Array) -> dict[str, Array]:

@@ -69,5 +69,5 @@ class Materialized:
         return materialize(self.source.block(i))
 
     def non_block_params(self) -> dict[str, Any]:
-        """Returns the parameters outside the blocks as a nested dict."""
-        return self.source.non_block_params()
+        """Returns the parameters outside the blocks as a nested dict of arrays."""
+        return materialize(self.source.non_block_params())

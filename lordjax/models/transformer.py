@@ -48,9 +48,11 @@ from jaxtyping import Array, Bool, Float, Int
 from lordjax.kernels import trees
 from lordjax.models.blocks import Block
 from lordjax.models.config import ModelConfig
-from lordjax.models.layers import NORMS, Bias, Linear, softcap
+from lordjax.models.layers import NORMS, Bias, Embedding, Linear, softcap, tap
 from lordjax.models.output_heads import last_token, transform_of
 from lordjax.names import layer
+
+HEAD_INPUT = "head_in"  # tap of what the last matrix reads
 
 
 class Transformer(nn.Module):
@@ -67,13 +69,13 @@ class Transformer(nn.Module):
     def setup(self) -> None:
         """Builds the layers; their names are those of the module's docstring."""
         c = self.config
-        self.embed = nn.Embed(c.vocab_size, c.embed_size or c.hidden_size)
+        self.embed = Embedding(c.vocab_size, c.embed_size or c.hidden_size)
         if c.embed_size is not None:
             self.project_in, self.project_out = Linear(c.hidden_size), Linear(c.embed_size)
         if c.position_rows is not None:
-            self.positions = nn.Embed(c.position_rows, c.hidden_size)
+            self.positions = Embedding(c.position_rows, c.hidden_size)
         if c.token_types:
-            self.token_types = nn.Embed(c.token_types, c.hidden_size)
+            self.token_types = Embedding(c.token_types, c.hidden_size)
         if c.embed_norm:
             self.embed_norm = NORMS[c.norm](c.norm_eps)
         self.blocks = [Block(c, c.window(i), name=layer(i)) for i in range(c.num_layers)]
@@ -190,7 +192,8 @@ class Transformer(nn.Module):
             x = self.transform(x)
         if c.head == "none":
             return x.astype(jnp.float32)
-        logits = self.embed.attend(x) if c.tie_embeddings else self.head(x)
+        x = tap(self, HEAD_INPUT, x)
+        logits = self.embed.scores(x) if c.tie_embeddings else self.head(x)
         if c.tie_embeddings and c.head_bias:
             logits = self.head(logits)
         if c.logit_scale != 1:

@@ -146,6 +146,11 @@ class Shards:
         entry = {"files": files, **describe(tree), "nbytes": nbytes(tree)}
         self._store[f"parts/{name}"] = entry
 
+    def file_bytes(self) -> int:
+        """Returns the bytes of the files that are written so far."""
+        entries = [self._store[key] for key in self._store.below("parts/")]
+        return sum(facts["bytes"] for entry in entries for facts in entry["files"].values())
+
     def finish(self, names: Iterable[str]) -> dict[str, Any]:
         """Renames the files of all shards to their final names.
 

@@ -151,6 +151,16 @@ def _header(shapes: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
     return text + b" " * (-len(text) % 8)
 
 
+def header_bytes(path: str, count: int) -> int:
+    """Returns a bound on what the arrays of a parameter take in the headers of their files.
+
+    Args:
+      path: path of the parameter.
+      count: number of its arrays.
+    """
+    return count * (len(path) + 140)  # names of kernels' fields, shape, dtype and two offsets
+
+
 def write_tensors(
     path: Path, arrays: Mapping[str, Any], metadata: Mapping[str, str] | None = None
 ) -> Written:

@@ -6,12 +6,13 @@ Run::
 
 ``DIR`` holds token arrays, as for `lordjax.scripts.benchmarks.compress`. A *case* is
 ``METHOD[:RANK][:WEIGHTING][:FACTORS][:no-feedback]@BUDGET``. FACTORS is the format of the low-rank
-factors; BUDGET is bits per weight or a format. Examples: ``nf@nf4``, ``lq:32:both@3.5``,
-``lq:8:both:nf8@3.4``, ``auto@4.13``.
+factors; BUDGET is bits per weight, a format, or bytes of the files. Examples: ``nf@nf4``,
+``lq:32:both@3.5``, ``lq:8:both:nf8@3.4``, ``auto@4.13``, ``auto@60MB``.
 
 For every case and domain the program prints and writes:
 
-* bits per block weight, with quantized weights, scales and factors;
+* bits per block weight, with quantized weights, scales and factors, and bytes of all files with
+  weights;
 * the error of the weights and of the layers' outputs on calibration data, as the root of the sum of
   squares over all matrices, relative to the dense model;
 * perplexity;
@@ -24,7 +25,9 @@ import dataclasses
 import functools
 import itertools
 import math
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import click
@@ -38,6 +41,7 @@ from lordjax.scripts.benchmarks.protocol import (
     token_options,
     write_results,
 )
+from lordjax.scripts.flags.types import BYTES
 
 BITS = ("4", "3.5", "3.25", "3", "2.75", "2.5")
 RANKS = (0, 16, 32, 64)
@@ -157,6 +161,8 @@ def measure(quantizers: Any, judge: dict[str, Any], held_out: Any, case: str) ->
     start = time.perf_counter()
     if budget.startswith("nf"):
         plan = quantizer.uniform(normal_float.Format.parse(budget), quantizer.rank)
+    elif budget.endswith("B"):
+        plan = quantizer.plan(file_bytes=BYTES.convert(budget, None, None))
     else:
         plan = quantizer.plan(bits=float(budget))
     chosen = time.perf_counter()
@@ -166,6 +172,8 @@ def measure(quantizers: Any, judge: dict[str, Any], held_out: Any, case: str) ->
     jax.clear_caches()  # compiled models of all cases would fill the memory
     return {
         "bits": result.report["plan"]["bits_per_weight"],
+        "file_bytes": saved_bytes(result),
+        "tables": dict(plan.tables),
         "gap": plan.gap,
         "weight_error": weights,
         "output_error": outputs,
@@ -175,6 +183,16 @@ def measure(quantizers: Any, judge: dict[str, Any], held_out: Any, case: str) ->
         "decomposition_seconds": done - chosen,
         "peak_rss_bytes": result.report["peak_rss_bytes"],
     }
+
+
+def saved_bytes(result: Any) -> int:
+    """Returns the bytes of the files with weights of a model that is saved."""
+    from lordjax.storage import checkpoint
+
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder) / "model"
+        checkpoint.save(directory, result.config, result.params, hf_config={})
+        return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
 
 
 def errors(source: Any, params: Any, judge: dict[str, Any]) -> tuple[float, float]:
@@ -209,7 +227,8 @@ def errors(source: Any, params: Any, judge: dict[str, Any]) -> tuple[float, floa
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """Formats the results as a Markdown table: a line per domain and case."""
-    head = ["domain", "case", "bits all in", "weight error", "output error", "perplexity", "s"]
+    head = ["domain", "case", "bits all in", "bytes", "weight error"]
+    head += ["output error", "perplexity", "s"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         seconds = row["choice_seconds"] + row["decomposition_seconds"]
@@ -218,6 +237,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             row["domain"],
             f"`{row['case']}`",
             f"{row['bits']:.3f}",
+            f"{row['file_bytes']:,}",
             f"{row['weight_error']:.4f}",
             f"{row['output_error']:.4f}",
             f"{ppl:.2f}" if ppl < 1e4 else f"{ppl:.1e}",

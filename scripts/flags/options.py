@@ -130,6 +130,14 @@ budget_options = options(
         help="Bytes of the blocks' matrices, instead of --bits (methods nf, lq, auto).",
     ),
     click.option(
+        "--file-bytes",
+        type=BYTES,
+        metavar="N",
+        help="Bytes of all files with weights, everything in them counted, such as 60MB; instead "
+        "of --keep or --bits. Methods nf, lq and auto choose the formats of embeddings and head "
+        "within it, unless --embeddings names one.",
+    ),
+    click.option(
         "--format",
         "form",
         type=Text(),
@@ -201,6 +209,14 @@ statistics_options = options(
 
 # What a compression stores.
 stored_options = options(
+    click.option(
+        "--embeddings",
+        type=Text(),
+        metavar="FORMAT",
+        help="Format of the embeddings of tokens and positions and of the output head: nf8, nf4, "
+        "another name as for --format, or float32, bfloat16 or float16.  [default: as they are; "
+        "with --file-bytes and methods nf, lq and auto chosen within it]",
+    ),
     click.option(
         "--dtype",
         type=click.Choice(["float32", "bfloat16", "float16"]),

@@ -61,10 +61,22 @@ class Real(click.FloatRange):
         return f"{left}{self.min:g}, {self.max:g}{right}"
 
 
+class Bytes(Integer):
+    """A number of bytes, as an integer or with a unit: 60000000, 60MB, 1.5GiB."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        """Returns the number of bytes."""
+        found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kKMGT]i?)B", str(value).strip())
+        if found is None:
+            return super().convert(value, param, ctx)
+        base, power = 1024 if found[2].endswith("i") else 1000, " KMGT".index(found[2][0].upper())
+        return super().convert(int(float(found[1]) * base**power), param, ctx)
+
+
 COUNT = Integer(1, 10**9)  # how many of something are read, run or kept
 LENGTH = Integer(2, 2**24)  # tokens of a sequence
 SEED = Integer(0, 2**32 - 1)
-BYTES = Integer(1, 2**60)
+BYTES = Bytes(1, 2**60)
 RANK = Integer(1, 2**24)
 PROCESSES = Integer(1, 10**5)
 SHARE = Real(0, 1, above=True)

@@ -14,6 +14,7 @@ import jax
 from lordjax.kernels import trees
 from lordjax.kernels.base import nbytes
 from lordjax.kernels.kinds import kind_of, weights
+from lordjax.kernels.layout import Rearranged
 from lordjax.models import init
 from lordjax.models.config import ModelConfig
 from lordjax.names import is_block_linear
@@ -42,18 +43,18 @@ def original_shapes(config: ModelConfig) -> dict[str, Any]:
 
 
 def describe(leaf: Any, original: Any = None) -> Row:
-    """Kind, shape, dtype, rank, weights, bytes and share kept of one parameter.
+    """Kind, shape, dtype, rank, weights, bytes and share kept of one parameter, as it is stored.
 
     Args:
       leaf: array, kernel, or shapes of them.
       original: the parameter before compression; None if it was not there.
     """
     dense = math.prod(leaf.shape if original is None else original.shape)
-    count = weights(leaf)
+    count, inner = weights(leaf), leaf.kernel if isinstance(leaf, Rearranged) else leaf
     return {
-        "kind": kind_of(leaf),
+        "kind": kind_of(inner),
         "shape": list(leaf.shape),
-        "dtype": str(leaf.dtype),
+        "dtype": str(inner.dtype),
         "rank": getattr(leaf, "rank", None),
         "weights": count,
         "dense_weights": dense,

@@ -71,7 +71,7 @@ def compress_model(
         # A resumed run does only a part of the work, so its cost is not predicted.
         predicted = None if output.resumed else _predict(opened, data, settings, directory)
         result = _run(run, opened, data, output)
-        report = _report(result, data.facts, settings, predicted)
+        report = _report(result, data.facts, settings, predicted, output)
         summary = _summary(directory, report, start)
         output.finish(
             result,
@@ -163,9 +163,13 @@ def _report(
     facts: dict[str, Any] | None,
     settings: dict[str, Any],
     predicted: dict[str, Any] | None,
+    output: Output,
 ) -> dict[str, Any]:
     """The content of ``report.json``."""
     report = {**result.report, "calibration": facts, "settings": settings}
+    report["file_bytes"] = output.file_bytes()
+    if result.plan.tables:
+        report["plan"] = {**report["plan"], "tables": dict(result.plan.tables)}
     if predicted is not None:
         report |= {"predicted": predicted, "happened": measured(report, predicted)}
     return report
@@ -177,6 +181,8 @@ def _summary(directory: Path, report: dict[str, Any], start: float) -> dict[str,
         "output": str(directory),
         **{k: v for k, v in report["plan"].items() if k in ("kept", "bits_per_weight")},
         "bytes": report["bytes"],
+        "file_bytes": report["file_bytes"],
+        "tables": report["plan"].get("tables", {}),
         "seconds": time.perf_counter() - start,
         "predicted": report.get("predicted"),
         "happened": report.get("happened"),
@@ -288,7 +294,11 @@ def show(result: dict[str, Any]) -> None:
         else f"{result['bits_per_weight']:.3f} bits per block linear weight"
     )
     method, size = result["settings"]["method"], format_bytes(result["bytes"])
+    if (written := result.get("file_bytes")) is not None:
+        size = f"{size} ({written:,} bytes of files)"
     print(f"{result['output']}: {method}, {what}, {size}, {result['seconds']:.0f} s")
+    for path, form in result.get("tables", {}).items():
+        print(f"{path}: {form}")
     if result["predicted"] is not None:
         _show_cost(result["predicted"], result["happened"])
     if calibration is not None:

@@ -14,7 +14,7 @@ from lordjax.forecast.quantized_cost import QuantizationSpec
 from lordjax.forecast.shapes import dense_shapes, multiplications, outline, stored
 from lordjax.scripts.console import format_bytes, say
 from lordjax.scripts.flags.options import ignored_keys
-from lordjax.scripts.jobs import QUANTIZED, job_of
+from lordjax.scripts.jobs import QUANTIZED, WHOLE_FILE, job_of
 from lordjax.scripts.opened_model import quiet_transformers
 from lordjax.scripts.token_inputs import WINDOW
 from lordjax.scripts.verbs.plan_device import asked_card, on_device, show_device
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 STORED = ("float32", "bfloat16", "float16")
 COMPRESSION_OPTIONS = (
     *("keep", "ranks", "allocation", "temperature", "prefix", "elastic"),
-    *("dtype", "factors", *QUANTIZED, "shape", "multiple"),
+    *("dtype", "factors", *QUANTIZED, *WHOLE_FILE, "shape", "multiple"),
 )
 
 

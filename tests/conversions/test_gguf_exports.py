@@ -3,6 +3,7 @@
 import json
 
 import gguf
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hf_models import CASES, hf_logits, hf_model, some_tokens
@@ -25,6 +26,9 @@ from lordjax.conversions.exporters.gguf_file import FILE
 from lordjax.conversions.readers.checkpoint import open_checkpoint
 from lordjax.conversions.readers.gguf.pre_tokenizers import PRE_TOKENIZERS
 from lordjax.kernels import trees
+from lordjax.kernels.normal_float import Format
+from lordjax.kernels.quantized import NFQuantized
+from lordjax.kernels.table import quantized_table
 from lordjax.storage.saved_model import open_saved
 
 TOKENS = some_tokens()
@@ -320,3 +324,15 @@ def test_tokenizers_that_llama_cpp_has_not(tmp_path):
     with pytest.raises(ValueError, match="tokenizer of type Unigram"):
         written(tmp_path / "c", unigram, {})
     assert not any((tmp_path / name / "out").exists() for name in "abc")
+
+
+@pytest.mark.full
+def test_coded_tables_are_decoded(opened, tmp_path):
+    _, checkpoint = opened("llama-tied")
+    params = checkpoint.params()
+    kernel = NFQuantized.encode(jnp.asarray(params["embed"]["embedding"]).T, Format())
+    coded = trees.update(params, {"embed/embedding": quantized_table(kernel, "float32")})
+    save(tmp_path / "coded", checkpoint.config, coded, hf_config=checkpoint.hf_config)
+    export(open_saved(tmp_path / "coded"), tmp_path / "out", "gguf")
+    found = open_checkpoint(tmp_path / "out" / FILE).params()["embed"]["embedding"]
+    np.testing.assert_allclose(found, kernel.materialize().T, rtol=1e-6)

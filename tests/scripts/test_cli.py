@@ -336,7 +336,7 @@ def test_codes_need_no_calibration_and_are_shown(tiny, text, tmp_path):
             ("lord", "--format", "nf4"),
             "method 'lord' does not take --format, which is for quantizing methods",
         ),
-        (("nf",), "give exactly one of bits, budget_bytes and format"),
+        (("nf",), "give exactly one of bits, budget_bytes, file_bytes and format"),
         (("nf", "--bits", "4", "--format", "nf4"), "give exactly one of bits"),
         (("nf", "--format", "nf5"), "'nf5' is no format; expected nf<bits>"),
         (("nf", "--bits", "nan"), "--bits"),

@@ -37,6 +37,7 @@ SITES = [site_path(i, site) for i in range(CONFIG.num_layers) for site in LINEAR
 BITS = {"nf": 3.3, "lq": 3.3, "auto": 5.0}
 SMALL = {"formats": FORMATS, "steps": 2}
 FIRST = "layer_0/attention/q/kernel"
+ONE_BUDGET = "exactly one of bits, budget_bytes, file_bytes and format"
 
 
 @pytest.fixture(scope="module")
@@ -417,8 +418,12 @@ def test_quantized_factor_pairs(lord, source, factors, tolerance):
         ({"rank": 0}, ValueError, "rank must be at least 1, got 0"),
         ({"rank": 64}, ValueError, rf"rank 64 is not below the smaller side of {FIRST} \(64, 64\)"),
         ({"steps": 0}, ValueError, "steps must be at least 1, got 0"),
-        ({"bits": None}, ValueError, "exactly one of bits, budget_bytes and format"),
-        ({"budget_bytes": 10_000}, ValueError, "exactly one of bits, budget_bytes and format"),
+        ({"bits": None}, ValueError, ONE_BUDGET),
+        (
+            {"budget_bytes": 10_000},
+            ValueError,
+            ONE_BUDGET,
+        ),
         ({"bits": float("nan")}, ValueError, "bits must be positive, got nan"),
         ({"bits": float("inf")}, ValueError, "bits must be positive, got inf"),
         ({"bits": None, "form": "nf5"}, ValueError, "bits and scale_bits must be among"),
@@ -454,9 +459,9 @@ def test_unknown_names_are_explained_when_preparing(source):
 
 
 def test_wrong_arguments_of_a_plan(prepared):
-    with pytest.raises(ValueError, match="exactly one of bits and budget_bytes, got None and None"):
+    with pytest.raises(ValueError, match=r"exactly one of bits, .* got None, None and None"):
         prepared["nf"].plan()
-    with pytest.raises(ValueError, match="exactly one of bits and budget_bytes, got 3 and 9"):
+    with pytest.raises(ValueError, match=r"exactly one of bits, .* got 3, 9 and None"):
         prepared["nf"].plan(bits=3, budget_bytes=9)
     with pytest.raises(KeyError, match="no solver 'exact'"):
         prepared["nf"].plan(bits=3, solver="exact")

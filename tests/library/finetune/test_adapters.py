@@ -16,7 +16,9 @@ from lordjax.kernels.base import materialize, matmul, nbytes
 from lordjax.kernels.convert import factorize
 from lordjax.kernels.kinds import weights
 from lordjax.kernels.low_rank import LowRank
-from lordjax.kernels.quantized import LowRankPlusQuantized
+from lordjax.kernels.normal_float import Format
+from lordjax.kernels.quantized import LowRankPlusQuantized, NFQuantized
+from lordjax.kernels.table import quantized_table, smaller_table
 from lordjax.models import Transformer, init
 
 
@@ -111,6 +113,22 @@ def test_merging_is_the_same_model(params, kind):
     for path, leaf in trees.flatten(merged).items():
         if isinstance(leaf, LowRank):
             assert weights(leaf) < np.prod(leaf.shape), path
+
+
+@pytest.mark.parametrize("form", ["nf4", "float16"])
+def test_tables_in_smaller_formats_are_not_changed(params, form):
+    """Adapters come and go in the blocks; the embedding stays as it is stored."""
+    table = jnp.asarray(params["embed"]["embedding"])
+    small = smaller_table(table, "float16")
+    if form == "nf4":
+        small = quantized_table(NFQuantized.encode(table.T, Format.parse(form)), "float32")
+    tree = trees.update(params, {"embed/embedding": small})
+    lora = dataclasses.replace(RECIPES["lora"], rank=4)
+    tuned, paths = recipes.initial_params(lora, tree, jax.random.key(0))
+    assert not [path for path in paths if path.startswith("embed")]
+    merged = adapters.merge(tuned)["embed"]["embedding"]
+    assert nbytes(merged) == nbytes(small) < nbytes(table)
+    np.testing.assert_array_equal(materialize(merged), materialize(small))
 
 
 def test_codes_under_every_block_matrix(params):

@@ -6,7 +6,14 @@ socket, ``H`` a hole in the path (no such file), ``D`` a directory of texts, ``A
 
 NUMBERS = ("", "x", "-5", "nan", "inf", "-inf", "1e308", "1e400", "²", "0x10", "9" * 400)
 COUNTS = {
-    "compress M O": ("--samples", "--seq-len", "--rank", "--budget-bytes", "--seed"),
+    "compress M O": (
+        "--samples",
+        "--seq-len",
+        "--rank",
+        "--budget-bytes",
+        "--file-bytes",
+        "--seed",
+    ),
     "plan M": ("--samples", "--num-processes", "--batch", "--accumulate"),
     "finetune M O --data T": (
         "--steps",

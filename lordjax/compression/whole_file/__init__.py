@@ -1,0 +1,1 @@
+"""Everything that a model's files hold: matrices outside the blocks, and budgets of bytes."""
