@@ -19,12 +19,13 @@ from lordjax.conversions.exporters.hf_files import (
     flat_block,
     of_block,
     outside,
+    outside_blocks,
     stored,
     write_config,
     write_shards,
 )
 from lordjax.conversions.families.registry import TensorSource, family_of, tensor_table
-from lordjax.kernels import base, trees
+from lordjax.kernels import base
 from lordjax.models import head_axes
 from lordjax.models.config import ModelConfig
 from lordjax.names import layer_type
@@ -50,7 +51,7 @@ def _tensors(
     job: ExportSpec, table: Mapping[str, TensorSource]
 ) -> Iterator[tuple[str, np.ndarray]]:
     source = job.source
-    rest = base.materialize(trees.flatten(source.non_block_params()))
+    rest = outside_blocks(source)
     yield from stored(outside(table), rest, job.dtype)
     for i in range(source.config.num_layers):
         rows = of_block(table, i)

@@ -21,6 +21,7 @@ from lordjax.conversions.exporters.hf_files import (
     flat_block,
     of_block,
     outside,
+    outside_blocks,
     stored,
     table_of_width,
     write_config,
@@ -28,8 +29,7 @@ from lordjax.conversions.exporters.hf_files import (
 )
 from lordjax.conversions.exporters.torch_layer import Layer, Part
 from lordjax.conversions.families.registry import TensorSource, family_of, tensor_table
-from lordjax.kernels import trees
-from lordjax.kernels.base import Kernel, materialize
+from lordjax.kernels.base import Kernel
 from lordjax.kernels.quantized import LowRankPlusQuantized
 from lordjax.models import head_axes
 from lordjax.runtime.input_files import read_json
@@ -166,7 +166,7 @@ def _tensors(
         source, hf_config = job.source, job.source.hf_config
         whole = tensor_table(hf_config, leaves=source.leaves())
         of_width = functools.cache(functools.partial(table_of_width, hf_config))
-        rest = materialize(trees.flatten(source.non_block_params()))
+        rest = outside_blocks(source)
         names = family_of(hf_config).module_names
         for name, array in stored(outside(whole), rest):
             yield names.get(name, name), array  # transformers renames only for its own classes

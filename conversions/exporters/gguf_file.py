@@ -25,6 +25,7 @@ from lordjax.conversions.exporters.hf_files import (
     mlp_widths,
     of_block,
     outside,
+    outside_blocks,
     own_table,
     stored,
 )
@@ -36,8 +37,6 @@ from lordjax.conversions.readers.gguf.config import config_json
 from lordjax.conversions.readers.gguf.facts import Facts
 from lordjax.conversions.readers.gguf.layouts import INVERSES, Heads
 from lordjax.conversions.readers.gguf.shards import read_headers
-from lordjax.kernels import trees
-from lordjax.kernels.base import materialize
 from lordjax.models.config import UNLIMITED, ModelConfig, Rope
 from lordjax.models.rope import rope_frequencies
 
@@ -217,7 +216,7 @@ def _values(source: Opened, row: Architecture, kind: str) -> Iterator[np.ndarray
                 tensor = INVERSES[layout](tensor, heads)
             yield quantize(np.ascontiguousarray(tensor), _type(kind, tensor.shape))
 
-    yield from encoded(outside(table), materialize(trees.flatten(source.non_block_params())))
+    yield from encoded(outside(table), outside_blocks(source))
     for i in range(source.config.num_layers):
         yield from encoded(of_block(table, i), flat_block(source, i))
     if (divisors := _divisors(source.config)) is not None:

@@ -14,7 +14,7 @@ import safetensors.numpy
 from lordjax.conversions.families.family import TensorSource
 from lordjax.conversions.families.registry import family_of, tensor_table
 from lordjax.kernels import trees
-from lordjax.kernels.base import is_kernel
+from lordjax.kernels.base import is_kernel, materialize
 from lordjax.models.config import ModelConfig
 from lordjax.models.head_axes import ROPE_INDEX
 from lordjax.models.tables import table_paths
@@ -100,6 +100,11 @@ def check_plain(source: Opened, to: str, table: Mapping[str, TensorSource]) -> N
                 f"a {to} export cannot hold {name} ({len(paths)} of them, the first is "
                 f"{paths[0]}); export with --to factored, or compress with --shape stock"
             )
+
+
+def outside_blocks(source: Opened) -> dict[str, Any]:
+    """Returns the parameters outside the blocks by path, embeddings and head decoded."""
+    return materialize(trees.flatten(source.non_block_params()))
 
 
 def mlp_widths(source: Opened) -> tuple[int, ...]:

@@ -33,6 +33,7 @@ from lordjax.conversions.exporters.hf_files import (
     mlp_widths,
     of_block,
     outside,
+    outside_blocks,
     own_table,
     stored,
     write_config,
@@ -40,7 +41,6 @@ from lordjax.conversions.exporters.hf_files import (
 )
 from lordjax.conversions.families.family import TensorSource
 from lordjax.conversions.families.registry import family_of
-from lordjax.kernels import trees
 from lordjax.models.config import UNLIMITED, ModelConfig
 
 CODE = "modeling_decilm"
@@ -81,7 +81,7 @@ def nemotron_nas(job: ExportSpec, stage: Path) -> None:
 def _tensors(
     job: ExportSpec, table: Mapping[str, TensorSource]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    rest = trees.flatten(job.source.non_block_params())
+    rest = outside_blocks(job.source)
     yield from stored(outside(table), rest, job.dtype)
     for i in range(job.source.config.num_layers):
         yield from stored(of_block(table, i), flat_block(job.source, i), job.dtype)
