@@ -66,7 +66,11 @@ def complete(
     ids = [tokenize(tokenizer, p) if isinstance(p, str) else list(p) for p in prompts]
     found: dict[int, Completion] = {}
     for rows, filled in _batches(ids, batch_size):
-        texts = [_Text(tokenizer, ids[i], stop_strings) for i in filled]
+        texts = [_Text(tokenizer, ids[i], stop_strings) for i in rows]
+
+        def ended(i: int, tokens: list[int], texts: Sequence[_Text] = texts) -> bool:
+            return i >= len(texts) or texts[i].ended(tokens)  # what only fills the batch ends first
+
         answers = generate(
             config,
             params,
@@ -76,7 +80,7 @@ def complete(
             stop_tokens=_stops(stop_tokens, tokenizer),
             seed=seed,
             rows=filled,
-            ended=(lambda i, tokens, texts=texts: texts[i].ended(tokens)) if stop_strings else None,
+            ended=ended,
         )
         for i, text, answer in zip(rows, texts, answers, strict=False):
             found[i] = Completion(text.so_far(answer.tokens), len(answer.tokens), answer.reason)
@@ -164,6 +168,8 @@ class _Text:
 
     def ended(self, tokens: list[int]) -> bool:
         """Returns whether the answer holds a stop string."""
+        if not self._stops:
+            return False
         text = self._decoded(tokens)[self._start :]
         return any(stop in text for stop in self._stops)
 
