@@ -72,7 +72,7 @@ class Distillation:
 
     def identity(self, text: Text) -> dict[str, Any]:
         """Returns everything that the bits of a distilled model depend on, besides the models."""
-        tokens = token_windows.fingerprint(np.concatenate(text))
+        tokens = token_windows.fingerprint(np.concatenate(text[:2]))
         return {**dataclasses.asdict(self), "tokens_sha256": tokens}
 
     def recipe(self, params: Any) -> Recipe:
@@ -100,10 +100,12 @@ class Text(NamedTuple):
     Attributes:
       train: token ids ``[n, L]`` to train on.
       held_out: token ids ``[m, L]`` that judge the result.
+      source: where they come from, for the report.
     """
 
     train: np.ndarray
     held_out: np.ndarray
+    source: str = ""
 
 
 def check(config: ModelConfig) -> None:
@@ -154,6 +156,7 @@ def distill(
     run = (config, params, data, recipe, settings, directory)
     new, outcome = _trained(run, before, how.dtype, progress)
     facts = {
+        "source": text.source,
         "tokens": text.train.size,
         "held_out_tokens": text.held_out.size,
         "recipe": dataclasses.asdict(recipe),
@@ -202,7 +205,7 @@ def check_pair(teacher: ModelConfig, student: ModelConfig) -> None:
 
 def _data(teacher: Source, text: Text, store: Store, progress: Progress | None) -> Data:
     """Returns examples with the teacher's predictions; the held-out ones come last."""
-    rows = taught(teacher, np.concatenate(text), store, top=TOP, progress=progress)
+    rows = taught(teacher, np.concatenate(text[:2]), store, top=TOP, progress=progress)
     held = np.arange(len(text.train), rows.size)
     validation = rows.rows(held)
     plain = Examples(text.train, rows.targets[: len(text.train)])
