@@ -86,7 +86,7 @@ RECIPES: dict[str, Recipe] = {
         (ADAPTERS, FACTORS, SHIFTS, NORMS),
         scales=True,
         rank=32,
-        learning_rate=1e-3,
+        learning_rate=3e-4,
         summary="all of a compressed model but codes and embeddings, as compress --distill does",
     ),
     "factors": Recipe((FACTORS,), summary="low-rank factors only"),

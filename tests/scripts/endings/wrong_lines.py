@@ -6,7 +6,7 @@ socket, ``H`` a hole in the path (no such file), ``D`` a directory of texts, ``A
 
 NUMBERS = ("", "x", "-5", "nan", "inf", "-inf", "1e308", "1e400", "²", "0x10", "9" * 400)
 COUNTS = {
-    "compress M O": ("--samples", "--seq-len", "--rank", "--budget-bytes", "--seed"),
+    "compress M O": ("--samples", "--seq-len", "--rank", "--budget-bytes", "--seed", "--distill"),
     "plan M": ("--samples", "--num-processes", "--batch", "--accumulate"),
     "finetune M O --data T": (
         "--steps",
@@ -25,7 +25,7 @@ COUNTS = {
     "demo --out O": ("--windows",),
 }
 REALS = {
-    "compress M O": ("--keep", "--bits", "--temperature"),
+    "compress M O": ("--keep", "--bits", "--temperature", "--distill-rate"),
     "finetune M O --data T": ("--learning-rate", "--warmup", "--weight-decay", "--clip", "--alpha"),
     "generate M hi": ("--temperature", "--top-p", "--repetition-penalty"),
     "evaluate-code M --problems T": ("--seconds", "--temperature"),
@@ -79,6 +79,11 @@ SINGLE = (
     ("compress M O --coordinator nowhere", "--coordinator"),
     ("compress M O --process-id 1", "--coordinator"),
     ("compress M O --keep 0.5 --bits 3", "--bits"),
+    ("compress M O --calibration T --seq-len 32 --distill 99999999", "--distill"),
+    ("compress M O --calibration T --seq-len 32 --distill 31", "--distill"),
+    ("compress M O --elastic --distill 64", "--elastic"),
+    ("compress M O --mesh data=1 --distill 64", "--mesh"),
+    ("compress M O --distill-rate 0.1", "--distill"),
     ("compress M M", "OUT"),
     ("compress M D/out --calibration D", "OUT"),
     ("finetune M D/out --data D", "OUT"),
