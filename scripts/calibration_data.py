@@ -19,6 +19,7 @@ from lordjax.scripts.token_inputs import (
 if TYPE_CHECKING:
     from lordjax.data.mixtures import Part
     from lordjax.data.token_windows import Windows
+    from lordjax.finetune.distillation import Distillation, Text
 
 SELF, STANDARD_LIBRARY = "self", "stdlib"  # words that stand for data in --calibration
 
@@ -83,6 +84,66 @@ def read_calibration(
         _part_facts(part, windows) for part, (windows, _) in zip(parts, read, strict=True)
     ]
     return tokens, facts
+
+
+def read_with_text(
+    model: Model,
+    calibration: str | None,
+    training: Distillation,
+    *,
+    seq_len: int | None,
+    samples: int | None,
+    seed: int,
+    field: str = FIELD,
+) -> tuple[Any, dict[str, Any], Text]:
+    """Reads calibration windows, and the windows that the result is distilled on.
+
+    Both begin with the first window. The last ones are held out from both.
+
+    Args:
+      model: as for `read_calibration`, and so are all other arguments but ``training``.
+      calibration: see there.
+      training: how many tokens the result is distilled on.
+      seq_len: see there.
+      samples: see there.
+      seed: see there.
+      field: see there.
+
+    Returns:
+      What `read_calibration` returns, and the text.
+
+    Raises:
+      FileNotFoundError: as `read_calibration`.
+      ValueError: as `read_calibration`, or if the data has too few tokens, or the model does not
+        predict the next token.
+    """
+    from lordjax.data import mixtures, token_count
+    from lordjax.data.token_windows import fingerprint
+    from lordjax.finetune.distillation import Text, check
+
+    check(model.config)
+    parts = mixtures.parse(
+        calibration or default_calibration(model.config), (SELF, STANDARD_LIBRARY)
+    )
+    length = shared_length(parts, seq_len, model.config)
+    count, held = training.sequences(length)
+    wanted = samples or token_count.default_windows(model.config, length)
+    how: dict[str, Any] = {"seq_len": length, "samples": max(wanted, count) + held}
+    tokens, facts = read_calibration(model, calibration, seed=seed, field=field, **how)
+    if len(tokens) < count + held:
+        raise ValueError(
+            f"--distill {training.tokens}: {facts['source']} has {len(tokens)} sequences of "
+            f"{length} tokens; expected {count} to train on and {held} that are held out: give "
+            "fewer tokens, more data (--calibration), or shorter sequences (--seq-len)"
+        )
+    own = tokens[: min(wanted, len(tokens) - held)]
+    facts |= {
+        "samples": wanted,
+        "windows": len(own),
+        "tokens_per_neuron": token_count.tokens_per_neuron(model.config, own.size),
+        "tokens_sha256": fingerprint(own),
+    }
+    return own, facts, Text(tokens[:count], tokens[-held:], facts["source"])
 
 
 def _part_facts(part: Part, windows: Windows) -> dict[str, Any]:

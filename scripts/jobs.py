@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lordjax.scripts.console import KEEP
+
+if TYPE_CHECKING:
+    from lordjax.compression.result import Result
+    from lordjax.compression.resumable_output import Output
+    from lordjax.finetune.distillation import Distillation, Text
+    from lordjax.runtime.progress import Progress
+    from lordjax.scripts.opened_model import Model
 
 # Options of quantizing methods only, and of low-rank methods only.
 QUANTIZED = ("bits", "budget_bytes", "form", "rank", "weighting", "feedback")
@@ -166,3 +175,143 @@ def _quantized_job(
         return quantized.quantize(source, tokens, method=method, **given, **settings)
 
     return run, settings, needs_tokens, 0.5
+
+
+def open_original(name: str, directory: Path, keep: float, settings: dict[str, Any]) -> Model:
+    """Opens a model that is not compressed yet, if there is room for the result on disk.
+
+    Args:
+      name: the model.
+      directory: where the result goes.
+      keep: about which fraction of the block linear weights, in bytes, is stored.
+      settings: settings of the job, see `job_of`.
+
+    Raises:
+      OSError: if the disk has not enough room.
+      ValueError: if the model is compressed already.
+    """
+    from lordjax.scripts.opened_model import open_model
+    from lordjax.storage.room import check_room
+
+    model = open_model(name)
+    if model.kind == "compressed":
+        raise ValueError(f"{name}: is compressed already; give the original model")
+    dtype = settings["dtype"]
+    if dtype is None and "elastic" not in settings:
+        dtype = model.stored_dtype
+    check_room(directory, estimated_bytes(model, keep, dtype))
+    return model
+
+
+def estimated_bytes(model: Model, keep: float, dtype: str | None) -> int:
+    """Estimates the bytes of a compressed model on disk.
+
+    Args:
+      model: the original model.
+      keep: fraction of the block linear weights that is stored.
+      dtype: dtype that is stored; None: as in the model.
+    """
+    import jax.numpy as jnp
+
+    from lordjax.names import is_block_linear
+
+    total = 0.0
+    for path, leaf in model.leaves().items():
+        itemsize = jnp.dtype(dtype or leaf.dtype).itemsize
+        total += leaf.size * itemsize * (keep if is_block_linear(path) else 1.0)
+    return int(total)
+
+
+def distillation_of(options: dict[str, Any], seed: int) -> Distillation | None:
+    """Returns how the result is distilled; None without ``--distill``.
+
+    Raises:
+      ValueError: if options do not go together.
+    """
+    from lordjax.finetune.distillation import Distillation
+    from lordjax.runtime import multihost
+
+    tokens, rate, dtype = (options.get(f"distill{name}") for name in ("", "_rate", "_dtype"))
+    if tokens is None:
+        for name, value in (("rate", rate), ("dtype", dtype)):
+            if value is not None:
+                raise ValueError(f"--distill-{name} needs --distill; say how many tokens")
+        return None
+    if options["elastic"]:
+        raise ValueError(
+            "--distill cannot be combined with --elastic: an elastic model stores factors for all "
+            "budgets, and one budget is trained; leave --elastic out, and choose --keep"
+        )
+    if options["mesh"] is not None or multihost.process_count() > 1:
+        raise ValueError(
+            "--distill trains on one device of one process; leave --mesh and --coordinator out, or "
+            "train the result with: lordjax finetune --recipe distill --teacher MODEL --devices N"
+        )
+    return Distillation(tokens, rate, dtype or "float32", seed)
+
+
+def distilled(
+    result: Result,
+    opened: Model,
+    text: Text,
+    training: Distillation,
+    output: Output,
+    progress: Progress | None,
+) -> Result:
+    """Distills a compressed model, and writes its parts.
+
+    Args:
+      result: the model, whose parts are in the draft of ``output``.
+      opened: the original model.
+      text: what it is trained and judged on.
+      training: how it is trained.
+      output: where the parts go.
+      progress: called with the stage, the work done, and all of it.
+
+    Returns:
+      The result, with facts about the training in its report.
+    """
+    from lordjax.finetune import distillation
+    from lordjax.runtime.progress import peak_rss
+    from lordjax.storage.shards import join_blocks, names, split_blocks
+
+    key, config = "distilled", result.config
+    params = join_blocks({name: result.params[name] for name in names(config)})
+    if key in output.store and not output.store[key]["kept"]:
+        new = params
+    else:
+        new, facts = distillation.distill(
+            opened.source,
+            config,
+            params,
+            text,
+            training,
+            store=output.store,
+            directory=output.training,
+            progress=progress,
+        )
+        if key not in output.store:
+            output.store[key] = facts | {"peak_rss_bytes": peak_rss()}
+    for name, tree in split_blocks(new).items():
+        if name not in output.shards:
+            output.shards[name] = tree
+    report = {**result.report, "distillation": output.store[key]}
+    return dataclasses.replace(result, params=output.shards, report=report)
+
+
+def distillation_line(facts: dict[str, Any]) -> str:
+    """Returns a sentence about what distillation did.
+
+    Args:
+      facts: see `finetune.distillation.distill`.
+    """
+    before, after = facts["before"], facts["after"]
+    text = (
+        f"divergence {before['divergence']:.4f} -> {after['divergence']:.4f} and loss "
+        f"{before['nats']:.4f} -> {after['nats']:.4f} nats on {facts['held_out_tokens']} held-out "
+        f"tokens, {facts['seconds']:.0f} s"
+    )
+    if facts["kept"]:
+        return f"distilled on {facts['tokens']} tokens: {text}"
+    text = facts["error"] or text
+    return f"distillation did not help, so the weights before it are kept: {text}"

@@ -4,6 +4,8 @@
 
     OUT.partial/           a `DiskStore`: statistics, factors, hidden states, the plan
     OUT.partial/model/     the unfinished directory: one file per finished block
+    OUT.partial/draft/     with distillation, the blocks before it
+    OUT.partial/distill/   with distillation, its checkpoints and metrics
     OUT                    appears, whole, when all is done; then OUT.partial is removed
 
     with Output("small", identity) as output:
@@ -121,6 +123,17 @@ class Output:
             Shards(self._stage, self.store) if multihost.is_primary() else Unwritten(self.store)
         )
         self.resumed = not self.store.empty
+
+    @property
+    def training(self) -> Path:
+        """Directory of the run that distills the model of `draft`."""
+        return self.store.directory / "distill"
+
+    def draft(self) -> Shards:
+        """Returns where the parts of a model go that is distilled before it is written."""
+        directory = self.store.directory / "draft"
+        directory.mkdir(exist_ok=True)
+        return Shards(directory, self.store, prefix="draft")
 
     def _agree(self, identity: Mapping[str, Any]) -> Any:
         """Discards results that some process lacks; returns the summary that process 0 finished."""

@@ -35,12 +35,17 @@ class Examples(NamedTuple):
         classifier, ``[n, 1]`` classes. -1 means no target.
       mask: ``[n, L]``, False at padding; None if nothing is padded.
       token_types: ``[n, L]`` int32; None if all are 0.
+      top_ids: ``[n, L, k]`` int32, a teacher's most likely next tokens at every position; None
+        without one. Read by rows, so that they need not be in memory.
+      top_logs: ``[n, L, k + 1]`` float32, their log-probabilities, and that of all others.
     """
 
     tokens: np.ndarray
     targets: np.ndarray
     mask: np.ndarray | None = None
     token_types: np.ndarray | None = None
+    top_ids: Any = None
+    top_logs: Any = None
 
     @property
     def size(self) -> int:

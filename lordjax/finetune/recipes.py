@@ -14,13 +14,15 @@ import optax
 from jaxtyping import Array
 
 from lordjax.finetune import adapters
-from lordjax.kernels import trees
+from lordjax.kernels import trained_scales, trees
 from lordjax.kernels.base import is_kernel
 from lordjax.names import did_you_mean, is_block_linear
 
 ADAPTERS = r"kernel/low_rank/(left|right)$"
 FACTORS = r"layer_\d+/.*/kernel/(left|right)$"
 HEAD = r"^(transform/|head/)"  # a classifier's head
+SHIFTS = r"/shifts$"  # of block scales, see `kernels.trained_scales`
+NORMS = r"(^|_)norm/(scale|bias)$|^layer_\d+/.*/bias$"  # and biases of linear layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +32,13 @@ class Recipe:
     Attributes:
       train: regular expressions of the paths of trained arrays (`trees.arrays`).
       codes: format to which the blocks' matrices are quantized first; None leaves them as they are.
+      scales: whether block scales and quantized low-rank factors can be trained.
       rank: rank of new adapters; None adds none.
       alpha: LoRA's alpha. The adapters' learning rate is multiplied by ``sqrt(alpha / rank)``; see
         `adapters`.
       learning_rate: peak learning rate.
+      rates: factors of the learning rate for paths in which a regular expression is found; the
+        first one that is found counts.
       schedule: a key of `SCHEDULES`; the schedule after the warm-up.
       warmup: fraction of the steps in which the learning rate rises linearly from 0.
       weight_decay: AdamW's weight decay.
@@ -44,9 +49,11 @@ class Recipe:
 
     train: tuple[str, ...]
     codes: str | None = None
+    scales: bool = False
     rank: int | None = None
     alpha: float | None = None
     learning_rate: float = 2e-4
+    rates: tuple[tuple[str, float], ...] = ()
     schedule: str = "cosine"
     warmup: float = 0.03
     weight_decay: float = 0.0
@@ -74,6 +81,13 @@ RECIPES: dict[str, Recipe] = {
         (ADAPTERS, FACTORS),
         rank=32,
         summary="low-rank factors, and new adapters on the other block matrices, merged afterwards",
+    ),
+    "distill": Recipe(
+        (ADAPTERS, FACTORS, SHIFTS, NORMS),
+        scales=True,
+        rank=32,
+        learning_rate=3e-4,
+        summary="all of a compressed model but codes and embeddings, as compress --distill does",
     ),
     "factors": Recipe((FACTORS,), summary="low-rank factors only"),
     "full": Recipe(
@@ -137,6 +151,8 @@ def initial_params(
     """
     if recipe.codes is not None:
         params = adapters.quantize_bases(params, recipe.codes)
+    if recipe.scales:
+        params = trained_scales.unpacked(params)
     if recipe.rank is not None:
         where = [
             path for path, leaf in trees.flatten(params).items() if _adapted(recipe, path, leaf)
@@ -183,24 +199,26 @@ def optimizer(recipe: Recipe, steps: int) -> optax.GradientTransformation:
         rise = optax.linear_schedule(peak / warm, peak, warm)
         schedule = optax.join_schedules([rise, schedule], [warm])
     adam = optax.adamw(schedule, b2=recipe.b2, weight_decay=recipe.weight_decay)
-    scaled = [] if recipe.alpha is None else [_scale_adapter_updates(recipe.alpha)]
+    scaled = [_scale_updates(recipe)] if recipe.rates or recipe.alpha is not None else []
     clip = [] if recipe.clip is None else [optax.clip_by_global_norm(recipe.clip)]
     return optax.chain(*clip, adam, *scaled)
 
 
-def _scale_adapter_updates(alpha: float) -> optax.GradientTransformation:
-    """Multiplies the updates of adapters by ``sqrt(alpha / rank)``, each with its own rank."""
+def _scale_updates(recipe: Recipe) -> optax.GradientTransformation:
+    """Multiplies the updates of every array by its own factor of the learning rate."""
 
     def scaled(updates: Any, params: Any) -> Any:
         del params
         leaves, structure = jax.tree.flatten(updates)
-        rates = (_adapter_rate(alpha, path, a) for path, a in trees.arrays(updates).items())
+        rates = (_rate(recipe, path, a) for path, a in trees.arrays(updates).items())
         return structure.unflatten([a * rate for a, rate in zip(leaves, rates, strict=True)])
 
     return optax.stateless(scaled)
 
 
-def _adapter_rate(alpha: float, path: str, array: Array) -> float:
-    if not re.search(ADAPTERS, path):
-        return 1.0
-    return (alpha / array.shape[-1 if path.endswith("left") else -2]) ** 0.5
+def _rate(recipe: Recipe, path: str, array: Array) -> float:
+    """Factor of an array's learning rate; of adapters also ``sqrt(alpha / rank)``."""
+    factor = next((f for pattern, f in recipe.rates if re.search(pattern, path)), 1.0)
+    if recipe.alpha is None or not re.search(ADAPTERS, path):
+        return factor
+    return factor * (recipe.alpha / array.shape[-1 if path.endswith("left") else -2]) ** 0.5

@@ -9,6 +9,7 @@ accumulation changes only the memory::
     loss = Σ nll / targets
     loss = (1 - w) · Σ nll / targets + w · Σ KL(teacher ‖ student) / targets      with a teacher
 
+The teacher is a model in memory, or a table of its predictions in the examples (`predictions`).
 A run is a function of its arguments. The examples of a step follow from the seed and the step's
 number, and no other random number is drawn after the start.
 """
@@ -31,7 +32,7 @@ from lordjax.finetune import recipes
 from lordjax.finetune.recipes import Recipe
 from lordjax.kernels import trees
 from lordjax.kernels.kinds import astype
-from lordjax.models import objective
+from lordjax.models import divergence, objective
 from lordjax.models.blocks import Block
 from lordjax.models.config import ModelConfig
 from lordjax.models.output_heads import CARRIED
@@ -40,6 +41,10 @@ from lordjax.names import layer
 from lordjax.runtime import target
 from lordjax.runtime.mesh import Mesh, batch_shardings, fsdp_shardings, put
 from lordjax.runtime.xla_scheduling import block_by_block
+
+
+class DivergedError(ValueError):
+    """A loss or gradient is not finite."""
 
 
 class State(NamedTuple):
@@ -167,7 +172,8 @@ def target_losses(
       config: the model's architecture.
       params: the model's parameters.
       batch: examples ``[b, s]``.
-      teacher: the teacher's parameters; needed if ``distill`` is not 0.
+      teacher: the teacher's parameters; needed if ``distill`` is not 0, unless the examples hold
+        a teacher's predictions.
       distill: weight of the divergence from the teacher.
       remat: whether to recompute each block in the backward pass; needs ``trained``.
       trained: paths of the arrays that get a gradient, which is computed block by block. None: all
@@ -175,12 +181,16 @@ def target_losses(
     """
     stream = functools.partial(_stream, config, batch, remat)
     x = stream(params, trained)
-    nll = objective.losses(config, params, x, batch.targets, batch.mask)
-    if not distill:
-        return nll, nll
-    y = stream(teacher)
-    divergence = objective.divergences(config, params, teacher, x, y, batch.targets)
-    return nll, (1 - distill) * nll + distill * divergence
+    if distill and batch.top_ids is not None:
+        table = (batch.top_ids, batch.top_logs)
+        nll, apart = divergence.losses_and_divergences(config, params, x, batch.targets, *table)
+    else:
+        nll = objective.losses(config, params, x, batch.targets, batch.mask)
+        if not distill:
+            return nll, nll
+        y = stream(teacher)
+        apart = divergence.divergences(config, params, teacher, x, y, batch.targets)
+    return nll, apart if distill == 1 else (1 - distill) * nll + distill * apart
 
 
 def _stream(
@@ -304,11 +314,11 @@ def run(
       mesh: devices that share the work; None uses one device.
 
     Raises:
-      ValueError: if a setting is out of range, the teacher is missing or not possible, or a loss or
-        gradient is not finite; names the step.
+      DivergedError: if a loss or gradient is not finite; names the step.
+      ValueError: if a setting is out of range, or the teacher is missing or not possible.
     """
     settings.check()
-    if settings.distill and teacher is None:
+    if settings.distill and teacher is None and examples.top_ids is None:
         raise ValueError(
             f"distill {settings.distill}: distillation needs a teacher; give one, or set distill "
             "to 0"
@@ -331,7 +341,7 @@ def run(
         state, found = step(state, frozen, batch, teacher)
         metrics = {name: float(value) for name, value in found.items()}
         if not np.isfinite([metrics["loss"], metrics["gradient"]]).all():
-            raise ValueError(
+            raise DivergedError(
                 f"step {i}: loss {metrics['loss']}, norm of the gradient {metrics['gradient']}; "
                 "lower the learning rate, or compute in float32"
             )

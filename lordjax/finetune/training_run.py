@@ -169,42 +169,74 @@ def _record(
             found = validate(state)
             if found:  # before the checkpoint: a run that goes on after it never writes this line
                 log.write(step=count, **found)
-            checkpoints.save(state, found.get("validation", metrics["nll"]))
+            judged = found.get("objective", found.get("validation", metrics["nll"]))
+            checkpoints.save(state, judged)
         start = time.perf_counter()
 
 
 def _validate(
     config: ModelConfig, frozen: Any, examples: Examples, settings: Settings, state: State
 ) -> dict[str, float]:
-    """Returns ``validation``, the nats per held-out target; empty if no example is held out."""
+    """Returns ``validation``, the nats per held-out target; empty if no example is held out.
+
+    With a teacher's predictions in the examples, ``objective`` is the loss that is trained.
+    """
     if not examples.size:
         return {}
+    is_taught = examples.top_ids is not None
     batch = min(settings.batch // settings.micro_batches, examples.size)
-    own = {"batch": batch, "dtype": settings.dtype}
-    return {"validation": evaluate(config, state, frozen, examples, **own)}
+    own = {"batch": batch, "dtype": settings.dtype, "distill": settings.distill * is_taught}
+    nll, mixed = mean_losses(config, state, frozen, examples, **own)
+    return {"validation": nll} | ({"objective": mixed} if is_taught else {})
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype"))
+@functools.partial(jax.jit, static_argnames=("config", "dtype", "distill"))
 def _evaluate(
-    trained: Any, frozen: Any, batch: Examples, *, config: ModelConfig, dtype: str
+    trained: Any, frozen: Any, batch: Examples, *, config: ModelConfig, dtype: str, distill: float
 ) -> Any:
     params = astype(trees.combine(trained, frozen), dtype)
-    return step.target_losses(config, params, batch)[0]
+    return step.target_losses(config, params, batch, distill=distill)
 
 
 def evaluate(
     config: ModelConfig, state: State, frozen: Any, examples: Examples, *, batch: int, dtype: str
 ) -> float:
     """Returns the nats per target of all examples, computed in ``dtype``."""
-    total, targets, count = 0.0, 0, examples.size
+    return mean_losses(config, state, frozen, examples, batch=batch, dtype=dtype)[0]
+
+
+def mean_losses(
+    config: ModelConfig,
+    state: State,
+    frozen: Any,
+    examples: Examples,
+    *,
+    batch: int,
+    dtype: str,
+    distill: float = 0.0,
+) -> tuple[float, float]:
+    """Returns the nats and the training loss of all examples, both per target.
+
+    Args:
+      config: the model's architecture.
+      state: the training state; only its parameters are read.
+      frozen: the frozen parameters.
+      examples: the examples.
+      batch: examples that are computed at once.
+      dtype: computing dtype.
+      distill: weight of the divergence from the teacher's predictions in the examples.
+    """
+    totals, targets, count = np.zeros(2), 0, examples.size
     for first in range(0, count, batch):
         # Pad the last batch: another shape would be compiled again.
         rows = np.arange(first, first + batch)
         part = examples.rows(np.minimum(rows, count - 1))
-        nll = _evaluate(state.params, frozen, part, config=config, dtype=dtype)
-        total += float(np.asarray(nll, np.float64)[rows < count].sum())
+        own = {"config": config, "dtype": dtype, "distill": distill}
+        found = _evaluate(state.params, frozen, part, **own)
+        totals += [np.asarray(each, np.float64)[rows < count].sum() for each in found]
         targets += int((part.targets[rows < count] >= 0).sum())
-    return total / max(targets, 1)
+    nll, mixed = (totals / max(targets, 1)).tolist()
+    return nll, mixed
 
 
 class Log:

@@ -119,38 +119,6 @@ def losses(
     return objective_for(config).losses(config, params, x, targets, mask)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def divergences(
-    config: ModelConfig,
-    params: Any,
-    teacher: Any,
-    x: Float[Array, "b s m"],
-    y: Float[Array, "b s m"],
-    targets: Int[Array, "b s"],
-) -> Float[Array, "b s"]:
-    """Computes ``KL(teacher || student)`` at every target, in nats.
-
-    Args:
-      config: architecture of both models, which predict tokens.
-      params: the student's parameters; only those outside the blocks are read.
-      teacher: the teacher's parameters; only those outside the blocks are read.
-      x: the student's residual stream after the last block.
-      y: the teacher's residual stream after the last block.
-      targets: token ids; only whether there is a target matters.
-
-    Returns:
-      Divergences; 0 at positions without a target.
-    """
-
-    def divergence(x: Array, y: Array, target: Array) -> Array:
-        ours, theirs = (
-            jax.nn.log_softmax(_logits(config, p, z)) for p, z in ((params, x), (teacher, y))
-        )
-        return jnp.where(target >= 0, jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=-1), 0)
-
-    return _chunked(divergence, x, jax.lax.stop_gradient(y), targets)
-
-
 @functools.partial(jax.jit, static_argnames=("config",))
 def loss_gradient(
     non_block_params: Any,
@@ -172,11 +140,13 @@ def loss_gradient(
     return objective_for(config).gradient(config, non_block_params, x, targets, mask)
 
 
-def _logits(config: ModelConfig, params: Any, x: Float[Array, "b s m"], mask: Any = None) -> Any:
+def logits_of(config: ModelConfig, params: Any, x: Float[Array, "b s m"], mask: Any = None) -> Any:
+    """Returns what the head says of the residual stream after the last block, in float32."""
     return Transformer(config).apply({"params": params}, x, mask, method=Transformer.unembed)
 
 
-def _nll(logits: Float[Array, "*n v"], targets: Int[Array, "*n"]) -> Float[Array, "*n"]:
+def nll_of(logits: Float[Array, "*n v"], targets: Int[Array, "*n"]) -> Float[Array, "*n"]:
+    """Returns the negative log-likelihood of every target; 0 where there is none."""
     chosen = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
     return jnp.where(targets >= 0, jax.nn.logsumexp(logits, axis=-1) - chosen, 0)
 
@@ -185,10 +155,10 @@ def _position_nll(
     config: ModelConfig, params: Any, x: Float[Array, "b s m"], targets: Int[Array, "b s"]
 ) -> Float[Array, "b s"]:
     """Losses of positions, each of which has a target of its own."""
-    logits = _logits(config, params, x)
+    logits = logits_of(config, params, x)
     if config.head == "tokens":
         targets = jnp.where(targets == NO_TARGET, jnp.argmax(logits, axis=-1), targets)
-    return _nll(logits, targets)
+    return nll_of(logits, targets)
 
 
 def _token_losses(
@@ -200,11 +170,14 @@ def _token_losses(
 ) -> Float[Array, "b s"]:
     """Losses of a target per position; logits are computed chunk by chunk."""
     del mask  # the targets say where padding is
-    return _chunked(functools.partial(_position_nll, config, params), x, targets)
+    return by_chunks(functools.partial(_position_nll, config, params), x, targets)
 
 
-def _chunked(fn: Callable[..., Array], *rows: Float[Array, "b s ..."]) -> Float[Array, "b s"]:
-    """Applies ``fn`` to `CHUNK` positions at a time; the backward pass computes it again."""
+def by_chunks(fn: Callable[..., Any], *rows: Float[Array, "b s ..."]) -> Any:
+    """Applies ``fn`` to `CHUNK` positions at a time; the backward pass computes it again.
+
+    Every array of the result is ``[b, s, …]``.
+    """
     batch, length = rows[0].shape[:2]
     size = min(CHUNK, length)
     chunks = -(-length // size)
@@ -215,7 +188,11 @@ def _chunked(fn: Callable[..., Array], *rows: Float[Array, "b s ..."]) -> Float[
         return jnp.moveaxis(jnp.pad(a, fill).reshape(batch, chunks, size, *a.shape[2:]), 1, 0)
 
     found = jax.lax.map(lambda parts: jax.checkpoint(fn)(*parts), tuple(map(cut, rows)))
-    return jnp.moveaxis(found, 0, 1).reshape(batch, -1)[:, :length]
+
+    def join(a: Array) -> Array:
+        return jnp.moveaxis(a, 0, 1).reshape(batch, -1, *a.shape[3:])[:, :length]
+
+    return jax.tree.map(join, found)
 
 
 def _token_gradient(
@@ -242,7 +219,7 @@ def _token_gradient(
 
 def _choices(config: ModelConfig, params: Any, x: Float[Array, "b s m"], mask: Any) -> Any:
     """Logits of the choices of a classifier ``[b, 1, classes]``, or of a span ``[b, 2, s]``."""
-    logits = _logits(config, params, x, mask)
+    logits = logits_of(config, params, x, mask)
     if config.head == "classes":
         return logits[:, None]
     logits = jnp.swapaxes(logits, 1, 2)
@@ -257,7 +234,7 @@ def _choice_losses(
     mask: Any,
 ) -> Float[Array, "b t"]:
     logits = _choices(config, params, x, mask)
-    return _nll(logits, jnp.where(targets < 0, jnp.argmax(logits, axis=-1), targets))
+    return nll_of(logits, jnp.where(targets < 0, jnp.argmax(logits, axis=-1), targets))
 
 
 def _choice_gradient(
@@ -274,7 +251,7 @@ def _choice_gradient(
 def decisions(config: ModelConfig, params: Any, x: Float[Array, "b s m"]) -> Int[Array, "b t"]:
     """Returns the most likely targets, from the residual stream after the last block."""
     if config.head == "tokens":
-        return jnp.argmax(_logits(config, params, x), axis=-1)
+        return jnp.argmax(logits_of(config, params, x), axis=-1)
     return jnp.argmax(_choices(config, params, x, None), axis=-1)
 
 

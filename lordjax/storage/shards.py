@@ -24,10 +24,17 @@ from lordjax.kernels.layout import Layout
 from lordjax.models.config import ModelConfig
 from lordjax.names import layer
 from lordjax.runtime.input_files import reading
+from lordjax.storage.assembly import assemble
 from lordjax.storage.checksums import tensor_row
 from lordjax.storage.store import Store, get_or_compute
 from lordjax.storage.tensor_check import check_finite
-from lordjax.storage.tensor_files import Written, checksum, sync_directory, write_tensors
+from lordjax.storage.tensor_files import (
+    TensorFile,
+    Written,
+    checksum,
+    sync_directory,
+    write_tensors,
+)
 
 REST = "rest"  # name of the shard with the parameters outside the blocks
 SHARD_BYTES = 2 * 2**30
@@ -111,15 +118,36 @@ class Shards:
       directory: directory of the files.
       store: remembers the shards that earlier processes wrote.
       limit: largest number of tensor bytes per file; a larger tensor gets its own file.
+      prefix: first part of the store's keys, so that it can remember two models.
     """
 
-    def __init__(self, directory: Path, store: Store, limit: int = SHARD_BYTES):
-        self.directory, self._store, self._limit = directory, store, limit
+    def __init__(
+        self, directory: Path, store: Store, limit: int = SHARD_BYTES, prefix: str = "parts"
+    ):
+        self.directory, self._store, self._limit, self._prefix = directory, store, limit, prefix
         self._own: set[str] = set()
         self._remedy = f"remove {directory.parent} to start over"
 
     def __contains__(self, name: str) -> bool:
-        return f"parts/{name}" in self._store
+        return self._key(name) in self._store
+
+    def _key(self, name: str) -> str:
+        return f"{self._prefix}/{name}"
+
+    def __getitem__(self, name: str) -> Any:
+        """Reads a shard that is not renamed yet.
+
+        Raises:
+          ValueError: if a file that an earlier process wrote is damaged.
+        """
+        entry, arrays = self._store[self._key(name)], {}
+        with reading(self.directory.parent, "damaged results", self._remedy):
+            for file, facts in entry["files"].items():
+                self._check(self.directory / file, Written(facts["bytes"], facts["sha256"]))
+                opened = TensorFile(self.directory / file)
+                arrays |= {path: opened.read(path) for path in facts["tensors"]}
+            tree = assemble(arrays, entry)
+        return tree if name == REST else tree[name]
 
     def __setitem__(self, name: str, tree: Any) -> None:
         """Writes a shard.
@@ -144,7 +172,7 @@ class Shards:
             self._own.add(file)
             files[file] = {**written._asdict(), "tensors": {path: rows[path] for path in arrays}}
         entry = {"files": files, **describe(tree), "nbytes": nbytes(tree)}
-        self._store[f"parts/{name}"] = entry
+        self._store[self._key(name)] = entry
 
     def file_bytes(self) -> int:
         """Returns the bytes of the files that are written so far."""
@@ -170,7 +198,7 @@ class Shards:
 
     def _named(self, names: list[str]) -> dict[str, Any]:
         """Renames the files; returns what `finish` does."""
-        entries = [self._store[f"parts/{name}"] for name in names]
+        entries = [self._store[self._key(name)] for name in names]
         count = sum(len(entry["files"]) for entry in entries)
         found: dict[str, Any] = {"index": {}, "tensors": {}, "kinds": {}, "constants": {}}
         found |= {"nbytes": sum(entry["nbytes"] for entry in entries), "file_bytes": 0}
@@ -194,9 +222,14 @@ class Shards:
         """Renames a file to its final name; raises ValueError if it is damaged."""
         old, new = self.directory / file, self.directory / final
         path = old if old.exists() else new  # an earlier process may have renamed it already
-        if file not in self._own and (not path.exists() or checksum(path) != written):
-            raise ValueError(f"{path} is missing or damaged (its checksum differs); {self._remedy}")
+        if file not in self._own:
+            self._check(path, written)
         os.replace(path, new)
+
+    def _check(self, path: Path, written: Written) -> None:
+        """Raises ValueError if a file is not what was written."""
+        if not path.exists() or checksum(path) != written:
+            raise ValueError(f"{path} is missing or damaged (its checksum differs); {self._remedy}")
 
 
 def _file_name(name: str, k: int) -> str:

@@ -13,10 +13,11 @@ Run::
 (in PyTorch) take turns in one process. lordjax also runs with rematerialization, and over NF4
 weights.
 
-*recovery*: perplexity on the evaluation sequences before and after training on the calibration
-sequences. A case is ``MODEL:RECIPE``. MODEL is ``dense``, a method with the kept fraction
-(``modegpt@0.7``), or weights quantized to 3 bits: ``nf3``, ``lq3`` (data-free, rank 32) or
-``loftq3`` (like ``lq3``, with one alternation).
+*recovery*: loss on the evaluation sequences before and after training on the calibration sequences.
+A case is ``MODEL:RECIPE``. MODEL is ``dense``, a method with the kept fraction (``modegpt@0.7``) or
+the bits (``auto@2.75``), a directory that ``compress`` wrote, or weights quantized to 3 bits:
+``nf3``, ``lq3`` (data-free, rank 32) or ``loftq3`` (like ``lq3``, with one alternation). With the
+recipe ``distill`` the training is that of ``compress --distill``.
 
 *memory*: bytes of a compiled QLoRA step over NF4, and the prediction of
 `lordjax.finetune.memory.predict`. Both are computed from shapes, for the dense model and after LoRD
@@ -33,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 
 from lordjax.runtime import json_files
 from lordjax.scripts.benchmarks.protocol import (
@@ -89,16 +91,11 @@ def speed(
     for name, took in found.items():
         rate, ratio = tokens.size / took, found["peft"] / took
         click.echo(f"| {name} | {first[name]:.1f} | {took:.2f} | {rate:.0f} | {ratio:.2f} |")
-    click.echo(
-        json_files.dumps_measured(
-            {**environment(), "batch": batch, "seq_len": seq_len, "rank": rank}
-        )
-    )
+    settings = {"batch": batch, "seq_len": seq_len, "rank": rank}
+    click.echo(json_files.dumps_measured(environment() | settings))
 
 
 def _our_steps(opened: Any, tokens: Any, recipe: str, rank: int, *, remat: bool) -> Any:
-    import numpy as np
-
     from lordjax.data.examples import Examples, next_tokens
     from lordjax.finetune import recipes, step
 
@@ -145,6 +142,7 @@ def _their_steps(opened: Any, tokens: Any, rank: int, directory: Path) -> Any:
 @click.option("--batch", default=8, show_default=True, help="Number of sequences in a step.")
 @click.option("--seq-len", default=512, show_default=True, help="Number of tokens in a sequence.")
 @click.option("--learning-rate", type=float, help="Learning rate.  [default: the recipe's]")
+@click.option("--other", help="Domain that the loss is measured in as well.")
 @click.option(
     "--distill",
     default=0.0,
@@ -160,35 +158,55 @@ def recovery(
     calibration_windows: int,
     windows: int,
     out: str | None,
+    other: str | None,
     **options: Any,
 ) -> None:
-    """Measures the perplexity of MODEL, compressed in each case, before and after training."""
+    """Measures the loss of MODEL, compressed in each case, before and after training."""
+    from lordjax.evaluate import perplexity
+    from lordjax.runtime.progress import peak_rss
     from lordjax.scripts.opened_model import open_model
 
     opened = open_model(model)
-    tokens, held_out = protocol_tokens(data, domain, 10**6, windows)
+    tokens = protocol_tokens(data, domain, 10**6, windows)[0]
+    sets = {name: protocol_tokens(data, name, 1, windows)[1] for name in (domain, other) if name}
+
+    def nats(params: Any) -> dict[str, float]:
+        found = {name: perplexity(opened.config, params, ids) for name, ids in sets.items()}
+        return {name: row["nll_per_token"] for name, row in found.items()}
+
     results: dict[str, Any] = {"environment": environment(), "settings": options, "rows": []}
+    dense = results["dense"] = nats(opened.params())
     click.echo(
-        "| case | bytes | before | after | trained on tokens | s |\n|---|---|---|---|---|---|"
+        "| case | MB | trained on | domain | perplexity before, after | over dense | s | peak |"
     )
+    click.echo("|---|---|---|---|---|---|---|---|")
     for case in cases.split(","):
         what, recipe = case.split(":")
         params = _compressed(opened, what, tokens[:calibration_windows])
-        row = _recovered(opened, params, recipe, tokens, held_out, **options)
+        row, *pair = _recovered(opened, params, recipe, tokens, **options)
+        row |= {"before": nats(pair[0]), "after": nats(pair[1]), "peak_rss_bytes": peak_rss()}
         results["rows"].append({"case": case, **row})
-        click.echo(
-            f"| {case} | {row['bytes'] / 1e6:.0f} MB | {row['before']:.2f} | {row['after']:.2f} "
-            f"| {row['tokens']} | {row['seconds']:.0f} |"
-        )
+        for name in sets:
+            losses = [row[key][name] for key in ("before", "after")]
+            cells = [", ".join(f"{np.exp(x):.2f}" for x in losses)]
+            cells.append(", ".join(f"{x - dense[name]:.3f}" for x in losses))
+            click.echo(
+                f"| {case} | {row['bytes'] / 1e6:.0f} | {row['tokens']} | {name} | {cells[0]} | "
+                f"{cells[1]} | {row['seconds']:.0f} | {(row['peak_rss_bytes'] or 0) / 1e9:.1f} GB |"
+            )
         write_results(out, results, complete=False)
     write_results(out, results)
 
 
 def _compressed(opened: Any, what: str, tokens: Any) -> Any:
+    from lordjax.allocation.candidates import QUANTIZERS
     from lordjax.compression.low_rank import compress
     from lordjax.compression.quantized import quantize
     from lordjax.kernels.convert import encode
+    from lordjax.scripts.opened_model import open_model
 
+    if Path(what).is_dir():
+        return open_model(what).params()
     if what == "dense":
         return opened.params()
     if what == "nf3":
@@ -197,8 +215,10 @@ def _compressed(opened: Any, what: str, tokens: Any) -> Any:
         steps = 1 if what == "loftq3" else 10
         made = quantize(opened.source, None, method="lq", form=BITS3, rank=RANK, steps=steps)
         return made.params
-    method, _, keep = what.partition("@")
-    return compress(opened.source, tokens, method=method, keep=float(keep)).params
+    method, _, budget = what.partition("@")
+    if method in QUANTIZERS:
+        return quantize(opened.source, tokens, method=method, bits=float(budget)).params
+    return compress(opened.source, tokens, method=method, keep=float(budget)).params
 
 
 def _recovered(
@@ -206,25 +226,25 @@ def _recovered(
     params: Any,
     recipe: str,
     tokens: Any,
-    held_out: Any,
     *,
     steps: int,
     batch: int,
     seq_len: int,
     learning_rate: float | None,
     distill: float,
-) -> dict[str, Any]:
-    import numpy as np
-
+) -> tuple[dict[str, Any], Any, Any]:
+    """Returns facts about the training, and the parameters before and after it."""
     from lordjax.data.examples import Examples, next_tokens
-    from lordjax.evaluate import perplexity
     from lordjax.finetune import adapters, recipes, step
+    from lordjax.kernels import trained_scales
     from lordjax.kernels.base import nbytes
     from lordjax.kernels.kinds import astype
 
     start = time.perf_counter()
     config, params = opened.config, astype(params, "float32")
     rows = tokens[:, : tokens.shape[1] // seq_len * seq_len].reshape(-1, seq_len)
+    if recipe == "distill":
+        return _distilled(opened, params, rows, steps * batch * seq_len, learning_rate)
     examples = Examples(rows, next_tokens(rows, np.ones(rows.shape, bool)))
     settings = step.Settings(steps, batch, distill=distill)
     row = recipes.changed(recipes.named(recipe), learning_rate=learning_rate)
@@ -234,17 +254,33 @@ def _recovered(
     state, losses = setup.state, []
     for state, metrics in step.run(config, *given, teacher=teacher):  # noqa: B007
         losses.append(metrics["nll"])
-    after = adapters.merge(step.with_trained(state.params, setup.params, setup.paths))
-    found = [perplexity(config, p, held_out)["perplexity"] for p in (setup.params, after)]
-    return {
+    after = step.with_trained(state.params, setup.params, setup.paths)
+    after = adapters.merge(trained_scales.packed(after, params))
+    facts = {
         "bytes": nbytes(after),
-        "before": found[0],
-        "after": found[1],
         "tokens": steps * batch * seq_len,
         "losses": losses,
         "recipe": dataclasses.asdict(row),
         "seconds": time.perf_counter() - start,
     }
+    return facts, setup.params, after
+
+
+def _distilled(opened: Any, params: Any, rows: Any, tokens: int, rate: float | None) -> Any:
+    """Distills a model as ``compress --distill`` does; returns what `_recovered` does."""
+    from lordjax.finetune.distillation import Distillation, Text, distill
+    from lordjax.kernels.base import nbytes
+    from lordjax.storage.store import MemoryStore
+
+    how = Distillation(tokens, rate)
+    count, held = how.sequences(rows.shape[1])
+    if len(rows) < count + held:
+        raise click.ClickException(f"{len(rows)} sequences; expected {count} and {held} held out")
+    text = Text(rows[:count], rows[-held:])
+    with tempfile.TemporaryDirectory() as folder:
+        where: dict[str, Any] = {"store": MemoryStore(), "directory": Path(folder) / "run"}
+        new, facts = distill(opened.source, opened.config, params, text, how, **where)
+    return {**facts, "bytes": nbytes(new)}, params, new
 
 
 @main.command()
@@ -299,19 +335,11 @@ def memory(config: str, batch: int, seq_len: int, rank: int, dtype: str, ranks: 
         cells = [said["base"], said["trained"], said["total"], found["total"]]
         cells += [found["arguments"], found["temporaries"]]
         click.echo(f"| {name} | " + " | ".join(f"{c / 1e9:.3f} GB" for c in cells) + " |")
-    saved = [
-        1 - b / a
-        for a, b in (
-            (totals[0][0]["base"], totals[1][0]["base"]),
-            (totals[0][1]["total"], totals[1][1]["total"]),
-        )
-    ]
+    both = [(said["base"], found["total"]) for said, found in totals]
+    saved = [1 - after / before for before, after in zip(*both, strict=True)]
     click.echo(f"saved: {saved[0]:.1%} of the base, {saved[1]:.1%} of the compiled step")
-    click.echo(
-        json_files.dumps_measured(
-            {**environment(), "batch": batch, "seq_len": seq_len, "rank": rank}
-        )
-    )
+    asked = {"batch": batch, "seq_len": seq_len, "rank": rank}
+    click.echo(json_files.dumps_measured(environment() | asked))
 
 
 if __name__ == "__main__":

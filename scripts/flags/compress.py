@@ -23,6 +23,7 @@ from lordjax.scripts.flags.options import (
 from lordjax.scripts.flags.types import (
     BITS,
     COUNT,
+    POSITIVE,
     PROCESSES,
     RANK,
     SEED,
@@ -66,6 +67,26 @@ from lordjax.scripts.flags.verb import Verb
     default=0,
     show_default=True,
     help="Seed that draws the calibration documents, and the text of --calibration self.",
+)
+@click.option(
+    "--distill",
+    type=COUNT,
+    metavar="TOKENS",
+    help="Train the compressed model on so many tokens of the calibration data to predict as MODEL "
+    "does. Its size stays. Low-rank factors, scales, norms and adapters are trained. The "
+    "result is kept only if it predicts held-out sequences better.  [default: no training]",
+)
+@click.option(
+    "--distill-rate",
+    type=POSITIVE,
+    metavar="RATE",
+    help="Peak of the learning rate (with --distill).  [default: the rate of the recipe distill]",
+)
+@click.option(
+    "--distill-dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    help="Dtype of the computation (with --distill); trained parameters are float32.  "
+    "[default: float32]",
 )
 @stored_options
 @click.option(

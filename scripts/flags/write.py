@@ -54,7 +54,7 @@ from lordjax.scripts.flags.verb import Verb
     metavar="NAME",
     default="recovery",
     show_default=True,
-    help="What is trained, and how: recovery, factors, lora, qlora, lq-lora or full.",
+    help="What is trained, and how: recovery, distill, factors, lora, qlora, lq-lora or full.",
 )
 @click.option(
     "--task",

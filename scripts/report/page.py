@@ -216,6 +216,8 @@ def _errors(report: Mapping[str, Any]) -> list[str]:
         else "Predicted: the part of the method's measure that the chosen rank loses. Matrices "
         "that are left as they are have no point."
     )
+    if "distillation" in report:
+        about += " These are the errors before distillation."
     return ["<h2>Errors</h2>", _figure(figures.errors_svg(errors, "relative error"), about)]
 
 

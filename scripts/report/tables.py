@@ -52,7 +52,27 @@ def numbers(
         length = facts.get("seq_len", facts.get("length"))
         text = f"{facts['windows']} windows of {length} tokens"
         found.append(("calibration", f"{text}: {facts['source']}" if "source" in facts else text))
-    return found
+    return found + _distilled(report.get("distillation"))
+
+
+def _distilled(facts: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """What distillation did, if there was any."""
+    if facts is None:
+        return []
+    before, after = facts["before"], facts["after"]
+    kept = "" if facts["kept"] else "; no gain, so the weights before it are kept"
+    return [
+        (
+            "distilled on",
+            f"{facts['tokens']:,} tokens of {facts['source']}, {facts['settings']['steps']} steps"
+            f"{kept}",
+        ),
+        ("judged on", f"{facts['held_out_tokens']:,} held-out tokens"),
+        *(
+            (name, f"{before[key]:.4f} nats before, {after[key]:.4f} after")
+            for name, key in (("divergence", "divergence"), ("loss", "nats"))
+        ),
+    ]
 
 
 def sites(plan: Any, report: Mapping[str, Any], rows: Mapping[str, Row]) -> str:
@@ -86,6 +106,16 @@ def _rank(rank: int | None, *, left: bool) -> str:
 
 def measured(report: Mapping[str, Any]) -> str:
     """Seconds, memory and operations: as they were predicted, and as they were."""
+    text = _stages(report)
+    if (facts := report.get("distillation")) is None:
+        return text
+    peak = format_bytes(facts["peak_rss_bytes"])
+    rows = [("distillation", f"{facts['seconds']:.1f} s"), ("peak memory with it", peak)]
+    return text + table(rows, ("", "measured"))
+
+
+def _stages(report: Mapping[str, Any]) -> str:
+    """Seconds, memory and operations of the compression before any distillation."""
     predicted, happened = report.get("predicted"), report.get("happened")
     if predicted is None or happened is None:
         rows = [(stage, f"{s:.1f} s") for stage, s in report.get("seconds", {}).items()]

@@ -9,15 +9,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lordjax.forecast.predict import measured, predict_compression
-from lordjax.scripts.calibration_data import default_name, read_calibration
+from lordjax.scripts.calibration_data import default_name, read_calibration, read_with_text
 from lordjax.scripts.console import check_output, format_bytes, progress_report, say
-from lordjax.scripts.jobs import Run, job_of
-from lordjax.scripts.opened_model import Model, model_checksums, open_model, tokenizer_writer
+from lordjax.scripts.jobs import (
+    Run,
+    distillation_line,
+    distillation_of,
+    distilled,
+    job_of,
+    open_original,
+)
+from lordjax.scripts.opened_model import Model, model_checksums, tokenizer_writer
 from lordjax.scripts.token_inputs import mask_token
 
 if TYPE_CHECKING:
     from lordjax.compression.result import Result
     from lordjax.compression.resumable_output import Output
+    from lordjax.finetune.distillation import Distillation, Text
 
 PAGE = "report.html"
 
@@ -46,13 +54,13 @@ def compress_model(
     if multihost.is_primary() and not partial(directory).exists():
         check_output(directory)
     _, settings, needs_tokens, share = job_of(method, options)
-    opened = _open_original(model, directory, share, settings)
+    training = distillation_of(options, seed)
+    opened = open_original(model, directory, share, settings)
     run, settings, *_ = job_of(method, options, opened.stored_dtype)
     run, settings = _on_mesh(run, settings, options["mesh"])
     write_tokenizer = tokenizer_writer(opened) if multihost.is_primary() else None
-    _note_calibration(opened, method, calibration, needs_tokens=needs_tokens)
     how = {"samples": samples, "seq_len": seq_len, "seed": seed, "field": field}
-    data = _read_calibration(opened, calibration, how) if needs_tokens else NO_DATA
+    data = _data(opened, method, calibration, how, training, needs_tokens=needs_tokens)
     settings = {
         "model": model,
         "method": method,
@@ -62,7 +70,7 @@ def compress_model(
         "seq_len": None if data.facts is None else data.facts["seq_len"],
         "seed": seed,
     }
-    with Output(directory, _identity(opened, data.facts, settings)) as output:
+    with Output(directory, _identity(opened, data, training, settings)) as output:
         if output.resumed and multihost.is_primary():
             say(f"resuming from the finished work in {output.store.directory}")
         if output.finished is not None:
@@ -70,7 +78,7 @@ def compress_model(
             return output.finished
         # A resumed run does only a part of the work, so its cost is not predicted.
         predicted = None if output.resumed else _predict(opened, data, settings, directory)
-        result = _run(run, opened, data, output)
+        result = _run(run, opened, data, output, training)
         report = _report(result, data.facts, settings, predicted, output)
         summary = _summary(directory, report, start)
         output.finish(
@@ -102,11 +110,13 @@ class Calibration(NamedTuple):
       tokens: token ids ``[sequences, length]``.
       facts: where they come from, for the report.
       mask_token: id of the mask token, of a model that predicts masked tokens.
+      text: what the result is distilled on, if it is.
     """
 
     tokens: Any
     facts: dict[str, Any] | None
     mask_token: int | None
+    text: Text | None = None
 
 
 NO_DATA = Calibration(None, None, None)
@@ -129,33 +139,61 @@ def _note_calibration(
         )
 
 
-def _read_calibration(opened: Model, calibration: str | None, how: dict[str, Any]) -> Calibration:
+def _data(
+    opened: Model,
+    method: str,
+    calibration: str | None,
+    how: dict[str, Any],
+    training: Distillation | None,
+    *,
+    needs_tokens: bool,
+) -> Calibration:
+    """Reads what the method and the distillation need."""
+    reads = needs_tokens or training is not None
+    _note_calibration(opened, method, calibration, needs_tokens=reads)
+    if not reads:
+        return NO_DATA
+    data = _read_calibration(opened, calibration, how, training)
+    return data if needs_tokens else NO_DATA._replace(text=data.text)
+
+
+def _read_calibration(
+    opened: Model, calibration: str | None, how: dict[str, Any], training: Distillation | None
+) -> Calibration:
     """Reads the calibration sequences; says on stderr if they are too few for the model."""
     from lordjax.data.token_count import shortage
     from lordjax.models.objective import protocol
     from lordjax.runtime import multihost
 
     mask = mask_token(opened)
-    tokens, facts = read_calibration(opened, calibration, **how)
+    if training is None:
+        tokens, facts, text = *read_calibration(opened, calibration, **how), None
+    else:
+        tokens, facts, text = read_with_text(opened, calibration, training, **how)
     warning = shortage(opened.config, tokens.size)
     if warning is not None and multihost.is_primary():
         say(warning)
-    return Calibration(tokens, facts | protocol(opened.config, mask), mask)
+    return Calibration(tokens, facts | protocol(opened.config, mask), mask, text)
 
 
-def _run(run: Run, opened: Model, data: Calibration, output: Output) -> Result:
+def _run(
+    run: Run, opened: Model, data: Calibration, output: Output, training: Distillation | None
+) -> Result:
     """Runs the job, with progress on stderr of the first process."""
     from lordjax.runtime import multihost
 
     with progress_report() if multihost.is_primary() else contextlib.nullcontext() as progress:
-        return run(
+        result = run(
             opened.source,
             data.tokens,
             mask_token=data.mask_token,
             progress=progress,
             work=output.store,
-            into=output.shards,
+            into=output.shards if training is None else output.draft(),
         )
+        if training is None or data.text is None:
+            return result
+        return distilled(result, opened, data.text, training, output, progress)
 
 
 def _report(
@@ -186,6 +224,7 @@ def _summary(directory: Path, report: dict[str, Any], start: float) -> dict[str,
         "seconds": time.perf_counter() - start,
         "predicted": report.get("predicted"),
         "happened": report.get("happened"),
+        "distillation": report.get("distillation"),
         "loss": report["plan"].get("predicted_nats"),
         "held_out_check": report.get("held_out_check"),
         "calibration": report["calibration"],
@@ -209,7 +248,7 @@ def _on_mesh(run: Run, settings: dict[str, Any], axes: str | None) -> tuple[Run,
 
 
 def _identity(
-    model: Model, facts: dict[str, Any] | None, settings: dict[str, Any]
+    model: Model, data: Calibration, training: Distillation | None, settings: dict[str, Any]
 ) -> dict[str, Any]:
     """Everything that the bits of the result depend on; files count by content, not by path."""
     import jax
@@ -218,8 +257,12 @@ def _identity(
     from lordjax.runtime import multihost
 
     by_content = ("model", "calibration", "seed", "samples")
-    processes = {"processes": multihost.process_count()} if multihost.process_count() > 1 else {}
-    return processes | {
+    facts, extra = data.facts, {}
+    if multihost.process_count() > 1:
+        extra["processes"] = multihost.process_count()
+    if training is not None and data.text is not None:
+        extra["distillation"] = training.identity(data.text)
+    return extra | {
         "lordjax": __version__,
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
@@ -252,39 +295,6 @@ def _predict(
     return found
 
 
-def _open_original(name: str, directory: Path, keep: float, settings: dict[str, Any]) -> Model:
-    """Opens a model that is not compressed yet, if there is room for the result on disk."""
-    from lordjax.storage.room import check_room
-
-    model = open_model(name)
-    if model.kind == "compressed":
-        raise ValueError(f"{name}: is compressed already; give the original model")
-    dtype = settings["dtype"]
-    if dtype is None and "elastic" not in settings:
-        dtype = model.stored_dtype
-    check_room(directory, estimated_bytes(model, keep, dtype))
-    return model
-
-
-def estimated_bytes(model: Model, keep: float, dtype: str | None) -> int:
-    """Estimates the bytes of a compressed model on disk.
-
-    Args:
-      model: the original model.
-      keep: fraction of the block linear weights that is stored.
-      dtype: dtype that is stored; None: as in the model.
-    """
-    import jax.numpy as jnp
-
-    from lordjax.names import is_block_linear
-
-    total = 0.0
-    for path, leaf in model.leaves().items():
-        itemsize = jnp.dtype(dtype or leaf.dtype).itemsize
-        total += leaf.size * itemsize * (keep if is_block_linear(path) else 1.0)
-    return int(total)
-
-
 def show(result: dict[str, Any]) -> None:
     """Prints the summary for people."""
     calibration = result["calibration"]
@@ -307,6 +317,8 @@ def show(result: dict[str, Any]) -> None:
             f"{calibration['source']}"
         )
     _show_loss(result)
+    if result.get("distillation") is not None:
+        print(distillation_line(result["distillation"]))
     if (page := Path(result["output"]) / PAGE).exists():
         print(f"report: {page}")
     if "elastic" in result["settings"]:

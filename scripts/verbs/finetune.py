@@ -52,6 +52,7 @@ def finetune_model(
     from lordjax.finetune.recipes import changed, named
     from lordjax.finetune.run_directory import RUN
     from lordjax.finetune.training_run import CheckpointPolicy, train
+    from lordjax.kernels import trained_scales
     from lordjax.runtime import unfinished
 
     directory = Path(out).expanduser()
@@ -69,7 +70,8 @@ def finetune_model(
     with unfinished.telling(f"the run is kept in {folder}", folder / RUN):
         with _progress(settings.steps) as report:
             trained = train(*job, about=about, report=report, **how)
-        new = trained.params if keep_adapters else adapters.merge(trained.params)
+        new = trained_scales.packed(trained.params, params)
+        new = new if keep_adapters else adapters.merge(new)
         summary = _summary(trained) | _scores(config, new, found.validation)
         details = {"settings": dataclasses.asdict(settings), "recipe": dataclasses.asdict(method)}
         draw(trained.history, folder / CURVE)

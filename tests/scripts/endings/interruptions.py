@@ -4,14 +4,14 @@ Run::
 
     python tests/scripts/endings/interruptions.py [--kills 100] [--terms 50] [--jobs modegpt,…]
 
-The jobs are ``compress`` (modegpt, lq, elastic, two emulated devices), ``finetune`` and ``convert``
-on a tiny random model; the signals are shared out over them. A job runs once without interruption.
-Then it is started again and again, and ended at a random moment of its time, until its signals are
-used up; whenever it finishes, its files are compared and it begins anew. Times may differ, nothing
-else. After SIGTERM the exit code must be 143, one line must say what is kept, and no other
-directory may be left; after the last run only the result may be there. The program prints a
-Markdown table, and its exit code is 1 if anything was wrong. Linux only: a process is forked from
-one that has imported JAX, so that a start takes no seconds.
+The jobs are ``compress`` (modegpt, lq, with distillation, elastic, two emulated devices),
+``finetune`` and ``convert`` on a tiny random model; the signals are shared out over them. A job
+runs once without interruption. Then it is started again and again, and ended at a random moment of
+its time, until its signals are used up; whenever it finishes, its files are compared and it begins
+anew. Times may differ, nothing else. After SIGTERM the exit code must be 143, one line must say
+what is kept, and no other directory may be left; after the last run only the result may be there.
+The program prints a Markdown table, and its exit code is 1 if anything was wrong. Linux only: a
+process is forked from one that has imported JAX, so that a start takes no seconds.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ OUT = "out"
 JOBS: dict[str, tuple[str, int]] = {
     "modegpt": ("compress M O --calibration D --keep 0.6", 1),
     "lq": ("compress M O --calibration D --method lq --bits 4.5 --rank 4 --weighting both", 1),
+    "distill": ("compress M O --calibration D --method nf --format nf3 --distill 320", 1),
     "elastic": ("compress M O --calibration D --elastic", 1),
     "two devices": ("compress M O --calibration D --keep 0.6 --mesh data=2", 2),
     "finetune": ("finetune M O --data D --recipe lora --rank 2 --steps 12 --every 3", 1),

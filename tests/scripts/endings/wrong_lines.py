@@ -13,6 +13,7 @@ COUNTS = {
         "--budget-bytes",
         "--file-bytes",
         "--seed",
+        "--distill",
     ),
     "plan M": ("--samples", "--num-processes", "--batch", "--accumulate"),
     "finetune M O --data T": (
@@ -32,7 +33,7 @@ COUNTS = {
     "demo --out O": ("--windows",),
 }
 REALS = {
-    "compress M O": ("--keep", "--bits", "--temperature"),
+    "compress M O": ("--keep", "--bits", "--temperature", "--distill-rate"),
     "finetune M O --data T": ("--learning-rate", "--warmup", "--weight-decay", "--clip", "--alpha"),
     "generate M hi": ("--temperature", "--top-p", "--repetition-penalty"),
     "evaluate-code M --problems T": ("--seconds", "--temperature"),
@@ -86,6 +87,11 @@ SINGLE = (
     ("compress M O --coordinator nowhere", "--coordinator"),
     ("compress M O --process-id 1", "--coordinator"),
     ("compress M O --keep 0.5 --bits 3", "--bits"),
+    ("compress M O --calibration T --seq-len 32 --distill 99999999", "--distill"),
+    ("compress M O --calibration T --seq-len 32 --distill 31", "--distill"),
+    ("compress M O --elastic --distill 64", "--elastic"),
+    ("compress M O --mesh data=1 --distill 64", "--mesh"),
+    ("compress M O --distill-rate 0.1", "--distill"),
     ("compress M M", "OUT"),
     ("compress M D/out --calibration D", "OUT"),
     ("finetune M D/out --data D", "OUT"),
