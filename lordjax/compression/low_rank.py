@@ -308,10 +308,8 @@ def compress(
       source: the model.
       tokens: calibration ids ``[sequences, length]``.
       method: a key of `METHODS`.
-      shape: ``free``; ``stock``: one MLP width and one number of heads for all blocks, and
-        blocks removed, so that the family's own ``config.json`` can describe the result; or
-        ``per-layer``: one MLP width for each block, attention as it is. With ``stock``
-        `Result.config` has the new sizes; `conversions.resized` makes the ``config.json``.
+      shape: one of `SHAPES`: ``free``; ``stock``, shapes that the family's own ``config.json`` can
+        say (`Result.config` has them); or ``per-layer``, an MLP width for each block.
       keep: fraction of the block linear weights to keep, in (0, 1].
       ranks: pattern -> rank, instead of a budget; see `ranks_by_pattern`.
       allocation: a key of `POLICIES`; None: the method's own.

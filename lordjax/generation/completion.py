@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -67,10 +68,6 @@ def complete(
     found: dict[int, Completion] = {}
     for rows, filled in _batches(ids, batch_size):
         texts = [_Text(tokenizer, ids[i], stop_strings) for i in rows]
-
-        def ended(i: int, tokens: list[int], texts: Sequence[_Text] = texts) -> bool:
-            return i >= len(texts) or texts[i].ended(tokens)  # what only fills the batch ends first
-
         answers = generate(
             config,
             params,
@@ -80,13 +77,18 @@ def complete(
             stop_tokens=_stops(stop_tokens, tokenizer),
             seed=seed,
             rows=filled,
-            ended=ended,
+            ended=functools.partial(_ended, texts),
         )
         for i, text, answer in zip(rows, texts, answers, strict=False):
             found[i] = Completion(text.so_far(answer.tokens), len(answer.tokens), answer.reason)
         if progress is not None:
             progress("generate", len(found), len(ids))
     return [found[i] for i in range(len(ids))]
+
+
+def _ended(texts: Sequence[_Text], i: int, tokens: list[int]) -> bool:
+    """Returns whether a row ends: one with a stop string, or one that only fills the batch."""
+    return i >= len(texts) or texts[i].ended(tokens)
 
 
 def _batches(

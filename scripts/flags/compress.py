@@ -123,7 +123,8 @@ def compress(
     A run that was interrupted resumes when the same command is given again.
     """
     from lordjax.runtime.multihost import is_primary, joined_processes
-    from lordjax.scripts.verbs.compress import compress_model, show
+    from lordjax.scripts.report.printed import show
+    from lordjax.scripts.verbs.compress import compress_model
 
     with joined_processes(coordinator, process_id, num_processes):
         result = compress_model(**settings)
