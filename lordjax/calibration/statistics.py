@@ -101,19 +101,16 @@ class SecondMoment:
 
     Attributes:
       count: ``[]``, sum of token weights.
-      squares: ``[]``, sum of their squares.
       total: ``[d, d]``, Σ w x xᵀ.
     """
 
     count: Any
-    squares: Any
     total: Any
 
     @classmethod
     def zeros(cls, width: int, dtype: Any = jnp.float32) -> SecondMoment:
         """Returns the statistic of no vectors."""
-        nothing = jnp.zeros((), dtype)
-        return cls(nothing, nothing, jnp.zeros((width, width), dtype))
+        return cls(jnp.zeros((), dtype), jnp.zeros((width, width), dtype))
 
     def update(
         self, x: Float[Array, "... d"], weights: Float[Array, ...] | None = None
@@ -121,16 +118,7 @@ class SecondMoment:
         """Adds the vectors of ``x``."""
         rows, w = _rows(x, weights, self.total.dtype)
         count = jnp.asarray(rows.shape[0], rows.dtype) if w is None else jnp.sum(w)
-        squares = count if w is None else jnp.sum(w**2)
-        total = self.total + linalg.gram(rows, w)
-        return SecondMoment(self.count + count, self.squares + squares, total)
-
-    def effective_count(self) -> Float[Array, ""]:
-        """Returns how many vectors of equal weights are worth as much: ``(Σ w)² / Σ w²``.
-
-        Source: Kish, Survey sampling (1965), the effective sample size.
-        """
-        return _per_token(self.count**2, self.squares)
+        return SecondMoment(self.count + count, self.total + linalg.gram(rows, w))
 
     def second_moment(self) -> Float[Array, "d d"]:
         """Returns the uncentered second moment per token."""

@@ -17,8 +17,7 @@ from lordjax.methods.linalg import INERT, inert_unit, mm
 DAMPING = 1e-3
 # Correlations of inputs that were estimated from few tokens do not hold on other text: rounding
 # errors that compensate each other there add up. So all correlations are divided by 1 + λ, as for
-# MLPs (`modular.mlp`), with λ in units of inputs per token. Tokens that are weighted by their
-# gradients count as few: a small part of them has most of the weight.
+# MLPs (`modular.mlp`), with λ in units of inputs per token.
 SHRINKAGE = 3.0
 
 # Weighting -> statistics that it needs; `lordjax.methods.quantized.lq` describes them.
@@ -58,7 +57,7 @@ def make_weights(kernel: Any, stats: Mapping[str, Any]) -> Weights:
         outputs = squares * (inputs.count / jnp.where(total > 0, total, 1))
     moment = inputs.second_moment()
     energies = jnp.diagonal(moment)
-    ridge = SHRINKAGE * len(energies) / jnp.maximum(inputs.effective_count(), 1)
+    ridge = SHRINKAGE * len(energies) / jnp.maximum(inputs.count, 1)
     shrunk = (moment + ridge * jnp.diag(energies)) / (1 + ridge)
     unit = inert_unit(jnp.mean(energies))
     return Weights(shrunk + DAMPING * unit * jnp.eye(len(moment)), outputs)

@@ -31,7 +31,7 @@ def abs_reference(x, weights=None):
 def second_reference(x, weights=None):
     x = np.asarray(x, np.float64)
     w = np.ones(len(x)) if weights is None else np.asarray(weights, np.float64)
-    return SecondMoment(w.sum(), (w**2).sum(), (w[:, None] * x).T @ x)
+    return SecondMoment(w.sum(), (w[:, None] * x).T @ x)
 
 
 REFERENCES = {
