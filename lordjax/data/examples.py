@@ -78,7 +78,8 @@ def fingerprint(examples: Examples) -> str:
     for name, array in examples._asdict().items():
         if array is not None:
             digest.update(f"{name}{list(array.shape)}".encode())
-            digest.update(np.ascontiguousarray(array, dtype="<i4").tobytes())
+            kind = "<f4" if np.issubdtype(array.dtype, np.floating) else "<i4"
+            digest.update(np.ascontiguousarray(array, dtype=kind).tobytes())
     return digest.hexdigest()
 
 

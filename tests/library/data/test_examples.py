@@ -49,7 +49,8 @@ def test_bad_positions(wrong):
 def test_rows_and_fingerprint():
     tokens = np.arange(6, dtype=np.int32).reshape(3, 2)
     plain = Examples(tokens, tokens)
-    whole = Examples(tokens, tokens, tokens > 1, tokens % 2)
+    logs = -0.5 - np.arange(12, dtype=np.float32).reshape(3, 2, 2) / 16
+    whole = Examples(tokens, tokens, tokens > 1, tokens % 2, tokens[..., None], logs)
     assert whole.size == 3
     chosen = whole.rows(np.array([2, 0]))
     np.testing.assert_array_equal(chosen.tokens, tokens[[2, 0]])

@@ -276,7 +276,7 @@ def test_classify_is_what_the_model_says_in_any_batch():
     params["head"]["kernel"] = 20 * params["head"]["kernel"]
     examples = some_examples(7)
     run = jax.jit(lambda *inputs: Transformer(config).apply({"params": params}, *inputs))
-    expected = np.asarray(run(*examples[:1], *examples[2:])).argmax(axis=1)
+    expected = np.asarray(run(examples.tokens, examples.mask, examples.token_types)).argmax(axis=1)
     assert len(set(expected)) > 1
     for batch in (1, 3, 7, 50):
         predicted, found = classify(config, params, examples, batch)
