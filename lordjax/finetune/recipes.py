@@ -37,8 +37,6 @@ class Recipe:
       alpha: LoRA's alpha. The adapters' learning rate is multiplied by ``sqrt(alpha / rank)``; see
         `adapters`.
       learning_rate: peak learning rate.
-      rates: factors of the learning rate for paths in which a regular expression is found; the
-        first one that is found counts.
       schedule: a key of `SCHEDULES`; the schedule after the warm-up.
       warmup: fraction of the steps in which the learning rate rises linearly from 0.
       weight_decay: AdamW's weight decay.
@@ -53,7 +51,6 @@ class Recipe:
     rank: int | None = None
     alpha: float | None = None
     learning_rate: float = 2e-4
-    rates: tuple[tuple[str, float], ...] = ()
     schedule: str = "cosine"
     warmup: float = 0.03
     weight_decay: float = 0.0
@@ -199,26 +196,24 @@ def optimizer(recipe: Recipe, steps: int) -> optax.GradientTransformation:
         rise = optax.linear_schedule(peak / warm, peak, warm)
         schedule = optax.join_schedules([rise, schedule], [warm])
     adam = optax.adamw(schedule, b2=recipe.b2, weight_decay=recipe.weight_decay)
-    scaled = [_scale_updates(recipe)] if recipe.rates or recipe.alpha is not None else []
+    scaled = [] if recipe.alpha is None else [_scale_adapter_updates(recipe.alpha)]
     clip = [] if recipe.clip is None else [optax.clip_by_global_norm(recipe.clip)]
     return optax.chain(*clip, adam, *scaled)
 
 
-def _scale_updates(recipe: Recipe) -> optax.GradientTransformation:
-    """Multiplies the updates of every array by its own factor of the learning rate."""
+def _scale_adapter_updates(alpha: float) -> optax.GradientTransformation:
+    """Multiplies the updates of adapters by ``sqrt(alpha / rank)``, each with its own rank."""
 
     def scaled(updates: Any, params: Any) -> Any:
         del params
         leaves, structure = jax.tree.flatten(updates)
-        rates = (_rate(recipe, path, a) for path, a in trees.arrays(updates).items())
+        rates = (_adapter_rate(alpha, path, a) for path, a in trees.arrays(updates).items())
         return structure.unflatten([a * rate for a, rate in zip(leaves, rates, strict=True)])
 
     return optax.stateless(scaled)
 
 
-def _rate(recipe: Recipe, path: str, array: Array) -> float:
-    """Factor of an array's learning rate; of adapters also ``sqrt(alpha / rank)``."""
-    factor = next((f for pattern, f in recipe.rates if re.search(pattern, path)), 1.0)
-    if recipe.alpha is None or not re.search(ADAPTERS, path):
-        return factor
-    return factor * (recipe.alpha / array.shape[-1 if path.endswith("left") else -2]) ** 0.5
+def _adapter_rate(alpha: float, path: str, array: Array) -> float:
+    if not re.search(ADAPTERS, path):
+        return 1.0
+    return (alpha / array.shape[-1 if path.endswith("left") else -2]) ** 0.5

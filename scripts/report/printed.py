@@ -7,8 +7,7 @@ from typing import Any
 
 from lordjax.scripts.console import format_bytes, say
 from lordjax.scripts.jobs import distillation_line
-
-PAGE = "report.html"
+from lordjax.scripts.report.page import PAGE
 
 
 def show(result: dict[str, Any]) -> None:

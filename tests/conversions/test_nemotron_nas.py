@@ -130,7 +130,7 @@ def test_other_widths_are_refused(tmp_path):
 @pytest.mark.full
 @pytest.mark.parametrize("name", [*CASES, "head-dim", "biases"])
 def test_llama_cpp_computes_the_same(tmp_path, name):
-    """As `deci`; any width, also none of 256."""
+    """llama.cpp opens `deci` files of any widths, also of such that are no multiples of 256."""
     options = {"biases": {"attention_bias": True, "mlp_bias": True}, "head-dim": {"head_dim": 12}}
     given = {"widths": (256, 300), **{**CASES, **options}[name]}
     source = narrowed(tmp_path, **given)
