@@ -6,6 +6,7 @@ It may loop for ever, or write without end. So it has `SECONDS` and `BYTES`, and
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import threading
@@ -77,13 +78,17 @@ def _limited_time(seconds: float) -> Iterator[None]:
     def end(*_: object) -> None:
         raise TimeoutError(f"it does not end within {seconds:g} s")
 
-    before = signal.signal(signal.SIGALRM, end)
+    before, collects = signal.signal(signal.SIGALRM, end), gc.isenabled()
+    # Python prints and drops an error that is raised while it collects garbage.
+    gc.disable()
     try:
         signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN)
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        if collects:
+            gc.enable()
 
 
 @contextlib.contextmanager

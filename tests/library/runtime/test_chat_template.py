@@ -1,5 +1,6 @@
 """Chat templates of others: what they may take, and the error if they take more."""
 
+import gc
 import resource
 import signal
 import threading
@@ -52,6 +53,26 @@ def test_limits_end_with_the_block():
         bytearray(10**8)
     assert len(bytearray(10**8)) == 10**8
     assert signal.getsignal(signal.SIGALRM) is before
+
+
+def test_no_error_is_lost_while_garbage_is_collected():
+    """Python drops what is raised in a callback of the collector; so it does not run here."""
+    called = []
+
+    def note(phase, _):
+        called.append(phase)
+
+    gc.callbacks.append(note)
+    try:
+        with limited(5, 10**9):
+            called.clear()
+            kept = [[] for _ in range(10 * gc.get_threshold()[0])]
+            inside = list(called)
+        kept += [[] for _ in range(10 * gc.get_threshold()[0])]
+    finally:
+        gc.callbacks.remove(note)
+    assert not inside
+    assert called  # it runs again
 
 
 def test_other_threads_have_no_time_limit():
