@@ -120,9 +120,7 @@ def predict_compression(
       settings: settings of `lordjax.compress`, and ``method``.
       directory: where the result is written.
     """
-    if any(map(is_kernel, leaves.values())):
-        leaves = trees.flatten(dense_shapes(config).params)
-    before = stored(config, leaves)
+    before = _stored_before(config, leaves)
     spec, after, sure, _ = parse_settings(config, before, calibration, settings)
     devices = (settings.get("mesh"), multihost.process_count())
     found = cost(spec, before, after, None, *devices)
@@ -130,6 +128,29 @@ def predict_compression(
         existing = next(p for p in directory.absolute().parents if p.exists())
         found = cost(spec, before, after, machine_rates.measure_rates(existing), *devices)
     return found | {"ranks_are": sure}
+
+
+def check_budget(config: ModelConfig, leaves: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Raises an error if the shapes of a model alone show that a budget cannot be met.
+
+    Args:
+      config: architecture of the model.
+      leaves: parameter path -> kernel, or shape and dtype.
+      settings: settings of `lordjax.compress`, and ``method``.
+
+    Raises:
+      KeyError: if no site is left for a pattern of ``ranks``.
+      ValueError: if the budget cannot be met, or a rank does not fit its matrix.
+    """
+    shortest = (1, 2)  # the budget depends on no calibration data
+    parse_settings(config, _stored_before(config, leaves), shortest, settings)
+
+
+def _stored_before(config: ModelConfig, leaves: dict[str, Any]) -> InMemory:
+    """Returns the shapes of the model that is compressed; kernels count as dense."""
+    if any(map(is_kernel, leaves.values())):
+        leaves = trees.flatten(dense_shapes(config).params)
+    return stored(config, leaves)
 
 
 def worth_measuring(operations: float) -> bool:

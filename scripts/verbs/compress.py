@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lordjax.forecast.predict import measured, predict_compression
+from lordjax.forecast.predict import check_budget, measured, predict_compression
 from lordjax.scripts.calibration_data import default_name, read_calibration, read_with_text
 from lordjax.scripts.console import check_output, progress_report, say
 from lordjax.scripts.jobs import (
@@ -54,6 +54,7 @@ def compress_model(
     training = distillation_of(options, seed)
     opened = open_original(model, directory, share, settings)
     run, settings, *_ = job_of(method, options, opened.stored_dtype)
+    check_budget(opened.config, opened.leaves(), {**settings, "method": method})
     run, settings = _on_mesh(run, settings, options["mesh"])
     write_tokenizer = tokenizer_writer(opened) if multihost.is_primary() else None
     how = {"samples": samples, "seq_len": seq_len, "seed": seed, "field": field}

@@ -8,6 +8,7 @@ import pytest
 from commands import WINDOW, calibration, fails, run
 
 from lordjax.scripts.flags.types import BYTES
+from lordjax.scripts.verbs import compress
 from lordjax.storage.saved_model import open_saved
 
 pytestmark = pytest.mark.full
@@ -78,6 +79,15 @@ def test_a_budget_that_cannot_be_met_says_what_can(tiny, text, tmp_path):
         fails("need at least", "plan", tiny, "--method", method, "--file-bytes", "1000")
     fails("both are budgets", "compress", tiny, tmp_path / "a", *options, "--keep", "0.5")
     fails("no format", "compress", tiny, tmp_path / "a", *calibration(text), "--embeddings", "int8")
+
+
+def test_a_budget_that_cannot_be_met_is_refused_before_any_data_is_read(tiny, tmp_path, monkeypatch):
+    """The model may have to write its own calibration text first, which takes minutes."""
+    monkeypatch.setattr(compress, "_data", lambda *_, **__: pytest.fail("data was read"))
+    for method in ("nf", "svd", "auto"):
+        out = tmp_path / method
+        fails("need at least", "compress", tiny, out, "--method", method, "--file-bytes", "1000")
+        assert not out.exists()
 
 
 def test_numbers_of_bytes_take_units():
