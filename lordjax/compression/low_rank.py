@@ -35,7 +35,7 @@ from lordjax.calibration.calibration_settings import (
     CalibrationSettings,
     check_positive,
 )
-from lordjax.compression.held_out import check
+from lordjax.compression.measured.held_out import check
 from lordjax.compression.prepared import Prepared
 from lordjax.compression.result import Result
 from lordjax.compression.single_pass import factor_all

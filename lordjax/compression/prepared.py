@@ -23,11 +23,11 @@ from lordjax.allocation.measured_errors import Correction, Place, predicted_loss
 from lordjax.allocation.plan import Plan, SiteSize, summary
 from lordjax.allocation.policies import CURVELESS, INFLUENCED, TILE, allocate, check_policy
 from lordjax.calibration.calibration_set import Calibration
-from lordjax.compression.held_out import places_of, predicted_errors
+from lordjax.compression.measured.held_out import places_of, predicted_errors
+from lordjax.compression.measured.temperature import best_plan
 from lordjax.compression.result import Result, layer_report, verify
 from lordjax.compression.sequential import sequential
 from lordjax.compression.site_factors import AnyFactors, replace_kernels
-from lordjax.compression.temperature import best_plan
 from lordjax.compression.whole_file.budget import plan_in_file
 from lordjax.compression.whole_file.tables import Tables
 from lordjax.kernels import normal_float

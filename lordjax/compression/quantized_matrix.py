@@ -54,18 +54,21 @@ def encode_kernel(kernel: Any, feedback: Any, *, form: normal_float.Format) -> n
 jitted_cost = jax.jit(make_weights)
 
 
-def matrix_weights(kernel: Any, stats: Mapping[str, Any], *, feedback: bool) -> Weights:
+def matrix_weights(
+    kernel: Any, stats: Mapping[str, Any], *, feedback: bool, searches: bool = True
+) -> Weights:
     """Returns the weights of a kernel's errors.
 
     Args:
       kernel: the kernel ``[in, out]``.
       stats: statistics of the calibration sequences.
       feedback: whether later weights compensate for the errors of earlier ones.
+      searches: whether clip ratios are searched where they do.
     """
     weights = jitted_cost(kernel, stats)
     if not feedback:
         return weights
-    return weights._replace(feedback=jitted_feedback(weights.inputs))
+    return weights._replace(feedback=jitted_feedback(weights.inputs, searches))
 
 
 @jax.jit

@@ -26,6 +26,8 @@ from lordjax.calibration.forward_pass import (
     resume_pass,
 )
 from lordjax.calibration.statistics import merged
+from lordjax.compression.measured.held_out import group_of
+from lordjax.compression.measured.scale_search import searched_groups
 from lordjax.compression.quantized_matrix import (
     Matrices,
     candidate_table,
@@ -104,14 +106,19 @@ class Quantizer:
     def outer(self) -> Tables:
         """The matrices outside the blocks."""
         tokens = self.calibration if WEIGHTINGS[self.weighting] else None
-        kept = self.store, self.report["seconds"], self.progress
-        return Tables(self.source, tokens, self.dtype, *kept, feedback=self.feedback)
+        kept = self.store, self.report["seconds"], self.progress, self.feedback
+        return Tables(self.source, tokens, self.dtype, *kept)
+
+    @functools.cached_property
+    def searches(self) -> frozenset[str]:
+        """Groups of sites whose scales are searched; the first access may run over the model."""
+        return searched_groups(self)
 
     @functools.cached_property
     def tables(self) -> dict[str, Table]:
         """Site path -> table of candidates; the first access runs over the model."""
         clock, layers = Clock(self.progress), range(self.source.config.num_layers)
-        forms = [str(form) for form in (*self.formats, self.factors)]
+        forms = list(map(str, (*self.formats, self.factors)))
         name = f"tables-{digest(self.method, forms, self.rank, str(dense_dtype(self.dtype)))}"
         store = self.store if self.store.durable else MemoryStore()
 
@@ -126,7 +133,7 @@ class Quantizer:
                 for site in sites
             }
         self.report["seconds"] |= clock.seconds
-        rows = [item for i in layers for item in store[f"{name}/{i}"].items()]
+        rows = (item for i in layers for item in store[f"{name}/{i}"].items())
         return {path: Table.parse(found) for path, found in rows}
 
     def plan(
@@ -206,7 +213,7 @@ class Quantizer:
         Raises:
           ValueError: if the plan does not fit the model, or a number is not finite.
         """
-        start = time.perf_counter()
+        searches, start = self.searches, time.perf_counter()
         candidates = planned_candidates(plan, self.shapes)
         factors = None if plan.factors is None else normal_float.Format.parse(plan.factors)
         if factors != self.factors:  # an edited plan
@@ -218,7 +225,7 @@ class Quantizer:
         def done(i: int) -> bool:
             return layer(i) in parts
 
-        for i, sites, matrix in self.walk(clock, "decomposition", done):
+        for i, sites, matrix in self.walk(clock, "decomposition", done, searches):
             chosen = {site: candidates[site_path(i, site)] for site in sites}
             make = functools.partial(self._block, chosen, matrix, width)
             write_shard_once(parts, self.store, layer(i), make)
@@ -266,7 +273,7 @@ class Quantizer:
         return part, {"bytes": nbytes(part), "matrices": size, "layers": layers}
 
     def walk(
-        self, clock: Clock, stage: str, done: Callable[[int], bool]
+        self, clock: Clock, stage: str, done: Callable[[int], bool], searches: Any = None
     ) -> Iterator[tuple[int, tuple[Site, ...], Matrices]]:
         """Yields each block's number, its sites, and a function ``site -> (kernel, weights)``.
 
@@ -275,9 +282,10 @@ class Quantizer:
           stage: name of the stage.
           done: function ``block number -> whether the block is finished``. Finished blocks at the
             start are left out.
+          searches: groups of sites whose scales are searched; None: as measured.
         """
-        config = self.source.config
-        method = weighting_method(self.weighting)
+        config, method = self.source.config, weighting_method(self.weighting)
+        searches = self.searches if searches is None else searches
         reads = self.calibration if needs_activations(method) else None
         states, layers = resume_pass(self.store, stage, self.source, reads, done)
         for i in clock.run(stage, layers, layers.start):
@@ -294,25 +302,26 @@ class Quantizer:
                 s: [{name: stats[key] for name, key in keys[s.path].items()} for stats in folds]
                 for s in sites
             }
-            yield i, sites, functools.partial(self._matrix, i, flat, own)
+            yield i, sites, functools.partial(self._matrix, i, flat, own, searches)
             if states is not None:
                 states.commit(i + 1)
         if states is not None:
             states.close()
 
     def _matrix(
-        self, i: int, flat: Mapping[str, Any], folds: Mapping[Site, Any], site: Site
+        self, i: int, flat: Mapping[str, Any], folds: Mapping[Site, Any], searches: Any, site: Site
     ) -> tuple[Any, Weights]:
         """Returns a kernel as float32 on the device, and the weights of its errors.
 
         They are read on demand, so that one matrix of a block is in memory at a time.
         """
-        kernel = on_device(flat[site.path])
-        method, activations = weighting_method(self.weighting), folds[site]
+        kernel, activations = on_device(flat[site.path]), folds[site]
+        method = weighting_method(self.weighting)
         gradients = self.gradients.get(i) or [{}] * len(activations)
         gradients = site_gradients(gradients, method, site, kernel)
-        stats = [{**own, **read} for own, read in zip(activations, gradients, strict=True)]
-        return kernel, matrix_weights(kernel, merged(stats), feedback=self.feedback)
+        stats = merged([{**own, **read} for own, read in zip(activations, gradients, strict=True)])
+        how = {"feedback": self.feedback, "searches": group_of(site_path(i, site)) in searches}
+        return kernel, matrix_weights(kernel, stats, **how)
 
     def _stored(self, tree: Any) -> dict[str, Any]:
         """Returns parameters that are not quantized, in the dtype in which they are stored."""

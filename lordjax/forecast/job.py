@@ -14,8 +14,8 @@ from lordjax.allocation.measured_errors import BLOCK, removals, trials
 from lordjax.allocation.policies import CURVELESS, INFLUENCED
 from lordjax.calibration.backward_pass import needs_gradients
 from lordjax.calibration.observers import sequences_per_step
-from lordjax.compression.held_out import places_of
 from lordjax.compression.low_rank import GRADIENT_WINDOWS, checks_errors, held_out_count
+from lordjax.compression.measured.held_out import places_of
 from lordjax.compression.site_factors import on_host
 from lordjax.forecast import shapes
 from lordjax.methods import METHODS, Method, Module

@@ -19,10 +19,10 @@ from lordjax.allocation.measured_errors import WHOLE_KEPT
 from lordjax.calibration.forward_pass import activation_keys
 from lordjax.calibration.observers import observe_pair, sequences_per_step
 from lordjax.calibration.statistics import Moments
-from lordjax.compression.held_out import group_of
+from lordjax.compression.measured.held_out import group_of
+from lordjax.compression.measured.temperature import TEMPERATURES
 from lordjax.compression.sequential import sites_by_stage
 from lordjax.compression.site_factors import site_work
-from lordjax.compression.temperature import TEMPERATURES
 from lordjax.forecast.calibration_cost import (
     blocks_ops,
     embedding_ops,

@@ -27,7 +27,7 @@ SMALL_JOB = 1e11  # FLOPs: a second on any machine
 # Stages of the reports of `prepare`, `compress` and `quantize`.
 TIMED = (
     *("gradients", "statistics", "factors", "held-out check", "comparison", "sequential"),
-    *("predictions", "decomposition", "apply"),
+    *("scales", "predictions", "decomposition", "apply"),
 )
 
 

@@ -23,11 +23,16 @@ from lordjax.allocation.candidates import (
     candidate_bytes,
     ranks_tried,
 )
+from lordjax.calibration.observers import sequences_per_step
+from lordjax.compression.measured import scale_search
 from lordjax.compression.quantized_matrix import best_pair, encode_kernel, measures, pack
 from lordjax.forecast.calibration_cost import (
+    blocks_ops,
+    embedding_ops,
     forward_work,
     gradient_work,
     site_inputs,
+    target_shapes,
     weight_traffic,
 )
 from lordjax.forecast.job import CalibrationSpec
@@ -40,6 +45,7 @@ from lordjax.methods.quantized.error_feedback import make_feedback
 from lordjax.methods.quantized.lq import STEPS, decompose
 from lordjax.methods.quantized.predicted_loss import predict
 from lordjax.methods.quantized.weightings import WEIGHTINGS, Weights, make_weights, weighting_method
+from lordjax.models.divergence import divergences
 from lordjax.models.sites import Site, site_path
 from lordjax.runtime import flops
 from lordjax.runtime.flops import OpCounts
@@ -85,6 +91,16 @@ class QuantizationSpec(CalibrationSpec):
     def cross_fits(self) -> bool:
         """Whether errors are cross-fitted: those of quantized weights are not."""
         return False
+
+    @property
+    def measures_search(self) -> bool:
+        """Whether it is measured if scales are searched."""
+        return scale_search.measures_search(
+            self.sequences if self.needs_sequences else 0,
+            self.config.head,
+            feedback=self.feedback,
+            masked=False,
+        )
 
     @property
     def reads_inputs(self) -> bool:
@@ -151,9 +167,16 @@ def estimate(
 
 def quantized_stages(spec: QuantizationSpec) -> dict[str, OpCounts]:
     """Returns stage -> operation counts; a stage without operations is absent."""
-    found = {name: Counter() for name in ("gradients", "predictions", "decomposition", "apply")}
+    names = ("gradients", scale_search.STAGE, "predictions", "decomposition", "apply")
+    found: dict[str, OpCounts] = {name: Counter() for name in names}
     block_bytes = nbytes(spec.block) * spec.config.num_layers
     found["gradients"] = gradient_work(spec)
+    if spec.measures_search:
+        found[scale_search.STAGE] = _scale_search(spec)
+        changed = len(scale_search.WAYS) * _measured_blocks(spec) * nbytes(spec.block)
+        found[scale_search.STAGE].update(
+            Counter(read=2 * block_bytes, put=2 * block_bytes + changed)
+        )
     if spec.chosen:
         found["predictions"] = flops.merged([_error_weights(spec), _predictions(spec)])
         found["predictions"].update(weight_traffic(block_bytes))
@@ -174,10 +197,38 @@ def weighted_site(spec: QuantizationSpec, site: Site) -> tuple[Any, Weights]:
     return kernel, error_weights._replace(feedback=feedback)
 
 
-def _error_weights(spec: QuantizationSpec) -> OpCounts:
-    """A pass over the blocks that computes the error weights of every matrix."""
+def _measured_blocks(spec: QuantizationSpec) -> int:
+    """Number of blocks that are quantized to choose how scales are found."""
+    return len(scale_search.measured_blocks(spec.config.num_layers))
+
+
+def _scale_search(spec: QuantizationSpec) -> OpCounts:
+    """Some blocks quantized in both ways, and runs of the models on some sequences."""
+    ways, blocks = len(scale_search.WAYS), _measured_blocks(spec)
+    found = [_error_weights(spec, blocks)]
+    form = normal_float.Format.parse(scale_search.FORMAT)
+    for site in spec.sites:
+        kernel, error_weights = weighted_site(spec, site)
+        program = functools.partial(encode_kernel, form=form)
+        ops = [flops.count_ops(program, kernel, error_weights.feedback)]
+        new = kernel_shapes(kernel.shape, Candidate(form, None), spec.dtype, None)
+        ops.append(flops.count_ops(materialize, new))
+        found.append(flops.scaled(flops.merged(ops), 2 * blocks))
+    count = min(scale_search.SEQUENCES, spec.sequences)
+    batch = sequences_per_step(count, spec.length)
+    x, rest = spec.residual_stream(batch), spec.non_block_params
+    with jax.default_matmul_precision("highest"):
+        program = functools.partial(divergences, spec.config)
+        head = flops.count_ops(program, rest, rest, x, x, target_shapes(spec, batch))
+        steps = [embedding_ops(spec, batch), flops.scaled(head, ways)]
+        steps.append(flops.scaled(blocks_ops(spec, batch, {}), 1 + ways))
+    return flops.merged([*found, flops.scaled(flops.merged(steps), count / batch)])
+
+
+def _error_weights(spec: QuantizationSpec, blocks: int | None = None) -> OpCounts:
+    """A pass over the blocks that computes the error weights of all or some blocks' matrices."""
     found = [forward_work(spec)] if spec.reads_inputs else []
-    layers = spec.config.num_layers
+    layers = spec.config.num_layers if blocks is None else blocks
     for site in spec.sites:
         kernel, stats = site_inputs(spec, site)
         found.append(flops.scaled(flops.count_ops(make_weights, kernel, stats), layers))

@@ -6,16 +6,18 @@ others on the host.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
 
 from lordjax.calibration.backward_pass import STATE_BYTES
-from lordjax.compression.temperature import TEMPERATURES
+from lordjax.compression.measured import scale_search
+from lordjax.compression.measured.temperature import TEMPERATURES
 from lordjax.forecast.calibration_cost import gradient_shapes, site_inputs, statistics_shapes
 from lordjax.forecast.job import CalibrationSpec, CompressionSpec
 from lordjax.forecast.quantized_cost import QuantizationSpec, weighted_site
-from lordjax.kernels import trees
+from lordjax.kernels import normal_float, trees
 from lordjax.kernels.base import is_kernel, nbytes
 from lordjax.kernels.kinds import weights
 from lordjax.kernels.low_rank import LowRank
@@ -241,7 +243,7 @@ class QuantizedMemory(StageMemory):
 
     def __init__(self, spec: QuantizationSpec, *others: Any):
         super().__init__(spec, *others)
-        matrices = [weighted_site(spec, site) for site in spec.sites]
+        self.matrices = matrices = [weighted_site(spec, site) for site in spec.sites]
         # A kernel, its error weights, and the statistics that they are computed from.
         self.matrix = max(4.0 * kernel.size + 2.0 * nbytes(cost) for kernel, cost in matrices)
         self.largest = max(4.0 * kernel.size for kernel, _ in matrices)
@@ -261,6 +263,16 @@ class QuantizedMemory(StageMemory):
                 self.matrix + QUANTIZATION_COPIES * self.largest,
             ),
         }
+
+    def scales(self) -> Parts:
+        """While some blocks are quantized in both ways, and the models run on some sequences."""
+        form = normal_float.Format.parse(scale_search.FORMAT)
+        coded = sum(form.nbytes(math.prod(kernel.shape)) for kernel, _ in self.matrices)
+        blocks = 2 * len(scale_search.measured_blocks(self.layers))
+        found = self.predictions()
+        streams = (1 + len(scale_search.WAYS)) * self.state_bytes(scale_search.SEQUENCES)
+        found["device: hidden states"] = max(found["device: hidden states"], streams)
+        return found | {"result": float(blocks * coded)}
 
     def decomposition(self) -> Parts:
         """While matrices are decomposed, with the results so far."""

@@ -53,9 +53,7 @@ def compress_model(
     _, settings, needs_tokens, share = job_of(method, options)
     training = distillation_of(options, seed)
     opened = open_original(model, directory, share, settings)
-    run, settings, *_ = job_of(method, options, opened.stored_dtype)
-    check_budget(opened.config, opened.leaves(), {**settings, "method": method})
-    run, settings = _on_mesh(run, settings, options["mesh"])
+    run, settings = _checked_job(opened, method, options)
     write_tokenizer = tokenizer_writer(opened) if multihost.is_primary() else None
     how = {"samples": samples, "seq_len": seq_len, "seed": seed, "field": field}
     data = _data(opened, method, calibration, how, training, needs_tokens=needs_tokens)
@@ -228,6 +226,13 @@ def _summary(directory: Path, report: dict[str, Any], start: float) -> dict[str,
         "calibration": report["calibration"],
         "settings": report["settings"],
     }
+
+
+def _checked_job(opened: Model, method: str, options: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
+    """Returns the job and its settings; raises ValueError if the model's shapes forbid it."""
+    run, settings, *_ = job_of(method, options, opened.stored_dtype)
+    check_budget(opened.config, opened.leaves(), {**settings, "method": method})
+    return _on_mesh(run, settings, options["mesh"])
 
 
 def _on_mesh(run: Run, settings: dict[str, Any], axes: str | None) -> tuple[Run, dict[str, Any]]:

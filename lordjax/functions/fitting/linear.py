@@ -12,7 +12,7 @@ import numpy as np
 
 from lordjax.allocation.plan import SiteSize
 from lordjax.calibration.backward_pass import gradient_basis
-from lordjax.compression.held_out import predicted_errors
+from lordjax.compression.measured.held_out import predicted_errors
 from lordjax.compression.site_factors import AnyFactors, collect_factors, launch_factorization
 from lordjax.functions.placing import placed_like
 from lordjax.functions.sites import FunctionSite

@@ -8,9 +8,10 @@ the inputs. With ``H = U D Uᵀ`` and U unit upper triangular::
 
 which makes the loss ``Σ_k D_k |z_k - Q_k|²``: independent rounding errors with weights D_k ≤ H_kk.
 
-Scales are fixed before quantization. For each block of W we search the clip ratio
+Scales are fixed before quantization. For each block of W a search finds the clip ratio
 (scale / max|w|) that minimizes this weighted loss. Clipping hurts plain round-to-nearest, because
-it cuts the outliers, which matter most (theory/lq_lora §9).
+it cuts the outliers, which matter most (theory/lq_lora §9). With compensation it helps some models
+and hurts others, so `compression.measured.scale_search` chooses by measured predictions.
 
 Inputs are quantized by decreasing H_kk, so that most other inputs can still compensate for the
 errors with the largest weights. Because the scales are fixed, this order costs no storage. In GPTQ
@@ -42,15 +43,22 @@ class Feedback(NamedTuple):
       order: ``[in]`` indices of the inputs, in the order of quantization.
       upper: ``[in, in]`` the factor U, in that order.
       error_weights: ``[in]`` the diagonal of D, in the original order of the inputs.
+      searches: ``[]`` whether the clip ratios of the blocks are searched; else they are 1.
     """
 
     order: Any
     upper: Any
     error_weights: Any
+    searches: Any
 
 
-def make_feedback(moment: Float[Array, "in in"]) -> Feedback:
-    """Returns the `Feedback` for inputs with a second moment."""
+def make_feedback(moment: Float[Array, "in in"], searches: Any = True) -> Feedback:
+    """Returns the `Feedback` for inputs with a second moment.
+
+    Args:
+      moment: the second moment ``[in, in]``.
+      searches: whether the clip ratios of the blocks are searched.
+    """
     diagonal = jnp.diagonal(moment)
     order = jnp.argsort(diagonal, descending=True)
     damped = moment + DAMPING * jnp.mean(diagonal) * jnp.eye(len(moment), dtype=moment.dtype)
@@ -59,13 +67,24 @@ def make_feedback(moment: Float[Array, "in in"]) -> Feedback:
     upper = jnp.linalg.cholesky(damped[back][:, back])[::-1, ::-1]
     roots = jnp.diagonal(upper)
     error_weights = jnp.zeros_like(roots).at[order].set(roots**2)
-    return Feedback(order, upper / roots[None], error_weights)
+    return Feedback(order, upper / roots[None], error_weights, jnp.asarray(searches, bool))
 
 
 def best_clip_ratios(
     rows: Float[Array, "out in"], form: normal_float.Format, feedback: Feedback
 ) -> Float[Array, "blocks"]:
-    """Returns for each block the ratio of `CLIP_RATIOS` with the smallest weighted loss."""
+    """Returns for each block the ratio of `CLIP_RATIOS` with the smallest weighted loss.
+
+    All ratios are 1 if the feedback says that they are not searched.
+    """
+    ones = jnp.ones(form.blocks(rows.size)[0])
+    return lax.cond(feedback.searches, lambda: _searched(rows, form, feedback), lambda: ones)
+
+
+def _searched(
+    rows: Float[Array, "out in"], form: normal_float.Format, feedback: Feedback
+) -> Float[Array, "blocks"]:
+    """Searches the clip ratio of each block."""
     flat = rows.reshape(-1)
     error_weights = normal_float.runs(jnp.tile(feedback.error_weights, len(rows)), form.block)
     values = normal_float.runs(flat, form.block)

@@ -5,7 +5,7 @@ import pytest
 
 from lordjax.allocation import measured_errors
 from lordjax.allocation.measured_errors import checked_blocks, summary, warning
-from lordjax.compression.held_out import places_of
+from lordjax.compression.measured.held_out import places_of
 
 
 class Anywhere(dict):

@@ -8,9 +8,9 @@ from interrupted import CONFIG, TOKENS, small_model
 
 from lordjax.allocation import measured_errors
 from lordjax.allocation.plan import Plan
-from lordjax.compression.held_out import group_of
 from lordjax.compression.low_rank import HELD_OUT, LEAST_CHECKED, held_out_count, prepare
-from lordjax.compression.variants import compare
+from lordjax.compression.measured.held_out import group_of
+from lordjax.compression.measured.variants import compare
 from lordjax.models import Transformer
 from lordjax.runtime.progress import Clock
 

@@ -16,8 +16,8 @@ from lordjax.calibration.backward_pass import gradient_statistics
 from lordjax.calibration.calibration_set import Calibration
 from lordjax.compression import elastic
 from lordjax.compression.low_rank import LEAST_CHECKED
+from lordjax.compression.measured.temperature import TEMPERATURES
 from lordjax.compression.site_factors import replace_kernels
-from lordjax.compression.temperature import TEMPERATURES
 from lordjax.evaluate import perplexity
 from lordjax.kernels import trees
 from lordjax.kernels.base import nbytes

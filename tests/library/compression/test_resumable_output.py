@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from interrupted import CONFIG, TOKENS, Killed, small_model
 
-from lordjax.compression import elastic, held_out
+from lordjax.compression import elastic
 from lordjax.compression.low_rank import compress
+from lordjax.compression.measured import held_out
 from lordjax.compression.quantized import prepare_quantized
 from lordjax.compression.resumable_output import Output, partial
 from lordjax.kernels.normal_float import Format

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lordjax.compression.variants import compare
+from lordjax.compression.measured.variants import compare
 from lordjax.data.token_windows import fingerprint
 from lordjax.evaluate import perplexity
 from lordjax.evaluate.perplexity import _token_nll

@@ -18,6 +18,7 @@ from lordjax.calibration import backward_pass, forward_pass
 from lordjax.calibration.observers import observe
 from lordjax.compression import quantized_matrix
 from lordjax.compression.elastic import check_settings
+from lordjax.compression.measured import scale_search, variants
 from lordjax.compression.quantized import quantize
 from lordjax.forecast import device_shares, job_settings, peak_memory, predict, shapes
 from lordjax.forecast.job import CompressionSpec
@@ -27,6 +28,7 @@ from lordjax.forecast.seconds import seconds
 from lordjax.kernels import normal_float, trees
 from lordjax.kernels.base import nbytes
 from lordjax.methods.quantized import lq, weightings
+from lordjax.models.config import ModelConfig
 from lordjax.runtime import flops
 from lordjax.runtime.mesh import make_mesh, shard_batch
 
@@ -98,8 +100,11 @@ def counting(work, fn):
 
     @functools.wraps(fn)
     def run(*args, **kwargs):
-        given = jax.tree.map(lambda a: jax.ShapeDtypeStruct(np.shape(a), a.dtype), args)
-        work.update(flops.count_ops(functools.partial(fn, **kwargs), *given))
+        configs = [a for a in args if isinstance(a, ModelConfig)]  # the first argument, if any
+        given = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(np.shape(a), jnp.result_type(a)), args[len(configs) :]
+        )
+        work.update(flops.count_ops(functools.partial(fn, *configs, **kwargs), *given))
         return fn(*args, **kwargs)
 
     return run
@@ -125,6 +130,8 @@ def test_a_quantisation_runs_what_was_counted(method, flags, monkeypatch):
             *("encode_kernel", "best_pair", "pack", "measures", "materialize"),
         ),
         lq: ("decompose",),
+        scale_search: ("materialize",),
+        variants: ("observe", "divergences"),
     }.items():
         for name in names:
             monkeypatch.setattr(module, name, counting(done, getattr(module, name)))

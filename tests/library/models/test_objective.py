@@ -11,8 +11,8 @@ from lordjax import InMemory
 from lordjax.calibration.backward_pass import gradient_statistics
 from lordjax.calibration.calibration_set import Calibration
 from lordjax.compression.low_rank import prepare
+from lordjax.compression.measured.variants import compare
 from lordjax.compression.quantized import prepare_quantized
-from lordjax.compression.variants import compare
 from lordjax.evaluate import perplexity
 from lordjax.kernels import trees
 from lordjax.methods import METHODS

@@ -12,8 +12,9 @@ import pytest
 from blocks import BLOCKS, source
 
 from lordjax.calibration import backward_pass, forward_pass
-from lordjax.compression import site_factors, variants
+from lordjax.compression import site_factors
 from lordjax.compression.low_rank import prepare
+from lordjax.compression.measured import variants
 from lordjax.forecast.calibration_cost import blocks_ops, recomputed
 from lordjax.forecast.job import CompressionSpec
 from lordjax.forecast.low_rank_cost import stages

@@ -81,7 +81,7 @@ def test_a_budget_that_cannot_be_met_says_what_can(tiny, text, tmp_path):
     fails("no format", "compress", tiny, tmp_path / "a", *calibration(text), "--embeddings", "int8")
 
 
-def test_a_budget_that_cannot_be_met_is_refused_before_any_data_is_read(tiny, tmp_path, monkeypatch):
+def test_a_budget_that_cannot_be_met_is_refused_before_data_is_read(tiny, tmp_path, monkeypatch):
     """The model may have to write its own calibration text first, which takes minutes."""
     monkeypatch.setattr(compress, "_data", lambda *_, **__: pytest.fail("data was read"))
     for method in ("nf", "svd", "auto"):

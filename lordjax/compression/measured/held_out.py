@@ -9,8 +9,8 @@ import numpy as np
 
 from lordjax.allocation import measured_errors
 from lordjax.allocation.measured_errors import Place, mean_loss
+from lordjax.compression.measured.variants import compare
 from lordjax.compression.site_factors import AnyFactors, replace_kernels
-from lordjax.compression.variants import compare
 from lordjax.kernels import trees
 from lordjax.names import layer_index, layer_type
 from lordjax.runtime import multihost

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lordjax.allocation.plan import Plan
+from lordjax.compression.measured.variants import compare
 from lordjax.compression.site_factors import replace_kernels
-from lordjax.compression.variants import compare
 from lordjax.runtime import multihost
 from lordjax.runtime.progress import Clock
 from lordjax.storage.store import digest, get_or_compute
