@@ -25,6 +25,7 @@ from lordjax.allocation.candidates import (
 )
 from lordjax.calibration.observers import sequences_per_step
 from lordjax.compression.measured import scale_search
+from lordjax.compression.measured.held_out import group_of
 from lordjax.compression.quantized_matrix import best_pair, encode_kernel, measures, pack
 from lordjax.forecast.calibration_cost import (
     blocks_ops,
@@ -177,10 +178,11 @@ def quantized_stages(spec: QuantizationSpec) -> dict[str, OpCounts]:
         found[scale_search.STAGE].update(
             Counter(read=2 * block_bytes, put=2 * block_bytes + changed)
         )
+    weights = _error_weights(spec, spec.sites, spec.config.num_layers)
     if spec.chosen:
-        found["predictions"] = flops.merged([_error_weights(spec), _predictions(spec)])
+        found["predictions"] = flops.merged([weights, _predictions(spec)])
         found["predictions"].update(weight_traffic(block_bytes))
-    found["decomposition"] = flops.merged([_error_weights(spec), _decompositions(spec)])
+    found["decomposition"] = flops.merged([weights, _decompositions(spec)])
     found["decomposition"].update(weight_traffic(block_bytes))
     found["decomposition"]["read"] += block_bytes
     found["apply"]["read"] += nbytes(spec.non_block_params)
@@ -205,15 +207,16 @@ def _measured_blocks(spec: QuantizationSpec) -> int:
 def _scale_search(spec: QuantizationSpec) -> OpCounts:
     """Some blocks quantized in both ways, and runs of the models on some sequences."""
     ways, blocks = len(scale_search.WAYS), _measured_blocks(spec)
-    found = [_error_weights(spec, blocks)]
+    sites = [s for s in spec.sites if group_of(site_path(0, s)) == scale_search.MEASURED]
+    found = [_error_weights(spec, sites, blocks)]
     form = normal_float.Format.parse(scale_search.FORMAT)
-    for site in spec.sites:
+    for site in sites:
         kernel, error_weights = weighted_site(spec, site)
         program = functools.partial(encode_kernel, form=form)
         ops = [flops.count_ops(program, kernel, error_weights.feedback)]
         new = kernel_shapes(kernel.shape, Candidate(form, None), spec.dtype, None)
         ops.append(flops.count_ops(materialize, new))
-        found.append(flops.scaled(flops.merged(ops), 2 * blocks))
+        found.append(flops.scaled(flops.merged(ops), ways * blocks))
     count = min(scale_search.SEQUENCES, spec.sequences)
     batch = sequences_per_step(count, spec.length)
     x, rest = spec.residual_stream(batch), spec.non_block_params
@@ -225,16 +228,15 @@ def _scale_search(spec: QuantizationSpec) -> OpCounts:
     return flops.merged([*found, flops.scaled(flops.merged(steps), count / batch)])
 
 
-def _error_weights(spec: QuantizationSpec, blocks: int | None = None) -> OpCounts:
-    """A pass over the blocks that computes the error weights of all or some blocks' matrices."""
+def _error_weights(spec: QuantizationSpec, sites: Sequence[Site], blocks: int) -> OpCounts:
+    """A pass over the blocks that computes the error weights of some sites in some blocks."""
     found = [forward_work(spec)] if spec.reads_inputs else []
-    layers = spec.config.num_layers if blocks is None else blocks
-    for site in spec.sites:
+    for site in sites:
         kernel, stats = site_inputs(spec, site)
-        found.append(flops.scaled(flops.count_ops(make_weights, kernel, stats), layers))
+        found.append(flops.scaled(flops.count_ops(make_weights, kernel, stats), blocks))
         if spec.feedback:
             moment = jax.eval_shape(make_weights, kernel, stats).inputs
-            found.append(flops.scaled(flops.count_ops(make_feedback, moment), layers))
+            found.append(flops.scaled(flops.count_ops(make_feedback, moment), blocks))
     return flops.merged(found)
 
 

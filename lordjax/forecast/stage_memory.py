@@ -268,7 +268,7 @@ class QuantizedMemory(StageMemory):
         """While some blocks are quantized in both ways, and the models run on some sequences."""
         form = normal_float.Format.parse(scale_search.FORMAT)
         coded = sum(form.nbytes(math.prod(kernel.shape)) for kernel, _ in self.matrices)
-        blocks = 2 * len(scale_search.measured_blocks(self.layers))
+        blocks = len(scale_search.WAYS) * len(scale_search.measured_blocks(self.layers))
         found = self.predictions()
         streams = (1 + len(scale_search.WAYS)) * self.state_bytes(scale_search.SEQUENCES)
         found["device: hidden states"] = max(found["device: hidden states"], streams)

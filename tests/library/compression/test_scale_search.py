@@ -13,8 +13,8 @@ from lordjax.compression.measured.held_out import group_of
 from lordjax.compression.measured.scale_search import (
     GROUPS,
     MARGIN,
+    MEASURED,
     SEQUENCES,
-    WAYS,
     measured_blocks,
 )
 from lordjax.compression.quantized import prepare_quantized
@@ -32,16 +32,16 @@ def prepared(tokens=TOKENS, **options):
     return prepare_quantized(small_model(), tokens, **how)
 
 
-def quantized(params, group, searched):
-    """The model with a group of the measured blocks quantized, with or without a search."""
+def quantized(params, searched):
+    """The model with the MLPs of the measured blocks quantized, with or without a search."""
     ready = prepared()
-    ready.__dict__["searches"] = frozenset({group} if searched else ())
+    ready.__dict__["searches"] = frozenset({MEASURED} if searched else ())
     coded = trees.flatten(ready.apply(ready.uniform(NF4)).params)
     flat = dict(trees.flatten(params))
     for i in measured_blocks(CONFIG.num_layers):
         for site in LINEAR_SITES:
             path = f"layer_{i}/{site.path}"
-            if path in flat and group_of(path) == group:
+            if path in flat and group_of(path) == MEASURED:
                 flat[path] = materialize(coded[path])
     return trees.unflatten(flat)
 
@@ -55,33 +55,32 @@ def log_probabilities(params, tokens):
 def test_measured_divergences_are_those_of_whole_models():
     ready, params = prepared(), small_model().params
     assert ready.searches <= set(GROUPS)
-    found = ready.report["scales"]["groups"]
+    found = ready.report["scales"]
     rows = np.linspace(0, len(TOKENS) - 1, SEQUENCES).round().astype(int)
     dense = log_probabilities(params, TOKENS[rows])
-    for group in GROUPS:
-        for name, searched in (("divergence", False), ("divergence_searched", True)):
-            own = log_probabilities(quantized(params, group, searched), TOKENS[rows])
-            expected = np.mean(np.sum(np.exp(dense) * (dense - own), axis=-1))
-            assert found[group][name] == pytest.approx(expected, rel=1e-3)
-        assert found[group]["divergence"] != found[group]["divergence_searched"]
+    for name, searched in (("divergence", False), ("divergence_searched", True)):
+        own = log_probabilities(quantized(params, searched), TOKENS[rows])
+        expected = np.mean(np.sum(np.exp(dense) * (dense - own), axis=-1))
+        assert found[name] == pytest.approx(expected, rel=1e-3)
+    assert found["divergence"] != found["divergence_searched"]
     assert ready.report["seconds"]["scales"] > 0
 
 
-@pytest.mark.parametrize("group", GROUPS)
-def test_a_search_has_to_be_better_by_a_margin(monkeypatch, group):
-    shares = {(g, s): MARGIN + (-0.01 if g == group else 0.01) if s else 1.0 for g, s in WAYS}
-    monkeypatch.setattr(scale_search, "_measured", lambda _: [2 * shares[way] for way in WAYS])
+@pytest.mark.parametrize(("share", "chosen"), [(MARGIN - 0.01, True), (MARGIN + 0.01, False)])
+def test_a_search_has_to_be_better_by_a_margin(monkeypatch, share, chosen):
+    monkeypatch.setattr(scale_search, "_measured", lambda _: [2.0, 2.0 * share])
     ready = prepared()
-    assert ready.searches == {group}
-    report = ready.apply(ready.uniform(NF4)).report["scales"]["groups"]
-    assert {name for name, row in report.items() if row["searched"]} == {group}
+    assert ready.searches == ({"attention", "mlp"} if chosen else {"attention"})
+    assert ready.apply(ready.uniform(NF4)).report["scales"]["searched"] is chosen
 
 
 def test_without_a_search_scales_are_the_largest_magnitudes(monkeypatch):
-    monkeypatch.setattr(scale_search, "_measured", lambda _: [1.0] * len(WAYS))
+    monkeypatch.setattr(scale_search, "_measured", lambda _: [1.0, 1.0])
     ready, flat = prepared(), trees.flatten(small_model().params)
     made = trees.flatten(ready.apply(ready.uniform(NF4)).params)
-    for path in ready.shapes:  # no group is searched
+    for path in ready.shapes:
+        if group_of(path) != MEASURED:
+            continue
         values = jnp.asarray(flat[path]).T.reshape(-1)
         expected = normal_float.quantize_scales(normal_float.block_scales(values, NF4.block), NF4)
         kernel = made[path]
