@@ -142,8 +142,8 @@ def check_budget(config: ModelConfig, leaves: dict[str, Any], settings: dict[str
       KeyError: if no site is left for a pattern of ``ranks``.
       ValueError: if the budget cannot be met, or a rank does not fit its matrix.
     """
-    shortest = (1, 2)  # the budget depends on no calibration data
-    parse_settings(config, _stored_before(config, leaves), shortest, settings)
+    enough = (16, 2)  # sequences and tokens; the budget does not depend on them
+    parse_settings(config, _stored_before(config, leaves), enough, settings)
 
 
 def _stored_before(config: ModelConfig, leaves: dict[str, Any]) -> InMemory:
