@@ -57,26 +57,20 @@ def compare(
       ValueError: if the model has no head, there is no target, or a negative log-likelihood is not
         finite.
     """
-    config = source.config
-    with jax.default_matmul_precision("highest"):
-        ends = _run_all(source, tokens, change, starts, clock, stage, mask_token)
-        with clock.part(stage):
-            goals = ends.goals
-            if objective.decides(config):
-                goals = [decisions(config, ends.rest, x) for x in ends.original]
-            found = (ends.original, *ends.variants)
-            return [_target_losses(config, ends.rest, xs, goals) for xs in found]
+
+    def judge(ends: _Ends) -> list[np.ndarray]:
+        config, goals = source.config, ends.goals
+        if objective.decides(config):
+            goals = [decisions(config, ends.rest, x) for x in ends.original]
+        found = (ends.original, *ends.variants)
+        return [_target_losses(config, ends.rest, xs, goals) for xs in found]
+
+    how: dict[str, Any] = {"stage": stage, "mask_token": mask_token}
+    return _run_all(judge, source, tokens, change, starts, clock, **how)
 
 
 def mean_divergences(
-    source: Source,
-    tokens: np.ndarray,
-    change: Change,
-    starts: Sequence[int],
-    clock: Clock,
-    *,
-    stage: str,
-    mask_token: int | None = None,
+    source: Source, *given: Any, stage: str, mask_token: int | None
 ) -> list[float]:
     """Returns how far the predictions of variants are from the original model's.
 
@@ -85,10 +79,7 @@ def mean_divergences(
 
     Args:
       source: the original model, which predicts tokens.
-      tokens: as for `compare`.
-      change: as for `compare`.
-      starts: as for `compare`.
-      clock: as for `compare`.
+      *given: ``tokens``, ``change``, ``starts`` and ``clock``, as for `compare`.
       stage: as for `compare`.
       mask_token: as for `compare`.
 
@@ -98,11 +89,11 @@ def mean_divergences(
     Raises:
       ValueError: if there is no target, or a divergence is not finite.
     """
-    config = source.config
-    with jax.default_matmul_precision("highest"):
-        ends = _run_all(source, tokens, change, starts, clock, stage, mask_token)
-        with clock.part(stage):
-            return [_mean_divergence(config, ends, xs) for xs in ends.variants]
+
+    def judge(ends: _Ends) -> list[float]:
+        return [_mean_divergence(source.config, ends, xs) for xs in ends.variants]
+
+    return _run_all(judge, source, *given, stage=stage, mask_token=mask_token)
 
 
 class _Ends(NamedTuple):
@@ -122,32 +113,39 @@ class _Ends(NamedTuple):
 
 
 def _run_all(
+    judge: Callable[[_Ends], Any],
     source: Source,
     tokens: np.ndarray,
     change: Change,
     starts: Sequence[int],
     clock: Clock,
+    *,
     stage: str,
     mask_token: int | None,
-) -> _Ends:
-    """Runs the original model and the variants; arguments are those of `compare`."""
+) -> Any:
+    """Runs the original model and the variants, and returns what ``judge`` says of their ends.
+
+    The other arguments are those of `compare`.
+    """
     check_windows(tokens)
     config = source.config
     steps = Calibration(tokens, None, sequences_per_step(*tokens.shape), mask_token)
     goals = [objective.targets(config, *batch) for batch in steps.batches()]
-    original = hidden_states(source, steps)
-    states: list[list[Any]] = [[] for _ in starts]
-    for i in clock.run(stage, range(config.num_layers)):
-        block = source.block(i)
-        own = on_device(block)
-        for j, start in enumerate(starts):
-            if start > i:
-                continue
-            new = change(block, i, j)
-            xs = original if start == i else states[j]
-            states[j] = _run(config, own if new is block else on_device(new), i, xs)
-        original = _run(config, own, i, original)
-    return _Ends(on_device(source.non_block_params()), goals, original, states)
+    with jax.default_matmul_precision("highest"):
+        original = hidden_states(source, steps)
+        states: list[list[Any]] = [[] for _ in starts]
+        for i in clock.run(stage, range(config.num_layers)):
+            block = source.block(i)
+            own = on_device(block)
+            for j, start in enumerate(starts):
+                if start > i:
+                    continue
+                new = change(block, i, j)
+                xs = original if start == i else states[j]
+                states[j] = _run(config, own if new is block else on_device(new), i, xs)
+            original = _run(config, own, i, original)
+        with clock.part(stage):
+            return judge(_Ends(on_device(source.non_block_params()), goals, original, states))
 
 
 def _run(config: ModelConfig, block: Any, i: int, xs: Sequence[Any]) -> list[Any]:
