@@ -21,6 +21,8 @@ FREE = (
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 CONTAINERS = ("while", "conditional", "call")
 SLICES = ("dynamic-slice", "slice", "gather")
+# Instructions that replace a part of their first operand in place -> the operand that holds it.
+REPLACE = {"dynamic-update-slice": 1, "scatter": 2}
 BITS = {"pred": 8, "bf16": 16, "token": 0, "opaque": 0}
 
 _TENSOR = re.compile(r"(pred|bf16|token|opaque|[a-z]+(\d+)\w*)\[([\d,]*)\]")
@@ -216,8 +218,8 @@ def _moved(
     operands = [sizes[name].nbytes for name in each.operands if name in sizes]
     if each.opcode in SLICES:
         return 2.0 * each.nbytes
-    if each.opcode == "dynamic-update-slice":
-        return 2.0 * operands[1]
+    if each.opcode in REPLACE:
+        return 2.0 * operands[REPLACE[each.opcode]]
     if each.opcode != "fusion" or not each.called:
         return float(sum(operands) + each.nbytes)
     inner, total = table[each.called[0]], float(each.nbytes)
@@ -231,13 +233,13 @@ def _moved(
             continue
         total += min(whole, sum(i.nbytes for i in sliced))
         if replaced:  # in place: of the result only the slices are written
-            total += sum(_size(inner, i.operands[1]) for i in replaced) - whole
+            total += sum(_size(inner, i.operands[REPLACE[i.opcode]]) for i in replaced) - whole
     return max(total, 0.0)
 
 
 def _replaces(each: Instruction, name: str) -> bool:
     """Returns whether an instruction replaces a slice of the array ``name``."""
-    return each.opcode == "dynamic-update-slice" and each.operands[0] == name
+    return each.opcode in REPLACE and each.operands[0] == name
 
 
 def _size(inner: list[Instruction], name: str) -> int:

@@ -105,3 +105,11 @@ def test_loops_of_real_programs_are_found():
 def test_a_text_that_is_no_program_is_an_error():
     with pytest.raises(ValueError, match="no ENTRY"):
         hlo.read("HloModule empty\n")
+
+
+def test_a_scatter_in_place_moves_its_updates_twice():
+    """It reads and writes them; the rest of the array stays where it is."""
+    scatter = "  ROOT %put = f32[64,8]{1,0} scatter(%p0, %p2, %p1), to_apply=%body\n"
+    plain = WRITTEN[WRITTEN.index("  ROOT %put") : WRITTEN.index("}\n\n%body")]
+    assert plain.startswith("  ROOT %put = f32[64,8]{1,0} dynamic-update-slice(%p0, %p1")
+    assert hlo.read(WRITTEN.replace(plain, scatter)).nbytes == hlo.read(WRITTEN).nbytes
