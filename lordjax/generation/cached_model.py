@@ -14,6 +14,10 @@ from lordjax.models.config import ModelConfig
 from lordjax.models.transformer import Transformer
 from lordjax.names import layer
 
+# Options of XLA's compiler. For a GPU it would merge products of one input, and for that copy
+# matrices of odd widths side by side, for every token.
+READ_IN_PLACE = {"xla_gpu_dot_merger_threshold_mb": 0}
+
 
 def whole(config: ModelConfig, params: Any, *inputs: Any, method: Any) -> Any:
     """Applies a method of the whole model."""

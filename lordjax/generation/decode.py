@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from lordjax.generation.cached_model import hidden, whole
+from lordjax.generation.cached_model import READ_IN_PLACE, hidden, whole
 from lordjax.generation.long_rows import LongRows, row_positions
 from lordjax.generation.prompt_batch import bucket, pad_prompts
 from lordjax.generation.sampling import GREEDY, Kind, Sampling, Values, pick
@@ -151,7 +151,12 @@ def widened(cache: Any, *, capacity: int) -> Any:
     return jax.tree.map(fill, cache)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "kind"), donate_argnames="state")
+@functools.partial(
+    jax.jit,
+    static_argnames=("config", "kind"),
+    donate_argnames="state",
+    compiler_options=READ_IN_PLACE,
+)
 def decode(
     params: Any,
     state: State,
@@ -340,8 +345,6 @@ def generate(
                     over[i] = ended(i, answers[i])
             out = chunks.send(over if ended is not None else None)
     except StopIteration:
-        reasons = [
-            "text" if text else "length" if len(tokens) == max_new_tokens else "stop"
-            for tokens, text in zip(answers, over, strict=True)
-        ]
+        ends = zip((len(tokens) == max_new_tokens for tokens in answers), over, strict=True)
+        reasons = ["text" if text else "length" if full else "stop" for full, text in ends]
     return [Generated(*both) for both in zip(answers, reasons, strict=True)]

@@ -24,6 +24,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from lordjax.runtime import target
+
 
 class Kernel(abc.ABC):
     """A matrix ``[..., in, out]`` that is not stored as one array. See this module's docstring."""
@@ -75,7 +77,22 @@ def matmul(x: Float[Array, "... in"], kernel: Any) -> Float[Array, "... out"]:
     """
     if isinstance(kernel, Kernel):
         return kernel.matmul(x)
-    return jnp.matmul(x, kernel.astype(x.dtype))
+    kernel = kernel.astype(x.dtype)
+    if x.size != x.shape[-1] or kernel.ndim != 2:
+        return jnp.matmul(x, kernel)
+    y = jnp.matmul(with_second_row(x.reshape(1, -1)), kernel)[:1]
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def with_second_row(x: Float[Array, "... r n"]) -> Float[Array, "... s n"]:
+    """Returns factors of matrix products; on a GPU a single row gets a row of zeros below it.
+
+    XLA replaces a product with one row by a multiplication and a sum. On a GPU it may write the
+    multiplied matrix in between, which moves three times the bytes.
+    """
+    if x.shape[-2] != 1 or target.platform() != "gpu":
+        return x
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, 1), (0, 0)])
 
 
 def materialize(tree: Any) -> Any:

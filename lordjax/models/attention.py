@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from lordjax.kernels.base import with_second_row
 from lordjax.models.config import ModelConfig, Rope
 from lordjax.models.layers import Linear, RMSNorm, softcap, tap
 from lordjax.models.rope import rotate, row_frequencies
@@ -144,12 +145,14 @@ def attend_cached(
     rows = (q * scale).astype(keys.dtype).reshape(batch, length, kv_heads, -1, width)
     # Queries of one key head side by side: XLA's CPU backend is fast on a plain batched product.
     rows = rows.transpose(0, 2, 1, 3, 4).reshape(batch, kv_heads, -1, width)
-    logits = jnp.matmul(rows, keys.mT)
+    # No transposed keys: on a GPU XLA would copy the cache to turn it around.
+    logits = jnp.einsum("bkrd,bktd->bkrt", with_second_row(rows), keys)[..., : rows.shape[-2], :]
     distance = positions[:, :, None] - jnp.arange(capacity, dtype=positions.dtype)[None, None]
     visible = _in_reach(distance, sliding_window)
     visible = jnp.repeat(visible, heads // kv_heads, axis=1)[:, None]
     weights, total = _softmax(softcap(logits, cap), visible)
-    mixed = jnp.matmul(weights.astype(values.dtype), values).astype(total.dtype) / total
+    mixed = jnp.matmul(with_second_row(weights.astype(values.dtype)), values)
+    mixed = mixed[..., : rows.shape[-2], :].astype(total.dtype) / total
     mixed = mixed.reshape(batch, kv_heads, length, heads // kv_heads, -1).transpose(0, 2, 1, 3, 4)
     return mixed.astype(q.dtype).reshape(batch, length, heads, -1)
 

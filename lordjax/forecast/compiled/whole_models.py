@@ -152,5 +152,6 @@ def _of_all_blocks(
         "bytes": sum(parts.values()),
         "seconds": seconds[0] + each * (config.num_layers - BLOCKS[0]),
         "launches": whole(lambda c: c.facts.total_launches),
+        "moved": whole(lambda c: c.facts.nbytes),
         "calls": dict(more.facts.calls),
     }

@@ -1,6 +1,8 @@
 """Jobs as they are compiled for a GPU: what is recorded, how bytes and time follow from it."""
 
 import dataclasses
+import math
+import os
 
 import jax
 import jax.numpy as jnp
@@ -112,6 +114,48 @@ def test_a_job_is_compiled_in_a_process_of_its_own(count):
     assert set(sent) == (set() if count == 1 else {"all-reduce"})
     assert stages["factors"]["collectives"] == {}
     assert jnp.ones(1).devices().pop().platform == "cpu"
+
+
+DECODING = """
+from lordjax.forecast.compiled.programs import Compiler
+from lordjax.forecast.compiled.whole_models import decoding
+from lordjax.runtime import target
+from lordjax.runtime.gpu_compiler import absent_mesh, answer
+
+def run(task):
+    spec, params, card, batch, length = task
+    with target.absent_gpus():
+        compiler = Compiler(absent_mesh(card, 1), spec)
+        return decoding(spec.config, params, compiler, card, batch, length)
+
+answer(run)
+"""
+
+
+@pytest.mark.gpu_compile
+@pytest.mark.parametrize("method", [None, "lord"])
+@pytest.mark.parametrize("batch", [1, 8])
+def test_decoding_moves_little_more_than_weights_and_cache(monkeypatch, tmp_path, method, batch):
+    (tmp_path / "decoding_apart.py").write_text(DECODING)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    sizes = {"hidden_size": 2048, "mlp_size": 5632, "num_heads": 16, "num_kv_heads": 16}
+    config = dataclasses.replace(
+        SMALL, **sizes, head_size=128, num_layers=4, vocab_size=1000, tie_embeddings=False
+    )
+    params = dense_shapes(config).params
+    if method is not None:
+        plan, _ = plan_or_estimate(config, method, 0.8, None, "uniform")
+        params = outline(config, plan)
+
+    def shape(a):  # multiples of 64: where no product is timed, the compiler pads others
+        return jax.ShapeDtypeStruct(tuple(n // 64 * 64 or n for n in a.shape), jnp.bfloat16)
+
+    params = jax.tree.map(shape, params)
+    given = CompressionSpec(config, "lord", 8, 1024), params, CARD, batch, 1024
+    found = gpu_compiler.run_apart("decoding_apart", given)
+    cache = 2 * 4 * batch * 1024 * 16 * 128
+    weights = sum(math.prod(a.shape) for a in jax.tree.leaves(params)) - 960 * 2048
+    assert found["moved"] < 1.1 * 2 * (cache + weights)
 
 
 def test_what_is_held_counts_where_a_program_takes_less_of_it():
