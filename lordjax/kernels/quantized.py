@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 from typing import Any
 
 import flax.struct
@@ -170,17 +169,11 @@ def _gpu_product(x: Array, base: Any, low_rank: LowRank | None = None) -> Array 
 
     It is for quantized matrices; an adapter's base can be of any kind.
     """
-    if target.platform() != "gpu" or not isinstance(base, NFQuantized) or not _has_triton():
+    if target.platform() != "gpu" or not isinstance(base, NFQuantized) or not target.has_triton():
         return None
     from lordjax.kernels import nf_gpu_autotune  # Pallas is slow to import
 
     return nf_gpu_autotune.product(x, base, low_rank)
-
-
-@functools.cache
-def _has_triton() -> bool:
-    """Returns whether this JAX compiles Pallas kernels with Triton; later versions may not."""
-    return importlib.util.find_spec("jax.experimental.pallas.triton") is not None
 
 
 def _vmap_leading(lead: Any, fn: Any) -> Any:

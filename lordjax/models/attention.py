@@ -53,11 +53,10 @@ def attend(
       ValueError: if there is a sliding window, but attention is not causal.
     """
     batch, length, heads, kv_heads = *q.shape[:3], k.shape[2]
-    if sliding_window is not None and not causal:
-        raise ValueError(
-            f"sliding window of {sliding_window} tokens: expected causal attention, but this model "
-            "attends in both directions; remove the window from the config"
-        )
+    _check_window(sliding_window, causal)
+    plain = causal and cap is None and sliding_window is None and mask is None
+    if plain and _has_fused_kernel(q.dtype):
+        return fused(q, k, v, scale=scale)
 
     def split(x: Array) -> Array:
         """``[b, s, k·n, d]`` -> ``[b·k, n, s, d]``."""
@@ -77,6 +76,62 @@ def attend(
         jax.lax.map(attend_one, split_inputs) if one_by_one else jax.vmap(attend_one)(split_inputs)
     )
     return out.reshape(batch, heads, length, -1).transpose(0, 2, 1, 3)
+
+
+def _check_window(sliding_window: int | None, causal: bool) -> None:
+    if sliding_window is not None and not causal:
+        raise ValueError(
+            f"sliding window of {sliding_window} tokens: expected causal attention, but this model "
+            "attends in both directions; remove the window from the config"
+        )
+
+
+FUSED_BLOCK = 128  # positions that the fused kernel works on at a time; divides the length
+
+
+def _has_fused_kernel(dtype: Any) -> bool:
+    """Returns whether `fused` is used: in 16 bits on one GPU, where this JAX has Triton."""
+    return (
+        target.platform() == "gpu"
+        and target.device_count() == 1  # a compiler that splits arrays cannot split the kernel
+        and dtype in (jnp.bfloat16, jnp.float16)
+        and target.has_triton()
+    )
+
+
+def fused(
+    q: Float[Array, "b s h d"],
+    k: Float[Array, "b s k d"],
+    v: Float[Array, "b s k e"],
+    *,
+    scale: float,
+    interpret: bool = False,
+) -> Float[Array, "b s h e"]:
+    """Computes causal attention by JAX's Pallas kernel, which writes no logits.
+
+    Args:
+      q: queries; head h uses key head ``h // (heads / key heads)``.
+      k: keys. Their width may differ from that of the values.
+      v: values.
+      scale: factor on the logits.
+      interpret: whether the kernel is interpreted, which any device can do.
+
+    Returns:
+      Attention output in the dtype of ``v``; the softmax is computed in float32.
+    """
+    from jax.experimental.pallas.ops.gpu import attention  # Pallas is slow to import
+
+    length, width = q.shape[1], max(q.shape[3], v.shape[3])
+
+    def filled(x: Array) -> Array:
+        """Zeros behind the last position, which no query sees, and beside narrower heads."""
+        x = jnp.repeat(x, q.shape[2] // x.shape[2], axis=2)
+        rows = -length % FUSED_BLOCK
+        return jnp.pad(x, [(0, 0), (0, rows), (0, 0), (0, width - x.shape[3])])
+
+    how: dict[str, Any] = {"sm_scale": scale, "causal": True, "interpret": interpret}
+    out = attention.mha(filled(q), filled(k), filled(v), None, **how)
+    return out[:, :length, :, : v.shape[3]]
 
 
 def _attend_kv_head(

@@ -18,7 +18,7 @@ Also counted, but not added to the total of operations::
     read, put, write             bytes from disk, to the device, to disk (`lordjax.forecast`)
 
 The body of a ``scan`` counts once per iteration. ``while`` loops are ignored: here they only retry
-failed factorizations.
+failed factorizations. Of Pallas kernels those in `KERNELS` count.
 
 Inside `recorded`, every counted program is kept, and its runs are counted like an operation. So the
 same code that counts a job's operations says which programs the job compiles.
@@ -43,6 +43,9 @@ THIN = 128
 COUNTS = ("exp", "select", "gather", "steps", "equations", "read", "put", "write")
 EXPONENTIALS = ("exp", "logistic", "tanh", "erf", "exp2")
 RUNS = "runs of "  # before the name of a recorded program
+# Pallas kernel -> its products of queries and keys, or of as many multiplications. They are causal,
+# so half of each is multiplied. The backward pass computes the logits twice.
+KERNELS = {"mha_forward": 2, "mha_backward": 7}
 
 
 class Program(NamedTuple):
@@ -159,7 +162,7 @@ def _count_equation(equation: Any, wanted: Sequence[bool], loops: bool) -> OpCou
         branches = [_count_jaxpr(b.jaxpr, wanted, loops=loops) for b in params["branches"]]
         return max(branches, key=total)
     inner = [j for j in map(_inner_jaxpr, params.values()) if j is not None]
-    if inner:
+    if inner and name != "pallas_call":
         program = inner[0]
         same = name != "scan" and len(program.outvars) == len(wanted)
         used = wanted if same else [True] * len(program.outvars)
@@ -218,6 +221,14 @@ def _triangular_solve(equation: Any) -> tuple[str, float]:
     return f"cholesky {dtype}", float(number * rows * equation.invars[1].aval.size)
 
 
+def _kernel(equation: Any) -> tuple[str, float]:
+    """The operations of a kernel whose first argument are queries ``[..., positions, h, d]``."""
+    queries = equation.invars[0].aval
+    products = KERNELS.get(equation.params["name"], 0)
+    length = queries.shape[-3] if products else 0
+    return f"product {jnp.result_type(queries.dtype)}", float(products * queries.size * length)
+
+
 def _elements(kind: str) -> Callable[[Any], tuple[str, float]]:
     return lambda equation: (kind, float(equation.outvars[0].aval.size))
 
@@ -233,6 +244,7 @@ OPERATIONS: dict[str, Callable[[Any], tuple[str, float]]] = {
     "geqrf": _factorization("cholesky", 2.0),
     "householder_product": _factorization("cholesky", 2.0),
     "triangular_solve": _triangular_solve,
+    "pallas_call": _kernel,
     "select_n": _elements("select"),
     "gather": _elements("gather"),
     **dict.fromkeys(EXPONENTIALS, _elements("exp")),

@@ -7,6 +7,8 @@ compiles for a GPU on a machine without one traces what the GPU would run.
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.util
 from collections.abc import Iterator
 
 import jax
@@ -27,6 +29,12 @@ def device_count() -> int:
 def is_absent() -> bool:
     """Returns whether programs are compiled for devices that are not here, and cannot run."""
     return _compiled_for is not None
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Returns whether this JAX compiles Pallas kernels with Triton; later versions may not."""
+    return importlib.util.find_spec("jax.experimental.pallas.triton") is not None
 
 
 @contextlib.contextmanager

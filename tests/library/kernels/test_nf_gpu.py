@@ -13,7 +13,6 @@ import pytest
 from click.testing import CliRunner
 
 from lordjax.kernels import nf_gpu, nf_gpu_autotune
-from lordjax.kernels import quantized as kernels
 from lordjax.kernels.base import materialize, matmul
 from lordjax.kernels.low_rank import LowRank
 from lordjax.kernels.nf_gpu import Tile
@@ -253,7 +252,7 @@ def test_nothing_is_timed_elsewhere(one_gpu, backend, devices):
 
 
 def test_a_jax_without_triton_decodes(one_gpu):
-    one_gpu.setattr(kernels, "_has_triton", lambda: False)
+    one_gpu.setattr(target, "has_triton", lambda: False)
     one_gpu.setattr(nf_gpu_autotune, "fastest", lambda case: pytest.fail("timed"))
     assert_near(matmul(normal(3, (2, 96)), quantized()), exact(normal(3, (2, 96)), quantized()))
 

@@ -23,6 +23,59 @@ def apart(x, exact):
     return max(float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)) for a, b in pairs)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "sizes", [(128, 4, 2, 64, 64), (70, 2, 2, 24, 40)], ids=["grouped", "odd sizes"]
+)
+def test_the_fused_kernel_is_as_exact_as_the_chunks(sizes):
+    arrays, weights = inputs(*sizes)
+
+    def losses(fn, dtype, **how):
+        def loss(arrays):
+            y = fn(*arrays, scale=0.2, **how).astype(jnp.float32)
+            return jnp.sum(y * weights.astype(jnp.float32)), y
+
+        given = tuple(a.astype(dtype) for a in arrays)
+        gradients, y = jax.grad(loss, has_aux=True)(given)
+        return y, jax.tree.map(lambda a: a.astype(jnp.float32), gradients)
+
+    exact = losses(attention.attend, jnp.float32)
+    chunks = losses(attention.attend, jnp.bfloat16)
+    fused = losses(attention.fused, jnp.bfloat16, interpret=True)
+    for one, other, right in zip(fused, chunks, exact, strict=True):
+        assert apart(one, right) < 1.5 * apart(other, right)
+
+
+def lowered(fn, *args):
+    with target.absent_gpus():
+        return jax.jit(fn).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "dtype", "used"),
+    [
+        ({}, jnp.bfloat16, True),
+        ({}, jnp.float32, False),
+        ({"cap": 30.0}, jnp.bfloat16, False),
+        ({"sliding_window": 64}, jnp.bfloat16, False),
+        ({"causal": False}, jnp.bfloat16, False),
+        ({"mask": jnp.ones((2, 128), bool)}, jnp.bfloat16, False),
+    ],
+    ids=["plain", "float32", "cap", "window", "both directions", "mask"],
+)
+def test_a_gpu_fuses_plain_causal_attention(change, dtype, used):
+    arrays, _ = inputs(128, 4, 2, 64, 64, dtype)
+    text = lowered(lambda *a: attention.attend(*a, scale=0.2, **change), *arrays)
+    assert ("triton" in text) == used
+
+
+def test_several_gpus_do_not_fuse_attention():
+    arrays, _ = inputs(128, 4, 2, 64, 64)
+    with target.absent_gpus(2):
+        traced = jax.jit(lambda *a: attention.attend(*a, scale=0.2)).trace(*arrays)
+        assert "triton" not in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
 @pytest.mark.parametrize("heads", [2, 4])
 def test_a_query_over_a_cache_is_the_last_row_of_attention(monkeypatch, heads):
     """With a row of zeros beside a single query, as on a GPU, and without."""

@@ -20,6 +20,7 @@ from lordjax.forecast.job import CompressionSpec
 from lordjax.forecast.low_rank_cost import stages
 from lordjax.forecast.shapes import dense_shapes
 from lordjax.methods import linalg
+from lordjax.models.attention import fused
 from lordjax.models.blocks import MLP
 from lordjax.names import layer_index
 from lordjax.runtime import flops
@@ -252,3 +253,17 @@ def test_more_tokens_cost_more():
 def test_bad_jobs(method, windows, length, message):
     with pytest.raises(ValueError, match=message):
         CompressionSpec(BLOCKS["gpt2"], method, windows, length)
+
+
+def test_fused_attention_counts_as_its_causal_products():
+    batch, length, heads, width = 2, 256, 4, 32
+    arrays = [jnp.zeros((batch, length, heads, width), jnp.bfloat16)] * 3
+
+    def loss(*arrays):
+        return fused(*arrays, scale=1.0).astype(jnp.float32).sum()
+
+    product = batch * heads * length**2 * width  # half of the square
+    forward = flops.count_ops(loss, *arrays)
+    both = flops.count_ops(jax.grad(loss, argnums=(0, 1, 2)), *arrays)
+    assert forward["product bfloat16"] == 2 * product
+    assert both["product bfloat16"] == (2 + 7) * product
