@@ -77,7 +77,7 @@ def predict(
     largest = (_dequantized_bytes(leaf, size) for block in blocks for leaf in block)
     dequantized = max(largest, default=0)
     hidden = rows * seq_len * config.mlp_size * size * (3 if config.gated else 2)
-    # On CPU, attention runs one sequence and key head at a time; see `models.attention.attend`.
+    # On CPU, attention runs one sequence and key head at a time; see `models.attention.in_chunks`.
     at_once = 1 if target.platform() == "cpu" else rows * config.num_kv_heads
     heads = at_once * config.num_heads // config.num_kv_heads
     scores = 2 * heads * seq_len**2 * 4

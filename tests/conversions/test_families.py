@@ -11,7 +11,7 @@ import pytest
 from hf_models import CASES, LENGTH, TINY, hf_logits, logits, some_tokens
 
 from lordjax.conversions.readers.checkpoint import open_checkpoint
-from lordjax.models.attention import attend
+from lordjax.models.attention import attend, in_chunks
 from lordjax.models.layers import RMSNorm
 from lordjax.models.output_heads import CARRIED
 from lordjax.models.transformer import Transformer, init
@@ -122,7 +122,7 @@ def test_chunks_of_queries_change_nothing(causal):
     q, k, v = (jax.random.normal(key, (2, 29, count, 8)) for key, count in heads)
     mask = jnp.arange(29)[None] < jnp.array([[29], [20]])
     options = {"scale": 0.3, "mask": mask, "causal": causal}
-    whole, parts = (attend(q, k, v, chunk=size, **options) for size in (29, 6))
+    whole, parts = (in_chunks(q, k, v, chunk=size, **options) for size in (29, 6))
     np.testing.assert_allclose(parts, whole, rtol=0, atol=1e-6)
 
 

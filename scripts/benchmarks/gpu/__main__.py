@@ -29,7 +29,7 @@ def all_lines(sizes: Any, *, interpret: bool) -> list[Line]:
       sizes: the shapes.
       interpret: whether GPU kernels are interpreted, where there is no GPU.
     """
-    from lordjax.scripts.benchmarks.gpu import decoding, jobs, products
+    from lordjax.scripts.benchmarks.gpu import attention, decoding, jobs, products
 
     names, first = list(decoding.variants(sizes)), sizes.products[0]
     single, many = sizes.batches
@@ -41,6 +41,7 @@ def all_lines(sizes: Any, *, interpret: bool) -> list[Line]:
     return [
         products.machine(sizes),
         products.correctness(sizes, interpret),
+        attention.attention(sizes, interpret),
         *(product(first, rows, rank) for rows, rank in pairs),
         *(decoding.decoding(sizes, name, single) for name in names),
         *jobs.jobs(sizes),

@@ -39,8 +39,8 @@ def test_the_fused_kernel_is_as_exact_as_the_chunks(sizes):
         gradients, y = jax.grad(loss, has_aux=True)(given)
         return y, jax.tree.map(lambda a: a.astype(jnp.float32), gradients)
 
-    exact = losses(attention.attend, jnp.float32)
-    chunks = losses(attention.attend, jnp.bfloat16)
+    exact = losses(attention.in_chunks, jnp.float32)
+    chunks = losses(attention.in_chunks, jnp.bfloat16)
     fused = losses(attention.fused, jnp.bfloat16, interpret=True)
     for one, other, right in zip(fused, chunks, exact, strict=True):
         assert apart(one, right) < 1.5 * apart(other, right)

@@ -115,7 +115,15 @@ def test_a_file_is_shown_again_or_refused(tmp_path):
 def test_the_most_valuable_lines_come_first():
     names = [line.name for line in command.all_lines(sizes.toy(), interpret=True)]
     assert len(set(names)) == len(names)
-    ordered = ["correctness", "NF4 product", "decoding, dense, batch 1", "LoRD", "MoDeGPT", "LQ"]
+    ordered = [
+        "correctness",
+        "attention",
+        "NF4 product",
+        "decoding, dense, batch 1",
+        "LoRD",
+        "MoDeGPT",
+        "LQ",
+    ]
     places = [next(i for i, name in enumerate(names) if name.startswith(n)) for n in ordered]
     assert places == sorted(places)
 
