@@ -52,21 +52,23 @@ def attend(
             "attends in both directions; remove the window from the config"
         )
     plain = causal and cap is None and sliding_window is None and mask is None
-    if plain and _has_fused_kernel(q.dtype):
+    if plain and _has_fused_kernel(q.dtype, max(q.shape[3], v.shape[3])):
         return fused(q, k, v, scale=scale)
     how: dict[str, Any] = {"cap": cap, "sliding_window": sliding_window, "causal": causal}
     return in_chunks(q, k, v, mask, scale=scale, **how)
 
 
-FUSED_BLOCK = 128  # positions that the fused kernel works on at a time; divides the length
+FUSED_WIDTH = 256  # widest head of the fused kernel
+FUSED_BLOCK = 128  # positions that it works on at a time
 
 
-def _has_fused_kernel(dtype: Any) -> bool:
+def _has_fused_kernel(dtype: Any, width: int) -> bool:
     """Returns whether `fused` is used: in 16 bits on one GPU, where this JAX has Triton."""
     return (
         target.platform() == "gpu"
         and target.device_count() == 1  # a compiler that splits arrays cannot split the kernel
         and dtype in (jnp.bfloat16, jnp.float16)
+        and width <= FUSED_WIDTH
         and target.has_triton()
     )
 
@@ -101,8 +103,11 @@ def fused(
         rows = -length % FUSED_BLOCK
         return jnp.pad(x, [(0, 0), (0, rows), (0, 0), (0, width - x.shape[3])])
 
+    # With JAX's default blocks narrow heads spill registers, and wide ones exceed shared memory.
+    own, keys, gradients = (FUSED_BLOCK, 64, 32) if width <= 128 else (64, 32, 16)
+    blocks = attention.BlockSizes(own, keys, *[gradients] * 4)
     how: dict[str, Any] = {"sm_scale": scale, "causal": True, "interpret": interpret}
-    out: Any = attention.mha(filled(q), filled(k), filled(v), None, **how)
+    out: Any = attention.mha(filled(q), filled(k), filled(v), None, block_sizes=blocks, **how)
     return out[:, :length, :, : v.shape[3]]
 
 

@@ -69,6 +69,11 @@ def test_a_gpu_fuses_plain_causal_attention(change, dtype, used):
     assert ("triton" in text) == used
 
 
+def test_a_gpu_does_not_fuse_heads_that_exceed_its_shared_memory():
+    arrays, _ = inputs(128, 2, 2, 64, attention.FUSED_WIDTH + 8)
+    assert "triton" not in lowered(lambda *a: attention.attend(*a, scale=0.2), *arrays)
+
+
 def test_several_gpus_do_not_fuse_attention():
     arrays, _ = inputs(128, 4, 2, 64, 64)
     with target.absent_gpus(2):
