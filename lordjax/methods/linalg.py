@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Float
 
+from lordjax.runtime import target
+
 # Fraction of the mean eigenvalue that is added to a gradient metric. Without it, errors would cost
 # nothing in directions in which the few calibration tokens had no gradient. 0.01 and 0.1 gave equal
 # results (docs/pages/tried.md).
@@ -72,6 +74,33 @@ def eigh_descending(
     """Returns eigenvalues (largest first, negative ones clipped to 0) and eigenvectors."""
     values, vectors = jnp.linalg.eigh(symmetrize(a))
     return jnp.maximum(values[..., ::-1], 0), vectors[..., ::-1]
+
+
+def principal_axes(
+    a: Float[Array, "n n"], *, rounded: bool
+) -> tuple[Float[Array, "n"], Float[Array, "n n"]]:
+    """Returns orthonormal axes ``v_i`` of a matrix, and ``v_iᵀ a v_i``, non-increasing.
+
+    The sum of the last numbers is what dropping the last axes costs, exactly, whatever the axes.
+
+    Args:
+      a: positive semi-definite matrix.
+      rounded: whether axes are eigenvectors of the matrix in float32. A float64 eigendecomposition
+        takes twice as long on a GPU of a data centre and tens of times as long on others; the rest
+        are a few products. Axes of eigenvalues below float32's rounding of the largest one are then
+        mixed, which the numbers say.
+    """
+    if not rounded or a.dtype == jnp.float32:
+        return eigh_descending(a)
+    a = symmetrize(a)
+    largest = jnp.max(jnp.abs(a))
+    scaled = a / jnp.where(largest > 0, largest, 1)
+    axes = jnp.linalg.eigh(scaled.astype(jnp.float32))[1].astype(a.dtype)
+    # A Newton-Schulz step makes them orthonormal to the square of float32's rounding.
+    axes = 1.5 * axes - mm(axes, mm(axes.T, axes)) / 2
+    values = jnp.maximum(jnp.sum(axes * mm(a, axes), axis=0), 0)
+    order = jnp.argsort(-values)
+    return values[order], axes[:, order]
 
 
 def root_pair(
@@ -155,11 +184,12 @@ def metric_pca(
 
     Source: Eckart-Young in the metric's coordinates; theory/lord_rom §3.1.
     """
+    rounded = target.platform() == "gpu"
     if metric is None:
-        spectrum, basis = eigh_descending(outputs)
+        spectrum, basis = principal_axes(outputs, rounded=rounded)
         return mm(kernel, basis), basis.T, spectrum
     root, inverse = root_pair(metric, damping)
-    spectrum, basis = eigh_descending(mm(root.T, outputs, root))
+    spectrum, basis = principal_axes(mm(root.T, outputs, root), rounded=rounded)
     left, right = mm(kernel, root, basis), mm(basis.T, inverse)
     # Gradients are tiny. Without equal norms, one factor would be subnormal in float16 and the
     # other close to overflow.

@@ -26,9 +26,11 @@ def machine(sizes: Sizes) -> Line:
                 multiply = jax.jit(lambda a: jnp.matmul(a, a, precision="highest"))
                 took = median_seconds(lambda multiply=multiply, a=a: multiply(a))
                 found.append(row(f"{dtype} product, {side}", 2e-12 * side**3 / took, "TFLOP/s"))
-            a = jnp.eye(side, dtype="float64") + 1 / side
             eigh = jax.jit(jnp.linalg.eigh)
-            found.append(row(f"float64 eigh, {side}", median_seconds(lambda: eigh(a), 1), "s"))
+            for dtype in ("float32", "float64"):
+                a = jnp.eye(side, dtype=dtype) + jnp.asarray(1 / side, dtype)
+                took = median_seconds(lambda a=a: eigh(a), 1)
+                found.append(row(f"{dtype} eigh, {side}", took, "s"))
         return found
 
     return Line("machine", 30, run)

@@ -374,3 +374,25 @@ def test_corrective_target_in_the_metric_of_the_gradients():
     tail = np.linalg.svd(x_hat @ full @ np.asarray(basis) @ root, compute_uv=False)[r:] ** 2
     assert loss(full) + tail.sum() <= loss(new) * (1 + 1e-9)
     assert loss(new) <= 1.1 * (loss(full) + tail.sum())
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e20])
+def test_axes_in_float32_cost_what_their_numbers_say(scale):
+    """Axes of a GPU: orthonormal, with exact costs, as good as eigenvectors for half the rank."""
+    size = 96
+    turn = jnp.linalg.qr(jax.random.normal(jax.random.key(0), (size, size), jnp.float64))[0]
+    a = scale * (turn * 10 ** (-6 * jnp.arange(size) / size)[None]) @ turn.T
+    values, axes = linalg.principal_axes(a, rounded=True)
+    exact, _ = linalg.principal_axes(a, rounded=False)
+    np.testing.assert_allclose(axes.T @ axes, np.eye(size), rtol=0, atol=1e-9)
+    np.testing.assert_allclose(values, jnp.diagonal(axes.T @ a @ axes), rtol=1e-6)
+    assert jnp.all(jnp.diff(values) <= 0)
+    np.testing.assert_allclose(values.sum(), jnp.trace(a), rtol=1e-9)
+    for rank in (size // 4, size // 2):
+        np.testing.assert_allclose(values[rank:].sum(), exact[rank:].sum(), rtol=1e-5)
+
+
+def test_axes_of_a_matrix_of_zeros_are_orthonormal():
+    values, axes = linalg.principal_axes(jnp.zeros((5, 5), jnp.float64), rounded=True)
+    np.testing.assert_allclose(axes.T @ axes, np.eye(5), rtol=0, atol=1e-9)
+    assert not values.any()
