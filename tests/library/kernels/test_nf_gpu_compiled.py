@@ -26,7 +26,8 @@ def products():
     for form, rows in itertools.product(("nf4", "nf3"), ROWS):
         for tile in nf_gpu_autotune.candidates(rows):
             yield form, rows, 64, "bfloat16", tile
-    for form, dtype in (("nf2", "bfloat16"), ("nf8", "bfloat16"), ("nf4", "float16"), ("nf4", "float32")):
+    others = [("nf2", "bfloat16"), ("nf8", "bfloat16"), ("nf4", "float16"), ("nf4", "float32")]
+    for form, dtype in others:
         for rows in ROWS:
             yield form, rows, 0, dtype, nf_gpu.default_tile(rows)
 
@@ -35,8 +36,11 @@ def run(card):
     where = jax.sharding.SingleDeviceSharding(device)
 
     def compiled(fn, args):
-        placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), args)
-        made = jax.jit(fn).trace(*placed).lower(lowering_platforms=("cuda",)).compile()
+        def place(a):
+            return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where)
+
+        traced = jax.jit(fn).trace(*jax.tree.map(place, args))
+        made = traced.lower(lowering_platforms=("cuda",)).compile()
         assert "triton" in made.as_text()
 
     count = 0
