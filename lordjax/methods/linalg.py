@@ -85,9 +85,9 @@ def principal_axes(
 
     Args:
       a: positive semi-definite matrix.
-      rounded: whether axes are eigenvectors of the matrix in float32. A float64 eigendecomposition
-        takes twice as long on a GPU of a data centre and tens of times as long on others; the rest
-        are a few products. Axes of eigenvalues below float32's rounding of the largest one are then
+      rounded: whether axes are eigenvectors of the matrix in float32. An eigendecomposition in
+        float64 moves twice the bytes, and many GPUs have little float64 arithmetic; the rest are
+        a few products. Axes of eigenvalues below float32's rounding of the largest one are then
         mixed, which the numbers say.
     """
     if not rounded or a.dtype == jnp.float32:
