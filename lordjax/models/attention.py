@@ -58,8 +58,7 @@ def attend(
     return in_chunks(q, k, v, mask, scale=scale, **how)
 
 
-FUSED_WIDTH = 256  # widest head of the fused kernel
-FUSED_BLOCK = 128  # positions that it works on at a time
+FUSED_WIDTH, FUSED_BLOCK = 256, 128  # widest head of the fused kernel, and positions at a time
 
 
 def _has_fused_kernel(dtype: Any, width: int) -> bool:
@@ -218,15 +217,18 @@ def attend_cached(
     kv_heads, capacity = keys.shape[1:3]
     rows = (q * scale).astype(keys.dtype).reshape(batch, length, kv_heads, -1, width)
     # Queries of one key head side by side: XLA's CPU backend is fast on a plain batched product.
-    rows = rows.transpose(0, 2, 1, 3, 4).reshape(batch, kv_heads, -1, width)
-    # No transposed keys: on a GPU XLA would copy the cache to turn it around.
-    logits = jnp.einsum("bkrd,bktd->bkrt", with_second_row(rows), keys)[..., : rows.shape[-2], :]
+    queries = length * heads // kv_heads
+    rows = rows.transpose(0, 2, 1, 3, 4).reshape(batch, kv_heads, queries, width)
+    if target.platform() == "cpu":
+        logits = jnp.matmul(rows, keys.mT)
+    else:  # on a GPU XLA would copy the cache to turn it around
+        logits = jnp.einsum("bkrd,bktd->bkrt", with_second_row(rows), keys)[..., :queries, :]
     distance = positions[:, :, None] - jnp.arange(capacity, dtype=positions.dtype)[None, None]
     visible = _in_reach(distance, sliding_window)
     visible = jnp.repeat(visible, heads // kv_heads, axis=1)[:, None]
     weights, total = _softmax(softcap(logits, cap), visible)
     mixed = jnp.matmul(with_second_row(weights.astype(values.dtype)), values)
-    mixed = mixed[..., : rows.shape[-2], :].astype(total.dtype) / total
+    mixed = mixed[..., :queries, :].astype(total.dtype) / total
     mixed = mixed.reshape(batch, kv_heads, length, heads // kv_heads, -1).transpose(0, 2, 1, 3, 4)
     return mixed.astype(q.dtype).reshape(batch, length, heads, -1)
 
