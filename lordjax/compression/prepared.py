@@ -225,6 +225,7 @@ class Prepared:
           ValueError: see `plan` and `apply`.
         """
         forms = self._tables(dtype).all_in(embeddings)
+        self._tables(dtype).collect_for(forms)
 
         def planned() -> Plan:
             if file_bytes is None:

@@ -133,8 +133,8 @@ class Quantizer:
                 for site in sites
             }
         self.report["seconds"] |= clock.seconds
-        rows = (item for i in layers for item in store[f"{name}/{i}"].items())
-        return {path: Table.parse(found) for path, found in rows}
+        found = (store[f"{name}/{i}"] for i in layers)
+        return {path: Table.parse(rows) for block in found for path, rows in block.items()}
 
     def plan(
         self,
@@ -213,6 +213,7 @@ class Quantizer:
         Raises:
           ValueError: if the plan does not fit the model, or a number is not finite.
         """
+        self.outer.collect_for(plan.tables)
         searches, start = self.searches, time.perf_counter()
         candidates = planned_candidates(plan, self.shapes)
         factors = None if plan.factors is None else normal_float.Format.parse(plan.factors)
@@ -315,11 +316,10 @@ class Quantizer:
 
         They are read on demand, so that one matrix of a block is in memory at a time.
         """
-        kernel, activations = on_device(flat[site.path]), folds[site]
-        method = weighting_method(self.weighting)
-        gradients = self.gradients.get(i) or [{}] * len(activations)
+        kernel, method = on_device(flat[site.path]), weighting_method(self.weighting)
+        gradients = self.gradients.get(i) or [{}] * len(folds[site])
         gradients = site_gradients(gradients, method, site, kernel)
-        stats = merged([{**own, **read} for own, read in zip(activations, gradients, strict=True)])
+        stats = merged([{**own, **read} for own, read in zip(folds[site], gradients, strict=True)])
         how = {"feedback": self.feedback, "searches": group_of(site_path(i, site)) in searches}
         return kernel, matrix_weights(kernel, stats, **how)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -125,9 +125,24 @@ def gradient_work(spec: CalibrationSpec) -> OpCounts:
     sequences, batch = spec.backward
     if not sequences:
         return Counter()
-    found = _backward(spec, sequences, batch)
+    return backward_work(spec, sequences, batch, *gradient_shapes(spec))
+
+
+def backward_work(
+    spec: CalibrationSpec, sequences: int, batch: int, stats: Any, bases: Mapping[str, Any]
+) -> OpCounts:
+    """Counts a backward pass over some sequences.
+
+    Args:
+      spec: the job.
+      sequences: number of sequences.
+      batch: sequences of a batch.
+      stats: shapes of the statistics of a block that are collected on the way.
+      bases: path of a kernel -> shape of the basis of its gradients, or None.
+    """
+    found = _backward(spec, sequences, batch, stats, bases)
     block_bytes = nbytes(spec.block) * spec.config.num_layers
-    found.update(weight_traffic(2 * _sweeps(spec) * block_bytes))
+    found.update(weight_traffic(2 * _sweeps(spec, sequences, batch) * block_bytes))
     return found
 
 
@@ -139,17 +154,17 @@ def recomputed(spec: CalibrationSpec) -> float:
     return flops.total(flops.scaled(blocks_ops(spec, batch, {}), sequences / batch))
 
 
-def _sweeps(spec: CalibrationSpec) -> int:
-    """How often the backward pass goes through all blocks."""
-    sequences, batch = spec.backward
+def _sweeps(spec: CalibrationSpec, sequences: int, batch: int) -> int:
+    """How often a backward pass over some sequences goes through all blocks."""
     state_bytes = nbytes(spec.residual_stream(batch)) * spec.config.num_layers
     batches_per_sweep = max(1, STATE_BYTES // state_bytes)
     return math.ceil(math.ceil(sequences / batch) / batches_per_sweep)
 
 
-def _backward(spec: CalibrationSpec, sequences: int, batch: int) -> OpCounts:
-    """Operations of the backward pass over some sequences."""
-    stats, bases = gradient_shapes(spec)
+def _backward(
+    spec: CalibrationSpec, sequences: int, batch: int, stats: Any, bases: Mapping[str, Any]
+) -> OpCounts:
+    """Operations of `backward_work`."""
     objective.objective_for(spec.config)  # raises if the head has no loss
 
     def backward(sliding_window: int | None) -> OpCounts:

@@ -24,7 +24,7 @@ from lordjax.runtime import flops, target
 from lordjax.runtime.flops import OpCounts
 from lordjax.runtime.mesh import assign_tasks
 
-NOT_ESTIMATED = ("sequential",)  # stages
+NOT_ESTIMATED = ("sequential", "tables")  # stages
 
 
 def device_work(

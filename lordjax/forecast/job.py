@@ -41,6 +41,8 @@ class CalibrationSpec(abc.ABC):
       sequences: number of calibration sequences.
       length: tokens of a sequence.
       gradient_windows: the backward pass reads at most this many sequences; None: all.
+      tables: path of a table -> its format; other tables stay.
+      chooses_tables: whether a budget chooses ``tables``, which needs predicted losses.
 
     Raises:
       ValueError: if there are too few sequences, or too few to hold one out.
@@ -51,6 +53,8 @@ class CalibrationSpec(abc.ABC):
     sequences: int
     length: int
     gradient_windows: int | None = dataclasses.field(default=GRADIENT_WINDOWS, kw_only=True)
+    tables: Mapping[str, str] = dataclasses.field(default_factory=dict, kw_only=True, hash=False)
+    chooses_tables: bool = dataclasses.field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         if not self.needs_sequences:
@@ -74,6 +78,11 @@ class CalibrationSpec(abc.ABC):
     @property
     def needs_sequences(self) -> bool:
         """Whether calibration sequences are read at all."""
+        return True
+
+    @property
+    def compensates(self) -> bool:
+        """Whether codes of tables compensate for the errors of earlier ones (GPTQ)."""
         return True
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -76,7 +77,10 @@ def parse_settings(
         given |= _left_for_matrices(config, before, settings)
         job, exact = quantized_spec(config, method, *calibration, given)
         after = quantized_outline(config, job.options, before, dtype, job.factors)
-        forms = estimated_tables(config, before, *_whole_file(settings))
+        embeddings, budget = _whole_file(settings)
+        forms = estimated_tables(config, before, embeddings, budget)
+        chooses = embeddings is None and budget is not None
+        job = dataclasses.replace(job, tables=forms, chooses_tables=chooses)
         return job, stored_tables(after, forms), EXACT if exact else MIXED, None
     source = stored(config, trees.flatten(before.params), dtype)
     embeddings, budget = _whole_file(settings)
@@ -86,7 +90,8 @@ def parse_settings(
         settings = {**settings, "keep": keep}
     spec, plan, exact = _low_rank_spec(config, calibration, settings)
     after = outline(config, plan, source)
-    after = stored_tables(after, tables_of(source).all_in(embeddings))
+    spec = dataclasses.replace(spec, tables=tables_of(source).all_in(embeddings))
+    after = stored_tables(after, spec.tables)
     if settings.get("factors") is not None:
         after = quantized_pairs(after, normal_float.Format.parse(settings["factors"]))
     return spec, after, EXACT if exact else ESTIMATED, plan

@@ -105,6 +105,8 @@ def _streamed(stages: StageMemory, stage: str) -> Parts:
         "a file": float(stages.result / stages.layers),
     }
     small |= stages.streamed_parts(stage)
+    if stage == "tables":  # few sequences, whose states stay in memory
+        del small["device: hidden states"]
     if stage == "gradients":  # the head is read for the loss, and freed before the blocks are read
         head = ("device: embedding and head", "device: logits")
         blocks = ("device: a block", "device: activations", "device: gradient statistics")

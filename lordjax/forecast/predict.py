@@ -14,6 +14,7 @@ from lordjax.forecast.machine_rates import Rates
 from lordjax.forecast.quantized_cost import QuantizationSpec, quantized_stages
 from lordjax.forecast.seconds import SPREAD, seconds
 from lordjax.forecast.shapes import dense_shapes, stored
+from lordjax.forecast.whole_file import table_stages
 from lordjax.kernels import trees
 from lordjax.kernels.base import is_kernel, nbytes
 from lordjax.models.config import ModelConfig
@@ -27,7 +28,7 @@ SMALL_JOB = 1e11  # FLOPs: a second on any machine
 # Stages of the reports of `prepare`, `compress` and `quantize`.
 TIMED = (
     *("gradients", "statistics", "factors", "held-out check", "comparison", "sequential"),
-    *("scales", "predictions", "decomposition", "apply"),
+    *("scales", "predictions", "tables", "decomposition", "apply"),
 )
 
 
@@ -66,6 +67,8 @@ def cost(
     else:
         assert isinstance(spec, QuantizationSpec)
         ops = quantized_stages(spec)
+    for name, work in table_stages(spec).items():
+        ops[name] = flops.merged([ops.pop(name, flops.OpCounts()), work])
     ops["write"] = flops.OpCounts({"write": nbytes(after)})
     found: dict[str, Any] = {
         "bytes": nbytes(after),

@@ -84,6 +84,11 @@ class QuantizationSpec(CalibrationSpec):
         return bool(WEIGHTINGS[self.weighting])
 
     @property
+    def compensates(self) -> bool:
+        """Whether quantization compensates errors (GPTQ)."""
+        return self.feedback
+
+    @property
     def definition(self) -> Method:
         """The statistics of the weighting."""
         return weighting_method(self.weighting)

@@ -17,6 +17,7 @@ from lordjax.compression.measured.temperature import TEMPERATURES
 from lordjax.forecast.calibration_cost import gradient_shapes, site_inputs, statistics_shapes
 from lordjax.forecast.job import CalibrationSpec, CompressionSpec
 from lordjax.forecast.quantized_cost import QuantizationSpec, weighted_site
+from lordjax.forecast.whole_file import coded_tables, end_sums, table_sequences
 from lordjax.kernels import normal_float, trees
 from lordjax.kernels.base import is_kernel, nbytes
 from lordjax.kernels.kinds import weights
@@ -88,9 +89,35 @@ class StageMemory:
             "device: logits": self._logits(batch),
         }
 
+    def tables(self) -> Parts:
+        """While statistics of the tables are collected, or their formats are tried."""
+        sequences, batch = table_sequences(self.spec)
+        kept = max(sum(self.factor_bytes), self.gradient)
+        states = (self.layers + 1) * self.state_bytes(sequences)
+        collecting = self._activations(batch, backward=True) + self._logits(batch) + self.block
+        return self._baseline() | {
+            "factors": float(kept) * self.layers,
+            "device: hidden states": min(states, STATE_BYTES),
+            "device: embedding and head": float(self.non_block_params),
+            "device: statistics": float(nbytes(end_sums(self.spec))) if sequences else 0.0,
+            "device: workspace": max(collecting * bool(sequences), self._table_workspace()),
+        }
+
+    def _table_workspace(self) -> float:
+        """Bytes while the largest table is quantized: its kernel, error weights and codes."""
+        coded = coded_tables(self.spec).values()
+        each = [
+            4.0 * (1 + QUANTIZATION_COPIES) * kernel.size + 2.0 * nbytes(weights)
+            for kernel, weights, _ in coded
+        ]
+        return max(each, default=0.0)
+
     def apply(self) -> Parts:
-        """While the result is put together."""
-        return self._baseline() | {"result": float(self.result)}
+        """While the result is put together, and tables are quantized."""
+        return self._baseline() | {
+            "result": float(self.result),
+            "device: workspace": self._table_workspace(),
+        }
 
     def write(self) -> Parts:
         """While a file is written: its arrays in order, and their bytes."""
@@ -207,6 +234,7 @@ class LowRankMemory(StageMemory):
         return self._baseline() | {
             "factors": float(sum(self.factor_bytes)) * self.layers,
             "result": float(self.result - nbytes(views)),
+            "device: workspace": self._table_workspace(),
         }
 
     def streamed_parts(self, stage: str) -> Parts:

@@ -1,10 +1,13 @@
-"""What a budget of a file's bytes leaves for the blocks, from shapes alone."""
+"""The matrices outside the blocks, from shapes alone: their cost, and what they leave of a file."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
+
+import jax
 
 from lordjax.allocation.candidates import (
     FORMATS,
@@ -14,13 +17,27 @@ from lordjax.allocation.candidates import (
     ranks_tried,
 )
 from lordjax.allocation.plan import SiteSize
+from lordjax.calibration.observers import sequences_per_step
+from lordjax.calibration.statistics import MeanSquare, SecondMoment
+from lordjax.calibration.table_statistics import Ends
+from lordjax.compression.quantized_matrix import encode_kernel, measures
 from lordjax.compression.whole_file.budget import least_bytes, share_in_file, too_small
-from lordjax.compression.whole_file.tables import Tables
-from lordjax.kernels import trees
+from lordjax.compression.whole_file.tables import WINDOWS, Tables, has_loss
+from lordjax.forecast.calibration_cost import backward_work, target_shapes, token_shapes
+from lordjax.forecast.job import CalibrationSpec
+from lordjax.forecast.shapes import kernel_shapes
+from lordjax.kernels import normal_float, trees
+from lordjax.kernels.base import materialize
+from lordjax.kernels.table import parse
 from lordjax.methods import METHODS
+from lordjax.methods.quantized.error_feedback import make_feedback
+from lordjax.methods.quantized.predicted_loss import predict
+from lordjax.methods.quantized.weightings import Weights, make_weights
 from lordjax.models.config import ModelConfig
 from lordjax.models.source import InMemory
-from lordjax.models.tables import table_paths
+from lordjax.models.tables import as_kernel, table_paths
+from lordjax.runtime import flops
+from lordjax.runtime.flops import OpCounts
 from lordjax.storage.store import MemoryStore
 from lordjax.storage.tensor_files import header_bytes
 
@@ -117,3 +134,106 @@ def keep_by_shapes(
     if share.keep <= 0:
         raise ValueError(too_small(budget, method, share.fixed))
     return share.keep
+
+
+def coded_tables(spec: CalibrationSpec) -> dict[str, tuple[Any, Weights, normal_float.Format]]:
+    """Returns path of a quantized table -> shapes of its kernel and error weights, and its format.
+
+    Args:
+      spec: the job.
+    """
+    found, flat = {}, trees.flatten(spec.non_block_params)
+    for path, text in spec.tables.items():
+        form = parse(text)
+        if isinstance(form, normal_float.Format):
+            kernel = jax.eval_shape(functools.partial(as_kernel, path), flat[path])
+            found[path] = kernel, _table_weights(spec, kernel), form
+    return found
+
+
+def _table_statistics(kernel: Any) -> dict[str, Any]:
+    """Returns the statistics of a table, without any positions; see `table_statistics.Ends`."""
+    fan_in, fan_out = kernel.shape
+    return {
+        "weighted_inputs": SecondMoment.zeros(fan_in),
+        "weighted_squares": MeanSquare.zeros(fan_out),
+    }
+
+
+def _table_weights(spec: CalibrationSpec, kernel: Any) -> Weights:
+    """Returns shapes of the error weights of a table."""
+    if not table_sequences(spec)[0]:
+        return Weights()
+    stats = jax.eval_shape(lambda: _table_statistics(kernel))
+    weights = jax.eval_shape(make_weights, kernel, stats)
+    if not spec.compensates:
+        return weights
+    return weights._replace(feedback=jax.eval_shape(make_feedback, weights.inputs))
+
+
+def table_sequences(spec: CalibrationSpec) -> tuple[int, int]:
+    """Returns how many sequences the statistics of tables are taken on, and how many at a time."""
+    named = [isinstance(parse(text), str) for text in spec.tables.values()]
+    if all(named) or not spec.needs_sequences or not has_loss(spec.config):
+        return 0, 1
+    available = spec.sequences - spec.held_out
+    count, step = min(WINDOWS, available), sequences_per_step(spec.sequences, spec.length)
+    step = min(step, available // spec.folds) if spec.folds > 1 else step
+    return count, min(count, max(1, step // 2))
+
+
+def _ends(config: ModelConfig, rest: Any, x: Any, goals: Any, tokens: Any) -> Any:
+    """The sums at both ends of the model of a batch; see `table_statistics.Ends`."""
+    ends = Ends(config, rest)
+    ends.last(rest, x, goals)
+    ends.first(rest, tokens, None, x)
+    return ends.head, ends.embeddings
+
+
+def end_sums(spec: CalibrationSpec) -> Any:
+    """Returns shapes of the sums at both ends of the model."""
+    x = spec.residual_stream(1)
+    given = spec.non_block_params, x, target_shapes(spec, 1), token_shapes(spec, 1)
+    return jax.eval_shape(functools.partial(_ends, spec.config), *given)
+
+
+def table_stages(spec: CalibrationSpec) -> dict[str, OpCounts]:
+    """Returns the operations that tables add to the stages of a job.
+
+    ``tables`` are their statistics and the predicted losses of their formats; quantized tables are
+    made in ``apply``.
+
+    Args:
+      spec: the job.
+    """
+    sequences, batch = table_sequences(spec)
+    found: list[OpCounts] = []
+    if sequences:
+        x, rest = spec.residual_stream(batch), spec.non_block_params
+        given = rest, x, target_shapes(spec, batch), token_shapes(spec, batch)
+        ends = flops.count_ops(functools.partial(_ends, spec.config), *given)
+        found.append(backward_work(spec, sequences, batch, {}, {}))
+        found.append(flops.scaled(ends, sequences / batch))
+    made: list[OpCounts] = []
+    for kernel, weights, form in coded_tables(spec).values():
+        own = [_weights_ops(spec, kernel)] if sequences else []
+        if spec.chooses_tables:
+            program = functools.partial(predict, forms=FORMATS, ranks=(0,))
+            found += [*own, flops.count_ops(program, kernel, weights)]
+        new = kernel_shapes(kernel.shape, Candidate(form, None), "float32", None)
+        encode = functools.partial(encode_kernel, form=form)
+        made += [*own, flops.count_ops(encode, kernel, weights.feedback)]
+        made += [flops.count_ops(materialize, new)]
+        made += [flops.count_ops(measures, kernel, kernel, weights)]
+    both = {"tables": flops.merged(found), "apply": flops.merged(made)}
+    return {name: ops for name, ops in both.items() if ops}
+
+
+def _weights_ops(spec: CalibrationSpec, kernel: Any) -> OpCounts:
+    """The operations of a table's error weights."""
+    stats = jax.eval_shape(lambda: _table_statistics(kernel))
+    found = [flops.count_ops(make_weights, kernel, stats)]
+    if spec.compensates:
+        moment = jax.eval_shape(make_weights, kernel, stats).inputs
+        found.append(flops.count_ops(make_feedback, moment))
+    return flops.merged(found)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ from lordjax.kernels.convert import cast
 from lordjax.kernels.table import parse, quantized_table, smaller_table
 from lordjax.methods.base import Method
 from lordjax.methods.quantized.weightings import Weights
+from lordjax.models.config import ModelConfig
 from lordjax.models.source import Source
 from lordjax.models.tables import HEAD, as_kernel, table_paths
 from lordjax.runtime.mesh import to_host
@@ -41,6 +43,11 @@ from lordjax.storage.tensor_files import header_bytes
 WINDOWS = 8  # calibration sequences that the statistics are taken on, spread evenly
 SMALLER = "float16"  # dtype that a budget may choose for a table
 _NOTHING = Method("tables", None)  # no statistics inside blocks
+
+
+def has_loss(config: ModelConfig) -> bool:
+    """Returns whether a model has a loss that says what errors of its tables cost."""
+    return config.head != "none" and (config.num_classes != 1 or config.head == "span")
 
 
 def check_format(text: str | None) -> None:
@@ -58,7 +65,7 @@ class Tables:
       calibration: tokens; None: errors of all weights count the same.
       dtype: dtype of what is not quantized; None: as in the model.
       store: where statistics are kept.
-      seconds: seconds of every stage, which are added to.
+      seconds: seconds of every stage; those of statistics and predictions are added to ``tables``.
       progress: called with (stage, done, total).
       feedback: whether later weights compensate for the errors of earlier ones.
     """
@@ -97,11 +104,18 @@ class Tables:
     @functools.cached_property
     def statistics(self) -> Mapping[str, Mapping[str, Any]]:
         """Path -> statistics of its errors; the first access runs over the model."""
-        config = self.source.config
-        loss = config.head != "none" and (config.num_classes != 1 or config.head == "span")
-        if self.calibration is None or not loss:
+        if self.calibration is None or not has_loss(self.source.config):
             return {path: {} for path in self.leaves}
         return get_or_compute(self.store, "tables/statistics", self._collect)
+
+    def collect_for(self, formats: Mapping[str, str]) -> None:
+        """Collects the statistics that some formats need, unless that is done.
+
+        Args:
+          formats: path of a table -> its format.
+        """
+        if any(isinstance(parse(text), normal_float.Format) for text in formats.values()):
+            _ = self.statistics
 
     def _collect(self) -> dict[str, dict[str, Any]]:
         assert self.calibration is not None
@@ -110,8 +124,11 @@ class Tables:
         few = dataclasses.replace(few, batch_size=half_batch(few))
         ends = Ends(self.source.config, self.source.non_block_params())
         gradient_statistics(self.source, few, _NOTHING, clock, ends=ends)
-        self.seconds["tables"] = sum(clock.seconds.values())
+        self._took(sum(clock.seconds.values()))
         return to_host(ends.statistics(), few.mesh)
+
+    def _took(self, seconds: float) -> None:
+        self.seconds["tables"] = self.seconds.get("tables", 0.0) + seconds
 
     def matrix(self, path: str) -> tuple[Any, Weights]:
         """Returns a table as a float32 kernel ``[in, out]`` on the device, and its error weights.
@@ -150,6 +167,8 @@ class Tables:
         return Table.parse(rows)
 
     def _candidates(self, path: str, formats: Sequence[normal_float.Format]) -> Table:
+        _ = self.statistics  # has seconds of its own
+        start = time.perf_counter()
         kernel, weights = self.matrix(path)
         rows = candidate_rows("nf", None, formats, kernel, weights, None, None)
         leaf = self.leaves[path]
@@ -159,6 +178,7 @@ class Tables:
             if np.isfinite(error):
                 rows.append((leaf.size * 2, error, Candidate(None, None, SMALLER)))
         rows.append((leaf.size * leaf.dtype.itemsize, 0.0, Candidate(None, None)))
+        self._took(time.perf_counter() - start)
         return Table.pareto(rows)
 
     def stored(

@@ -14,7 +14,7 @@ from blocks import BLOCKS, source
 from rates import RATES
 
 from lordjax.allocation import candidates
-from lordjax.calibration import backward_pass, forward_pass
+from lordjax.calibration import backward_pass, forward_pass, table_statistics
 from lordjax.calibration.observers import observe
 from lordjax.compression import quantized_matrix
 from lordjax.compression.elastic import check_settings
@@ -25,6 +25,7 @@ from lordjax.forecast.job import CompressionSpec
 from lordjax.forecast.low_rank_cost import stages
 from lordjax.forecast.quantized_cost import quantized_stages
 from lordjax.forecast.seconds import seconds
+from lordjax.forecast.whole_file import table_stages
 from lordjax.kernels import normal_float, trees
 from lordjax.kernels.base import nbytes
 from lordjax.methods.quantized import lq, weightings
@@ -110,6 +111,26 @@ def counting(work, fn):
     return run
 
 
+def counting_programs(monkeypatch):
+    """The operations of all programs that a quantization runs from here on."""
+    done = Counter()
+    for module, names in {
+        forward_pass: ("observe", "embed"),
+        backward_pass: ("observe", "observe_gradients", "loss_gradient", "embed"),
+        quantized_matrix: (
+            *("jitted_cost", "jitted_feedback", "predict"),
+            *("encode_kernel", "best_pair", "pack", "measures", "materialize"),
+        ),
+        lq: ("decompose",),
+        scale_search: ("materialize",),
+        table_statistics: ("_add_head", "_add_embeddings"),
+        variants: ("observe", "divergences"),
+    }.items():
+        for name in names:
+            monkeypatch.setattr(module, name, counting(done, getattr(module, name)))
+    return done
+
+
 @pytest.mark.full
 @pytest.mark.parametrize(
     ("method", "flags"),
@@ -120,21 +141,9 @@ def counting(work, fn):
     ],
 )
 def test_a_quantisation_runs_what_was_counted(method, flags, monkeypatch):
-    model, done = source("gpt2"), Counter()
+    model = source("gpt2")
     expected = quantized_stages(coded(model.config, method, **flags))
-    for module, names in {
-        forward_pass: ("observe", "embed"),
-        backward_pass: ("observe", "observe_gradients", "loss_gradient", "embed"),
-        quantized_matrix: (
-            *("jitted_cost", "jitted_feedback", "predict"),
-            *("encode_kernel", "best_pair", "pack", "measures", "materialize"),
-        ),
-        lq: ("decompose",),
-        scale_search: ("materialize",),
-        variants: ("observe", "divergences"),
-    }.items():
-        for name in names:
-            monkeypatch.setattr(module, name, counting(done, getattr(module, name)))
+    done = counting_programs(monkeypatch)
     result(model, method, **flags)
     counted = flops.merged(list(expected.values()))
     assert flops.total(counted) == pytest.approx(flops.total(done), rel=1e-6)
@@ -277,3 +286,65 @@ def test_formats_of_estimates_are_those_that_a_budget_mixes():
     assert {normal_float.Format.parse("nf4")} == {
         o.form for o in coded(BLOCKS["qwen3"], "nf", form="nf4").options.values()
     }
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def planned(config, method, **flags):
+    """The job of some settings, shapes of the original model, and those of the result."""
+    before = shapes.stored(config, trees.flatten(shapes.dense_shapes(config).params))
+    rest = dict.fromkeys(("keep", "ranks", "allocation", "temperature", "prefix"))
+    given = {"method": method, **FLAGS, **rest, **flags}
+    spec, after, *_ = job_settings.parse_settings(config, before, (WINDOWS, LENGTH), given)
+    return spec, before, after
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])  # a tied head and positions; a head
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"form": "nf4", "embeddings": "nf4"},
+        {"form": "nf4", "embeddings": "nf3", "weighting": "none"},
+        {"form": "nf4", "embeddings": "bfloat16"},
+    ],
+)
+def test_what_tables_cost_was_counted(family, flags, monkeypatch):
+    model = source(family)
+    spec, _, after = planned(model.config, "nf", **{"weighting": "both"} | flags)
+    ops = quantized_stages(spec)
+    for name, work in table_stages(spec).items():
+        ops[name] = flops.merged([ops.get(name, Counter()), work])
+    done = counting_programs(monkeypatch)
+    found = result(model, "nf", **{"weighting": "both"} | flags)
+    assert flops.total(flops.merged(list(ops.values()))) == pytest.approx(
+        flops.total(done), rel=1e-6
+    )
+    assert nbytes(after) == found.report["bytes"]
+    # A pass over the model has seconds of its own; a dtype needs none.
+    passes = flags["embeddings"] == "nf4"
+    assert ("tables" in found.report["seconds"]) == passes
+    assert ("tables" in table_stages(spec)) == passes
+
+
+def test_tables_have_seconds_and_memory():
+    config = BLOCKS["gpt2"]
+    some = {"weighting": "both", "embeddings": "nf4", "dtype": "float32"}
+    for method, flags in (
+        ("nf", {"form": "nf4", **some}),
+        ("auto", {"file_bytes": 40_000, "weighting": "both"}),
+        ("lord", {"keep": 0.8, "allocation": "global", "embeddings": "nf8"}),
+    ):
+        spec, before, after = planned(config, method, **flags)
+        found = predict.cost(spec, before, after, RATES)
+        assert found["seconds"]["tables"] > 0
+        parts = found["memory"]["in memory"]["parts"]["tables"]
+        streamed = found["memory"]["with a work directory"]["parts"]["tables"]
+        assert parts["device: hidden states"] == streamed["device: hidden states"] > 0
+        assert sum(streamed.values()) <= sum(parts.values())
+
+
+def test_tables_that_stay_cost_nothing():
+    spec, *_ = planned(BLOCKS["gpt2"], "nf", form="nf4", weighting="both")
+    assert not table_stages(spec)
