@@ -197,11 +197,30 @@ def quantized_stages(spec: QuantizationSpec) -> dict[str, OpCounts]:
 def weighted_site(spec: QuantizationSpec, site: Site) -> tuple[Any, Weights]:
     """Returns shapes of a matrix and of its error weights."""
     kernel, stats = site_inputs(spec, site)
-    error_weights = jax.eval_shape(make_weights, kernel, stats)
-    if not spec.feedback:
-        return kernel, error_weights
-    feedback = jax.eval_shape(make_feedback, error_weights.inputs)
-    return kernel, error_weights._replace(feedback=feedback)
+    return kernel, weight_shapes(kernel, stats, feedback=spec.feedback)
+
+
+def weight_shapes(kernel: Any, stats: Any, *, feedback: bool) -> Weights:
+    """Returns shapes of a matrix's error weights.
+
+    Args:
+      kernel: shape of the matrix.
+      stats: shapes of its statistics.
+      feedback: whether later weights compensate for the errors of earlier ones.
+    """
+    found = jax.eval_shape(make_weights, kernel, stats)
+    if not feedback:
+        return found
+    return found._replace(feedback=jax.eval_shape(make_feedback, found.inputs))
+
+
+def weight_ops(kernel: Any, stats: Any, *, feedback: bool) -> OpCounts:
+    """Returns the operations of `weight_shapes`; the arguments are the same."""
+    found = [flops.count_ops(make_weights, kernel, stats)]
+    if feedback:
+        moment = jax.eval_shape(make_weights, kernel, stats).inputs
+        found.append(flops.count_ops(make_feedback, moment))
+    return flops.merged(found)
 
 
 def _measured_blocks(spec: QuantizationSpec) -> int:
@@ -237,11 +256,8 @@ def _error_weights(spec: QuantizationSpec, sites: Sequence[Site], blocks: int) -
     """A pass over the blocks that computes the error weights of some sites in some blocks."""
     found = [forward_work(spec)] if spec.reads_inputs else []
     for site in sites:
-        kernel, stats = site_inputs(spec, site)
-        found.append(flops.scaled(flops.count_ops(make_weights, kernel, stats), blocks))
-        if spec.feedback:
-            moment = jax.eval_shape(make_weights, kernel, stats).inputs
-            found.append(flops.scaled(flops.count_ops(make_feedback, moment), blocks))
+        ops = weight_ops(*site_inputs(spec, site), feedback=spec.feedback)
+        found.append(flops.scaled(ops, blocks))
     return flops.merged(found)
 
 

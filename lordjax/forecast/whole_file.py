@@ -25,14 +25,14 @@ from lordjax.compression.whole_file.budget import least_bytes, share_in_file, to
 from lordjax.compression.whole_file.tables import WINDOWS, Tables, has_loss
 from lordjax.forecast.calibration_cost import backward_work, target_shapes, token_shapes
 from lordjax.forecast.job import CalibrationSpec
+from lordjax.forecast.quantized_cost import weight_ops, weight_shapes
 from lordjax.forecast.shapes import kernel_shapes
 from lordjax.kernels import normal_float, trees
 from lordjax.kernels.base import materialize
 from lordjax.kernels.table import parse
 from lordjax.methods import METHODS
-from lordjax.methods.quantized.error_feedback import make_feedback
 from lordjax.methods.quantized.predicted_loss import predict
-from lordjax.methods.quantized.weightings import Weights, make_weights
+from lordjax.methods.quantized.weightings import Weights
 from lordjax.models.config import ModelConfig
 from lordjax.models.source import InMemory
 from lordjax.models.tables import as_kernel, table_paths
@@ -151,24 +151,22 @@ def coded_tables(spec: CalibrationSpec) -> dict[str, tuple[Any, Weights, normal_
     return found
 
 
-def _table_statistics(kernel: Any) -> dict[str, Any]:
-    """Returns the statistics of a table, without any positions; see `table_statistics.Ends`."""
+def _statistics(kernel: Any) -> dict[str, Any]:
+    """Returns shapes of the statistics of a table; see `table_statistics.Ends`."""
     fan_in, fan_out = kernel.shape
-    return {
-        "weighted_inputs": SecondMoment.zeros(fan_in),
-        "weighted_squares": MeanSquare.zeros(fan_out),
-    }
+    return jax.eval_shape(
+        lambda: {
+            "weighted_inputs": SecondMoment.zeros(fan_in),
+            "weighted_squares": MeanSquare.zeros(fan_out),
+        }
+    )
 
 
 def _table_weights(spec: CalibrationSpec, kernel: Any) -> Weights:
     """Returns shapes of the error weights of a table."""
     if not table_sequences(spec)[0]:
         return Weights()
-    stats = jax.eval_shape(lambda: _table_statistics(kernel))
-    weights = jax.eval_shape(make_weights, kernel, stats)
-    if not spec.compensates:
-        return weights
-    return weights._replace(feedback=jax.eval_shape(make_feedback, weights.inputs))
+    return weight_shapes(kernel, _statistics(kernel), feedback=spec.compensates)
 
 
 def table_sequences(spec: CalibrationSpec) -> tuple[int, int]:
@@ -216,7 +214,9 @@ def table_stages(spec: CalibrationSpec) -> dict[str, OpCounts]:
         found.append(flops.scaled(ends, sequences / batch))
     made: list[OpCounts] = []
     for kernel, weights, form in coded_tables(spec).values():
-        own = [_weights_ops(spec, kernel)] if sequences else []
+        own = []
+        if sequences:
+            own.append(weight_ops(kernel, _statistics(kernel), feedback=spec.compensates))
         if spec.chooses_tables:
             program = functools.partial(predict, forms=FORMATS, ranks=(0,))
             found += [*own, flops.count_ops(program, kernel, weights)]
@@ -227,13 +227,3 @@ def table_stages(spec: CalibrationSpec) -> dict[str, OpCounts]:
         made += [flops.count_ops(measures, kernel, kernel, weights)]
     both = {"tables": flops.merged(found), "apply": flops.merged(made)}
     return {name: ops for name, ops in both.items() if ops}
-
-
-def _weights_ops(spec: CalibrationSpec, kernel: Any) -> OpCounts:
-    """The operations of a table's error weights."""
-    stats = jax.eval_shape(lambda: _table_statistics(kernel))
-    found = [flops.count_ops(make_weights, kernel, stats)]
-    if spec.compensates:
-        moment = jax.eval_shape(make_weights, kernel, stats).inputs
-        found.append(flops.count_ops(make_feedback, moment))
-    return flops.merged(found)
