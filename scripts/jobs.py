@@ -178,7 +178,9 @@ def _quantized_job(
 
 
 def open_original(name: str, directory: Path, keep: float, settings: dict[str, Any]) -> Model:
-    """Opens a model that is not compressed yet, if there is room for the result on disk.
+    """Opens a model that can be compressed, if there is room for the result on disk.
+
+    Quantizing methods also take a model with fewer ranks or neurons.
 
     Args:
       name: the model.
@@ -188,14 +190,14 @@ def open_original(name: str, directory: Path, keep: float, settings: dict[str, A
 
     Raises:
       OSError: if the disk has not enough room.
-      ValueError: if the model is compressed already.
+      ValueError: if the model is compressed already, in a way that the method cannot start from.
     """
     from lordjax.scripts.opened_model import open_model
     from lordjax.storage.room import check_room
 
     model = open_model(name)
     if model.kind == "compressed":
-        raise ValueError(f"{name}: is compressed already; give the original model")
+        _check_plain(model, "weighting" in settings)
     dtype = settings["dtype"]
     if dtype is None and "elastic" not in settings:
         dtype = model.stored_dtype
@@ -203,22 +205,40 @@ def open_original(name: str, directory: Path, keep: float, settings: dict[str, A
     return model
 
 
+def _check_plain(model: Model, quantizes: bool) -> None:
+    """Raises ValueError if a compressed model cannot be compressed again by this kind of method."""
+    from lordjax.compression.kept_pairs import is_plain_pair
+    from lordjax.kernels.base import is_kernel
+
+    if not quantizes:
+        raise ValueError(
+            f"{model.name}: is compressed already; give the original model, or quantize it with "
+            "method nf, lq or auto"
+        )
+    for path, leaf in model.leaves().items():
+        if is_kernel(leaf) and not is_plain_pair(leaf):
+            raise ValueError(
+                f"{model.name}: is quantized already ({path}); give the model as it was before"
+            )
+
+
 def estimated_bytes(model: Model, keep: float, dtype: str | None) -> int:
     """Estimates the bytes of a compressed model on disk.
 
     Args:
-      model: the original model.
+      model: the model that is compressed.
       keep: fraction of the block linear weights that is stored.
       dtype: dtype that is stored; None: as in the model.
     """
     import jax.numpy as jnp
 
+    from lordjax.kernels.kinds import weights
     from lordjax.names import is_block_linear
 
     total = 0.0
     for path, leaf in model.leaves().items():
         itemsize = jnp.dtype(dtype or leaf.dtype).itemsize
-        total += leaf.size * itemsize * (keep if is_block_linear(path) else 1.0)
+        total += weights(leaf) * itemsize * (keep if is_block_linear(path) else 1.0)
     return int(total)
 
 

@@ -190,6 +190,22 @@ def check_solver(name: str) -> None:
         raise KeyError(f"no solver {name!r}; {did_you_mean(name, SOLVERS)}")
 
 
+def check_choice(solver: str, **budgets: Any) -> None:
+    """Raises an error unless there is such a solver (KeyError), and one budget (ValueError)."""
+    check_one_budget(**budgets)
+    check_solver(solver)
+
+
+def check_one_budget(**budgets: Any) -> None:
+    """Raises ValueError unless exactly one budget is not None."""
+    if sum(given is not None for given in budgets.values()) != 1:
+        *names, last = budgets
+        *values, end = map(str, budgets.values())
+        raise ValueError(
+            f"give exactly one of {', '.join(names)} and {last}, got {', '.join(values)} and {end}"
+        )
+
+
 def choose(
     tables: Mapping[str, Table], budget: float, count: int, method: str, solver: str
 ) -> tuple[dict[str, Candidate], float]:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lordjax.allocation.candidates import FORMATS, QUANTIZERS
+from lordjax.allocation.candidates import FORMATS, QUANTIZERS, check_one_budget
 from lordjax.allocation.knapsack import SOLVERS
 from lordjax.calibration.backward_pass import few_gradients
 from lordjax.calibration.calibration_set import Calibration
@@ -28,6 +28,7 @@ from lordjax.calibration.calibration_settings import (
     CalibrationSettings,
     check_positive,
 )
+from lordjax.compression.kept_pairs import KeptPairs, is_plain_pair, pair_format
 from lordjax.compression.quantizer import Quantizer
 from lordjax.compression.result import Result
 from lordjax.compression.whole_file.budget import check_outer
@@ -68,7 +69,9 @@ def prepare_quantized(
     """Collects the gradients that a weighting needs; a plan collects the rest.
 
     Args:
-      source: the model. A compressed model is compressed again; its kernels count as dense.
+      source: the model. Of a model that was compressed before, smaller matrices are quantized, and
+        low-rank pairs stay pairs, with factors in the format of ``factors``, else in NF8. Other
+        kernels count as dense.
       tokens: calibration ids ``[sequences, length]``; not needed for weighting ``none``.
       method: a key of `QUANTIZERS`.
       weighting: weighting of errors, a key of `WEIGHTINGS`; None: the method's own.
@@ -100,6 +103,7 @@ def prepare_quantized(
     check_format(embeddings)
     options = method_options(method, weighting, rank, factors, feedback)
     options |= {"formats": tuple(formats), "dtype": dtype, "steps": steps, "embeddings": embeddings}
+    options["pairs"] = KeptPairs(source, pair_format(factors, QUANTIZERS[method].factors), dtype)
     return _take_gradients(Materialized(source), settings, options)
 
 
@@ -137,7 +141,7 @@ def _take_gradients(
     config, clock, store = source.config, Clock(settings.progress), settings.store()
     weighting = options["weighting"]
     report = {"method": options["method"], "weighting": weighting, "seconds": clock.seconds}
-    shapes, others = _shapes(source)
+    shapes, others = _shapes(options["pairs"])
     check_rank(options["rank"], shapes)
     calibration: Calibration | None = None
     gradients: Mapping[int, Sequence[Mapping[str, Mapping[str, Any]]]] = {}
@@ -164,16 +168,28 @@ def _take_gradients(
     )
 
 
-def _shapes(source: Source) -> tuple[dict[str, tuple[int, int]], dict[str, Any]]:
-    """Returns the shapes of all sites, and of the parameters that are neither sites nor tables."""
-    shapes, names = {}, table_paths(source.config)
+def _shapes(pairs: KeptPairs) -> tuple[dict[str, tuple[int, int]], dict[str, Any]]:
+    """Returns the shapes of all sites, and of the parameters that are neither sites nor tables.
+
+    Raises:
+      ValueError: if there are no sites, because all matrices are low-rank pairs.
+    """
+    source, names = pairs.source, table_paths(pairs.source.config)
     outside = trees.flatten(source.non_block_params()).items()
-    others = {path: _shape(leaf) for path, leaf in outside if path not in names}
+    shapes, others = {}, {path: _shape(leaf) for path, leaf in outside if path not in names}
     for i in range(source.config.num_layers):
-        flat = trees.flatten(source.block(i))
-        shapes |= {site_path(i, s): flat[s.path].shape for s in LINEAR_SITES if s.path in flat}
-        here = {f"{layer(i)}/{path}": leaf for path, leaf in flat.items()}
-        others |= {path: _shape(leaf) for path, leaf in here.items() if path not in shapes}
+        flat = {f"{layer(i)}/{path}": leaf for path, leaf in trees.flatten(source.block(i)).items()}
+        kept = {path: flat.pop(path) for path in [*flat] if is_plain_pair(flat[path])}
+        sites = [path for site in LINEAR_SITES if (path := site_path(i, site)) in flat]
+        shapes |= {path: tuple(flat.pop(path).shape) for path in sites}
+        others |= {path: _shape(leaf) for path, leaf in flat.items()}
+        for path, pair in kept.items():
+            others |= pairs.sizes(path, pair)
+    if not shapes:
+        raise ValueError(
+            "all matrices of the blocks are low-rank pairs, so none is left to quantize; compress "
+            "the original model again, with factors=FORMAT"
+        )
     return shapes, others
 
 
@@ -265,11 +281,7 @@ def check_settings(
     own = QUANTIZERS[method]
     if bits is not None and not 0 < bits < np.inf:
         raise ValueError(f"bits must be positive, got {bits}")
-    if sum(given is not None for given in (bits, budget_bytes, file_bytes, form)) != 1:
-        raise ValueError(
-            "give exactly one of bits, budget_bytes, file_bytes and format, got "
-            f"{bits}, {budget_bytes}, {file_bytes} and {form}"
-        )
+    check_one_budget(bits=bits, budget_bytes=budget_bytes, file_bytes=file_bytes, format=form)
     if own.counts_low_rank and form is not None:
         raise ValueError(
             f"method {method!r} chooses formats itself; give bits, budget_bytes or file_bytes"

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from lordjax.allocation.candidates import Candidate, Table, check_solver, choose
+from lordjax.allocation.candidates import Candidate, Table, check_choice, choose
 from lordjax.allocation.plan import Plan
 from lordjax.calibration.backward_pass import site_gradients
 from lordjax.calibration.calibration_set import Calibration
@@ -26,6 +26,7 @@ from lordjax.calibration.forward_pass import (
     resume_pass,
 )
 from lordjax.calibration.statistics import merged
+from lordjax.compression.kept_pairs import KeptPairs
 from lordjax.compression.measured.held_out import group_of
 from lordjax.compression.measured.scale_search import searched_groups
 from lordjax.compression.quantized_matrix import (
@@ -71,6 +72,7 @@ class Quantizer:
       feedback: whether later weights compensate for the errors of earlier ones (GPTQ).
       embeddings: format of embeddings and head (`kernels.table.parse`); None: they stay as they
         are, unless a budget of bytes of the files chooses their formats.
+      pairs: low-rank pairs of a model that was compressed before; they are no sites.
       gradients: layer -> gradient statistics of each fold.
       shapes: site path -> ``(in, out)``.
       others: path -> shape and dtype of the parameters that are neither sites nor tables.
@@ -90,6 +92,7 @@ class Quantizer:
     steps: int
     feedback: bool
     embeddings: str | None
+    pairs: KeptPairs
     gradients: Mapping[int, Sequence[Mapping[str, Mapping[str, Any]]]]
     shapes: dict[str, tuple[int, int]]
     others: dict[str, Any]
@@ -161,12 +164,7 @@ class Quantizer:
           KeyError: if the solver is unknown.
           ValueError: if not exactly one budget is given, or it cannot be met.
         """
-        if sum(given is not None for given in (bits, budget_bytes, file_bytes)) != 1:
-            raise ValueError(
-                f"give exactly one of bits, budget_bytes and file_bytes, got {bits}, "
-                f"{budget_bytes} and {file_bytes}"
-            )
-        check_solver(solver)
+        check_choice(solver, bits=bits, budget_bytes=budget_bytes, file_bytes=file_bytes)
         if file_bytes is not None:
             chosen, gap = chosen_in_file(self, file_bytes, solver)
             plan = self._plan({path: chosen[path] for path in self.shapes}, solver, gap, None)
@@ -260,6 +258,8 @@ class Quantizer:
         """Returns a block with its matrices stored as planned, and its report."""
         i = layer_index(name)
         flat = dict(trees.flatten(self._stored(self.source.block(i))))
+        if len(chosen) < len({site.path for site in LINEAR_SITES} & flat.keys()):
+            flat |= self.pairs.stored(i)  # some matrices are no sites
         layers, size = {}, 0
         for sites in solved_together(chosen, {site: flat[site.path].shape for site in chosen}):
             candidates = {site: chosen[site] for site in sites}
@@ -292,7 +292,7 @@ class Quantizer:
         for i in clock.run(stage, layers, layers.start):
             block = self.source.block(i)
             flat = trees.flatten(block)
-            sites = tuple(site for site in LINEAR_SITES if site.path in flat)
+            sites = tuple(site for site in LINEAR_SITES if site_path(i, site) in self.shapes)
             folds = [{}] * (self.calibration.num_folds if self.calibration else 1)
             keys = activation_keys(block, sites, method)
             if states is not None and self.calibration is not None:

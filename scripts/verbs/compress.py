@@ -231,7 +231,8 @@ def _summary(directory: Path, report: dict[str, Any], start: float) -> dict[str,
 def _checked_job(opened: Model, method: str, options: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
     """Returns the job and its settings; raises ValueError if the model's shapes forbid it."""
     run, settings, *_ = job_of(method, options, opened.stored_dtype)
-    check_budget(opened.config, opened.leaves(), {**settings, "method": method})
+    if opened.kind != "compressed":  # whose shapes differ from those of its config
+        check_budget(opened.config, opened.leaves(), {**settings, "method": method})
     return _on_mesh(run, settings, options["mesh"])
 
 
@@ -286,11 +287,12 @@ def _predict(
 ) -> dict[str, Any] | None:
     """The predicted cost, if the disk has room for it.
 
-    None with a mesh axis ``model``, whose cost cannot be predicted.
+    None with a mesh axis ``model``, whose cost cannot be predicted, and for a model that was
+    compressed before.
     """
     from lordjax.storage.room import check_room
 
-    if "model=" in settings.get("mesh", ""):
+    if "model=" in settings.get("mesh", "") or model.kind == "compressed":
         return None
     shape = (0, 0) if data.tokens is None else data.tokens.shape
     found = predict_compression(model.config, model.leaves(), shape, settings, directory)

@@ -321,6 +321,24 @@ def test_codes_need_no_calibration_and_are_shown(tiny, text, tmp_path):
     assert "nf_quantized" in row and 4 < float(row.split()[-1]) < 4.4
 
 
+def test_a_smaller_model_is_quantized(compressed, text, tmp_path):
+    small, made = compressed
+    codes, how = tmp_path / "codes", ("--method", "nf", "--format", "nf8")
+    again = run("compress", small, codes, *how, "--json")
+    assert again.exit_code == 0, again.stderr
+    assert json.loads(again.stdout)["bytes"] < json.loads(made.stdout)["bytes"]
+    evaluate = ("--tokens", text, "--windows", 4, "--seq-len", WINDOW, "--json")
+    losses = [
+        json.loads(run("evaluate", model, *evaluate).stdout)["nll_per_token"]
+        for model in (small, codes)
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=0.01)
+    exported = run("export", codes, tmp_path / "hf", "--to", "factored", "--verify")
+    assert exported.exit_code == 0, exported.stderr
+    fails("is quantized already", "compress", codes, tmp_path / "new", *how)
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -150,7 +150,7 @@ def test_bad_output(tiny, compressed, text, tmp_path):
     assert (tmp_path / "old" / "file").read_text() == "precious"
     fails("not an empty directory", "compress", tiny, tmp_path / "old" / "file", *calibration(text))
     fails("cannot be created", "compress", tiny, tmp_path / "old/file/out", *calibration(text))
-    fails("compressed already", "compress", compressed[0], tmp_path / "new", *calibration(text))
+    fails("or quantize it", "compress", compressed[0], tmp_path / "new", *calibration(text))
     fails("not an empty directory", "demo", "--out", tmp_path / "old")
 
 
