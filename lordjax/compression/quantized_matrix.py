@@ -24,8 +24,8 @@ from lordjax.kernels.convert import cast, quantize_pair
 from lordjax.kernels.low_rank import LowRank
 from lordjax.kernels.quantized import LowRankPlusQuantized, NFQuantized
 from lordjax.methods.quantized.best_product import FIRST_POWERS, best_product, start_basis
+from lordjax.methods.quantized.coordinate_descent import quantize as codes_of
 from lordjax.methods.quantized.error_feedback import make_feedback
-from lordjax.methods.quantized.error_feedback import quantize as codes_of
 from lordjax.methods.quantized.lq import decompose_all, runs_stacked
 from lordjax.methods.quantized.predicted_loss import predict
 from lordjax.methods.quantized.weightings import Weights, make_weights
@@ -45,9 +45,11 @@ jitted_feedback = jax.jit(make_feedback)
 
 
 @functools.partial(jax.jit, static_argnames="form")
-def encode_kernel(kernel: Any, feedback: Any, *, form: normal_float.Format) -> normal_float.Packed:
+def encode_kernel(
+    kernel: Any, weights: Weights, *, form: normal_float.Format
+) -> normal_float.Packed:
     """Returns a kernel's quantized weights as they are stored."""
-    return normal_float.pack_codes(codes_of(kernel.T, form, feedback), form)
+    return normal_float.pack_codes(codes_of(kernel.T, form, weights), form)
 
 
 # Compiled also for arrays on the host, where NumPy would round differently.
@@ -200,7 +202,7 @@ def stored_directly(
       width: largest rank of all matrices, so that all ranks share a program.
     """
     if candidate.form is not None:
-        packed = jax.device_get(encode_kernel(kernel, weights.feedback, form=candidate.form))
+        packed = jax.device_get(encode_kernel(kernel, weights, form=candidate.form))
         return NFQuantized.of(packed, kernel.shape, candidate.form)
     if candidate.rank is None:
         return cast(kernel, dense_dtype(dtype))

@@ -237,7 +237,7 @@ def _scale_search(spec: QuantizationSpec) -> OpCounts:
     for site in sites:
         kernel, error_weights = weighted_site(spec, site)
         program = functools.partial(encode_kernel, form=form)
-        ops = [flops.count_ops(program, kernel, error_weights.feedback)]
+        ops = [flops.count_ops(program, kernel, error_weights)]
         new = kernel_shapes(kernel.shape, Candidate(form, None), spec.dtype, None)
         ops.append(flops.count_ops(materialize, new))
         found.append(flops.scaled(flops.merged(ops), ways * blocks))
@@ -315,7 +315,7 @@ def _decomposition(
         found += [flops.count_ops(functools.partial(pack, form=form), codes)]
     elif form is not None:
         run = functools.partial(encode_kernel, form=form)
-        found += [flops.count_ops(run, kernel, error_weights.feedback)]
+        found += [flops.count_ops(run, kernel, error_weights)]
     elif candidate.rank is not None:
         run = functools.partial(best_pair, width=width, powers=FIRST_POWERS)
         basis = jax.eval_shape(lambda: start_basis(kernel.shape, width))

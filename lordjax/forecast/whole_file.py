@@ -222,7 +222,7 @@ def table_stages(spec: CalibrationSpec) -> dict[str, OpCounts]:
             found += [*own, flops.count_ops(program, kernel, weights)]
         new = kernel_shapes(kernel.shape, Candidate(form, None), "float32", None)
         encode = functools.partial(encode_kernel, form=form)
-        made += [*own, flops.count_ops(encode, kernel, weights.feedback)]
+        made += [*own, flops.count_ops(encode, kernel, weights)]
         made += [flops.count_ops(materialize, new)]
         made += [flops.count_ops(measures, kernel, kernel, weights)]
     both = {"tables": flops.merged(found), "apply": flops.merged(made)}

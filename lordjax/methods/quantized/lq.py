@@ -19,12 +19,13 @@ input       E xxᵀ               1                 squared error of the output 
 both        E ‖g‖² xxᵀ          E ‖x‖² g_j²       about the loss, to second order
 ==========  ==================  ================  =====================================
 
-With `Weights.feedback` codes compensate for each other's errors (`error_feedback`); without it each
-weight is rounded to the nearest code.
+With `Weights.feedback` codes compensate for each other's errors (`error_feedback`), and those of
+the result are refined (`coordinate_descent`); without it each weight is rounded to the nearest
+code.
 
 Differences from the papers:
 
-* error compensation in the quantization step;
+* error compensation in the quantization step, and coordinate descent on the codes at the end;
 * the best iterate is kept, not the one after it;
 * the low-rank term is fitted last, so that it is optimal for its codes;
 * LoftQ's start (quantize first) is a candidate too, so that the result is never worse than
@@ -55,6 +56,7 @@ from lordjax.methods.quantized.best_product import (
     best_product,
     start_basis,
 )
+from lordjax.methods.quantized.coordinate_descent import refine
 from lordjax.methods.quantized.error_feedback import quantize
 from lordjax.methods.quantized.weightings import Weights
 from lordjax.runtime import target
@@ -160,6 +162,10 @@ def _decompose(
         lambda: best,
         lambda: (quantized_alone, *fit(left, random, FIRST_POWERS, sort=True)),
     )
+    if weights.feedback is not None:
+        target = rows - product.transposed()
+        codes = refine(target, codes, form, weights)
+        error = weights.weighted_error(residual(target, codes, form).T)
     total = weights.weighted_error(rows.T)
     return Decomposition(codes, product.left, product.right, error, total, history)
 

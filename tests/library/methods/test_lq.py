@@ -237,7 +237,10 @@ def test_the_best_iterate_is_returned(weighting):
     leftover = kernel - quantized(kernel) - jnp.asarray(start, jnp.float32)
     candidates = [*np.asarray(found.history), float(weights.weighted_error(leftover))]
     assert found.history.shape == (5,)
-    assert float(found.error) == pytest.approx(min(candidates), rel=1e-3)
+    if weights.feedback is None:
+        assert float(found.error) == pytest.approx(min(candidates), rel=1e-3)
+    else:  # codes of the best iterate are refined
+        assert 0.5 * min(candidates) < float(found.error) < min(candidates)
     assert float(found.error) == pytest.approx(measured(kernel, found, weights), rel=1e-3)
     assert float(found.total) == pytest.approx(float(weights.weighted_error(kernel)), rel=1e-5)
 
@@ -374,8 +377,8 @@ def test_predictions_with_feedback_are_near_what_is_reached():
         alone, np.asarray(predict(kernel, weights, forms=(None,), ranks=ranks))[0], rtol=1e-5
     )
     reached = [float(run(kernel, rank, weights).error) for rank in ranks]
-    # A little more is lost: what codes take over from others may be beyond the end of the levels.
-    assert predicted[0] < reached[0] < 1.2 * predicted[0]
+    # More is lost where what codes take over is beyond the end of the levels; descent gains.
+    assert 0.85 * predicted[0] < reached[0] < 1.2 * predicted[0]
     assert (reached <= 1.2 * predicted).all()  # alternation is not foreseen, and gains
 
 
