@@ -29,9 +29,10 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from lordjax.kernels import normal_float
-from lordjax.methods.linalg import mm
+from lordjax.methods.linalg import jittered, mm
 
-DAMPING = 1e-2  # fraction of the mean second moment added to the diagonal, as in GPTQ
+# Fraction of the mean second moment added to the diagonal, as in GPTQ; more where float32 needs it.
+DAMPING = 1e-2
 BLOCK = 64  # inputs between two large matrix products
 CLIP_RATIOS = tuple(round(1 - 0.05 * k, 2) for k in range(13))  # scale / largest magnitude
 
@@ -61,10 +62,9 @@ def make_feedback(moment: Float[Array, "in in"], searches: Any = True) -> Feedba
     """
     diagonal = jnp.diagonal(moment)
     order = jnp.argsort(diagonal, descending=True)
-    damped = moment + DAMPING * jnp.mean(diagonal) * jnp.eye(len(moment), dtype=moment.dtype)
     # In reverse order of the inputs, the lower Cholesky factor becomes an upper one.
     back = order[::-1]
-    upper = jnp.linalg.cholesky(damped[back][:, back])[::-1, ::-1]
+    upper = jittered(moment[back][:, back], DAMPING, jnp.mean(diagonal))[::-1, ::-1]
     roots = jnp.diagonal(upper)
     error_weights = jnp.zeros_like(roots).at[order].set(roots**2)
     return Feedback(order, upper / roots[None], error_weights, jnp.asarray(searches, bool))

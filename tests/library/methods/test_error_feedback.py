@@ -7,7 +7,7 @@ import pytest
 
 from lordjax.calibration.statistics import SecondMoment
 from lordjax.kernels import normal_float
-from lordjax.methods.quantized import weightings
+from lordjax.methods.quantized import error_feedback, weightings
 from lordjax.methods.quantized.error_feedback import (
     BLOCK,
     CLIP_RATIOS,
@@ -214,3 +214,14 @@ def test_shrinkage_of_few_tokens_loses_less_on_others():
         lost.append([loss(missed(kernel, make_feedback(h)), mix.T @ mix) for h in moments])
     plain, shrunk = np.mean(lost, axis=0)
     assert shrunk < 0.98 * plain
+
+
+def test_a_moment_that_float32_cannot_factor_gets_more_damping(monkeypatch):
+    """One massive activation in thousands of inputs leaves a matrix that looks singular."""
+    monkeypatch.setattr(error_feedback, "DAMPING", 1e-12)
+    direction = np.random.default_rng(0).normal(size=(1, 96)).astype(np.float32)
+    moment = jnp.asarray(direction.T @ direction)  # of rank 1
+    assert not np.isfinite(jnp.linalg.cholesky(moment + 1e-12 * jnp.eye(96))).all()
+    found = make_feedback(moment)
+    assert all(np.isfinite(a).all() for a in found[:3])
+    assert (np.asarray(found.error_weights) > 0).all()
