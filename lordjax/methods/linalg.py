@@ -124,12 +124,13 @@ def orthonormal_rows(a: Float[Array, "k n"]) -> Float[Array, "k n"]:
     The first j rows of the result span the first j rows of ``a``. The method is Cholesky QR: the
     Cholesky factor of the Gram matrix of the rows. It squares the condition number, so it is
     applied twice; rows of unit length may have a condition number of up to 1e4 in float32. The Gram
-    matrix is shifted, so that linearly dependent rows give some direction instead of NaN. It
-    consists of matrix products only, because QR and triangular solves use CPU threads badly.
+    matrix is shifted, so that linearly dependent rows give some direction instead of NaN, and more
+    so where many rows are almost parallel. It consists of matrix products only, because QR and
+    triangular solves use CPU threads badly.
     """
     for _ in range(2):
         a = _unit_rows(a)
-        lower = jnp.linalg.cholesky(mm(a, a.T) + ROWS_SHIFT * jnp.eye(len(a), dtype=a.dtype))
+        lower = jittered(mm(a, a.T), ROWS_SHIFT, 1.0)
         # Newton iteration for the inverse. For a triangle it is exact after log2 k steps.
         inverse = jnp.diag(1 / jnp.diagonal(lower))
         for _ in range((len(a) - 1).bit_length()):

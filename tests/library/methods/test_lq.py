@@ -12,6 +12,7 @@ from lordjax import factorize
 from lordjax.kernels import normal_float, trees
 from lordjax.kernels.low_rank import LowRank
 from lordjax.kernels.quantized import LowRankPlusQuantized, NFQuantized
+from lordjax.methods import linalg
 from lordjax.methods.linalg import orthonormal_rows
 from lordjax.methods.quantized.best_product import (
     FIRST_POWERS,
@@ -79,6 +80,25 @@ def test_rows_that_depend_on_others_or_are_zero_stay_finite():
     np.testing.assert_allclose(found[:3] @ found[:3].T, np.eye(3), atol=1e-5)
     assert np.isfinite(found).all()
     assert not found[4].any()
+
+
+@pytest.mark.full
+def test_hundreds_of_almost_parallel_rows_stay_finite():
+    """As products with a matrix of one massive direction are: their Gram matrix is near ones."""
+    random, count, size = np.random.default_rng(0), 512, 600
+    left = np.linalg.qr(random.normal(size=(count, count)))[0]
+    left[:, 0] = 1 / np.sqrt(count)
+    right = np.linalg.qr(random.normal(size=(size, count)))[0].T
+    values = np.concatenate([[np.sqrt(count)], np.geomspace(0.1, 1e-6, count - 1)])
+    rows = jnp.asarray((np.linalg.qr(left)[0] * values) @ right, jnp.float32)
+    unit = rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
+    shifted = unit @ unit.T + linalg.ROWS_SHIFT * jnp.eye(count)
+    assert not jnp.isfinite(jnp.linalg.cholesky(shifted)).all()  # float32 cannot factor it
+    found = np.asarray(orthonormal_rows(rows), np.float64)
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, rtol=1e-5)
+    # Directions that float32 tells apart are all there.
+    kept = right[: 1 + count // 2]
+    np.testing.assert_allclose(np.linalg.norm(kept @ found.T, axis=1), 1, atol=0.05)
 
 
 def tail(a, rank):
