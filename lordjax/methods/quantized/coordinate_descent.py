@@ -89,13 +89,13 @@ def refine(
       weights: weights of the errors, with feedback. Scales stay if those are not searched either.
         The second moment of the inputs gets the damping of `error_feedback`.
     """
-    moment, refit = weights.inputs, weights.feedback.searches
     fan_out, fan_in = rows.shape
     pad = -fan_in % BLOCK
     refits = form.block in REFITTED and fan_in % form.block == 0
-    damping = DAMPING * jnp.mean(jnp.diagonal(moment))
+    refit = weights.feedback.searches if refits else None
+    damping = DAMPING * jnp.mean(jnp.diagonal(weights.inputs))
     inert = jnp.where(jnp.arange(fan_in + pad) < fan_in, damping, 1)
-    moment = jnp.pad(moment, ((0, pad), (0, pad))) + jnp.diag(inert)
+    moment = jnp.pad(weights.inputs, ((0, pad), (0, pad))) + jnp.diag(inert)
 
     def in_blocks(a: Array, per: int = 1) -> Array:
         """Returns numbers of ``[out, in / per]`` as ``[blocks, BLOCK / per, out]``."""
@@ -123,9 +123,7 @@ def refine(
     def descend(blocks: _Block, _: None) -> tuple[_Block, None]:
         decoded = normal_float.lookup(blocks.numbers, form.bits)
         errors = blocks.kernel - decoded * _scales(blocks, codes.offset)
-        step = functools.partial(
-            _descend_block, offset=codes.offset, refit=refit if refits else None, form=form
-        )
+        step = functools.partial(_descend_block, offset=codes.offset, refit=refit, form=form)
         numbers, steps = lax.scan(step, errors.reshape(-1, fan_out), blocks)[1]
         return blocks._replace(numbers=numbers, steps=steps), None
 
