@@ -120,7 +120,8 @@ def compress(
 ) -> None:
     """Compress MODEL and write the result into OUT.
 
-    A run that was interrupted resumes when the same command is given again.
+    A run that was interrupted resumes when the same command is given again. Quantizing methods also
+    take the result of a low-rank method as MODEL.
     """
     from lordjax.runtime.multihost import is_primary, joined_processes
     from lordjax.scripts.report.printed import show
