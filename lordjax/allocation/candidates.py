@@ -191,19 +191,14 @@ def check_solver(name: str) -> None:
 
 
 def check_choice(solver: str, **budgets: Any) -> None:
-    """Raises an error unless there is such a solver (KeyError), and one budget (ValueError)."""
-    check_one_budget(**budgets)
-    check_solver(solver)
-
-
-def check_one_budget(**budgets: Any) -> None:
-    """Raises ValueError unless exactly one budget is not None."""
+    """Raises ValueError unless exactly one budget is not None; see also `check_solver`."""
     if sum(given is not None for given in budgets.values()) != 1:
         *names, last = budgets
         *values, end = map(str, budgets.values())
         raise ValueError(
             f"give exactly one of {', '.join(names)} and {last}, got {', '.join(values)} and {end}"
         )
+    check_solver(solver)
 
 
 def choose(

@@ -19,8 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lordjax.allocation.candidates import FORMATS, QUANTIZERS, check_one_budget
-from lordjax.allocation.knapsack import SOLVERS
+from lordjax.allocation.candidates import FORMATS, QUANTIZERS, check_choice
 from lordjax.calibration.backward_pass import few_gradients
 from lordjax.calibration.calibration_set import Calibration
 from lordjax.calibration.calibration_settings import (
@@ -281,14 +280,13 @@ def check_settings(
     own = QUANTIZERS[method]
     if bits is not None and not 0 < bits < np.inf:
         raise ValueError(f"bits must be positive, got {bits}")
-    check_one_budget(bits=bits, budget_bytes=budget_bytes, file_bytes=file_bytes, format=form)
+    budgets = {"bits": bits, "budget_bytes": budget_bytes, "file_bytes": file_bytes}
+    check_choice(solver, **budgets, format=form)
     if own.counts_low_rank and form is not None:
         raise ValueError(
             f"method {method!r} chooses formats itself; give bits, budget_bytes or file_bytes"
         )
     check_outer(weighting or own.weighting, embeddings, file_bytes)
-    if solver not in SOLVERS:
-        raise KeyError(f"no solver {solver!r}; {did_you_mean(solver, SOLVERS)}")
     if form is not None:
         normal_float.Format.parse(form)
     if dtype is not None:

@@ -31,7 +31,7 @@ from lordjax.methods.quantized import error_feedback
 from lordjax.methods.quantized.error_feedback import BLOCK, DAMPING
 from lordjax.methods.quantized.weightings import Weights
 
-PASSES = 3  # over all codes and scales; the first gives most (docs/pages/tried.md)
+PASSES = 3  # over all codes and scales; eight gain little more (docs/pages/tried.md)
 REFITTED = (16, 32, 64)  # sizes of blocks of codes whose scales change
 
 
@@ -120,18 +120,18 @@ def refine(
         low,
     )
 
-    def descend(blocks: _Block, _: None) -> tuple[_Block, None]:
-        decoded = normal_float.lookup(blocks.numbers, form.bits)
-        errors = blocks.kernel - decoded * _scales(blocks, codes.offset)
+    def descend(chosen: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], None]:
+        now = blocks._replace(numbers=chosen[0], steps=chosen[1])
+        decoded = normal_float.lookup(now.numbers, form.bits) * _scales(now, codes.offset)
+        errors = now.kernel - decoded
         step = functools.partial(_descend_block, offset=codes.offset, refit=refit, form=form)
-        numbers, steps = lax.scan(step, errors.reshape(-1, fan_out), blocks)[1]
-        return blocks._replace(numbers=numbers, steps=steps), None
+        return lax.scan(step, errors.reshape(-1, fan_out), now)[1], None
 
-    blocks, _ = lax.scan(descend, blocks, None, length=PASSES)
-    numbers = blocks.numbers.reshape(-1, fan_out)[:fan_in].T.reshape(-1)
+    (numbers, steps), _ = lax.scan(descend, (blocks.numbers, blocks.steps), None, length=PASSES)
+    numbers = numbers.reshape(-1, fan_out)[:fan_in].T.reshape(-1)
     if not refits:
         return codes._replace(codes=numbers)
-    steps = blocks.steps.reshape(-1, fan_out)[: fan_in // form.block].T.reshape(-1)
+    steps = steps.reshape(-1, fan_out)[: fan_in // form.block].T.reshape(-1)
     return codes._replace(codes=numbers, scales=steps.astype(codes.scales.dtype))
 
 
